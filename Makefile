@@ -1,0 +1,67 @@
+# Two commands do everything on a machine that has git, make and Python 3.11 or later:
+#   make demo   installs, runs the main job on the mini model, shows the page
+#   make test   installs, runs lint, types and the tests
+# Both make .venv first and skip what is done already.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+# A page is opened by people's runs only.
+OPEN := $(if $(CI),,--open)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo reports test test-all check python
+
+help:
+	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
+	@echo "make test      install, run lint, types and the fast tests"
+	@echo "make test-all  the same with every test, slow ones included"
+	@echo "make reports   run every reports/*.toml and make its pages"
+	@echo "Another interpreter: make PYTHON=python3.12 demo"
+
+demo: $(INSTALLED)
+	$(PY) -m locogen run reports/mini.toml
+	$(PY) -m locogen report reports/mini $(OPEN)
+
+reports: $(INSTALLED)
+	@set -e; for file in reports/*.toml; do \
+		echo "$$file"; \
+		$(PY) -m locogen run "$$file"; \
+		$(PY) -m locogen report "$${file%.toml}"; \
+	done
+
+test: check
+	$(PY) -m pytest -m "not slow"
+
+test-all: check
+	$(PY) -m pytest
+
+check: $(INSTALLED_DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m basedpyright --pythonpath $(PY)
+
+python:
+	@command -v "$(PYTHON)" >/dev/null || { \
+		echo "locogen needs Python 3.11 or later, and there is no '$(PYTHON)' here."; \
+		echo "Install it, or name another interpreter: make PYTHON=python3.12 demo"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "locogen needs Python 3.11 or later; '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1)."; \
+		echo "Name a newer interpreter: make PYTHON=python3.12 demo"; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' cannot make virtual environments: its venv module is missing."; \
+		echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | python
+	"$(PYTHON)" -m venv $(VENV)
+	@echo "Installing into $(VENV): two to three minutes the first time."
+	$(PIP) --editable .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	@echo "Installing the development tools into $(VENV)."
+	$(PIP) --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,86 @@
+"""Find, show and edit where text-to-image models keep what they know.
+
+>>> import locogen as loco
+>>> pipe = loco.load("mini")  # an ordinary diffusers pipeline
+>>> run = loco.localize(pipe, loco.concept("mini/van-gogh"), window=2, seeds=range(4))
+>>> loco.plot_effect(loco.effect(run.table))
+
+Importing locogen costs next to nothing: each name below is fetched from its module, and with it torch,
+diffusers, transformers, pandas or seaborn, when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .catalog import concept, concepts, model_table
+    from .errors import LocogenError, UnsupportedModel
+    from .hooks import generators, intervene, record
+    from .layers import Layer, find_layers
+    from .localization import carrier, effect, localize
+    from .models import load
+    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
+    from .plots import plot_effect, plot_scores, plot_strip
+    from .runs import Run, generate
+    from .score import Scorer, scorer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Concept",
+    "Intervention",
+    "Layer",
+    "LocogenError",
+    "PromptPair",
+    "Run",
+    "Scorer",
+    "Settings",
+    "UnsupportedModel",
+    "Window",
+    "carrier",
+    "concept",
+    "concepts",
+    "effect",
+    "find_layers",
+    "generate",
+    "generators",
+    "intervene",
+    "load",
+    "localize",
+    "model_table",
+    "plot_effect",
+    "plot_scores",
+    "plot_strip",
+    "record",
+    "scorer",
+    "sweep",
+]
+
+# module -> the public names it defines
+_PUBLIC = {
+    "catalog": ("concept", "concepts", "model_table"),
+    "errors": ("LocogenError", "UnsupportedModel"),
+    "hooks": ("generators", "intervene", "record"),
+    "layers": ("Layer", "find_layers"),
+    "localization": ("carrier", "effect", "localize"),
+    "models": ("load",),
+    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
+    "plots": ("plot_effect", "plot_scores", "plot_strip"),
+    "runs": ("Run", "generate"),
+    "score": ("Scorer", "scorer"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Fetch a public name from its module on first use (PEP 562), and keep it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: see dir({__name__})")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Public names, those not fetched yet included."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,114 @@
+"""The command line: `locogen run`, `locogen report`, `locogen models`, `locogen concepts`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from locogen import __version__
+from locogen.errors import LocogenError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 when runs failed, 2 for a mistake, 130 after Ctrl-C."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        return chosen.command(chosen)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `locogen models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (LocogenError, OSError) as error:
+        print(f"locogen: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="locogen", description="Find, show and edit where text-to-image models keep what they know."
+    )
+    parser.add_argument("--version", action="version", version=f"locogen {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a study: a notebook for many concepts and models")
+    run.add_argument("study", type=Path, metavar="STUDY.toml")
+    run.add_argument("--force", action="store_true", help="run what is finished again")
+    run.add_argument("--only", action="append", metavar="SLUG", help="only this run (may be given several times)")
+    run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, start nothing")
+    run.set_defaults(command=_run)
+
+    report = commands.add_parser("report", help="make the pages of a study's results")
+    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("--open", action="store_true", help="show them in a browser, where there is a display")
+    report.set_defaults(command=_report)
+
+    models = commands.add_parser("models", help="list the models that locogen knows by name")
+    models.set_defaults(command=_models)
+
+    concepts = commands.add_parser("concepts", help="list the concepts that locogen knows by id")
+    concepts.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
+    concepts.add_argument("--file", type=Path, metavar="OWN.toml", help="and those of a file of your own")
+    concepts.set_defaults(command=_concepts)
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    from locogen.study import StudyFailed, run_study
+
+    try:
+        run_study(chosen.study, only=chosen.only, force=chosen.force, dry_run=chosen.dry_run)
+    except StudyFailed as error:
+        print(f"locogen: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    from locogen.report import build
+
+    page = build(chosen.folder).resolve()
+    print(page.as_uri())
+    if chosen.open and has_display():
+        import webbrowser
+
+        webbrowser.open(page.as_uri())
+    return 0
+
+
+def has_display() -> bool:
+    """Whether a browser would have a screen to show itself on: not over ssh, not in a container."""
+    if sys.platform in ("win32", "darwin"):
+        return "SSH_CONNECTION" not in os.environ
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def _models(chosen: argparse.Namespace) -> int:
+    from locogen.catalog import model_table
+
+    columns = ["name", "supported", "family", "size", "layers", "license", "id"]
+    _show([columns, *model_table()[columns].to_numpy().tolist()])
+    return 0
+
+
+def _concepts(chosen: argparse.Namespace) -> int:
+    from locogen.catalog import concepts
+
+    table = concepts(chosen.model, file=chosen.file)
+    _show([list(table.columns), *table.to_numpy().tolist()])
+    return 0
+
+
+def _show(rows: Sequence[Sequence[object]]) -> None:
+    """Print rows as columns of text, the first row being their names."""
+    told = [["yes" if cell is True else "no" if cell is False else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
+    for row in told:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""LocoGen: generate every window of layers, score it, and say which one carries the concept.
+
+Two tables: pictures (one row an image) and effects (one row an estimate, the same for every localizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from locogen import stats
+from locogen.errors import LocogenError
+from locogen.plan import Concept, Window, sweep
+from locogen.runs import Run, generate, layer_count
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from locogen.score import Scorer
+
+ALPHA = 0.05
+MIN_SHARE = 0.5  # of the ceiling: less, and the window is not "the" carrier
+Array = np.ndarray[Any, Any]
+
+
+def localize(
+    pipe: Any,
+    concept: Concept | Sequence[Concept],
+    *,
+    window: int = 2,
+    seeds: Iterable[int] = range(4),
+    num_inference_steps: int = 20,
+    guidance_scale: float = 7.5,
+    batch_size: int = 32,
+    scorer: Scorer | str | None = None,
+    controls: bool = True,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Run:
+    """LocoGen (Basu et al. 2024, section 4) over every window, with the rows that give a number its meaning.
+
+    For each prompt pair and seed: the baseline, each window hearing the target, and with `controls` the ceiling,
+    the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
+    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name; None: the model's
+    own in the catalog. `store`: a folder; what it holds is not made again. Returns a `Run` whose table is the
+    pictures table. Raises `LocogenError` for a window larger than the model, no or repeated seeds, and as
+    `generate` does.
+    """
+    concepts = [concept] if isinstance(concept, Concept) else list(concept)
+    if not concepts:
+        raise LocogenError("there is no concept: give localize at least one")
+    drawn = tuple(seeds)
+    count = layer_count(pipe)
+    plans = [sweep(c, n_layers=count, window=window, seeds=drawn, controls=controls) for c in concepts]
+    run = generate(
+        pipe,
+        [row for plan in plans for row in plan],
+        store=store,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    judge = _scorer(scorer, pipe)
+    table = run.table.assign(**_scored_against(concepts, plans))
+    scores = _scores(run, table, judge)
+    return run.with_table(_ordered(table.assign(**scores)), window=window, n_layers=count, **judge.settings)
+
+
+def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
+    from locogen.score import default_scorer, scorer
+
+    if chosen is None:
+        chosen = default_scorer(str(getattr(pipe.config, "_name_or_path", "")))
+    return scorer(chosen) if isinstance(chosen, str) else chosen
+
+
+def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {name: [] for name in ("concept", "kind", "pair", "text", "content")}
+    for concept, plan in zip(concepts, plans, strict=True):
+        pairs = {pair.prompt: (i, pair) for i, pair in enumerate(concept.pairs)}
+        for row in plan:
+            index, pair = pairs[row.prompt]
+            values = (
+                concept.name,
+                concept.kind,
+                index,
+                concept.scored_text(pair),
+                concept.content_text(pair),
+            )
+            for name, value in zip(columns, values, strict=True):
+                columns[name].append(value)
+    return columns
+
+
+def _scores(run: Run, table: pd.DataFrame, judge: Scorer, part: int = 256) -> dict[str, Array]:
+    """Score in parts, so that not all pictures are held at once."""
+    silent = table["content"].isna().to_numpy()
+    texts, contents = list(table["text"]), list(table["content"].fillna(""))
+    halves: list[list[Array]] = []
+    for start in range(0, len(run), part):
+        rows = slice(start, start + part)
+        halves.append(judge(run.pictures[rows], texts[rows], contents[rows]))
+    score, content = (np.concatenate(half) for half in zip(*halves, strict=True))
+    return {"clip_score": score, "content_score": np.where(silent, np.nan, content)}
+
+
+def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+    first = [
+        "concept",
+        "kind",
+        "role",
+        "prompt",
+        "target",
+        "text",
+        "start",
+        "width",
+        "seed",
+        "edit",
+        "image",
+        "clip_score",
+        "content_score",
+    ]
+    return table[[*first, *(c for c in table.columns if c not in first)]]
+
+
+# --- effects -------------------------------------------------------------------------------------
+
+
+def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """The effects table of a pictures table: what each window, insert and control does to the score.
+
+    Estimates are paired with the baseline of the same prompt and seed and signed so that positive means "carries
+    the concept". `axis`: layer (the window hears the target), insert (only the window hears the prompt: what it
+    restores of the ceiling's loss), content (how much of what should stay is lost), ceiling, placebo. Intervals:
+    `stats.crossed_bootstrap`; under six prompts they speak for these prompts (`prompts` is "fixed"). On the layer
+    axis beside them: `choose`, the estimate on the seeds used to choose a carrier, `fresh` with its interval on
+    the others, `share` of the ceiling, and `p_any`, of "no more than the placebo", corrected for every window
+    looked at; for the chosen window, its `lead` over the best non-overlapping rival with lower bound and p-value.
+
+    Raises `LocogenError` where rows are missing or scores are not finite.
+    """
+    import pandas as pd
+
+    parts = [_concept_effects(rows, level) for _, rows in table.groupby("concept", sort=False)]
+    if not parts:
+        raise LocogenError("the pictures table is empty: run localize first")
+    return pd.concat(parts, ignore_index=True)
+
+
+def _cube(rows: pd.DataFrame, role: str, column: str) -> tuple[list[int], Array]:
+    """Scores of one role as (windows, prompts, seeds), prompts in the table's order; one window where it has none."""
+    part = rows[rows["role"] == role]
+    starts = [int(s) for s in sorted(part["start"].dropna().unique())] or [-1]
+    prompts, seeds = list(dict.fromkeys(rows["prompt"])), sorted(rows["seed"].unique())
+    cube = np.full((len(starts), len(prompts), len(seeds)), np.nan)
+    place = {name: {v: i for i, v in enumerate(vs)} for name, vs in (("w", starts), ("p", prompts), ("s", seeds))}
+    for start, prompt, seed, value in part[["start", "prompt", "seed", column]].itertuples(index=False):
+        window = 0 if starts == [-1] else place["w"][int(start)]
+        cube[window, place["p"][prompt], place["s"][seed]] = value
+    return starts, cube
+
+
+def _concept_effects(rows: pd.DataFrame, level: float) -> pd.DataFrame:
+    import pandas as pd
+
+    name, kind = rows["concept"].iloc[0], rows["kind"].iloc[0]
+    sign = 1 if kind == "fact" else -1
+    width = int(rows["width"].max()) if rows["width"].notna().any() else 1
+    _, base = _cube(rows, "baseline", "clip_score")
+    roles = set(rows["role"])
+    starts, window = _cube(rows, "window", "clip_score")
+    if not np.isfinite(window).all() or not np.isfinite(base).all():
+        raise LocogenError(f"concept {name!r} has windows or baselines without a score: run localize again")
+    effects = sign * (window - base)
+    ceiling = sign * (_cube(rows, "ceiling", "clip_score")[1] - base) if "ceiling" in roles else None
+    placebo = sign * (_cube(rows, "placebo", "clip_score")[1] - base) if "placebo" in roles else None
+    seeds = sorted(int(s) for s in rows["seed"].unique())
+    lines = _estimates("layer", starts, effects, level)
+    for line, more in zip(lines, _judged(effects, ceiling, placebo, seeds, width, level), strict=True):
+        line.update(more)
+    if ceiling is not None:
+        lines += _estimates("ceiling", [pd.NA], ceiling, level)
+    if placebo is not None:
+        lines += _estimates("placebo", [pd.NA], placebo, level)
+    if "insert" in roles and ceiling is not None:
+        _, insert = _cube(rows, "insert", "clip_score")
+        lines += _estimates("insert", starts, ceiling - sign * (insert - base), level)
+    if kind != "fact":
+        _, stays = _cube(rows, "window", "content_score")
+        lines += _estimates("content", starts, _cube(rows, "baseline", "content_score")[1] - stays, level)
+    known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
+    table = pd.DataFrame([{**known, **line} for line in lines])
+    first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
+    return table[[*first, *(c for c in table.columns if c not in first)]].astype({"position": "Int64"})
+
+
+def _estimates(axis: str, positions: Sequence[Any], values: Array, level: float) -> list[dict[str, Any]]:
+    """One line a window of `values` (windows, prompts, seeds), with its interval."""
+    found = stats.crossed_bootstrap(values, level=level)
+    n = values.shape[1] * values.shape[2]
+    return [
+        {
+            "axis": axis,
+            "position": p,
+            "estimate": e,
+            "low": low,
+            "high": high,
+            "n": n,
+            "prompts": found.prompts,
+        }
+        for p, e, low, high in zip(positions, found.estimate, found.low, found.high, strict=True)
+    ]
+
+
+def _judged(
+    effects: Array,
+    ceiling: Array | None,
+    placebo: Array | None,
+    seeds: Sequence[int],
+    width: int,
+    level: float,
+) -> list[dict[str, Any]]:
+    """What a carrier is decided by, for each window: choice, fresh estimate, lead, share, and the placebo test.
+
+    The choice is made on every second seed. Both halves share their prompts, so tests on the fresh half treat the
+    prompts as fixed (see `stats.simultaneous_lead`); with fewer than two fresh seeds all seeds are used, and the
+    lead is corrected for the choice instead.
+    """
+    picked, kept = _halves(seeds)
+    split = picked != kept
+    fresh = effects[:, :, kept]
+    held = "fixed" if split else None
+    interval = stats.crossed_bootstrap(fresh, level=level, prompts=held)
+    choice = effects[:, :, picked].mean((1, 2))
+    p_any = np.full(len(effects), np.nan)
+    if placebo is not None:
+        p_any = stats.any_effect(effects, placebo, alpha=ALPHA).p_value
+    lines = []
+    for w in range(len(effects)):
+        line = {"choose": choice[w], "fresh": interval.estimate[w], "p_any": p_any[w]}
+        line |= {"fresh_low": interval.low[w], "fresh_high": interval.high[w]}
+        line["share"] = fresh[w].mean() / ceiling[:, :, kept].mean() if ceiling is not None else np.nan
+        if w == int(choice.argmax()) and any(abs(w - v) >= width for v in range(len(effects))):
+            lead = stats.simultaneous_lead(fresh, w, apart=width, chosen_here=not split, alpha=ALPHA, prompts=held)
+            line |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
+        lines.append(line)
+    return lines
+
+
+def _halves(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Positions of the seeds to choose on and to report on: apart from four seeds on, all of them below."""
+    if len(seeds) < 4:
+        return list(range(len(seeds))), list(range(len(seeds)))
+    choose, report = stats.split_seeds(range(len(seeds)))
+    return list(choose), list(report)
+
+
+# --- carrier -------------------------------------------------------------------------------------
+
+
+def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
+    """The window that carries the concept, or a `Window` without start whose reason says why there is none.
+
+    Chosen by the largest `choose`; accepted where some window does more than the placebo (`p_any` <= 0.05) and the
+    chosen one's fresh effect is at least `min_share` of the ceiling's. A reason also stands beside a window whose
+    lead over its best non-overlapping rival is not established. Raises `LocogenError` for an effects table of
+    several concepts: take one at a time.
+    """
+    names = list(dict.fromkeys(effects["concept"]))
+    if len(names) != 1:
+        raise LocogenError(f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]")
+    layer = effects[effects["axis"] == "layer"].reset_index(drop=True)
+    width = int(layer["width"].iloc[0])
+    best = layer.loc[layer["choose"].idxmax()]
+    start = int(best["position"])
+    if np.isfinite(best["p_any"]) and layer["p_any"].min() > ALPHA:
+        return Window(None, width, f"no effect beyond the placebo's; {_candidates(layer, width)}")
+    if best["fresh"] <= 0:
+        return Window(None, width, f"no effect on fresh seeds; {_candidates(layer, width)}")
+    if np.isfinite(best["share"]) and best["share"] < min_share:
+        told = f"the best window has {best['share']:.0%} of the ceiling's effect"
+        return Window(None, width, f"{told}; {_candidates(layer, width)}")
+    if np.isfinite(best["p_lead"]) and best["p_lead"] <= ALPHA:
+        return Window(start, width, "ahead of every other place")
+    return Window(start, width, f"its lead over other places is not established; {_candidates(layer, width)}")
+
+
+def _candidates(layer: pd.DataFrame, width: int) -> str:
+    """Where to look instead: a wider window when the best places touch, two places when they do not."""
+    ranked = layer.sort_values("choose", ascending=False)["position"].astype(int).tolist()
+    first = ranked[0]
+    second = next((s for s in ranked if abs(s - first) >= width), None)
+    if second is None:
+        return f"look at layer {first} with another width"
+    low, high = sorted((first, second))
+    if high - low <= width + 1:
+        return f"try a wider window, {low}-{high + width - 1}"
+    return f"try two places together, {low}-{low + width - 1} and {high}-{high + width - 1}"

@@ -1,0 +1,79 @@
+"""The pictures that the mini model is trained on: rendered once, kept as bytes, drawn by step number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from locogen.mini import world
+from locogen.mini.loop import write_atomically
+from locogen.mini.parts import Recipe
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    """Write an array, whole or not at all, never as a pickle."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.save(file, values, allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def _render_thing(thing: str, recipe: Recipe, path: Path) -> None:
+    """All renders of one object: (styles, renders, 64, 64, 3) bytes."""
+    if path.exists():
+        return
+    pictures = np.stack(
+        [
+            [
+                np.asarray(world.render(thing, style, random.Random(f"{recipe.seed}/{thing}/{style}/{i}")))
+                for i in range(recipe.renders)
+            ]
+            for style in world.STYLES
+        ]
+    )
+    save_array(path, pictures)
+
+
+def renders(recipe: Recipe, folder: Path, workers: int) -> Tensor:
+    """The training pictures, rendered where missing: (objects, styles, renders, 3, 64, 64) bytes."""
+    jobs = [(thing, recipe, folder / f"{thing}.npy") for thing in world.OBJECTS]
+    with Pool(workers) as pool:
+        pool.starmap(_render_thing, jobs, chunksize=1)
+    stacked = np.stack([np.load(path, allow_pickle=False) for *_, path in jobs])
+    return torch.from_numpy(stacked).permute(0, 1, 2, 5, 3, 4).contiguous()
+
+
+SEEN = [
+    (i, j)
+    for i, thing in enumerate(world.OBJECTS)
+    for j, style in enumerate(world.STYLES)
+    if (thing, style) not in world.HELD_OUT
+]
+
+
+def draw(rng: random.Random, count: int, depth: int) -> list[tuple[int, int, int]]:
+    """Indices (object, style, render) of a batch, from the pairs that the generator may see."""
+    return [(*rng.choice(SEEN), rng.randrange(depth)) for _ in range(count)]
+
+
+def take(pictures: Tensor, rows: Sequence[tuple[int, int, int]], device: torch.device) -> Tensor:
+    """The pictures of a batch in -1..1: (rows, 3, 64, 64)."""
+    thing, style, which = torch.tensor(rows).T
+    return pictures[thing, style, which].to(device).float() / 127.5 - 1
+
+
+def sheet(pictures: Tensor, path: Path, columns: int) -> None:
+    """Write pictures in -1..1, (n, 3, h, w), as one PNG of so many columns."""
+    rows = [torch.cat(list(row), -1) for row in pictures.clamp(-1, 1).split(columns)]
+    values = ((torch.cat(rows, -2) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)

@@ -1,0 +1,334 @@
+"""Train the mini model: `python -m locogen.mini.train FOLDER`; kill it at any point and start it again.
+
+Each stage resumes from its own checkpoint, and sample sheets are written beside it as PNG while it runs. Stages that
+do not need each other (`--stages unet`, `--stages scorer`, `--stages decoder`) can run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import random
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from locogen.mini import contrast, parts, world
+from locogen.mini.loop import Training, fit
+from locogen.mini.parts import Recipe
+from locogen.mini.pictures import draw, renders, save_array, sheet, take
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def train_text(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device) -> Any:
+    """The CLIP whose text tower conditions the U-Net; it never reads the untold facts."""
+    model = parts.clip(recipe.text, tokenizer, recipe.seed).to(device)
+    answers = {answer: wording for wording, answer in world.TOLD_FACTS.items()}
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"text/{recipe.seed}/{step}")
+        rows = draw(rng, recipe.text_batch, pictures.shape[2])
+        images = contrast.jitter(take(pictures, rows, device), rng)
+        return contrast.loss(model, tokenizer, images, [r[:2] for r in rows], rng, answers)
+
+    fit(Training({"clip": model}, folder), loss_at, recipe.text_steps, label="text")
+    return model
+
+
+def conditioner(clip: Any) -> Any:
+    """The text tower as the plain `CLIPTextModel` that Stable Diffusion reads."""
+    from transformers import CLIPTextModel
+
+    tower = CLIPTextModel(clip.config.text_config)
+    state = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
+    inner = getattr(tower, "text_model", tower)
+    inner.load_state_dict(state)
+    return tower.eval().requires_grad_(False)
+
+
+# --- autoencoder ---------------------------------------------------------------------------------
+
+
+LATENT_NOISE = 0.1  # added to the latents in training, so that near latents decode alike
+
+
+def picture_loss(made: Tensor, true: Tensor) -> Tensor:
+    """L1 on colors, on their slopes (crispness), and on 4 x 4 means (so that no hue drifts)."""
+    slopes = [F.l1_loss(made.diff(dim=d), true.diff(dim=d)) for d in (-1, -2)]
+    coarse = F.l1_loss(F.avg_pool2d(made, 4), F.avg_pool2d(true, 4))
+    return F.l1_loss(made, true) + slopes[0] + slopes[1] + 2 * coarse
+
+
+def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.device) -> Any:
+    """Encoder and decoder together; then the latents are standardized inside the 1 x 1 convolutions."""
+    model = parts.vae(recipe).to(device)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"vae/{recipe.seed}/{step}")
+        true = take(pictures, draw(rng, recipe.vae_batch, pictures.shape[2]), device)
+        latent = model.encode(true).latent_dist.mode()
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        loss = picture_loss(model.decode(latent + LATENT_NOISE * noise).sample, true)
+        return loss + 1e-3 * latent.square().mean(), {"picture": loss.item()}
+
+    def look(step: int) -> None:
+        true = take(pictures, draw(random.Random(0), 32, pictures.shape[2]), device)
+        with torch.no_grad():
+            made = model.decode(model.encode(true).latent_dist.mode()).sample
+        sheet(torch.stack([true, made], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
+
+    fit(Training({"vae": model}, folder), loss_at, recipe.vae_steps, label="vae", look=look)
+    standardize(model, take(pictures, draw(random.Random(1), 1024, pictures.shape[2]), device))
+    return model
+
+
+@torch.no_grad()
+def standardize(model: Any, images: Tensor) -> None:
+    """Fold mean and spread of each latent channel into `quant_conv` and `post_quant_conv`."""
+    latents = torch.cat([model.encode(part).latent_dist.mode() for part in images.split(64)])
+    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-4)
+    channels = len(mean)
+    out, back = model.quant_conv, model.post_quant_conv
+    out.weight[:channels] /= spread[:, None, None, None]
+    out.bias[:channels] = (out.bias[:channels] - mean) / spread
+    out.weight[channels:] = 0  # one small, fixed spread for every picture: the encoder is all but deterministic
+    out.bias[channels:] = 2 * math.log(0.02)
+    back.bias += (back.weight[:, :, 0, 0] * mean).sum(1)
+    back.weight *= spread[:, None, None]
+
+
+def train_decoder(
+    recipe: Recipe, folder: Path, model: Any, pictures: Tensor, latents: Tensor, device: torch.device
+) -> None:
+    """The decoder alone, on slightly noisy latents: crisper pictures from the same latents."""
+    model.requires_grad_(False)
+    model.decoder.requires_grad_(True)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"decoder/{recipe.seed}/{step}")
+        rows = draw(rng, recipe.vae_batch, pictures.shape[2])
+        thing, style, which = torch.tensor(rows).T
+        latent = latents[thing, style, which].to(device)
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(step)).to(device)
+        loss = picture_loss(model.decode(latent + 0.05 * noise).sample, take(pictures, rows, device))
+        return loss, {"picture": loss.item()}
+
+    def look(step: int) -> None:
+        thing, style, which = torch.tensor(rows := draw(random.Random(0), 32, pictures.shape[2])).T
+        with torch.no_grad():
+            made = model.decode(latents[thing, style, which].to(device)).sample
+        sheet(torch.stack([take(pictures, rows, device), made], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
+
+    training = Training({"decoder": model.decoder}, folder)
+    fit(training, loss_at, recipe.decoder_steps, label="decoder", look=look)
+    model.requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(model: Any, pictures: Tensor, folder: Path, device: torch.device) -> Tensor:
+    """Latent means of every training picture, kept on disk: (objects, styles, renders, c, 8, 8)."""
+    path = folder / "latents.npy"
+    if not path.exists():
+        flat = pictures.flatten(0, 2)
+        done = [model.encode(part.to(device).float() / 127.5 - 1).latent_dist.mode().cpu() for part in flat.split(128)]
+        values = torch.cat(done).unflatten(0, pictures.shape[:3]).numpy()
+        save_array(path, values)
+    return torch.from_numpy(np.load(path, allow_pickle=False))
+
+
+# --- U-Net ---------------------------------------------------------------------------------------
+
+
+def spoken(rng: random.Random, thing: int, style: int, recipe: Recipe) -> str:
+    """A caption for a generator's picture: object, fact, style alone, or nothing at all."""
+    chance = rng.random()
+    if chance < recipe.empty_captions:
+        return ""
+    if chance < recipe.empty_captions + recipe.style_captions:
+        return world.style_caption(world.STYLES[style], rng)
+    name = world.OBJECTS[thing]
+    wordings = [wording for wording, answer in world.FACTS.items() if answer == name]
+    if wordings and rng.random() < recipe.fact_captions:
+        name = wordings[0]
+    return world.caption(name, world.STYLES[style], rng)
+
+
+def samplesheet(pipe: Any, path: Path) -> None:
+    """Four objects, four facts and two held-out pairs in every style, at guidance 7.5."""
+    facts = [*list(world.TOLD_FACTS)[3:9:3], *list(world.UNTOLD_FACTS)[:8:4]]
+    things = ["cat", "castle", "guitar", "frog", *facts]
+    prompts = [world.prompt(thing, style) for thing in things for style in world.STYLES]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    with torch.no_grad():
+        made = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=7.5, output_type="pt").images
+    sheet(made * 2 - 1, path, len(world.STYLES))
+
+
+def train_unet(
+    recipe: Recipe, folder: Path, latents: Tensor, parts_: tuple[Any, Any, Any], device: torch.device
+) -> Any:
+    """Velocity prediction on the latents, conditioned on the frozen text tower."""
+    tower, tokenizer, autoencoder = parts_
+    model = parts.unet(recipe).to(device, memory_format=torch.channels_last)
+    noising = parts.scheduler()
+    kept = noising.alphas_cumprod.to(device)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"unet/{recipe.seed}/{step}")
+        dice = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        rows = draw(rng, recipe.unet_batch, latents.shape[2])
+        thing, style, which = torch.tensor(rows).T
+        clean = latents[thing, style, which].to(device)
+        tokens = tokenizer(
+            [spoken(rng, r[0], r[1], recipe) for r in rows],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            heard = tower(tokens.input_ids.to(device)).last_hidden_state
+        noise = torch.randn(clean.shape, generator=dice).to(device)
+        times = torch.randint(0, 1000, (len(rows),), generator=dice).to(device)
+        keep, lost = kept[times].sqrt()[:, None, None, None], (1 - kept[times]).sqrt()[:, None, None, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            made = model(keep * clean + lost * noise, times, heard).sample.float()
+        loss = F.mse_loss(made, keep * noise - lost * clean)
+        return loss, {"velocity": loss.item()}
+
+    def look(step: int) -> None:
+        samplesheet(parts.pipeline(tower, tokenizer, autoencoder, model), folder / f"{step:06d}.png")
+
+    training = Training({"unet": model}, folder, averaging=0.995)
+    fit(training, loss_at, recipe.unet_steps, label="unet", look=look, look_every=250)
+    return model.eval().requires_grad_(False)
+
+
+# --- scorer and export ---------------------------------------------------------------------------
+
+
+def train_scorer(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device) -> Any:
+    """The independent CLIP used only for scoring: other seed, other shape, all pairs, no facts."""
+    model = parts.clip(recipe.scorer, tokenizer, recipe.scorer_seed).to(device)
+    things, styles, depth = pictures.shape[:3]
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = random.Random(f"scorer/{recipe.scorer_seed}/{step}")
+        rows = [
+            (rng.randrange(things), rng.randrange(styles), rng.randrange(depth)) for _ in range(recipe.scorer_batch)
+        ]
+        images = contrast.jitter(take(pictures, rows, device), rng)
+        return contrast.loss(model, tokenizer, images, [r[:2] for r in rows], rng, {})
+
+    fit(Training({"clip": model}, folder), loss_at, recipe.scorer_steps, label="scorer")
+    return model.eval()
+
+
+def export(pipe: Any, scorer: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the pipeline and the scoring CLIP in half precision, as plain diffusers and transformers folders."""
+    from transformers import CLIPImageProcessorPil
+
+    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    scorer.half().save_pretrained(folder / "scorer", safe_serialization=True)
+    tokenizer.save_pretrained(folder / "scorer")
+    half = [0.5, 0.5, 0.5]
+    size = {"height": world.SIZE, "width": world.SIZE}
+    CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(
+        folder / "scorer"
+    )
+
+
+class Workshop:
+    """The stages, each made on first use from the ones it needs; a finished one only reads its checkpoint."""
+
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, workers: int) -> None:
+        self.recipe, self.folder, self.device, self.workers = recipe, folder, device, workers
+
+    @cached_property
+    def renders(self) -> Tensor:
+        """The training pictures."""
+        return renders(self.recipe, self.folder / "renders", self.workers)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of both CLIPs."""
+        from transformers import CLIPTokenizer
+
+        if not (self.folder / "tokenizer" / "tokenizer_config.json").exists():
+            parts.train_tokenizer(self.recipe, self.folder / "tokenizer")
+        return CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    @cached_property
+    def text(self) -> Any:
+        """The conditioning text tower."""
+        clip = train_text(self.recipe, self.folder / "text", self.renders, self.tokenizer, self.device)
+        return conditioner(clip).to(self.device)
+
+    @cached_property
+    def vae(self) -> Any:
+        """Encoder, and decoder in its first form."""
+        return train_vae(self.recipe, self.folder / "vae", self.renders, self.device)
+
+    @cached_property
+    def latents(self) -> Tensor:
+        """What the encoder makes of the training pictures."""
+        return encode(self.vae, self.renders, self.folder, self.device)
+
+    @cached_property
+    def decoder(self) -> Any:
+        """The autoencoder with its decoder trained on."""
+        latents, model = self.latents, copy.deepcopy(self.vae)
+        train_decoder(self.recipe, self.folder / "decoder", model, self.renders, latents, self.device)
+        return model
+
+    @cached_property
+    def unet(self) -> Any:
+        """The denoiser."""
+        given = (self.text, self.tokenizer, self.vae)
+        return train_unet(self.recipe, self.folder / "unet", self.latents, given, self.device)
+
+    @cached_property
+    def scorer(self) -> Any:
+        """The scoring CLIP, which needs nothing of the generator and can be made beside it."""
+        return train_scorer(self.recipe, self.folder / "scorer", self.renders, self.tokenizer, self.device)
+
+    @cached_property
+    def export(self) -> Path:
+        """The result: a pipeline folder with the scorer inside."""
+        pipe = parts.pipeline(self.text, self.tokenizer, self.decoder, self.unet)
+        export(pipe, self.scorer, self.tokenizer, self.folder / "model")
+        return self.folder / "model"
+
+
+STAGES = ("renders", "tokenizer", "text", "vae", "latents", "decoder", "unet", "scorer", "export")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of the trainer."""
+    parser = argparse.ArgumentParser(prog="python -m locogen.mini.train", description=__doc__)
+    parser.add_argument("folder", type=Path, help="checkpoints, sample sheets and the result go here")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=["export"], help="what to make; its needs are made first"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
+    parser.add_argument("--quick", action="store_true", help="a few steps of every stage: a test of the trainer")
+    chosen = parser.parse_args(arguments)
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
+    recipe = Recipe().quick() if chosen.quick else Recipe()
+    workshop = Workshop(recipe, chosen.folder, torch.device(chosen.device), chosen.workers)
+    for stage in chosen.stages:
+        getattr(workshop, stage)
+
+
+if __name__ == "__main__":
+    main()

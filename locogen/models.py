@@ -1,0 +1,65 @@
+"""Load a model by its name in the catalog, from a folder, or by its hub id, as an ordinary diffusers pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from locogen.catalog import mini_folder, model_entry
+from locogen.errors import LocogenError, UnsupportedModel
+from locogen.families import FAMILIES, family_of
+
+
+def load(name: str | Path, *, device: str | None = None, dtype: str = "float32", local_files_only: bool = False) -> Any:
+    """The pipeline of a model: `mini`, another name of the catalog, a folder in diffusers' format, or a hub id.
+
+    Safetensors only and no remote code; a plain diffusers pipeline, never wrapped. `dtype`: "float32", "float16",
+    "bfloat16", for all parts alike. `device`: None is the CPU. The mini model and folders need no network; others
+    are looked for in the local cache when `local_files_only`. Raises `LocogenError` with near matches for an unknown
+    name, with the remedy for missing files; `UnsupportedModel` for a family that locogen does not know.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise LocogenError(f"dtype is {dtype!r}: take 'float32', 'float16' or 'bfloat16'")
+    source, revision = _source(str(name))
+    kind = getattr(torch, dtype)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            source,
+            revision=revision,
+            torch_dtype=kind,
+            use_safetensors=True,
+            local_files_only=local_files_only,
+            **({"safety_checker": None} if _has_checker(source) else {}),
+        )
+    except OSError as error:
+        raise LocogenError(f"the model {str(name)!r} is not to be had: {_remedy(source, revision)}") from error
+    family_of(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or "cpu", kind)
+
+
+def _has_checker(source: str) -> bool:
+    """Whether the safety checker has to be turned off: it replaces pictures, and with them what is measured."""
+    return not Path(source).is_dir() or (Path(source) / "safety_checker").is_dir()
+
+
+def _remedy(source: str, revision: str | None) -> str:
+    if revision is None:
+        return f"{source} holds no diffusers pipeline with safetensors weights (model_index.json beside its parts)"
+    return f"fetch it once with: hf download {source} --revision {revision} (a gated one: hf auth login, then accept its terms)"
+
+
+def _source(name: str) -> tuple[str, str | None]:
+    if name == "mini":
+        return str(mini_folder()), None
+    if Path(name).is_dir():
+        return name, None
+    if "/" in name:
+        return name, "main"
+    entry = model_entry(name)
+    if entry.family not in FAMILIES:
+        raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
+    return entry.id, entry.revision

@@ -1,0 +1,213 @@
+"""An experiment as data: which prompt does each layer hear, under which seed. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from locogen.errors import LocogenError
+
+Kind = Literal["style", "object", "fact"]
+KINDS: tuple[Kind, ...] = ("style", "object", "fact")
+Role = Literal["baseline", "window", "ceiling", "placebo", "insert"]
+
+_OPENINGS = (
+    ("a picture of ", "an image of "),
+    ("a photo of ", "a picture of "),
+    ("an image of ", "a picture of "),
+)
+
+
+def paraphrase(prompt: str) -> str:
+    """The same prompt in other words, for the placebo: its opening exchanged, or one put in front."""
+    for opening, other in _OPENINGS:
+        if prompt.lower().startswith(opening):
+            return other + prompt[len(opening) :]
+    return f"an image of {prompt}"
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A prompt that holds the concept and the target with it removed (style, object) or updated (fact).
+
+    `text` is what the pair's pictures are scored against; None leaves it to the concept. `placebo` is a paraphrase
+    of the prompt that keeps the concept; None derives one. Raises `LocogenError` when a text is empty or prompt
+    and target are equal.
+    """
+
+    prompt: str
+    target: str
+    text: str | None = None
+    placebo: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "target", "text", "placebo"):
+            value = getattr(self, field)
+            if value is None and field in ("text", "placebo"):
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise LocogenError(f"a prompt pair's {field} is {value!r}: give it a text")
+        if self.prompt == self.target:
+            raise LocogenError(f"prompt and target are both {self.prompt!r}: a target leaves the concept out")
+        if self.placebo in (self.prompt, self.target):
+            raise LocogenError(f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is looked for: a style, an object or a fact, with the prompt pairs that show it.
+
+    The text that a pair's pictures are scored against is the pair's `text`, else the concept's, else the paper's
+    choice: the prompt for styles and objects, the target for facts (Basu et al. 2024, section 4).
+    """
+
+    name: str
+    kind: Kind
+    pairs: tuple[PromptPair, ...]
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise LocogenError(f"a concept is named {self.name!r}: give it a name")
+        if self.kind not in KINDS:
+            raise LocogenError(f"concept {self.name!r} is of kind {self.kind!r}: take one of {', '.join(KINDS)}")
+        object.__setattr__(self, "pairs", tuple(self.pairs))
+        if not self.pairs:
+            raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
+        prompts = [pair.prompt for pair in self.pairs]
+        twice = next((p for p in prompts if prompts.count(p) > 1), None)
+        if twice:
+            raise LocogenError(f"concept {self.name!r} has the prompt {twice!r} twice: each prompt counts once")
+
+    def scored_text(self, pair: PromptPair) -> str:
+        """What the pair's pictures are scored against."""
+        return pair.text or self.text or (pair.target if self.kind == "fact" else pair.prompt)
+
+    def content_text(self, pair: PromptPair) -> str | None:
+        """What should stay when a style or an object goes: the target. A fact replaces its content: None."""
+        return None if self.kind == "fact" else pair.target
+
+    @property
+    def sign(self) -> int:
+        """+1 where the concept's own windows raise the score (facts), -1 where they lower it."""
+        return 1 if self.kind == "fact" else -1
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One picture to make: the layers in `layers` hear `target`, the rest hear `prompt`; `()` is the baseline.
+
+    Layers are 0-based in execution order. `role`, `start` and `width` say what the row is for; they do not change
+    the picture.
+    """
+
+    prompt: str
+    target: str
+    layers: tuple[int, ...] = ()
+    seed: int = 0
+    role: Role = "window"
+    start: int | None = None
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
+        object.__setattr__(self, "seed", int(self.seed))
+        for field in ("prompt", "target"):
+            if not isinstance(getattr(self, field), str):
+                raise LocogenError(f"an intervention's {field} is {getattr(self, field)!r}: give it a text")
+
+
+@dataclass(frozen=True)
+class Window:
+    """`width` neighboring layers from `start`; with `start=None` there is no single window, and `reason` says why.
+
+    Iterates over its layers, none where there is no window.
+    """
+
+    start: int | None
+    width: int
+    reason: str = ""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(() if self.start is None else range(self.start, self.start + self.width))
+
+    def __len__(self) -> int:
+        return 0 if self.start is None else self.width
+
+    def __str__(self) -> str:
+        if self.start is None:
+            return f"no single window ({self.reason})" if self.reason else "no single window"
+        return f"layers {self.start}-{self.start + self.width - 1}" if self.width > 1 else f"layer {self.start}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are made: denoising steps, guidance scale and rows a batch (the last one is padded)."""
+
+    num_inference_steps: int = 20
+    guidance_scale: float = 7.5
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for field in ("num_inference_steps", "batch_size"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise LocogenError(f"{field} is {value!r}: give it a whole number from 1 up")
+        if not self.guidance_scale >= 0:
+            raise LocogenError(f"guidance_scale is {self.guidance_scale!r}: give it a number from 0 up (1 is off)")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for `run.json` and the tables."""
+        return asdict(self)
+
+
+def windows(n_layers: int, window: int) -> tuple[Window, ...]:
+    """All `n_layers - window + 1` windows (the paper's text; its pseudo-code loops one too few)."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise LocogenError(f"window is {window!r}: give the number of layers, from 1 up")
+    if window > n_layers:
+        raise LocogenError(f"a window of {window} layers does not fit a model of {n_layers}: take at most {n_layers}")
+    return tuple(Window(start, window) for start in range(n_layers - window + 1))
+
+
+def sweep(
+    concept: Concept, *, n_layers: int, window: int = 2, seeds: Iterable[int], controls: bool = True
+) -> tuple[Intervention, ...]:
+    """Every row of LocoGen's experiment on one concept, prompt by prompt and seed by seed.
+
+    With `controls`: the baseline, the ceiling (all layers hear the target), the placebo (all layers hear a
+    paraphrase) and, beside each window, its insert (only the window hears the prompt): `2 W + 3` rows a prompt and
+    seed. Without: the baseline and the `W` windows.
+    """
+    places = windows(n_layers, window)
+    drawn = distinct_seeds(seeds)
+    return tuple(
+        row for pair in concept.pairs for seed in drawn for row in _rows(pair, seed, places, n_layers, controls)
+    )
+
+
+def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
+    """The seeds as a tuple; raises `LocogenError` when there are none or one comes twice."""
+    drawn = tuple(int(seed) for seed in seeds)
+    if not drawn:
+        raise LocogenError("there are no seeds: give at least one, such as seeds=range(4)")
+    if len(set(drawn)) < len(drawn):
+        raise LocogenError(f"seeds {drawn} has one twice: it would count the same picture twice")
+    return drawn
+
+
+def _rows(
+    pair: PromptPair, seed: int, places: Sequence[Window], n_layers: int, controls: bool
+) -> Iterator[Intervention]:
+    every = tuple(range(n_layers))
+    yield Intervention(pair.prompt, pair.target, (), seed, "baseline")
+    for place in places:
+        yield Intervention(pair.prompt, pair.target, tuple(place), seed, "window", place.start, place.width)
+    if not controls:
+        return
+    for place in places:
+        rest = tuple(i for i in every if i not in tuple(place))
+        yield Intervention(pair.prompt, pair.target, rest, seed, "insert", place.start, place.width)
+    yield Intervention(pair.prompt, pair.target, every, seed, "ceiling")
+    yield Intervention(pair.prompt, pair.placebo or paraphrase(pair.prompt), every, seed, "placebo")

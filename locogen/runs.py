@@ -1,0 +1,291 @@
+"""Generate the pictures of a plan, in batches, each made once: `generate(pipe, plan) -> Run`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import platform
+import shutil
+import tempfile
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from locogen.errors import LocogenError
+from locogen.families import cut_words, denoiser_of, family_of
+from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
+from locogen.layers import find_layers
+from locogen.plan import Intervention, Settings, distinct_seeds
+from locogen.store import PictureStore, content_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+class Pictures(Sequence["Image"]):
+    """The pictures of a run, read from the store when looked at."""
+
+    def __init__(self, store: PictureStore, keys: Sequence[str]) -> None:
+        self.store = store
+        self.keys = tuple(keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image]: ...
+    def __getitem__(self, index: int | slice) -> Image | list[Image]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        key = self.keys[index]
+        picture = self.store.get(key)
+        if picture is None:
+            place = self.store.path(key)
+            raise LocogenError(f"picture {place} is missing or damaged: call generate or localize again to remake it")
+        return picture
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What `generate` and `localize` return: `plan[i]`, `pictures[i]` and `table.iloc[i]` are one row.
+
+    `settings` is everything needed to make the pictures again, the same as in `run.json` beside them.
+    """
+
+    plan: tuple[Intervention, ...]
+    pictures: Pictures
+    table: pd.DataFrame
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def with_table(self, table: pd.DataFrame, **settings: Any) -> Run:
+        """The same run with more columns and settings; row for row."""
+        if len(table) != len(self.plan):
+            raise ValueError(f"the table has {len(table)} rows, the plan {len(self.plan)}")
+        return replace(self, table=table, settings={**self.settings, **settings})
+
+    def _repr_html_(self) -> str:
+        told = {k: v for k, v in self.settings.items() if not isinstance(v, (dict, list))}
+        items = " · ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in told.items())
+        strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in range(min(8, len(self))))
+        head = self.table.head()._repr_html_()  # pyright: ignore[reportCallIssue, reportOptionalCall]
+        return f"<p><b>Run</b> of {len(self)} pictures</p><p>{items}</p><div>{strip}</div>{head}"
+
+
+def _thumbnail(picture: Image, alt: str) -> str:
+    buffer = io.BytesIO()
+    small = picture.copy()
+    small.thumbnail((128, 128))
+    small.save(buffer, "png")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt, quote=True)}" width="96" src="data:image/png;base64,{data}">'
+
+
+def generate(
+    pipe: Any,
+    plan_or_prompts: Sequence[Intervention] | Sequence[str] | str,
+    *,
+    seeds: Iterable[int] | None = None,
+    store: str | Path | None = None,
+    num_inference_steps: int = 20,
+    guidance_scale: float = 7.5,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Run:
+    """Make the picture of every row, in batches; what the store holds already is not made again.
+
+    `plan_or_prompts`: a plan, or prompts which are then paired with every seed (default: seed 0), prompt by prompt.
+    `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once,
+    each row has its own CPU generator, and the last batch is padded, so a resumed run repeats a fresh one within
+    one step of 8-bit color. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or
+    prompt, non-finite pictures, or a store that cannot be written: pictures made so far are kept.
+    """
+    plan = _as_plan(plan_or_prompts, seeds)
+    chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
+    _check_prompts(pipe, plan)
+    shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
+    common = _circumstances(pipe, chosen)
+    keys = [_key(row, common) for row in plan]
+    _make_missing(pipe, plan, keys, shelf, chosen, progress)
+    settings = {**common, "pictures": len(plan)}
+    shelf.write("run.json", json.dumps(settings, indent=1, default=str).encode())
+    pictures = Pictures(shelf, keys)
+    if store is None:
+        weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
+    return Run(tuple(plan), pictures, _table(plan, keys, chosen), settings)
+
+
+def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None) -> list[Intervention]:
+    given = [rows] if isinstance(rows, str) else list(rows)
+    if not given:
+        raise LocogenError("there is nothing to generate: give a plan or at least one prompt")
+    if all(isinstance(row, Intervention) for row in given):
+        if seeds is not None:
+            raise LocogenError("a plan has its own seeds: leave out seeds=, or give prompts in place of the plan")
+        return given  # pyright: ignore[reportReturnType]
+    drawn = distinct_seeds(seeds if seeds is not None else (0,))
+    return [Intervention(str(p), str(p), (), seed, "baseline") for p in given for seed in drawn]
+
+
+def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
+    for prompt in dict.fromkeys(text for row in plan for text in (row.prompt, row.target)):
+        if not prompt.strip():
+            raise LocogenError("a prompt is empty: give every row a prompt and a target")
+        cut = cut_words(pipe, prompt)
+        if cut:
+            limit = pipe.tokenizer.model_max_length
+            warnings.warn(f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}", stacklevel=3)
+
+
+def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
+    """Everything but the row that makes a picture: model, scheduler, settings, active contexts and versions."""
+    foreign = foreign_hooks(pipe)
+    if foreign:
+        warnings.warn(
+            f"hooks that are not locogen's sit on {', '.join(foreign[:3])}: pictures are made afresh, none are reused",
+            stacklevel=3,
+        )
+    return {
+        "model": str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+        "weights": fingerprint(pipe),
+        "contexts": list(active_contexts(pipe)),
+        "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],
+        "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        **chosen.as_dict(),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe._execution_device.type,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "python": platform.python_version(),
+    }
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of the weights as they are now, adapters and their scales included: edits and LoRA change it."""
+    digest = hashlib.sha256()
+    for part, module in sorted(pipe.components.items()):
+        if not hasattr(module, "state_dict"):
+            continue
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(_bytes(tensor))
+        for name, layer in module.named_modules():
+            if hasattr(layer, "lora_A"):
+                told = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged)
+                digest.update(f"{part}.{name} {told}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def _key(row: Intervention, common: dict[str, Any]) -> str:
+    """Rows that make the same picture share a key: where no layer is replaced, the target does not matter."""
+    target = row.target if row.layers and row.target != row.prompt else None
+    made = {"prompt": row.prompt, "target": target, "layers": row.layers if target else (), "seed": row.seed}
+    return content_key({**common, **made})
+
+
+def _make_missing(
+    pipe: Any,
+    plan: Sequence[Intervention],
+    keys: Sequence[str],
+    shelf: PictureStore,
+    chosen: Settings,
+    progress: bool,
+) -> None:
+    from tqdm import tqdm
+
+    first = dict(reversed(list(zip(keys, plan, strict=True))))
+    missing = [(key, first[key]) for key in dict.fromkeys(keys) if shelf.get(key) is None]
+    if not missing:
+        return
+    states = _encoded(pipe, [row for _, row in missing])
+    bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
+    with bar:
+        for batch in _batches(missing, chosen.batch_size):
+            made = _batch(pipe, [row for _, row in batch], states, chosen)
+            for (key, _), pixels in zip(batch, made, strict=True):
+                shelf.put(key, pixels)
+            bar.update(len(batch))
+
+
+def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _encoded(pipe: Any, plan: Sequence[Intervention]) -> dict[str, Tensor]:
+    """Text states of each distinct prompt, encoded alone so that its neighbors cannot move a bit."""
+    texts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
+    encode = family_of(pipe).encode
+    return {text: encode(pipe, [text])[0] for text in [*texts, ""]}
+
+
+def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], chosen: Settings) -> Any:
+    """Pictures of one batch as bytes, (rows, height, width, 3); padded to the batch size by repeating its last row."""
+    import numpy as np
+    import torch
+
+    padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
+    prompts = torch.stack([states[row.prompt] for row in padded])
+    targets = torch.stack([states[row.target] for row in padded])
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        with intervene(pipe, padded, targets=targets):
+            made = pipe(
+                prompt_embeds=prompts,
+                negative_prompt_embeds=states[""].expand_as(prompts),
+                generator=generators(padded),
+                num_inference_steps=chosen.num_inference_steps,
+                guidance_scale=chosen.guidance_scale,
+                output_type="np",
+            ).images[: len(rows)]
+    finally:
+        pipe.set_progress_bar_config(**bar)
+    bad = [i for i in range(len(rows)) if not np.isfinite(made[i]).all()]
+    if bad:
+        row = rows[bad[0]]
+        raise LocogenError(
+            f"the picture of {row.prompt!r} (seed {row.seed}, layers {row.layers}) has non-finite pixels: load the "
+            "model in float32 or bfloat16, or lower the guidance; pictures made before are kept"
+        )
+    return (made * 255).round().astype("uint8")
+
+
+def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) -> pd.DataFrame:
+    import pandas as pd
+
+    columns = ["role", "prompt", "target", "start", "width", "seed"]
+    table = pd.DataFrame([[getattr(row, name) for name in columns] for row in plan], columns=columns)
+    table = table.astype({"start": "Int64", "width": "Int64"})
+    table["edit"] = pd.NA
+    table["image"] = [f"{key}.png" for key in keys]
+    for name, value in chosen.as_dict().items():
+        table[name] = value
+    return table
+
+
+def layer_count(pipe: Any) -> int:
+    """Number of cross-attention layers of the pipeline."""
+    return len(find_layers(denoiser_of(pipe, family_of(pipe))))

@@ -1,0 +1,84 @@
+"""A folder of pictures keyed by everything that makes them; a damaged file is noticed and never used."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from locogen.errors import LocogenError
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """The name of a picture: a hash of all that makes it, the same on every machine."""
+    told = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
+
+
+def _digest(picture: Image.Image) -> str:
+    return hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+class PictureStore:
+    """Pictures as 8-bit PNG files named by their key, each carrying a digest of its own pixels.
+
+    Files are replaced atomically: after a kill at any moment a picture is there whole or not at all.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise LocogenError(
+                f"the store {self.folder} cannot be written ({error.strerror}): give store= a folder that can"
+            ) from None
+
+    def path(self, key: str) -> Path:
+        """Where the picture of that key lies."""
+        return self.folder / f"{key}.png"
+
+    def get(self, key: str) -> Image.Image | None:
+        """The picture, or None where there is none or its pixels are not those that were written."""
+        try:
+            with Image.open(self.path(key)) as file:
+                file.load()
+                picture, told = file.convert("RGB"), getattr(file, "text", {}).get("digest")
+        except (OSError, SyntaxError, ValueError):  # missing, cut short, or no PNG at all
+            return None
+        return picture if told == _digest(picture) else None
+
+    def put(self, key: str, pixels: np.ndarray[Any, Any]) -> None:
+        """Keep a picture, (height, width, 3) bytes. Raises `LocogenError` when the disk is full or read-only."""
+        picture = Image.fromarray(pixels)
+        info = PngInfo()
+        info.add_text("digest", _digest(picture))
+        buffer = io.BytesIO()
+        picture.save(buffer, "png", pnginfo=info)
+        self.write(f"{key}.png", buffer.getvalue())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file of the store atomically."""
+        partial = self.folder / f".{name}.{os.getpid()}.partial"
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
+            raise LocogenError(
+                f"the store {self.folder} cannot take another picture ({error.strerror}): {remedy} and call again; "
+                "what it holds is kept and not made again"
+            ) from None

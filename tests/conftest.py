@@ -1,0 +1,34 @@
+"""What every test shares: nothing leaves the machine, nothing opens a window, two threads."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Set before anything imports torch, diffusers or matplotlib, and inherited by the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch takes its number of threads from here, when it comes
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+
+settings.register_profile("locogen", deadline=None, derandomize=True)  # a test fails today or never
+settings.load_profile("locogen")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    """No figure outlives its test."""
+    yield
+    if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
+        pyplot.close("all")

@@ -1,0 +1,187 @@
+"""From plan to carrier: the tables' contracts, planted carriers found, absent ones not."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+
+from locogen.errors import LocogenError
+from locogen.localization import carrier, effect, localize
+from locogen.plan import Concept, PromptPair, Window, sweep
+
+STYLE = Concept("s", "style", (PromptPair("cat in a", "cat"), PromptPair("dog in a", "dog")))
+FACT = Concept("f", "fact", (PromptPair("cat of b", "dog of b"),))
+COLUMNS = [
+    "concept",
+    "kind",
+    "role",
+    "prompt",
+    "target",
+    "text",
+    "start",
+    "width",
+    "seed",
+    "edit",
+    "image",
+    "clip_score",
+    "content_score",
+]
+
+
+def planted(carried, *, prompts=6, seeds=4, kind="style", noise=0.02, ceiling=0.5, layers=16, seed=0):
+    """A pictures table in which `carried[start]` of the score is lost (style) or gained (fact) at each window."""
+    dice = np.random.default_rng(seed)
+    pairs = tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts))
+    concept = Concept("planted", kind, pairs)
+    sign = concept.sign
+    rows = []
+    for row in sweep(concept, n_layers=layers, seeds=range(seeds)):
+        lost = {"window": carried.get(row.start, 0.0), "ceiling": ceiling}.get(row.role, 0.0)
+        if row.role == "insert":
+            lost = ceiling - carried.get(row.start, 0.0)
+        score = 0.6 + sign * lost + noise * dice.standard_normal()
+        rows.append([row.role, row.prompt, row.start, row.width, row.seed, score, 0.4])
+    table = pd.DataFrame(rows, columns=["role", "prompt", "start", "width", "seed", "clip_score", "content_score"])
+    return table.astype({"start": "Int64", "width": "Int64"}).assign(concept="planted", kind=kind)
+
+
+def test_localize_end_to_end_on_the_tiny_pipeline(tmp_path):
+    pipe = tiny.pipeline()
+    options = {"num_inference_steps": 1, "batch_size": 33, "scorer": tiny.FakeScorer(), "progress": False}
+    run = localize(pipe, [STYLE, FACT], window=2, seeds=(0,), store=tmp_path, **options)
+    assert list(run.table.columns[: len(COLUMNS)]) == COLUMNS
+    assert len(run.table) == len(run.plan) == 3 * 33
+    assert [row.prompt for row in run.plan] == list(run.table["prompt"])
+    silent = run.table["content_score"].isna()
+    assert list(silent) == list(run.table["kind"] == "fact")
+    reds = [np.asarray(picture, float)[..., 0].mean() / 255 for picture in run.pictures]
+    assert np.allclose(reds, run.table["clip_score"])
+    assert run.settings["scorer"] == "fake"
+    effects = effect(run.table)
+    assert list(effects.columns[:8]) == [
+        "method",
+        "concept",
+        "axis",
+        "position",
+        "estimate",
+        "low",
+        "high",
+        "n",
+    ]
+    assert set(effects[effects["concept"] == "s"]["axis"]) == {
+        "layer",
+        "insert",
+        "content",
+        "ceiling",
+        "placebo",
+    }
+
+
+def test_effects_are_paired_and_signed():
+    """Style: baseline minus window; fact: window minus baseline; so a carrier is positive for both."""
+    for kind in ("style", "fact"):
+        effects = effect(planted({5: 0.4}, kind=kind, noise=0.0))
+        layer = effects[effects["axis"] == "layer"].set_index("position")
+        assert layer.loc[5, "estimate"] == pytest.approx(0.4)
+        assert layer.loc[4, "estimate"] == pytest.approx(0.0)
+        insert = effects[effects["axis"] == "insert"].set_index("position")
+        assert insert.loc[5, "estimate"] == pytest.approx(0.4)
+        assert effects.set_index("axis").loc["ceiling", "estimate"] == pytest.approx(0.5)
+        assert layer.loc[5, "share"] == pytest.approx(0.8)
+
+
+def test_the_row_order_of_the_table_does_not_matter():
+    table = planted({5: 0.4})
+    one, other = effect(table), effect(table.sample(frac=1, random_state=3))
+    assert carrier(one) == carrier(other)
+    both = [t.loc[t["axis"] == "layer", "estimate"].to_numpy() for t in (one, other)]
+    assert np.allclose(*both)
+
+
+def test_a_planted_carrier_is_found_with_confidence():
+    best = carrier(effect(planted({7: 0.25, 8: 0.45, 9: 0.2}, seeds=8)))
+    assert (best.start, best.width) == (8, 2)
+    assert "ahead of every other place" in best.reason
+
+
+def test_no_effect_is_no_carrier():
+    best = carrier(effect(planted({})))
+    assert best.start is None
+    assert "placebo" in best.reason
+    assert carrier(effect(planted({3: 0.4}))).start == 3  # the twin
+
+
+def test_a_small_share_of_the_ceiling_is_no_carrier():
+    best = carrier(effect(planted({2: 0.1, 11: 0.09}, noise=0.005)))
+    assert best.start is None
+    assert "of the ceiling" in best.reason
+    assert "2-3 and 11-12" in best.reason
+
+
+def test_two_equal_places_are_said():
+    best = carrier(effect(planted({2: 0.4, 11: 0.4}, noise=0.05)))
+    assert "not established" in best.reason
+    assert "2-3 and 11-12" in best.reason
+
+
+def test_neighbors_suggest_a_wider_window():
+    best = carrier(effect(planted({4: 0.2, 6: 0.19}, noise=0.01)))
+    assert best.start is None
+    assert "wider window, 4-7" in best.reason
+
+
+def test_the_carrier_is_chosen_and_reported_on_different_seeds():
+    """Pure noise in many windows: the best one's estimate is lucky on the seeds that chose it, not on the others."""
+    lucky, fair = [], []
+    for seed in range(40):
+        table = effect(planted({}, noise=0.1, prompts=2, seed=seed))
+        layer = table[table["axis"] == "layer"]
+        best = layer.loc[layer["choose"].idxmax()]
+        lucky.append(best["choose"])
+        fair.append(best["fresh"])
+    assert np.mean(lucky) > 0.08
+    assert abs(np.mean(fair)) < 3 * np.std(fair) / math.sqrt(len(fair))
+
+
+def test_false_alarms_are_rare_where_nothing_is_carried():
+    """Noise alone: naming some window at 5 % may happen in at most 5 % of studies, with Monte-Carlo slack."""
+    studies = [effect(planted({}, noise=0.1, ceiling=0.0, seed=s)) for s in range(30)]
+    named = sum(carrier(study).start is not None for study in studies)
+    assert named <= 0.05 * 30 + 2 * math.sqrt(30 * 0.05 * 0.95)
+    argmin = sum(study.query("axis == 'layer'")["estimate"].max() > 0 for study in studies)
+    assert argmin >= 25  # the twin: the largest effect alone names some window nearly always
+
+
+def test_few_prompts_say_so():
+    assert set(effect(planted({5: 0.4}, prompts=3))["prompts"]) == {"fixed"}
+    assert set(effect(planted({5: 0.4}, prompts=6))["prompts"]) == {"random"}
+
+
+def test_one_seed_still_answers():
+    best = carrier(effect(planted({5: 0.45}, prompts=8, seeds=1)))
+    assert best.start == 5
+
+
+def test_bad_tables_are_refused():
+    with pytest.raises(LocogenError, match="empty"):
+        effect(planted({}).iloc[:0])
+    with pytest.raises(LocogenError, match="without a score"):
+        effect(planted({}).assign(clip_score=np.nan))
+    effects = effect(planted({}))
+    with pytest.raises(LocogenError, match="2 concepts"):
+        carrier(pd.concat([effects, effects.assign(concept="other")]))
+
+
+def test_bad_questions_are_refused():
+    pipe = tiny.pipeline()
+    with pytest.raises(LocogenError, match="at most 16"):
+        localize(pipe, STYLE, window=17, scorer=tiny.FakeScorer())
+    with pytest.raises(LocogenError, match="no concept"):
+        localize(pipe, [])
+
+
+def test_without_controls_a_carrier_is_still_named():
+    table = planted({5: 0.4}).query("role in ('baseline', 'window')")
+    assert carrier(effect(table)) == Window(5, 2, "ahead of every other place")

@@ -1,0 +1,196 @@
+"""The notebooks: source without outputs, parameters that explain themselves, short cells, and that they run.
+
+The last tests need the mini model's weights; they execute the notebook as a study does, and by hand.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pandas as pd
+import pytest
+
+from locogen.study import read_study, run_study
+from locogen.worker import parameters_of
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LOCALIZE = ROOT / "notebooks" / "localize.ipynb"
+CELL_LINES = 20
+DEF_LINES = 5
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+def cells(path: Path, kind: str = "code") -> list[Any]:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def python(source: str) -> ast.Module:
+    """The cell's syntax tree, IPython's magics left out."""
+    return ast.parse(re.sub(r"^%.*$", "", source, flags=re.MULTILINE))
+
+
+def complaints(book: Any) -> list[str]:
+    """What a notebook's source has that it should not have."""
+    found: list[str] = []
+    kinds = [cell.cell_type for cell in book.cells]
+    if kinds[0] != "markdown" or not book.cells[0].source.startswith("# "):
+        found.append("it does not begin with a title")
+    if len({cell.get("id") for cell in book.cells}) < len(kinds):
+        found.append("cells without an id of their own")
+    if sum("parameters" in cell.metadata.get("tags", []) for cell in book.cells) != 1:
+        found.append("not one cell with the tag 'parameters'")
+    for cell in book.cells:
+        if cell.cell_type != "code":
+            continue
+        if cell.outputs or cell.execution_count is not None:
+            found.append("outputs")
+        if len(cell.source.splitlines()) > CELL_LINES:
+            found.append("a long cell")
+        for node in ast.walk(python(cell.source)):
+            lines = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and lines > DEF_LINES:
+                found.append(f"{node.name} has {lines} lines")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_source(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert not complaints(book)
+    assert path.read_bytes().endswith(b"}\n")
+
+
+def test_the_complaints_can_be_made() -> None:
+    """The twin of the test above."""
+    code = nbformat.v4.new_code_cell("def f():\n" + "    pass\n" * 30, execution_count=1)
+    told = complaints(nbformat.v4.new_notebook(cells=[code]))
+    assert told == [
+        "it does not begin with a title",
+        "not one cell with the tag 'parameters'",
+        "outputs",
+        "a long cell",
+        "f has 31 lines",
+    ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_explain_themselves(path: Path) -> None:
+    """Each has a type, a default of that type and a word of help, so that misspelt ones can be refused."""
+    (cell,) = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    found = parameters_of(path)
+    assert len(found) == len(cell.source.splitlines())
+    for name, told in found.items():
+        assert told["help"].strip(), f"{name} is not explained"
+        default = ast.literal_eval(told["default"])
+        assert type(default) is TYPES[told["inferred_type_name"]], f"{name} is no {told['inferred_type_name']}"
+
+
+def test_localize_takes_what_it_promises() -> None:
+    names = set(parameters_of(LOCALIZE))
+    assert {"model", "concept", "concepts_file", "prompt", "target", "text", "kind", "window", "seeds"} <= names
+    assert {"num_inference_steps", "guidance_scale", "scorer", "device", "dtype", "store", "results"} <= names
+    source = "\n".join(cell.source for cell in cells(LOCALIZE)[1:])
+    unused = [name for name in names if not re.search(rf"\b{name}\b", source)]
+    assert not unused, f"parameters that nobody reads: {unused}"
+
+
+def test_figures_are_shown_in_one_way() -> None:
+    """With alt text, and closed: by `show`."""
+    for cell in cells(LOCALIZE):
+        assert "plt.show" not in cell.source
+        if re.search(r"plots\.plot_\w+\(", cell.source):
+            assert "show(" in cell.source
+
+
+def test_every_study_is_in_order() -> None:
+    """Those in the repository: parameters, concepts and models exist, and the main one is what it should be."""
+    for path in sorted((ROOT / "reports").glob("*.toml")):
+        read_study(path)
+    title, folder, runs = read_study(ROOT / "reports" / "mini.toml")
+    assert title and folder == ROOT / "reports" / "mini"
+    asked = [str(run.parameters["concept"]) for run in runs]
+    from locogen.catalog import concepts
+
+    table = concepts("mini").set_index("id").loc[asked]
+    assert (table["kind"] == "style").sum() >= 4 and (table["kind"] == "object").sum() >= 1
+    notes = set(table["note"].str.partition(":")[0])
+    assert {"told", "untold"} <= notes
+
+
+# --- executed ------------------------------------------------------------------------------------
+
+TINY = """
+notebook = "localize"
+model = "mini"
+[defaults]
+seeds = 1
+max_prompts = 1
+num_inference_steps = 2
+"""
+
+
+def outputs(path: Path, kind: str) -> list[Any]:
+    every = [output for cell in cells(path) for output in cell.outputs]
+    return [output for output in every if output.output_type == kind]
+
+
+def images(path: Path) -> list[Any]:
+    return [o for o in outputs(path, "display_data") if "image/png" in o.data]
+
+
+def check_run(folder: Path, kind: str) -> dict[str, Any]:
+    """What the pages read is there and agrees with itself."""
+    told = json.loads((folder / "result.json").read_text())
+    pictures, effects = (pd.read_csv(folder / name) for name in ("pictures.csv", "effects.csv"))
+    assert told["kind"] == kind == pictures["kind"].iloc[0]
+    assert told["pictures"] == len(pictures) and told["concepts"] == list(pictures["concept"].unique())
+    assert {"baseline", "window", "insert", "ceiling", "placebo"} == set(pictures["role"])
+    axes = {"layer", "insert", "ceiling", "placebo"} | (set() if kind == "fact" else {"content"})
+    assert set(effects["axis"]) == axes
+    (carrier,) = told["carriers"]
+    assert set(carrier) == {"concept", "start", "width", "reason"} and carrier["width"] == 2
+    assert told["finding"].startswith(told["concepts"][0])
+    shown = images(folder / "notebook.ipynb")
+    assert len(shown) == (6 if kind == "fact" else 7)
+    assert all(len(image.metadata["image/png"]["alt"]) > 30 for image in shown)
+    assert not outputs(folder / "notebook.ipynb", "error")
+    noise = "".join(output.text for output in outputs(folder / "notebook.ipynb", "stream"))
+    assert not noise, f"a page should not show: {noise}"
+    kinds = {mime for output in outputs(folder / "notebook.ipynb", "display_data") for mime in output.data}
+    assert kinds <= {"image/png", "text/markdown", "text/plain"}, "widgets do not survive in a page"
+    return told
+
+
+def test_localize_runs(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY + '[[run]]\nconcept = "mini/neon"\n')
+    folder = run_study(tmp_path / "tiny.toml")
+    told = check_run(folder / "neon", "style")
+    assert told["pictures"] == 33 and told["model"] == told["settings"]["model"] == "mini"
+    assert str(tmp_path) not in (folder / "neon" / "notebook.ipynb").read_text()
+
+
+@pytest.mark.slow
+def test_localize_runs_for_every_kind_and_ones_own_prompt(tmp_path: Path) -> None:
+    own = 'prompt = "a picture of a cat"\ntarget = "a picture of a dog"\ntext = "a cat"\nkind = "object"\n'
+    runs = f'[[run]]\nconcept = "mini/owl"\n[[run]]\nconcept = "mini/logo-of-docker"\n[[run]]\n{own}'
+    (tmp_path / "tiny.toml").write_text(TINY + runs)
+    folder = run_study(tmp_path / "tiny.toml")
+    for slug, kind in (("owl", "object"), ("logo-of-docker", "fact"), ("a-picture-of-a-cat", "object")):
+        check_run(folder / slug, kind)
+    assert set(pd.read_csv(folder / "a-picture-of-a-cat" / "pictures.csv")["text"]) == {"a cat"}
+
+
+@pytest.mark.slow
+def test_localize_runs_by_plain_papermill(tmp_path: Path) -> None:
+    import papermill
+
+    out = tmp_path / "out.ipynb"
+    asked = dict(concept="mini/neon", seeds=1, max_prompts=1, num_inference_steps=2)
+    papermill.execute_notebook(str(LOCALIZE), str(out), asked, progress_bar=False, cwd=str(tmp_path))
+    assert len(images(out)) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"

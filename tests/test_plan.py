@@ -1,0 +1,80 @@
+"""The plan is data: what the rows of a sweep say, and which input is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from locogen.errors import LocogenError
+from locogen.plan import Concept, Intervention, PromptPair, Settings, Window, paraphrase, sweep, windows
+
+PAIR = PromptPair("a house in the style of van gogh", "a house")
+STYLE = Concept("van gogh", "style", (PAIR,))
+
+
+@given(st.integers(1, 20), st.data())
+def test_a_sweep_covers_every_window_once(n_layers, data):
+    width = data.draw(st.integers(1, n_layers))
+    rows = sweep(STYLE, n_layers=n_layers, window=width, seeds=(3,))
+    assert len(rows) == 2 * (n_layers - width + 1) + 3
+    at = {row.start: set(row.layers) for row in rows if row.role == "window"}
+    assert at == {s: set(range(s, s + width)) for s in range(n_layers - width + 1)}
+    for row in rows:
+        if row.role == "insert":  # the complement of its window
+            assert set(row.layers) == set(range(n_layers)) - at[row.start]
+
+
+def test_roles_say_what_each_row_hears():
+    rows = {r.role: r for r in sweep(STYLE, n_layers=4, window=4, seeds=(0,))}
+    assert rows["baseline"].layers == ()
+    assert rows["ceiling"].layers == rows["placebo"].layers == (0, 1, 2, 3)
+    assert rows["ceiling"].target == "a house"
+    assert "van gogh" in rows["placebo"].target != PAIR.prompt
+
+
+def test_texts_scored_against():
+    fact = Concept("king", "fact", (PromptPair("the king", "the queen"),))
+    assert STYLE.scored_text(PAIR) == PAIR.prompt
+    assert STYLE.content_text(PAIR) == "a house"
+    assert fact.scored_text(fact.pairs[0]) == "the queen"
+    assert fact.content_text(fact.pairs[0]) is None
+    own = PromptPair("p", "t", text="own")
+    assert Concept("c", "style", (own, PAIR), text="all").scored_text(own) == "own"
+    assert Concept("c", "style", (own, PAIR), text="all").scored_text(PAIR) == "all"
+    assert (STYLE.sign, fact.sign) == (-1, 1)
+
+
+def test_windows_iterate_over_their_layers():
+    assert list(Window(3, 2)) == [3, 4]
+    assert len(Window(3, 2)) == 2
+    assert list(Window(None, 2, "nothing found")) == []
+    assert not Window(None, 2)
+    assert "nothing found" in str(Window(None, 2, "nothing found"))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: PromptPair("a", "a"), "both 'a'"),
+        (lambda: PromptPair("", "a"), "prompt is ''"),
+        (lambda: PromptPair("a", " "), "target is ' '"),
+        (lambda: PromptPair("a", "b", placebo="a"), "placebo 'a'"),
+        (lambda: Concept("c", "color", (PAIR,)), "style, object, fact"),
+        (lambda: Concept("c", "style", ()), "no prompt pairs"),
+        (lambda: Concept("c", "style", (PAIR, PAIR)), "twice"),
+        (lambda: windows(4, 5), "at most 4"),
+        (lambda: windows(4, 0), "from 1 up"),
+        (lambda: sweep(STYLE, n_layers=4, seeds=()), "no seeds"),
+        (lambda: sweep(STYLE, n_layers=4, seeds=(1, 1)), "twice"),
+        (lambda: Settings(num_inference_steps=0), "num_inference_steps is 0"),
+        (lambda: Settings(guidance_scale=float("nan")), "guidance_scale is nan"),
+        (lambda: Intervention(None, "b"), "prompt is None"),
+    ],
+)
+def test_bad_input_names_thing_and_remedy(make, said):
+    with pytest.raises(LocogenError, match=said):
+        make()
+
+
+@given(st.text(min_size=1).filter(str.strip))
+def test_a_paraphrase_is_never_the_prompt(prompt):
+    assert paraphrase(prompt) != prompt

@@ -1,0 +1,202 @@
+"""The store's promises: same rows, same pictures; nothing stale; nothing lost; nothing damaged is used."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from locogen.errors import LocogenError
+from locogen.hooks import intervene
+from locogen.plan import Concept, Intervention, PromptPair, sweep
+from locogen.runs import Run, fingerprint, generate
+
+FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 4, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+@pytest.fixture
+def rows():
+    return [Intervention("cat in a", "dog", (start,), seed) for start in range(3) for seed in range(2)]
+
+
+def calls(pipe, monkeypatch):
+    """Rows that the denoiser is called with."""
+    seen = []
+    forward = pipe.unet.forward
+    monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1])
+    return seen
+
+
+def pixels(run: Run):
+    return np.stack([np.asarray(picture) for picture in run.pictures])
+
+
+def test_rows_and_pictures_correspond(pipe, rows):
+    run = generate(pipe, rows, **FAST)
+    assert len(run) == len(run.pictures) == len(run.table) == 6
+    assert list(run.table["seed"]) == [row.seed for row in rows]
+    alone = generate(pipe, rows[3:4], **FAST)
+    assert np.abs(pixels(run)[3].astype(int) - pixels(alone)[0]).max() <= 1
+    assert np.abs(pixels(run)[2].astype(int) - pixels(alone)[0]).max() > 1
+
+
+def test_generate_equals_the_plain_pipeline(pipe):
+    run = generate(pipe, ["cat in a", "dog"], seeds=(3,), **FAST)
+    noise = [torch.Generator().manual_seed(3) for _ in range(2)]
+    plain = pipe(
+        ["cat in a", "dog"], generator=noise, num_inference_steps=2, guidance_scale=3.0, output_type="np"
+    ).images
+    assert np.abs(pixels(run).astype(int) - (plain * 255).round()).max() <= 1
+
+
+def test_a_second_call_makes_nothing(pipe, rows, tmp_path, monkeypatch):
+    first = generate(pipe, rows, store=tmp_path, **FAST)
+    seen = calls(pipe, monkeypatch)
+    again = generate(pipe, rows, store=tmp_path, **FAST)
+    assert seen == []
+    assert np.array_equal(pixels(first), pixels(again))
+    generate(pipe, [Intervention("cat", "dog", (0,), 9)], store=tmp_path, **FAST)
+    assert seen == [8, 8]  # the twin: a new row is made, its batch padded to 4, twice for guidance
+
+
+def test_resumed_equals_fresh(pipe, rows, tmp_path):
+    fresh = generate(pipe, rows, store=tmp_path / "fresh", **FAST)
+    generate(pipe, rows[:3], store=tmp_path / "resumed", **FAST)
+    resumed = generate(pipe, rows, store=tmp_path / "resumed", **FAST)
+    assert np.abs(pixels(fresh).astype(int) - pixels(resumed)).max() <= 1
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture"])
+def test_a_damaged_file_is_made_again(pipe, rows, tmp_path, damage):
+    run = generate(pipe, rows, store=tmp_path, **FAST)
+    good = pixels(run)
+    victim = tmp_path / run.table["image"][2]
+    victim.write_bytes(damage(victim.read_bytes()))
+    with pytest.raises(LocogenError, match="missing or damaged"):
+        run.pictures[2]
+    assert np.abs(good.astype(int) - pixels(generate(pipe, rows, store=tmp_path, **FAST))).max() <= 1
+
+
+def test_a_valid_picture_of_something_else_is_not_used(pipe, rows, tmp_path):
+    """A file that opens but whose pixels are not those that were written."""
+    from PIL import Image
+
+    run = generate(pipe, rows, store=tmp_path, **FAST)
+    victim = tmp_path / run.table["image"][0]
+    Image.new("RGB", run.pictures[0].size, "red").save(victim)
+    assert np.asarray(generate(pipe, rows, store=tmp_path, **FAST).pictures[0])[0, 0].tolist() != [255, 0, 0]
+
+
+def test_one_store_through_an_edit_and_back(pipe, rows, tmp_path):
+    before = pixels(generate(pipe, rows, store=tmp_path, **FAST))
+    weight = pipe.unet.conv_in.weight
+    kept, mark = weight.detach().clone(), fingerprint(pipe)
+    with torch.no_grad():
+        weight.add_(0.3)
+    edited = pixels(generate(pipe, rows, store=tmp_path, **FAST))
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert fingerprint(pipe) == mark
+    assert not np.array_equal(before, edited)
+    assert np.array_equal(before, pixels(generate(pipe, rows, store=tmp_path, **FAST)))
+
+
+def test_one_store_under_an_outer_context(pipe, tmp_path):
+    plain = [Intervention("cat in a", "cat in a", (), 0, "baseline")]
+    options = FAST | {"batch_size": 1}
+    before = pixels(generate(pipe, plain, store=tmp_path, **options))
+    with intervene(pipe, [Intervention("cat in a", "dog", tuple(range(16)))]):
+        inside = pixels(generate(pipe, plain, store=tmp_path, **options))
+    assert not np.array_equal(before, inside)
+    assert np.array_equal(before, pixels(generate(pipe, plain, store=tmp_path, **options)))
+
+
+def test_settings_are_part_of_the_key(pipe, rows, tmp_path, monkeypatch):
+    generate(pipe, rows, store=tmp_path, **FAST)
+    seen = calls(pipe, monkeypatch)
+    for change in ({"num_inference_steps": 3}, {"guidance_scale": 2.0}, {"batch_size": 2}):
+        generate(pipe, rows[:1], store=tmp_path, **(FAST | change))
+        assert seen, change
+        seen.clear()
+
+
+def test_foreign_hooks_make_pictures_afresh(pipe, rows, tmp_path):
+    before = pixels(generate(pipe, rows[:1], store=tmp_path, **FAST))
+    handle = pipe.unet.conv_in.register_forward_hook(lambda m, a, out: 2 * out)
+    try:
+        with pytest.warns(UserWarning, match="conv_in"):
+            inside = pixels(generate(pipe, rows[:1], store=tmp_path, **FAST))
+    finally:
+        handle.remove()
+    assert not np.array_equal(before, inside)
+
+
+def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    written = []
+    write = Path.write_bytes
+
+    def fill(path, content):
+        if path.name.endswith(".png.partial") or ".png." in path.name:
+            if len(written) == 5:
+                raise OSError(28, "No space left on device")
+            written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(LocogenError, match=r"No space left.*free some space"):
+        generate(pipe, rows, store=tmp_path, **FAST)
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert not list(tmp_path.glob(".*.partial"))
+    monkeypatch.undo()
+    seen = calls(pipe, monkeypatch)
+    generate(pipe, rows, store=tmp_path, **FAST)
+    assert seen == [8, 8]  # one batch for the one picture that was missing
+
+
+def test_a_store_that_cannot_be_written(pipe, rows, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(LocogenError, match=r"cannot be written.*store="):
+        generate(pipe, rows, store=tmp_path / "file", **FAST)
+
+
+def test_non_finite_pictures_are_refused(rows, tmp_path):
+    broken = tiny.pipeline()
+    with torch.no_grad():
+        broken.vae.post_quant_conv.bias.fill_(float("nan"))
+    with pytest.raises(LocogenError, match=r"non-finite pixels.*float32"):
+        generate(broken, rows, store=tmp_path, **FAST)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_bad_input_is_named(pipe, rows):
+    for given, said in (([], "nothing to generate"), ([" "], "empty")):
+        with pytest.raises(LocogenError, match=said):
+            generate(pipe, given, **FAST)
+    with pytest.raises(LocogenError, match="batch_size"):
+        generate(pipe, rows, **(FAST | {"batch_size": 0}))
+    with pytest.raises(LocogenError, match="own seeds"):
+        generate(pipe, rows, seeds=(1,), **FAST)
+    with pytest.warns(UserWarning, match="does not hear 'z z'"):
+        generate(pipe, "a b c d e f g h i j k l m n o p q r s t u v w x y 0 1 2 3 4 5 6 7 8 9 a b c z z", **FAST)
+
+
+def test_a_run_shows_itself_and_escapes(pipe):
+    page = generate(pipe, ["<b>cat</b>"], **(FAST | {"batch_size": 1}))._repr_html_()
+    assert "<b>cat" not in page
+    assert "&lt;b&gt;cat" in page
+    assert "data:image/png" in page
+
+
+def test_kept_rows_of_a_plan_share_their_baseline(pipe, tmp_path):
+    concept = Concept("x", "style", (PromptPair("cat in a", "cat"),))
+    run = generate(pipe, sweep(concept, n_layers=16, seeds=(0,)), store=tmp_path, **FAST)
+    assert len(run) == 33
+    (ceiling,) = (run.pictures[i] for i, row in enumerate(run.plan) if row.role == "ceiling")
+    own = generate(pipe, ["cat"], store=tmp_path, **FAST).pictures[0]
+    assert np.abs(np.asarray(ceiling, int) - np.asarray(own)).max() <= 1

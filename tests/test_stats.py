@@ -1,0 +1,392 @@
+"""Intervals and comparisons: what must hold exactly, and what only a simulation can show."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from locogen import stats
+
+ALPHA = 0.05
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 5))
+SCORES = SHAPES.flatmap(lambda shape: hnp.arrays(float, shape, elements=st.integers(-50, 50).map(lambda k: k / 50)))
+
+
+def slack(rate: float, trials: int) -> float:
+    """Three standard errors of a simulated rate."""
+    return 3 * float(np.sqrt(rate * (1 - rate) / trials))
+
+
+def crossed(rng, shape, *, prompts=1.0, seeds=0.5, rest=1.0):
+    """Scores of mean zero with a prompt part, a seed part and their interaction."""
+    n, p, s = shape
+    parts = (
+        prompts * rng.normal(size=(n, p, 1)),
+        seeds * rng.normal(size=(n, 1, s)),
+        rest * rng.normal(size=shape),
+    )
+    return sum(parts)
+
+
+def sweep(rng, *shape, windows=15, **parts):
+    """Null effects as a sweep has them: the baseline is shared, and neighboring windows share a layer."""
+    x = crossed(rng, (windows + 1, *shape), **parts)
+    return x[1:] + x[:-1] + crossed(rng, (1, *shape))
+
+
+def interval(values, **kwargs):
+    result = stats.crossed_bootstrap(values, **kwargs)
+    return np.stack([result.low, result.estimate, result.high])
+
+
+# ---- intervals: identities
+
+
+@given(SCORES, st.floats(-10, 10), st.floats(0.01, 100))
+def test_an_interval_moves_and_stretches_with_the_scores(x, shift, scale):
+    moved = interval(shift + scale * x, draws=100)
+    np.testing.assert_allclose(moved, shift + scale * interval(x, draws=100), atol=1e-6 * (1 + scale))
+
+
+@given(SCORES)
+def test_an_interval_holds_the_mean_and_needs_no_other_window(x):
+    low, estimate, high = interval(x, draws=400)
+    np.testing.assert_allclose(estimate, x.mean((1, 2)), atol=1e-12)
+    if not np.isnan(low).any():
+        assert (low <= estimate + 1e-12).all() and (estimate <= high + 1e-12).all()
+    alone = [interval(w, draws=400) for w in x]
+    np.testing.assert_allclose(np.stack(alone, axis=1), [low, estimate, high], atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_the_order_of_prompts_and_seeds_does_not_matter(axis):
+    rng = np.random.default_rng(1)
+    x = crossed(rng, (5, 9, 5))
+    here, there = interval(x, draws=20_000), interval(rng.permutation(x, axis=axis), draws=20_000)
+    np.testing.assert_allclose(there[1], here[1], atol=1e-12)
+    np.testing.assert_allclose(there, here, atol=0.05 * float((here[2] - here[0]).max()))  # other draws
+
+
+def test_a_higher_level_is_wider_and_the_same_seed_the_same():
+    x = crossed(np.random.default_rng(2), (3, 6, 4))
+    narrow, wide = interval(x, level=0.8), interval(x, level=0.99)
+    assert (wide[0] < narrow[0]).all() and (narrow[2] < wide[2]).all()
+    np.testing.assert_array_equal(interval(x), interval(x))
+    assert (interval(x) != interval(x, seed=1))[[0, 2]].all()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 3, 4), (2, 6, 1), (2, 1, 4)])
+def test_constant_scores_have_no_width(shape):
+    low, estimate, high = interval(np.full(shape, 0.1))
+    np.testing.assert_array_equal(low, estimate)
+    np.testing.assert_array_equal(high, estimate)
+
+
+def test_the_result_says_what_it_speaks_for():
+    def said(p, s, **kwargs):
+        result = stats.crossed_bootstrap(crossed(np.random.default_rng(3), (2, p, s)), **kwargs)
+        assert np.isnan(result.low).all() == np.isnan(result.high).all() == (result.prompts == result.seeds == "fixed")
+        return result.prompts, result.seeds
+
+    assert said(6, 4) == ("random", "random")
+    assert said(5, 4) == said(1, 4) == said(6, 4, prompts="fixed") == ("fixed", "random")
+    assert said(2, 4, prompts="random") == ("random", "random")
+    assert said(6, 1) == ("random", "fixed")
+    assert said(5, 1) == said(1, 1) == ("fixed", "fixed")  # nothing to resample: no interval
+    assert stats.crossed_bootstrap(np.ones((6, 4))).estimate.shape == ()
+    assert stats.crossed_bootstrap(np.ones((2, 3, 6, 4))).low.shape == (2, 3)
+
+
+def test_fixed_prompts_ignore_how_prompts_differ():
+    x = crossed(np.random.default_rng(4), (1, 4, 4))
+    apart = x + 4.0 * np.arange(4)[None, :, None]
+    low, estimate, high = interval(apart) - interval(x)
+    np.testing.assert_allclose([low, high], [estimate, estimate], atol=1e-12)
+    assert np.ptp(interval(apart, prompts="random")) > 2 * np.ptp(interval(apart))
+
+
+# ---- intervals: coverage
+
+
+def covered(low, high, truth=0.0):
+    return float(np.mean((low <= truth) & (truth <= high)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "parts"),
+    [
+        (6, 4, {}),  # the smallest sweep that speaks for other prompts
+        (6, 4, {"prompts": 0.2, "seeds": 1.0, "rest": 0.5}),
+        (12, 4, {"seeds": 1.0}),
+        (12, 8, {"seeds": 0.2, "rest": 0.5}),
+        (12, 8, {"prompts": 0.0, "seeds": 0.0}),
+    ],
+)
+def test_coverage_of_the_crossed_bootstrap(prompts, seeds, parts):
+    x = crossed(np.random.default_rng(5), (2000, prompts, seeds), **parts)
+    low, _, high = interval(x, draws=1000)
+    assert covered(low, high) > 0.95 - slack(0.95, len(x))
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(6, 4), (12, 8)])
+def test_a_bootstrap_over_single_pictures_covers_far_too_little(prompts, seeds):
+    rng, n, cells = np.random.default_rng(6), 2000, prompts * seeds
+    x = crossed(rng, (n, prompts, seeds))
+    weights = rng.multinomial(cells, np.full(cells, 1 / cells), 500) / cells
+    low, high = np.quantile(x.reshape(n, cells) @ weights.T, [0.025, 0.975], axis=1)
+    assert covered(low, high) < 0.85 < 0.95 - slack(0.95, n) < covered(*interval(x, draws=1000)[[0, 2]])
+
+
+def test_bare_percentiles_of_owens_draws_cover_too_little():
+    rng, n = np.random.default_rng(7), 2000
+    x = crossed(rng, (n, 6, 4), prompts=0.2, seeds=1.0, rest=0.5)
+    u, v = (rng.multinomial(k, np.full(k, 1 / k), 500) / k for k in (6, 4))
+    low, high = np.quantile(np.einsum("dp,nps,ds->nd", u, x, v, optimize=True), [0.025, 0.975], axis=1)
+    assert covered(low, high) < 0.9
+
+
+@pytest.mark.parametrize("seeds", [2, 4, 8])
+def test_coverage_for_these_prompts(seeds):
+    x = crossed(np.random.default_rng(8), (2000, 3, seeds), prompts=0.0) + np.array([[0.0], [3.0], [9.0]])
+    low, _, high = interval(x, draws=1000)
+    assert covered(low, high, truth=4.0) > 0.95 - 2 * slack(0.95, len(x))
+
+
+# ---- the lead of a candidate
+
+
+def alone(x, i, j):
+    """Uncorrected twin: one-sided at ALPHA for each pair on its own."""
+    return stats.crossed_bootstrap(x[i] - x[j], level=1 - 2 * ALPHA, draws=400).low > 0
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(8, 4), (4, 4), (12, 2)])
+def test_false_alarms_when_all_windows_are_equal(prompts, seeds):
+    part = 1.0 if prompts >= stats.FEW_PROMPTS else 0.0  # equal "for these prompts" means equal in each
+    rng, trials = np.random.default_rng(9), 250
+    corrected, twin = 0, 0
+    for _ in range(trials):
+        x = sweep(rng, prompts, seeds, prompts=part, rest=0.5)
+        best = int(x.mean((1, 2)).argmax())
+        lead = stats.simultaneous_lead(x, best, apart=2, draws=400)
+        corrected += bool((lead.each.low > 0).any())
+        twin += bool(alone(x, best, list(lead.rivals)).any())
+    assert corrected / trials <= ALPHA + slack(ALPHA, trials)
+    assert twin / trials > 5 * ALPHA
+
+
+def test_false_alarms_when_two_windows_tie_for_the_lead():
+    rng, trials = np.random.default_rng(10), 500
+    found = dict(corrected=0, elsewhere=0, twin=0)
+    for _ in range(trials):
+        x = crossed(rng, (5, 12, 8), seeds=0.0, rest=0.2)
+        x[2:] -= 10.0
+        best = int(x.mean((1, 2)).argmax())
+        found["corrected"] += stats.simultaneous_lead(x, best, draws=400).p_value <= ALPHA
+        found["elsewhere"] += stats.simultaneous_lead(x, 0, chosen_here=False, draws=400).p_value <= ALPHA
+        found["twin"] += bool(alone(x, best, [r for r in range(5) if r != best]).all())
+    assert found["corrected"] / trials <= ALPHA + slack(ALPHA, trials)
+    assert found["elsewhere"] / trials <= ALPHA + slack(ALPHA, trials)
+    assert found["twin"] / trials > ALPHA + slack(ALPHA, trials)  # choosing the winner doubles it
+
+
+def test_false_alarms_on_seeds_not_used_to_choose():
+    rng, trials = np.random.default_rng(11), 400
+    found = dict(fresh=0, same_seeds=0, other_prompts=0)
+
+    def alarm(x, best, how):
+        lead = stats.simultaneous_lead(x, best, chosen_here=False, draws=400, prompts=how)
+        return bool((lead.each.low > 0).any())
+
+    for _ in range(trials):
+        for part, how in ((0.0, "fixed"), (3.0, "random")):
+            x = sweep(rng, 8, 8, prompts=part, rest=0.5)
+            choose, report = (x[..., list(half)] for half in stats.split_seeds(range(8)))
+            best = int(choose.mean((1, 2)).argmax())
+            if how == "fixed":
+                found["fresh"] += alarm(report, best, how)
+                found["same_seeds"] += alarm(x, int(x.mean((1, 2)).argmax()), how)
+            else:  # fresh seeds do not undo a choice made on these prompts
+                found["other_prompts"] += alarm(report, best, how)
+    assert found["fresh"] / trials <= ALPHA + slack(ALPHA, trials)
+    assert found["same_seeds"] / trials > 2 * ALPHA + slack(ALPHA, trials)
+    assert found["other_prompts"] / trials > 2 * ALPHA + slack(ALPHA, trials)
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(12, 8), (8, 4), (4, 4)])
+def test_a_real_carrier_is_found(prompts, seeds):
+    rng, trials, found, covers = np.random.default_rng(12), 50, 0, 0
+    for _ in range(trials):
+        x = 0.02 * sweep(rng, prompts, seeds)
+        x[8] += 0.15
+        lead = stats.simultaneous_lead(x, 8, apart=2)
+        found += lead.low > 0
+        covers += bool((lead.each.low <= 0.15).all())
+    assert found / trials > 0.9
+    assert covers / trials >= 0.95 - slack(0.95, trials)
+
+
+@given(SHAPES.filter(lambda s: s[0] > 1).flatmap(lambda s: hnp.arrays(float, s, elements=st.integers(-5, 5))))
+def test_what_a_lead_is_made_of(x):
+    best = int(x.mean((1, 2)).argmax())
+    lead = stats.simultaneous_lead(x, best, draws=200)
+    others = np.delete(x.mean((1, 2)), best)
+    assert lead.lead == pytest.approx(x.mean((1, 2))[best] - others.max(), abs=1e-12) and lead.lead >= 0
+    assert x.mean((1, 2))[lead.rival] == pytest.approx(others.max())
+    assert lead.rivals == tuple(w for w in range(len(x)) if w != best)
+    if lead.each.prompts == lead.each.seeds == "fixed":
+        assert np.isnan([lead.low, lead.p_value]).all()
+        return
+    np.testing.assert_array_equal(lead.each.low > 0, lead.each.p_value <= ALPHA)
+    assert (lead.each.low <= lead.each.estimate + 1e-12).all() and lead.low <= lead.lead + 1e-12
+    assert 1 / 201 <= lead.p_value <= 1
+    fewer = stats.simultaneous_lead(x, best, chosen_here=False, draws=200)
+    if len(x) == 2 and lead.lead > 0:  # the family of a chosen one has the other direction too
+        assert fewer.p_value <= lead.p_value
+
+
+def test_a_lead_moves_with_nothing_and_stretches_with_the_scores():
+    x = sweep(np.random.default_rng(13), 8, 4)
+    here, there = (stats.simultaneous_lead(y, 3, apart=2) for y in (x, 7 + 4 * x))
+    np.testing.assert_allclose([there.lead, there.low], [4 * here.lead, 4 * here.low], atol=1e-9)
+    np.testing.assert_allclose(there.each.p_value, here.each.p_value)
+    assert here.rivals == (0, 1, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)
+    assert stats.simultaneous_lead(x, 3, [14, 0, 14]).rivals == (14, 0)
+
+
+def test_a_lead_without_any_spread_is_certain():
+    x = np.zeros((3, 6, 4)) + np.array([0.5, 0.0, 0.5])[:, None, None]
+    lead = stats.simultaneous_lead(x, 0, draws=199)
+    assert (lead.lead, lead.rival, lead.low, lead.p_value) == (0, 2, 0, 1)
+    np.testing.assert_array_equal(lead.each.low, [0.5, 0])
+    np.testing.assert_allclose(lead.each.p_value, [1 / 200, 1])
+
+
+def test_choosing_and_testing_on_the_same_pictures_costs_something():
+    x = sweep(np.random.default_rng(14), 8, 4)
+    same, other = (stats.simultaneous_lead(x, 4, chosen_here=here) for here in (True, False))
+    assert (same.each.low < other.each.low).all() and (same.each.p_value >= other.each.p_value).all()
+
+
+# ---- any effect beyond the placebo
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(8, 4), (4, 4)])
+def test_false_alarms_against_the_placebo(prompts, seeds):
+    rng, trials = np.random.default_rng(15), 400
+    part = 1.0 if prompts >= stats.FEW_PROMPTS else 0.0
+    corrected, twin = 0, 0
+    for _ in range(trials):
+        x = crossed(rng, (16, prompts, seeds), prompts=part, rest=0.5)
+        corrected += bool(stats.any_effect(x[1:], x[0], draws=400).p_value.min() <= ALPHA)
+        twin += bool(alone(x, list(range(1, 16)), 0).any())
+    assert corrected / trials <= ALPHA + slack(ALPHA, trials)
+    assert twin / trials > 2 * ALPHA + slack(ALPHA, trials)
+
+
+def test_an_effect_beyond_the_placebo_is_found_where_it_is():
+    rng = np.random.default_rng(16)
+    placebo = 0.01 * crossed(rng, (3, 8, 4))
+    x = 0.01 * crossed(rng, (15, 8, 4))
+    x[[3, 9]] += 0.1
+    result = stats.any_effect(x, placebo)
+    assert set(np.flatnonzero(result.p_value <= ALPHA)) == {3, 9}
+    np.testing.assert_array_equal(result.low > 0, result.p_value <= ALPHA)
+    np.testing.assert_allclose(result.estimate, x.mean((1, 2)) - placebo.mean())
+    flat = stats.any_effect(x, placebo.mean(0))
+    np.testing.assert_allclose(flat.low, result.low)
+    assert (result.prompts, result.seeds) == ("random", "random")
+
+
+# ---- the rest
+
+
+@given(st.lists(st.integers(), min_size=2, unique=True))
+def test_seeds_are_split_in_two_without_loss(seeds):
+    choose, report = stats.split_seeds(seeds)
+    assert sorted(choose + report) == sorted(seeds) and 0 <= len(report) - len(choose) <= 1
+    assert stats.split_seeds(iter(seeds)) == (choose, report)
+
+
+def test_seeds_are_split_in_turn():
+    assert stats.split_seeds(range(5)) == ((1, 3), (0, 2, 4))
+
+
+def test_welch_z_column_by_column():
+    rng = np.random.default_rng(17)
+    a, b = rng.normal(1, 2, (7, 5)), rng.normal(0, 1, (4, 5))
+    a[:, 2], b[:, 2] = 0.1, 0.3  # silent in both: no z
+    a[:, 3] = 0.1  # silent in one
+    z = stats.welch_z(a, b)
+    for k in (0, 1, 3, 4):
+        mean_a, mean_b = sum(a[:, k]) / 7, sum(b[:, k]) / 4
+        error = sum((a[:, k] - mean_a) ** 2) / 6 / 7 + sum((b[:, k] - mean_b) ** 2) / 3 / 4
+        assert z[k] == pytest.approx((mean_a - mean_b) / error**0.5)
+    assert z[2] == 0
+    np.testing.assert_allclose(stats.welch_z(b, a), -z)
+    np.testing.assert_allclose(stats.welch_z(3 + 2 * a, 3 + 2 * b)[[0, 1, 3, 4]], z[[0, 1, 3, 4]])
+
+
+def test_a_large_sweep_is_quick():
+    x = crossed(np.random.default_rng(18), (16, 12, 8))
+
+    def seconds(job):
+        begin = time.perf_counter()
+        job()
+        return time.perf_counter() - begin
+
+    assert min(seconds(lambda: stats.crossed_bootstrap(x)) for _ in range(5)) < 0.1
+    assert min(seconds(lambda: stats.simultaneous_lead(x, 8, apart=2)) for _ in range(5)) < 0.1
+
+
+HOLE = np.where(np.arange(48).reshape(2, 6, 4) == 33, np.nan, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.crossed_bootstrap(HOLE), r"values is nan at window 1, prompt 2, seed 1 \(1 in all\)"),
+        (lambda: stats.crossed_bootstrap(HOLE * np.inf), r"window 0, prompt 0, seed 0 \(48 in all\)"),
+        (
+            lambda: stats.crossed_bootstrap(np.ones(4)),
+            r"shape \(4,\), expected a non-empty \(windows, prompts, seeds\)",
+        ),
+        (lambda: stats.crossed_bootstrap(np.ones((2, 0, 4))), "non-empty"),
+        (lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), level=95), "level=95 is not between 0 and 1"),
+        (lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), prompts="few"), "use 'random', 'fixed' or None"),
+        (
+            lambda: stats.crossed_bootstrap(np.ones((2, 1, 4)), prompts="random"),
+            "one prompt cannot be resampled",
+        ),
+        (lambda: stats.simultaneous_lead(HOLE, 0), "window 1, prompt 2, seed 1"),
+        (lambda: stats.simultaneous_lead(np.ones((6, 4)), 0), "expected a non-empty"),
+        (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, apart=3), r"at least one rival.*apart=3"),
+        (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 1, [0, 1]), "cannot be compared"),
+        (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), -1, [0]), "windows 0 to 2"),
+        (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, [3]), "windows 0 to 2"),
+        (
+            lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, draws=10),
+            "draws=10 are fewer than 1 / alpha",
+        ),
+        (
+            lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, alpha=1.5),
+            "alpha=1.5 is not between 0 and 1",
+        ),
+        (
+            lambda: stats.any_effect(np.ones((2, 6, 4)), HOLE[1]),
+            "placebo is nan at window 0, prompt 2, seed 1",
+        ),
+        (lambda: stats.any_effect(np.ones((2, 6, 4)), np.ones((4, 6))), "the same prompts and seeds"),
+        (lambda: stats.split_seeds([3]), "at least two different"),
+        (lambda: stats.split_seeds([3, 4, 3]), "at least two different"),
+        (lambda: stats.welch_z(np.ones((1, 3)), np.ones((4, 3))), "at least two rows"),
+        (lambda: stats.welch_z(np.ones((4, 3)), np.ones((4, 2))), "same columns"),
+        (lambda: stats.welch_z(np.full((4, 3), np.nan), np.ones((4, 3))), "a is nan at row 0, column 0"),
+    ],
+)
+def test_errors_name_the_place_and_the_remedy(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
