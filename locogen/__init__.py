@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .localization import carrier, effect, localize
     from .models import load
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
-    from .plots import plot_effect, plot_scores, plot_strip
+    from .plots import describe, plot_curve, plot_effect, plot_scores, plot_strip
     from .runs import Run, generate
     from .score import Scorer, scorer
 
@@ -40,6 +40,7 @@ __all__ = [
     "carrier",
     "concept",
     "concepts",
+    "describe",
     "effect",
     "find_layers",
     "generate",
@@ -48,6 +49,7 @@ __all__ = [
     "load",
     "localize",
     "model_table",
+    "plot_curve",
     "plot_effect",
     "plot_scores",
     "plot_strip",
@@ -65,7 +67,7 @@ _PUBLIC = {
     "localization": ("carrier", "effect", "localize"),
     "models": ("load",),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
-    "plots": ("plot_effect", "plot_scores", "plot_strip"),
+    "plots": ("describe", "plot_curve", "plot_effect", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
 }

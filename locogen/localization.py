@@ -108,7 +108,7 @@ def _scores(run: Run, table: pd.DataFrame, judge: Scorer, part: int = 256) -> di
     return {"clip_score": score, "content_score": np.where(silent, np.nan, content)}
 
 
-def _ordered(table: pd.DataFrame) -> pd.DataFrame:
+def _ordered(table: Any) -> Any:
     first = [
         "concept",
         "kind",
@@ -151,7 +151,7 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _cube(rows: pd.DataFrame, role: str, column: str) -> tuple[list[int], Array]:
+def _cube(rows: Any, role: str, column: str) -> tuple[list[int], Array]:
     """Scores of one role as (windows, prompts, seeds), prompts in the table's order; one window where it has none."""
     part = rows[rows["role"] == role]
     starts = [int(s) for s in sorted(part["start"].dropna().unique())] or [-1]
@@ -164,38 +164,38 @@ def _cube(rows: pd.DataFrame, role: str, column: str) -> tuple[list[int], Array]
     return starts, cube
 
 
-def _concept_effects(rows: pd.DataFrame, level: float) -> pd.DataFrame:
+def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     import pandas as pd
 
     name, kind = rows["concept"].iloc[0], rows["kind"].iloc[0]
     sign = 1 if kind == "fact" else -1
-    width = int(rows["width"].max()) if rows["width"].notna().any() else 1
+    widths = rows["width"].dropna().tolist()
     _, base = _cube(rows, "baseline", "clip_score")
-    roles = set(rows["role"])
     starts, window = _cube(rows, "window", "clip_score")
     if not np.isfinite(window).all() or not np.isfinite(base).all():
         raise LocogenError(f"concept {name!r} has windows or baselines without a score: run localize again")
+
+    def change(role: str) -> Array | None:
+        """Effect of a role's rows, (windows, prompts, seeds); None where the sweep was made without them."""
+        return sign * (_cube(rows, role, "clip_score")[1] - base) if (rows["role"] == role).any() else None
+
     effects = sign * (window - base)
-    ceiling = sign * (_cube(rows, "ceiling", "clip_score")[1] - base) if "ceiling" in roles else None
-    placebo = sign * (_cube(rows, "placebo", "clip_score")[1] - base) if "placebo" in roles else None
-    seeds = sorted(int(s) for s in rows["seed"].unique())
+    ceiling, placebo, insert = change("ceiling"), change("placebo"), change("insert")
+    width = int(widths[0]) if widths else 1
     lines = _estimates("layer", starts, effects, level)
-    for line, more in zip(lines, _judged(effects, ceiling, placebo, seeds, width, level), strict=True):
-        line.update(more)
-    if ceiling is not None:
-        lines += _estimates("ceiling", [pd.NA], ceiling, level)
-    if placebo is not None:
-        lines += _estimates("placebo", [pd.NA], placebo, level)
-    if "insert" in roles and ceiling is not None:
-        _, insert = _cube(rows, "insert", "clip_score")
-        lines += _estimates("insert", starts, ceiling - sign * (insert - base), level)
+    judged = _judged(effects, ceiling, placebo, rows["seed"].nunique(), width, level)
+    lines = [{**line, **more} for line, more in zip(lines, judged, strict=True)]
+    for axis, values in (("ceiling", ceiling), ("placebo", placebo)):
+        lines += _estimates(axis, [pd.NA], values, level) if values is not None else []
+    if insert is not None and ceiling is not None:  # what the window alone restores of the ceiling's loss
+        lines += _estimates("insert", starts, ceiling - insert, level)
     if kind != "fact":
-        _, stays = _cube(rows, "window", "content_score")
-        lines += _estimates("content", starts, _cube(rows, "baseline", "content_score")[1] - stays, level)
+        kept = [_cube(rows, role, "content_score")[1] for role in ("baseline", "window")]
+        lines += _estimates("content", starts, kept[0] - kept[1], level)
     known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
     table = pd.DataFrame([{**known, **line} for line in lines])
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
-    return table[[*first, *(c for c in table.columns if c not in first)]].astype({"position": "Int64"})
+    return table.reindex(columns=[*first, *(c for c in table.columns if c not in first)]).astype({"position": "Int64"})
 
 
 def _estimates(axis: str, positions: Sequence[Any], values: Array, level: float) -> list[dict[str, Any]]:
@@ -220,7 +220,7 @@ def _judged(
     effects: Array,
     ceiling: Array | None,
     placebo: Array | None,
-    seeds: Sequence[int],
+    seeds: int,
     width: int,
     level: float,
 ) -> list[dict[str, Any]]:
@@ -251,11 +251,11 @@ def _judged(
     return lines
 
 
-def _halves(seeds: Sequence[int]) -> tuple[list[int], list[int]]:
+def _halves(seeds: int) -> tuple[list[int], list[int]]:
     """Positions of the seeds to choose on and to report on: apart from four seeds on, all of them below."""
-    if len(seeds) < 4:
-        return list(range(len(seeds))), list(range(len(seeds)))
-    choose, report = stats.split_seeds(range(len(seeds)))
+    if seeds < 4:
+        return list(range(seeds)), list(range(seeds))
+    choose, report = stats.split_seeds(range(seeds))
     return list(choose), list(report)
 
 
@@ -273,25 +273,24 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:
         raise LocogenError(f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]")
-    layer = effects[effects["axis"] == "layer"].reset_index(drop=True)
+    layer: Any = effects.query("axis == 'layer'").set_index("position")
     width = int(layer["width"].iloc[0])
-    best = layer.loc[layer["choose"].idxmax()]
-    start = int(best["position"])
+    start = int(layer["choose"].idxmax())
+    best = {name: float(layer.at[start, name]) for name in ("fresh", "share", "p_lead", "p_any")}
+    elsewhere = _candidates(layer["choose"].sort_values(ascending=False).index.astype(int).tolist(), width)
     if np.isfinite(best["p_any"]) and layer["p_any"].min() > ALPHA:
-        return Window(None, width, f"no effect beyond the placebo's; {_candidates(layer, width)}")
+        return Window(None, width, f"no effect beyond the placebo's; {elsewhere}")
     if best["fresh"] <= 0:
-        return Window(None, width, f"no effect on fresh seeds; {_candidates(layer, width)}")
-    if np.isfinite(best["share"]) and best["share"] < min_share:
-        told = f"the best window has {best['share']:.0%} of the ceiling's effect"
-        return Window(None, width, f"{told}; {_candidates(layer, width)}")
-    if np.isfinite(best["p_lead"]) and best["p_lead"] <= ALPHA:
+        return Window(None, width, f"no effect on fresh seeds; {elsewhere}")
+    if best["share"] < min_share:
+        return Window(None, width, f"the best window has {best['share']:.0%} of the ceiling's effect; {elsewhere}")
+    if best["p_lead"] <= ALPHA:
         return Window(start, width, "ahead of every other place")
-    return Window(start, width, f"its lead over other places is not established; {_candidates(layer, width)}")
+    return Window(start, width, f"its lead over other places is not established; {elsewhere}")
 
 
-def _candidates(layer: pd.DataFrame, width: int) -> str:
+def _candidates(ranked: Sequence[int], width: int) -> str:
     """Where to look instead: a wider window when the best places touch, two places when they do not."""
-    ranked = layer.sort_values("choose", ascending=False)["position"].astype(int).tolist()
     first = ranked[0]
     second = next((s for s in ranked if abs(s - first) >= width), None)
     if second is None:

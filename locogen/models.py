@@ -19,26 +19,42 @@ def load(name: str | Path, *, device: str | None = None, dtype: str = "float32",
     name, with the remedy for missing files; `UnsupportedModel` for a family that locogen does not know.
     """
     import torch
-    from diffusers import DiffusionPipeline
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LocogenError(f"dtype is {dtype!r}: take 'float32', 'float16' or 'bfloat16'")
-    source, revision = _source(str(name))
-    kind = getattr(torch, dtype)
+    sources, revision = _sources(str(name))
+    errors = []
+    for source in sources:
+        try:
+            pipe = _fetch(source, revision, getattr(torch, dtype), local_files_only)
+            break
+        except (OSError, ValueError) as error:  # diffusers raises ValueError for a folder that is not there
+            errors.append(error)
+    else:
+        raise LocogenError(f"the model {str(name)!r} is not to be had: {_remedy(sources[0], revision)}") from errors[0]
+    family_of(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device or "cpu", getattr(torch, dtype))
+
+
+def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
+        return DiffusionPipeline.from_pretrained(
             source,
             revision=revision,
-            torch_dtype=kind,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=local_files_only,
             **({"safety_checker": None} if _has_checker(source) else {}),
         )
-    except OSError as error:
-        raise LocogenError(f"the model {str(name)!r} is not to be had: {_remedy(source, revision)}") from error
-    family_of(pipe)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or "cpu", kind)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _has_checker(source: str) -> bool:
@@ -49,17 +65,19 @@ def _has_checker(source: str) -> bool:
 def _remedy(source: str, revision: str | None) -> str:
     if revision is None:
         return f"{source} holds no diffusers pipeline with safetensors weights (model_index.json beside its parts)"
-    return f"fetch it once with: hf download {source} --revision {revision} (a gated one: hf auth login, then accept its terms)"
+    gated = "for a gated one: hf auth login, and accept its terms on its page"
+    return f"fetch it once with: hf download {source} --revision {revision} ({gated})"
 
 
-def _source(name: str) -> tuple[str, str | None]:
+def _sources(name: str) -> tuple[list[str], str | None]:
+    """Where to look, first place first, and the revision; the mirrors of a checkpoint that left the hub included."""
     if name == "mini":
-        return str(mini_folder()), None
+        return [str(mini_folder())], None
     if Path(name).is_dir():
-        return name, None
+        return [name], None
     if "/" in name:
-        return name, "main"
+        return [name], "main"
     entry = model_entry(name)
     if entry.family not in FAMILIES:
         raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
-    return entry.id, entry.revision
+    return [entry.id, *entry.mirrors], entry.revision

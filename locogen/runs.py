@@ -82,7 +82,7 @@ class Run:
         told = {k: v for k, v in self.settings.items() if not isinstance(v, (dict, list))}
         items = " · ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in told.items())
         strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in range(min(8, len(self))))
-        head = self.table.head()._repr_html_()  # pyright: ignore[reportCallIssue, reportOptionalCall]
+        head = self.table.head()._repr_html_()
         return f"<p><b>Run</b> of {len(self)} pictures</p><p>{items}</p><div>{strip}</div>{head}"
 
 
@@ -196,7 +196,7 @@ def fingerprint(pipe: Any) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _key(row: Intervention, common: dict[str, Any]) -> str:

@@ -22,7 +22,10 @@ REAL = "clip-vit-b-16"  # the backbone of the published scores
 class Scorer(Protocol):
     """What `localize` needs of a scorer: raw cosines, and what to record of how they were made."""
 
-    settings: dict[str, Any]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Backbone, preprocessing and scale: columns of `Run.settings`."""
+        ...
 
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[Array]:
         """For each list of texts, the cosine of picture `i` and text `i`: (pictures,) each."""

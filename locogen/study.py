@@ -42,6 +42,7 @@ from locogen.worker import (
     alone,
     check_parameters,
     execute,
+    forget_place,
     load_json,
     notebook_file,
     parameters_of,
@@ -284,7 +285,8 @@ def _run_one(run: Planned) -> tuple[float, str, str]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     seconds = time.perf_counter() - start
-    found = load_json(partial / "finding.json") if (partial / "finding.json").is_file() else {}
+    forget_place(partial / "notebook.ipynb")
+    found = load_json(partial / "finding.json")
     (partial / "finding.json").unlink(missing_ok=True)
     result = {"key": run.key, "title": run.title, "notebook": run.notebook.stem, **_about(run), **found}
     if "model" in run.parameters:

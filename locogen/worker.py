@@ -36,10 +36,10 @@ _TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a notebook did not come to its end, and the source of the cell it stopped in, if it was a cell."""
+    """Why a notebook did not come to its end, and the number of the cell it stopped in, as in `[5]` beside it."""
 
     message: str
-    cell: str | None = None
+    cell: int | None = None
 
 
 def notebook_file(name: str, base: Path) -> Path:
@@ -142,12 +142,20 @@ def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Fail
             )
         except papermill.PapermillExecutionError as error:
             named = "" if error.ename == "LocogenError" else f"{error.ename}: "
-            return Failure(named + re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)), error.source)
+            return Failure(named + re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)), error.exec_count)
         except DeadKernelError:
             return Failure(f"the kernel died, most often for want of memory{_last_words(log)}")
         except (RuntimeError, TimeoutError) as error:
             return Failure(f"the kernel did not start ({error}){_last_words(log)}")
     return None
+
+
+def forget_place(executed: Path) -> None:
+    """Take out where on this machine the notebook was executed: pages are shared."""
+    if book := load_json(executed):
+        told = book.get("metadata", {}).get("papermill", {})
+        told.update({key: Path(told[key]).name for key in ("input_path", "output_path") if told.get(key)})
+        write_json(executed, book)
 
 
 def _this_interpreter(log: Path) -> type:

@@ -214,12 +214,12 @@ def test_a_concept_that_changes_changes_the_key(tmp_path: Path, write) -> None:
 
 def test_failed_runs_leave_an_error_and_are_tried_again(write, kernel: Kernel, capsys) -> None:
     path = write(TWO)
-    kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", "raise ValueError('no')")
+    kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", 3)
     with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; the same.*\n  neon: ValueError: no$"):
         run_study(path)
     folder = path.with_suffix("")
     error = json.loads((folder / "neon" / "error.json").read_text())
-    assert (error["error"], error["cell"]) == ("ValueError: no\nmore", "raise ValueError('no')")
+    assert (error["error"], error["cell"]) == ("ValueError: no\nmore", 3)
     assert (error["title"], error["model"], error["concepts"]) == ("neon", "mini", ["neon"])
     assert (folder / "neon" / "notebook.ipynb").exists() and not (folder / "neon" / "result.json").exists()
     assert result(path, "blueprint")["pictures"] == 5, "the rest goes on"
@@ -492,7 +492,10 @@ def test_a_notebook_that_fails_says_where(write, tmp_path: Path) -> None:
     with pytest.raises(StudyFailed, match="neon: do this instead"):
         run_study(path)
     error = json.loads((tmp_path / "mini" / "neon" / "error.json").read_text())
-    assert error["cell"] == cell and error["error"] == "do this instead"
+    assert error["error"] == "do this instead"
+    executed = nbformat.read(tmp_path / "mini" / "neon" / "notebook.ipynb", as_version=4)
+    (failed,) = [each for each in executed.cells if each.cell_type == "code" and each.execution_count == error["cell"]]
+    assert failed.source == cell
 
 
 def test_a_kernel_that_dies_is_a_failed_run(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-SHIPPED = {"", ".py", ".typed", ".toml", ".json", ".safetensors", ".txt", ".md", ".ipynb"}
+SHIPPED = {"", ".py", ".typed", ".toml", ".json", ".safetensors", ".txt", ".md", ".ipynb", ".css"}
 
 
 def files(folder: Path) -> set[str]:

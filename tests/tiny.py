@@ -4,7 +4,7 @@ import functools
 import random
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -101,7 +101,7 @@ def pipeline(**unet_changes: Any) -> StableDiffusionPipeline:
 class FakeScorer:
     """A scorer without a model: how red the picture is, whatever the text; the second text scores its blue."""
 
-    settings = {"scorer": "fake", "preprocessing": "none", "scale": 1.0}
+    settings: ClassVar = {"scorer": "fake", "preprocessing": "none", "scale": 1.0}
 
     def __call__(self, pictures: Any, *texts: Any) -> list[np.ndarray]:
         means = np.stack([np.asarray(p, float).mean((0, 1)) / 255 for p in pictures])

@@ -42,13 +42,13 @@ class Recipe:
     decoder_steps: int = 4000
     unet_channels: tuple[int, ...] = (64, 96, 128, 128)
     unet_heads: tuple[int, ...] = (1, 2, 2, 2)
-    unet_steps: int = 2000
+    unet_steps: int = 1700
     unet_batch: int = 128
     empty_captions: float = 0.1
     fact_captions: float = 0.35
     style_captions: float = 0.1
     scorer: ClipShape = ClipShape(width=160, layers=4, patch=8, heads=5)
-    scorer_steps: int = 1600
+    scorer_steps: int = 1000
     scorer_batch: int = 96
     scorer_seed: int = 1905
 

@@ -1,0 +1,41 @@
+"""Loading: a folder is enough, parts have one dtype, what is missing is named with its remedy."""
+
+import pytest
+import tiny
+import torch
+
+from locogen.errors import LocogenError, UnsupportedModel
+from locogen.models import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline saved as somebody's folder, its parts in different precision."""
+    place = tmp_path_factory.mktemp("model")
+    pipe = tiny.pipeline()
+    pipe.text_encoder.half()
+    pipe.save_pretrained(place)
+    return place
+
+
+def test_a_folder_loads_in_one_precision(folder):
+    pipe = load(folder)
+    assert type(pipe).__name__ == "StableDiffusionPipeline"
+    assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
+    assert load(folder, dtype="bfloat16").unet.dtype == torch.bfloat16
+
+
+def test_what_is_not_there_is_named(folder, tmp_path):
+    with pytest.raises(LocogenError, match=r"openjourn.*did you mean 'openjourney'"):
+        load("openjourni")
+    with pytest.raises(LocogenError, match=r"hf download nobody/nothing"):
+        load("nobody/nothing", local_files_only=True)
+    with pytest.raises(LocogenError, match=r"model_index\.json"):
+        load(tmp_path)
+    with pytest.raises(LocogenError, match="'float32'"):
+        load(folder, dtype="float8")
+
+
+def test_unsupported_families_are_named():
+    with pytest.raises(UnsupportedModel, match="StableDiffusionXLPipeline"):
+        load("sd-xl")
