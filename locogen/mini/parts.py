@@ -39,10 +39,10 @@ class Recipe:
     latent_channels: int = 16
     vae_steps: int = 1000
     vae_batch: int = 16
-    decoder_steps: int = 4000
+    decoder_steps: int = 1200
     unet_channels: tuple[int, ...] = (64, 96, 128, 128)
     unet_heads: tuple[int, ...] = (1, 2, 2, 2)
-    unet_steps: int = 1700
+    unet_steps: int = 1500
     unet_batch: int = 128
     empty_captions: float = 0.1
     fact_captions: float = 0.35

@@ -1,0 +1,65 @@
+"""What the mini model carries where: every concept of the mini model, by the scoring CLIP and by the judge.
+
+`python tests/benchmarks/carriers.py` prints the table of the README and writes it to `runs/carriers/carriers.json`.
+Both scores look at the same pictures. The pictures are kept, so that a second call only counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import judge as judging
+import pandas as pd
+
+import locogen as loco
+
+
+def row(effects: pd.DataFrame) -> dict[str, Any]:
+    """The verdict of one concept's effects: carrier, fresh effect with interval, share of the ceiling."""
+    best = loco.carrier(effects)
+    layer: Any = effects.query("axis == 'layer'").set_index("position")
+    start = int(layer["choose"].idxmax())
+    line = layer.loc[start]
+    told = {name: float(line[name]) for name in ("fresh", "fresh_low", "fresh_high", "share", "baseline")}
+    return {"found": best.start is not None, "start": start, "verdict": best.reason, **told}
+
+
+def said(line: dict[str, Any]) -> str:
+    """One cell of the printed table."""
+    value = f"{line['start']}: {line['fresh']:+.2f} [{line['fresh_low']:+.2f}, {line['fresh_high']:+.2f}]"
+    return f"{value}, {line['share']:.0%}" if line["found"] else f"none (best {value}, {line['share']:.0%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--folder", type=Path, default=Path("runs/carriers"))
+    parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--only", nargs="*", default=None, help="concept ids; default: all of the mini model")
+    chosen = parser.parse_args()
+    pipe = loco.load(chosen.model)
+    judge = judging.JudgeScorer(judging.train(chosen.judge))
+    table = loco.concepts("mini")
+    found: dict[str, Any] = {}
+    print("| concept | kind | by CLIP-score | by the judge | same |")
+    for identity in chosen.only or table["id"]:
+        concept = loco.concept(identity)
+        options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps}
+        options |= {"store": chosen.folder / "store", "progress": False}
+        run = loco.localize(pipe, concept, scorer="mini", **options)
+        again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
+        by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again))
+        same = abs(by_clip["start"] - by_judge["start"]) < 2 if by_clip["found"] and by_judge["found"] else None
+        note = str(table.set_index("id").loc[identity, "note"])
+        found[identity] = {"kind": concept.kind, "note": note, "clip": by_clip, "judge": by_judge, "same": same}
+        print(f"| {identity} | {concept.kind} | {said(by_clip)} | {said(by_judge)} | {same} |", flush=True)
+        (chosen.folder / "carriers.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Make `reports/sample/` from what `make demo` left: pages to look at before installing, and the figures of README.
+
+`python tests/benchmarks/sample.py [SLUG ...]`; the first slug gives the strip of pictures.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+from locogen import carrier, describe, plot_effect, plot_strip
+from locogen.report import build
+
+SOURCE, TARGET = Path("reports/mini"), Path("reports/sample")
+LIMIT = 3_000_000  # bytes in all
+
+
+def pages(slugs: list[str]) -> None:
+    """The index and the pages of some runs, without notebooks and pictures (both are made again by `make demo`)."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        shutil.copy(SOURCE / "study.json", folder)
+        for slug in slugs:
+            shutil.copytree(SOURCE / slug, folder / slug)
+        build(folder)
+        shutil.rmtree(TARGET, ignore_errors=True)
+        shutil.copytree(folder, TARGET, ignore=shutil.ignore_patterns("*.ipynb", "result.json", "study.json", ".*"))
+    for page in TARGET.rglob("*.html"):
+        page.write_text(re.sub(r'<a href="notebook\.ipynb">[^<]*</a>', "", page.read_text("utf-8")), "utf-8")
+
+
+def figures(slugs: list[str]) -> None:
+    """`heatmap.png` of every run's concept and `strip.png` of the first slug's."""
+    effects = [pd.read_csv(path) for path in sorted(SOURCE.glob("*/effects.csv"))]
+    effects.sort(key=lambda table: ["style", "object", "fact"].index(table["kind"].iloc[0]))
+    best = {table["concept"].iloc[0]: carrier(table) for table in effects}
+    together = pd.concat(effects, ignore_index=True)
+    plot_effect(together, carriers=best).figure.savefig(TARGET / "heatmap.png", dpi=110, bbox_inches="tight")
+    table = pd.read_csv(SOURCE / slugs[0] / "pictures.csv")
+    first = table[(table["prompt"] == table["prompt"][0]) & (table["seed"] == table["seed"].min())]
+    rows = first[first["role"].isin(["baseline", "window", "ceiling"])]
+    starts = rows["start"]
+    labels = [r if pd.isna(s) else f"{int(s)}-{int(s) + 1}" for r, s in zip(rows["role"], starts, strict=True)]
+    chosen = best[table["concept"].iloc[0]].start
+    marked = [i for i, s in enumerate(starts) if s == chosen]
+    shown = [Image.open(SOURCE / "store" / name) for name in rows["image"]]
+    plot_strip(shown, labels, columns=9, marked=marked).savefig(TARGET / "strip.png", dpi=110, bbox_inches="tight")
+    print(describe(together, best))
+
+
+def main() -> None:
+    slugs = sys.argv[1:] or ["neon"]
+    pages(slugs)
+    figures(slugs)
+    size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
+    print(f"{TARGET}: {size / 1e6:.1f} MB")
+    if size > LIMIT:
+        sys.exit(f"larger than {LIMIT / 1e6:.0f} MB: give fewer slugs")
+
+
+if __name__ == "__main__":
+    main()
