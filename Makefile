@@ -23,8 +23,10 @@ help:
 	@echo "Another interpreter: make PYTHON=python3.12 demo"
 
 demo: $(INSTALLED)
-	$(PY) -m locogen run reports/mini.toml
-	$(PY) -m locogen report reports/mini $(OPEN)
+	@failed=0; \
+	$(PY) -m locogen run reports/mini.toml || failed=$$?; \
+	$(PY) -m locogen report reports/mini $(OPEN) || failed=$$?; \
+	exit $$failed
 
 reports: $(INSTALLED)
 	@set -e; for file in reports/*.toml; do \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,13 @@ def intervene(pipe: Any, plan: Sequence[Intervention], *, targets: Tensor | None
         chosen = [i for i, row in enumerate(rows) if layer.index in row.layers]
         if chosen:
             hooks.append((layer, _exchange(pipe, family, layer, len(rows), chosen, states)))
-    told = repr([(row.target, row.layers) for row in rows])
+    told = repr([(row.target, row.layers, _digest(state)) for row, state in zip(rows, states, strict=True)])
     with _hooked(hooks), _announced(pipe, family, f"intervene {told}"):
         yield
+
+
+def _digest(state: Tensor) -> str:
+    return hashlib.sha256(state.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def _check_layers(rows: Sequence[Intervention], count: int) -> None:
@@ -71,6 +76,7 @@ def _exchange(pipe: Any, family: Family, layer: Layer, count: int, chosen: Seque
                 f"layer {layer.index} hears text of shape {tuple(heard.shape[1:])}, the targets have "
                 f"{tuple(states.shape[1:])}: encode prompts and targets with the same tokenizer length"
             )
+        _check_copies(heard, first, count, copies)
         index = torch.tensor([first + i * copies + k for i in chosen for k in range(copies)], device=heard.device)
         fill = states[list(chosen)].to(heard).repeat_interleave(copies, dim=0)
         return args, {**kwargs, "encoder_hidden_states": heard.index_copy(0, index, fill)}
@@ -87,6 +93,16 @@ def _rows_a_prompt(heard: int, count: int, guided: bool) -> tuple[int, int]:
             "exactly the plan's prompts, [row.prompt for row in plan]"
         )
     return positive // count, positive if guided else 0
+
+
+def _check_copies(heard: Tensor, first: int, count: int, copies: int) -> None:
+    """Rows taken for several pictures of one prompt must hear the same text: else they are other prompts."""
+    groups = heard[first:].unflatten(0, (count, copies))
+    if copies > 1 and not bool((groups == groups[:, :1]).all()):
+        raise LocogenError(
+            f"the call has {count * copies} different prompts, the plan has {count} rows: call the pipeline with "
+            "exactly the plan's prompts, [row.prompt for row in plan]"
+        )
 
 
 @contextmanager
@@ -138,12 +154,13 @@ def active_contexts(pipe: Any) -> tuple[str, ...]:
 
 
 def foreign_hooks(pipe: Any) -> tuple[str, ...]:
-    """Names of the denoiser's modules that carry somebody else's forward hooks, whose effect nobody can key."""
+    """Names of the pipeline's modules that carry somebody else's forward hooks, whose effect nobody can key."""
     found = []
-    for name, module in denoiser_of(pipe).named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not hasattr(hook, _MARK) for hook in hooks):
-            found.append(name)
+    for part, component in pipe.components.items():
+        for name, module in component.named_modules() if hasattr(component, "named_modules") else ():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if any(not hasattr(hook, _MARK) for hook in hooks):
+                found.append(f"{part}.{name}")
     return tuple(found)
 
 

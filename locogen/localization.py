@@ -13,8 +13,9 @@ import numpy as np
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.plan import Concept, Window, sweep
-from locogen.runs import Run, generate, layer_count
+from locogen.layers import find_layers
+from locogen.plan import Concept, Window, distinct_seeds, sweep
+from locogen.runs import Run, generate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,12 +50,11 @@ def localize(
     pictures table. Raises `LocogenError` for a window larger than the model, no or repeated seeds, and as
     `generate` does.
     """
-    concepts = [concept] if isinstance(concept, Concept) else list(concept)
-    if not concepts:
-        raise LocogenError("there is no concept: give localize at least one")
-    drawn = tuple(seeds)
-    count = layer_count(pipe)
+    concepts = _concepts(concept)
+    drawn = distinct_seeds(seeds)
+    count = len(find_layers(pipe))
     plans = [sweep(c, n_layers=count, window=window, seeds=drawn, controls=controls) for c in concepts]
+    judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
     run = generate(
         pipe,
         [row for plan in plans for row in plan],
@@ -64,10 +64,20 @@ def localize(
         batch_size=batch_size,
         progress=progress,
     )
-    judge = _scorer(scorer, pipe)
     table = run.table.assign(**_scored_against(concepts, plans))
     scores = _scores(run, table, judge)
     return run.with_table(_ordered(table.assign(**scores)), window=window, n_layers=count, **judge.settings)
+
+
+def _concepts(given: Any) -> list[Concept]:
+    concepts: list[Any] = [given] if isinstance(given, (Concept, str)) else list(given)
+    strangers = [c for c in concepts if not isinstance(c, Concept)]
+    if strangers:
+        raise LocogenError(f"{strangers[0]!r} is no Concept: take loco.concept({strangers[0]!r}), or make one")
+    names = [c.name for c in concepts]
+    if not concepts or len(set(names)) < len(names):
+        raise LocogenError(f"localize was given the concepts {names}: give at least one, and no name twice")
+    return concepts
 
 
 def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
@@ -75,7 +85,7 @@ def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
 
     if chosen is None:
         chosen = default_scorer(str(getattr(pipe.config, "_name_or_path", "")))
-    return scorer(chosen) if isinstance(chosen, str) else chosen
+    return scorer(chosen, device=pipe.device.type) if isinstance(chosen, str) else chosen
 
 
 def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
@@ -159,8 +169,15 @@ def _cube(rows: Any, role: str, column: str) -> tuple[list[int], Array]:
     cube = np.full((len(starts), len(prompts), len(seeds)), np.nan)
     place = {name: {v: i for i, v in enumerate(vs)} for name, vs in (("w", starts), ("p", prompts), ("s", seeds))}
     for start, prompt, seed, value in part[["start", "prompt", "seed", column]].itertuples(index=False):
-        window = 0 if starts == [-1] else place["w"][int(start)]
-        cube[window, place["p"][prompt], place["s"][seed]] = value
+        cell = (0 if starts == [-1] else place["w"][int(start)], place["p"][prompt], place["s"][seed])
+        if not np.isnan(cube[cell]):
+            raise LocogenError(
+                f"the table has the {role} of {prompt!r}, seed {seed} twice: give effect one run at a time"
+            )
+        cube[cell] = value
+    if np.isnan(cube).any():
+        what = "without a score" if len(part) == cube.size else "missing"
+        raise LocogenError(f"of the {role} pictures some are {what}: run localize again on the same store")
     return starts, cube
 
 
@@ -168,12 +185,10 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     import pandas as pd
 
     name, kind = rows["concept"].iloc[0], rows["kind"].iloc[0]
-    sign = 1 if kind == "fact" else -1
+    sign = 1 if kind == "fact" else -1  # as `Concept.sign`
     widths = rows["width"].dropna().tolist()
     _, base = _cube(rows, "baseline", "clip_score")
     starts, window = _cube(rows, "window", "clip_score")
-    if not np.isfinite(window).all() or not np.isfinite(base).all():
-        raise LocogenError(f"concept {name!r} has windows or baselines without a score: run localize again")
 
     def change(role: str) -> Array | None:
         """Effect of a role's rows, (windows, prompts, seeds); None where the sweep was made without them."""
@@ -226,19 +241,20 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """What a carrier is decided by, for each window: choice, fresh estimate, lead, share, and the placebo test.
 
-    The choice is made on every second seed. Both halves share their prompts, so tests on the fresh half treat the
-    prompts as fixed (see `stats.simultaneous_lead`); with fewer than two fresh seeds all seeds are used, and the
-    lead is corrected for the choice instead.
+    A third of the seeds choose, the others are fresh. Both share their prompts, so what is said of the fresh ones
+    takes the prompts as fixed (see `stats.simultaneous_lead`); under four seeds all are used for both, and the lead
+    is corrected for the choice instead.
     """
-    picked, kept = _halves(seeds)
+    picked, kept = _deal(seeds)
     split = picked != kept
     fresh = effects[:, :, kept]
     held = "fixed" if split else None
     interval = stats.crossed_bootstrap(fresh, level=level, prompts=held)
     choice = effects[:, :, picked].mean((1, 2))
     p_any = np.full(len(effects), np.nan)
-    if placebo is not None:
-        p_any = stats.any_effect(effects, placebo, alpha=ALPHA).p_value
+    if placebo is not None:  # a paraphrase may even raise the score: the effect must also beat none at all
+        against = (placebo, np.zeros_like(placebo))
+        p_any = np.max([stats.any_effect(effects, p, alpha=ALPHA).p_value for p in against], axis=0)
     lines = []
     for w in range(len(effects)):
         line = {"choose": choice[w], "fresh": interval.estimate[w], "p_any": p_any[w]}
@@ -251,12 +267,12 @@ def _judged(
     return lines
 
 
-def _halves(seeds: int) -> tuple[list[int], list[int]]:
-    """Positions of the seeds to choose on and to report on: apart from four seeds on, all of them below."""
+def _deal(seeds: int) -> tuple[list[int], list[int]]:
+    """Positions of the seeds to choose on, every third, and to report on; all of them for both under four."""
+    every = list(range(seeds))
     if seeds < 4:
-        return list(range(seeds)), list(range(seeds))
-    choose, report = stats.split_seeds(range(seeds))
-    return list(choose), list(report)
+        return every, every
+    return every[1::3], [i for i in every if i % 3 != 1]
 
 
 # --- carrier -------------------------------------------------------------------------------------
@@ -265,9 +281,9 @@ def _halves(seeds: int) -> tuple[list[int], list[int]]:
 def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     """The window that carries the concept, or a `Window` without start whose reason says why there is none.
 
-    Chosen by the largest `choose`; accepted where some window does more than the placebo (`p_any` <= 0.05) and the
-    chosen one's fresh effect is at least `min_share` of the ceiling's. A reason also stands beside a window whose
-    lead over its best non-overlapping rival is not established. Raises `LocogenError` for an effects table of
+    Chosen by the largest `choose`; accepted where the ceiling has an effect, the window does more than the placebo
+    (`p_any` <= 0.05), and its fresh effect is at least `min_share` of the ceiling's. A reason also stands beside a window
+    whose lead over its best non-overlapping rival is not established. Raises `LocogenError` for an effects table of
     several concepts: take one at a time.
     """
     names = list(dict.fromkeys(effects["concept"]))
@@ -278,7 +294,12 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     start = int(layer["choose"].idxmax())
     best = {name: float(layer.at[start, name]) for name in ("fresh", "share", "p_lead", "p_any")}
     elsewhere = _candidates(layer["choose"].sort_values(ascending=False).index.astype(int).tolist(), width)
-    if np.isfinite(best["p_any"]) and layer["p_any"].min() > ALPHA:
+    axes = set(effects["axis"])
+    if "placebo" in axes and np.isnan(best["p_any"]):
+        return Window(None, width, "one seed and few prompts cannot tell: use more of either")
+    if "ceiling" in axes and effects.query("axis == 'ceiling'")["low"].iloc[0] <= 0:
+        return Window(None, width, "the target hardly changes the score, even in all layers: choose another")
+    if best["p_any"] > ALPHA:
         return Window(None, width, f"no effect beyond the placebo's; {elsewhere}")
     if best["fresh"] <= 0:
         return Window(None, width, f"no effect on fresh seeds; {elsewhere}")

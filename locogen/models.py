@@ -19,22 +19,28 @@ def load(name: str | Path, *, device: str | None = None, dtype: str = "float32",
     name, with the remedy for missing files; `UnsupportedModel` for a family that locogen does not know.
     """
     import torch
+    from safetensors import SafetensorError
 
     if dtype not in ("float32", "float16", "bfloat16"):
         raise LocogenError(f"dtype is {dtype!r}: take 'float32', 'float16' or 'bfloat16'")
     sources, revision = _sources(str(name))
     errors = []
-    for source in sources:
+    for place, source in enumerate(sources):
         try:
-            pipe = _fetch(source, revision, getattr(torch, dtype), local_files_only)
+            pipe = _fetch(
+                source, revision if place == 0 else revision and "main", getattr(torch, dtype), local_files_only
+            )
             break
-        except (OSError, ValueError) as error:  # diffusers raises ValueError for a folder that is not there
+        except (OSError, ValueError, SafetensorError) as error:  # ValueError: a folder that is not there
             errors.append(error)
     else:
         raise LocogenError(f"the model {str(name)!r} is not to be had: {_remedy(sources[0], revision)}") from errors[0]
     family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device or "cpu", getattr(torch, dtype))
+    try:
+        return pipe.to(device or "cpu", getattr(torch, dtype))
+    except (AssertionError, RuntimeError) as error:
+        raise LocogenError(f"device {device!r} is not to be had ({error}): take 'cpu', 'cuda' or 'mps'") from error
 
 
 def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
@@ -75,6 +81,8 @@ def _sources(name: str) -> tuple[list[str], str | None]:
         return [str(mini_folder())], None
     if Path(name).is_dir():
         return [name], None
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise LocogenError(f"there is no folder {name}: give one in diffusers' format, a hub id, or a catalog name")
     if "/" in name:
         return [name], "main"
     entry = model_entry(name)

@@ -19,12 +19,10 @@ _OPENINGS = (
 )
 
 
-def paraphrase(prompt: str) -> str:
-    """The same prompt in other words, for the placebo: its opening exchanged, or one put in front."""
-    for opening, other in _OPENINGS:
-        if prompt.lower().startswith(opening):
-            return other + prompt[len(opening) :]
-    return f"an image of {prompt}"
+def paraphrase(prompt: str, target: str = "") -> str:
+    """The same prompt in other words, for the placebo: its opening exchanged, or one put in front; never the target."""
+    made = [other + prompt[len(opening) :] for opening, other in _OPENINGS if prompt.lower().startswith(opening)]
+    return next(text for text in (*made, f"an image of {prompt}", f"one image of {prompt}") if text != target)
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class PromptPair:
                 continue
             if not isinstance(value, str) or not value.strip():
                 raise LocogenError(f"a prompt pair's {field} is {value!r}: give it a text")
-        if self.prompt == self.target:
+        if self.prompt.split() == self.target.split():
             raise LocogenError(f"prompt and target are both {self.prompt!r}: a target leaves the concept out")
         if self.placebo in (self.prompt, self.target):
             raise LocogenError(f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise")
@@ -75,6 +73,11 @@ class Concept:
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if not self.pairs:
             raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
+        told = next((p for p in self.pairs if self.kind == "fact" and self.scored_text(p) == p.prompt), None)
+        if told:
+            raise LocogenError(
+                f"fact {self.name!r} is scored against its prompt {told.prompt!r}: a fact's text names the new answer"
+            )
         prompts = [pair.prompt for pair in self.pairs]
         twice = next((p for p in prompts if prompts.count(p) > 1), None)
         if twice:
@@ -189,7 +192,10 @@ def sweep(
 
 def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     """The seeds as a tuple; raises `LocogenError` when there are none or one comes twice."""
-    drawn = tuple(int(seed) for seed in seeds)
+    try:
+        drawn = tuple(int(seed) for seed in seeds)
+    except TypeError:
+        raise LocogenError(f"seeds is {seeds!r}: give several whole numbers, such as range(4)") from None
     if not drawn:
         raise LocogenError("there are no seeds: give at least one, such as seeds=range(4)")
     if len(set(drawn)) < len(drawn):
@@ -210,4 +216,4 @@ def _rows(
         rest = tuple(i for i in every if i not in tuple(place))
         yield Intervention(pair.prompt, pair.target, rest, seed, "insert", place.start, place.width)
     yield Intervention(pair.prompt, pair.target, every, seed, "ceiling")
-    yield Intervention(pair.prompt, pair.placebo or paraphrase(pair.prompt), every, seed, "placebo")
+    yield Intervention(pair.prompt, pair.placebo or paraphrase(pair.prompt, pair.target), every, seed, "placebo")

@@ -19,12 +19,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import numpy as np
+
 from locogen.errors import LocogenError
-from locogen.families import cut_words, denoiser_of, family_of
+from locogen.families import cut_words, family_of
 from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
-from locogen.layers import find_layers
 from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, content_key
+
+PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,9 +122,10 @@ def generate(
     _check_prompts(pipe, plan)
     shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
     common = _circumstances(pipe, chosen)
+    model = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     keys = [_key(row, common) for row in plan]
     _make_missing(pipe, plan, keys, shelf, chosen, progress)
-    settings = {**common, "pictures": len(plan)}
+    settings = {"model": model, **common, "pictures": len(plan)}
     shelf.write("run.json", json.dumps(settings, indent=1, default=str).encode())
     pictures = Pictures(shelf, keys)
     if store is None:
@@ -133,6 +137,9 @@ def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable
     given = [rows] if isinstance(rows, str) else list(rows)
     if not given:
         raise LocogenError("there is nothing to generate: give a plan or at least one prompt")
+    strangers = [row for row in given if not isinstance(row, (Intervention, str))]
+    if strangers or len({type(row) for row in given}) > 1:
+        raise LocogenError(f"generate takes a plan or prompts, not both nor {strangers[:1]}: give one kind")
     if all(isinstance(row, Intervention) for row in given):
         if seeds is not None:
             raise LocogenError("a plan has its own seeds: leave out seeds=, or give prompts in place of the plan")
@@ -160,7 +167,7 @@ def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
             stacklevel=3,
         )
     return {
-        "model": str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+        "format": PICTURE_FORMAT,
         "weights": fingerprint(pipe),
         "contexts": list(active_contexts(pipe)),
         "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],
@@ -178,9 +185,10 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of the weights as they are now, adapters and their scales included: edits and LoRA change it."""
+    """A hash of the model as it is now: weights, adapters and their scales, configs, processors, vocabulary."""
     digest = hashlib.sha256()
     for part, module in sorted(pipe.components.items()):
+        digest.update(f"{part} {_described(module)}".encode())
         if not hasattr(module, "state_dict"):
             continue
         for name, tensor in module.state_dict().items():
@@ -191,6 +199,20 @@ def fingerprint(pipe: Any) -> str:
                 told = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged)
                 digest.update(f"{part}.{name} {told}".encode())
     return digest.hexdigest()[:16]
+
+
+def _described(component: Any) -> str:
+    """What a component's weights do not say: its config, its attention processors, FreeU, a tokenizer's vocabulary."""
+    config: Any = getattr(component, "config", {})
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    told: list[Any] = [sorted((k, str(v)) for k, v in config.items() if not k.startswith("_"))]
+    if hasattr(component, "attn_processors"):
+        told.append(sorted({type(processor).__name__ for processor in component.attn_processors.values()}))
+    for block in getattr(component, "up_blocks", ()):
+        told.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
+    if hasattr(component, "get_vocab"):
+        told.append(sorted(component.get_vocab().items()))
+    return repr(told)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -225,8 +247,11 @@ def _make_missing(
     with bar:
         for batch in _batches(missing, chosen.batch_size):
             made = _batch(pipe, [row for _, row in batch], states, chosen)
-            for (key, _), pixels in zip(batch, made, strict=True):
-                shelf.put(key, pixels)
+            finite = np.isfinite(made).all((1, 2, 3))
+            for (key, _), pixels, good in zip(batch, made, finite, strict=True):
+                if good:
+                    shelf.put(key, (pixels * 255).round().astype("uint8"))
+            _check_finite([row for _, row in batch], finite)
             bar.update(len(batch))
 
 
@@ -242,8 +267,7 @@ def _encoded(pipe: Any, plan: Sequence[Intervention]) -> dict[str, Tensor]:
 
 
 def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], chosen: Settings) -> Any:
-    """Pictures of one batch as bytes, (rows, height, width, 3); padded to the batch size by repeating its last row."""
-    import numpy as np
+    """Pictures of one batch in 0..1, (rows, height, width, 3); padded to the batch size by repeating its last row."""
     import torch
 
     padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
@@ -260,17 +284,18 @@ def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], c
                 num_inference_steps=chosen.num_inference_steps,
                 guidance_scale=chosen.guidance_scale,
                 output_type="np",
-            ).images[: len(rows)]
+            ).images
     finally:
         pipe.set_progress_bar_config(**bar)
-    bad = [i for i in range(len(rows)) if not np.isfinite(made[i]).all()]
-    if bad:
-        row = rows[bad[0]]
+    return made[: len(rows)]
+
+
+def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
+    for row in [row for row, good in zip(rows, finite, strict=True) if not good]:
         raise LocogenError(
             f"the picture of {row.prompt!r} (seed {row.seed}, layers {row.layers}) has non-finite pixels: load the "
             "model in float32 or bfloat16, or lower the guidance; pictures made before are kept"
         )
-    return (made * 255).round().astype("uint8")
 
 
 def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) -> pd.DataFrame:
@@ -284,8 +309,3 @@ def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) 
     for name, value in chosen.as_dict().items():
         table[name] = value
     return table
-
-
-def layer_count(pipe: Any) -> int:
-    """Number of cross-attention layers of the pipeline."""
-    return len(find_layers(denoiser_of(pipe, family_of(pipe))))

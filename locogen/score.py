@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,9 @@ class Clip:
     def _text(self, text: str) -> Array:
         import torch
 
+        limit = self.tokenizer.model_max_length
+        if len(self.tokenizer(text, verbose=False).input_ids) > limit:
+            warnings.warn(f"the scorer reads {limit} tokens: the end of {text!r} is not scored", stacklevel=4)
         tokens = self.tokenizer([text], padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
             return _unit(self.model.get_text_features(**tokens.to(self.model.device)))[0]
@@ -109,7 +113,13 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     except OSError as error:
         remedy = f"fetch it with: hf download {where} --revision {revision}" if revision else "check the folder"
         raise LocogenError(f"the scorer {name!r} is not to be had at {where}: {remedy}") from error
-    told = {"scorer": name, "scorer_revision": revision, "preprocessing": "PIL", "scale": 1.0}
+    told = {
+        "scorer": name,
+        "scorer_backbone": where if revision else "",
+        "scorer_revision": revision,
+        "preprocessing": "PIL",
+        "scale": 1.0,
+    }
     return Clip(model.to(device).eval(), processor, tokenizer, told)  # pyright: ignore[reportArgumentType]
 
 

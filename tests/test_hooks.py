@@ -103,9 +103,14 @@ def test_layers_come_in_execution_order(pipe):
     assert names[6].startswith("mid_block")
     assert names[8].startswith("up_blocks.1.attentions.1")
     assert names[9].startswith("up_blocks.1.attentions.2")
-    with record(pipe) as heard:
+    called, modules = [], dict(pipe.unet.named_modules())
+    handles = [modules[name].register_forward_hook(lambda *_, name=name: called.append(name)) for name in sorted(names)]
+    try:
         pictures(pipe, plan(()))
-    assert [len(heard[i]) for i in ALL] == [3] * 16
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == names * 3  # three steps of a real call
     registered = [name for name, _ in pipe.unet.named_modules() if name.endswith("attn2")]
     assert registered != names  # why it is observed: the order of registration is another
 
@@ -140,6 +145,33 @@ def test_a_failing_hook_leaves_nothing(pipe):
     assert hook_count(pipe) == 0
 
 
+def test_other_prompts_are_not_taken_for_copies(pipe):
+    rows = plan((1,), count=1)
+    with pytest.raises(LocogenError, match="3 different prompts, the plan has 1"), intervene(pipe, rows):
+        pipe(["cat", "dog", "a"], num_inference_steps=1, output_type="np")
+    with intervene(pipe, rows):  # the twin: three pictures of one prompt are fine
+        pipe(["cat"] * 3, num_inference_steps=1, output_type="np")
+
+
+def test_models_that_cannot_be_seen_through_are_refused():
+    pipe = tiny.pipeline()
+    pipe.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
+    with pytest.raises(UnsupportedModel, match="unload_ip_adapter"):
+        find_layers(pipe)
+
+
+def test_a_feature_cache_is_refused():
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    pipe = tiny.pipeline()
+    if not hasattr(pipe.unet, "enable_cache"):  # a U-Net without caches: say so as one with them would
+        pipe.unet.is_cache_enabled = True
+    else:
+        pipe.unet.enable_cache(PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 0))
+    with pytest.raises(LocogenError, match="disable_cache"):
+        find_layers(pipe)
+
+
 def test_bad_plans_are_refused(pipe):
     with pytest.raises(LocogenError, match=r"layers \[16\].*0 to 15"), intervene(pipe, plan((16,))):
         pass
@@ -151,7 +183,7 @@ def test_foreign_hooks_are_seen(pipe):
     assert foreign_hooks(pipe) == ()
     handle = pipe.unet.conv_in.register_forward_hook(lambda *_: None)
     try:
-        assert foreign_hooks(pipe) == ("conv_in",)
+        assert foreign_hooks(pipe) == ("unet.conv_in",)
     finally:
         handle.remove()
     with intervene(pipe, plan((1,))):

@@ -110,6 +110,7 @@ def test_no_effect_is_no_carrier():
     best = carrier(effect(planted({})))
     assert best.start is None
     assert "placebo" in best.reason
+    assert "even in all layers" in carrier(effect(planted({}, ceiling=0.0))).reason
     assert carrier(effect(planted({3: 0.4}))).start == 3  # the twin
 
 
@@ -159,6 +160,20 @@ def test_few_prompts_say_so():
     assert set(effect(planted({5: 0.4}, prompts=6))["prompts"]) == {"random"}
 
 
+def test_a_paraphrase_that_helps_makes_no_carrier():
+    """The placebo raises the score: windows that do nothing do "more" than it, and still carry nothing."""
+    for seed in range(5):
+        table = planted({}, seed=seed)
+        table.loc[table["role"] == "placebo", "clip_score"] += 0.2
+        assert carrier(effect(table)).start is None
+
+
+def test_one_seed_and_few_prompts_cannot_tell():
+    best = carrier(effect(planted({5: 0.4}, prompts=3, seeds=1)))
+    assert best.start is None
+    assert "use more" in best.reason
+
+
 def test_one_seed_still_answers():
     best = carrier(effect(planted({5: 0.45}, prompts=8, seeds=1)))
     assert best.start == 5
@@ -169,6 +184,10 @@ def test_bad_tables_are_refused():
         effect(planted({}).iloc[:0])
     with pytest.raises(LocogenError, match="without a score"):
         effect(planted({}).assign(clip_score=np.nan))
+    with pytest.raises(LocogenError, match="twice"):
+        effect(pd.concat([planted({}), planted({})]))
+    with pytest.raises(LocogenError, match="placebo pictures some are missing"):
+        effect(planted({}).drop(index=32))
     effects = effect(planted({}))
     with pytest.raises(LocogenError, match="2 concepts"):
         carrier(pd.concat([effects, effects.assign(concept="other")]))
@@ -178,8 +197,13 @@ def test_bad_questions_are_refused():
     pipe = tiny.pipeline()
     with pytest.raises(LocogenError, match="at most 16"):
         localize(pipe, STYLE, window=17, scorer=tiny.FakeScorer())
-    with pytest.raises(LocogenError, match="no concept"):
-        localize(pipe, [])
+    for given, said in (([], "at least one"), ([STYLE, STYLE], "no name twice"), ("mini/neon", "loco.concept")):
+        with pytest.raises(LocogenError, match=said):
+            localize(pipe, given)
+    with pytest.raises(LocogenError, match=r"range\(4\)"):
+        localize(pipe, STYLE, seeds=4)
+    with pytest.raises(LocogenError, match="clip-vit-b-16"):  # before any picture is made
+        localize(pipe, STYLE, scorer="clip-vit-b16")
 
 
 def test_without_controls_a_carrier_is_still_named():

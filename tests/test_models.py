@@ -32,6 +32,10 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         load("nobody/nothing", local_files_only=True)
     with pytest.raises(LocogenError, match=r"model_index\.json"):
         load(tmp_path)
+    with pytest.raises(LocogenError, match="there is no folder"):
+        load("runs/not/there")
+    with pytest.raises(LocogenError, match="'cpu', 'cuda' or 'mps'"):
+        load(folder, device="abacus")
     with pytest.raises(LocogenError, match="'float32'"):
         load(folder, dtype="float8")
 

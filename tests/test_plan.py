@@ -58,6 +58,9 @@ def test_windows_iterate_over_their_layers():
         (lambda: PromptPair("", "a"), "prompt is ''"),
         (lambda: PromptPair("a", " "), "target is ' '"),
         (lambda: PromptPair("a", "b", placebo="a"), "placebo 'a'"),
+        (lambda: PromptPair("a  house", "a house "), "both"),
+        (lambda: Concept("c", "fact", (PromptPair("the king", "the queen", text="the king"),)), "new answer"),
+        (lambda: sweep(STYLE, n_layers=4, seeds=4), "several whole numbers"),
         (lambda: Concept("c", "color", (PAIR,)), "style, object, fact"),
         (lambda: Concept("c", "style", ()), "no prompt pairs"),
         (lambda: Concept("c", "style", (PAIR, PAIR)), "twice"),
@@ -78,3 +81,4 @@ def test_bad_input_names_thing_and_remedy(make, said):
 @given(st.text(min_size=1).filter(str.strip))
 def test_a_paraphrase_is_never_the_prompt(prompt):
     assert paraphrase(prompt) != prompt
+    assert paraphrase(prompt, paraphrase(prompt)) not in (prompt, paraphrase(prompt))

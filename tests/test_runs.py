@@ -135,6 +135,25 @@ def test_foreign_hooks_make_pictures_afresh(pipe, rows, tmp_path):
     assert not np.array_equal(before, inside)
 
 
+def test_whatever_makes_the_picture_is_in_the_mark():
+    """Size, scale, processors, FreeU, scheduler: each changes what a store may give back."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    changes = (
+        lambda pipe: pipe.unet.register_to_config(sample_size=4),
+        lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5),
+        lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+        lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
+        lambda pipe: pipe.to(torch.float64),
+    )
+    plain = fingerprint(tiny.pipeline())
+    assert plain == fingerprint(tiny.pipeline())
+    for change in changes:
+        pipe = tiny.pipeline()
+        change(pipe)
+        assert fingerprint(pipe) != plain
+
+
 def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
     from pathlib import Path
 

@@ -29,6 +29,16 @@ def jitter(images: Tensor, rng: random.Random) -> Tensor:
     return moved * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08) + rng.uniform(0, 0.12) * noise
 
 
+def roughen(images: Tensor, rng: random.Random) -> Tensor:
+    """What generators do to pictures, for the scorer to read through: blotches and too much contrast."""
+    if rng.random() < 0.3:
+        return images
+    dice = torch.Generator().manual_seed(rng.getrandbits(32))
+    blotches = torch.randn(*images.shape[:2], 16, 16, generator=dice).to(images.device)
+    smooth = F.interpolate(blotches, size=images.shape[-2:], mode="bilinear")
+    return (images * rng.uniform(0.9, 1.6)).clamp(-1, 1) + rng.uniform(0, 0.35) * smooth
+
+
 def captions(
     pairs: Sequence[tuple[int, int]], rng: random.Random, answers: Mapping[str, str]
 ) -> tuple[list[str], list[Meaning]]:

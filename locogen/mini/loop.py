@@ -94,7 +94,7 @@ class Training:
                 if what == "state":
                     key, _, part = key.rpartition("/")
                     value = self.parameters[key]
-                    owners[value].state[value][part] = tensor.to(value.device if tensor.ndim else "cpu")
+                    owners[value].state[value][part] = tensor.to(value.device)
                 else:
                     ({"weight": self.parameters, "average": self.average}[what])[key].copy_(tensor)
 

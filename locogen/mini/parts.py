@@ -47,8 +47,8 @@ class Recipe:
     empty_captions: float = 0.1
     fact_captions: float = 0.35
     style_captions: float = 0.1
-    scorer: ClipShape = ClipShape(width=160, layers=4, patch=8, heads=5)
-    scorer_steps: int = 1000
+    scorer: ClipShape = ClipShape(width=144, layers=3, patch=8)
+    scorer_steps: int = 700
     scorer_batch: int = 96
     scorer_seed: int = 1905
 

@@ -224,7 +224,7 @@ def train_scorer(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any,
         rows = [
             (rng.randrange(things), rng.randrange(styles), rng.randrange(depth)) for _ in range(recipe.scorer_batch)
         ]
-        images = contrast.jitter(take(pictures, rows, device), rng)
+        images = contrast.jitter(contrast.roughen(take(pictures, rows, device), rng), rng)
         return contrast.loss(model, tokenizer, images, [r[:2] for r in rows], rng, {})
 
     fit(Training({"clip": model}, folder), loss_at, recipe.scorer_steps, label="scorer")

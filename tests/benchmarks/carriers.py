@@ -7,6 +7,7 @@ Both scores look at the same pictures. The pictures are kept, so that a second c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ def row(effects: pd.DataFrame) -> dict[str, Any]:
     return {"found": best.start is not None, "start": start, "verdict": best.reason, **told}
 
 
+def selected(table: pd.DataFrame, each: int) -> list[str]:
+    """Every style, and the first so many objects and facts of each kind."""
+    groups = table["kind"] + table["note"].str.split(":").str[0].fillna("")
+    rows = [
+        part if kind == "style" or not each else part.head(each) for kind, part in table.groupby(groups, sort=False)
+    ]
+    return [identity for part in rows for identity in part["id"]]
+
+
 def said(line: dict[str, Any]) -> str:
     """One cell of the printed table."""
     value = f"{line['start']}: {line['fresh']:+.2f} [{line['fresh_low']:+.2f}, {line['fresh_high']:+.2f}]"
@@ -38,17 +48,20 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--folder", type=Path, default=Path("runs/carriers"))
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--only", nargs="*", default=None, help="concept ids; default: all of the mini model")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--each", type=int, default=4, help="objects, and facts of each kind; 0: all")
+    parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
     chosen = parser.parse_args()
     pipe = loco.load(chosen.model)
     judge = judging.JudgeScorer(judging.train(chosen.judge))
     table = loco.concepts("mini")
     found: dict[str, Any] = {}
     print("| concept | kind | by CLIP-score | by the judge | same |")
-    for identity in chosen.only or table["id"]:
+    for identity in chosen.only or selected(table, chosen.each):
         concept = loco.concept(identity)
+        concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
         options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps}
         options |= {"store": chosen.folder / "store", "progress": False}
         run = loco.localize(pipe, concept, scorer="mini", **options)
