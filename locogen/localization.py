@@ -282,9 +282,9 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     """The window that carries the concept, or a `Window` without start whose reason says why there is none.
 
     Chosen by the largest `choose`; accepted where the ceiling has an effect, the window does more than the placebo
-    (`p_any` <= 0.05), and its fresh effect is at least `min_share` of the ceiling's. A reason also stands beside a window
-    whose lead over its best non-overlapping rival is not established. Raises `LocogenError` for an effects table of
-    several concepts: take one at a time.
+    (`p_any` <= 0.05), and its fresh effect is at least `min_share` of the ceiling's. A reason also stands beside a
+    window whose lead over its best non-overlapping rival is not established. Raises `LocogenError` for an effects
+    table of several concepts: take one at a time.
     """
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:

@@ -252,7 +252,8 @@ def _lines(run: Finished) -> list[list[Any]]:
             share = "–" if missing(row["share"]) else f"{number(100 * row['share'], 0)} %"
             effect = number(row["estimate"], digits) + interval(row, digits)
             numbers = [("number", cell) for cell in (_layers(row["start"], row["width"]), effect, share)]
-            verdict = '<strong class="good">localized</strong>'
+            open_lead = "not established" in str(row["reason"])
+            verdict = "<strong>lead open</strong>" if open_lead else '<strong class="good">localized</strong>'
         verdict = Html(verdict + (f": {html(row['reason'])}" if row["reason"] else ""))
         name = link(f"{slug}/index.html", row["label"])
         lines.append([name, row["kind"] or "–", model, *numbers, ("verdict", verdict), csv])

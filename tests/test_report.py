@@ -195,6 +195,15 @@ def test_the_index_says_everything(results: Path) -> None:
     assert read.text.index("unicorn") > read.text.index("neon")  # what failed comes last
 
 
+def test_an_open_lead_is_not_called_localized(results: Path) -> None:
+    path = results / "van-gogh" / "result.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    assert "lead open" not in build(results).read_text(encoding="utf-8")
+    told["carriers"][0]["reason"] = "its lead over other places is not established"
+    path.write_text(json.dumps(told), encoding="utf-8")
+    assert "lead open" in build(results).read_text(encoding="utf-8")
+
+
 def test_a_page_shows_the_run_without_its_code(results: Path) -> None:
     build(results)
     text = (results / "van-gogh" / "index.html").read_text(encoding="utf-8")
