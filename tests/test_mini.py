@@ -2,11 +2,13 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from locogen.errors import LocogenError
 from locogen.mini import contrast, train, world
 from locogen.mini.loop import Training, fit, rate_at
 from locogen.mini.muon import orthogonalize
@@ -121,6 +123,16 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
     for a, b, c in zip(whole.parameters(), resumed.parameters(), killed.parameters(), strict=True):
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+def test_a_folder_belongs_to_one_recipe(tmp_path):
+    def workshop(recipe):
+        return train.Workshop(recipe, tmp_path, torch.device("cpu"), 1)
+
+    workshop(Recipe())
+    workshop(replace(Recipe(), unet_steps=9))  # more or fewer steps go on from the same checkpoint
+    with pytest.raises(LocogenError, match="another recipe"):
+        workshop(Recipe().quick())
 
 
 def test_a_diverged_training_stops(tmp_path):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from locogen.errors import LocogenError
 from locogen.mini import contrast, parts, world
-from locogen.mini.loop import Training, fit
+from locogen.mini.loop import Training, fit, write_atomically
 from locogen.mini.parts import Recipe
 from locogen.mini.pictures import draw, renders, save_array, sheet, take
 
@@ -250,6 +253,15 @@ class Workshop:
 
     def __init__(self, recipe: Recipe, folder: Path, device: torch.device, workers: int) -> None:
         self.recipe, self.folder, self.device, self.workers = recipe, folder, device, workers
+        self._claim()
+
+    def _claim(self) -> None:
+        """Refuse a folder that another recipe began: its checkpoints would be taken for this one's."""
+        told = json.dumps({k: v for k, v in asdict(self.recipe).items() if not k.endswith("_steps")}, indent=1)
+        path = self.folder / "recipe.json"
+        if path.exists() and path.read_text("utf-8") != told:
+            raise LocogenError(f"{self.folder} was begun with another recipe ({path}): give an empty folder")
+        write_atomically(path, lambda partial: partial.write_text(told, "utf-8"))
 
     @cached_property
     def renders(self) -> Tensor:
