@@ -512,12 +512,18 @@ def test_no_kernel_outlives_its_study(write, tmp_path: Path, name: str) -> None:
         tmp_path / "small.ipynb", "import os\nopen('../../pid', 'w').write(f'{os.getpid()} ')\nwhile True: pass"
     )
     path = write(TWO)
-    command = [sys.executable, "-m", "locogen", "run", str(path)]
+    # Jobs in the background of a shell are started with Ctrl-C ignored, and so are the tests' own children then.
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"{listen}; from locogen.__main__ import main; sys.exit(main(['run', {str(path)!r}]))"
+    command = [sys.executable, "-c", start]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        pid = tmp_path / "pid"
-        wait_for(lambda: pid.exists() and pid.read_text().endswith(" "))
-        process.send_signal(getattr(signal, name))
-        out, error = process.communicate(timeout=20)
+        try:
+            pid = tmp_path / "pid"
+            wait_for(lambda: pid.exists() and pid.read_text().endswith(" "))
+            process.send_signal(getattr(signal, name))
+            out, error = process.communicate(timeout=20)
+        finally:
+            process.kill()
     wait_for(lambda: not alive(int(pid.read_text())))
     assert error == ""
     if name == "SIGINT":
