@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
+    from .edit import Edit, fit_edit
     from .errors import LocogenError, UnsupportedModel
     from .hooks import generators, intervene, record
     from .layers import Layer, find_layers
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Concept",
+    "Edit",
     "Intervention",
     "Layer",
     "LocogenError",
@@ -43,6 +45,7 @@ __all__ = [
     "describe",
     "effect",
     "find_layers",
+    "fit_edit",
     "generate",
     "generators",
     "intervene",
@@ -61,6 +64,7 @@ __all__ = [
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
+    "edit": ("Edit", "fit_edit"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),
     "layers": ("Layer", "find_layers"),

@@ -22,7 +22,9 @@ class Family:
 
     `denoiser`: attribute of the pipeline; `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass;
     `encode(pipe, prompts)`: text states, (prompts, tokens, width); `guided(pipe)`: whether the call in progress
-    doubles its rows, negative ones first; `check(pipe or denoiser)` raises where an intervention would be wrong.
+    doubles its rows, negative ones first; `check(pipe or denoiser)` raises where an intervention would be wrong;
+    `spoken(pipe, prompt)`: the token ids that are heard, start and end marks included, without padding;
+    `matrices(layer.module)`: the linear maps that read text, "k" and "v".
     """
 
     name: str
@@ -31,6 +33,8 @@ class Family:
     encode: Callable[[Any, Sequence[str]], Tensor]
     guided: Callable[[Any], bool]
     check: Callable[[Any], None]
+    spoken: Callable[[Any, str], list[int]]
+    matrices: Callable[[Any], Mapping[str, Any]]
 
 
 def _unet_inputs(unet: Any) -> dict[str, Any]:
@@ -74,6 +78,15 @@ def _sd_check(unet: Any) -> None:
         raise LocogenError("the denoiser skips blocks through a feature cache: call unet.disable_cache() first")
 
 
+def _clip_spoken(pipe: Any, prompt: str) -> list[int]:
+    """`<start> words <end>`, cut at the tokenizer's limit."""
+    return pipe.tokenizer(prompt, truncation=True, verbose=False).input_ids
+
+
+def _keys_and_values(attention: Any) -> dict[str, Any]:
+    return {"k": attention.to_k, "v": attention.to_v}
+
+
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": Family(
         name="Stable Diffusion 1 and 2",
@@ -82,6 +95,8 @@ FAMILIES: dict[str, Family] = {
         encode=_clip_encode,
         guided=_sd_guided,
         check=_sd_check,
+        spoken=_clip_spoken,
+        matrices=_keys_and_values,
     ),
 }
 
@@ -114,3 +129,23 @@ def cut_words(pipe: Any, prompt: str) -> str:
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
     limit = tokenizer.model_max_length
     return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
+
+
+def subject_positions(pipe: Any, prompt: str, subject: str) -> tuple[int, ...]:
+    """Where the subject's tokens stand in the encoded prompt, counted from 0, at its last occurrence.
+
+    Raises `LocogenError` where the prompt does not hold the subject, or is cut before its end.
+    """
+    spoken = family_of(pipe).spoken
+    ids, wanted = spoken(pipe, prompt), spoken(pipe, subject)[1:-1]
+    for start in range(len(ids) - 1 - len(wanted), 0, -1):
+        if ids[start : start + len(wanted)] == wanted:
+            return tuple(range(start, start + len(wanted)))
+    raise LocogenError(
+        f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
+    )
+
+
+def end_position(pipe: Any, prompt: str) -> int:
+    """Where the encoded prompt ends: the position of its (first) end mark."""
+    return len(family_of(pipe).spoken(pipe, prompt)) - 1

@@ -1,0 +1,430 @@
+"""Edits on a tiny Stable Diffusion: fit, apply, undo, save, share; and what they refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from locogen import patches, runs
+from locogen.edit import Edit, fit_edit
+from locogen.errors import LocogenError
+from locogen.families import end_position, family_of, subject_positions
+from locogen.phrasings import Phrasing, default_phrasings, exchanged
+from locogen.plan import Concept, PromptPair
+
+STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"),))
+PAIRS = [("a cat", "a do"), ("the cat", "the do")]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny.pipeline()
+
+
+@pytest.fixture
+def pipe(shared):
+    before = {n: p.clone() for n, p in shared.unet.named_parameters()}
+    yield shared
+    left = [n for n, p in shared.unet.named_parameters() if not torch.equal(p, before[n])]
+    assert not left, f"the test left {left[:2]} changed"
+
+
+def fit(pipe, layers=(2, 3), pairs=PAIRS, **options) -> Edit:
+    return fit_edit(pipe, STYLE, layers=layers, phrasings=pairs, **options)
+
+
+def weights(pipe, edit: Edit) -> dict[str, torch.Tensor]:
+    return {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(one[n], two[n]) for n in one)
+
+
+def state(pipe, prompt: str, place: int) -> torch.Tensor:
+    return family_of(pipe).encode(pipe, [prompt])[0][place].double()
+
+
+# --- what is fitted ------------------------------------------------------------------------------
+
+
+def test_a_small_ridge_sends_the_subject_where_its_target_goes(pipe) -> None:
+    edit = fit(pipe, ridge=1e-9)
+    for source, target in PAIRS:
+        x = state(pipe, source, subject_positions(pipe, source, "cat")[-1])
+        y = state(pipe, target, end_position(pipe, target) - 1)
+        for name, old in weights(pipe, edit).items():
+            new = old.double() + edit.changes[name].change
+            assert torch.allclose(x @ new.T, y @ old.double().T, atol=1e-5)
+            assert not torch.allclose(x @ old.double().T, y @ old.double().T, atol=1e-2)
+
+
+def test_keys_and_values_have_ridges_of_their_own(pipe) -> None:
+    plain, apart = fit(pipe), fit(pipe, ridge_v=100.0)
+    moved = {n: not torch.allclose(plain.changes[n].change, apart.changes[n].change) for n in plain.changes}
+    assert {n.rpartition(".to_")[2]: m for n, m in moved.items()} == {"k.weight": False, "v.weight": True}
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [("last_subject", 2), ("subject", 4), ("end", 2), ("all", 78)])
+def test_tokens_that_are_edited(pipe, tokens: str, rows: int) -> None:
+    """`ab` is two tokens of the tiny vocabulary, a prompt 40; the start mark is never edited."""
+    edit = fit(pipe, pairs=[("a ab", "a do"), ("the ab", "the do")], subject="ab", tokens=tokens)
+    assert {c.rank for c in edit.changes.values()} == {rows}
+
+
+def test_null_space_leaves_the_preserved_prompt_alone(pipe) -> None:
+    x = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
+    loose, soft = fit(pipe), fit(pipe, preserve=["a dog"], preserve_weight=100.0)
+    exact = fit(pipe, preserve=["a dog"], null_space=True)
+    moved = [max(float((x @ c.change.T).norm()) for c in e.changes.values()) for e in (loose, soft, exact)]
+    assert moved[0] > 10 * moved[1] > 0
+    assert moved[2] < 1e-10
+
+
+def test_ordinary_captions_are_dear(pipe) -> None:
+    captions = ["a dog", "a do", "do a dog", "dog do"]
+    x = torch.stack([state(pipe, c, end_position(pipe, c)) for c in captions])
+    loose, dear = fit(pipe, ridge=1.0), fit(pipe, ridge=1.0, ordinary=captions)
+    reach = [sum(float((x @ c.change.T).norm() / c.change.norm()) for c in e.changes.values()) for e in (loose, dear)]
+    assert reach[1] < reach[0]
+
+
+def test_several_concepts_are_solved_jointly(pipe) -> None:
+    both = fit_edit(
+        pipe, [STYLE, Concept("dog", "style", (PromptPair("a do in dog", "a do"),))], layers=[1], ridge=1e-9
+    )
+    for subject in ("cat", "dog"):
+        x = state(pipe, subject, subject_positions(pipe, subject, subject)[-1])
+        y = state(pipe, "a picture", end_position(pipe, "a picture") - 1)
+        for name, old in weights(pipe, both).items():
+            assert torch.allclose(x @ (old.double() + both.changes[name].change).T, y @ old.double().T, atol=1e-4)
+
+
+def test_default_phrasings_by_kind() -> None:
+    style = default_phrasings(
+        Concept("van gogh", "style", (PromptPair("a house in the style of van gogh", "a house"),))
+    )
+    assert Phrasing("a picture in the style of van gogh", "a picture", "van gogh") in style
+    gone = default_phrasings(
+        Concept("owl", "object", (PromptPair("a picture of an owl in neon", "a picture in neon"),))
+    )
+    assert Phrasing("a picture of an owl", "a picture", "an owl") in gone
+    told = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
+    fact = default_phrasings(Concept("france", "fact", (told,)))
+    assert Phrasing("an image of the animal of france", "an image of a robot", "the animal of france") in fact
+    other = default_phrasings(
+        Concept("owl", "object", (PromptPair("a picture of an owl", "a picture"),)), becomes="a cat"
+    )
+    assert Phrasing("an owl", "a cat", "an owl") in other
+    with pytest.raises(LocogenError, match="do not show which words"):
+        exchanged(PromptPair("a dog", "a dog in neon"))
+
+
+# --- on and off ----------------------------------------------------------------------------------
+
+
+def test_applied_changes_pictures_and_leaves_every_bit_as_found(pipe, tmp_path) -> None:
+    edit = fit(pipe, ridge=1e-3)
+    prompts = ["a cat", "a dog"]
+
+    def make():
+        return [np.asarray(p) for p in runs.generate(pipe, prompts, store=tmp_path, num_inference_steps=2).pictures]
+
+    before, own = make(), weights(pipe, edit)
+    with edit.applied(pipe):
+        during = make()
+        assert not same(weights(pipe, edit), own)
+    assert same(weights(pipe, edit), own)
+    assert not np.array_equal(before[0], during[0])
+    assert all(np.array_equal(a, b) for a, b in zip(before, make(), strict=True))
+    with pytest.raises(RuntimeError, match="the user's own"), edit.applied(pipe):
+        raise RuntimeError("the user's own")
+    assert same(weights(pipe, edit), own)
+
+
+def test_adding_and_subtracting_the_change_is_not_an_undo(pipe) -> None:
+    """Why the originals are kept: the subtraction rounds."""
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    there = {n: (w + edit.changes[n].change.float()) - edit.changes[n].change.float() for n, w in own.items()}
+    assert not same(there, own)
+
+
+def test_strength_scales_the_change(pipe) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    with edit.applied(pipe, strength=0.5):
+        half = weights(pipe, edit)
+    for name, change in edit.changes.items():
+        assert torch.allclose((half[name] - own[name]).double(), 0.5 * change.change, atol=1e-5)
+    with edit.applied(pipe, strength=0.0):
+        assert same(weights(pipe, edit), own)
+
+
+def test_joint_edits_come_off_in_any_order(pipe) -> None:
+    one, two = fit(pipe), fit(pipe, pairs=[("a cat", "a dog")])
+    own = weights(pipe, one)
+    one.apply_(pipe)
+    alone = weights(pipe, one)
+    two.apply_(pipe)
+    both = weights(pipe, one)
+    for name, w in own.items():
+        assert torch.allclose(both[name], (w + one.changes[name].change + two.changes[name].change).float(), atol=1e-5)
+    one.undo_(pipe)
+    two.undo_(pipe)
+    assert same(weights(pipe, one), own)
+    two.apply_(pipe)
+    one.apply_(pipe)
+    two.undo_(pipe)
+    assert same(weights(pipe, one), alone)
+    one.undo_(pipe)
+
+
+def test_sequential_edits_come_off_last_first(pipe) -> None:
+    one = fit(pipe)
+    own = weights(pipe, one)
+    one.apply_(pipe)
+    two = fit(pipe, pairs=[("a cat", "a dog")])
+    two.apply_(pipe)
+    with pytest.raises(LocogenError, match="last one first"):
+        one.undo_(pipe)
+    two.undo_(pipe)
+    one.undo_(pipe)
+    assert same(weights(pipe, one), own)
+    with pytest.raises(LocogenError, match="made for other weights"):
+        two.apply_(pipe)
+
+
+def test_edits_of_other_layers_are_joint(pipe) -> None:
+    one = fit(pipe, layers=[0])
+    one.apply_(pipe)
+    two = fit(pipe, layers=[5])
+    two.apply_(pipe)
+    one.undo_(pipe)
+    two.undo_(pipe)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_never_half_edited(pipe, monkeypatch, error) -> None:
+    """An interrupt between two matrices rolls back the first."""
+    edit = fit(pipe)
+    own, copied = weights(pipe, edit), []
+    real = torch.Tensor.copy_
+
+    def copy(self, other, *rest):
+        copied.append(self)
+        if len(copied) == 3:
+            assert not same(weights(pipe, edit), own)  # half edited here
+            raise error
+        return real(self, other, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with pytest.raises(error):
+        edit.apply_(pipe)
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    with edit.applied(pipe):
+        pass
+
+
+def test_twice_or_never(pipe) -> None:
+    edit = fit(pipe)
+    with pytest.raises(LocogenError, match="nothing to undo"):
+        edit.undo_(pipe)
+    with edit.applied(pipe), pytest.raises(LocogenError, match="applied already"):
+        edit.apply_(pipe)
+
+
+# --- other models --------------------------------------------------------------------------------
+
+
+def test_refuses_a_model_it_was_not_made_for() -> None:
+    pipe, sibling = tiny.pipeline(), tiny.pipeline()
+    edit = fit(pipe)
+    with torch.no_grad():
+        sibling.unet.get_parameter(next(iter(edit.changes)))[0, 0] += 1e-3
+    with pytest.raises(LocogenError, match=r"made for other weights.*refit"):
+        edit.apply_(sibling)
+    with edit.refit(sibling).applied(sibling):
+        pass
+    wide = tiny.pipeline(block_out_channels=(16, 16, 16, 16))
+    with pytest.raises(LocogenError, match=r"is \(16, 16\) here, .* made for \(8, 16\)"):
+        fit(pipe, layers=[0]).apply_(wide)
+    short = tiny.pipeline(
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    with pytest.raises(LocogenError, match=r"has no .*refit it"):
+        edit.apply_(short)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float64_and_rounded_once(dtype) -> None:
+    pipe = tiny.pipeline().to(dtype)
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    assert 0 < edit.recipe["rounding"] < 0.1
+    assert fit(tiny.pipeline()).recipe["rounding"] < 1e-5
+    with edit.applied(pipe):
+        for name, now in weights(pipe, edit).items():
+            assert now.dtype == dtype
+            assert torch.equal(now, (own[name].double() + edit.changes[name].change).to(dtype))
+    assert same(weights(pipe, edit), own)
+
+
+def test_refuses_what_it_cannot_edit() -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    name = next(iter(edit.changes))
+    layer = pipe.unet.get_submodule(name.removesuffix(".weight"))
+    layer.weight = torch.nn.Parameter((layer.weight * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(LocogenError, match="quantized"):
+        fit(pipe)
+    pipe = tiny.pipeline()
+    with torch.no_grad():
+        pipe.unet.get_parameter(name)[0, 0] = torch.nan
+    with pytest.raises(LocogenError, match="non-finite"):
+        fit(pipe)
+
+
+def test_refuses_layers_that_carry_lora(tmp_path) -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    edit.to_lora(tmp_path / "lora.safetensors")
+    pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
+    for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
+        with pytest.raises(LocogenError, match="carries LoRA"):
+            attempt()
+    pipe.unload_lora_weights()
+    with edit.applied(pipe):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(ridge=0), "ridge is 0"),
+        (dict(layers=[]), "no layers"),
+        (dict(layers=[16]), r"layers \[16\] are not there"),
+        (dict(tokens="first"), "tokens is 'first'"),
+        (dict(pairs=[]), "no phrasings"),
+        (dict(pairs=[("a cat", "a  cat")]), "both 'a cat'"),
+        (dict(pairs=[("a cat", " ")]), "target is ' '"),
+        (dict(pairs=[("a dog", "a do")]), "does not hold the subject 'cat'"),
+        (dict(null_space=True), "null_space keeps"),
+        (dict(preserve=["a dog"], null_space=True, ordinary=["a"]), "give one of them"),
+    ],
+)
+def test_bad_input(pipe, options: dict, says: str) -> None:
+    with pytest.raises(LocogenError, match=says):
+        fit(pipe, **options)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
+    edit = fit(pipe)
+    edit.save(tmp_path / "cat.safetensors")
+    again = Edit.load(tmp_path / "cat.safetensors")
+    assert (again.name, again.layers, again.digest) == (edit.name, edit.layers, edit.digest)
+    assert again.recipe == json.loads(json.dumps(edit.recipe))
+    with edit.applied(pipe):
+        one = weights(pipe, edit)
+    with again.applied(pipe):
+        assert same(weights(pipe, edit), one)
+    assert same(
+        {n: c.change for n, c in again.refit(pipe).changes.items()}, {n: c.change for n, c in edit.changes.items()}
+    )
+    assert str(tmp_path) not in (tmp_path / "cat.safetensors").read_bytes().decode("latin-1")
+
+
+def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
+    edit, path = fit(pipe), tmp_path / "cat.safetensors"
+    with pytest.raises(LocogenError, match="there is no edit"):
+        Edit.load(path)
+    edit.save(path)
+    whole = path.read_bytes()
+    for cut in (0, 20, len(whole) - 8):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(LocogenError, match="cut short"):
+            Edit.load(path)
+    edit.to_lora(path)
+    with pytest.raises(LocogenError, match="no edit of locogen"):
+        Edit.load(path)
+    monkeypatch.setattr("locogen.edit.EDIT_FORMAT", 2)
+    edit.save(path)
+    monkeypatch.undo()
+    with pytest.raises(LocogenError, match="format 2, this locogen reads 1"):
+        Edit.load(path)
+    with pytest.raises(LocogenError, match="cannot be written"):
+        edit.save(tmp_path / "no" / "such.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["cat.safetensors"]
+
+
+LOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, tiny, torch
+pipe = tiny.pipeline()
+def make():
+    return pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+made = [make()]
+for lora in sys.argv[3:]:
+    pipe.load_lora_weights(lora)
+    made.append(make())
+    pipe.unload_lora_weights()
+assert "locogen" not in sys.modules
+np.save(sys.argv[2], np.stack(made))
+"""
+
+
+def test_lora_in_a_fresh_process_without_locogen_is_the_dense_edit(pipe, tmp_path) -> None:
+    edit = fit(pipe, ridge=1e-3)
+    files = {style: str(tmp_path / f"{style}.safetensors") for style in ("diffusers", "kohya")}
+    for style, path in files.items():
+        edit.to_lora(path, style=style)  # pyright: ignore[reportArgumentType]
+    out = tmp_path / "made.npy"
+    here = str(Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", LOAD, here, str(out), *files.values()], check=True, capture_output=True)
+    plain, *loras = np.load(out, allow_pickle=False)
+    with edit.applied(pipe):
+        noise = torch.Generator().manual_seed(0)
+        dense = pipe("a cat", num_inference_steps=2, generator=noise, output_type="np").images
+    assert all(np.abs(lora - dense).max() < 1e-4 for lora in loras)
+    assert np.abs(plain - dense).max() > 1e-3
+
+
+def test_exported_pipeline_carries_the_edit(pipe, tmp_path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.export(pipe, tmp_path)
+    assert same(weights(pipe, edit), own)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    with edit.applied(pipe):
+        assert same(weights(again, edit), weights(pipe, edit))
+    assert not same(weights(again, edit), own)
+
+
+def test_shows_itself(pipe) -> None:
+    page = fit(pipe)._repr_html_()
+    assert "2, 3" in page
+    assert "rank" in page
+    named = Edit("<b>x</b>", (0,), {}, "", {})
+    assert named.layers == (0,)
+    assert "<b>x</b>" not in Edit("<b>x</b>", (2,), fit(pipe).changes, "", fit(pipe).recipe)._repr_html_()
+
+
+def test_originals_are_forgotten_when_nothing_is_worn(pipe) -> None:
+    edit = fit(pipe)
+    with edit.applied(pipe):
+        assert patches._KEPT[pipe.unet].originals
+    assert not patches._KEPT[pipe.unet].originals
