@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
     from .edit import Edit, fit_edit
     from .errors import LocogenError, UnsupportedModel
+    from .evaluation import Probe, compare, control_edits, evaluate, probes_for
     from .hooks import generators, intervene, record
     from .layers import Layer, find_layers
     from .localization import carrier, effect, localize
     from .models import load
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
-    from .plots import describe, plot_curve, plot_effect, plot_scores, plot_strip
+    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
     from .runs import Run, generate
     from .score import Scorer, scorer
 
@@ -33,6 +34,7 @@ __all__ = [
     "Intervention",
     "Layer",
     "LocogenError",
+    "Probe",
     "PromptPair",
     "Run",
     "Scorer",
@@ -40,10 +42,13 @@ __all__ = [
     "UnsupportedModel",
     "Window",
     "carrier",
+    "compare",
     "concept",
     "concepts",
+    "control_edits",
     "describe",
     "effect",
+    "evaluate",
     "find_layers",
     "fit_edit",
     "generate",
@@ -54,8 +59,10 @@ __all__ = [
     "model_table",
     "plot_curve",
     "plot_effect",
+    "plot_evaluation",
     "plot_scores",
     "plot_strip",
+    "probes_for",
     "record",
     "scorer",
     "sweep",
@@ -65,13 +72,14 @@ __all__ = [
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
     "edit": ("Edit", "fit_edit"),
+    "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),
     "layers": ("Layer", "find_layers"),
     "localization": ("carrier", "effect", "localize"),
     "models": ("load",),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
-    "plots": ("describe", "plot_curve", "plot_effect", "plot_scores", "plot_strip"),
+    "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
 }

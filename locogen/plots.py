@@ -134,6 +134,50 @@ def plot_strip(
     return fig
 
 
+_MEASURES = {"efficacy": ("o", "#b2182b"), "generality": ("s", "#e08214"), "specificity": ("D", "#2166ac")}
+_QUANTITIES = {
+    "right": "share of pictures that show what the prompt says",
+    "score": "mean CLIP-score (cosine)",
+    "ssim": "likeness to the unedited picture (SSIM)",
+    "distance": "distance of the scorer's features (1 - cosine)",
+    "lpips": "perceptual distance (LPIPS)",
+}
+
+
+def plot_evaluation(
+    summary: pd.DataFrame, *, quantity: str = "right", marked: str | None = None, ax: Axes | None = None
+) -> Axes:
+    """What each arm of `locogen.evaluation.summary` did: filled marks after, hollow ones before, with intervals.
+
+    One line an arm, one mark a measure: efficacy should go, specificity stay. `quantity`: right, score, ssim,
+    distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the table has no such quantity.
+    """
+    rows: Any = summary[summary["quantity"] == quantity]
+    if rows.empty:
+        known = ", ".join(dict.fromkeys(summary["quantity"]))
+        raise LocogenError(f"the summary has no quantity {quantity!r}: it has {known}")
+    arms = list(dict.fromkeys(rows["arm"]))
+    ax = _axes(ax, (7.5, 1.4 + 0.36 * len(arms)))
+    shifts = {name: 0.22 * (i - 1) for i, name in enumerate(_MEASURES)}
+    for measure, (marker, color) in _MEASURES.items():
+        part = rows[rows["measure"] == measure]
+        at = [arms.index(arm) + shifts[measure] for arm in part["arm"]]
+        after = part["after"].to_numpy(float)
+        spread = [
+            (after - part["after_low"]).clip(lower=0).fillna(0),
+            (part["after_high"] - after).clip(lower=0).fillna(0),
+        ]
+        if part["before"].notna().any():
+            ax.plot(part["before"], at, marker, mfc="none", mec=color, alpha=0.6, markersize=5)
+        ax.errorbar(after, at, xerr=spread, fmt=marker, color=color, capsize=2, markersize=5, label=measure)
+    ax.set_yticks(range(len(arms)), [_plain(f"{arm} ★" if arm == marked else arm, 34) for arm in arms])
+    ax.set_ylim(len(arms) - 0.5, -0.5)
+    ax.set_xlabel(_QUANTITIES.get(quantity, quantity))
+    ax.grid(axis="x", alpha=0.3)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    return ax
+
+
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:
     """Inches for a heatmap of this shape: room for the numbers in the cells, the names and the color bar."""
     rows, columns = matrix.shape

@@ -8,8 +8,10 @@ Stat. 1(2), 2007, doi:10.1214/07-AOAS122. tests/test_stats.py simulates coverage
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -181,6 +183,19 @@ def welch_z(a: ArrayLike, b: ArrayLike) -> Array:
     spread = np.sqrt(sum((k - k[0]).var(0, ddof=1) / len(k) for k in (x, y)))
     gap = x.mean(0) - y.mean(0)
     return np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
+
+
+def wilson(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share, `hits` of `count` (J. Am. Stat. Assoc. 22, 1927): honest at 0 and at all.
+
+    Raises ValueError for a count under 1, hits outside it, or a level that is no probability.
+    """
+    if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
+        raise ValueError(f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1")
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle = (hits + z2 / 2) / (count + z2)
+    half = math.sqrt(z2 * (hits * (count - hits) / count + z2 / 4)) / (count + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _compare(

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "tables": set(),
     "cleaning": {"pages"},
     "pages": set(),
-    "evaluate": {"runs", "score", "stats", "edit"},
+    "evaluation": {"runs", "score", "stats", "edit", "layers", "phrasings", "plan"},
     "neurons": {"layers", "families", "hooks", "stats"},
     "edit": {"layers", "families", "solve", "patches", "phrasings", "plan"},
     "patches": {"solve"},

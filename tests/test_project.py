@@ -20,7 +20,7 @@ import locogen
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDA_NAMES = {"pytorch": "torch"}  # what conda-forge calls by another name
-IMPORT_NAMES = {"pillow": "PIL", "resvg-py": "resvg_py", "pyyaml": "yaml"}
+IMPORT_NAMES = {"scikit-image": "skimage", "pillow": "PIL", "resvg-py": "resvg_py", "pyyaml": "yaml"}
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "seaborn", "matplotlib", "numpy")
 
 

@@ -1,0 +1,219 @@
+"""What an edit did, measured on a tiny model with a scorer whose answers are known."""
+
+import sys
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from locogen import plots, runs, stats
+from locogen.edit import fit_edit
+from locogen.errors import LocogenError
+from locogen.evaluation import Probe, compare, control_edits, evaluate, probes_for, summary
+from locogen.plan import Concept, PromptPair
+
+STYLE = Concept(
+    "cat",
+    "style",
+    (PromptPair("a dog in cat", "a dog"), PromptPair("a do in cat", "a do", placebo="do, cat")),
+)
+OTHER = Concept("ca", "style", (PromptPair("a dog in ca", "a dog"),))
+PROBES = (
+    Probe("efficacy", "a dog in cat", "red", ("red", "blue")),
+    Probe("generality", "dog cat", "red", ("red", "blue")),
+    Probe("specificity", "a dog in ca", "blue", ("red", "blue")),
+    Probe("specificity", "a dog in ca", "red", ("red", "blue")),
+)
+
+
+class Colors:
+    """A scorer of colors by name; its features are the mean colors."""
+
+    settings: ClassVar = {"scorer": "colors"}
+
+    def pictures(self, pictures):
+        means = np.stack([np.asarray(p, float).mean((0, 1)) for p in pictures])
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    def __call__(self, pictures, *texts):
+        means = np.stack([np.asarray(p, float).mean((0, 1)) for p in pictures]) / 255
+        return [np.array([m[{"red": 0, "blue": 2}[t]] for m, t in zip(means, line, strict=True)]) for line in texts]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+@pytest.fixture(scope="module")
+def edit(pipe):
+    return fit_edit(pipe, STYLE, layers=[2, 3], phrasings=[("a cat", "a do")], ridge=1e-3)
+
+
+@pytest.fixture(scope="module")
+def table(pipe, edit):
+    arms = {"carrier": edit, "none": [], "twice": [edit, edit.refit(pipe, [5])]}
+    return evaluate(pipe, arms, PROBES, seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
+
+
+def test_pairs_are_the_very_pictures(pipe, edit, table) -> None:
+    settings: dict[str, Any] = dict(seeds=(0, 1), progress=False, num_inference_steps=2)
+    prompts = list(dict.fromkeys(p.prompt for p in PROBES))
+    before = runs.generate(pipe, prompts, **settings)
+    with edit.applied(pipe):
+        after = runs.generate(pipe, prompts, **settings)
+    scorer = Colors()
+    part = table[table.arm == "carrier"]
+    assert len(part) == len(PROBES) * 2
+    for row in part.itertuples():
+        place = prompts.index(row.prompt) * 2 + row.seed
+        old, new = before.pictures[place], after.pictures[place]
+        assert row.before == scorer([old], [row.text])[0][0]
+        assert row.after == scorer([new], [row.text])[0][0]
+        red, blue = (scorer([new], [c])[0][0] for c in ("red", "blue"))
+        assert row.right_after == (red >= blue if row.text == "red" else blue >= red)
+        features = scorer.pictures([old, new])
+        assert row.distance == pytest.approx(1 - features[0] @ features[1])
+    assert (part.before != part.after).any()
+
+
+def test_no_edit_changes_nothing_and_several_are_applied_together(table) -> None:
+    none = table[table.arm == "none"]
+    assert (none.before == none.after).all()
+    assert none.ssim.min() == pytest.approx(1.0)
+    assert none.distance.abs().max() < 1e-12
+    carrier, twice = (table[table.arm == arm].after.to_numpy() for arm in ("carrier", "twice"))
+    assert table[table.arm == "carrier"].ssim.min() < 1
+    assert not np.array_equal(carrier, twice)
+
+
+def test_the_model_is_left_as_found(pipe, edit) -> None:
+    own = {n: p.clone() for n, p in pipe.unet.named_parameters()}
+
+    class Fails(Colors):
+        calls = 0
+
+        def __call__(self, *given):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("the scorer broke")
+            return super().__call__(*given)
+
+    with pytest.raises(RuntimeError, match="the scorer broke"):
+        evaluate(pipe, {"carrier": edit}, PROBES, scorer=Fails(), progress=False, num_inference_steps=1)
+    assert all(torch.equal(p, own[n]) for n, p in pipe.unet.named_parameters())
+
+
+def test_summary_is_the_mean_of_pairs_with_crossed_intervals(table) -> None:
+    lines = summary(table).set_index(["arm", "measure", "quantity"])
+    part = table[(table.arm == "carrier") & (table.measure == "specificity")]
+    row = lines.loc[("carrier", "specificity", "score")]
+    assert row["change"] == pytest.approx((part.after - part.before).mean())
+    assert row["n"] == 4  # two texts of one prompt, two seeds
+    grid = (part.after - part.before).to_numpy().reshape(2, 2)
+    found = stats.crossed_bootstrap(grid[None])
+    assert (row["low"], row["high"]) == pytest.approx((found.low[0], found.high[0]))
+    assert set(lines.index.get_level_values("quantity")) == {"score", "right", "ssim", "distance"}
+
+
+def test_a_share_of_none_has_an_upper_bound_above_none() -> None:
+    rows = [
+        dict(arm="x", measure="efficacy", prompt=f"p{i}", text="t", seed=s, before=1.0, after=0.0)
+        | dict(right_before=True, right_after=False, ssim=0.5)
+        for i in range(10)
+        for s in range(4)
+    ]
+    right = summary(pd.DataFrame(rows)).query("quantity == 'right'").iloc[0]
+    assert right["after"] == 0
+    assert right["after_high"] == pytest.approx(stats.wilson(0, 40)[1])
+    assert 0.05 < right["after_high"] < 0.125
+
+
+def test_compare_is_row_by_row(pipe, edit) -> None:
+    prompts = ["a dog in cat", "a dog"]
+    settings: dict[str, Any] = dict(seeds=(3, 4), progress=False, num_inference_steps=1)
+    before = runs.generate(pipe, prompts, **settings)
+    with edit.applied(pipe):
+        after = runs.generate(pipe, prompts, **settings)
+    table = compare(before, after, text="red", scorer=Colors())
+    assert list(table.columns) == ["prompt", "seed", "text", "before", "after", "change"]
+    assert list(table.seed) == [3, 4, 3, 4]
+    assert np.allclose(table.change, table.after - table.before)
+    other = runs.generate(pipe, prompts, seeds=(3, 5), progress=False, num_inference_steps=1)
+    with pytest.raises(LocogenError, match="other prompts or seeds"):
+        compare(before, other, scorer=Colors())
+
+
+def test_controls_are_every_other_place(pipe, edit) -> None:
+    arms = control_edits(pipe, edit, draws=2)
+    assert "layers 2-3" not in arms
+    assert {f"layers {i}-{i + 1}" for i in range(15) if i != 2} < set(arms)
+    assert arms["all layers"].layers == tuple(range(16))
+    drawn = [e.layers for name, e in arms.items() if name.startswith("random")]
+    assert drawn == [e.layers for name, e in control_edits(pipe, edit, draws=2).items() if name.startswith("random")]
+    assert all(len(layers) == 2 for layers in drawn)
+
+
+def test_probes_from_concepts() -> None:
+    probes = probes_for(STYLE, [OTHER])
+    assert Probe("efficacy", "a dog in cat", "a dog in cat", ("a dog in cat", "a dog in ca", "a dog")) in probes
+    assert Probe("generality", "do, cat", "a do in cat", ("a do in cat", "a do in ca", "a do")) in probes
+    assert Probe("specificity", "a dog in ca", "a dog in ca", ("a dog in ca", "a dog in cat", "a dog")) in probes
+    fact = Concept("france", "fact", (PromptPair("the animal of france", "a dog"),))
+    assert probes_for(fact)[0] == Probe("efficacy", "the animal of france", "a dog", ("a dog", "the animal of france"))
+
+
+def test_lpips_where_installed(pipe, edit, monkeypatch) -> None:
+    class Net:
+        def __init__(self, **_):
+            pass
+
+        def __call__(self, a, b):
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    fake = ModuleType("lpips")
+    fake.LPIPS = Net  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "lpips", fake)
+    table = evaluate(pipe, {"none": []}, PROBES[:1], scorer=Colors(), progress=False, num_inference_steps=1)
+    assert (table.lpips == 0).all()
+    assert "lpips" in set(summary(table).quantity)
+
+
+def test_bad_input(pipe, edit) -> None:
+    with pytest.raises(LocogenError, match="nothing to evaluate"):
+        evaluate(pipe, {}, PROBES, scorer=Colors())
+    with pytest.raises(LocogenError, match="nothing to evaluate"):
+        evaluate(pipe, {"x": edit}, (), scorer=Colors())
+    with pytest.raises(LocogenError, match="measure is 'speed'"):
+        Probe("speed", "a", "b")  # pyright: ignore
+
+
+def test_plot_shows_every_arm_and_measure(table) -> None:
+    lines = summary(table)
+    ax = plots.plot_evaluation(lines, marked="carrier")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["carrier ★", "none", "twice"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["efficacy", "generality", "specificity"]
+    drawn = sorted(round(float(x), 9) for c in ax.containers for x in c.lines[0].get_xdata())  # pyright: ignore
+    assert drawn == sorted(round(float(x), 9) for x in lines.query("quantity == 'right'").after)
+    with pytest.raises(LocogenError, match="no quantity 'fid'"):
+        plots.plot_evaluation(lines, quantity="fid")
+
+
+def test_wilson_covers() -> None:
+    """Simulated coverage of shares near 0, 1/8 and 1/2; the naive interval fails at the edge."""
+    dice = np.random.default_rng(0)
+    for share in (0.02, 0.125, 0.5):
+        hits = dice.binomial(60, share, 4000)
+        bounds = np.array([stats.wilson(int(h), 60) for h in range(61)])[hits]
+        covered = ((bounds[:, 0] <= share) & (share <= bounds[:, 1])).mean()
+        assert 0.92 < covered < 0.99
+    naive = 1.96 * np.sqrt(hits.clip(0) / 60 * (1 - hits / 60) / 60)
+    hits = dice.binomial(60, 0.02, 4000)
+    naive = 1.96 * np.sqrt(hits / 60 * (1 - hits / 60) / 60)
+    assert (np.abs(hits / 60 - 0.02) <= naive).mean() < 0.92
+    with pytest.raises(ValueError, match="no share"):
+        stats.wilson(3, 2)
