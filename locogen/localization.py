@@ -14,7 +14,7 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.layers import find_layers
-from locogen.plan import Concept, Window, distinct_seeds, sweep
+from locogen.plan import Concept, Window, distinct_seeds, sign_of, sweep
 from locogen.runs import Run, generate
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     import pandas as pd
 
     name, kind = rows["concept"].iloc[0], rows["kind"].iloc[0]
-    sign = 1 if kind == "fact" else -1  # as `Concept.sign`
+    sign = sign_of(kind)
     widths = rows["width"].dropna().tolist()
     _, base = _cube(rows, "baseline", "clip_score")
     starts, window = _cube(rows, "window", "clip_score")
@@ -241,11 +241,11 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """What a carrier is decided by, for each window: choice, fresh estimate, lead, share, and the placebo test.
 
-    A third of the seeds choose, the others are fresh. Both share their prompts, so what is said of the fresh ones
-    takes the prompts as fixed (see `stats.simultaneous_lead`); under four seeds all are used for both, and the lead
-    is corrected for the choice instead.
+    Some seeds choose, the others are fresh (`stats.split_seeds`). Both share their prompts, so what is said of the
+    fresh ones takes the prompts as fixed (see `stats.simultaneous_lead`); where all are used for both, the lead is
+    corrected for the choice instead.
     """
-    picked, kept = _deal(seeds)
+    picked, kept = map(list, stats.split_seeds(range(seeds)))
     split = picked != kept
     fresh = effects[:, :, kept]
     held = "fixed" if split else None
@@ -265,14 +265,6 @@ def _judged(
             line |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
         lines.append(line)
     return lines
-
-
-def _deal(seeds: int) -> tuple[list[int], list[int]]:
-    """Positions of the seeds to choose on, every third, and to report on; all of them for both under four."""
-    every = list(range(seeds))
-    if seeds < 4:
-        return every, every
-    return every[1::3], [i for i in every if i % 3 != 1]
 
 
 # --- carrier -------------------------------------------------------------------------------------

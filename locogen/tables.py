@@ -86,6 +86,20 @@ def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[
     return found
 
 
+def strip_rows(table: pd.DataFrame, carrier: Carrier) -> pd.DataFrame:
+    """The rows to show as a strip: the first prompt and seed, as it is, with each window, and the ceiling.
+
+    Beside the table's columns: `label`, and `marked`, whether the row's window is the carrier's.
+    """
+    first: Any = table[(table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())]
+    rows = first[first["role"].isin(["baseline", "window", "ceiling"])]
+    places = [None if missing(start) else int(start) for start in rows["start"]]
+    ends = [None if at is None else at + int(width) - 1 for at, width in zip(places, rows["width"], strict=True)]
+    names = zip(rows["role"], places, ends, strict=True)
+    labels = [role if at is None else f"{at}" if at == end else f"{at}-{end}" for role, at, end in names]
+    return rows.assign(label=labels, marked=[at is not None and at == carrier.start for at in places])
+
+
 def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer") -> dict[str, int | None]:
     """Row of `effect_matrix` → start of its carrier window; None where there is no single window."""
     rows = _along(effects, axis)

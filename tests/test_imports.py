@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 # Arrows point down this list only: a module that is not in it yet is added with its arrows.
 ARROWS: dict[str, set[str]] = {
     "__main__": {"study", "report", "catalog"},
-    "report": {"plots", "tables", "cleaning", "pages"},
+    "report": {"plan", "plots", "tables", "cleaning", "pages"},
     "study": {"catalog", "worker"},
     "worker": set(),
     "widgets": {"plots", "runs", "edit", "neurons"},

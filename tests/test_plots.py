@@ -1,5 +1,6 @@
 """What is drawn: matrices, scales, marks and words, each against a table whose answer is known."""
 
+import io
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from locogen.tables import (
     interval,
     number,
     score_matrix,
+    strip_rows,
 )
 
 CONCEPTS = {"monet": 3, "van gogh": 1, "neon": None}
@@ -293,6 +295,20 @@ def test_only_small_pictures_are_shown_pixel_by_pixel(size: int, way: str) -> No
 def test_zoom_sets_the_size() -> None:
     small, large = (plot_strip(patterns(2, 64), ["a", "b"], zoom=zoom).get_figwidth() for zoom in (1, 3))
     assert large - small == pytest.approx(2 * 2 * 64 / 100)
+
+
+def test_a_sweep_as_a_strip() -> None:
+    """One prompt and seed; from a table as it is made, and as it comes back from a file."""
+    table = pictures(["monet"]).query("edit.isna()").assign(prompt="a house", width=2)
+    table = pd.concat([table, table.assign(prompt="a boat", seed=table["seed"] + 7)])
+    read = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    for each in (table.reset_index(drop=True), read):
+        rows = strip_rows(each, window(3))
+        assert list(rows["label"]) == ["0-1", "1-2", "2-3", "3-4", "4-5", "5-6", "baseline", "ceiling"]
+        assert list(rows.loc[rows["marked"], "start"]) == [3]
+        assert set(rows["prompt"]) == {"a house"} and set(rows["seed"]) == {0}
+        assert not strip_rows(each, window(None))["marked"].any()
+    assert list(strip_rows(read.assign(width=1), window(3, 1))["label"])[:2] == ["0", "1"]
 
 
 def test_strip_refuses_what_does_not_match() -> None:
