@@ -145,11 +145,12 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
     Estimates are paired with the baseline of the same prompt and seed and signed so that positive means "carries
     the concept". `axis`: layer (the window hears the target), insert (only the window hears the prompt: what it
-    restores of the ceiling's loss), content (how much of what should stay is lost), ceiling, placebo. Intervals:
-    `stats.crossed_bootstrap`; under six prompts they speak for these prompts (`prompts` is "fixed"). On the layer
-    axis beside them: `choose`, the estimate on the seeds used to choose a carrier, `fresh` with its interval on
-    the others, `share` of the ceiling, and `p_any`, of "no more than the placebo", corrected for every window
-    looked at; for the chosen window, its `lead` over the best non-overlapping rival with lower bound and p-value.
+    restores of the ceiling's loss), content (how much of what should stay is lost; content_ceiling and
+    content_placebo are the same for the controls), ceiling, placebo. Intervals: `stats.crossed_bootstrap`; under six
+    prompts they speak for these prompts (`prompts` is "fixed"). On the layer axis beside them: `choose`, the estimate
+    on the seeds used to choose a carrier, `fresh` with its interval on the others, `share` of the ceiling, and
+    `p_any`, of "no more than the placebo", corrected for every window looked at; for the chosen window, its `lead`
+    over the best non-overlapping rival with lower bound and p-value.
 
     Raises `LocogenError` where rows are missing or scores are not finite.
     """
@@ -205,12 +206,22 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     if insert is not None and ceiling is not None:  # what the window alone restores of the ceiling's loss
         lines += _estimates("insert", starts, ceiling - insert, level)
     if kind != "fact":
-        kept = [_cube(rows, role, "content_score")[1] for role in ("baseline", "window")]
-        lines += _estimates("content", starts, kept[0] - kept[1], level)
+        lines += _content_lost(rows, starts, level)
     known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
     table = pd.DataFrame([{**known, **line} for line in lines])
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
     return table.reindex(columns=[*first, *(c for c in table.columns if c not in first)]).astype({"position": "Int64"})
+
+
+def _content_lost(rows: Any, starts: Sequence[int], level: float) -> list[dict[str, Any]]:
+    """How much of what should stay is lost at each window, and, to compare with, at the ceiling and the placebo."""
+    whole = _cube(rows, "baseline", "content_score")[1]
+    lines = _estimates("content", starts, whole - _cube(rows, "window", "content_score")[1], level)
+    for role in ("ceiling", "placebo"):
+        if (rows["role"] == role).any():
+            lost = whole - _cube(rows, role, "content_score")[1]
+            lines += _estimates(f"content_{role}", [None], lost, level)
+    return lines
 
 
 def _estimates(axis: str, positions: Sequence[Any], values: Array, level: float) -> list[dict[str, Any]]:

@@ -118,16 +118,24 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[dict[str,
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at (the window
     spoken of: the carrier, or else the largest effect), width, estimate, low, high, fresh (measured on seeds
     not used to choose the window), share (of the ceiling), rival (the largest effect that does not overlap),
-    reason, n.
+    reason, n, content (how much of what should stay is lost there), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
     chosen = _by_concept(carriers, list(layers["concept"].unique()))
-    ceilings = {row["concept"]: row["estimate"] for row in effects.to_dict("records") if row["axis"] == "ceiling"}
     found = []
     for label, rows in layers.groupby("label", sort=False):
         concept = rows["concept"].iloc[0]
         lines = {row["position"]: row for row in rows.to_dict("records")}
-        found.append(_finding(str(label), lines, chosen.get(concept), ceilings.get(concept)))
+        others: Any = effects[(effects["concept"] == concept) & (effects["axis"] != "layer")]
+        if "width" in others and "width" in rows:
+            others = others[others["width"] == rows["width"].iloc[0]]
+        values = {
+            (axis, None if missing(place) else int(place)): estimate
+            for axis, place, estimate in others[["axis", "position", "estimate"]].itertuples(index=False)
+        }
+        row = _finding(str(label), lines, chosen.get(concept), values.get(("ceiling", None)))
+        places = {"content": row["at"], "content_ceiling": None, "content_placebo": None}
+        found.append(row | {axis: values.get((axis, place)) for axis, place in places.items()})
     return found
 
 
@@ -159,7 +167,17 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     effect += interval(size, digits) + (" on seeds not used to choose it" if row["fresh"] else "") + share
     rival = "" if missing(row["rival"]) else f"; next best elsewhere {number(row['rival'], digits)}"
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
-    return f"{row['label']}: {subject} {effect}{rival}."
+    return f"{row['label']}: {subject} {effect}{rival}{_content(row)}."
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    """What is lost at a window of what should stay, beside what the controls lose of it."""
+    if missing(row.get("content")):
+        return ""
+    lost = {name: row.get(f"content_{name}") for name in ("ceiling", "placebo")}
+    digits = precision(row["content"], *(value for value in lost.values() if value is not None))
+    beside = ", ".join(f"{name} {number(value, digits)}" for name, value in lost.items() if value is not None)
+    return f"; of what should stay {number(row['content'], digits)} is lost" + (f" ({beside})" if beside else "")
 
 
 def place_name(start: int, width: int) -> str:

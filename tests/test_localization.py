@@ -74,9 +74,12 @@ def test_localize_end_to_end_on_the_tiny_pipeline(tmp_path):
         "layer",
         "insert",
         "content",
+        "content_ceiling",
+        "content_placebo",
         "ceiling",
         "placebo",
     }
+    assert not effects["axis"][effects["concept"] == "f"].str.startswith("content").any()
 
 
 def test_effects_are_paired_and_signed():

@@ -327,6 +327,19 @@ def test_the_finding_in_words() -> None:
     )
 
 
+def test_what_should_stay_is_told_beside_the_controls() -> None:
+    lost = {3: 0.021, 4: 0.3}
+    rows = [line("content", "monet", start, value) for start, value in lost.items()]
+    rows += [line("content_ceiling", "monet", pd.NA, -0.05), line("content_placebo", "monet", pd.NA, 0.01)]
+    table = pd.concat([effects(["monet"]), pd.DataFrame(rows)], ignore_index=True).astype({"position": "Int64"})
+    said = describe(table, window(3))
+    assert said.endswith("elsewhere 0.05; of what should stay 0.021 is lost (ceiling −0.050, placebo 0.010).")
+    bare = table[~table["axis"].str.startswith("content_")]
+    assert describe(bare, window(3)).endswith("elsewhere 0.05; of what should stay 0.021 is lost.")
+    assert "should stay" not in describe(effects(["monet"]), window(3))
+    assert "should stay" not in describe(table, window(3), short=True)
+
+
 def test_a_fact_is_raised_and_one_layer_is_a_layer() -> None:
     said = describe(effects(["monet"], kind="fact", width=1), window(3, 1))
     assert said.startswith("monet: layer 3 raises the CLIP-score by 0.34")
