@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen import stats
+from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.layers import find_layers
 from locogen.plan import Concept, Window, distinct_seeds, sign_of, sweep
@@ -31,10 +32,10 @@ def localize(
     pipe: Any,
     concept: Concept | Sequence[Concept],
     *,
-    window: int = 2,
+    window: int | None = 2,
     seeds: Iterable[int] = range(4),
-    num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
     controls: bool = True,
@@ -45,28 +46,30 @@ def localize(
 
     For each prompt pair and seed: the baseline, each window hearing the target, and with `controls` the ceiling,
     the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
-    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name; None: the model's
-    own in the catalog. `store`: a folder; what it holds is not made again. Returns a `Run` whose table is the
-    pictures table. Raises `LocogenError` for a window larger than the model, no or repeated seeds, and as
-    `generate` does.
+    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name. None for `window`,
+    `num_inference_steps`, `guidance_scale` or `scorer` takes the catalog's for the model. `store`: a folder; what it
+    holds is not made again. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for a window
+    larger than the model, no or repeated seeds, and as `generate` does.
     """
     concepts = _concepts(concept)
     drawn = distinct_seeds(seeds)
     count = len(find_layers(pipe))
-    plans = [sweep(c, n_layers=count, window=window, seeds=drawn, controls=controls) for c in concepts]
+    usual = usual_settings(_source(pipe))
+    width = usual["window"] if window is None else window
+    plans = [sweep(c, n_layers=count, window=width, seeds=drawn, controls=controls) for c in concepts]
     judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
     run = generate(
         pipe,
         [row for plan in plans for row in plan],
         store=store,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        num_inference_steps=usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
+        guidance_scale=usual["guidance_scale"] if guidance_scale is None else guidance_scale,
         batch_size=batch_size,
         progress=progress,
     )
     table = run.table.assign(**_scored_against(concepts, plans))
     scores = _scores(run, table, judge)
-    return run.with_table(_ordered(table.assign(**scores)), window=window, n_layers=count, **judge.settings)
+    return run.with_table(_ordered(table.assign(**scores)), window=width, n_layers=count, **judge.settings)
 
 
 def _concepts(given: Any) -> list[Concept]:
@@ -84,8 +87,13 @@ def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
     from locogen.score import default_scorer, scorer
 
     if chosen is None:
-        chosen = default_scorer(str(getattr(pipe.config, "_name_or_path", "")))
+        chosen = default_scorer(_source(pipe))
     return scorer(chosen, device=pipe.device.type) if isinstance(chosen, str) else chosen
+
+
+def _source(pipe: Any) -> str:
+    """The folder or hub id that the model was loaded from; empty for one that was made in place."""
+    return str(getattr(pipe.config, "_name_or_path", "") or "")
 
 
 def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:

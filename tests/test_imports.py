@@ -29,7 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "neurons": {"layers", "families", "hooks", "stats"},
     "edit": {"layers", "families", "solve"},
     "trace": {"hooks", "runs", "score", "stats"},
-    "localization": {"plan", "layers", "runs", "score", "stats"},
+    "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "hooks", "families", "store"},
     "store": set(),
