@@ -171,13 +171,15 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
 
 
 def _content(row: Mapping[str, Any]) -> str:
-    """What is lost at a window of what should stay, beside what the controls lose of it."""
-    if missing(row.get("content")):
+    """How the score of what should stay changes at a window, beside what it does at the controls."""
+    names = {"content": "", "content_ceiling": "ceiling ", "content_placebo": "placebo "}
+    changes = {name: -row[axis] for axis, name in names.items() if not missing(row.get(axis))}
+    if "" not in changes:
         return ""
-    lost = {name: row.get(f"content_{name}") for name in ("ceiling", "placebo")}
-    digits = precision(row["content"], *(value for value in lost.values() if value is not None))
-    beside = ", ".join(f"{name} {number(value, digits)}" for name, value in lost.items() if value is not None)
-    return f"; of what should stay {number(row['content'], digits)} is lost" + (f" ({beside})" if beside else "")
+    digits = precision(*changes.values())
+    told = [f"{name}{'+' * (value > 0)}{number(value, digits)}" for name, value in changes.items()]
+    beside = f" ({', '.join(told[1:])})" if told[1:] else ""
+    return f"; the score of what should stay changes by {told[0]}{beside}"
 
 
 def place_name(start: int, width: int) -> str:

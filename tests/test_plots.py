@@ -333,9 +333,11 @@ def test_what_should_stay_is_told_beside_the_controls() -> None:
     rows += [line("content_ceiling", "monet", pd.NA, -0.05), line("content_placebo", "monet", pd.NA, 0.01)]
     table = pd.concat([effects(["monet"]), pd.DataFrame(rows)], ignore_index=True).astype({"position": "Int64"})
     said = describe(table, window(3))
-    assert said.endswith("elsewhere 0.05; of what should stay 0.021 is lost (ceiling −0.050, placebo 0.010).")
+    assert said.endswith(
+        "elsewhere 0.05; the score of what should stay changes by −0.021 (ceiling +0.050, placebo −0.010)."
+    )
     bare = table[~table["axis"].str.startswith("content_")]
-    assert describe(bare, window(3)).endswith("elsewhere 0.05; of what should stay 0.021 is lost.")
+    assert describe(bare, window(3)).endswith("elsewhere 0.05; the score of what should stay changes by −0.021.")
     assert "should stay" not in describe(effects(["monet"]), window(3))
     assert "should stay" not in describe(table, window(3), short=True)
 
