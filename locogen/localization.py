@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen import stats
+from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.layers import find_layers
-from locogen.plan import Concept, Window, distinct_seeds, sweep
+from locogen.plan import Concept, Window, distinct_seeds, sign_of, sweep
 from locogen.runs import Run, generate
 
 if TYPE_CHECKING:
@@ -31,10 +32,10 @@ def localize(
     pipe: Any,
     concept: Concept | Sequence[Concept],
     *,
-    window: int = 2,
+    window: int | None = 2,
     seeds: Iterable[int] = range(4),
-    num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
     controls: bool = True,
@@ -45,28 +46,30 @@ def localize(
 
     For each prompt pair and seed: the baseline, each window hearing the target, and with `controls` the ceiling,
     the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
-    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name; None: the model's
-    own in the catalog. `store`: a folder; what it holds is not made again. Returns a `Run` whose table is the
-    pictures table. Raises `LocogenError` for a window larger than the model, no or repeated seeds, and as
-    `generate` does.
+    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name. None for `window`,
+    `num_inference_steps`, `guidance_scale` or `scorer` takes the catalog's for the model. `store`: a folder; what it
+    holds is not made again. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for a window
+    larger than the model, no or repeated seeds, and as `generate` does.
     """
     concepts = _concepts(concept)
     drawn = distinct_seeds(seeds)
     count = len(find_layers(pipe))
-    plans = [sweep(c, n_layers=count, window=window, seeds=drawn, controls=controls) for c in concepts]
+    usual = usual_settings(_source(pipe))
+    width = usual["window"] if window is None else window
+    plans = [sweep(c, n_layers=count, window=width, seeds=drawn, controls=controls) for c in concepts]
     judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
     run = generate(
         pipe,
         [row for plan in plans for row in plan],
         store=store,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
+        num_inference_steps=usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
+        guidance_scale=usual["guidance_scale"] if guidance_scale is None else guidance_scale,
         batch_size=batch_size,
         progress=progress,
     )
     table = run.table.assign(**_scored_against(concepts, plans))
     scores = _scores(run, table, judge)
-    return run.with_table(_ordered(table.assign(**scores)), window=window, n_layers=count, **judge.settings)
+    return run.with_table(_ordered(table.assign(**scores)), window=width, n_layers=count, **judge.settings)
 
 
 def _concepts(given: Any) -> list[Concept]:
@@ -84,8 +87,13 @@ def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
     from locogen.score import default_scorer, scorer
 
     if chosen is None:
-        chosen = default_scorer(str(getattr(pipe.config, "_name_or_path", "")))
+        chosen = default_scorer(_source(pipe))
     return scorer(chosen, device=pipe.device.type) if isinstance(chosen, str) else chosen
+
+
+def _source(pipe: Any) -> str:
+    """The folder or hub id that the model was loaded from; empty for one that was made in place."""
+    return str(getattr(pipe.config, "_name_or_path", "") or "")
 
 
 def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
@@ -145,11 +153,12 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
     Estimates are paired with the baseline of the same prompt and seed and signed so that positive means "carries
     the concept". `axis`: layer (the window hears the target), insert (only the window hears the prompt: what it
-    restores of the ceiling's loss), content (how much of what should stay is lost), ceiling, placebo. Intervals:
-    `stats.crossed_bootstrap`; under six prompts they speak for these prompts (`prompts` is "fixed"). On the layer
-    axis beside them: `choose`, the estimate on the seeds used to choose a carrier, `fresh` with its interval on
-    the others, `share` of the ceiling, and `p_any`, of "no more than the placebo", corrected for every window
-    looked at; for the chosen window, its `lead` over the best non-overlapping rival with lower bound and p-value.
+    restores of the ceiling's loss), content (how much of what should stay is lost; content_ceiling and
+    content_placebo are the same for the controls), ceiling, placebo. Intervals: `stats.crossed_bootstrap`; under six
+    prompts they speak for these prompts (`prompts` is "fixed"). On the layer axis beside them: `choose`, the estimate
+    on the seeds used to choose a carrier, `fresh` with its interval on the others, `share` of the ceiling, and
+    `p_any`, of "no more than the placebo", corrected for every window looked at; for the chosen window, its `lead`
+    over the best non-overlapping rival with lower bound and p-value.
 
     Raises `LocogenError` where rows are missing or scores are not finite.
     """
@@ -185,7 +194,7 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     import pandas as pd
 
     name, kind = rows["concept"].iloc[0], rows["kind"].iloc[0]
-    sign = 1 if kind == "fact" else -1  # as `Concept.sign`
+    sign = sign_of(kind)
     widths = rows["width"].dropna().tolist()
     _, base = _cube(rows, "baseline", "clip_score")
     starts, window = _cube(rows, "window", "clip_score")
@@ -205,12 +214,22 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     if insert is not None and ceiling is not None:  # what the window alone restores of the ceiling's loss
         lines += _estimates("insert", starts, ceiling - insert, level)
     if kind != "fact":
-        kept = [_cube(rows, role, "content_score")[1] for role in ("baseline", "window")]
-        lines += _estimates("content", starts, kept[0] - kept[1], level)
+        lines += _content_lost(rows, starts, level)
     known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
     table = pd.DataFrame([{**known, **line} for line in lines])
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
     return table.reindex(columns=[*first, *(c for c in table.columns if c not in first)]).astype({"position": "Int64"})
+
+
+def _content_lost(rows: Any, starts: Sequence[int], level: float) -> list[dict[str, Any]]:
+    """How much of what should stay is lost at each window, and, to compare with, at the ceiling and the placebo."""
+    whole = _cube(rows, "baseline", "content_score")[1]
+    lines = _estimates("content", starts, whole - _cube(rows, "window", "content_score")[1], level)
+    for role in ("ceiling", "placebo"):
+        if (rows["role"] == role).any():
+            lost = whole - _cube(rows, role, "content_score")[1]
+            lines += _estimates(f"content_{role}", [None], lost, level)
+    return lines
 
 
 def _estimates(axis: str, positions: Sequence[Any], values: Array, level: float) -> list[dict[str, Any]]:
@@ -241,11 +260,11 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """What a carrier is decided by, for each window: choice, fresh estimate, lead, share, and the placebo test.
 
-    A third of the seeds choose, the others are fresh. Both share their prompts, so what is said of the fresh ones
-    takes the prompts as fixed (see `stats.simultaneous_lead`); under four seeds all are used for both, and the lead
-    is corrected for the choice instead.
+    Some seeds choose, the others are fresh (`stats.split_seeds`). Both share their prompts, so what is said of the
+    fresh ones takes the prompts as fixed (see `stats.simultaneous_lead`); where all are used for both, the lead is
+    corrected for the choice instead.
     """
-    picked, kept = _deal(seeds)
+    picked, kept = map(list, stats.split_seeds(range(seeds)))
     split = picked != kept
     fresh = effects[:, :, kept]
     held = "fixed" if split else None
@@ -265,14 +284,6 @@ def _judged(
             line |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
         lines.append(line)
     return lines
-
-
-def _deal(seeds: int) -> tuple[list[int], list[int]]:
-    """Positions of the seeds to choose on, every third, and to report on; all of them for both under four."""
-    every = list(range(seeds))
-    if seeds < 4:
-        return every, every
-    return every[1::3], [i for i in every if i % 3 != 1]
 
 
 # --- carrier -------------------------------------------------------------------------------------

@@ -19,6 +19,11 @@ _OPENINGS = (
 )
 
 
+def sign_of(kind: str) -> int:
+    """+1 where windows that carry the concept raise the score (facts), -1 where they lower it."""
+    return 1 if kind == "fact" else -1
+
+
 def paraphrase(prompt: str, target: str = "") -> str:
     """The same prompt in other words, for the placebo: its opening exchanged, or one put in front; never the target."""
     made = [other + prompt[len(opening) :] for opening, other in _OPENINGS if prompt.lower().startswith(opening)]
@@ -94,7 +99,7 @@ class Concept:
     @property
     def sign(self) -> int:
         """+1 where the concept's own windows raise the score (facts), -1 where they lower it."""
-        return 1 if self.kind == "fact" else -1
+        return sign_of(self.kind)
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ class Settings:
             raise LocogenError(f"guidance_scale is {self.guidance_scale!r}: give it a number from 0 up (1 is off)")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for `run.json` and the tables."""
+        """Plain values, for the store's `run-….json` and the tables."""
         return asdict(self)
 
 

@@ -21,6 +21,7 @@ from .tables import (
     number,
     precision,
     score_matrix,
+    strip_rows,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["describe", "figure_size", "plot_curve", "plot_effect", "plot_scores", "plot_strip"]
+__all__ = ["describe", "figure_size", "plot_curve", "plot_effect", "plot_scores", "plot_strip", "strip_rows"]
 
 START_LABEL = "window start (layer, execution order)"
 CHANGE_LABEL = "change of CLIP-score (cosine)"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from .cleaning import arrange, clean
 from .errors import LocogenError
 from .pages import Html, facts, figure, html, link, page, shrink, table
+from .plan import Window
 from .plots import figure_size, plot_effect
 from .tables import describe, effect_matrix, findings, interval, missing, number, precision
 
@@ -38,15 +39,6 @@ without it."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A carrier as a result file tells it: what `locogen.Window` is elsewhere."""
-
-    start: int | None
-    width: int
-    reason: str
-
-
-@dataclass(frozen=True)
 class Finished:
     """One run's folder as it was found: `effects` and `carriers` are empty where it failed."""
 
@@ -54,7 +46,7 @@ class Finished:
     facts: Mapping[str, Any]
     error: str = ""
     effects: Any = None  # the effects table, a DataFrame
-    carriers: Mapping[str, Place] = field(default_factory=dict)
+    carriers: Mapping[str, Window] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -215,7 +207,7 @@ def _heatmap(runs: Sequence[Finished]) -> Html:
     return figure(png.getvalue(), alt + describe(effects, carriers, short=len(matrix) > 2), inches=size[0])
 
 
-def _together(runs: Sequence[Finished]) -> tuple[pd.DataFrame, dict[str, Place]]:
+def _together(runs: Sequence[Finished]) -> tuple[pd.DataFrame, dict[str, Window]]:
     """One effects table over all runs; a concept that several have is named with its model, or its folder."""
     import pandas as pd
 
@@ -279,10 +271,10 @@ def _concepts(run: Finished) -> list[str]:
     return [str(name) for name in rows.loc[rows["axis"] == "layer", "concept"].unique()]
 
 
-def _window(told: Mapping[str, Any]) -> Place:
+def _window(told: Mapping[str, Any]) -> Window:
     start = told.get("start")
     reason = str(told.get("reason") or "")
-    return Place(start=None if start is None else int(start), width=int(told["width"]), reason=reason)
+    return Window(None if start is None else int(start), int(told["width"]), reason)
 
 
 def _rank(run: Finished) -> tuple[bool, int, str, str]:

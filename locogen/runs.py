@@ -64,7 +64,8 @@ class Pictures(Sequence["Image"]):
 class Run:
     """What `generate` and `localize` return: `plan[i]`, `pictures[i]` and `table.iloc[i]` are one row.
 
-    `settings` is everything needed to make the pictures again, the same as in `run.json` beside them.
+    `settings` is everything but the rows that is needed to make the pictures again. It stands in the store too, with
+    the names of the pictures, in the `run-….json` of the run that made them.
     """
 
     plan: tuple[Intervention, ...]
@@ -115,7 +116,8 @@ def generate(
     `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once,
     each row has its own CPU generator, and the last batch is padded, so a resumed run repeats a fresh one within
     one step of 8-bit color. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or
-    prompt, non-finite pictures, or a store that cannot be written: pictures made so far are kept.
+    prompt, non-finite pictures, a batch too large for the memory, or a store that lacks pictures and cannot be
+    written: pictures made so far are kept.
     """
     plan = _as_plan(plan_or_prompts, seeds)
     chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
@@ -124,13 +126,18 @@ def generate(
     common = _circumstances(pipe, chosen)
     model = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     keys = [_key(row, common) for row in plan]
-    _make_missing(pipe, plan, keys, shelf, chosen, progress)
     settings = {"model": model, **common, "pictures": len(plan)}
-    shelf.write("run.json", json.dumps(settings, indent=1, default=str).encode())
+    table = _table(plan, keys, chosen)
+    missing = {key: row for key, row in zip(keys, plan, strict=True) if shelf.get(key) is None}
+    if missing:
+        told = {**settings, "images": list(table["image"])}
+        # Before the first picture: a store that cannot be written should not cost a batch.
+        shelf.write(f"run-{content_key(told)}.json", json.dumps(told, indent=1, default=str).encode())
+        _make(pipe, missing, shelf, chosen, progress)
     pictures = Pictures(shelf, keys)
     if store is None:
         weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
-    return Run(tuple(plan), pictures, _table(plan, keys, chosen), settings)
+    return Run(tuple(plan), pictures, table, settings)
 
 
 def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None) -> list[Intervention]:
@@ -228,24 +235,13 @@ def _key(row: Intervention, common: dict[str, Any]) -> str:
     return content_key({**common, **made})
 
 
-def _make_missing(
-    pipe: Any,
-    plan: Sequence[Intervention],
-    keys: Sequence[str],
-    shelf: PictureStore,
-    chosen: Settings,
-    progress: bool,
-) -> None:
+def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
     from tqdm import tqdm
 
-    first = dict(reversed(list(zip(keys, plan, strict=True))))
-    missing = [(key, first[key]) for key in dict.fromkeys(keys) if shelf.get(key) is None]
-    if not missing:
-        return
-    states = _encoded(pipe, [row for _, row in missing])
+    states = _encoded(pipe, list(missing.values()))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
     with bar:
-        for batch in _batches(missing, chosen.batch_size):
+        for batch in _batches(list(missing.items()), chosen.batch_size):
             made = _batch(pipe, [row for _, row in batch], states, chosen)
             finite = np.isfinite(made).all((1, 2, 3))
             for (key, _), pixels, good in zip(batch, made, finite, strict=True):
@@ -285,6 +281,11 @@ def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], c
                 guidance_scale=chosen.guidance_scale,
                 output_type="np",
             ).images
+    except torch.OutOfMemoryError as error:
+        raise LocogenError(
+            f"a batch of {chosen.batch_size} pictures does not fit the memory of {pipe._execution_device}: give "
+            "a smaller batch_size=, or load the model with dtype='float16'; pictures made before are kept"
+        ) from error
     finally:
         pipe.set_progress_bar_config(**bar)
     return made[: len(rows)]

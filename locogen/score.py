@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from locogen.catalog import mini_folder, model_entries, scorer_entry
+from locogen.catalog import entry_of, mini_folder, scorer_entry
 from locogen.errors import LocogenError
 
 if TYPE_CHECKING:
@@ -124,10 +124,14 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
 
 
 def default_scorer(model: str) -> str:
-    """The catalog's scorer for a model, given the folder or hub id that it was loaded from."""
-    if Path(model) == mini_folder():
-        return "mini"
-    return next((entry.scorer for entry in model_entries() if model in (entry.id, *entry.mirrors)), REAL)
+    """The scorer for a model, given the folder or hub id that it was loaded from.
+
+    The catalog's; for another folder its own `scorer/`, as `locogen.mini.train` makes it; else the published one.
+    """
+    if entry := entry_of(model):
+        return entry.scorer
+    own = Path(model) / "scorer"
+    return str(own) if model and own.is_dir() else REAL
 
 
 def _source(name: str) -> tuple[str, str | None]:

@@ -160,15 +160,18 @@ def any_effect(
 
 
 def split_seeds(seeds: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Deal seeds in turn into (choose, report): find the carrier on one, judge it on the other.
+    """Deal seeds in turn into (choose, report): find the carrier on every third, judge it on the others.
 
-    Deterministic; an odd one goes to `report`. Both share the prompts, whose quirks the choice has seen: the
-    report is fair for these prompts only. Raises ValueError for under two seeds or repeated ones.
+    Deterministic; under four seeds are too few to split, and all of them serve for both. Both share the prompts,
+    whose quirks the choice has seen: the report is fair for these prompts only. Raises ValueError for no or
+    repeated seeds.
     """
     dealt = tuple(seeds)
-    if len(dealt) < 2 or len(set(dealt)) < len(dealt):
-        raise ValueError(f"seeds {dealt} cannot be split in two: give at least two different ones")
-    return dealt[1::2], dealt[::2]
+    if not dealt or len(set(dealt)) < len(dealt):
+        raise ValueError(f"seeds {dealt} cannot be split: give at least one, and none twice")
+    if len(dealt) < 4:
+        return dealt, dealt
+    return dealt[1::3], tuple(seed for place, seed in enumerate(dealt) if place % 3 != 1)
 
 
 def welch_z(a: ArrayLike, b: ArrayLike) -> Array:

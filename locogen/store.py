@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -31,20 +32,12 @@ def _digest(picture: Image.Image) -> str:
 class PictureStore:
     """Pictures as 8-bit PNG files named by their key, each carrying a digest of its own pixels.
 
-    Files are replaced atomically: after a kill at any moment a picture is there whole or not at all.
+    Files are replaced atomically: after a kill at any moment a picture is there whole or not at all. The folder is
+    made when something is first written, so that a store that is only read needs no permission to write.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".writable-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise LocogenError(
-                f"the store {self.folder} cannot be written ({error.strerror}): give store= a folder that can"
-            ) from None
 
     def path(self, key: str) -> Path:
         """Where the picture of that key lies."""
@@ -70,15 +63,17 @@ class PictureStore:
         self.write(f"{key}.png", buffer.getvalue())
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file of the store atomically."""
+        """Replace a file of the store atomically. Raises `LocogenError` when the disk is full or read-only."""
         partial = self.folder / f".{name}.{os.getpid()}.partial"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             partial.write_bytes(content)
             os.replace(partial, self.folder / name)
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            remedy = "free some space" if error.errno == errno.ENOSPC else "make it writable"
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            remedy = "free some space" if error.errno == errno.ENOSPC else "give store= a folder that can"
             raise LocogenError(
-                f"the store {self.folder} cannot take another picture ({error.strerror}): {remedy} and call again; "
+                f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call again; "
                 "what it holds is kept and not made again"
             ) from None

@@ -15,13 +15,14 @@ A study is a TOML file; its results go to the folder of its name beside it (repo
     window = 4
 
 A run works in a folder `.partial-…` that is renamed when all of it is there. A finished one is skipped while
-its `key` holds: the hash of the notebook, the parameters, the concept, the weights and the code. A failed one
-leaves `error.json` and is tried again next time.
+its `key` holds: the hash of the notebook, the parameters, the concept, the weights of the model and of a scorer of
+one's own, and the code. A failed one leaves `error.json` and is tried again next time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -41,6 +42,7 @@ from locogen.errors import LocogenError, unknown
 from locogen.worker import (
     alone,
     check_parameters,
+    defaults_of,
     execute,
     forget_place,
     load_json,
@@ -55,12 +57,7 @@ from locogen.worker import (
 _PACKAGE = Path(__file__).resolve().parent
 _ABOUT = ("title", "name", "notebook")  # keys of a run that are not parameters
 _RESERVED = ("con", "prn", "aux", "nul", "store")  # Windows' device names, and our own folder
-_PATHS = (
-    "concepts_file",
-    "store",
-    "model",
-    "scorer",
-)  # parameters that may be paths, from the study's folder
+_PATHS = ("concepts_file", "store", "model", "scorer")  # parameters that may be paths, from the study's folder
 
 
 class StudyFailed(LocogenError):
@@ -217,32 +214,36 @@ def _hash(value: Any) -> str:
 
 def _key(notebook: Path, values: Mapping[str, Any], base: Path) -> str:
     """Changes with what a result depends on: notebook, parameters, concept, weights, code, versions."""
-    own = values.get("concepts_file")
     told: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values, "code": _code_hash()}
-    if values.get("concept") and not values.get("prompt"):
-        told["concept"] = repr(concept(values["concept"], file=base / own if own else None))
-    if "model" in values:
-        told["model"] = _model_hash(str(values["model"]), base)
+    used = {**defaults_of(notebook), **values}
+    own = used.get("concepts_file")
+    if used.get("concept") and not used.get("prompt"):
+        told["concept"] = repr(concept(used["concept"], file=base / own if own else None))
+    told |= {name: _weights_hash(str(used[name]), base) for name in ("model", "scorer") if used.get(name)}
     return _hash({**told, "versions": versions()})
 
 
 def _code_hash() -> str:
     """Of what a notebook can reach: not the command line's modules, nor the mini model's trainer."""
     apart = [_PACKAGE / name for name in ("__main__.py", "report.py", "study.py", "worker.py")]
-    files = [file for file in sorted(_PACKAGE.rglob("*.py")) if file.parent.name != "mini"]
-    return _hash([__version__, *(file.read_text(encoding="utf-8") for file in files if file not in apart)])
+    files = [file for file in sorted(_PACKAGE.rglob("*.py")) if file.parent.name != "mini" and file not in apart]
+    files.append(_PACKAGE / "catalog" / "models.toml")  # what is usual for a model
+    return _hash([__version__, *(file.read_text(encoding="utf-8") for file in files)])
 
 
-def _model_hash(model: str, base: Path) -> Any:
-    """Embedded weights by content, a folder's by names, sizes and times, others by their entry or id."""
-    entry = next((entry for entry in model_entries() if entry.name == model), None)
-    folder = entry.folder if entry else base / model
-    if folder is None or not folder.is_dir():
-        return repr(entry or model)
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    if entry:
-        return [(file.relative_to(folder), hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
-    return [(file.relative_to(folder), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def _weights_hash(name: str, base: Path) -> list[Any]:
+    """A model or scorer by the content of its folder, a scorer inside included; others by their name or id."""
+    entry = next((entry for entry in model_entries() if entry.name == name), None)
+    folder = entry.folder if entry else base / name
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder else []
+    return [name, *((file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)) for file in files if folder)]
+
+
+@functools.cache
+def _digest(file: Path, changed: int) -> str:
+    """Of a file's content; read again when it has `changed`, and not for every run of a study."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -86,6 +86,20 @@ def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[
     return found
 
 
+def strip_rows(table: pd.DataFrame, carrier: Carrier) -> pd.DataFrame:
+    """The rows to show as a strip: the first prompt and seed, as it is, with each window, and the ceiling.
+
+    Beside the table's columns: `label`, and `marked`, whether the row's window is the carrier's.
+    """
+    first: Any = table[(table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())]
+    rows = first[first["role"].isin(["baseline", "window", "ceiling"])]
+    places = [None if missing(start) else int(start) for start in rows["start"]]
+    ends = [None if at is None else at + int(width) - 1 for at, width in zip(places, rows["width"], strict=True)]
+    names = zip(rows["role"], places, ends, strict=True)
+    labels = [role if at is None else f"{at}" if at == end else f"{at}-{end}" for role, at, end in names]
+    return rows.assign(label=labels, marked=[at is not None and at == carrier.start for at in places])
+
+
 def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer") -> dict[str, int | None]:
     """Row of `effect_matrix` → start of its carrier window; None where there is no single window."""
     rows = _along(effects, axis)
@@ -104,16 +118,24 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[dict[str,
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at (the window
     spoken of: the carrier, or else the largest effect), width, estimate, low, high, fresh (measured on seeds
     not used to choose the window), share (of the ceiling), rival (the largest effect that does not overlap),
-    reason, n.
+    reason, n, content (how much of what should stay is lost there), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
     chosen = _by_concept(carriers, list(layers["concept"].unique()))
-    ceilings = {row["concept"]: row["estimate"] for row in effects.to_dict("records") if row["axis"] == "ceiling"}
     found = []
     for label, rows in layers.groupby("label", sort=False):
         concept = rows["concept"].iloc[0]
         lines = {row["position"]: row for row in rows.to_dict("records")}
-        found.append(_finding(str(label), lines, chosen.get(concept), ceilings.get(concept)))
+        others: Any = effects[(effects["concept"] == concept) & (effects["axis"] != "layer")]
+        if "width" in others and "width" in rows:
+            others = others[others["width"] == rows["width"].iloc[0]]
+        values = {
+            (axis, None if missing(place) else int(place)): estimate
+            for axis, place, estimate in others[["axis", "position", "estimate"]].itertuples(index=False)
+        }
+        row = _finding(str(label), lines, chosen.get(concept), values.get(("ceiling", None)))
+        places = {"content": row["at"], "content_ceiling": None, "content_placebo": None}
+        found.append(row | {axis: values.get((axis, place)) for axis, place in places.items()})
     return found
 
 
@@ -145,7 +167,19 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     effect += interval(size, digits) + (" on seeds not used to choose it" if row["fresh"] else "") + share
     rival = "" if missing(row["rival"]) else f"; next best elsewhere {number(row['rival'], digits)}"
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
-    return f"{row['label']}: {subject} {effect}{rival}."
+    return f"{row['label']}: {subject} {effect}{rival}{_content(row)}."
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    """How the score of what should stay changes at a window, beside what it does at the controls."""
+    names = {"content": "", "content_ceiling": "ceiling ", "content_placebo": "placebo "}
+    changes = {name: -row[axis] for axis, name in names.items() if not missing(row.get(axis))}
+    if "" not in changes:
+        return ""
+    digits = precision(*changes.values())
+    told = [f"{name}{'+' * (value > 0)}{number(value, digits)}" for name, value in changes.items()]
+    beside = f" ({', '.join(told[1:])})" if told[1:] else ""
+    return f"; the score of what should stay changes by {told[0]}{beside}"
 
 
 def place_name(start: int, width: int) -> str:

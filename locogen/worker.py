@@ -6,6 +6,7 @@ the executed notebook is written to, and that folder is published whole or not a
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import gc
 import json
@@ -72,6 +73,15 @@ def parameters_of(notebook: Path) -> dict[str, Any]:
     found = papermill.inspect_notebook(_literal(notebook))
     if not found:
         raise LocogenError(f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'")
+    return found
+
+
+def defaults_of(notebook: Path) -> dict[str, Any]:
+    """Name → default of the notebook's parameters; one that is not plainly written down is left out."""
+    found: dict[str, Any] = {}
+    for name, told in parameters_of(notebook).items():
+        with contextlib.suppress(ValueError, SyntaxError):
+            found[name] = ast.literal_eval(told["default"])
     return found
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 # Arrows point down this list only: a module that is not in it yet is added with its arrows.
 ARROWS: dict[str, set[str]] = {
     "__main__": {"study", "report", "catalog"},
-    "report": {"plots", "tables", "cleaning", "pages"},
+    "report": {"plan", "plots", "tables", "cleaning", "pages"},
     "study": {"catalog", "worker"},
     "worker": set(),
     "widgets": {"plots", "runs", "edit", "neurons"},
@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "patches": {"solve"},
     "phrasings": {"plan"},
     "trace": {"hooks", "runs", "score", "stats"},
-    "localization": {"plan", "layers", "runs", "score", "stats"},
+    "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "hooks", "families", "store"},
     "store": set(),

@@ -150,8 +150,8 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
     assert told["kind"] == kind == pictures["kind"].iloc[0]
     assert told["pictures"] == len(pictures) and told["concepts"] == list(pictures["concept"].unique())
     assert {"baseline", "window", "insert", "ceiling", "placebo"} == set(pictures["role"])
-    axes = {"layer", "insert", "ceiling", "placebo"} | (set() if kind == "fact" else {"content"})
-    assert set(effects["axis"]) == axes
+    content = {"content", "content_ceiling", "content_placebo"}
+    assert set(effects["axis"]) == {"layer", "insert", "ceiling", "placebo"} | (set() if kind == "fact" else content)
     (carrier,) = told["carriers"]
     assert set(carrier) == {"concept", "start", "width", "reason"} and carrier["width"] == 2
     assert told["finding"].startswith(told["concepts"][0])

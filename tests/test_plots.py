@@ -1,5 +1,6 @@
 """What is drawn: matrices, scales, marks and words, each against a table whose answer is known."""
 
+import io
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from locogen.tables import (
     interval,
     number,
     score_matrix,
+    strip_rows,
 )
 
 CONCEPTS = {"monet": 3, "van gogh": 1, "neon": None}
@@ -295,6 +297,20 @@ def test_zoom_sets_the_size() -> None:
     assert large - small == pytest.approx(2 * 2 * 64 / 100)
 
 
+def test_a_sweep_as_a_strip() -> None:
+    """One prompt and seed; from a table as it is made, and as it comes back from a file."""
+    table = pictures(["monet"]).query("edit.isna()").assign(prompt="a house", width=2)
+    table = pd.concat([table, table.assign(prompt="a boat", seed=table["seed"] + 7)])
+    read = pd.read_csv(io.StringIO(table.to_csv(index=False)))
+    for each in (table.reset_index(drop=True), read):
+        rows = strip_rows(each, window(3))
+        assert list(rows["label"]) == ["0-1", "1-2", "2-3", "3-4", "4-5", "5-6", "baseline", "ceiling"]
+        assert list(rows.loc[rows["marked"], "start"]) == [3]
+        assert set(rows["prompt"]) == {"a house"} and set(rows["seed"]) == {0}
+        assert not strip_rows(each, window(None))["marked"].any()
+    assert list(strip_rows(read.assign(width=1), window(3, 1))["label"])[:2] == ["0", "1"]
+
+
 def test_strip_refuses_what_does_not_match() -> None:
     for pictures_, labels in ((patterns(2), ["one"]), ([], [])):
         with pytest.raises(LocogenError, match="one label a picture"):
@@ -309,6 +325,21 @@ def test_the_finding_in_words() -> None:
         "monet: the window of 2 layers from 3 lowers the CLIP-score by 0.34 [0.28, 0.40] "
         "(85 % of the ceiling); next best elsewhere 0.05."
     )
+
+
+def test_what_should_stay_is_told_beside_the_controls() -> None:
+    lost = {3: 0.021, 4: 0.3}
+    rows = [line("content", "monet", start, value) for start, value in lost.items()]
+    rows += [line("content_ceiling", "monet", pd.NA, -0.05), line("content_placebo", "monet", pd.NA, 0.01)]
+    table = pd.concat([effects(["monet"]), pd.DataFrame(rows)], ignore_index=True).astype({"position": "Int64"})
+    said = describe(table, window(3))
+    assert said.endswith(
+        "elsewhere 0.05; the score of what should stay changes by −0.021 (ceiling +0.050, placebo −0.010)."
+    )
+    bare = table[~table["axis"].str.startswith("content_")]
+    assert describe(bare, window(3)).endswith("elsewhere 0.05; the score of what should stay changes by −0.021.")
+    assert "should stay" not in describe(effects(["monet"]), window(3))
+    assert "should stay" not in describe(table, window(3), short=True)
 
 
 def test_a_fact_is_raised_and_one_layer_is_a_layer() -> None:

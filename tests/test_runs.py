@@ -1,5 +1,9 @@
 """The store's promises: same rows, same pictures; nothing stale; nothing lost; nothing damaged is used."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
@@ -155,8 +159,6 @@ def test_whatever_makes_the_picture_is_in_the_mark():
 
 
 def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
-    from pathlib import Path
-
     written = []
     write = Path.write_bytes
 
@@ -178,10 +180,48 @@ def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
     assert seen == [8, 8]  # one batch for the one picture that was missing
 
 
-def test_a_store_that_cannot_be_written(pipe, rows, tmp_path):
+def test_a_store_that_cannot_be_written(pipe, rows, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
+    seen = calls(pipe, monkeypatch)
     with pytest.raises(LocogenError, match=r"cannot be written.*store="):
         generate(pipe, rows, store=tmp_path / "file", **FAST)
+    assert seen == [], "that is told before the first picture"
+
+
+def test_a_complete_store_may_be_read_only(pipe, rows, tmp_path, monkeypatch):
+    made = generate(pipe, rows, store=tmp_path, **FAST)
+
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    for place, name in ((Path, "mkdir"), (Path, "touch"), (Path, "write_bytes"), (os, "replace")):
+        monkeypatch.setattr(place, name, refuse)
+    again = generate(pipe, rows[1:], store=tmp_path, **FAST)
+    assert np.array_equal(pixels(made)[1:], pixels(again))
+    with pytest.raises(LocogenError, match=r"Read-only file system.*store="):  # the twin: one picture is missing
+        generate(pipe, [*rows, Intervention("cat", "dog", (0,), 9)], store=tmp_path, **FAST)
+
+
+def test_each_run_of_a_store_keeps_its_settings(pipe, rows, tmp_path):
+    one = generate(pipe, rows[:2], store=tmp_path, **FAST)
+    other = generate(pipe, rows[:2], store=tmp_path, **(FAST | {"guidance_scale": 2.0}))
+    generate(pipe, rows[:2], store=tmp_path, **FAST)  # made before: nothing new to tell
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("run-*.json")]
+    told.sort(key=lambda each: -each["guidance_scale"])
+    assert [each.pop("images") for each in told] == [list(run.table["image"]) for run in (one, other)]
+    assert told == [json.loads(json.dumps(run.settings, default=str)) for run in (one, other)]
+
+
+def test_a_batch_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
+    generate(pipe, rows[:2], store=tmp_path, **FAST)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pipe.unet, "forward", full)
+    with pytest.raises(LocogenError, match=r"batch of 4 pictures does not fit.*smaller batch_size="):
+        generate(pipe, rows, store=tmp_path, **FAST)
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_non_finite_pictures_are_refused(rows, tmp_path):

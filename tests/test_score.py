@@ -67,8 +67,12 @@ def test_bad_input(judge, tmp_path):
         scorer(str(tmp_path))
 
 
-def test_each_model_has_its_default():
+def test_each_model_has_its_default(tmp_path):
     from locogen.catalog import mini_folder
 
     assert default_scorer(str(mini_folder())) == "mini"
-    assert default_scorer("somebody/a-model") == "clip-vit-b-16"
+    assert default_scorer("CompVis/stable-diffusion-v1-4") == "clip-vit-b-16"
+    for stranger in ("somebody/a-model", "", str(tmp_path)):
+        assert default_scorer(stranger) == "clip-vit-b-16"
+    (tmp_path / "scorer").mkdir()  # a folder that locogen.mini.train has made
+    assert default_scorer(str(tmp_path)) == str(tmp_path / "scorer")

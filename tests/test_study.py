@@ -167,7 +167,7 @@ def test_a_run_is_redone_when_what_it_rests_on_changes(write, kernel: Kernel, mo
     elif change == "code":
         monkeypatch.setattr(study, "_code_hash", lambda: "other")
     elif change == "weights":
-        monkeypatch.setattr(study, "_model_hash", lambda model, base: "other")
+        monkeypatch.setattr(study, "_weights_hash", lambda name, base: "other")
     elif change == "versions":
         monkeypatch.setattr(study, "versions", lambda: {"torch": "99"})
     else:
@@ -191,12 +191,37 @@ def test_outputs_and_metadata_do_not_count_as_a_change(write, kernel: Kernel) ->
 def test_a_folder_of_weights_counts_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "unet.safetensors").write_bytes(b"1")
-    before = study._model_hash("./model", tmp_path)
-    assert study._model_hash("./model", tmp_path) == before
-    (tmp_path / "model" / "unet.safetensors").write_bytes(b"22")
-    assert study._model_hash("./model", tmp_path) != before
-    assert study._model_hash("sd-1.4", tmp_path) != study._model_hash("sd-1.5", tmp_path)
-    assert study._model_hash("someone/model", tmp_path) == repr("someone/model")
+    before = study._weights_hash("./model", tmp_path)
+    assert study._weights_hash("./model", tmp_path) == before
+    os.utime(tmp_path / "model" / "unet.safetensors", (1, 1))
+    assert study._weights_hash("./model", tmp_path) == before, "a copy is as good"
+    (tmp_path / "model" / "unet.safetensors").write_bytes(b"2")
+    assert study._weights_hash("./model", tmp_path) != before
+    assert study._weights_hash("sd-1.4", tmp_path) != study._weights_hash("sd-1.5", tmp_path)
+    assert study._weights_hash("someone/model", tmp_path) == ["someone/model"]
+    assert len(study._weights_hash("mini", tmp_path)) > 10, "embedded weights are a folder too"
+
+
+@pytest.mark.parametrize("asked", ['model = "./own"', 'scorer = "./own"', ""])
+def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -> None:
+    """Whether the study names them or the notebook by default: trained again, the run is done again."""
+    default = 'scorer: str = ""  # a scorer' if asked else 'scorer: str = "./own"  # a scorer'
+    write_notebook(tmp_path / "small.ipynb", parameters=f"{PARAMETERS}{default}")
+    path = write(f"[[run]]\nseeds = 2\n{asked}", head="")
+    (tmp_path / "own").mkdir()
+    keys = []
+    for content in (b"1", b"2", b"1"):
+        (tmp_path / "own" / "model.safetensors").write_bytes(content)
+        keys.append(read_study(path)[2][0].key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
+    path, hashed = write("[[run]]\nseeds = 2", head=""), []
+    monkeypatch.setattr(study, "_weights_hash", lambda name, base: hashed.append(name))
+    monkeypatch.setattr(study, "concept", lambda name, file: hashed.append(name))
+    read_study(path)
+    assert hashed == ["mini/neon", "mini"]
 
 
 def test_a_concept_that_changes_changes_the_key(tmp_path: Path, write) -> None:

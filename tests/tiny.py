@@ -1,9 +1,7 @@
 """A seeded stand-in for Stable Diffusion 1: the real classes at the smallest size, random weights, no download."""
 
 import functools
-import random
 import tempfile
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -106,11 +104,3 @@ class FakeScorer:
     def __call__(self, pictures: Any, *texts: Any) -> list[np.ndarray]:
         means = np.stack([np.asarray(p, float).mean((0, 1)) / 255 for p in pictures])
         return [means[:, channel] for channel, _ in zip((0, 2), texts, strict=False)]
-
-
-def rng(seed: int = 0) -> random.Random:
-    return random.Random(seed)
-
-
-def folder(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir())

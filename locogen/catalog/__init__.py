@@ -120,6 +120,18 @@ def model_entries() -> tuple[ModelEntry, ...]:
     return tuple(model_entry(name) for name in _models()["models"])
 
 
+def entry_of(source: str) -> ModelEntry | None:
+    """The catalog's entry of a model by the folder or hub id it was loaded from; None for a model it has not."""
+    places = ((entry, (entry.id, *entry.mirrors, str(entry.folder or entry.id))) for entry in model_entries())
+    return next((entry for entry, known in places if source in known), None)
+
+
+def usual_settings(source: str) -> dict[str, Any]:
+    """Window, steps and guidance of a model, by the folder or hub id it came from; the mini model's for others."""
+    found: Any = entry_of(source) or model_entry("mini")
+    return {name: getattr(found, name) for name in ("window", "num_inference_steps", "guidance_scale")}
+
+
 def scorer_entry(name: str) -> ScorerEntry:
     """The catalog's entry of a scorer; `LocogenError` with near matches when there is none."""
     entries = _models()["scorers"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from locogen import carrier, describe, plot_effect, plot_strip
+from locogen import carrier, describe, plot_effect
+from locogen.plots import plot_strip, strip_rows
 from locogen.report import build
 
 SOURCE, TARGET = Path("reports/mini"), Path("reports/sample")
@@ -43,14 +44,10 @@ def figures(slugs: list[str]) -> None:
     together = pd.concat(effects, ignore_index=True)
     plot_effect(together, carriers=best).figure.savefig(TARGET / "heatmap.png", dpi=110, bbox_inches="tight")
     table = pd.read_csv(SOURCE / slugs[0] / "pictures.csv")
-    first = table[(table["prompt"] == table["prompt"][0]) & (table["seed"] == table["seed"].min())]
-    rows = first[first["role"].isin(["baseline", "window", "ceiling"])]
-    starts = rows["start"]
-    labels = [r if pd.isna(s) else f"{int(s)}-{int(s) + 1}" for r, s in zip(rows["role"], starts, strict=True)]
-    chosen = best[table["concept"].iloc[0]].start
-    marked = [i for i, s in enumerate(starts) if s == chosen]
+    rows = strip_rows(table, best[table["concept"].iloc[0]])
     shown = [Image.open(SOURCE / "store" / name) for name in rows["image"]]
-    plot_strip(shown, labels, columns=9, marked=marked).savefig(TARGET / "strip.png", dpi=110, bbox_inches="tight")
+    strip = plot_strip(shown, list(rows["label"]), columns=9, marked=rows["marked"].to_numpy().nonzero()[0])
+    strip.savefig(TARGET / "strip.png", dpi=110, bbox_inches="tight")
     print(describe(together, best))
 
 
