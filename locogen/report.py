@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LARGE = 1_500_000  # bytes: a page above this is told about
+OTHER_TABLES = ("evaluation", "summary", "grid", "neurons")
 LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # dead in a saved page
 TITLE = "Which layers carry what the model knows"
 EXPLANATION = """For each concept, a few neighboring layers of the model (a window) hear a prompt without it,
@@ -40,7 +41,7 @@ without it."""
 
 @dataclass(frozen=True)
 class Finished:
-    """One run's folder as it was found: `effects` and `carriers` are empty where it failed."""
+    """One run's folder as it was found: no `effects` and `carriers` where it failed, or was no localization."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -85,6 +86,8 @@ def read_run(folder: Path) -> Finished:
     told = _read_json(folder / "result.json")
     if "error" in told:
         return Finished(folder, {}, str(told["error"]))
+    if not told.get("carriers") and not (folder / "effects.csv").exists():
+        return Finished(folder, told)  # a notebook that localizes nothing: its finding is all there is to list
     try:
         effects = _read_effects(folder / "effects.csv")
         carriers = {str(c["concept"]): _window(c) for c in told["carriers"]}
@@ -96,14 +99,19 @@ def read_run(folder: Path) -> Finished:
 
 def index_page(runs: Sequence[Finished]) -> str:
     """The page over all runs: one heatmap on one scale, one table."""
-    good = [run for run in runs if not run.error]
+    good = [run for run in runs if run.effects is not None]
+    more = [run for run in runs if run.effects is None and not run.error]
     parts = [f"<h1>{html(TITLE)}</h1>", f"<p>{html(EXPLANATION)}</p>"]
     if good:
         parts.append(_heatmap(good))
     headings = ("concept", "kind", "model", "carrier", "effect [95 %]", "of the ceiling", "verdict", "data")
-    lines = [line for run in runs for line in _lines(run)]
-    parts.append(table(headings, lines, caption="Runs: each concept opens its page; the tables behind it are CSV"))
-    failed = len(runs) - len(good)
+    lines = [line for run in runs if run not in more for line in _lines(run)]
+    if lines:
+        parts.append(table(headings, lines, caption="Runs: each concept opens its page; the tables behind it are CSV"))
+    if more:
+        told = [(link(f"{r.folder.name}/index.html", r.title), r.facts.get("finding") or "–", _data(r)) for r in more]
+        parts.append(table(("what else was done", "finding", "data"), told, caption="Edits and other notebooks"))
+    failed = sum(bool(run.error) for run in runs)
     parts.append(f'<footer class="soft"><p>{len(runs)} runs, {failed} failed or unfinished.</p></footer>')
     return page(TITLE, "\n".join(parts))
 
@@ -115,10 +123,12 @@ def run_page(run: Finished, notebook: Any, *, code: bool) -> str:
     if run.error:
         top += f'<p class="finding failed"><strong class="bad">Failed:</strong> {html(run.error)}</p>'
     else:
-        finding = run.facts.get("finding") or describe(run.effects, run.carriers)
+        finding = run.facts.get("finding") or ("" if run.effects is None else describe(run.effects, run.carriers))
         top += f'<p class="finding">{html(finding)}</p>'
     other = link("index.html", "Without the code") if code else link("code.html", "With the code")
     data = {"notebook.ipynb": "Notebook", "pictures.csv": "Pictures (CSV)", "effects.csv": "Effects (CSV)"}
+    data |= {f"{name}.csv": f"{name.capitalize()} (CSV)" for name in OTHER_TABLES}
+    data |= {"edit.safetensors": "Edit", "lora.safetensors": "LoRA"}
     there = [link(name, text) for name, text in data.items() if (run.folder / name).exists()]
     nav = [link("../index.html", "All runs"), *([other] if body else []), *there]
     return page(run.title, f"{top}\n{body}\n{_footer(run)}", navigation=nav)
@@ -228,9 +238,7 @@ def _together(runs: Sequence[Finished]) -> tuple[pd.DataFrame, dict[str, Window]
 
 def _lines(run: Finished) -> list[list[Any]]:
     """The rows of one run in the index's table, one a concept."""
-    slug, model = run.folder.name, run.facts.get("model", "–")
-    data = [link(f"{slug}/{n}.csv", n) for n in ("pictures", "effects") if (run.folder / f"{n}.csv").exists()]
-    csv = Html(" ".join(data) or "–")
+    slug, model, csv = run.folder.name, run.facts.get("model", "–"), _data(run)
     if run.error:
         name = ", ".join(map(str, run.facts.get("concepts") or [slug]))
         verdict = Html(f'<strong class="bad">failed</strong>: {html(run.error)}')
@@ -250,6 +258,12 @@ def _lines(run: Finished) -> list[list[Any]]:
         name = link(f"{slug}/index.html", row["label"])
         lines.append([name, row["kind"] or "–", model, *numbers, ("verdict", verdict), csv])
     return lines
+
+
+def _data(run: Finished) -> Html:
+    """Links to the tables that a run left."""
+    names = [name for name in ("pictures", "effects", *OTHER_TABLES) if (run.folder / f"{name}.csv").exists()]
+    return Html(" ".join(link(f"{run.folder.name}/{name}.csv", name) for name in names) or "–")
 
 
 def _layers(start: int, width: int) -> str:

@@ -281,3 +281,27 @@ def _by_concept(carriers: Carriers, concepts: list[str]) -> Mapping[str, Carrier
     if len(concepts) != 1:
         raise LocogenError(f"one carrier window for {len(concepts)} concepts: give a dict, concept → Window")
     return {concepts[0]: carriers}
+
+
+def describe_edit(summary: pd.DataFrame, arm: str) -> str:
+    """What one arm of `locogen.evaluation.summary` did, in a sentence, beside the best of the others."""
+    rows = summary[summary["quantity"] == "right"].set_index(["arm", "measure"])
+    own = {measure: rows.loc[(arm, measure)] for a, measure in rows.index if a == arm}
+    names = {"efficacy": "of its own prompts", "generality": "said in other words", "specificity": "of its neighbors"}
+    told = [
+        f"{_percent(row['after'])} {names[measure]} ({_percent(row['before'])} before)" for measure, row in own.items()
+    ]
+    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(told)}."
+    rivals = rows[rows.index.get_level_values("arm") != arm]
+    if "efficacy" not in own or "specificity" not in own or rivals.empty:
+        return text
+    change: Any = rivals["change"].unstack("measure")
+    score = change["specificity"] - change["efficacy"]
+    best, mine = str(score.idxmax()), own["specificity"]["change"] - own["efficacy"]["change"]
+    verb = "more" if mine > score.max() else "no more"
+    moved = " and ".join(_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity"))
+    return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({moved})."
+
+
+def _percent(share: float) -> str:
+    return f"{number(100 * share, 0)} %"

@@ -94,14 +94,19 @@ def test_localize_takes_what_it_promises() -> None:
     names = set(parameters_of(LOCALIZE))
     assert {"model", "concept", "concepts_file", "prompt", "target", "text", "kind", "window", "seeds"} <= names
     assert {"num_inference_steps", "guidance_scale", "scorer", "device", "dtype", "store", "results"} <= names
-    source = "\n".join(cell.source for cell in cells(LOCALIZE)[1:])
-    unused = [name for name in names if not re.search(rf"\b{name}\b", source)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_parameter_is_read(path: Path) -> None:
+    source = "\n".join(cell.source for cell in cells(path)[1:])
+    unused = [name for name in parameters_of(path) if not re.search(rf"\b{name}\b", source)]
     assert not unused, f"parameters that nobody reads: {unused}"
 
 
-def test_figures_are_shown_in_one_way() -> None:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_figures_are_shown_in_one_way(path: Path) -> None:
     """With alt text, and closed: by `show`."""
-    for cell in cells(LOCALIZE):
+    for cell in cells(path):
         assert "plt.show" not in cell.source
         if re.search(r"plots\.plot_\w+\(", cell.source):
             assert "show(" in cell.source
@@ -194,3 +199,30 @@ def test_localize_runs_by_plain_papermill(tmp_path: Path) -> None:
     papermill.execute_notebook(str(LOCALIZE), str(out), asked, progress_bar=False, cwd=str(tmp_path))
     assert len(images(out)) == 7
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"
+
+
+QUICK = {
+    "edit": dict(max_prompts=1, neighbors=1, controls=1, seeds=1),
+    "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
+    "erase_many": dict(prompts=1, most=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
+    values = "\n".join(f"{key} = {json.dumps(value)}" for key, value in QUICK[name].items())
+    own = f'notebook = "{name}"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'
+    (tmp_path / "tiny.toml").write_text(own)
+    folder = run_study(tmp_path / "tiny.toml") / "one"
+    told = json.loads((folder / "result.json").read_text())
+    assert (told["finding"] and told["pictures"] == len(pd.read_csv(folder / "evaluation.csv"))) or name == "edit_sweep"
+    shown = images(folder / "notebook.ipynb")
+    assert shown and all(len(image.metadata["image/png"]["alt"]) > 30 for image in shown)
+    assert not outputs(folder / "notebook.ipynb", "error")
+    assert str(tmp_path) not in (folder / "notebook.ipynb").read_text()
+    if name == "edit":
+        from locogen.edit import Edit
+
+        assert Edit.load(folder / "edit.safetensors").layers == (0, 1)
+        assert "the same, byte for byte" in (folder / "notebook.ipynb").read_text()

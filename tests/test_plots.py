@@ -392,3 +392,22 @@ def test_numbers_for_people() -> None:
 def test_figures_grow_with_the_table() -> None:
     small, large = effect_matrix(effects(["monet"])), effect_matrix(effects())
     assert figure_size(large)[1] > figure_size(small)[1] and figure_size(large)[0] == figure_size(small)[0]
+
+
+def test_what_an_edit_did_in_a_sentence() -> None:
+    def rows(arm: str, gone: float, kept: float) -> list[dict]:
+        said = [("efficacy", 1.0, gone), ("generality", 1.0, gone), ("specificity", 0.9, kept)]
+        return [
+            dict(arm=arm, measure=m, quantity="right", before=b, after=a, change=a - b, low=0, high=0, n=8)
+            for m, b, a in said
+        ]
+
+    from locogen.tables import describe_edit
+
+    good = pd.DataFrame(rows("layers 0-1", 0.1, 0.88) + rows("all layers", 0.0, 0.3) + rows("layers 6-7", 1.0, 0.9))
+    told = describe_edit(good, "layers 0-1")
+    assert "10 % of its own prompts (100 % before)" in told
+    assert "88 % of its neighbors (90 % before)" in told
+    assert told.endswith("apart more than the best control, all layers (0 % and 30 %).")
+    assert "no more than the best control, layers 0-1" in describe_edit(good, "layers 6-7")
+    assert "control" not in describe_edit(good[good.arm == "layers 0-1"], "layers 0-1")

@@ -195,6 +195,20 @@ def test_the_index_says_everything(results: Path) -> None:
     assert read.text.index("unicorn") > read.text.index("neon")  # what failed comes last
 
 
+def test_a_run_that_localizes_nothing_is_listed_with_its_finding(results: Path) -> None:
+    folder = finish(results / "edit", "neon", carriers=[], finding="neon is <b>gone</b>", title="Neon, edited")
+    (folder / "effects.csv").unlink()
+    (folder / "summary.csv").write_text("arm\n")
+    (folder / "lora.safetensors").write_bytes(b"x")
+    text = build(results).read_text(encoding="utf-8")
+    listed = text.partition("what else was done")[2]
+    assert 'href="edit/index.html"' in listed and "neon is &lt;b&gt;gone&lt;/b&gt;" in listed
+    assert 'href="edit/summary.csv"' in listed
+    assert "1 failed" in text, "the edit is no failure"
+    own = (folder / "index.html").read_text(encoding="utf-8")
+    assert 'href="lora.safetensors"' in own and "Failed" not in own
+
+
 def test_an_open_lead_is_not_called_localized(results: Path) -> None:
     path = results / "van-gogh" / "result.json"
     told = json.loads(path.read_text(encoding="utf-8"))
