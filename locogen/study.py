@@ -14,9 +14,8 @@ A study is a TOML file; its results go to the folder of its name beside it (repo
     title = "van gogh, wide"           # optional; its folder is called by `name`, else title, else concept
     window = 4
 
-A run works in a folder `.partial-…` that is renamed when all of it is there. A finished one is skipped while
-its `key` holds: the hash of the notebook, the parameters, the concept, the weights of the model and of a scorer of
-one's own, and the code. A failed one leaves `error.json` and is tried again next time.
+A run works in a folder `.partial-…`, renamed when all of it is there. A finished one is skipped while its `key` holds:
+the hash of notebook, parameters, concept, weights (model, own scorer) and code. A failed one leaves `error.json`.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from typing import Any
 from locogen import __version__
 from locogen.catalog import concept, model_entries, read_toml
 from locogen.errors import LocogenError, unknown
+from locogen.plan import Window
 from locogen.worker import (
     alone,
     check_parameters,
@@ -79,8 +79,8 @@ class Planned:
     @property
     def state(self) -> str:
         """`done` (and still valid), `outdated` (done otherwise), `failed` or `new`."""
-        if (self.folder / "result.json").is_file():
-            return "done" if load_json(self.folder / "result.json").get("key") == self.key else "outdated"
+        if (result := self.folder / "result.json").is_file():
+            return "done" if load_json(result).get("key") == self.key else "outdated"
         return "failed" if (self.folder / "error.json").is_file() else "new"
 
 
@@ -126,7 +126,9 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
         raise LocogenError(f"{path}: defaults is not a table: begin it with a line [defaults]")
     common = {**({"model": study["model"]} if "model" in study else {}), **defaults}
     results = path.parent / study.get("results", path.stem)
-    rows = [{"notebook": study.get("notebook", "localize"), **common, **entry} for entry in entries]
+    rows = [
+        {"notebook": study.get("notebook", "localize"), **_suited(common, entry, path), **entry} for entry in entries
+    ]
     found = [_checked(row, path, number) for number, row in enumerate(rows, 1)]
     slugs = _slugs([name for name, *_ in found], [values for *_, values in found], path)
     runs = tuple(
@@ -134,6 +136,13 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
         for slug, (_, title, notebook, values) in zip(slugs, found, strict=True)
     )
     return str(study.get("title", path.stem)), results, runs
+
+
+def _suited(common: Mapping[str, Any], entry: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """The study's defaults for a run; for a run of another notebook, those that it has."""
+    own = entry.get("notebook")
+    known = parameters_of(notebook_file(own, path.parent)) if isinstance(own, str) else common
+    return {name: value for name, value in common.items() if name in known}
 
 
 def _selected(runs: tuple[Planned, ...], only: str | Iterable[str] | None) -> list[Planned]:
@@ -195,8 +204,7 @@ def slugify(name: str) -> str:
 
 def _slugs(names: list[str], values: list[dict[str, Any]], path: Path) -> list[str]:
     """A slug for each run; of several alike, the first keeps it and the others get a short hash."""
-    slugs: list[str] = []
-    taken: dict[str, dict[str, Any]] = {}
+    taken: dict[str, dict[str, Any]] = {}  # in the order of the runs
     for number, (name, parameters) in enumerate(zip(names, values, strict=True), 1):
         slug = slugify(name)
         if slug in taken:
@@ -204,8 +212,7 @@ def _slugs(names: list[str], values: list[dict[str, Any]], path: Path) -> list[s
         if slug in taken:
             raise LocogenError(f"{path}: run {number} ({name}) is there twice: change a parameter or take it out")
         taken[slug] = parameters
-        slugs.append(slug)
-    return slugs
+    return list(taken)
 
 
 def _hash(value: Any) -> str:
@@ -302,9 +309,8 @@ def _run_one(run: Planned) -> tuple[float, str, str]:
 
 
 def _places(found: Mapping[str, Any]) -> str:
-    """The carriers in a few words, for the terminal."""
-    rows = [(row.get("start"), row.get("width", 1)) for row in found.get("carriers", [])]
-    told = ["no single window" if at is None else f"layers {at}-{at + width - 1}" for at, width in rows]
+    """The carriers, for the terminal."""
+    told = [str(Window(row.get("start"), row.get("width", 1))) for row in found.get("carriers", [])]
     return ", ".join(told) or "executed"
 
 

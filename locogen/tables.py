@@ -295,7 +295,7 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     rivals = rows[rows.index.get_level_values("arm") != arm]
     if "efficacy" not in own or "specificity" not in own or rivals.empty:
         return text
-    change: Any = rivals["change"].unstack("measure")
+    change: Any = rivals.reset_index().pivot(index="arm", columns="measure", values="change")
     score = change["specificity"] - change["efficacy"]
     best, mine = str(score.idxmax()), own["specificity"]["change"] - own["efficacy"]["change"]
     verb = "more" if mine > score.max() else "no more"

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 ARROWS: dict[str, set[str]] = {
     "__main__": {"study", "report", "catalog"},
     "report": {"plan", "plots", "tables", "cleaning", "pages"},
-    "study": {"catalog", "worker"},
+    "study": {"catalog", "worker", "plan"},
     "worker": set(),
     "widgets": {"plots", "runs", "edit", "neurons"},
     "plots": {"tables"},

@@ -573,3 +573,18 @@ def alive(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_a_run_of_another_notebook_takes_the_defaults_that_it_knows(tmp_path: Path) -> None:
+    path = tmp_path / "two.toml"
+    path.write_text(
+        'model = "mini"\n[defaults]\nwindow = 3\nnum_inference_steps = 5\n[[run]]\nconcept = "mini/neon"\n'
+        '[[run]]\nnotebook = "edit"\nname = "edited"\nconcept = "mini/neon"\n'
+    )
+    _, _, (swept, edited) = read_study(path)
+    assert swept.parameters["window"] == 3
+    assert edited.parameters["num_inference_steps"] == 5 and edited.parameters["model"] == "mini"
+    assert "window" not in edited.parameters
+    path.write_text(path.read_text().replace('name = "edited"', 'name = "edited"\nwindow = 2'))
+    with pytest.raises(LocogenError, match="window"):
+        read_study(path)
