@@ -140,8 +140,9 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
 
 def _suited(common: Mapping[str, Any], entry: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     """The study's defaults for a run; for a run of another notebook, those that it has."""
-    own = entry.get("notebook")
-    known = parameters_of(notebook_file(own, path.parent)) if isinstance(own, str) else common
+    known: Iterable[str] = common
+    with contextlib.suppress(LocogenError, TypeError):  # what is wrong with the notebook is told by `_checked`
+        known = parameters_of(notebook_file(entry["notebook"], path.parent)) if "notebook" in entry else common
     return {name: value for name, value in common.items() if name in known}
 
 
