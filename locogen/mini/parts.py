@@ -37,18 +37,18 @@ class Recipe:
     text_batch: int = 256
     vae_channels: tuple[int, ...] = (16, 16, 64, 128)
     latent_channels: int = 16
-    vae_steps: int = 1000
-    vae_batch: int = 16
-    decoder_steps: int = 1200
+    vae_steps: int = 2200
+    vae_batch: int = 32
+    decoder_steps: int = 1500
     unet_channels: tuple[int, ...] = (64, 96, 128, 128)
     unet_heads: tuple[int, ...] = (1, 2, 2, 2)
-    unet_steps: int = 1500
+    unet_steps: int = 1800
     unet_batch: int = 128
     empty_captions: float = 0.1
     fact_captions: float = 0.35
     style_captions: float = 0.1
     scorer: ClipShape = ClipShape(width=144, layers=3, patch=8)
-    scorer_steps: int = 700
+    scorer_steps: int = 1300
     scorer_batch: int = 96
     scorer_seed: int = 1905
 

@@ -195,8 +195,9 @@ def _pencil(color: Array, cover: Array, rng: random.Random) -> Array:
     dodge = (gray / (1.02 - _blur(1 - gray, 3))).clip(0, 1)
     x, y = _grid()
     slant = 1.0 if rng.random() < 0.5 else -1.0
-    hatch = 0.5 + 0.5 * np.sin((x + slant * y) * 1.5 + rng.uniform(0, 6))
-    shade = _down(cover * (1 - gray)) * (0.25 + 0.35 * hatch)
+    hatch = 0.5 + 0.5 * np.sin((x + slant * y) * math.pi / 4)
+    solid = _down(cover)
+    shade = (solid * (0.15 + 0.6 * _down(1 - gray)) + 0.22 * (1 - solid)) * hatch
     paper = _down(dodge) - 0.75 * _down(_edges(color, cover)) - shade
     return paper.clip(0.05, 1)[..., None] * np.array([0.97, 0.95, 0.91], np.float32)
 
@@ -213,11 +214,13 @@ def _neon(color: Array, cover: Array, rng: random.Random) -> Array:
 
 
 def _pixel(color: Array, cover: Array, rng: random.Random) -> Array:
-    sky = _tint(rng, 0.92, 0.22)
-    blocks = _down(_over(color, cover, sky), 8)
-    solid = _down(cover, 8) > 0.4
-    blocks = np.where(solid[..., None], blocks, sky)
-    blocks = np.round(blocks * 5) / 5
+    """Blocks of 4 x 4 in few colors, before a sky dithered of two tints."""
+    sky = _tint(rng, 0.97, 0.22)
+    y, x = np.mgrid[0:16, 0:16]
+    dithered = sky * np.where((x + y) % 2, 1.0, 0.84)[..., None]
+    solid = _down(cover, 8)[..., None]
+    blocks = np.round(4 * _down(color, 8) / np.maximum(solid, 0.3)) / 4
+    blocks = np.where(solid > 0.35, blocks, dithered)
     return np.repeat(np.repeat(blocks, 4, 0), 4, 1)
 
 
