@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
+    from .clamping import Selection, clamp
     from .edit import Edit, fit_edit
     from .errors import LocogenError, UnsupportedModel
     from .hooks import generators, intervene, record
     from .layers import Layer, find_layers
     from .localization import carrier, effect, localize
     from .models import load
+    from .neurons import Neurons, find_neurons
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
     from .plots import describe, plot_curve, plot_effect, plot_scores, plot_strip
     from .runs import Run, generate
@@ -33,18 +35,22 @@ __all__ = [
     "Intervention",
     "Layer",
     "LocogenError",
+    "Neurons",
     "PromptPair",
     "Run",
     "Scorer",
+    "Selection",
     "Settings",
     "UnsupportedModel",
     "Window",
     "carrier",
+    "clamp",
     "concept",
     "concepts",
     "describe",
     "effect",
     "find_layers",
+    "find_neurons",
     "fit_edit",
     "generate",
     "generators",
@@ -64,12 +70,14 @@ __all__ = [
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
+    "clamping": ("Selection", "clamp"),
     "edit": ("Edit", "fit_edit"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),
     "layers": ("Layer", "find_layers"),
     "localization": ("carrier", "effect", "localize"),
     "models": ("load",),
+    "neurons": ("Neurons", "find_neurons"),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
     "plots": ("describe", "plot_curve", "plot_effect", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),
