@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
+    from .clamping import Selection, clamp
     from .edit import Edit, fit_edit
     from .errors import LocogenError, UnsupportedModel
     from .evaluation import Probe, compare, control_edits, evaluate, probes_for
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .layers import Layer, find_layers
     from .localization import carrier, effect, localize
     from .models import load
+    from .neurons import Neurons, find_neurons
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
     from .runs import Run, generate
@@ -34,14 +36,17 @@ __all__ = [
     "Intervention",
     "Layer",
     "LocogenError",
+    "Neurons",
     "Probe",
     "PromptPair",
     "Run",
     "Scorer",
+    "Selection",
     "Settings",
     "UnsupportedModel",
     "Window",
     "carrier",
+    "clamp",
     "compare",
     "concept",
     "concepts",
@@ -50,6 +55,7 @@ __all__ = [
     "effect",
     "evaluate",
     "find_layers",
+    "find_neurons",
     "fit_edit",
     "generate",
     "generators",
@@ -71,6 +77,7 @@ __all__ = [
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
+    "clamping": ("Selection", "clamp"),
     "edit": ("Edit", "fit_edit"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
@@ -78,6 +85,7 @@ _PUBLIC = {
     "layers": ("Layer", "find_layers"),
     "localization": ("carrier", "effect", "localize"),
     "models": ("load",),
+    "neurons": ("Neurons", "find_neurons"),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
     "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -44,7 +45,7 @@ def intervene(pipe: Any, plan: Sequence[Intervention], *, targets: Tensor | None
     for layer in layers:
         chosen = [i for i, row in enumerate(rows) if layer.index in row.layers]
         if chosen:
-            hooks.append((layer, _exchange(pipe, family, layer, len(rows), chosen, states)))
+            hooks.append((_before(layer.module), _exchange(pipe, family, layer, len(rows), chosen, states)))
     told = repr([(row.target, row.layers, _digest(state)) for row, state in zip(rows, states, strict=True)])
     with _hooked(hooks), _announced(pipe, family, f"intervene {told}"):
         yield
@@ -120,17 +121,23 @@ def record(pipe: Any) -> Iterator[dict[int, list[Tensor]]]:
 
         return hook
 
-    with _hooked([(layer, listener(layer.index)) for layer in layers]):
+    with _hooked([(_before(layer.module), listener(layer.index)) for layer in layers]):
         yield heard
 
 
+def _before(module: Any) -> Any:
+    """What registers a hook that runs before the module, with its keyword arguments."""
+    return partial(module.register_forward_pre_hook, with_kwargs=True)
+
+
 @contextmanager
-def _hooked(hooks: Sequence[tuple[Layer, Any]]) -> Iterator[None]:
+def _hooked(hooks: Sequence[tuple[Any, Any]]) -> Iterator[None]:
+    """Within the context, hooks are in force, each given with what registers it; marked as locogen's."""
     handles = []
     try:
-        for layer, hook in hooks:
+        for register, hook in hooks:
             setattr(hook, _MARK, True)
-            handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(register(hook))
         yield
     finally:
         for handle in handles:

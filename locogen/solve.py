@@ -12,7 +12,7 @@ of the answer for near-parallel rows; the n x n system in float64 does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -158,11 +158,34 @@ def ridge_update(
 
 
 def update(weight: Tensor, source: Tensor, target: Tensor, down: Tensor) -> LowRank:
-    """The change of one matrix with the factor `down` of `reader`: up = Ŵ (T - S)ᵀ, (out, n)."""
-    s, t, w = _rows(source, "source"), _rows(target, "target"), _rows(weight, "weight")
-    if s.shape != t.shape or s.shape[1] != w.shape[1]:
-        raise LocogenError(f"source {tuple(s.shape)}, target {tuple(t.shape)} and weight {tuple(w.shape)} do not fit")
-    return LowRank(w @ (t - s).T, down)
+    """The change of one matrix with the factor `down` of `reader`: up = Ŵ (T - S)ᵀ, (out, n). See `updates`."""
+    return updates([weight], source, target, down)[0]
+
+
+def updates(weights: Sequence[Tensor], source: Tensor, target: Tensor, down: Tensor) -> list[LowRank]:
+    """The changes of several matrices that read the same rows: what they share is computed once.
+
+    With more rows than a matrix is high or wide, its change is smaller than the factors, and stands beside an
+    identity in their place: Ŵ P with P = (T - S)ᵀ down, (in, in).
+    """
+    s, t = _rows(source, "source"), _rows(target, "target")
+    for weight in weights:
+        _check_matrix(weight, "weight")
+        if s.shape != t.shape or s.shape[1] != weight.shape[1]:
+            shapes = ", ".join(str(tuple(part.shape)) for part in (s, t, weight))
+            raise LocogenError(f"source, target and weight of shapes {shapes} do not fit")
+    step = (t - s).T  # (in, n)
+    crowded = [len(s) > min(weight.shape) for weight in weights]
+    pull = step @ down if any(crowded) else step
+    return [
+        _whole(_product(weight.detach(), pull)) if many else LowRank(_product(weight.detach(), step), down)
+        for weight, many in zip(weights, crowded, strict=True)
+    ]
+
+
+def _whole(change: Tensor) -> LowRank:
+    one = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
+    return LowRank(one, change) if len(one) == len(change) else LowRank(change, one)
 
 
 def total(changes: Iterable[LowRank]) -> LowRank:
@@ -171,13 +194,34 @@ def total(changes: Iterable[LowRank]) -> LowRank:
     return LowRank(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts]))
 
 
+def _product(weight: Tensor, right: Tensor) -> Tensor:
+    """Weight @ right in float64, (out, n); for few columns cast block by block: a whole copy costs more than the rest.
+
+    Raises `LocogenError` for non-finite weights, which leave no row of the product finite that they are in.
+    """
+    product = torch.empty(len(weight), right.shape[1], dtype=right.dtype, device=right.device)
+    height = max(128, right.shape[1])
+    for rows, part in zip(product.split(height), weight.split(height), strict=True):
+        torch.mm(part.to(right), right, out=rows)
+    _check_finite(product, "weight")
+    return product
+
+
 def _rows(values: Tensor, name: str) -> Tensor:
     """A matrix in float64. Raises `LocogenError` for other shapes, no rows, and non-finite values."""
+    _check_matrix(values, name)
+    _check_finite(values, name)
+    return values.detach().double()
+
+
+def _check_matrix(values: Tensor, name: str) -> None:
     if values.ndim != 2 or not values.is_floating_point():
         raise LocogenError(f"{name} is {values.dtype} of shape {tuple(values.shape)}: give a floating-point matrix")
+
+
+def _check_finite(values: Tensor, name: str) -> None:
     if not torch.isfinite(values).all():
         raise LocogenError(f"{name} has non-finite values: load the model in float32 or bfloat16")
-    return values.detach().double()
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

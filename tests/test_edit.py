@@ -74,7 +74,7 @@ def test_keys_and_values_have_ridges_of_their_own(pipe) -> None:
 def test_tokens_that_are_edited(pipe, tokens: str, rows: int) -> None:
     """`ab` is two tokens of the tiny vocabulary, a prompt 40; the start mark is never edited."""
     edit = fit(pipe, pairs=[("a ab", "a do"), ("the ab", "the do")], subject="ab", tokens=tokens)
-    assert {c.rank for c in edit.changes.values()} == {rows}
+    assert all(c.rank == min(rows, *c.change.shape) for c in edit.changes.values())
 
 
 def test_null_space_leaves_the_preserved_prompt_alone(pipe) -> None:

@@ -19,6 +19,7 @@ from locogen.worker import parameters_of
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCALIZE = ROOT / "notebooks" / "localize.ipynb"
+NEURONS = ROOT / "notebooks" / "neurons.ipynb"
 CELL_LINES = 20
 DEF_LINES = 5
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
@@ -225,5 +226,24 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     if name == "edit":
         from locogen.edit import Edit
 
-        assert Edit.load(folder / "edit.safetensors").layers == (0, 1)
+        assert Edit.load(folder / "edit.safetensors").layers == (12, 13)
         assert "the same, byte for byte" in (folder / "notebook.ipynb").read_text()
+
+
+@pytest.mark.slow
+def test_neurons_runs(tmp_path: Path) -> None:
+    asked = 'shares = "5, 50"\ndraws = 1\nbatch_size = 2\n[[run]]\nconcept = "mini/neon"\n'
+    tiny = TINY.replace('"localize"', '"neurons"').replace("seeds = 1", "seeds = 2")
+    (tmp_path / "tiny.toml").write_text(tiny + asked)
+    folder = run_study(tmp_path / "tiny.toml") / "neon"
+    out = folder / "notebook.ipynb"
+    assert len(images(out)) == 3
+    assert all(len(image.metadata["image/png"]["alt"]) > 30 for image in images(out))
+    assert not outputs(out, "error")
+    assert not outputs(out, "stream"), "a page should show no noise"
+    changes, pictures = (pd.read_csv(folder / name) for name in ("changes.csv", "pictures.csv"))
+    assert set(changes["arm"]) == {"nothing", "top", "random", "edit"}
+    assert (changes[changes["arm"] == "nothing"]["estimate"] == 0).all()
+    assert pictures["image"].nunique() == len(pictures) == 6 * 2, "each arm has pictures of its own"
+    assert json.loads((folder / "result.json").read_text())["concepts"] == ["neon"]
+    assert len(pd.read_csv(folder / "neurons.csv")) == 4 * 64

@@ -151,6 +151,25 @@ def test_null_space_moves_no_preserved_row(seed: int, rows: int, kept: int, ridg
     assert cost(change) <= min(cost(change + free), cost(change - free))  # the best of those that move none
 
 
+@pytest.mark.parametrize(("out", "width", "rows"), [(7, 12, 8), (12, 7, 8), (300, 5, 40), (5, 12, 12)])
+def test_many_rows_are_kept_as_the_change_itself(out: int, width: int, rows: int) -> None:
+    w, s, t = normal(out, width), normal(rows, width, seed=1), normal(rows, width, seed=2)
+    found = solve.ridge_update(w, s, t, ridge=0.1)
+    plain = w @ (t - s).T @ solve.reader(s, ridge=0.1)
+    assert torch.allclose(found.change, plain, atol=1e-9)
+    assert found.rank == min(out, width) < rows
+    assert solve.ridge_update(w, s[:2], t[:2], ridge=0.1).rank == 2
+
+
+def test_several_matrices_at_once_are_the_same_changes() -> None:
+    s, t = normal(8, IN, seed=1), normal(8, IN, seed=2)
+    down, weights = solve.reader(s, ridge=0.1), [normal(out, IN, seed=out) for out in (5, 9)]
+    found = solve.updates(weights, s, t, down)
+    assert [c.rank for c in found] == [5, 8]  # more rows than the first matrix is high
+    for w, change in zip(weights, found, strict=True):
+        assert torch.allclose(change.change, w @ (t - s).T @ down, atol=1e-9)
+
+
 def test_null_space_refuses_a_source_that_is_preserved() -> None:
     s = normal(2, IN)
     with pytest.raises(LocogenError, match="span a source"):

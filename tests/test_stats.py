@@ -1,5 +1,6 @@
 """Intervals and comparisons: what must hold exactly, and what only a simulation can show."""
 
+import math
 import time
 
 import numpy as np
@@ -329,6 +330,35 @@ def test_welch_z_column_by_column():
     assert z[2] == 0
     np.testing.assert_allclose(stats.welch_z(b, a), -z)
     np.testing.assert_allclose(stats.welch_z(3 + 2 * a, 3 + 2 * b)[[0, 1, 3, 4]], z[[0, 1, 3, 4]])
+
+
+def test_student_p_is_the_tabulated_one():
+    """Critical values of printed tables, closed forms at 1 and 2 degrees of freedom, the normal limit."""
+    tabulated = [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (3.169, 10, 0.01), (2.042, 30, 0.05)]
+    for t, freedom, p in tabulated:
+        assert stats.student_p(t, freedom) == pytest.approx(p, rel=1e-3)
+    t = np.array([0.0, 0.3, -2.0, 50.0])
+    np.testing.assert_allclose(stats.student_p(t, 1), 1 - 2 * np.arctan(np.abs(t)) / np.pi, rtol=1e-10)
+    np.testing.assert_allclose(stats.student_p(t, 2), 1 - np.abs(t) / np.sqrt(2 + t**2), rtol=1e-9)
+    normal = [math.erfc(x / math.sqrt(2)) for x in (0.5, 2.0, 4.0)]
+    np.testing.assert_allclose(stats.student_p([0.5, 2.0, 4.0], 1000), normal, rtol=0.1)  # off by some t^4 / 4000
+    assert stats.student_p(4.0, 3) > 10 * normal[2]  # the twin: few rows need more than the normal
+
+
+def test_welch_p_keeps_its_level_for_few_rows():
+    """Unequal groups of unequal spread, no difference: about 5 % below 0.05; z against the normal: far more."""
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(0, 1, (4, 20_000)), rng.normal(0, 2, (6, 20_000))
+    assert abs((stats.welch_p(a, b) <= ALPHA).mean() - ALPHA) < 0.01
+    assert (np.abs(stats.welch_z(a, b)) > 1.96).mean() > 1.5 * ALPHA
+    assert stats.welch_p(np.ones((3, 1)), np.zeros((3, 1)))[0] == 1
+
+
+def test_false_discovery_by_hand():
+    np.testing.assert_allclose(stats.false_discovery([0.01, 0.04, 0.03, 0.5]), [0.04, 0.16 / 3, 0.16 / 3, 0.5])
+    assert (stats.false_discovery([0.9, 1.0]) <= 1).all()
+    found = stats.false_discovery(np.random.default_rng(6).uniform(size=(1000)))
+    assert found.min() > 0.01  # where nothing is to be found
 
 
 def test_a_large_sweep_is_quick():
