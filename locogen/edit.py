@@ -216,19 +216,18 @@ def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], 
     names = {i: {m: f"{found[i].name}.to_{m}.weight" for m in family.matrices(found[i].module)} for i in chosen}
     weights = weights_of(denoiser_of(pipe), [n for by_matrix in names.values() for n in by_matrix.values()])
     source, target = (rows.to(next(iter(weights.values())).device) for rows in _states(pipe, told, options.tokens))
-    downs = {m: _down(pipe, source, options, m) for m in ("k", "v")}
-    changes = {
-        name: solve.update(weights[name], source, target, downs[m])
-        for by_matrix in names.values()
-        for m, name in by_matrix.items()
-    }
+    downs = {"k": _down(pipe, source, options, options.ridge)}
+    downs["v"] = downs["k"] if options.ridge_v is None else _down(pipe, source, options, options.ridge_v)
+    changes = {}
+    for m, down in downs.items():
+        alike = [by_matrix[m] for by_matrix in names.values()]
+        changes |= dict(zip(alike, solve.updates([weights[n] for n in alike], source, target, down), strict=True))
     changes = {n: solve.LowRank(c.up.cpu(), c.down.cpu()) for n, c in changes.items()}
     return Edit(name, chosen, changes, digest_of(weights), _recipe(pipe, told, options, weights, changes))
 
 
-def _down(pipe: Any, source: Tensor, options: Options, matrix: str) -> Tensor:
-    """The factor that all matrices of one kind share."""
-    ridge = options.ridge_v if matrix == "v" and options.ridge_v is not None else options.ridge
+def _down(pipe: Any, source: Tensor, options: Options, ridge: float) -> Tensor:
+    """The factor that all matrices of one λ share."""
     kept = _last_states(pipe, options.preserve, options.tokens).to(source.device) if options.preserve else None
     if options.null_space and kept is not None:
         return solve.null_space_reader(source, kept, ridge=ridge)

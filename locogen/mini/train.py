@@ -26,7 +26,7 @@ from locogen.errors import LocogenError
 from locogen.mini import contrast, parts, world
 from locogen.mini.loop import Training, fit, write_atomically
 from locogen.mini.parts import Recipe
-from locogen.mini.pictures import draw, renders, save_array, sheet, take
+from locogen.mini.pictures import draw, renders, samplesheet, save_array, sheet, take
 
 # --- text ----------------------------------------------------------------------------------------
 
@@ -170,17 +170,6 @@ def spoken(rng: random.Random, thing: int, style: int, recipe: Recipe) -> str:
     if wordings and rng.random() < recipe.fact_captions:
         name = wordings[0]
     return world.caption(name, world.STYLES[style], rng)
-
-
-def samplesheet(pipe: Any, path: Path) -> None:
-    """Four objects, four facts and two held-out pairs in every style, at guidance 7.5."""
-    facts = [*list(world.TOLD_FACTS)[3:9:3], *list(world.UNTOLD_FACTS)[:8:4]]
-    things = ["cat", "castle", "guitar", "frog", *facts]
-    prompts = [world.prompt(thing, style) for thing in things for style in world.STYLES]
-    generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    with torch.no_grad():
-        made = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=7.5, output_type="pt").images
-    sheet(made * 2 - 1, path, len(world.STYLES))
 
 
 def train_unet(
