@@ -187,10 +187,13 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         for quantity, old, new in (("score", "before", "after"), ("right", "right_before", "right_after")):
             a, b = _grid(part, new), _grid(part, old)
             change, mean = (stats.crossed_bootstrap(v[None], level=level) for v in (a - b, a))
-            high = stats.wilson(int(a.sum()), a.size, level)[1] if quantity == "right" else -np.inf
+            after_low, after_high = mean.low[0], mean.high[0]
+            if quantity == "right":
+                after_low = max(0.0, after_low)
+                after_high = min(1.0, np.fmax(after_high, stats.wilson(int(a.sum()), a.size, level)[1]))
             lines.append(
                 dict(arm=arm, measure=measure, quantity=quantity, before=b.mean(), after=a.mean())
-                | dict(after_low=mean.low[0], after_high=max(high, mean.high[0]), change=change.estimate[0])
+                | dict(after_low=after_low, after_high=after_high, change=change.estimate[0])
                 | dict(low=change.low[0], high=change.high[0], n=a.size)
             )
         for quantity in [name for name in ("ssim", "distance", "lpips") if name in part]:
