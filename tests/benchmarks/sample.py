@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
 import sys
@@ -51,10 +53,23 @@ def figures(slugs: list[str]) -> None:
     print(describe(together, best))
 
 
+def edited(slug: str) -> None:
+    """`edit.png`: the pictures before and after, as the edit's notebook shows them."""
+    book = json.loads((SOURCE / slug / "notebook.ipynb").read_text("utf-8"))
+    shown = [
+        output for cell in book["cells"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+    ]
+    first = next(o for o in shown if o["metadata"]["image/png"]["alt"].startswith("Pictures before"))
+    (TARGET / "edit.png").write_bytes(base64.b64decode(first["data"]["image/png"]))
+    print(json.loads((SOURCE / slug / "result.json").read_text("utf-8"))["finding"])
+
+
 def main() -> None:
     slugs = sys.argv[1:] or ["neon"]
     pages(slugs)
     figures(slugs)
+    for slug in [slug for slug in slugs if slug.startswith("edit-")][:1]:
+        edited(slug)
     size = sum(path.stat().st_size for path in TARGET.rglob("*") if path.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
     if size > LIMIT:
