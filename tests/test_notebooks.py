@@ -246,4 +246,4 @@ def test_neurons_runs(tmp_path: Path) -> None:
     assert (changes[changes["arm"] == "nothing"]["estimate"] == 0).all()
     assert pictures["image"].nunique() == len(pictures) == 6 * 2, "each arm has pictures of its own"
     assert json.loads((folder / "result.json").read_text())["concepts"] == ["neon"]
-    assert len(pd.read_csv(folder / "neurons.csv")) == 4 * 64
+    assert len(pd.read_csv(folder / "neurons.csv")) == 2 * (96 + 64)  # K and V of layers 12 and 13
