@@ -12,7 +12,7 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -182,8 +182,8 @@ def train_unet(
     kept = noising.alphas_cumprod.to(device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = random.Random(f"unet/{recipe.seed}/{step}")
-        dice = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        rng = random.Random(f"unet/{recipe.unet_seed}/{step}")
+        dice = torch.Generator().manual_seed(recipe.unet_seed * 1_000_003 + step)
         rows = draw(rng, recipe.unet_batch, latents.shape[2])
         thing, style, which = torch.tensor(rows).T
         clean = latents[thing, style, which].to(device)
@@ -254,7 +254,8 @@ class Workshop:
 
     def _claim(self) -> None:
         """Refuse a folder that another recipe began: its checkpoints would be taken for this one's."""
-        told = json.dumps({k: v for k, v in asdict(self.recipe).items() if not k.endswith("_steps")}, indent=1)
+        free = {k for k in asdict(self.recipe) if k.endswith("_steps")} | {"unet_seed"}  # each U-Net has its own folder
+        told = json.dumps({k: v for k, v in asdict(self.recipe).items() if k not in free}, indent=1)
         path = self.folder / "recipe.json"
         if path.exists() and path.read_text("utf-8") != told:
             raise LocogenError(f"{self.folder} was begun with another recipe ({path}): give an empty folder")
@@ -301,7 +302,7 @@ class Workshop:
     def unet(self) -> Any:
         """The denoiser."""
         given = (self.text, self.tokenizer, self.vae)
-        return train_unet(self.recipe, self.folder / "unet", self.latents, given, self.device)
+        return train_unet(self.recipe, self.folder / f"unet{self._sibling}", self.latents, given, self.device)
 
     @cached_property
     def scorer(self) -> Any:
@@ -311,9 +312,14 @@ class Workshop:
     @cached_property
     def export(self) -> Path:
         """The result: a pipeline folder with the scorer inside."""
-        pipe = parts.pipeline(self.text, self.tokenizer, self.decoder, self.unet)
-        export(pipe, self.scorer, self.tokenizer, self.folder / "model")
-        return self.folder / "model"
+        pipe, result = parts.pipeline(self.text, self.tokenizer, self.decoder, self.unet), f"model{self._sibling}"
+        export(pipe, self.scorer, self.tokenizer, self.folder / result)
+        return self.folder / result
+
+    @property
+    def _sibling(self) -> str:
+        """What the folders of a U-Net with a seed of its own end with."""
+        return "" if self.recipe.unet_seed == Recipe().unet_seed else f"-{self.recipe.unet_seed}"
 
 
 STAGES = ("renders", "tokenizer", "text", "vae", "latents", "decoder", "unet", "scorer", "export")
@@ -329,11 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
+    parser.add_argument("--unet-seed", type=int, default=Recipe().unet_seed, help="another one trains a sibling U-Net")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage: a test of the trainer")
     chosen = parser.parse_args(arguments)
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
-    recipe = Recipe().quick() if chosen.quick else Recipe()
+    recipe = replace(Recipe().quick() if chosen.quick else Recipe(), unet_seed=chosen.unet_seed)
     workshop = Workshop(recipe, chosen.folder, torch.device(chosen.device), chosen.workers)
     for stage in chosen.stages:
         getattr(workshop, stage)
