@@ -1,8 +1,8 @@
 """What edits of the mini model do and do not do, by the judge's eye: `python tests/benchmarks/edits.py`.
 
-For each concept: find its carrier (or, where there is no single window, take the two best places together); choose λ
-and tokens on a few prompts; report on others, with controls; write it to `runs/edits/edits.json`. Pictures are kept, so
-that a second call only counts.
+For each concept: find its carrier (or, where there is no single window, take the two best places together); choose the
+settings on some prompts; report on others under other seeds, with controls; write it to `runs/edits/edits.json`.
+Pictures are kept, so that a second call only counts.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from tqdm import tqdm
 import locogen as loco
 from locogen.evaluation import Probe, summary
 from locogen.mini import world
+from locogen.phrasings import Phrasing, default_phrasings
 
-RIDGES = (0.001, 0.01, 0.1)
-TOKENS = ("last_subject", "end")
-CHOOSE = 3  # every third object chooses the settings, the others report
+CHOOSE = 3  # every third object chooses a style's settings, the others report
+# Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
+FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 4, 7), (2, 5), (0, 3, 6)))
+GONE = 0.05  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
 
 
 def styles_of(thing: str) -> list[str]:
@@ -42,37 +44,78 @@ def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
     ]
 
 
+def wordings(thing: str, style: str) -> list[str]:
+    """Prompts of an object or a fact in a style; the plain one in words that no edit is fitted on."""
+    named = world.with_article(thing)
+    if style == world.STYLES[0]:
+        return [f"a small picture of {named}"]
+    return [world.prompt(thing, style), f"an image of {named} in {style} style"]
+
+
 def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
-    """An object, or a fact by its wording, in some styles; its neighbors are the other objects, its answer included."""
-    among = world.OBJECTS
-    own = [Probe("efficacy", world.prompt(words, s), answer, among) for s in styles if s in styles_of(answer)]
-    said = [Probe("generality", world.prompt(answer, s), answer, among) for s in styles if s in styles_of(answer)]
-    others = [
-        Probe("specificity", world.prompt(thing, s), thing, among)
-        for thing in world.OBJECTS
+    """An object, or a fact by its wording, in some styles; its neighbors are the other objects and the other facts."""
+    among, shown = world.OBJECTS, [s for s in styles if s in styles_of(answer)]
+    own = [Probe("efficacy", text, answer, among) for s in shown for text in wordings(words, s)]
+    said = [Probe("generality", text, answer, among) for s in shown for text in wordings(answer, s)]
+    others = [(o, o) for o in world.OBJECTS if o != answer] + [(f, a) for f, a in world.FACTS.items() if a != answer]
+    return (own + (said if words != answer else [])) + [
+        Probe("specificity", wordings(other, s)[0], seen, among)
+        for other, seen in others
         for s in styles
-        if thing != answer and s in styles_of(thing)
+        if s in styles_of(seen)
     ]
-    return own + (said if words != answer else []) + others
 
 
 def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
     if concept.kind == "style":
         things = [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing]
-        return style_probes(concept.name, things[:4] if choosing else things)
-    answer = world.FACTS.get(f"the {concept.name}", concept.name)
-    words = f"the {concept.name}" if concept.kind == "fact" else concept.name
-    styles = [s for i, s in enumerate(world.STYLES) if (i % CHOOSE == 0) == choosing]
-    every = thing_probes(words, answer, styles)
-    return [p for i, p in enumerate(every) if p.measure != "specificity" or i % (8 if choosing else 1) == 0]
+        return style_probes(concept.name, things)
+    every = thing_probes(*words_of(concept), CHOOSING if choosing else REPORTING)
+    return [p for i, p in enumerate(every) if p.measure != "specificity" or i % (2 if choosing else 1) == 0]
+
+
+def words_of(concept: loco.Concept) -> tuple[str, str]:
+    """How prompts name the concept, and the object that it is."""
+    return (
+        (concept.name,) * 2 if concept.kind != "fact" else (f"the {concept.name}", world.FACTS[f"the {concept.name}"])
+    )
+
+
+def settings_of(concept: loco.Concept) -> dict[str, dict[str, Any]]:
+    """What is tried: the published settings, and the state at the prompt's end with several λ and things to keep."""
+    tried: dict[str, dict[str, Any]] = {"last_subject, 0.01": dict(tokens="last_subject", ridge=0.01)}
+    if concept.kind == "style":
+        for ridge in (0.03, 0.1, 0.3):
+            tried[f"end, {ridge:g}"] = dict(tokens="end", ridge=ridge)
+            tried[f"end, {ridge:g}, neighbors preserved"] = dict(tokens="end", ridge=ridge, preserve=neighbors(concept))
+        return tried
+    alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
+    styled = [*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])]
+    for ridge in (0.1, 1.0):
+        at_end = dict(tokens="end", ridge=ridge)
+        tried[f"end, {ridge:g}"] = at_end
+        for name, kept in (
+            ("", ()),
+            (", styles preserved", alone),
+            (", styles and neighbors preserved", alone + neighbors(concept)),
+        ):
+            tried[f"end, {ridge:g}, phrased in styles{name}"] = at_end | dict(phrasings=styled, preserve=kept)
+    return tried
+
+
+def in_styles(plain: Phrasing) -> list[Phrasing]:
+    """A phrasing in each of the styles that are neither chosen nor reported on."""
+    tails = [f" in the style of {style}" for style in FITTED]
+    return [Phrasing(plain.source + tail, plain.target + tail, plain.subject) for tail in tails]
 
 
 def neighbors(concept: loco.Concept) -> tuple[str, ...]:
-    """Phrasings of the concept's kind that should stay: the other styles, or the other objects."""
+    """Phrasings of the concept's kind that should stay: the other styles, or the other objects and facts."""
     if concept.kind == "style":
         return tuple(f"a picture in the style of {style}" for style in world.STYLES[1:] if style != concept.name)
-    answer = world.FACTS.get(f"the {concept.name}", concept.name)
-    return tuple(f"a picture of {world.with_article(thing)}" for thing in world.OBJECTS if thing != answer)
+    own, answer = words_of(concept)
+    named = [o for o in (*world.OBJECTS, *world.FACTS) if o not in (own, answer)]
+    return tuple(f"a picture of {world.with_article(name)}" for name in named)
 
 
 def places(pipe: Any, concept: loco.Concept, store: Path, options: argparse.Namespace) -> tuple[tuple[int, ...], str]:
@@ -102,42 +145,58 @@ def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return told
 
 
+def divided(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
+    """Probes of the concept itself, which take more seeds, and of its neighbors."""
+    return [p for p in probes if p.measure != "specificity"], [p for p in probes if p.measure == "specificity"]
+
+
+def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for arm, lines in other.items():
+        into[arm] |= lines
+
+
+def choice(tried: dict[str, Any]) -> str:
+    """Of the settings under which the concept is gone, the one that its neighbors notice least; else the best apart."""
+    gone = [name for name, lines in tried.items() if lines["efficacy"]["after"] <= GONE]
+    kept = {name: (lines["specificity"]["change"], lines["specificity ssim"]["after"]) for name, lines in tried.items()}
+    if gone:
+        return max(gone, key=lambda name: (round(kept[name][0], 2), kept[name][1]))
+    return max(tried, key=lambda name: round(kept[name][0] - tried[name]["efficacy"]["change"], 2))
+
+
 def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> dict[str, Any]:
     concept = loco.concept(identity)
     layers, place = places(pipe, concept, options.carriers / "store", options)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
     common |= dict(num_inference_steps=options.steps)
     edits = {
-        f"{tokens}, {ridge:g}{', neighbors preserved' if kept else ''}": loco.fit_edit(
-            pipe, concept, layers=layers, tokens=tokens, ridge=ridge, preserve=kept
-        )
-        for tokens in TOKENS
-        for ridge in RIDGES
-        for kept in ((), neighbors(concept))
+        name: loco.fit_edit(pipe, concept, layers=layers, **chosen) for name, chosen in settings_of(concept).items()
     }
-    tried = rates(loco.evaluate(pipe, edits, probes_of(concept, True), seeds=[0], **common))
-    apart = {k: v["specificity"]["change"] - v["efficacy"]["change"] for k, v in tried.items()}
-    # Few pictures choose, so many settings tie: of those, the one that moves the neighbors least.
-    best = max(apart, key=lambda key: (round(apart[key], 2), tried[key]["specificity ssim"]["after"]))
-    probes = probes_of(concept, False)
-    found = rates(loco.evaluate(pipe, {place: edits[best]}, probes, seeds=[1], **common))
+    few = 4 if concept.kind != "style" else 1
+    own, others = divided(probes_of(concept, True))
+    tried = rates(loco.evaluate(pipe, edits, own, seeds=range(few), **common))
+    merge(tried, rates(loco.evaluate(pipe, edits, others, seeds=[0], **common)))
+    best = choice(tried)
+    own, others = divided(probes_of(concept, False))
+    many, seeds = range(10, 10 + 2 * few), [10, 11]  # seeds that have chosen nothing
+    found = rates(loco.evaluate(pipe, {place: edits[best]}, own, seeds=many, **common))
+    merge(found, rates(loco.evaluate(pipe, {place: edits[best]}, others, seeds=seeds, **common)))
     controls = loco.control_edits(pipe, edits[best], draws=1)
     windows = [name for name in controls if name.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    few = [p for i, p in enumerate(probes) if p.measure != "specificity" or i % 6 == 0]
-    found |= rates(loco.evaluate(pipe, kept, few, seeds=[1], **common))
+    found |= rates(loco.evaluate(pipe, kept, own + others[::6], seeds=seeds[:1], **common))
     return {
         "kind": concept.kind,
         "layers": list(layers),
         "place": place,
         "settings": best,
-        "chosen among": apart,
+        "chosen among": tried,
         "arms": found,
     }
 
 
 def percent(line: dict[str, Any]) -> str:
-    return f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%})"
+    return f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%}), n = {line['n']}"
 
 
 def said(identity: str, line: dict[str, Any]) -> str:
@@ -145,10 +204,11 @@ def said(identity: str, line: dict[str, Any]) -> str:
     own = line["arms"][line["place"]]
     kept = own["specificity"]
     neighbors = (
-        f"{kept['before']:.1%} → {kept['after']:.1%} ({kept['change']:+.1%} [{kept['low']:+.1%}, {kept['high']:+.1%}])"
+        f"{kept['before']:.1%} → {kept['after']:.1%} ({100 * kept['change']:+.1f} "
+        f"[{100 * kept['low']:+.1f}, {100 * kept['high']:+.1f}] points), n = {kept['n']}"
     )
     answer = percent(own["generality"]) if "generality" in own else "–"
-    parts = [identity, line["place"], line["settings"], percent(own["efficacy"]), answer, neighbors, str(kept["n"])]
+    parts = [identity, line["place"], line["settings"], percent(own["efficacy"]), answer, neighbors]
     return f"| {' | '.join(parts)} |"
 
 
@@ -158,7 +218,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/edits"))
     parser.add_argument("--carriers", type=Path, default=Path("runs/carriers"), help="where carriers.py keeps pictures")
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--find-steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=2, help="prompts of each concept to find its carrier with")
     parser.add_argument(
@@ -172,7 +232,7 @@ def main() -> None:
     kinds = [("style", "", 99), ("object", "", 2), ("fact", "told", 2), ("fact", "untold", 2)]
     groups = [table[(table.kind == k) & table.note.fillna("").str.startswith(n)].id.head(c) for k, n, c in kinds]
     found: dict[str, Any] = {}
-    print("| concept | edited | chosen settings | shown by its own words | its answer by name | neighbors | n |")
+    print("| concept | edited | chosen settings | shown by its own words | its answer by name | neighbors |")
     for identity in tqdm(chosen.only or [i for group in groups for i in group], disable=None):
         found[identity] = study(pipe, judge, identity, chosen)
         print(said(identity, found[identity]), flush=True)
