@@ -116,6 +116,7 @@ def evaluate(
     probes: Sequence[Probe],
     *,
     seeds: Iterable[int] = range(2),
+    strength: float = 1.0,
     scorer: Scorer | str | None = None,
     store: str | Path | None = None,
     progress: bool = True,
@@ -123,8 +124,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """Pictures of every probe and seed without and with each arm's edit (or edits, together), measured in pairs.
 
-    `arms`: name → edit. `settings`: `num_inference_steps`, `guidance_scale`, `batch_size` of `generate`. One row an
-    arm, probe and seed: `before` and `after` (raw cosine with the probe's text), `right_before` and `right_after`
+    `arms`: name → edit, applied `strength` times (above 1 makes up for what `preserve` holds back, at the neighbors'
+    cost). `settings`: `num_inference_steps`, `guidance_scale`, `batch_size` of `generate`. One row an arm, probe and
+    seed: `before` and `after` (raw cosine with the probe's text), `right_before` and `right_after`
     (whether it beats the texts of `among`), `ssim` of the two pictures (1: the same), `distance` of their features
     (1 - cosine of the scorer's picture embeddings, where it has them) and `lpips` where that package is installed.
     The model is left as found.
@@ -147,7 +149,7 @@ def evaluate(
     features = _features(judge, old)
     frames = []
     for arm, edits in arms.items():
-        new, after, right = _under(pipe, [edits] if isinstance(edits, Edit) else list(edits), look)
+        new, after, right = _under(pipe, [edits] if isinstance(edits, Edit) else list(edits), strength, look)
         likeness = _likeness(old, new, features, _features(judge, new))
         measured = dict(before=before, after=after, right_before=right_before, right_after=right)
         measured |= {name: values[[i for *_, i in index]] for name, values in likeness.items()}
@@ -164,12 +166,12 @@ def _asked(index: Sequence[tuple[Probe, int, int]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["measure", "prompt", "text", "seed"])
 
 
-def _under(pipe: Any, edits: Sequence[Edit], look: Any) -> Any:
+def _under(pipe: Any, edits: Sequence[Edit], strength: float, look: Any) -> Any:
     """What `look` sees with all of the edits applied."""
     if not edits:
         return look()
-    with edits[0].applied(pipe):
-        return _under(pipe, edits[1:], look)
+    with edits[0].applied(pipe, strength):
+        return _under(pipe, edits[1:], strength, look)
 
 
 def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:

@@ -91,6 +91,14 @@ def test_no_edit_changes_nothing_and_several_are_applied_together(table) -> None
     assert not np.array_equal(carrier, twice)
 
 
+def test_strength_scales_the_edit(pipe, edit, table) -> None:
+    settings: dict[str, Any] = dict(seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
+    none, half, whole = (evaluate(pipe, {"a": edit}, PROBES, strength=s, **settings) for s in (0.0, 0.5, 1.0))
+    assert (none.before == none.after).all()
+    assert whole.after.tolist() == table[table.arm == "carrier"].after.tolist()
+    assert half.after.tolist() not in (none.after.tolist(), whole.after.tolist())
+
+
 def test_the_model_is_left_as_found(pipe, edit) -> None:
     own = {n: p.clone() for n, p in pipe.unet.named_parameters()}
 

@@ -68,8 +68,7 @@ def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
 
 def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
     if concept.kind == "style":
-        things = [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing]
-        return style_probes(concept.name, things)
+        return style_probes(concept.name, [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing])
     every = thing_probes(*words_of(concept), CHOOSING if choosing else REPORTING)
     return [p for i, p in enumerate(every) if p.measure != "specificity" or i % (2 if choosing else 1) == 0]
 
@@ -81,25 +80,26 @@ def words_of(concept: loco.Concept) -> tuple[str, str]:
     )
 
 
-def settings_of(concept: loco.Concept) -> dict[str, dict[str, Any]]:
-    """What is tried: the published settings, and the state at the prompt's end with several λ and things to keep."""
-    tried: dict[str, dict[str, Any]] = {"last_subject, 0.01": dict(tokens="last_subject", ridge=0.01)}
+def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
+    """What is tried, with which strengths: the published settings, and the state at the prompt's end.
+
+    What is preserved holds some of the edit back, so there more strength is tried too.
+    """
+    tried: dict[str, Any] = {"last_subject, 0.01": (dict(tokens="last_subject", ridge=0.01), (1,))}
     if concept.kind == "style":
-        for ridge in (0.03, 0.1, 0.3):
-            tried[f"end, {ridge:g}"] = dict(tokens="end", ridge=ridge)
-            tried[f"end, {ridge:g}, neighbors preserved"] = dict(tokens="end", ridge=ridge, preserve=neighbors(concept))
+        tried["end, 0.1"] = (dict(tokens="end", ridge=0.1), (1,))
+        for ridge in (0.1, 1.0):
+            at_end = dict(tokens="end", ridge=ridge, preserve=neighbors(concept))
+            tried[f"end, {ridge:g}, neighbors preserved"] = (at_end, (1, 1.25, 1.5))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
-    styled = [*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])]
-    for ridge in (0.1, 1.0):
-        at_end = dict(tokens="end", ridge=ridge)
-        tried[f"end, {ridge:g}"] = at_end
-        for name, kept in (
-            ("", ()),
-            (", styles preserved", alone),
-            (", styles and neighbors preserved", alone + neighbors(concept)),
-        ):
-            tried[f"end, {ridge:g}, phrased in styles{name}"] = at_end | dict(phrasings=styled, preserve=kept)
+    styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
+    at_end = dict(tokens="end", ridge=1.0)
+    tried["end, 1"] = (at_end, (1,))
+    tried["end, 1, in styles"] = (at_end | styled, (1,))
+    tried["end, 1, in styles, styles preserved"] = (at_end | styled | dict(preserve=alone), (1,))
+    kept = dict(preserve=alone + neighbors(concept))
+    tried["end, 1, in styles, styles and neighbors preserved"] = (at_end | styled | kept, (1, 1.5, 2))
     return tried
 
 
@@ -169,22 +169,28 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     layers, place = places(pipe, concept, options.carriers / "store", options)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
     common |= dict(num_inference_steps=options.steps)
-    edits = {
-        name: loco.fit_edit(pipe, concept, layers=layers, **chosen) for name, chosen in settings_of(concept).items()
-    }
-    few = 4 if concept.kind != "style" else 1
+    few = 4 if concept.kind != "style" else 3
     own, others = divided(probes_of(concept, True))
-    tried = rates(loco.evaluate(pipe, edits, own, seeds=range(few), **common))
-    merge(tried, rates(loco.evaluate(pipe, edits, others, seeds=[0], **common)))
+    edits, tried = {}, {}
+    for name, (chosen, strengths) in settings_of(concept).items():
+        edit = loco.fit_edit(pipe, concept, layers=layers, **chosen)
+        for strength in strengths:
+            arm = name if strength == 1 else f"{name}, × {strength:g}"
+            edits[arm] = (edit, strength)
+            lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(few), strength=strength, **common))
+            merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=[0], strength=strength, **common)))
+            tried |= lines
     best = choice(tried)
+    edit, strength = edits[best]
+    common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
-    many, seeds = range(10, 10 + 2 * few), [10, 11]  # seeds that have chosen nothing
-    found = rates(loco.evaluate(pipe, {place: edits[best]}, own, seeds=many, **common))
-    merge(found, rates(loco.evaluate(pipe, {place: edits[best]}, others, seeds=seeds, **common)))
-    controls = loco.control_edits(pipe, edits[best], draws=1)
+    many = range(10, 18 if concept.kind != "style" else 12)  # seeds that have chosen nothing
+    found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=many, **common))
+    merge(found, rates(loco.evaluate(pipe, {place: edit}, others, seeds=[10, 11], **common)))
+    controls = loco.control_edits(pipe, edit, draws=1)
     windows = [name for name in controls if name.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own + others[::6], seeds=seeds[:1], **common))
+    found |= rates(loco.evaluate(pipe, kept, own + others[::6], seeds=many[:1], **common))
     return {
         "kind": concept.kind,
         "layers": list(layers),
