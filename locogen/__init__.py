@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
     from .clamping import Selection, clamp
-    from .edit import Edit, fit_edit
+    from .edit import Edit, fit_edit, undo_all
     from .errors import LocogenError, UnsupportedModel
     from .evaluation import Probe, compare, control_edits, evaluate, probes_for
     from .hooks import generators, intervene, record
@@ -72,13 +72,14 @@ __all__ = [
     "record",
     "scorer",
     "sweep",
+    "undo_all",
 ]
 
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
     "clamping": ("Selection", "clamp"),
-    "edit": ("Edit", "fit_edit"),
+    "edit": ("Edit", "fit_edit", "undo_all"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen import solve
+from locogen.editfiles import read_edit, write_edit, write_lora
 from locogen.errors import LocogenError
 from locogen.families import denoiser_of, end_position, family_of, subject_positions
 from locogen.layers import find_layers
-from locogen.patches import Patch, digest_of, put_on, take_off, weights_of
+from locogen.patches import Patch, digest_of, is_on, put_on, take_all_off, take_off, weights_of
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
 
@@ -48,11 +49,14 @@ class Edit:
     @contextmanager
     def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:
         """Within the context the model carries the edit, `strength` times; after it, its own weights, bit for bit."""
-        self.apply_(pipe, strength)
+        denoiser = denoiser_of(pipe)
+        outer = is_on(denoiser, self._patch)  # then applying raises, and what is on stays on
         try:
+            self.apply_(pipe, strength)
             yield
         finally:
-            self.undo_(pipe)
+            if not outer and is_on(denoiser, self._patch):
+                self.undo_(pipe)
 
     def apply_(self, pipe: Any, strength: float = 1.0) -> None:
         """Add the edit to the model's weights, rounded once to their own type; all of it or nothing.
@@ -65,7 +69,7 @@ class Edit:
         """Take the edit off again: the original bits, where no other edit is left.
 
         Edits fitted on the same weights come off in any order; one fitted on top of others before those. Raises
-        `LocogenError` otherwise, and when the edit is not applied.
+        `LocogenError` otherwise, and when neither the edit nor one loaded from its file is applied. See `undo_all`.
         """
         take_off(denoiser_of(pipe), self._patch)
 
@@ -77,22 +81,19 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: factors in float64, everything else as metadata."""
-        from safetensors.torch import save_file
-
         told = {"format": EDIT_FORMAT, "name": self.name, "layers": list(self.layers), "digest": self.digest}
-        tensors = {f"{n}/{part}": getattr(c, part).contiguous() for n, c in self.changes.items() for part in _PARTS}
-        metadata = {"locogen_edit": json.dumps(told | {"recipe": dict(self.recipe)})}
-        _written(path, lambda partial: save_file(tensors, partial, metadata))
+        write_edit(Path(path), told | {"recipe": dict(self.recipe)}, self.changes)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
         """Read what `save` wrote. Raises `LocogenError` for a file that is cut short, another's, or of a later form."""
-        told, tensors = _read(Path(path))
+        told, changes = read_edit(Path(path))
         if told.get("format") != EDIT_FORMAT:
             raise LocogenError(f"{path} is an edit of format {told.get('format')}, this locogen reads {EDIT_FORMAT}")
-        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-        changes = {n: solve.LowRank(*(tensors[f"{n}/{part}"] for part in _PARTS)) for n in names}
-        return cls(told["name"], tuple(told["layers"]), changes, told["digest"], told["recipe"])
+        try:
+            return cls(told["name"], tuple(told["layers"]), changes, told["digest"], told["recipe"])
+        except KeyError as error:
+            raise LocogenError(f"{path} lacks {error}: it is no whole edit; save it again") from None
 
     def to_lora(self, path: str | Path, *, style: Literal["diffusers", "kohya"] = "diffusers") -> None:
         """Write the edit as a LoRA that any tool loads, without loss: `pipe.load_lora_weights(path)`.
@@ -101,22 +102,7 @@ class Edit:
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
         as `alpha` so that the scale is 1.
         """
-        import torch
-        from safetensors.torch import save_file
-
-        if style not in ("diffusers", "kohya"):
-            raise LocogenError(f"style is {style!r}: take 'diffusers' or 'kohya'")
-        tensors = {}
-        for name, change in self.changes.items():
-            even, module = change.balanced(), name.removesuffix(".weight")
-            up, down = even.up.float().contiguous(), even.down.float().contiguous()
-            if style == "diffusers":
-                tensors |= {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
-            else:
-                stem = "lora_unet_" + module.replace(".", "_")
-                tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-                tensors[f"{stem}.alpha"] = torch.tensor(float(even.rank))
-        _written(path, lambda partial: save_file(tensors, partial, {"format": "pt", "locogen": self.name}))
+        write_lora(Path(path), self.name, self.changes, style)
 
     def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:
         """Write the whole pipeline with the edit merged, in diffusers' format; the pipeline itself stays as it is."""
@@ -130,13 +116,18 @@ class Edit:
             "layers": ", ".join(map(str, self.layers)),
             "matrices": len(self.changes),
             "rank": max(c.rank for c in self.changes.values()),
-            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most",
-            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change",
+            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most" if self.recipe else "",
+            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change" if self.recipe else "",
             "size": f"{size / 1024:.0f} KB",
             "made for": self.recipe.get("model", ""),
         }
         rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in told.items())
         return f"<p><b>Edit</b> of {escape(self.name)}</p><table>{rows}</table>"
+
+
+def undo_all(pipe: Any) -> None:
+    """Take off every edit that is applied, also those whose name was given to another: the original bits come back."""
+    take_all_off(denoiser_of(pipe))
 
 
 @dataclass(frozen=True)
@@ -158,7 +149,11 @@ class Options:
             raise LocogenError("null_space keeps the preserved prompts exactly: give preserve= some prompts")
         if self.null_space and self.ordinary:
             raise LocogenError("null_space and ordinary are two ways to keep the rest: give one of them")
+        if not 0 < self.preserve_weight < math.inf:
+            raise LocogenError(f"preserve_weight is {self.preserve_weight}: give a finite number above 0")
         for name in ("preserve", "ordinary"):
+            if isinstance(getattr(self, name), str):
+                raise LocogenError(f"{name} is one text, {getattr(self, name)!r}: give a list of prompts")
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
@@ -202,14 +197,10 @@ def fit_edit(
     return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**options))
 
 
-_PARTS = ("up", "down")
-
-
 def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], options: Options) -> Edit:
     family, found = family_of(pipe), find_layers(pipe)
-    chosen = tuple(dict.fromkeys(int(i) for i in layers))
-    if not chosen:
-        raise LocogenError("there are no layers to edit: give a window or some of find_layers(pipe)")
+    if isinstance(layers, str) or not (chosen := tuple(dict.fromkeys(int(i) for i in layers))):
+        raise LocogenError(f"layers is {layers!r}: give a window or the numbers of some of find_layers(pipe)")
     beyond = [i for i in chosen if not 0 <= i < len(found)]
     if beyond:
         raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
@@ -267,10 +258,16 @@ def _states(pipe: Any, told: Sequence[Phrasing], tokens: Tokens) -> tuple[Tensor
             old, new = old[[end_position(pipe, phrasing.source)]], new[[end]]
         else:
             old = old[list(places)] if tokens == "subject" else old[[places[-1]]]
-            new = new[[end - 1]].expand_as(old)  # the target's last word
+            new = new[[instead_position(pipe, phrasing)]].expand_as(old)
         source.append(old)
         target.append(new)
     return torch.cat(source), torch.cat(target)
+
+
+def instead_position(pipe: Any, told: Phrasing) -> int:
+    """Where the target says what it has in the subject's place: the last word of it, or of all where it has nothing."""
+    instead = told.instead
+    return subject_positions(pipe, told.target, instead)[-1] if instead else end_position(pipe, told.target) - 1
 
 
 def _last_states(pipe: Any, prompts: Iterable[str], tokens: Tokens) -> Tensor:
@@ -301,6 +298,7 @@ def _recipe(
         "phrasings": [vars(p) for p in told],
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
         "model": _model_name(pipe),
+        "revision": getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "_commit_hash", None),
         "dtype": sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}),
         "relative_change": relative,
         "rounding": lost,
@@ -312,35 +310,3 @@ def _model_name(pipe: Any) -> str:
     """The hub id, or the last two names of the folder: a shared file tells nothing of its maker's disk."""
     told = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     return "/".join(Path(told).parts[-2:])
-
-
-def _written(path: str | Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    import os
-
-    from safetensors import SafetensorError
-
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise LocogenError(f"{path} cannot be written ({error}): give another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})["locogen_edit"])
-            return told, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise LocogenError(f"there is no edit {path}: give the file that Edit.save wrote") from None
-    except KeyError:
-        raise LocogenError(f"{path} is no edit of locogen's: give the file that Edit.save wrote") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LocogenError(f"{path} is cut short or damaged ({error}): save the edit again") from None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Measure = Literal["efficacy", "generality", "specificity"]
 MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity")
 Array = np.ndarray[Any, Any]
+_LPIPS_NET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS is trained on
 
 
 @dataclass(frozen=True)
@@ -249,13 +250,15 @@ def _likeness(old: Sequence[Any], new: Sequence[Any], was: Array | None, now: Ar
 
 
 def _lpips(pairs: Sequence[tuple[Array, Array]]) -> Array | None:
-    """LPIPS (Zhang et al. 2018) of picture pairs, where the package `lpips` is installed."""
+    """LPIPS (Zhang et al. 2018) of picture pairs, where the package `lpips` and its network are installed."""
     try:
         lpips = import_module("lpips")
     except ImportError:
         return None
     import torch
 
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_NET).exists():  # it would be fetched, unasked
+        return None
     net = lpips.LPIPS(net="alex", verbose=False)
     sides = [torch.from_numpy(np.stack([p[k] for p in pairs])).permute(0, 3, 1, 2) / 127.5 - 1 for k in (0, 1)]
     with torch.no_grad():

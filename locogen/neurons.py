@@ -11,7 +11,7 @@ import numpy as np
 
 from locogen import stats
 from locogen.clamping import Place, Selection
-from locogen.edit import TOKENS, Tokens
+from locogen.edit import TOKENS, Tokens, instead_position
 from locogen.errors import LocogenError
 from locogen.families import denoiser_of, end_position, family_of, subject_positions
 from locogen.hooks import active_contexts
@@ -147,17 +147,8 @@ def _question(pipe: Any, told: Phrasing, tokens: Tokens) -> _Question:
     if tokens == "all":
         return _Question(source, target, (), ())
     places = subject_positions(pipe, source, told.subject)
-    instead = _instead(told)
-    other = subject_positions(pipe, target, instead)[-1] if instead else end - 1
-    return _Question(source, target, places if tokens == "subject" else places[-1:], (other,))
-
-
-def _instead(told: Phrasing) -> str | None:
-    """The target's words in the place of what it exchanges; None where it only leaves out, or only adds."""
-    try:
-        return exchanged(PromptPair(told.source, told.target))[1]
-    except LocogenError:
-        return None
+    places = places if tokens == "subject" else places[-1:]
+    return _Question(source, target, places, (instead_position(pipe, told),))
 
 
 def _score(pipe: Any, name: str, layers: Sequence[Layer], asked: Sequence[_Question], tokens: Tokens) -> Neurons:

@@ -26,7 +26,7 @@ from locogen.phrasings import Phrasing, default_phrasings
 CHOOSE = 3  # every third object chooses a style's settings, the others report
 # Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
 FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 4, 7), (2, 5), (0, 3, 6)))
-GONE = 0.05  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
+GONE = 0.02  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
 
 
 def styles_of(thing: str) -> list[str]:
@@ -87,10 +87,11 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
     """
     tried: dict[str, Any] = {"last_subject, 0.01": (dict(tokens="last_subject", ridge=0.01), (1,))}
     if concept.kind == "style":
-        tried["end, 0.1"] = (dict(tokens="end", ridge=0.1), (1,))
-        for ridge in (0.1, 1.0):
-            at_end = dict(tokens="end", ridge=ridge, preserve=neighbors(concept))
-            tried[f"end, {ridge:g}, neighbors preserved"] = (at_end, (1, 1.25, 1.5))
+        at_end = dict(tokens="end", ridge=0.1)
+        tried["end, 0.1"] = (at_end, (1,))
+        for weight in (0.01, 0.03, 0.1, 1.0):
+            kept = dict(preserve=neighbors(concept), preserve_weight=weight)
+            tried[f"end, 0.1, neighbors preserved with weight {weight:g}"] = (at_end | kept, (1,))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
     styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
