@@ -135,7 +135,12 @@ def plot_strip(
     return fig
 
 
-_MEASURES = {"efficacy": ("o", "#b2182b"), "generality": ("s", "#e08214"), "specificity": ("D", "#2166ac")}
+_MEASURES = {
+    "efficacy": ("o", "#b2182b"),
+    "generality": ("s", "#e08214"),
+    "specificity": ("D", "#2166ac"),
+    "ordinary": ("^", "#4d4d4d"),
+}
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",
     "score": "mean CLIP-score (cosine)",
@@ -150,8 +155,9 @@ def plot_evaluation(
 ) -> Axes:
     """What each arm of `locogen.evaluation.summary` did: filled marks after, hollow ones before, with intervals.
 
-    One line an arm, one mark a measure: efficacy should go, specificity stay. `quantity`: right, score, ssim,
-    distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the table has no such quantity.
+    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer), specificity stay.
+    `quantity`: right, score, ssim, distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the
+    table has no such quantity.
     """
     rows: Any = summary[summary["quantity"] == quantity]
     if rows.empty:
@@ -159,8 +165,10 @@ def plot_evaluation(
         raise LocogenError(f"the summary has no quantity {quantity!r}: it has {known}")
     arms = list(dict.fromkeys(rows["arm"]))
     ax = _axes(ax, (7.5, 1.4 + 0.36 * len(arms)))
-    shifts = {name: 0.22 * (i - 1) for i, name in enumerate(_MEASURES)}
-    for measure, (marker, color) in _MEASURES.items():
+    measures = [name for name in _MEASURES if (rows["measure"] == name).any()]
+    shifts = {name: 0.22 * (i - (len(measures) - 1) / 2) for i, name in enumerate(measures)}
+    for measure in measures:
+        marker, color = _MEASURES[measure]
         part = rows[rows["measure"] == measure]
         at = [arms.index(arm) + shifts[measure] for arm in part["arm"]]
         after = part["after"].to_numpy(float)
@@ -175,7 +183,7 @@ def plot_evaluation(
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.set_xlabel(_QUANTITIES.get(quantity, quantity))
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     return ax
 
 

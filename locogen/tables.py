@@ -295,9 +295,10 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     rivals = rows[rows.index.get_level_values("arm") != arm]
     if "efficacy" not in own or "specificity" not in own or rivals.empty:
         return text
-    change: Any = rivals.reset_index().pivot(index="arm", columns="measure", values="change")
-    score = change["specificity"] - change["efficacy"]
-    best, mine = str(score.idxmax()), own["specificity"]["change"] - own["efficacy"]["change"]
+    gained: Any = rows["change"] * rows["sign"]
+    score = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
+    mine, score = float(score[arm]), score.drop(arm)
+    best = str(score.idxmax())
     verb = "more" if mine > score.max() else "no more"
     moved = " and ".join(_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity"))
     return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({moved})."

@@ -399,6 +399,7 @@ def test_what_an_edit_did_in_a_sentence() -> None:
         said = [("efficacy", 1.0, gone), ("generality", 1.0, gone), ("specificity", 0.9, kept)]
         return [
             dict(arm=arm, measure=m, quantity="right", before=b, after=a, change=a - b, low=0, high=0, n=8)
+            | dict(sign=1 if m == "specificity" else -1)
             for m, b, a in said
         ]
 

@@ -45,11 +45,14 @@ def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
 
 
 def wordings(thing: str, style: str) -> list[str]:
-    """Prompts of an object or a fact in a style; the plain one in words that no edit is fitted on."""
+    """Prompts of an object or a fact in a style, in words that no edit is fitted on; the canonical one first."""
     named = world.with_article(thing)
     if style == world.STYLES[0]:
         return [f"a small picture of {named}"]
-    return [world.prompt(thing, style), f"an image of {named} in {style} style"]
+    heads = [f"{head} {named}" for head in ("a picture of", "an image of", "a small picture of")] + [named]
+    return [
+        tail.format(head, style) for tail in ("{} in the style of {}", "{} in {} style", "{}, {}") for head in heads
+    ]
 
 
 def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
@@ -96,7 +99,6 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
     styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
     at_end = dict(tokens="end", ridge=1.0)
-    tried["end, 1"] = (at_end, (1,))
     tried["end, 1, in styles"] = (at_end | styled, (1,))
     tried["end, 1, in styles, styles preserved"] = (at_end | styled | dict(preserve=alone), (1,))
     kept = dict(preserve=alone + neighbors(concept))
@@ -170,7 +172,7 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     layers, place = places(pipe, concept, options.carriers / "store", options)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
     common |= dict(num_inference_steps=options.steps)
-    few = 4 if concept.kind != "style" else 3
+    few = 1 if concept.kind != "style" else 3
     own, others = divided(probes_of(concept, True))
     edits, tried = {}, {}
     for name, (chosen, strengths) in settings_of(concept).items():
@@ -185,13 +187,13 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     edit, strength = edits[best]
     common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
-    many = range(10, 18 if concept.kind != "style" else 12)  # seeds that have chosen nothing
-    found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=many, **common))
-    merge(found, rates(loco.evaluate(pipe, {place: edit}, others, seeds=[10, 11], **common)))
+    seeds = [10, 11]  # have chosen nothing
+    found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=seeds, **common))
+    merge(found, rates(loco.evaluate(pipe, {place: edit}, others, seeds=seeds[: 1 + (few > 1)], **common)))
     controls = loco.control_edits(pipe, edit, draws=1)
     windows = [name for name in controls if name.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own + others[::6], seeds=many[:1], **common))
+    found |= rates(loco.evaluate(pipe, kept, own[:: 1 if few > 1 else 2] + others[::6], seeds=seeds[:1], **common))
     return {
         "kind": concept.kind,
         "layers": list(layers),
