@@ -172,7 +172,7 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     layers, place = places(pipe, concept, options.carriers / "store", options)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
     common |= dict(num_inference_steps=options.steps)
-    few = 1 if concept.kind != "style" else 3
+    few = 3 if concept.kind == "style" else 2
     own, others = divided(probes_of(concept, True))
     edits, tried = {}, {}
     for name, (chosen, strengths) in settings_of(concept).items():
@@ -187,13 +187,13 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     edit, strength = edits[best]
     common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
-    seeds = [10, 11]  # have chosen nothing
+    seeds = range(10, 14)  # that chose nothing
     found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=seeds, **common))
-    merge(found, rates(loco.evaluate(pipe, {place: edit}, others, seeds=seeds[: 1 + (few > 1)], **common)))
+    merge(found, rates(loco.evaluate(pipe, {place: edit}, others[::2], seeds=seeds, **common)))
     controls = loco.control_edits(pipe, edit, draws=1)
     windows = [name for name in controls if name.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own[:: 1 if few > 1 else 2] + others[::6], seeds=seeds[:1], **common))
+    found |= rates(loco.evaluate(pipe, kept, own[::few] + others[::6], seeds=seeds[:1], **common))
     return {
         "kind": concept.kind,
         "layers": list(layers),
