@@ -199,7 +199,7 @@ def _comparison(found: Sequence[Entry], by: str, others: Addresses, scale: Scale
         told: list[Any] = ["–", "–", "–", "–"]
         if entry.row:
             told = [("strips", _strip(entry, scale)), ("number", _place(entry.row)), *_amounts(entry.row)]
-        page_link = _run_link(entry.run, entry.run.title)
+        page_link = _run_link(entry.run, "run" if entry.run.title == entry.concept else entry.run.title)
         rows.append([first, *told, ("verdict", verdict), Html(f"{page_link} {_data(entry.run)}")])
     heads = (by, "effect of each window", "carrier", "effect [95 %]", "of the ceiling", "verdict", "run and data")
     return table(heads, rows, caption="All on one scale; each run opens its page, the tables behind it are CSV")
@@ -284,9 +284,9 @@ def _pictures(entry: Entry, size: int) -> str:
             continue
         if (small := small_picture(file, size)) is None:
             continue
-        told = label if label in ("baseline", "ceiling") else f"layers {label} replaced"
+        told = label if label in ("baseline", "ceiling") else f"layers {label.replace('-', '–')} replaced"
         picture = image(small, f"{entry.concept} in {entry.run.model}: {told}", "webp", width=size * 3 // 4)
-        words = "" if size == IN_INDEX else f"<br>{html(told)}"
+        words = "" if size == IN_INDEX else html(told)
         shown.append(f'<a href="{entry.run.address}/pictures/{quote(file.name)}">{picture}{words}</a>')
     return f'<span class="pictures">{" ".join(shown)}</span>' if shown else ""
 

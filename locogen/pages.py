@@ -109,14 +109,24 @@ def facts(groups: Mapping[str, Mapping[str, Any]]) -> Html:
     """Groups of names and values, for a footer."""
     parts = []
     for title, values in groups.items():
-        lines = "".join(f"<dt>{html(name)}</dt><dd>{html(_plain(value))}</dd>" for name, value in values.items())
+        lines = "".join(f"<dt>{html(name)}</dt><dd>{_fact(value)}</dd>" for name, value in values.items())
         if lines:
             parts.append(f"<section><h3>{escape(title)}</h3><dl>{lines}</dl></section>")
     return Html(f'<div class="facts">{"".join(parts)}</div>')
 
 
+def _fact(value: Any) -> str:
+    """A value in words; of a long group of values the first, and the others in an element that opens."""
+    text = html(_plain(value))
+    if not isinstance(value, Mapping) or len(text) < 100:
+        return text
+    name, first = next(iter(value.items()))
+    summary = f"{name}: {_plain(first)}"[:60] + f" and {len(value) - 1} more"
+    return f"<details><summary>{escape(summary)}</summary>{text}</details>"
+
+
 def _plain(value: Any) -> Any:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())

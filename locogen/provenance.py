@@ -12,12 +12,13 @@ from .pages import facts, html, link, page, table
 from .results import Finished, read_table
 from .worker import notebook_file
 
-GROUPS = ("parameters", "settings", "versions")
+TOLD = ("model", "pictures")  # settings that the table of runs has
+MOST = 8  # names of runs in one cell
 
 
 def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
     """The page of a whole study; `name`: of its results folder, which its file is called after."""
-    heading = f"How {title or name} was made"
+    heading = f"How this was made: {title or name}"
     parts = [f"<h1>{html(heading)}</h1>", f'<p class="finding">{html(_spent(runs))}</p>', "<h2>How to reproduce</h2>"]
     version = next((v for run in runs if (v := (run.facts.get("versions") or {}).get("locogen"))), "")
     install = f"pip install locogen=={version}\n" if version else ""
@@ -30,8 +31,13 @@ def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
     heads = ("run", "model", "notebook", "seeds", "pictures", "time", "finished")
     parts.append(table(heads, [_line(run) for run in runs], caption="What each run has spent"))
     parts.append("<h2>Settings and versions</h2>")
-    parts.append(facts({f"{group}, all runs".capitalize(): shared(runs, group) for group in GROUPS}))
-    if differing := [line for group in GROUPS for line in _differing(runs, group)]:
+    books = list(dict.fromkeys(map(_notebook, runs)))
+    apart = {book: [run for run in runs if _notebook(run) == book] for book in books}
+    groups = {"Versions": shared(runs, "versions")}
+    groups |= {f"Settings of {book}, all runs": shared(own, "settings") for book, own in apart.items()}
+    parts.append(facts(groups))
+    differing = [line for own in apart.values() for line in _differing(own, "settings")]
+    if differing := [*_differing(runs, "versions"), *differing]:
         parts.append(table(("setting", "value", "runs"), differing, caption="What differs between runs"))
     return page(heading, "\n".join(parts), navigation=[link("index.html", "All runs")])
 
@@ -70,17 +76,22 @@ def shared(runs: Sequence[Finished], group: str) -> dict[str, Any]:
 
 
 def _differing(runs: Sequence[Finished], group: str) -> list[list[Any]]:
-    """Rows of (setting, value, runs) for what is not the same everywhere; runs' own names for themselves left out."""
+    """Rows of (setting, value, runs) for what is not the same in all, but for what the table of runs has."""
     same = shared(runs, group)
-    keys = dict.fromkeys(key for run in runs for key in _group(run, group) if key not in same)
+    keys = dict.fromkeys(key for run in runs for key in _group(run, group) if key not in {*same, *TOLD})
     rows = []
     for key in keys:
         values: dict[str, list[str]] = {}
         for run in runs:
             if key in _group(run, group):
                 values.setdefault(_toml(_group(run, group)[key]), []).append(run.folder.name)
-        rows += [[f"{group}: {key}", value, ", ".join(names)] for value, names in values.items()]
+        rows += [[key, value, _few(names)] for value, names in values.items()]
     return rows
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
 
 
 def _group(run: Finished, group: str) -> Mapping[str, Any]:
@@ -94,10 +105,15 @@ def _spent(runs: Sequence[Finished]) -> str:
     pictures = sum(n for run in runs if isinstance(n := run.facts.get("pictures"), int))
     ends = sorted(str(run.facts["finished"]) for run in runs if run.facts.get("finished"))
     rate = f" ({pictures / seconds:.1f} a second)" if seconds and pictures else ""
-    between = f", finished between {ends[0]} and {ends[-1]}" if ends else ""
+    between = f", finished between {_moment(ends[0])} and {_moment(ends[-1])}" if ends else ""
     models = ", ".join(dict.fromkeys(run.model for run in runs))
     some = f"{len(runs)} run{'s' * (len(runs) != 1)} on {models}"
     return f"{some}: {pictures} pictures in {duration(seconds)} of work{rate}{between}."
+
+
+def _moment(told: Any) -> str:
+    """A time as the results have it, as people write it."""
+    return str(told or "–").replace("T", " ").replace("+00:00", " UTC")
 
 
 def _line(run: Finished) -> list[Any]:
@@ -105,7 +121,7 @@ def _line(run: Finished) -> list[Any]:
     count = ("number", told.get("pictures", "–"))
     time = ("number", duration(told.get("seconds")))
     name = link(f"{run.address}/index.html", run.folder.name)
-    return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, told.get("finished") or "failed"]
+    return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, _moment(told.get("finished"))]
 
 
 def _seeds(run: Finished) -> str:

@@ -224,7 +224,7 @@ def _tables(run: Finished) -> str:
             continue
         if not len(rows) or len(rows) > MOST_ROWS:
             continue
-        columns = [column for column in SHOWN.get(name, rows.columns) if column in rows]
+        columns = [column for column in SHOWN.get(name) or list(rows.columns) if column in rows]
         lines = [[_number(value) for value in line] for line in rows[columns].itertuples(index=False)]
         shown = table([str(column) for column in columns], lines, caption=f"{name}.csv").replace(' class="cards"', "")
         parts.append(f"<details><summary>The numbers behind the figures: {name}</summary>{shown}</details>")

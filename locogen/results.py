@@ -170,11 +170,12 @@ def shown_pictures(entry: Entry) -> dict[str, Path]:
     """
     table = entry.run.folder / "pictures.csv"
     try:
-        rows = read_table(table)
+        rows: Any = read_table(table)
         rows = rows[(rows["concept"] == entry.concept) & (rows["width"].isna() | (rows["width"] == entry.row["width"]))]
         rows = strip_rows(rows, entry.run.carriers[entry.concept]).drop_duplicates("label")
         rows = rows[rows["marked"] | (rows["role"] != "window")]
-        files = {str(row.label): _kept(entry.run, str(row.image)) for row in rows.itertuples()}
+        named = zip(rows["label"], rows["image"], strict=True)
+        files = {str(label): _kept(entry.run, str(image)) for label, image in named}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return {}
     return {label: file for label, file in files.items() if file is not None}
