@@ -172,7 +172,7 @@ def _cell(entry: Entry, scale: Scale) -> str:
     """One run in the matrix."""
     run, row = entry.run, entry.row
     data = {"state": entry.state, "kind": entry.kind}
-    title = f"{_run_link(run, run.title)}: " if run.title != entry.concept else ""
+    title = f"{_run_link(run, entry.name)}: " if entry.name else ""
     if not row:
         inner = f"<p>{title}{failure(run, at=f'{run.address}/')} {_run_link(run, 'page')}</p>"
     else:
@@ -199,7 +199,7 @@ def _comparison(found: Sequence[Entry], by: str, others: Addresses, scale: Scale
         told: list[Any] = ["–", "–", "–", "–"]
         if entry.row:
             told = [("strips", _strip(entry, scale)), ("number", _place(entry.row)), *_amounts(entry.row)]
-        page_link = _run_link(entry.run, "run" if entry.run.title == entry.concept else entry.run.title)
+        page_link = _run_link(entry.run, entry.name or "run")
         rows.append([first, *told, ("verdict", verdict), Html(f"{page_link} {_data(entry.run)}")])
     heads = (by, "effect of each window", "carrier", "effect [95 %]", "of the ceiling", "verdict", "run and data")
     return table(heads, rows, caption="All on one scale; each run opens its page, the tables behind it are CSV")
@@ -209,7 +209,7 @@ def _card(entry: Entry, by: str, bounds: Scale) -> str:
     """One run's curve and pictures, with its finding for a caption."""
     words = sentence(entry.row)
     curve = image(small_curve(entry.effects, entry.concept, bounds), f"Effect of each window. {words}", width=380)
-    heading = link(f"{entry.run.address}/index.html", _name(entry, by))
+    heading = link(f"{entry.run.address}/index.html", _whole_name(entry, by))
     return (
         f'<figure><figcaption><h3>{heading}</h3></figcaption><span class="card">{curve}</span>'
         f"<p>{html(words)}</p>{_pictures(entry, IN_ROW)}</figure>"
@@ -224,7 +224,7 @@ def _numbers(found: Sequence[Entry], by: str) -> str:
         [Html(f"{at}"), *(("number", _amount(column[at]) if at in column else "–") for column in columns)]
         for at in places
     ]
-    names = [_name(entry, by) if entry.run.title == entry.concept else entry.run.title for entry in found]
+    names = [_whole_name(entry, by) for entry in found]
     inner = table(("window start", *names), lines, caption="Effect of each window [95 %]").replace(' class="cards"', "")
     return f"<details><summary>The numbers behind the figures</summary>{inner}</details>"
 
@@ -234,6 +234,10 @@ def _numbers(found: Sequence[Entry], by: str) -> str:
 
 def _name(entry: Entry, by: str) -> str:
     return entry.concept if by == "concept" else entry.run.model
+
+
+def _whole_name(entry: Entry, by: str) -> str:
+    return _name(entry, by) + (f" · {entry.name}" if entry.name else "")
 
 
 def _strip(entry: Entry, scale: Scale) -> Html:

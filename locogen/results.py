@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -66,6 +67,7 @@ class Entry:
     run: Finished
     concept: str
     state: str  # one of STATES
+    name: str = ""  # what tells it from others of its concept and model; often nothing is needed
     row: Mapping[str, Any] = field(default_factory=dict)  # of `locogen.tables.findings`; empty where it failed
     rows: Any = None  # the effects of its windows, a DataFrame sorted by position
     pictures: Mapping[str, Path] = field(default_factory=dict)  # label → file beside the page
@@ -145,8 +147,21 @@ def entries(runs: Iterable[Finished]) -> list[Entry]:
         elif run.error and not (run.facts.get("notebook") and run.facts["notebook"] in other):
             named = [names[_asked(run)]] if _asked(run) in names else run.facts.get("concepts")
             named = named if isinstance(named, list) and named else [run.title]
-            found += [Entry(run, str(concept), "failed") for concept in named]
-    return found
+            found += [_told(Entry(run, str(concept), "failed")) for concept in named]
+    often = Counter((entry.concept, entry.run.model, entry.name) for entry in found)
+    return [
+        entry
+        if often[entry.concept, entry.run.model, entry.name] == 1
+        else replace(entry, name=f"{entry.name or entry.concept}, {entry.run.folder.name}")
+        for entry in found
+    ]
+
+
+def _told(entry: Entry) -> Entry:
+    """An entry with the name that its run has, or its row among several of the run, where it is not the concept's."""
+    label = str(entry.row.get("label") or entry.concept)
+    own = label if label != entry.concept else entry.run.title
+    return replace(entry, name="" if own == entry.concept else own)
 
 
 def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
@@ -154,7 +169,7 @@ def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
         state = "open" if "not established" in str(row["reason"]) else "localized"
     else:
         state = "none" if row["judged"] else "unjudged"
-    return Entry(run, str(row["concept"]), state, row, rows_of(run.effects, row["label"]))
+    return _told(Entry(run, str(row["concept"]), state, row=row, rows=rows_of(run.effects, row["label"])))
 
 
 def _asked(run: Finished) -> str:

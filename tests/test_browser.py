@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_report import finish
+from made_up import finish
 
 from locogen.report import build
 
