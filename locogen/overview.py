@@ -53,7 +53,7 @@ def index_page(
     return page(title or TITLE, "\n".join(parts), navigation=nav, script="index.js" if found else "")
 
 
-def comparison_page(title: str, found: Sequence[Entry], *, by: str, others: Addresses) -> str:
+def comparison_page(title: str, found: Sequence[Entry], *, by: str, others: Addresses, source: str = "") -> str:
     """Runs side by side on one scale; `by`: "concept" or "model", what tells them apart, and links to `others`."""
     scale = _scale(found)
     good = [entry for entry in found if entry.rows is not None]
@@ -65,7 +65,7 @@ def comparison_page(title: str, found: Sequence[Entry], *, by: str, others: Addr
         parts += ["<h2>Side by side, with intervals</h2>", f'<p>{CURVES}</p>\n<div class="side">\n{cards}\n</div>']
         parts.append(_numbers(good, by))
     nav = [link("index.html", "All runs"), link("study.html", "How all this was made")]
-    return page(title, "\n".join(parts), navigation=nav)
+    return page(title, "\n".join(parts), navigation=nav, source=source)
 
 
 def data_links(run: Finished, *, at: str = "") -> dict[str, Html]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -50,18 +50,21 @@ def build(folder: Path | str) -> Path:
     found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
     models = addresses("model", sorted({entry.run.model for entry in found}, key=_first(found, "model")))
     concepts = addresses("concept", sorted({entry.concept for entry in found}, key=_first(found, "concept")))
+    marks = {run.folder: _mark(run) for run in runs}
     for run in runs:
         own = [entry for entry in found if entry.run is run]
         nav = [link(f"../{models[run.model]}", run.model)] if own else []
         nav += [link(f"../{concepts[entry.concept]}", entry.concept) for entry in own]
-        _write_pages(run, list(dict.fromkeys(nav)))
+        _write_pages(run, list(dict.fromkeys(nav)), marks[run.folder])
+    for name, address in models.items():
+        own = [entry for entry in found if entry.run.model == name]
+        _compare(folder / address, f"The model {name}", own, concepts, marks, by="concept")
+    for name, address in concepts.items():
+        own = [entry for entry in found if entry.concept == name]
+        _compare(folder / address, f"The concept {name}", own, models, marks, by="model")
     title = str(read_json(folder / "study.json").get("title") or "") if (folder / "study.json").exists() else ""
-    pages = {"study.html": study_page(runs, name=folder.resolve().name, title=title)}
-    pages |= {models[name]: _compare(name, found, by="concept", others=concepts) for name in models}
-    pages |= {concepts[name]: _compare(name, found, by="model", others=models) for name in concepts}
-    for name, text in pages.items():
-        _write(folder / name, text)
-    _forget(folder, pages)
+    _write(folder / "study.html", study_page(runs, name=folder.resolve().name, title=title))
+    _forget(folder, {*models.values(), *concepts.values()})
     return _write(folder / "index.html", index_page(runs, found, models, concepts, title=title))
 
 
@@ -93,16 +96,18 @@ def _first(found: Sequence[Entry], name: str) -> Any:
     return places.__getitem__
 
 
-def _compare(name: str, found: Sequence[Entry], *, by: str, others: Mapping[str, str]) -> str:
-    """The page of one model (runs told apart by concept) or of one concept (by model)."""
-    if by == "concept":
-        own = [entry for entry in found if entry.run.model == name]
-        return comparison_page(f"The model {name}", own, by=by, others=others)
-    own = [entry for entry in found if entry.concept == name]
-    return comparison_page(f"The concept {name}", own, by=by, others=others)
+def _compare(
+    path: Path, title: str, own: Sequence[Entry], others: Mapping[str, str], marks: Mapping[Path, str], *, by: str
+) -> None:
+    """Write the page of one model (runs told apart by concept) or of one concept (by model), where it has changed."""
+    linked = {name: others[name] for name in dict.fromkeys(e.concept if by == "concept" else e.run.model for e in own)}
+    told = [(entry.concept, entry.name, list(entry.pictures), marks[entry.run.folder]) for entry in own]
+    source = _hashed(title, linked, told)
+    if not _is_made([path], source):
+        _write(path, comparison_page(title, own, by=by, others=linked, source=source))
 
 
-def _forget(folder: Path, made: Mapping[str, str]) -> None:
+def _forget(folder: Path, made: Collection[str]) -> None:
     """Take away the pages of models and concepts that are no longer there; ours only."""
     for path in folder.glob("*.html"):
         if re.fullmatch(r"(model|concept)-.+\.html", path.name) and path.name not in made:
@@ -111,11 +116,12 @@ def _forget(folder: Path, made: Mapping[str, str]) -> None:
                     path.unlink()
 
 
-def _write_pages(run: Finished, nav: Sequence[Html]) -> None:
-    source = _source(run, nav)
+def _write_pages(run: Finished, nav: Sequence[Html], mark: str) -> None:
+    source = _hashed(mark, nav)
+    names = ["index.html", *(["code.html"] if (run.folder / "notebook.ipynb").exists() else [])]
+    if _is_made((run.folder / name for name in names), source):
+        return
     try:
-        if _is_made(run.folder, source):
-            return
         notebook = _read_notebook(run.folder / "notebook.ipynb")
         pages = {"index.html": run_page(run, notebook, code=False, nav=nav, source=source)}
         if notebook is not None:
@@ -130,13 +136,17 @@ def _write_pages(run: Finished, nav: Sequence[Html]) -> None:
             warnings.warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB", stacklevel=3)
 
 
-def _source(run: Finished, nav: Sequence[Html]) -> str:
-    """A hash of all that a run's pages are made of: its files, its links, and the code that makes pages."""
-    digest = hashlib.sha256(f"{_code()} {list(nav)} {run.error}".encode())
+def _mark(run: Finished) -> str:
+    """A hash of all that a run has left, and of the code that makes pages."""
+    told = [_code(), run.error]
     for name in ("result.json", "error.json", *FILES):
         if (run.folder / name).is_file():
-            digest.update(name.encode() + hashlib.sha256((run.folder / name).read_bytes()).digest())
-    return digest.hexdigest()[:32]
+            told += [name, hashlib.sha256((run.folder / name).read_bytes()).hexdigest()]
+    return _hashed(told)
+
+
+def _hashed(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
 
 
 @cache
@@ -147,13 +157,12 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
-def _is_made(folder: Path, source: str) -> bool:
-    """Whether the pages there were made of just this."""
-    names = ["index.html", *(["code.html"] if (folder / "notebook.ipynb").exists() else [])]
-    for name in names:
-        if not (folder / name).is_file():
+def _is_made(pages: Iterable[Path], source: str) -> bool:
+    """Whether the pages are there and were made of just this."""
+    for path in pages:
+        if not path.is_file():
             return False
-        with (folder / name).open(encoding="utf-8", errors="replace") as stream:
+        with path.open(encoding="utf-8", errors="replace") as stream:
             if f'<meta name="source" content="{source}">' not in stream.read(2000):
                 return False
     return True

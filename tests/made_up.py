@@ -80,13 +80,12 @@ def pictures(concept: str) -> pd.DataFrame:
     known = dict(concept=concept, prompt=f"a house in {concept}", edit="", clip_score=0.5)
     places = [("baseline", pd.NA), *(("window", at) for at in range(6)), ("ceiling", pd.NA)]
     rows = [
-        dict(
-            known, role=role, start=at, width=pd.NA if role != "window" else 2, seed=seed, image=f"{seed}{role}{at}.png"
-        )
+        dict(known, role=role, start=at, width=2 if role == "window" else pd.NA, seed=seed)
         for seed in (0, 1)
         for role, at in places
     ]
-    return pd.DataFrame(rows).replace({"image": {"<NA>": ""}}, regex=True)
+    images = [f"{row['seed']}-{row['role']}-{row['start']}.png".replace("-<NA>", "") for row in rows]
+    return pd.DataFrame(rows).assign(image=images)
 
 
 def fill_store(folder: Path, size: int = 64) -> None:
