@@ -46,10 +46,7 @@ def build(folder: Path | str) -> Path:
     where there is no run at all.
     """
     folder = Path(folder)
-    runs = read_runs(folder)
-    found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
-    models = addresses("model", sorted({entry.run.model for entry in found}, key=_first(found, "model")))
-    concepts = addresses("concept", sorted({entry.concept for entry in found}, key=_first(found, "concept")))
+    runs, found, models, concepts = gather(folder)
     marks = {run.folder: _mark(run) for run in runs}
     for run in runs:
         own = [entry for entry in found if entry.run is run]
@@ -66,6 +63,15 @@ def build(folder: Path | str) -> Path:
     _write(folder / "study.html", study_page(runs, name=folder.resolve().name, title=title))
     _forget(folder, {*models.values(), *concepts.values()})
     return _write(folder / "index.html", index_page(runs, found, models, concepts, title=title))
+
+
+def gather(folder: Path) -> tuple[list[Finished], list[Entry], dict[str, str], dict[str, str]]:
+    """What a results folder holds: its runs, their entries, and the addresses of the models' and concepts' pages."""
+    runs = read_runs(folder)
+    found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
+    models = addresses("model", list(dict.fromkeys(entry.run.model for entry in found)))
+    concepts = addresses("concept", list(dict.fromkeys(entry.concept for entry in found)))
+    return runs, found, models, concepts
 
 
 def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = "") -> str:
@@ -86,14 +92,6 @@ def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = 
     behind = "" if code else _tables(run)
     text = f"{top}\n{body}\n{behind}{_footer(run)}"
     return page(run.title, text, navigation=links, inline=True, source=source)
-
-
-def _first(found: Sequence[Entry], name: str) -> Any:
-    """Where a model or concept comes first among the entries: for sorting by it."""
-    places: dict[str, int] = {}
-    for place, entry in enumerate(found):
-        places.setdefault(entry.run.model if name == "model" else entry.concept, place)
-    return places.__getitem__
 
 
 def _compare(

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,8 @@ from test_report import Reader, complaints, pages
 
 from locogen.overview import comparison_page, index_page
 from locogen.provenance import study_toml
-from locogen.report import build
-from locogen.results import addresses, entries, read_run, read_runs, shown_pictures
+from locogen.report import build, gather
+from locogen.results import addresses, entries, read_run, read_runs
 from locogen.thumbnails import CELL, Scale, heat_strip, small_picture
 
 MODELS, CONCEPTS = ("mini", "mini-b"), ("neon", "van gogh", "owl")
@@ -147,9 +146,7 @@ def test_only_pictures_of_the_store_are_taken(tmp_path: Path) -> None:
 def test_the_index_of_100_runs_is_under_1_mb(tmp_path: Path) -> None:
     """With pictures of pure noise, which no format makes small."""
     folder = study(tmp_path / "reports", MODELS, [f"concept {number}" for number in range(50)])
-    runs = read_runs(folder)
-    found = [replace(entry, pictures=shown_pictures(entry)) for entry in entries(runs)]
-    models, concepts = addresses("model", MODELS), addresses("concept", [entry.concept for entry in found])
+    runs, found, models, concepts = gather(folder)
     index = index_page(runs, found, models, concepts)
     single = sum(entry.row["start"] is not None for entry in found)
     assert index.count('class="run"') == 100 and index.count("image/webp") == 100 + single > 150
@@ -224,7 +221,7 @@ def test_what_has_not_changed_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "two" / "result.json").write_text(json.dumps(told | {"finding": "quite another"}))
     build(tmp_path)
     same = {path for path, at in before.items() if path.stat().st_mtime_ns == at}
-    assert same == {tmp_path / "one" / "index.html", tmp_path / "one" / "code.html"}
+    assert same == {tmp_path / name for name in ("one/index.html", "one/code.html", "concept-one.html")}
     assert "quite another" in text(tmp_path / "two" / "index.html")
 
 
