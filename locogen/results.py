@@ -42,6 +42,7 @@ class Finished:
     error: str = ""
     effects: Any = None  # the effects table, a DataFrame
     carriers: Mapping[str, Window] = field(default_factory=dict)
+    found: Sequence[Mapping[str, Any]] = ()  # rows of `locogen.tables.findings`
     cell: int | None = None  # the number of the cell that failed
 
     @property
@@ -124,10 +125,10 @@ def read_run(folder: Path) -> Finished:
     try:
         effects = read_table(folder / "effects.csv")
         carriers = {str(c["concept"]): _window(c) for c in told["carriers"]}
-        findings(effects, carriers)
+        found = findings(effects, carriers)
     except (OSError, ValueError, KeyError, TypeError, LocogenError) as error:
         return Finished(folder, told, f"its results cannot be read: {type(error).__name__}: {error}")
-    return Finished(folder, told, "", effects, carriers)
+    return Finished(folder, told, "", effects, carriers, found)
 
 
 def entries(runs: Iterable[Finished]) -> list[Entry]:
@@ -143,7 +144,7 @@ def entries(runs: Iterable[Finished]) -> list[Entry]:
     found = []
     for run in runs:
         if run.effects is not None:
-            found += [_entry(run, row) for row in findings(run.effects, run.carriers)]
+            found += [_entry(run, row) for row in run.found]
         elif run.error and not (run.facts.get("notebook") and run.facts["notebook"] in other):
             named = [names[_asked(run)]] if _asked(run) in names else run.facts.get("concepts")
             named = named if isinstance(named, list) and named else [run.title]
@@ -158,10 +159,13 @@ def entries(runs: Iterable[Finished]) -> list[Entry]:
 
 
 def _told(entry: Entry) -> Entry:
-    """An entry with the name that its run has, or its row among several of the run, where it is not the concept's."""
+    """An entry with what its run is called, or its row among several of the run, less its concept and model."""
     label = str(entry.row.get("label") or entry.concept)
     own = label if label != entry.concept else entry.run.title
-    return replace(entry, name="" if own == entry.concept else own)
+    if own == entry.concept or own.startswith(f"{entry.concept}, "):
+        marks = own.removeprefix(entry.concept).split(", ")
+        own = ", ".join(mark for mark in marks if mark not in ("", entry.run.model))
+    return replace(entry, name=own)
 
 
 def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:

@@ -66,7 +66,7 @@ def test_a_row_a_concept_and_a_column_a_model(built: Path) -> None:
 def test_a_failed_run_stands_where_it_belongs_with_its_error_and_cell(built: Path) -> None:
     index = text(built / "index.html")
     there = cell(index, "neon", "mini-b")
-    assert "failed</strong>: out of memory" in there and "neon, wide" in there
+    assert "failed</strong>: out of memory" in there and ">wide</a>" in there
     assert 'href="late/code.html#cell-id-5"' in there
     assert "failed" not in Reader(cell(index, "neon", "mini")).text
     assert 'id="cell-id-5"' in text(built / "late" / "code.html"), "the link leads to the cell"
@@ -200,6 +200,13 @@ def test_a_run_of_several_widths_has_an_entry_for_each(tmp_path: Path) -> None:
     assert [set(entry.effects["width"]) for entry in found] == [{2}, {4}]
     page = comparison_page("neon", found, by="model", others={"mini": "model-mini.html"})
     assert page.count("<figure>") == 2
+
+
+def test_a_run_is_named_by_what_its_place_does_not_say(tmp_path: Path) -> None:
+    for number, title in enumerate(("neon", "neon, mini", "neon, mini, seeds 2", "wide")):
+        finish(tmp_path / f"{number}", "neon", title=title)
+    names = [entry.name for entry in entries(read_runs(tmp_path))]
+    assert names == ["neon, 0", "neon, 1", "seeds 2", "wide"], "two that are called alike get their folders' names"
 
 
 def test_names_that_slug_alike_have_pages_of_their_own(tmp_path: Path) -> None:
