@@ -139,6 +139,12 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[dict[str,
     return found
 
 
+def rows_of(effects: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The effects of the windows that one row of `findings` speaks of, in the order of the layers."""
+    rows = _along(effects, "layer")
+    return rows[rows["label"] == label].sort_values("position")
+
+
 def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = False) -> str:
     """The findings in plain words, one sentence a concept: alt text for figures, first words of a page.
 

@@ -17,7 +17,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 # Arrows point down this list only: a module that is not in it yet is added with its arrows.
 ARROWS: dict[str, set[str]] = {
     "__main__": {"study", "report", "catalog"},
-    "report": {"plan", "plots", "tables", "cleaning", "pages"},
+    "report": {"overview", "provenance", "results", "tables", "cleaning", "pages"},
+    "overview": {"results", "thumbnails", "tables", "pages"},
+    "provenance": {"results", "pages", "worker"},
+    "results": {"study", "plan", "tables"},
+    "thumbnails": {"plots", "tables"},
     "study": {"catalog", "worker", "plan"},
     "worker": set(),
     "widgets": {"plots", "runs", "edit", "neurons"},
@@ -50,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
 }
 PACKAGES = {"catalog", "mini"}
 WITHOUT_TORCH = {"plan", "stats", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH |= {"overview", "provenance", "results", "thumbnails"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
