@@ -3,6 +3,7 @@
 Most tests put a function in the place of the kernel; those at the end start real ones.
 """
 
+import functools
 import json
 import os
 import re
@@ -20,10 +21,15 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from locogen import __main__, study, worker
+from locogen import __main__, keys, study, worker
+from locogen import kernel as kernels
 from locogen.errors import LocogenError
-from locogen.study import StudyFailed, read_study, run_study, slugify
-from locogen.worker import Failure, plain
+from locogen.kernel import Failure
+from locogen.parameters import plain
+from locogen.planning import read_study, slugify
+from locogen.study import StudyFailed
+
+run_study = functools.partial(study.run_study, engine="serial")  # in the order of the plan
 
 PARAMETERS = """
 concept: str = "mini/neon"  # an id
@@ -73,7 +79,7 @@ class Kernel:
         self.calls: list[Mapping[str, Any]] = []
         self.fails: dict[str, Failure | BaseException] = {}
 
-    def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Failure | None:
+    def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Any) -> Failure | None:
         self.calls.append(parameters)
         (folder / "notebook.ipynb").write_text("{}")
         outcome = self.fails.get(parameters["concept"])
@@ -92,7 +98,7 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     fake = Kernel()
-    monkeypatch.setattr(study, "execute", fake)
+    monkeypatch.setattr(worker, "execute", fake)
     return fake
 
 
@@ -165,11 +171,11 @@ def test_a_run_is_redone_when_what_it_rests_on_changes(write, kernel: Kernel, mo
     elif change == "notebook":
         write_notebook(path.parent / "small.ipynb", "1 + 2")
     elif change == "code":
-        monkeypatch.setattr(study, "_code_hash", lambda: "other")
+        monkeypatch.setattr(keys, "_code_hash", lambda: "other")
     elif change == "weights":
-        monkeypatch.setattr(study, "_weights_hash", lambda name, base: "other")
+        monkeypatch.setattr(keys, "_weights_hash", lambda name, base: "other")
     elif change == "versions":
-        monkeypatch.setattr(study, "versions", lambda: {"torch": "99"})
+        monkeypatch.setattr(keys, "versions", lambda: {"torch": "99"})
     else:
         (path.parent / "mini" / "blueprint" / "result.json").write_text('{"key": "')
     run_study(path)
@@ -191,15 +197,15 @@ def test_outputs_and_metadata_do_not_count_as_a_change(write, kernel: Kernel) ->
 def test_a_folder_of_weights_counts_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "unet.safetensors").write_bytes(b"1")
-    before = study._weights_hash("./model", tmp_path)
-    assert study._weights_hash("./model", tmp_path) == before
+    before = keys._weights_hash("./model", tmp_path)
+    assert keys._weights_hash("./model", tmp_path) == before
     os.utime(tmp_path / "model" / "unet.safetensors", (1, 1))
-    assert study._weights_hash("./model", tmp_path) == before, "a copy is as good"
+    assert keys._weights_hash("./model", tmp_path) == before, "a copy is as good"
     (tmp_path / "model" / "unet.safetensors").write_bytes(b"2")
-    assert study._weights_hash("./model", tmp_path) != before
-    assert study._weights_hash("sd-1.4", tmp_path) != study._weights_hash("sd-1.5", tmp_path)
-    assert study._weights_hash("someone/model", tmp_path) == ["someone/model"]
-    assert len(study._weights_hash("mini", tmp_path)) > 10, "embedded weights are a folder too"
+    assert keys._weights_hash("./model", tmp_path) != before
+    assert keys._weights_hash("sd-1.4", tmp_path) != keys._weights_hash("sd-1.5", tmp_path)
+    assert keys._weights_hash("someone/model", tmp_path) == ["someone/model"]
+    assert len(keys._weights_hash("mini", tmp_path)) > 10, "embedded weights are a folder too"
 
 
 @pytest.mark.parametrize("asked", ['model = "./own"', 'scorer = "./own"', ""])
@@ -218,8 +224,8 @@ def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -
 
 def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
     path, hashed = write("[[run]]\nseeds = 2", head=""), []
-    monkeypatch.setattr(study, "_weights_hash", lambda name, base: hashed.append(name))
-    monkeypatch.setattr(study, "concept", lambda name, file: hashed.append(name))
+    monkeypatch.setattr(keys, "_weights_hash", lambda name, base: hashed.append(name))
+    monkeypatch.setattr(keys, "concept", lambda name, file: hashed.append(name))
     read_study(path)
     assert hashed == ["mini/neon", "mini"]
 
@@ -288,12 +294,12 @@ def test_a_result_appears_whole(write, kernel: Kernel, monkeypatch) -> None:
         if file.name == "result.json":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(study, "write_json", full)
+    monkeypatch.setattr(worker, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         run_study(path, force=True)
     assert result(path, "neon") == before
     monkeypatch.undo()
-    monkeypatch.setattr(study, "execute", kernel)
+    monkeypatch.setattr(worker, "execute", kernel)
     run_study(path, force=True)
     assert result(path, "neon")["key"] == before["key"] and not left_over(path.with_suffix(""))
 
@@ -526,7 +532,7 @@ def test_a_notebook_that_fails_says_where(write, tmp_path: Path) -> None:
 def test_a_kernel_that_dies_is_a_failed_run(tmp_path: Path) -> None:
     book = write_notebook(tmp_path / "small.ipynb", "import os\nos.write(2, b'out of luck')\nos._exit(3)")
     (tmp_path / "out").mkdir()
-    failure = worker.execute(book, tmp_path / "out", {})
+    failure = kernels.execute(book, tmp_path / "out", {})
     assert failure and failure.message.startswith("the kernel died") and failure.message.endswith("out of luck")
 
 
