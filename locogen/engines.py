@@ -7,12 +7,14 @@ takes nothing with it. `dask` gives the same function to Dask's workers, on this
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -69,7 +71,8 @@ def _threads(count: int, gpus: Sequence[str]) -> Iterator[Executor]:
     free: SimpleQueue[str] = SimpleQueue()
     for number in range(count if gpus else 0):
         free.put(gpus[number % len(gpus)])
-    executor = ThreadPoolExecutor(count, "run", *((take_gpu, (free,)) if gpus else ()))
+    pin = partial(take_gpu, free) if gpus else None
+    executor = ThreadPoolExecutor(count, "run", pin)
     try:
         yield executor
     finally:
@@ -95,10 +98,11 @@ def _dask(count: int, gpus: Sequence[str], scheduler: str | None) -> Iterator[_O
         stack.enter_context(dask.config.set(quiet))
         where: Any = scheduler or stack.enter_context(_cluster(count, gpus))
         try:
-            client = stack.enter_context(Client(where, set_as_default=False))
+            client: Any = stack.enter_context(Client(where, set_as_default=False))
         except (OSError, ValueError):
             raise LocogenError(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`") from None
-        found = sum(client.nthreads().values())
+        there: Any = client.nthreads()  # worker → threads, and each takes a run
+        found = sum(there.values())
         yield client.get_executor(pure=False), found, (KilledWorker,)
 
 
@@ -109,8 +113,9 @@ def _cluster(count: int, gpus: Sequence[str]) -> Any:
     common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1"}
     pins = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{}] * count
     workers = {number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)}
-    options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=50)
+    options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    quiet: Any = logging.CRITICAL
+    return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=quiet)
 
 
 # --- what the machine has ------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def execute(
     from traitlets.config import Config
 
     # Sockets in a folder of their own, for its short name: a socket's path has some 100 bytes.
-    with tempfile.TemporaryDirectory(prefix="loco-") as sockets, _watched(folder) as started:
+    with _event_loop(), tempfile.TemporaryDirectory(prefix="loco-") as sockets, _watched(folder) as started:
         settings: dict[str, Any] = {
             "connection_file": str(Path(sockets, "kernel.json")),
             "shutdown_wait_time": 2,
@@ -76,6 +76,19 @@ def execute(
         except (RuntimeError, TimeoutError) as error:
             return Failure(f"the kernel did not start ({error}){_last_words(log)}")
     return None
+
+
+@contextlib.contextmanager
+def _event_loop() -> Iterator[None]:
+    """Papermill's loop of this thread, which otherwise nobody closes."""
+    from jupyter_core.utils import ensure_event_loop
+
+    loop = ensure_event_loop()
+    try:
+        yield
+    finally:
+        if not loop.is_running():
+            loop.close()
 
 
 @contextlib.contextmanager

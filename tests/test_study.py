@@ -3,6 +3,7 @@
 Most tests put a function in the place of the kernel; those at the end start real ones.
 """
 
+import _thread
 import functools
 import json
 import os
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,17 @@ class Kernel:
     def __init__(self) -> None:
         self.calls: list[Mapping[str, Any]] = []
         self.fails: dict[str, Failure | BaseException] = {}
+        self.waits: set[str] = set()  # for a second
+        self.interrupts = ""  # the concept at which somebody presses Ctrl-C
 
     def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Any) -> Failure | None:
         self.calls.append(parameters)
         (folder / "notebook.ipynb").write_text("{}")
+        if parameters["concept"] in self.waits:
+            time.sleep(1)
+        if parameters["concept"] == self.interrupts:
+            _thread.interrupt_main()
+            wait_for(lambda: not folder.exists())  # as the kernel is ended then
         outcome = self.fails.get(parameters["concept"])
         if isinstance(outcome, BaseException):
             raise outcome
@@ -96,10 +104,12 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     fake = Kernel()
     monkeypatch.setattr(worker, "execute", fake)
-    return fake
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+    yield fake
+    signal.signal(signal.SIGINT, before)
 
 
 TWO = '[[run]]\nconcept = "mini/neon"\n[[run]]\nconcept = "mini/blueprint"\nseeds = 2\n'
@@ -136,8 +146,8 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
     assert len(told["key"]) == 64
     assert json.loads((folder / "study.json").read_text()) == {"title": "A study", "runs": ["neon", "blueprint"]}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon  new", "  blueprint  new"]
-    assert re.fullmatch(r"\[1/2\] neon … done in \d+ s: layers 0-1", lines[3])
+    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon       new", "  blueprint  new"]
+    assert re.fullmatch(r"\[1/2\] neon  done in \d+ s · layers 0-1.*", lines[5])
     assert not left_over(folder)
 
 
@@ -246,30 +256,55 @@ def test_a_concept_that_changes_changes_the_key(tmp_path: Path, write) -> None:
 def test_failed_runs_leave_an_error_and_are_tried_again(write, kernel: Kernel, capsys) -> None:
     path = write(TWO)
     kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", 3)
-    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; the same.*\n  neon: ValueError: no$"):
-        run_study(path)
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; --retry failed .*\n  neon: ValueError: no$"):
+        run_study(path, keep_going=True)
     folder = path.with_suffix("")
     error = json.loads((folder / "neon" / "error.json").read_text())
     assert (error["error"], error["cell"]) == ("ValueError: no\nmore", 3)
     assert (error["title"], error["model"], error["concepts"]) == ("neon", "mini", ["neon"])
     assert (folder / "neon" / "notebook.ipynb").exists() and not (folder / "neon" / "result.json").exists()
     assert result(path, "blueprint")["pictures"] == 5, "the rest goes on"
-    assert "[1/2] neon … failed in 0 s: ValueError: no" in capsys.readouterr().out
+    assert "[1/2] neon  failed in 0 s · ValueError: no" in capsys.readouterr().out
     kernel.fails.clear()
-    run_study(path)
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed, 1 of them before; .*\n  neon: ValueError: no$"):
+        run_study(path)
+    assert kernel.concepts == ["mini/neon", "mini/blueprint"], "it is kept until it is asked for"
+    run_study(path, retry_failed=True)
     assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/neon"]
     assert not (folder / "neon" / "error.json").exists() and result(path, "neon")
     assert not left_over(folder)
 
 
+def test_a_failure_holds_what_has_not_begun(write, kernel: Kernel, capsys) -> None:
+    """Unless it is told to keep going, as `make` does."""
+    path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
+    kernel.fails["mini/neon"] = Failure("no")
+    kernel.waits.add("mini/blueprint")
+    with pytest.raises(StudyFailed, match="1 of 3 runs failed"):
+        run_study(path)
+    assert kernel.concepts == ["mini/neon", "mini/blueprint"], "what is at work is finished"
+    assert "stopped at the first failure; left: cat." in capsys.readouterr().out
+    assert result(path, "blueprint") and not (path.with_suffix("") / "cat").exists()
+
+
+def test_a_failure_under_other_parameters_does_not_count(write, kernel: Kernel) -> None:
+    path = write(TWO)
+    kernel.fails["mini/blueprint"] = Failure("no")
+    with pytest.raises(StudyFailed):
+        run_study(path)
+    kernel.fails.clear()
+    run_study(write(TWO.replace("seeds = 2", "seeds = 3")))
+    assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/blueprint"]
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, capsys) -> None:
     path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
-    kernel.fails["mini/blueprint"] = KeyboardInterrupt()
+    kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
     assert "left: blueprint, cat. The same command goes on" in capsys.readouterr().out
     assert not left_over(path.with_suffix("")) and result(path, "neon")
-    kernel.fails.clear()
+    kernel.interrupts = ""
     run_study(path)
     assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/blueprint", "mini/cat"]
 
@@ -444,10 +479,12 @@ def test_exit_codes(write, kernel: Kernel, capsys) -> None:
     kernel.fails["mini/neon"] = Failure("no")
     assert __main__.main(["run", str(path)]) == 1
     assert capsys.readouterr().err.startswith("locogen: 1 of 2 runs failed")
-    kernel.fails["mini/neon"] = KeyboardInterrupt()
-    assert __main__.main(["run", str(path)]) == 130
     kernel.fails.clear()
-    assert __main__.main(["run", str(path)]) == 0
+    kernel.interrupts = "mini/neon"
+    assert __main__.main(["run", str(path), "--retry", "failed"]) == 130
+    kernel.interrupts = ""
+    assert __main__.main(["run", str(path)]) == 1, "one failed before, and nobody asked for it again"
+    assert __main__.main(["run", str(path), "--retry", "failed"]) == 0
     assert __main__.main(["run", str(path), "--force", "--only", "neon"]) == 0
     capsys.readouterr()
     assert __main__.main(["run", str(path.with_name("none.toml"))]) == 2
