@@ -110,11 +110,11 @@ def _cluster(count: int, gpus: Sequence[str]) -> Any:
     """Workers of one run at a time, reached from this machine only; with GPUs one for each, and it sees no other."""
     from distributed import Nanny, Scheduler, SpecCluster
 
-    common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1"}
+    quiet: Any = logging.CRITICAL
+    common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": quiet}
     pins = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{}] * count
     workers = {number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)}
     options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-    quiet: Any = logging.CRITICAL
     return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=quiet)
 
 

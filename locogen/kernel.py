@@ -63,6 +63,7 @@ def execute(
                 _literal(folder / "notebook.ipynb"),
                 dict(parameters),
                 kernel_name="python3",
+                language="python",
                 progress_bar=False,
                 config=Config({"KernelManager": settings}),
                 kernel_manager_class=_this_interpreter(log, environment or {}, started),
@@ -75,6 +76,8 @@ def execute(
             return Failure(f"the kernel died, most often for want of memory{_last_words(log)}")
         except (RuntimeError, TimeoutError) as error:
             return Failure(f"the kernel did not start ({error}){_last_words(log)}")
+        except (ValueError, papermill.exceptions.PapermillException) as error:
+            return Failure(f"papermill does not take the notebook: {error}")
     return None
 
 

@@ -106,7 +106,7 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
     runs = tuple(
         Planned(
             slug,
-            ", ".join([row.title or _called(row.values, path.parent) or row.name, *row.marks]),
+            _title(row, path.parent),
             _called(row.values, path.parent) or row.title or row.name,
             row.notebook,
             row.values,
@@ -133,7 +133,7 @@ def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             none = "has no runs: " if name == "run" else ""
             raise LocogenError(f"{path} {none}{name} is not a list of tables: begin each with a line [[{name}]]")
-    if not study.get("run") and not any(study.get(name) for name in (*_LISTS, "concept", "grid")):
+    if not study.get("run") and not any(name in study for name in (*_LISTS, "concept", "grid")):
         raise LocogenError(f'{path} has no runs: add some, each a line [[run]] and a line concept = "…"')
     return list(study.get("run", [])) or [{}]
 
@@ -214,6 +214,12 @@ def _named(values: Mapping[str, Any]) -> str:
     return id.removeprefix(f"{entry.concepts if entry else values.get('model')}/")
 
 
+def _title(row: _Row, base: Path) -> str:
+    """What a run is called on pages: its own title or its concept, and what the lists chose."""
+    called = row.title or _called(row.values, base)
+    return ", ".join([called, *row.marks]) if called else row.name
+
+
 def _called(values: Mapping[str, Any], base: Path) -> str:
     """The name of a run's prompt or concept. Raises `LocogenError` for a concept that is not there."""
     if values.get("prompt") or not values.get("concept"):
@@ -242,6 +248,8 @@ def _check_common(study: Mapping[str, Any], rows: Iterable[_Row], path: Path) ->
         model = row.values.get("model")
         if isinstance(model, str) and "/" not in model and model not in known:
             raise LocogenError(f"{path}: {unknown('model', model, known)}")
+        if isinstance(model, str) and model.startswith((".", "/")) and not (path.parent / model).is_dir():
+            raise LocogenError(f"{path}: there is no folder {path.parent / model} to load a model from")
         try:
             _called(row.values, path.parent)
         except LocogenError as error:

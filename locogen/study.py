@@ -141,7 +141,7 @@ def _run_all(
 
     try:
         with silence(), opened(engine, todo, workers, scheduler) as chosen:
-            threads = f", {chosen.threads} threads each" if chosen.threads else ""
+            threads = f" (threads of each: {chosen.threads})" if chosen.threads else ""
             print(f"{engine}: {chosen.workers or 'no worker yet, so none'} at once{threads}", flush=True)
             with Board(results, todo, chosen.workers, costs) as board:
                 return _go(results, todo, board, chosen, keep_going)
