@@ -27,6 +27,7 @@ from locogen.worker import take_gpu
 ENGINES = ("serial", "processes", "dask")
 _THREADS = 2  # a kernel's at least: small pictures hardly gain from more, and with one each kernel waits for itself
 _GIB = 2**30
+PATIENCE = "10s"  # for a Dask scheduler to answer
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _dask(count: int, gpus: Sequence[str], scheduler: str | None) -> Iterator[_O
             "the engine dask needs Dask: pip install 'locogen[dask]', or take --engine processes"
         ) from None
 
-    quiet = {"distributed.comm.timeouts.connect": "10s", "distributed.admin.large-graph-warning-threshold": "1GB"}
+    quiet = {"distributed.comm.timeouts.connect": PATIENCE, "distributed.admin.large-graph-warning-threshold": "1GB"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(quiet))
         where: Any = scheduler or stack.enter_context(_cluster(count, gpus))

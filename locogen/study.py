@@ -7,7 +7,8 @@ is until it is asked for again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,23 +54,33 @@ def run_study(
         raise LocogenError(f"workers is {workers}: give a whole number from 1 up")
     title, results, runs = read_study(path)
     wanted = _selected(runs, only)
+    if dry_run:
+        _todo(title, results, wanted, force, retry_failed)
+        return results
+    results.mkdir(parents=True, exist_ok=True)
+    with alone(results):
+        todo, costs = _todo(title, results, wanted, force, retry_failed)
+        kept = {run.slug: _told(run) for run in wanted if run not in todo and run.state == "failed"}
+        failed: dict[str, str] = {}
+        if todo:
+            write_json(results / "study.json", {"title": title, "runs": [run.slug for run in runs]})
+            with _board(results, todo, costs, engine, workers, scheduler) as (board, opened):
+                failed = _go(results, todo, board, opened, keep_going)
+    if failed or kept:
+        raise StudyFailed(_complaint(len(wanted), failed, kept))
+    return results
+
+
+def _todo(
+    title: str, results: Path, wanted: list[Planned], force: bool, retry_failed: bool
+) -> tuple[list[Planned], Costs]:
+    """The runs to do, shown among the others, and what runs have cost so far."""
     states = {run.slug: run.state for run in wanted}
     skipped = () if force else ("done",) if retry_failed else ("done", "failed")
     todo = [run for run in wanted if states[run.slug] not in skipped]
     costs = Costs(results)
     _show_plan(title, results, wanted, todo, states, costs)
-    if dry_run:
-        return results
-    kept = {run.slug: _told(run) for run in wanted if run not in todo and states[run.slug] == "failed"}
-    failed: dict[str, str] = {}
-    if todo:
-        results.mkdir(parents=True, exist_ok=True)
-        with alone(results):
-            write_json(results / "study.json", {"title": title, "runs": [run.slug for run in runs]})
-            failed = _run_all(results, todo, costs, keep_going, engine, workers, scheduler)
-    if failed or kept:
-        raise StudyFailed(_complaint(len(wanted), failed, kept))
-    return results
+    return todo, costs
 
 
 def _selected(runs: tuple[Planned, ...], only: str | Iterable[str] | None) -> list[Planned]:
@@ -125,16 +136,11 @@ def _sum(results: Path, todo: list[Planned], counts: dict[str, int | None], cost
     return f"to make: {sum(known)} pictures{more}; the store holds {held}; {took}"
 
 
-def _run_all(
-    results: Path,
-    todo: list[Planned],
-    costs: Costs,
-    keep_going: bool,
-    engine: str,
-    workers: int | None,
-    scheduler: str | None,
-) -> dict[str, str]:
-    """Give all runs to the engine and tell how they end; slug → error of those that failed."""
+@contextlib.contextmanager
+def _board(
+    results: Path, todo: list[Planned], costs: Costs, engine: str, workers: int | None, scheduler: str | None
+) -> Iterator[tuple[Board, Engine]]:
+    """The engine at work, and the board that tells of it."""
     from locogen.engines import opened
     from locogen.kernel import silence
     from locogen.progress import Board
@@ -144,7 +150,7 @@ def _run_all(
             threads = f" (threads of each: {chosen.threads})" if chosen.threads else ""
             print(f"{engine}: {chosen.workers or 'no worker yet, so none'} at once{threads}", flush=True)
             with Board(results, todo, chosen.workers, costs) as board:
-                return _go(results, todo, board, chosen, keep_going)
+                yield board, chosen
     finally:
         clear(results)  # of a Dask worker that was told to stop in the middle
 
