@@ -350,8 +350,13 @@ def test_a_study_killed_at_any_moment_loses_nothing_finished(write, kills: int) 
 
 
 def begun(path: Path, process: subprocess.Popen[Any]) -> None:
-    """Wait for the first run to begin, or for the study to end all by itself."""
-    wait_for(lambda: bool(list(path.with_suffix("").glob(".partial-*"))) or process.poll() is not None, 60)
+    """Wait for a run to begin, or for the study to end all by itself; what an earlier one left does not count."""
+    left = at_work(path)
+    wait_for(lambda: bool(at_work(path) - left) or process.poll() is not None, 60)
+
+
+def at_work(path: Path) -> set[str]:
+    return {folder.name for folder in path.with_suffix("").glob(".partial-*")}
 
 
 def kernels(process: psutil.Process) -> list[psutil.Process]:
@@ -434,3 +439,48 @@ def test_dask_workers_end_with_their_study(write) -> None:
         process.send_signal(signal.SIGKILL)
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
     assert not results_of(path)
+
+
+GENERATES = """
+import json, pathlib
+import locogen as loco
+pair = loco.concept(concept).pairs[0]
+run = loco.generate(
+    loco.load(model), [pair.prompt, pair.target], seeds=range(seeds), num_inference_steps=2, store=store, progress=False
+)
+sizes = [picture.size for picture in run.pictures]
+pathlib.Path(results, "finding.json").write_text(json.dumps({"pictures": len(run), "settings": {"sizes": sizes}}))
+"""
+
+
+@needs_signals
+@pytest.mark.slow
+def test_forty_runs_with_dask_and_a_worker_killed_end_complete(tmp_path: Path) -> None:
+    """Two models that differ, four concepts, five numbers of seeds; a worker dies when a fifth is done."""
+    import tiny
+
+    for name, width in (("a", 8), ("b", 16)):
+        tiny.pipeline(block_out_channels=(width, width, 16, 16)).save_pretrained(tmp_path / name)
+    parameters = (
+        'concept: str = ""  # an id\nmodel: str = ""  # a folder\nseeds: int = 1  # how many\n'
+        'store: str = ""  # pictures\nresults: str = ""  # tables\n'
+    )
+    write_notebook(tmp_path / "generates.ipynb", GENERATES, parameters=parameters)
+    path = tmp_path / "forty.toml"
+    path.write_text(
+        'notebook = "generates.ipynb"\nmodels = ["./a", "./b"]\n'
+        'concepts = ["mini/neon", "mini/owl", "mini/cat", "mini/robot"]\n[grid]\nseeds = [1, 2, 3, 4, 5]\n'
+    )
+    start = command(path, "--engine", "dask", "--workers", "2")
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(list(path.with_suffix("").glob("[!.]*/result.json"))) >= 8, 600)
+        before = workers(psutil.Process(process.pid))
+        before[0].kill()
+        out, error = process.communicate(timeout=1800)
+    assert len(before) == 2 and process.returncode == 0 and error == "", error
+    runs = read_study(path)[2]
+    assert len(runs) == 40 and {run.state for run in runs} == {"done"} and out.count(" done in ") == 40
+    for run in runs:
+        told = json.loads((run.folder / "result.json").read_text())
+        assert told["pictures"] == 2 * run.parameters["seeds"] and told["model"] == run.parameters["model"]
+    assert not list(path.with_suffix("").glob(".[pog]*-*"))
