@@ -10,7 +10,7 @@ from typing import Any
 from .errors import LocogenError
 from .pages import facts, html, link, page, table
 from .results import Finished, read_table
-from .worker import notebook_file
+from .parameters import notebook_file
 
 TOLD = ("model", "pictures")  # settings that the table of runs has
 MOST = 8  # names of runs in one cell

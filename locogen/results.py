@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from .errors import LocogenError
 from .plan import Window
-from .study import slugify
+from .planning import slugify
 from .tables import findings, rows_of, strip_rows
 
 if TYPE_CHECKING:

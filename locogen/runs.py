@@ -23,6 +23,7 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.families import cut_words, family_of
+from locogen.heartbeat import beat
 from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
 from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, content_key
@@ -239,6 +240,7 @@ def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chos
     from tqdm import tqdm
 
     states = _encoded(pipe, list(missing.values()))
+    beat.ask(len(missing))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
     with bar:
         for batch in _batches(list(missing.items()), chosen.batch_size):
@@ -249,6 +251,7 @@ def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chos
                     shelf.put(key, (pixels * 255).round().astype("uint8"))
             _check_finite([row for _, row in batch], finite)
             bar.update(len(batch))
+            beat.add(len(batch))
 
 
 def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

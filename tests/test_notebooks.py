@@ -13,8 +13,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from locogen.parameters import parameters_of
 from locogen.study import read_study, run_study
-from locogen.worker import parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
