@@ -110,7 +110,7 @@ class Explorer:
         share = "" if missing(row["share"]) else f", {number(100 * row['share'], 0)} % of the ceiling"
         starred = " ★ the carrier." if self.carriers[look.concept].start == look.first else ""
         effect = number(row["estimate"], digits) + interval(row, digits)
-        return f"{look.concept}, {look.window}: effect {effect}{share}, over {int(row['n'])} pictures.{starred}"
+        return f"{look.concept}, {look.window}: effect {effect}{share}, n = {int(row['n'])}.{starred}"
 
     def show(self, look: Look) -> list[Shown]:
         """The baseline, the window and the ceiling of the look; then edited and clamped, where it asks for these.
@@ -154,7 +154,7 @@ class Explorer:
             if key not in self._kept:
                 with clamp(self.pipe, self._neurons(look).top(look.neurons)):
                     (self._kept[key],) = self._make([row], besides="contexts")
-            yield Shown(f"{look.neurons} neurons of each matrix of {look.window} clamped", self._kept[key])
+            yield Shown(f"{look.window} with {look.neurons} of each matrix’ neurons clamped", self._kept[key])
 
     def _make(self, rows: list[Intervention], *, besides: str = "") -> list[Image]:
         """Pictures with the run's settings; all of these are compared with the run's, `besides` the one in force."""

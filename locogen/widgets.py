@@ -71,15 +71,16 @@ class ExplorerBox(ipywidgets.VBox):
 
     def _make_controls(self, look: Look) -> None:
         explorer, live = self.explorer, self.explorer.pipe is not None
-        usual: dict[str, Any] = dict(style={"description_width": "5em"}, continuous_update=False)
+        usual: dict[str, Any] = dict(style={"description_width": "6.5em"}, continuous_update=False)
         prompts = [pair.prompt for pair in explorer.concepts[look.concept].pairs]
         self.cells = {name: self._row(name, place) for place, name in enumerate(explorer.concepts)}
         self.prompt = ipywidgets.Dropdown(options=prompts, description="prompt", style=usual["style"])
+        self.prompt.layout.width = "min(36em, 100%)"
         self.seed = ipywidgets.BoundedIntText(look.seed, 0, 2**31 - 1, description="seed", **usual)
         chosen, last = (look.first, look.last), explorer.n_layers - 1
         self.window = ipywidgets.IntRangeSlider(value=chosen, min=0, max=last, description="layers", **usual)
         self.strength = ipywidgets.FloatSlider(
-            0, min=0, max=2, step=0.25, description="edit", disabled=not live, **usual
+            0, min=0, max=2, step=0.25, description="edit strength", disabled=not live, **usual
         )
         self.neurons = ipywidgets.IntSlider(0, min=0, max=1, description="neurons", disabled=not live, **usual)
         self.strength.tooltip = "how much of an edit of these layers is applied; 0: none"
@@ -204,7 +205,7 @@ def _figure(shown: Shown, before: float | None) -> str:
     if shown.score is not None:
         change = "" if before in (None, shown.score) else f" ({shown.score - before:+.2f})".replace("-", "−")
         score = f"<br>CLIP-score {number(shown.score)}{change}"
-    picture = _image(_png(shown.picture), shown.label, PICTURE)
+    picture = _image(_png(shown.picture), shown.label, PICTURE, "image-rendering: pixelated")
     caption = f"<figcaption>{escape(shown.label)}{score}</figcaption>"
     return f'<figure style="margin: 0; width: {PICTURE}px">{picture}{caption}</figure>'
 
@@ -216,7 +217,8 @@ def _png(picture: Image) -> bytes:
     return buffer.getvalue()
 
 
-def _image(png: bytes, alt: str, width: int) -> str:
+def _image(png: bytes, alt: str, width: int, style: str = "") -> str:
     data = base64.b64encode(png).decode()
-    style = "image-rendering: pixelated; max-width: 100%"
-    return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{data}">'
+    return (
+        f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" src="data:image/png;base64,{data}">'
+    )
