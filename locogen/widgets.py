@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from locogen.runs import Run
 
-PICTURE = 160  # pixels across on the screen; small pictures are enlarged square by square
+PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
 STYLE = """
 .{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
 .{name} .widget-toggle-button {{ white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px; }}
@@ -186,7 +186,8 @@ class ExplorerBox(ipywidgets.VBox):
     def _ipython_display_(self) -> None:
         """The live widget, and beside it its twin, which a style within the widget hides while that lives."""
         self._displayed = True
-        display(self._repr_mimebundle_(), raw=True)
+        live = self._repr_mimebundle_() or {}
+        display({kind: live[kind] for kind in live if kind != "text/plain"}, raw=True)  # pages would show the text
         display(HTML(self.twin()), display_id=self._name)
 
 
