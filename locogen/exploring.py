@@ -112,8 +112,8 @@ class Explorer:
         effect = number(row["estimate"], digits) + interval(row, digits)
         return f"{look.concept}, {look.window}: effect {effect}{share}, n = {int(row['n'])}.{starred}"
 
-    def show(self, look: Look) -> list[Shown]:
-        """The baseline, the window and the ceiling of the look; then edited and clamped, where it asks for these.
+    def show(self, look: Look) -> Iterator[Shown]:
+        """The baseline, the window and the ceiling of the look; then edited and clamped, each when it is made.
 
         Raises `LocogenError` for pictures that the run has not when there is no model to make them.
         """
@@ -126,7 +126,8 @@ class Explorer:
             ),
         }
         found = self._pictures(list(rows.values()))
-        return [Shown(label, *one) for label, one in zip(rows, found, strict=True)] + list(self._changed(look))
+        yield from (Shown(label, *one) for label, one in zip(rows, found, strict=True))
+        yield from self._changed(look)
 
     def _pictures(self, rows: Sequence[Intervention]) -> list[tuple[Image, float | None]]:
         """Of the unedited model: from the run, from memory, or made now, all that are missing in one batch."""

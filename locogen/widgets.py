@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from locogen.runs import Run
 
 PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
+AT_ONCE = 3  # baseline, window and ceiling come together
 STYLE = """
 .{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
 .{name} .widget-toggle-button {{ white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px; }}
@@ -153,7 +154,11 @@ class ExplorerBox(ipywidgets.VBox):
             for name, row in self.cells.items():
                 row.value = look.first if swept and name == self._concept else None
             self.status.value = "<p role='status'>Making pictures …</p>"
-            self.pictures.value = _figures(self.explorer.show(look))
+            shown = []
+            for one in self.explorer.show(look):  # the slow ones come last: show the others meanwhile
+                shown.append(one)
+                if len(shown) >= AT_ONCE:
+                    self.pictures.value = _figures(shown)
             self.status.value = f"<p role='status'>{escape(self.explorer.finding(look))}</p>"
         except LocogenError as error:
             self.pictures.value = ""

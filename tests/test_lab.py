@@ -25,7 +25,7 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, wherever it is scrolled to
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
-TIMEOUT = 100_000  # milliseconds; how long it takes is measured elsewhere
+TIMEOUT = 240_000  # milliseconds; how long it takes is measured elsewhere
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
 

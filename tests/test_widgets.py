@@ -68,7 +68,7 @@ def made(pipe: Any, row: Intervention) -> bytes:
 
 def test_the_run_s_own_pictures_are_shown(run: Run) -> None:
     """Baseline, window and ceiling of the prompt and seed asked for, with the scores of the table."""
-    shown = Explorer(run).show(look())
+    shown = list(Explorer(run).show(look()))
     table = run.table[(run.table.prompt == "a dog in blue") & (run.table.seed == 1)]
     rows = [table[table.role == role].index[0] for role in ("baseline", "ceiling")]
     rows.insert(1, table[(table.role == "window") & (table.start == 3)].index[0])
@@ -81,7 +81,7 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
     """Another seed and window, an edit and a clamp: the pictures that the plain functions make; nothing stays."""
     before = fingerprint(pipe)
     explorer = Explorer(run, pipe, {"tokens": "end", "ridge": 0.5})
-    shown = explorer.show(look(seed=7, last=9, strength=0.5, neurons=3))
+    shown = list(explorer.show(look(seed=7, last=9, strength=0.5, neurons=3)))
     plain = Intervention("a dog in blue", "a dog", (), 7)
     layers = range(3, 10)
     with fit_edit(pipe, concept("blue"), layers=layers, tokens="end", ridge=0.5).applied(pipe, 0.5):
@@ -101,11 +101,11 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
 def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer(run, pipe)
     asked = look(seed=3, strength=1.0, neurons=1)
-    first = explorer.show(asked)
+    first = list(explorer.show(asked))
     monkeypatch.setattr("locogen.exploring.generate", lambda *args, **options: pytest.fail("made again"))
     assert [one.picture for one in explorer.show(asked)] == [one.picture for one in first]
     with pytest.raises(pytest.fail.Exception):  # the twin: this one was not asked for before
-        explorer.show(look(seed=4))
+        list(explorer.show(look(seed=4)))
 
 
 def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
