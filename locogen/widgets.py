@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
 AT_ONCE = 3  # baseline, window and ceiling come together
+LIFELESS = "In Jupyter this can be clicked. Here stands what was looked at last:"
 STYLE = """
 .{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
 .{name} .widget-toggle-button {{ white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px; }}
-.{name} .widget-toggle-button.mod-active {{ outline: 3px solid var(--jp-ui-font-color1, #111); outline-offset: -1px; }}
+.{name} .mod-active {{ outline: 3px solid #111; outline-offset: -3px; box-shadow: 0 0 0 2px #fff; font-weight: bold; }}
 .{name} .widget-toggle-button:focus-visible {{ outline: 3px dashed var(--jp-brand-color1, #1976d2); }}
 .{name} .widget-html-content {{ line-height: 1.4; overflow: visible; }}
 .{name}-twin {{ display: none; }}
@@ -191,8 +192,7 @@ class ExplorerBox(ipywidgets.VBox):
     def _ipython_display_(self) -> None:
         """The live widget, and beside it its twin, which a style within the widget hides while that lives."""
         self._displayed = True
-        live = self._repr_mimebundle_() or {}
-        display({kind: live[kind] for kind in live if kind != "text/plain"}, raw=True)  # pages would show the text
+        display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
         display(HTML(self.twin()), display_id=self._name)
 
 
