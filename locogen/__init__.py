@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
     from .runs import Run, generate
     from .score import Scorer, scorer
+    from .widgets import explore
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "describe",
     "effect",
     "evaluate",
+    "explore",
     "find_layers",
     "find_neurons",
     "fit_edit",
@@ -91,6 +93,7 @@ _PUBLIC = {
     "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
+    "widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,9 @@ def load(name: str | Path, *, device: str | None = None, dtype: str = "float32",
     errors = []
     for place, source in enumerate(sources):
         try:
-            pipe = _fetch(
-                source, revision if place == 0 else revision and "main", getattr(torch, dtype), local_files_only
-            )
+            with _muted("transformers.utils.import_utils"):  # "install torchvision": we do without on purpose
+                at = revision if place == 0 else revision and "main"
+                pipe = _fetch(source, at, getattr(torch, dtype), local_files_only)
             break
         except (OSError, ValueError, SafetensorError) as error:  # ValueError: a folder that is not there
             errors.append(error)
@@ -38,17 +41,30 @@ def load(name: str | Path, *, device: str | None = None, dtype: str = "float32",
     family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(device or "cpu", getattr(torch, dtype))
+        with _muted("diffusers.models.modeling_utils"):  # it warns of an empty list of modules
+            return pipe.to(device or "cpu", getattr(torch, dtype))
     except (AssertionError, RuntimeError) as error:
         raise LocogenError(f"device {device!r} is not to be had ({error}): take 'cpu', 'cuda' or 'mps'") from error
 
 
+@contextmanager
+def _muted(name: str) -> Iterator[None]:
+    """Within the context, one logger of the libraries underneath gives no advice; errors it tells."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
+    from diffusers.utils import logging as bars
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         return DiffusionPipeline.from_pretrained(
             source,
@@ -60,7 +76,7 @@ def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool
         )
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
 
 
 def _has_checker(source: str) -> bool:

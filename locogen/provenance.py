@@ -9,8 +9,8 @@ from typing import Any
 
 from .errors import LocogenError
 from .pages import facts, html, link, page, table
-from .results import Finished, read_table
 from .parameters import notebook_file
+from .results import Finished, read_table
 
 TOLD = ("model", "pictures")  # settings that the table of runs has
 MOST = 8  # names of runs in one cell

@@ -73,6 +73,7 @@ class Run:
     pictures: Pictures
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)
+    made_by: weakref.ref[Any] | None = field(default=None, repr=False)  # the pipeline, as long as somebody keeps it
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -138,7 +139,7 @@ def generate(
     pictures = Pictures(shelf, keys)
     if store is None:
         weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
-    return Run(tuple(plan), pictures, table, settings)
+    return Run(tuple(plan), pictures, table, settings, weakref.ref(pipe))
 
 
 def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None) -> list[Intervention]:
