@@ -76,10 +76,12 @@ def main() -> None:
             for name, job in measured.items():
                 taken.setdefault(name, []).append(timed(job))
     seconds = {name: values[1:] for name, values in taken.items()}
-    medians = {name: [round(statistics.median(part), 3) for part in zip(*each)] for name, each in seconds.items()}
-    medians["overhead of the command"] = apart(
-        medians, "locogen run, a study of one notebook", "papermill, one notebook"
-    )
+    medians = {
+        name: [round(statistics.median(part), 3) for part in zip(*values, strict=True)]
+        for name, values in seconds.items()
+    }
+    whole = apart(medians, "locogen run, a study of one notebook", "papermill, one notebook")
+    medians["overhead of the command"] = whole
     medians["overhead of a run"] = apart(medians, "a run within a study", "papermill within Python")
     print("   clock  processor")
     for name, (clock, processor) in medians.items():
