@@ -174,13 +174,13 @@ def _cell(entry: Entry, scale: Scale) -> str:
     data = {"state": entry.state, "kind": entry.kind}
     title = f"{_run_link(run, entry.name)}: " if entry.name else ""
     if not row:
-        inner = f"<p>{title}{failure(run, at=f'{run.address}/')} {_run_link(run, 'page')}</p>"
+        inner = f"<p>{title}{failure(run, at=f'{run.address}/')} {_run_link(run, 'its page')}</p>"
     else:
         if row["start"] is not None:
             data |= {"start": row["start"], "estimate": row["estimate"], "share": row["share"]}
         strip = link(f"{run.address}/index.html", _strip(entry, scale))
-        words = _run_link(run, _place(row)) if not title else html(_place(row))
-        inner = f'{strip}<p>{title}<strong class="place">{words}</strong> {html(_effect(row))} {_verdict(entry)}</p>'
+        place = f'<strong class="place">{_run_link(run, _place(row))}</strong> ' if row["start"] is not None else ""
+        inner = f"{strip}<p>{title}{place}{html(_effect(row))} {_verdict(entry)}</p>"
         inner += f'<p class="soft">{_pictures(entry, IN_INDEX)} {_data(run)}</p>'
     attributes = "".join(f' data-{name}="{escape(str(v))}"' for name, v in data.items() if not missing(v) and v != "")
     return f'<div class="run"{attributes}>{inner}</div>'

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import LocogenError
-from .pages import facts, html, link, page, table
+from .pages import Html, facts, html, link, page, table
 from .parameters import notebook_file
 from .results import Finished, read_table
 
@@ -121,7 +121,8 @@ def _line(run: Finished) -> list[Any]:
     count = ("number", told.get("pictures", "–"))
     time = ("number", duration(told.get("seconds")))
     name = link(f"{run.address}/index.html", run.folder.name)
-    return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, _moment(told.get("finished"))]
+    ended = Html('<strong class="bad">failed</strong>') if run.error else _moment(told.get("finished"))
+    return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, ended]
 
 
 def _seeds(run: Finished) -> str:

@@ -207,6 +207,9 @@ def test_pages_print_well(reports: Path, opened: Any) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 718, name
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert page.locator("nav").is_hidden()
+        assert page.evaluate("getComputedStyle(document.querySelector('table')).display") == "table", (
+            "no cards on paper"
+        )
         assert page.locator("#controls").count() == 0 or page.locator("#controls").is_hidden()
         assert page.evaluate("getComputedStyle(document.querySelector('main')).color") == "rgb(0, 0, 0)"
         assert page.pdf(format="A4").startswith(b"%PDF")
