@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from locogen import solve
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, end_position, family_of, subject_positions
+from locogen.families import denoiser_of, encode, end_position, family_of, subject_positions
 from locogen.layers import find_layers
 from locogen.patches import Patch, digest_of, put_on, take_off, weights_of
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
@@ -249,7 +249,7 @@ def ordinary_covariance(pipe: Any, captions: Iterable[str]) -> Tensor:
 
 
 def _encode(pipe: Any, prompt: str) -> Tensor:
-    return family_of(pipe).encode(pipe, [prompt])[0].double()
+    return encode(pipe, [prompt]).states[0].double()
 
 
 def _states(pipe: Any, told: Sequence[Phrasing], tokens: Tokens) -> tuple[Tensor, Tensor]:

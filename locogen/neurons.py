@@ -13,7 +13,7 @@ from locogen import stats
 from locogen.clamping import Place, Selection
 from locogen.edit import TOKENS, Tokens
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, end_position, family_of, subject_positions
+from locogen.families import denoiser_of, encode, end_position, family_of, subject_positions
 from locogen.hooks import active_contexts
 from locogen.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, exchanged, own_phrasings
@@ -165,7 +165,7 @@ def _score(pipe: Any, name: str, layers: Sequence[Layer], asked: Sequence[_Quest
 
     family, denoiser = family_of(pipe), denoiser_of(pipe)
     have, lack = (
-        family.encode(pipe, texts).to(denoiser.device, denoiser.dtype)
+        encode(pipe, texts).states.to(denoiser.device, denoiser.dtype)
         for texts in ([q.source for q in asked], [q.target for q in asked])
     )  # (prompts, tokens, width)
     parts, without = [], {}

@@ -10,7 +10,8 @@ from locogen.errors import LocogenError
 
 Kind = Literal["style", "object", "fact"]
 KINDS: tuple[Kind, ...] = ("style", "object", "fact")
-Role = Literal["baseline", "window", "ceiling", "placebo", "insert"]
+Role = Literal["baseline", "window", "ceiling", "placebo", "insert", "timesteps"]
+Pooled = Literal["keep", "target"]
 
 _OPENINGS = (
     ("a picture of ", "an image of "),
@@ -106,8 +107,10 @@ class Concept:
 class Intervention:
     """One picture to make: the layers in `layers` hear `target`, the rest hear `prompt`; `()` is the baseline.
 
-    Layers are 0-based in execution order. `role`, `start` and `width` say what the row is for; they do not change
-    the picture.
+    Layers are 0-based in execution order. `timesteps`: the first and the last denoising step, counted from 0, at which
+    they hear it; None: all. `pooled`: what is heard beside the layers, where the model has such a path (SD-XL, IF,
+    SD 3, FLUX): "keep", the prompt's, or "target", the target's at the same steps. `role`, `start` and `width` say
+    what the row is for; they do not change the picture.
     """
 
     prompt: str
@@ -117,13 +120,49 @@ class Intervention:
     role: Role = "window"
     start: int | None = None
     width: int | None = None
+    timesteps: tuple[int, int] | None = None
+    pooled: Pooled = "keep"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
         object.__setattr__(self, "seed", int(self.seed))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", _span(self.timesteps))
+        if self.pooled not in ("keep", "target"):
+            raise LocogenError(f"pooled is {self.pooled!r}: take 'keep' or 'target'")
         for field in ("prompt", "target"):
             if not isinstance(getattr(self, field), str):
                 raise LocogenError(f"an intervention's {field} is {getattr(self, field)!r}: give it a text")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the picture is the prompt's own, whatever the target."""
+        return not self.layers and self.pooled == "keep"
+
+
+def _span(given: Any) -> tuple[int, int]:
+    try:
+        first, last = (int(step) for step in given)
+    except (TypeError, ValueError):
+        first, last = 0, -1
+    if not 0 <= first <= last:
+        raise LocogenError(f"timesteps is {given!r}: give the first and the last denoising step, counted from 0")
+    return first, last
+
+
+def riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The targets' own runs that a plan lacks, each once: baselines of the targets, under the same seeds.
+
+    SD 3 and FLUX take what a layer hears from them; for other families they change nothing.
+    """
+    there = {(row.prompt, row.seed) for row in plan if row.is_plain}
+    needed = dict.fromkeys((row.target, row.seed) for row in plan if not row.is_plain)
+    return tuple(Intervention(text, text, (), seed, "baseline") for text, seed in needed if (text, seed) not in there)
+
+
+def with_riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The plan, and behind it the targets' own runs that SD 3 and FLUX need in the same batch."""
+    return (*plan, *riders(plan))
 
 
 @dataclass(frozen=True)

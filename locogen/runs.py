@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from locogen.errors import LocogenError
-from locogen.families import cut_words, family_of
+from locogen.families import cut_words, encode_guided, family_of
 from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
-from locogen.plan import Intervention, Settings, distinct_seeds
+from locogen.plan import Intervention, Settings, distinct_seeds, riders
 from locogen.store import PictureStore, content_key
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
     from torch import Tensor
+
+    from locogen.texts import Text
 
 
 class Pictures(Sequence["Image"]):
@@ -159,9 +161,8 @@ def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
     for prompt in dict.fromkeys(text for row in plan for text in (row.prompt, row.target)):
         if not prompt.strip():
             raise LocogenError("a prompt is empty: give every row a prompt and a target")
-        cut = cut_words(pipe, prompt)
+        cut, limit = cut_words(pipe, prompt)
         if cut:
-            limit = pipe.tokenizer.model_max_length
             warnings.warn(f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}", stacklevel=3)
 
 
@@ -229,20 +230,25 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _key(row: Intervention, common: dict[str, Any]) -> str:
-    """Rows that make the same picture share a key: where no layer is replaced, the target does not matter."""
-    target = row.target if row.layers and row.target != row.prompt else None
-    made = {"prompt": row.prompt, "target": target, "layers": row.layers if target else (), "seed": row.seed}
+    """Rows that make the same picture share a key: where nothing is replaced, the target does not matter."""
+    changed = not row.is_plain and row.target != row.prompt
+    made: dict[str, Any] = {"prompt": row.prompt, "target": row.target if changed else None, "seed": row.seed}
+    made["layers"] = row.layers if changed else ()
+    if changed and row.timesteps is not None:
+        made["timesteps"] = row.timesteps
+    if changed and row.pooled != "keep":
+        made["pooled"] = row.pooled
     return content_key({**common, **made})
 
 
 def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
     from tqdm import tqdm
 
-    states = _encoded(pipe, list(missing.values()))
+    texts = _Texts(pipe, list(missing.values()))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
     with bar:
-        for batch in _batches(list(missing.items()), chosen.batch_size):
-            made = _batch(pipe, [row for _, row in batch], states, chosen)
+        for batch in _batches(list(missing.items()), chosen.batch_size, family_of(pipe).evolves):
+            made = _batch(pipe, [row for _, row in batch], texts, chosen)
             finite = np.isfinite(made).all((1, 2, 3))
             for (key, _), pixels, good in zip(batch, made, finite, strict=True):
                 if good:
@@ -251,31 +257,59 @@ def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chos
             bar.update(len(batch))
 
 
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    yield from (rows[start : start + size] for start in range(0, len(rows), size))
+Keyed = tuple[str, Intervention]
 
 
-def _encoded(pipe: Any, plan: Sequence[Intervention]) -> dict[str, Tensor]:
-    """Text states of each distinct prompt, encoded alone so that its neighbors cannot move a bit."""
-    texts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-    encode = family_of(pipe).encode
-    return {text: encode(pipe, [text])[0] for text in [*texts, ""]}
+def _batches(rows: Sequence[Keyed], size: int, ridden: bool) -> Iterator[Sequence[Keyed]]:
+    """As many rows as fit a batch, with the targets' own runs that must ride along where they must."""
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and _places([row for _, row in rows[start : end + 1]], ridden) <= size:
+            end += 1
+        yield rows[start:end]
+        start = end
 
 
-def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], chosen: Settings) -> Any:
+def _places(rows: Sequence[Intervention], ridden: bool) -> int:
+    return len(rows) + (len(riders(rows)) if ridden else 0)
+
+
+class _Texts:
+    """Text of each distinct prompt, encoded alone so that its neighbors cannot move a bit; and the negative."""
+
+    def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
+        prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
+        found = {text: encode_guided(pipe, [text]) for text in prompts}
+        self.of = {text: own for text, (own, _) in found.items()}
+        self.negative = next(iter(found.values()))[1]
+
+    def stack(self, prompts: Iterable[str]) -> Text:
+        """One row a prompt."""
+        from locogen.texts import Text
+
+        return Text.stack(self.of[prompt] for prompt in prompts)
+
+    def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What a call of the pipeline takes for these prompts."""
+        negative = {} if self.negative is None else self.negative.expanded(len(prompts)).arguments("negative_")
+        return self.stack(prompts).arguments() | negative
+
+
+def _batch(pipe: Any, rows: Sequence[Intervention], texts: _Texts, chosen: Settings) -> Any:
     """Pictures of one batch in 0..1, (rows, height, width, 3); padded to the batch size by repeating its last row."""
     import torch
 
-    padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
-    prompts = torch.stack([states[row.prompt] for row in padded])
-    targets = torch.stack([states[row.target] for row in padded])
+    family = family_of(pipe)
+    padded = [*rows, *(riders(rows) if family.evolves else ())]
+    padded += [padded[-1]] * (chosen.batch_size - len(padded))
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        with intervene(pipe, padded, targets=targets):
+        with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
             made = pipe(
-                prompt_embeds=prompts,
-                negative_prompt_embeds=states[""].expand_as(prompts),
+                **family.options(pipe),
+                **texts.arguments([row.prompt for row in padded]),
                 generator=generators(padded),
                 num_inference_steps=chosen.num_inference_steps,
                 guidance_scale=chosen.guidance_scale,
@@ -302,9 +336,11 @@ def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
 def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) -> pd.DataFrame:
     import pandas as pd
 
-    columns = ["role", "prompt", "target", "start", "width", "seed"]
+    columns = ["role", "prompt", "target", "start", "width", "seed", "pooled"]
     table = pd.DataFrame([[getattr(row, name) for name in columns] for row in plan], columns=columns)
-    table = table.astype({"start": "Int64", "width": "Int64"})
+    spans = [row.timesteps or (None, None) for row in plan]
+    table["first_timestep"], table["last_timestep"] = zip(*spans, strict=True)
+    table = table.astype(dict.fromkeys(("start", "width", "first_timestep", "last_timestep"), "Int64"))
     table["edit"] = pd.NA
     table["image"] = [f"{key}.png" for key in keys]
     for name, value in chosen.as_dict().items():

@@ -85,7 +85,9 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 def loud(module: torch.nn.Module) -> None:
     """Random weights hardly hear text: turn the text's matrices up, so that a change of prompt shows."""
     for name, value in module.named_parameters():
-        if any(part in name for part in ("attn2.to_k", "attn2.to_v", "attn2.to_out.0.weight", "add_k_proj", "add_v_proj")):
+        if any(
+            part in name for part in ("attn2.to_k", "attn2.to_v", "attn2.to_out.0.weight", "add_k_proj", "add_v_proj")
+        ):
             value.mul_(4)
 
 
