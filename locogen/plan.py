@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from locogen.errors import LocogenError
@@ -219,19 +219,30 @@ def windows(n_layers: int, window: int) -> tuple[Window, ...]:
 
 
 def sweep(
-    concept: Concept, *, n_layers: int, window: int = 2, seeds: Iterable[int], controls: bool = True
+    concept: Concept,
+    *,
+    n_layers: int,
+    window: int = 2,
+    seeds: Iterable[int],
+    controls: bool = True,
+    timesteps: Iterable[tuple[int, int]] = (),
+    pooled: Pooled = "keep",
 ) -> tuple[Intervention, ...]:
     """Every row of LocoGen's experiment on one concept, prompt by prompt and seed by seed.
 
     With `controls`: the baseline, the ceiling (all layers hear the target), the placebo (all layers hear a
     paraphrase) and, beside each window, its insert (only the window hears the prompt): `2 W + 3` rows a prompt and
-    seed. Without: the baseline and the `W` windows.
+    seed. Without: the baseline and the `W` windows. `timesteps`: spans (first, last) of denoising steps, counted from
+    0; each window is then also made with its target heard at each span alone (role "timesteps"), `W` rows a span.
+    `pooled`: see `Intervention`; for every row but the baseline.
     """
     places = windows(n_layers, window)
+    spans = tuple(dict.fromkeys(_span(given) for given in timesteps))
     drawn = distinct_seeds(seeds)
-    return tuple(
-        row for pair in concept.pairs for seed in drawn for row in _rows(pair, seed, places, n_layers, controls)
+    found = (
+        r for pair in concept.pairs for seed in drawn for r in _rows(pair, seed, places, n_layers, controls, spans)
     )
+    return tuple(row if row.role == "baseline" else replace(row, pooled=pooled) for row in found)
 
 
 def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
@@ -248,16 +259,25 @@ def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
 
 
 def _rows(
-    pair: PromptPair, seed: int, places: Sequence[Window], n_layers: int, controls: bool
+    pair: PromptPair,
+    seed: int,
+    places: Sequence[Window],
+    n_layers: int,
+    controls: bool,
+    spans: Sequence[tuple[int, int]],
 ) -> Iterator[Intervention]:
     every = tuple(range(n_layers))
-    yield Intervention(pair.prompt, pair.target, (), seed, "baseline")
+    prompt, target = pair.prompt, pair.target
+    yield Intervention(prompt, target, (), seed, "baseline")
     for place in places:
-        yield Intervention(pair.prompt, pair.target, tuple(place), seed, "window", place.start, place.width)
+        yield Intervention(prompt, target, tuple(place), seed, "window", place.start, place.width)
+    for span in spans:
+        for place in places:
+            yield Intervention(prompt, target, tuple(place), seed, "timesteps", place.start, place.width, span)
     if not controls:
         return
     for place in places:
         rest = tuple(i for i in every if i not in tuple(place))
-        yield Intervention(pair.prompt, pair.target, rest, seed, "insert", place.start, place.width)
-    yield Intervention(pair.prompt, pair.target, every, seed, "ceiling")
-    yield Intervention(pair.prompt, pair.placebo or paraphrase(pair.prompt, pair.target), every, seed, "placebo")
+        yield Intervention(prompt, target, rest, seed, "insert", place.start, place.width)
+    yield Intervention(prompt, target, every, seed, "ceiling")
+    yield Intervention(prompt, pair.placebo or paraphrase(prompt, target), every, seed, "placebo")

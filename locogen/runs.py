@@ -13,7 +13,7 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from locogen.batches import pictures_of
 from locogen.errors import LocogenError
-from locogen.families import cut_words, encode_guided, family_of
-from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
-from locogen.plan import Intervention, Settings, distinct_seeds, riders
+from locogen.families import cut_words
+from locogen.hooks import active_contexts, foreign_hooks
+from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, content_key
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
     from torch import Tensor
-
-    from locogen.texts import Text
 
 
 class Pictures(Sequence["Image"]):
@@ -117,13 +116,16 @@ def generate(
     `plan_or_prompts`: a plan, or prompts which are then paired with every seed (default: seed 0), prompt by prompt.
     `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once,
     each row has its own CPU generator, and the last batch is padded, so a resumed run repeats a fresh one within
-    one step of 8-bit color. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or
-    prompt, non-finite pictures, a batch too large for the memory, or a store that lacks pictures and cannot be
-    written: pictures made so far are kept.
+    one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer where its free memory asks for it, and half
+    as many, with a warning, where memory runs out all the same. SD 3 and FLUX spend places of a batch on the targets'
+    own runs. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or prompt, steps that the
+    call has not, non-finite pictures, a picture too large for the memory, or a store that lacks pictures and cannot
+    be written: pictures made so far are kept.
     """
     plan = _as_plan(plan_or_prompts, seeds)
     chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
     _check_prompts(pipe, plan)
+    _check_timesteps(plan, num_inference_steps)
     shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
     common = _circumstances(pipe, chosen)
     model = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
@@ -164,6 +166,12 @@ def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
         cut, limit = cut_words(pipe, prompt)
         if cut:
             warnings.warn(f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}", stacklevel=3)
+
+
+def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
+    last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
+    if last >= count:
+        raise LocogenError(f"step {last} is not there: num_inference_steps={count} makes the steps 0 to {count - 1}")
 
 
 def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
@@ -244,85 +252,16 @@ def _key(row: Intervention, common: dict[str, Any]) -> str:
 def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
     from tqdm import tqdm
 
-    texts = _Texts(pipe, list(missing.values()))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
+    keys = iter(missing)
     with bar:
-        for batch in _batches(list(missing.items()), chosen.batch_size, family_of(pipe).evolves):
-            made = _batch(pipe, [row for _, row in batch], texts, chosen)
-            finite = np.isfinite(made).all((1, 2, 3))
-            for (key, _), pixels, good in zip(batch, made, finite, strict=True):
+        for rows, made in pictures_of(pipe, list(missing.values()), chosen):
+            finite = [bool(np.isfinite(pixels).all()) for pixels in made]
+            for pixels, good, key in zip(made, finite, keys, strict=False):  # keys last: none is lost at the end
                 if good:
                     shelf.put(key, (pixels * 255).round().astype("uint8"))
-            _check_finite([row for _, row in batch], finite)
-            bar.update(len(batch))
-
-
-Keyed = tuple[str, Intervention]
-
-
-def _batches(rows: Sequence[Keyed], size: int, ridden: bool) -> Iterator[Sequence[Keyed]]:
-    """As many rows as fit a batch, with the targets' own runs that must ride along where they must."""
-    start = 0
-    while start < len(rows):
-        end = start + 1
-        while end < len(rows) and _places([row for _, row in rows[start : end + 1]], ridden) <= size:
-            end += 1
-        yield rows[start:end]
-        start = end
-
-
-def _places(rows: Sequence[Intervention], ridden: bool) -> int:
-    return len(rows) + (len(riders(rows)) if ridden else 0)
-
-
-class _Texts:
-    """Text of each distinct prompt, encoded alone so that its neighbors cannot move a bit; and the negative."""
-
-    def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
-        prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-        found = {text: encode_guided(pipe, [text]) for text in prompts}
-        self.of = {text: own for text, (own, _) in found.items()}
-        self.negative = next(iter(found.values()))[1]
-
-    def stack(self, prompts: Iterable[str]) -> Text:
-        """One row a prompt."""
-        from locogen.texts import Text
-
-        return Text.stack(self.of[prompt] for prompt in prompts)
-
-    def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What a call of the pipeline takes for these prompts."""
-        negative = {} if self.negative is None else self.negative.expanded(len(prompts)).arguments("negative_")
-        return self.stack(prompts).arguments() | negative
-
-
-def _batch(pipe: Any, rows: Sequence[Intervention], texts: _Texts, chosen: Settings) -> Any:
-    """Pictures of one batch in 0..1, (rows, height, width, 3); padded to the batch size by repeating its last row."""
-    import torch
-
-    family = family_of(pipe)
-    padded = [*rows, *(riders(rows) if family.evolves else ())]
-    padded += [padded[-1]] * (chosen.batch_size - len(padded))
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
-            made = pipe(
-                **family.options(pipe),
-                **texts.arguments([row.prompt for row in padded]),
-                generator=generators(padded),
-                num_inference_steps=chosen.num_inference_steps,
-                guidance_scale=chosen.guidance_scale,
-                output_type="np",
-            ).images
-    except torch.OutOfMemoryError as error:
-        raise LocogenError(
-            f"a batch of {chosen.batch_size} pictures does not fit the memory of {pipe._execution_device}: give "
-            "a smaller batch_size=, or load the model with dtype='float16'; pictures made before are kept"
-        ) from error
-    finally:
-        pipe.set_progress_bar_config(**bar)
-    return made[: len(rows)]
+            _check_finite(rows, finite)
+            bar.update(len(rows))
 
 
 def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
