@@ -273,14 +273,21 @@ def active_contexts(pipe: Any) -> tuple[str, ...]:
 
 
 def foreign_hooks(pipe: Any) -> tuple[str, ...]:
-    """Names of the pipeline's modules that carry somebody else's forward hooks, whose effect nobody can key."""
+    """Names of the pipeline's modules that carry somebody else's forward hooks, whose effect nobody can key.
+
+    Those of transformers are the pipeline's own: left behind to collect hidden states (SD-XL, SD 3), changing nothing.
+    """
     found = []
     for part, component in pipe.components.items():
         for name, module in component.named_modules() if hasattr(component, "named_modules") else ():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-            if any(not hasattr(hook, MARK) for hook in hooks):
+            if any(not hasattr(hook, MARK) and not _of_transformers(hook) for hook in hooks):
                 found.append(f"{part}.{name}")
     return tuple(found)
+
+
+def _of_transformers(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def generators(plan: Sequence[Intervention]) -> list[torch.Generator]:

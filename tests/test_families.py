@@ -10,7 +10,7 @@ import torch
 
 from locogen.errors import LocogenError
 from locogen.families import denoiser_of, encode, family_of, subject_positions
-from locogen.hooks import generators, intervene, record
+from locogen.hooks import foreign_hooks, generators, intervene, record
 from locogen.layers import find_layers
 from locogen.plan import Intervention, with_riders
 
@@ -236,6 +236,11 @@ def test_what_is_recorded_is_the_text(pipe):
         pictures(pipe, rows, steps=2)
     tokens = encode(pipe, ["cat"]).states.shape[1]
     assert {states[0].shape[1] for states in heard.values()} == {tokens}
+
+
+def test_no_hook_of_the_pipelines_own_is_taken_for_a_strangers(pipe):
+    pictures(pipe, plan(pipe, ()))
+    assert foreign_hooks(pipe) == ()
 
 
 def test_fluxs_negative_call_is_untouched(pipes):

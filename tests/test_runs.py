@@ -292,7 +292,7 @@ def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypat
 
     monkeypatch.setattr(pipe.transformer, "forward", counting)
     runs = [generate(pipe, plan, **(options | {"batch_size": size})) for size in (1, 3, 8)]
-    assert set(seen) == {4, 6, 16}  # guidance doubles 2, 3 and 8
+    assert set(seen[1:]) == {4, 6, 16}  # after a dry run of one; guidance doubles 2, 3 and 8
     own = generate(pipe, [row.target for row in plan[::2]], seeds=(0, 1), **options)
     for run in runs:
         assert len(run) == len(run.table) == 4 and set(run.table["pooled"]) == {"target"}
