@@ -26,9 +26,18 @@ def _zeros(denoiser: Any, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Zeros where the denoiser computes, the meta device included; under offload, where it will be computed."""
     import torch
 
-    hooked = getattr(denoiser, "_hf_hook", None)
-    device = getattr(hooked, "execution_device", None) or denoiser.device
-    return {name: torch.zeros(shape, device=device, dtype=denoiser.dtype) for name, shape in shapes.items()}
+    device, dtype = _computes_on(denoiser), denoiser.dtype
+    return {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+
+
+def _computes_on(denoiser: Any) -> Any:
+    """Its device, or where accelerate's offload brings its weights when they are needed."""
+    for module in denoiser.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            if getattr(one, "execution_device", None) is not None:
+                return one.execution_device
+    return denoiser.device
 
 
 def unet_inputs(unet: Any) -> dict[str, Any]:

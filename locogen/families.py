@@ -122,6 +122,7 @@ _SD3 = replace(
 )
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
+    "LatentConsistencyModelPipeline": replace(_SD, name="Latent Consistency", encode=texts.encode_lcm),
     "StableDiffusionXLPipeline": replace(
         _SD,
         name="SD-XL",
@@ -147,8 +148,8 @@ FAMILIES: dict[str, Family] = {
         name="FLUX.1",
         built_as=denoisers.built_as("FluxTransformer2DModel"),
         encode=texts.encode_flux,
-        spoken=_t5("tokenizer_2", 512),
-        reader=_reader("tokenizer_2", 512),
+        spoken=texts.spoken_flux,
+        reader=lambda pipe: (pipe.tokenizer_2, texts.flux_limit(pipe)),
         time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
     ),
     "PixArtAlphaPipeline": _PIXART,

@@ -207,7 +207,7 @@ def fingerprint(pipe: Any) -> str:
         digest.update(f"{part} {_described(module)}".encode())
         if not hasattr(module, "state_dict"):
             continue
-        for name, tensor in module.state_dict().items():
+        for name, tensor in _state(module).items():
             digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor))
         for name, layer in module.named_modules():
@@ -215,6 +215,21 @@ def fingerprint(pipe: Any) -> str:
                 told = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged)
                 digest.update(f"{part}.{name} {told}".encode())
     return digest.hexdigest()[:16]
+
+
+def _state(module: Any) -> dict[str, Tensor]:
+    """A module's tensors; those that accelerate keeps off the device, from where it keeps them."""
+    return {n: _kept(module, n) if t.is_meta else t for n, t in module.state_dict().items()}
+
+
+def _kept(module: Any, name: str) -> Tensor:
+    owner, _, own_name = name.rpartition(".")
+    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            return kept[own_name]
+    raise LocogenError(f"the weight {name} is on the meta device: load the model's weights first")
 
 
 def _described(component: Any) -> str:

@@ -79,6 +79,11 @@ def encode_sd(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     return Text(states), Text(negative) if guided else None
 
 
+def encode_lcm(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
+    """As Stable Diffusion, but never with a negative: its guidance was distilled into a number."""
+    return encode_sd(pipe, prompts, False)
+
+
 def encode_sdxl(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     """Two CLIPs side by side, each one's last but one hidden states; the pooled vector is the second one's."""
     found = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
@@ -97,8 +102,13 @@ def _with_pooled(states: Tensor, negative: Any, pooled: Tensor, negative_pooled:
 
 def encode_flux(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     """T5, and CLIP's pooled vector. FLUX is guided by a number, not by a negative prompt."""
-    states, pooled, _ = pipe.encode_prompt(list(prompts))
+    states, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=flux_limit(pipe))
     return Text(states, pooled=pooled), None
+
+
+def flux_limit(pipe: Any) -> int:
+    """How many tokens FLUX hears: schnell, which is told no guidance, was made for half as many as dev."""
+    return 512 if pipe.transformer.config.guidance_embeds else 256
 
 
 def encode_if(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
@@ -132,6 +142,11 @@ def spoken_sd3(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     limit = pipe.tokenizer_max_length
     clips = spoken_by(pipe.tokenizer, prompt, limit)
     return (clips, spoken_by(pipe.tokenizer_3, prompt, 256, limit)) if pipe.text_encoder_3 is not None else (clips,)
+
+
+def spoken_flux(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+    """In T5's states."""
+    return (spoken_by(pipe.tokenizer_2, prompt, flux_limit(pipe)),)
 
 
 def spoken_sana(pipe: Any, prompt: str) -> tuple[Spoken, ...]:

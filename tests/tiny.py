@@ -17,6 +17,8 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     IFPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -143,6 +145,13 @@ def pipeline(**unet_changes: Any) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
     )
+
+
+def lcm() -> LatentConsistencyModelPipeline:
+    plain = pipeline(time_cond_proj_dim=8)
+    parts = {**plain.components, "scheduler": LCMScheduler()}
+    parts.pop("image_encoder")
+    return quiet(LatentConsistencyModelPipeline(**parts, requires_safety_checker=False))
 
 
 @functools.cache
@@ -380,6 +389,7 @@ def sana(**changes: Any) -> SanaPipeline:
 
 FAMILIES: dict[str, Any] = {
     "sd": pipeline,
+    "lcm": lcm,
     "sd-xl": sdxl,
     "if": deepfloyd,
     "sd-3": sd3,
