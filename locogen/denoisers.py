@@ -5,13 +5,15 @@ Small functions that `families.FAMILIES` puts together; none asks which pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from locogen.texts import Text
 
 Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor that the denoiser is called with
 Hook = tuple[Callable[..., Any], Callable[..., Any]]  # what registers a hook, and the hook
@@ -35,8 +37,9 @@ def _computes_on(denoiser: Any) -> Any:
     for module in denoiser.modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", (hook,)):
-            if getattr(one, "execution_device", None) is not None:
-                return one.execution_device
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return device
     return denoiser.device
 
 
@@ -151,6 +154,19 @@ def captioned(denoiser: Any, states: Tensor) -> Tensor:
 def normed(attention: Any, heard: Tensor) -> Tensor:
     """DeepFloyd's layers norm all tokens of a prompt together before their matrices read them."""
     return attention.norm_encoder_hidden_states(heard) if attention.norm_cross else heard
+
+
+def pooled_entry(unet: Any, text: Text, places: Sequence[int]) -> Tensor:
+    """What SD-XL's `add_embedding.linear_1` reads of a text, (1, width): the pooled vector, and nothing of the size."""
+    assert text.pooled is not None
+    rows = text.pooled.new_zeros(1, unet.add_embedding.linear_1.in_features)
+    rows[:, : text.pooled.shape[1]] = text.pooled
+    return rows
+
+
+def embedder_entry(denoiser: Any, text: Text, places: Sequence[int]) -> Tensor:
+    """What the `context_embedder` of SD 3 and FLUX reads of a text at some positions, (positions, width)."""
+    return text.states[0, list(places)]
 
 
 def unet_with(addition: str | None) -> Callable[[Any], bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from locogen import denoisers, texts
 from locogen.denoisers import Change, Hook
@@ -43,6 +43,10 @@ class Family:
     beside the layers; None where it does not. `evolves`: text changes from block to block, so that a target is heard
     from its own run in the same batch (patching) and not from its encoding. `time(pipe, given)`: the scheduler's
     timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes.
+
+    For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
+    where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
+    `entry_reads(denoiser, text, places)`, what it reads of a text.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Family:
     evolves: bool = False
     time: Callable[[Any, Any], Any] = _given_time
     options: Callable[[Any], dict[str, Any]] = _nothing
+    tokens: Literal["last_subject", "subject"] = "last_subject"
+    entry: str | None = None
+    entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
 
 
 def _reader(tokenizer: str, limit: int | None = None) -> Callable[[Any], tuple[Any, int]]:
@@ -106,6 +113,7 @@ _PIXART = replace(
     reader=_reader("tokenizer", 120),
     heard=denoisers.captioned,
     options=_exact_size,
+    tokens="subject",
 )
 _SD3 = replace(
     _SD,
@@ -119,6 +127,9 @@ _SD3 = replace(
     matrices=denoisers.added_keys_and_values,
     pooled=denoisers.pooled_projections,
     evolves=True,
+    tokens="subject",
+    entry="context_embedder",
+    entry_reads=denoisers.embedder_entry,
 )
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
@@ -129,6 +140,8 @@ FAMILIES: dict[str, Family] = {
         built_as=denoisers.unet_with("text_time"),
         encode=texts.encode_sdxl,
         pooled=denoisers.added_text,
+        entry="add_embedding.linear_1",
+        entry_reads=denoisers.pooled_entry,
     ),
     "IFPipeline": replace(
         _SD,
@@ -141,6 +154,7 @@ FAMILIES: dict[str, Family] = {
         heard=denoisers.projected,
         read=denoisers.normed,
         pooled=denoisers.pooled_inside,
+        tokens="subject",
     ),
     "StableDiffusion3Pipeline": _SD3,
     "FluxPipeline": replace(
@@ -161,6 +175,7 @@ FAMILIES: dict[str, Family] = {
         name="Sana",
         built_as=denoisers.built_as("SanaTransformer2DModel"),
         spoken=texts.spoken_sana,
+        tokens="last_subject",
         reader=_reader("tokenizer", 300),
         time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
     ),
@@ -217,7 +232,7 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
     `encoder`: which of several that lie one after another along the tokens (SD 3: the CLIPs, then T5). Raises
     `LocogenError` where the prompt does not hold the subject, or is cut before its end.
     """
-    told = family_of(pipe).spoken(pipe, prompt)[encoder]
+    told = spoken(pipe, prompt)[encoder]
     for words in (subject, f" {subject}"):  # tokenizers that spell a word otherwise behind a space
         wanted = tuple(told.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
         for start in range(len(told.ids) - len(wanted), -1, -1):
@@ -228,6 +243,11 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
     )
 
 
+def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+    """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
+    return family_of(pipe).spoken(pipe, prompt)
+
+
 def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
-    """Where the encoded prompt ends: the position of its (first) end mark."""
-    return family_of(pipe).spoken(pipe, prompt)[encoder].end
+    """Where the encoded prompt ends: the position of its (first) end mark, or of its last word where there is none."""
+    return spoken(pipe, prompt)[encoder].end
