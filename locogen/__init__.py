@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .localization import carrier, effect, localize
     from .models import load
     from .neurons import Neurons, find_neurons
-    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
-    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
+    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
+    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
     from .runs import Run, generate
     from .score import Scorer, scorer
     from .widgets import explore
@@ -70,11 +70,13 @@ __all__ = [
     "plot_evaluation",
     "plot_scores",
     "plot_strip",
+    "plot_timesteps",
     "probes_for",
     "record",
     "scorer",
     "sweep",
     "undo_all",
+    "with_riders",
 ]
 
 # module -> the public names it defines
@@ -89,8 +91,16 @@ _PUBLIC = {
     "localization": ("carrier", "effect", "localize"),
     "models": ("load",),
     "neurons": ("Neurons", "find_neurons"),
-    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
-    "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
+    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
+    "plots": (
+        "describe",
+        "plot_curve",
+        "plot_effect",
+        "plot_evaluation",
+        "plot_scores",
+        "plot_strip",
+        "plot_timesteps",
+    ),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
     "widgets": ("explore",),

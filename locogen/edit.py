@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen import solve
 from locogen.editfiles import read_edit, write_edit, write_lora
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, end_position, family_of, subject_positions
-from locogen.layers import find_layers
+from locogen.families import denoiser_of, family_of
+from locogen.fitting import Fit, Options
+from locogen.layers import Layer, find_layers
 from locogen.patches import Patch, digest_of, is_on, put_on, take_all_off, take_off, weights_of
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
+from locogen.readings import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Tokens = Literal["last_subject", "subject", "end", "all"]
-TOKENS: tuple[Tokens, ...] = ("last_subject", "subject", "end", "all")
 EDIT_FORMAT = 1  # of the file; raised when its meaning changes
 
 
@@ -102,7 +101,10 @@ class Edit:
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
         as `alpha` so that the scale is 1.
         """
-        write_lora(Path(path), self.name, self.changes, style)
+        denoiser = self.recipe.get("denoiser", "unet")
+        if style == "kohya" and denoiser != "unet":
+            raise LocogenError("kohya-style names are those of U-Nets: take style='diffusers' for this model")
+        write_lora(Path(path), self.name, self.changes, style, denoiser)
 
     def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:
         """Write the whole pipeline with the edit merged, in diffusers' format; the pipeline itself stays as it is."""
@@ -130,33 +132,6 @@ def undo_all(pipe: Any) -> None:
     take_all_off(denoiser_of(pipe))
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an edit is fitted; see `fit_edit`."""
-
-    ridge: float = 0.01
-    ridge_v: float | None = None
-    tokens: Tokens = "last_subject"
-    preserve: tuple[str, ...] = ()
-    preserve_weight: float = 1.0
-    null_space: bool = False
-    ordinary: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise LocogenError(f"tokens is {self.tokens!r}: take one of {', '.join(TOKENS)}")
-        if self.null_space and not self.preserve:
-            raise LocogenError("null_space keeps the preserved prompts exactly: give preserve= some prompts")
-        if self.null_space and self.ordinary:
-            raise LocogenError("null_space and ordinary are two ways to keep the rest: give one of them")
-        if not 0 < self.preserve_weight < math.inf:
-            raise LocogenError(f"preserve_weight is {self.preserve_weight}: give a finite number above 0")
-        for name in ("preserve", "ordinary"):
-            if isinstance(getattr(self, name), str):
-                raise LocogenError(f"{name} is one text, {getattr(self, name)!r}: give a list of prompts")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
-
 def fit_edit(
     pipe: Any,
     concept: Concept | Sequence[Concept],
@@ -174,12 +149,17 @@ def fit_edit(
     what the concept turns into, "a cat"; without it styles and objects go. `layers`: a window, or any ints.
 
     Options, see `Options`: `ridge` λ of keys (and of values, unless `ridge_v`): small follows the target, large
-    keeps the weights. `tokens`, which states are edited: "last_subject", where CLIP gathers the subject (the
-    published choice); "subject", each of its tokens, for names of many; "end", the state after the prompt, for text
-    towers that gather there; "all", every position, padding included, against the target's same position (TIME's
-    choice: strong, and harmful to neighbors). `preserve`: prompts whose states should go where they went, weighted
-    by `preserve_weight` (UCE); with `null_space`, exactly. `ordinary`: captions whose covariance says which
-    directions are dear (MEMIT).
+    keeps the weights. `tokens`, which states are edited (None: the family's, see below): "last_subject", where CLIP
+    gathers the subject (the published choice); "subject", each of its tokens, for names of many; "end", the state
+    after the prompt, for text towers that gather there; "all", every position, padding included, against the target's
+    same position (TIME's choice: strong, and harmful to neighbors). `preserve`: prompts whose states should go where
+    they went, weighted by `preserve_weight` (UCE); with `null_space`, exactly. `ordinary`: captions whose covariance
+    says which directions are dear (MEMIT). `entry`: edit also the map by which text enters beside or before the
+    layers: SD-XL's `add_embedding` (the pooled vector), the `context_embedder` of SD 3 and FLUX; off by default.
+
+    SD-XL: one state holds both encoders'. T5 hears both ways, so in IF, PixArt, SD 3 and FLUX each subject token is
+    edited by default, and the other words still tell of it. IF: after each layer's norm. SD 3 and FLUX: the text side
+    of joint blocks, as a short run of the prompt reads it on average (`readings.Reader`).
 
     Solved in float64 whatever the model's type. Raises `LocogenError` for empty or equal phrasings, a prompt without
     its subject, λ <= 0, a layer that is not there, and weights that are non-finite, quantized or carry LoRA.
@@ -194,91 +174,49 @@ def fit_edit(
         if phrasings is None
         else own_phrasings(phrasings, subject or concepts[0].name)
     )
-    return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**options))
+    chosen = {name: value for name, value in options.items() if name != "tokens" or value is not None}
+    chosen.setdefault("tokens", family_of(pipe).tokens)
+    return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**chosen))
 
 
 def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], options: Options) -> Edit:
-    family, found = family_of(pipe), find_layers(pipe)
-    if isinstance(layers, str) or not (chosen := tuple(dict.fromkeys(int(i) for i in layers))):
+    family, denoiser = family_of(pipe), denoiser_of(pipe)
+    chosen = _chosen(find_layers(pipe), layers)
+    paths = {module: path for path, module in denoiser.named_modules()}
+    places = [
+        (layer, {m: f"{paths[module]}.weight" for m, module in family.matrices(layer.module).items()})
+        for layer in chosen
+    ]
+    names = [n for _, by_matrix in places for n in by_matrix.values()]
+    if options.entry:
+        if family.entry is None:
+            raise LocogenError(f"{family.name} has no map beside its layers that could be edited: leave out entry=True")
+        names.append(f"{family.entry}.weight")
+    weights = weights_of(denoiser, names)
+    fit = Fit(Reader(pipe, chosen), told, options, next(iter(weights.values())).device)
+    changes: dict[str, solve.LowRank] = {}
+    for layer, by_matrix in places:
+        for m, n in by_matrix.items():
+            changes[n] = fit.change(weights[n], layer, m)
+    if options.entry:
+        changes[names[-1]] = fit.change(weights[names[-1]], None, "k")
+    recipe = _recipe(pipe, told, options, weights, changes) | {"denoiser": family.denoiser}
+    return Edit(name, tuple(layer.index for layer in chosen), changes, digest_of(weights), recipe)
+
+
+def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
+    if isinstance(layers, str) or not (wanted := tuple(dict.fromkeys(int(i) for i in layers))):
         raise LocogenError(f"layers is {layers!r}: give a window or the numbers of some of find_layers(pipe)")
-    beyond = [i for i in chosen if not 0 <= i < len(found)]
+    beyond = [i for i in wanted if not 0 <= i < len(found)]
     if beyond:
         raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
-    names = {i: {m: f"{found[i].name}.to_{m}.weight" for m in family.matrices(found[i].module)} for i in chosen}
-    weights = weights_of(denoiser_of(pipe), [n for by_matrix in names.values() for n in by_matrix.values()])
-    source, target = (rows.to(next(iter(weights.values())).device) for rows in _states(pipe, told, options.tokens))
-    downs = {"k": _down(pipe, source, options, options.ridge)}
-    downs["v"] = downs["k"] if options.ridge_v is None else _down(pipe, source, options, options.ridge_v)
-    changes = {}
-    for m, down in downs.items():
-        alike = [by_matrix[m] for by_matrix in names.values()]
-        changes |= dict(zip(alike, solve.updates([weights[n] for n in alike], source, target, down), strict=True))
-    changes = {n: solve.LowRank(c.up.cpu(), c.down.cpu()) for n, c in changes.items()}
-    return Edit(name, chosen, changes, digest_of(weights), _recipe(pipe, told, options, weights, changes))
-
-
-def _down(pipe: Any, source: Tensor, options: Options, ridge: float) -> Tensor:
-    """The factor that all matrices of one λ share."""
-    kept = _last_states(pipe, options.preserve, options.tokens).to(source.device) if options.preserve else None
-    if options.null_space and kept is not None:
-        return solve.null_space_reader(source, kept, ridge=ridge)
-    covariance = ordinary_covariance(pipe, options.ordinary).to(source.device) if options.ordinary else None
-    return solve.reader(
-        source, ridge=ridge, preserve=kept, preserve_weight=options.preserve_weight, covariance=covariance
-    )
-
-
-def ordinary_covariance(pipe: Any, captions: Iterable[str]) -> Tensor:
-    """The covariance of the text states of ordinary captions, start mark and padding left out, (width, width)."""
-    gathered = None
-    for caption in captions:
-        states = _encode(pipe, caption)[1 : end_position(pipe, caption) + 1]
-        gathered = (gathered or solve.Covariance(states.shape[1])).add(states)
-    if gathered is None:
-        raise LocogenError("there are no ordinary captions: give at least one")
-    return gathered.matrix()
-
-
-def _encode(pipe: Any, prompt: str) -> Tensor:
-    return family_of(pipe).encode(pipe, [prompt])[0].double()
-
-
-def _states(pipe: Any, told: Sequence[Phrasing], tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Source and target states of every phrasing, (rows, width) each."""
-    import torch
-
-    source, target = [], []
-    for phrasing in told:
-        old, new = _encode(pipe, phrasing.source), _encode(pipe, phrasing.target)
-        places = subject_positions(pipe, phrasing.source, phrasing.subject)
-        end = end_position(pipe, phrasing.target)
-        if tokens == "all":
-            old, new = old[1:], new[1:]
-        elif tokens == "end":
-            old, new = old[[end_position(pipe, phrasing.source)]], new[[end]]
-        else:
-            old = old[list(places)] if tokens == "subject" else old[[places[-1]]]
-            new = new[[instead_position(pipe, phrasing)]].expand_as(old)
-        source.append(old)
-        target.append(new)
-    return torch.cat(source), torch.cat(target)
-
-
-def instead_position(pipe: Any, told: Phrasing) -> int:
-    """Where the target says what it has in the subject's place: the last word of it, or of all where it has nothing."""
-    instead = told.instead
-    return subject_positions(pipe, told.target, instead)[-1] if instead else end_position(pipe, told.target) - 1
-
-
-def _last_states(pipe: Any, prompts: Iterable[str], tokens: Tokens) -> Tensor:
-    """States of prompts that should stay, at the places that `tokens` edits in a source, (rows, width)."""
-    import torch
-
-    rows = []
-    for prompt in prompts:
-        states, end = _encode(pipe, prompt), end_position(pipe, prompt)
-        rows.append({"end": states[[end]], "all": states[1:], "subject": states[1:end]}.get(tokens, states[[end - 1]]))
-    return torch.cat(rows)
+    joined = [i for i in wanted if found[i].joined]
+    if joined:
+        raise LocogenError(
+            f"layers {joined} read text and picture by the same matrices, so an edit would change both: take layers "
+            f"below {min(layer.index for layer in found if layer.joined)}"
+        )
+    return [found[i] for i in wanted]
 
 
 def _recipe(

@@ -45,7 +45,7 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
         raise LocogenError(f"{path} is cut short or damaged ({error}): save the edit again") from None
 
 
-def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], style: str) -> None:
+def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], style: str, denoiser: str) -> None:
     """The changes as LoRA, in the names of diffusers (peft) or of kohya-style tools; factors balanced, in float32.
 
     All have one rank, padded with zeros: diffusers reads one alpha for all of a kohya-style file.
@@ -58,18 +58,18 @@ def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], style: str
     rank = max(even.rank for even in balanced.values())
     tensors: dict[str, Tensor] = {}
     for key, even in balanced.items():
-        tensors |= _lora_tensors(key.removesuffix(".weight"), even, rank, style)
+        tensors |= _lora_tensors(key.removesuffix(".weight"), even, rank, style, denoiser)
     _written(path, lambda partial: save_file(tensors, partial, {"format": "pt", "locogen": name}))
 
 
-def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[str, Tensor]:
+def _lora_tensors(module: str, change: LowRank, rank: int, style: str, denoiser: str) -> dict[str, Tensor]:
     import torch
     from torch.nn.functional import pad
 
     up = pad(change.up.float(), (0, rank - change.rank)).contiguous()  # (out, rank)
     down = pad(change.down.float(), (0, 0, 0, rank - change.rank)).contiguous()  # (rank, in)
     if style == "diffusers":
-        return {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
+        return {f"{denoiser}.{module}.lora_B.weight": up, f"{denoiser}.{module}.lora_A.weight": down}
     stem = "lora_unet_" + module.replace(".", "_")
     parts = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(float(rank))}
     return {f"{stem}.{part}": value for part, value in parts.items()}

@@ -54,7 +54,7 @@ def opened(name: str, runs: Sequence[Planned], workers: int | None, scheduler: s
     if scheduler and name != "dask":
         raise LocogenError(f"a scheduler is Dask's, and the engine is {name}: add --engine dask, or leave it out")
     gpus = visible_gpus() if any(str(run.value("device")).startswith("cuda") for run in runs) else []
-    count = 1 if name == "serial" else min(workers or fitting(runs, len(gpus)), len(runs))
+    count = 1 if name == "serial" else min(workers or fit_at_once(runs, len(gpus)), len(runs))
     threads = None if os.environ.get("OMP_NUM_THREADS") else max(1, cores() // count)
     if name == "dask":
         with _dask(count, gpus, scheduler) as (executor, found, lost):
@@ -141,7 +141,7 @@ def visible_gpus() -> list[str]:
     return []
 
 
-def fitting(runs: Sequence[Planned], gpus: int) -> int:
+def fit_at_once(runs: Sequence[Planned], gpus: int) -> int:
     """How many runs at once: one a GPU, or as cores (two each) and free memory allow; at least one."""
     import psutil
 

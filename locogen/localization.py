@@ -5,7 +5,7 @@ Two tables: pictures (one row an image) and effects (one row an estimate, the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from locogen import stats
 from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.layers import find_layers
-from locogen.plan import Concept, Window, distinct_seeds, sign_of, sweep
+from locogen.plan import Concept, Pooled, Window, distinct_seeds, sign_of, sweep
 from locogen.runs import Run, generate
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def localize(
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
     controls: bool = True,
+    timesteps: Iterable[tuple[int, int]] = (),
+    pooled: Pooled = "keep",
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
@@ -46,7 +48,9 @@ def localize(
 
     For each prompt pair and seed: the baseline, each window hearing the target, and with `controls` the ceiling,
     the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
-    against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name. None for `window`,
+    against what should stay (`content_score`; NaN for facts). `timesteps`, `pooled`: see `plan.sweep`; in families that
+    hear text by a pooled vector too, "keep" asks for the layers alone, and the ceiling is less than the target's own
+    run. `scorer`: a scorer or its name. None for `window`,
     `num_inference_steps`, `guidance_scale` or `scorer` takes the catalog's for the model. `store`: a folder; what it
     holds is not made again. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for a window
     larger than the model, no or repeated seeds, and as `generate` does.
@@ -56,7 +60,8 @@ def localize(
     count = len(find_layers(pipe))
     usual = usual_settings(_source(pipe))
     width = usual["window"] if window is None else window
-    plans = [sweep(c, n_layers=count, window=width, seeds=drawn, controls=controls) for c in concepts]
+    asked: dict[str, Any] = dict(seeds=drawn, controls=controls, timesteps=tuple(timesteps), pooled=pooled)
+    plans = [sweep(c, n_layers=count, window=width, **asked) for c in concepts]
     judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
     run = generate(
         pipe,
@@ -102,13 +107,7 @@ def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]])
         pairs = {pair.prompt: (i, pair) for i, pair in enumerate(concept.pairs)}
         for row in plan:
             index, pair = pairs[row.prompt]
-            values = (
-                concept.name,
-                concept.kind,
-                index,
-                concept.scored_text(pair),
-                concept.content_text(pair),
-            )
+            values = (concept.name, concept.kind, index, concept.scored_text(pair), concept.content_text(pair))
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
     return columns
@@ -127,21 +126,8 @@ def _scores(run: Run, table: pd.DataFrame, judge: Scorer, part: int = 256) -> di
 
 
 def _ordered(table: Any) -> Any:
-    first = [
-        "concept",
-        "kind",
-        "role",
-        "prompt",
-        "target",
-        "text",
-        "start",
-        "width",
-        "seed",
-        "edit",
-        "image",
-        "clip_score",
-        "content_score",
-    ]
+    first = ["concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit", "image"]
+    first += ["clip_score", "content_score"]
     return table[[*first, *(c for c in table.columns if c not in first)]]
 
 
@@ -152,9 +138,10 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """The effects table of a pictures table: what each window, insert and control does to the score.
 
     Estimates are paired with the baseline of the same prompt and seed and signed so that positive means "carries
-    the concept". `axis`: layer (the window hears the target), insert (only the window hears the prompt: what it
-    restores of the ceiling's loss), content (how much of what should stay is lost; content_ceiling and
-    content_placebo are the same for the controls), ceiling, placebo. Intervals: `stats.crossed_bootstrap`; under six
+    the concept". `axis`: layer (the window hears the target), timesteps (it hears it from `first_timestep` to
+    `last_timestep` only), insert (only the window hears the prompt: what it restores of the ceiling's loss), content
+    (how much of what should stay is lost; content_ceiling and content_placebo are the same for the controls), ceiling,
+    placebo. Intervals: `stats.crossed_bootstrap`; under six
     prompts they speak for these prompts (`prompts` is "fixed"). On the layer axis beside them: `choose`, the estimate
     on the seeds used to choose a carrier, `fresh` with its interval on the others, `share` of the ceiling, and
     `p_any`, of "no more than the placebo", corrected for every window looked at; for the chosen window, its `lead`
@@ -170,9 +157,14 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _cube(rows: Any, role: str, column: str) -> tuple[list[int], Array]:
+_SPAN = ["first_timestep", "last_timestep"]
+
+
+def _cube(rows: Any, role: str, column: str, only: Mapping[str, int] | None = None) -> tuple[list[int], Array]:
     """Scores of one role as (windows, prompts, seeds), prompts in the table's order; one window where it has none."""
     part = rows[rows["role"] == role]
+    for name, value in (only or {}).items():
+        part = part[part[name] == value]
     starts = [int(s) for s in sorted(part["start"].dropna().unique())] or [-1]
     prompts, seeds = list(dict.fromkeys(rows["prompt"])), sorted(rows["seed"].unique())
     cube = np.full((len(starts), len(prompts), len(seeds)), np.nan)
@@ -215,6 +207,10 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
         lines += _estimates("insert", starts, ceiling - insert, level)
     if kind != "fact":
         lines += _content_lost(rows, starts, level)
+    timed = rows[rows["role"] == "timesteps"]
+    for span in timed.reindex(columns=_SPAN).drop_duplicates().to_dict("records"):
+        at, values = _cube(rows, "timesteps", "clip_score", span)
+        lines += [line | span for line in _estimates("timesteps", at, sign * (values - base), level)]
     known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
     table = pd.DataFrame([{**known, **line} for line in lines])
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]

@@ -22,6 +22,7 @@ from .tables import (
     precision,
     score_matrix,
     strip_rows,
+    timesteps_matrix,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["describe", "figure_size", "plot_curve", "plot_effect", "plot_scores", "plot_strip", "strip_rows"]
+__all__ = [
+    "describe",
+    "figure_size",
+    "plot_curve",
+    "plot_effect",
+    "plot_scores",
+    "plot_strip",
+    "plot_timesteps",
+    "strip_rows",
+]
 
 START_LABEL = "window start (layer, execution order)"
 CHANGE_LABEL = "change of CLIP-score (cosine)"
@@ -65,6 +75,25 @@ def plot_effect(
             _mark(ax, list(matrix.index).index(label), list(matrix.columns).index(start))
     if any(start is not None for start in cells.values()):
         ax.set_title("★ outlined: the carrier window", loc="left", fontsize=9)
+    return ax
+
+
+def plot_timesteps(
+    effects: pd.DataFrame,
+    concept: str | None = None,
+    *,
+    layer_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heatmap of one concept's windows by when they hear the target: spans of denoising steps × window starts.
+
+    On one scale around zero; positive means "carries the concept then". Steps count from 0, the noisiest.
+    """
+    matrix = timesteps_matrix(effects, concept)
+    low, high = min(0.0, matrix.min().min()), max(0.0, matrix.max().max())
+    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, vmin=low, vmax=high if high > low else 1.0)
+    _finish(ax, matrix, list(matrix.index), layer_names)
+    ax.set_ylabel("heard at")
     return ax
 
 

@@ -69,6 +69,22 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     return matrix
 
 
+def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
+    """Estimates of one concept's windows by when they heard the target, (spans of steps, window starts)."""
+    rows: Any = effects[effects["axis"] == "timesteps"]
+    known = list(dict.fromkeys(rows["concept"]))
+    if not known:
+        raise LocogenError("the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]")
+    concept = known[0] if concept is None and len(known) == 1 else concept
+    if concept not in known:
+        raise LocogenError(f"plot_timesteps() shows one concept, got {concept!r}: name one of {', '.join(known)}")
+    rows = rows[rows["concept"] == concept].astype({"first_timestep": int, "last_timestep": int, "position": int})
+    matrix = rows.pivot(index=["first_timestep", "last_timestep"], columns="position", values="estimate").sort_index()
+    matrix.index = [f"step {a}" if a == b else f"steps {a}-{b}" for a, b in matrix.index]
+    matrix.columns = [int(start) for start in matrix.columns]
+    return matrix.astype(float)
+
+
 def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rows of one concept by axis (layer, insert, ceiling, placebo), each sorted by position."""
     rows = effects.to_dict("records")

@@ -13,7 +13,7 @@ import torch
 from locogen import patches, runs
 from locogen.edit import Edit, fit_edit, undo_all
 from locogen.errors import LocogenError
-from locogen.families import end_position, family_of, subject_positions
+from locogen.families import encode, end_position, subject_positions
 from locogen.phrasings import Phrasing, default_phrasings, exchanged
 from locogen.plan import Concept, PromptPair
 
@@ -47,7 +47,7 @@ def same(one, two) -> bool:
 
 
 def state(pipe, prompt: str, place: int) -> torch.Tensor:
-    return family_of(pipe).encode(pipe, [prompt])[0][place].double()
+    return encode(pipe, [prompt]).states[0][place].double()
 
 
 # --- what is fitted ------------------------------------------------------------------------------

@@ -128,8 +128,8 @@ def test_as_many_as_fit(tmp_path: Path, monkeypatch, cores: int, gigabytes: int,
     runs = read_study(path)[2]
     monkeypatch.setattr(engines, "cores", lambda: cores)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": gigabytes * 2**30}))
-    assert engines.fitting(runs, 0) == count
-    assert engines.fitting([_on_cuda(run) for run in runs], 3) == 3
+    assert engines.fit_at_once(runs, 0) == count
+    assert engines.fit_at_once([_on_cuda(run) for run in runs], 3) == 3
 
 
 def _on_cuda(run: Planned) -> Planned:
