@@ -27,6 +27,8 @@ from locogen.worker import take_gpu
 ENGINES = ("serial", "processes", "dask")
 _THREADS = 2  # a kernel's at least: small pictures hardly gain from more, and with one each kernel waits for itself
 _GIB = 2**30
+# A terminal sends Ctrl-C to all its processes; the study is the one to answer, and it ends its workers.
+_DEAF = "import signal; from locogen.kernel import hush; signal.signal(signal.SIGINT, signal.SIG_IGN); hush()"
 PATIENCE = "10s"  # for a Dask scheduler to answer
 
 
@@ -112,7 +114,7 @@ def _cluster(count: int, gpus: Sequence[str]) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
     quiet: Any = logging.CRITICAL
-    common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": quiet}
+    common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": quiet, "preload": [_DEAF]}
     pins = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{}] * count
     workers = {number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)}
     options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}

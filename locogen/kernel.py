@@ -142,18 +142,23 @@ def _this_interpreter(log: Path, environment: Mapping[str, str], started: list[i
     return ThisInterpreter
 
 
+def hush() -> dict[str, int]:
+    """Keep the libraries underneath quiet: what they say of a failed or stopped run, we say; the levels before."""
+    levels = {name: logging.getLogger(name).level for name in ("papermill", "asyncio", "traitlets", "distributed")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    return levels
+
+
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Keep the libraries underneath quiet: what they say of a failed or stopped run, we say ourselves."""
-    loggers = [logging.getLogger(name) for name in ("papermill", "asyncio", "traitlets", "distributed")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
+    """`hush` for a while."""
+    levels = hush()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _last_words(log: Path) -> str:

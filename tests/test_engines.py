@@ -428,17 +428,29 @@ def test_whatever_is_killed_a_study_ends_complete(write, kills: int, victims: li
 
 @needs_signals
 @pytest.mark.slow
-def test_dask_workers_end_with_their_study(write) -> None:
-    path = write(2, wait=30)
-    with subprocess.Popen(
-        command(path, "--engine", "dask", "--workers", "1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+@pytest.mark.parametrize("engine", ["processes", "dask"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
+def test_nothing_outlives_its_study(write, engine: str, name: str) -> None:
+    """After Ctrl-C, which a terminal sends to the whole family, and after the study itself is killed."""
+    path = write(3, wait=60)
+    listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; from locogen.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    start = [sys.executable, "-c", code, "run", str(path), "--engine", engine, "--workers", "2"]
+    piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(start, **piped) as process:
         study = psutil.Process(process.pid)
-        wait_for(lambda: bool(kernels(study)), 60)
+        wait_for(lambda: len(kernels(study)) == 2, 120)
         family = descendants(study)
-        process.send_signal(signal.SIGKILL)
+        if name == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        out, error = process.communicate(timeout=60)
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
-    assert not results_of(path)
+    assert not results_of(path) and error == ""
+    if name == "SIGINT":
+        assert process.returncode == 130 and "left: run-number-0, run-number-1, run-number-2." in out
+        assert not list(path.with_suffix("").glob(".[pog]*-*"))
 
 
 GENERATES = """
