@@ -108,11 +108,22 @@ def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool
             dtype=dtype,
             use_safetensors=True,
             local_files_only=local_files_only,
+            **_shared(source),
             **({"safety_checker": None} if _has_checker(source) else {}),
         )
     finally:
         if shown:
             bars.enable_progress_bar()
+
+
+def _shared(source: str) -> dict[str, Any]:
+    """The parts that the second embedded model has of the first: all but the U-Net."""
+    from diffusers import DiffusionPipeline
+
+    if source != str(mini_folder("mini-b")):
+        return {}
+    first = DiffusionPipeline.from_pretrained(mini_folder(), unet=None, use_safetensors=True, local_files_only=True)
+    return {name: part for name, part in first.components.items() if name != "unet"}
 
 
 def _has_checker(source: str) -> bool:
@@ -130,8 +141,8 @@ def _remedy(wanted: _Wanted) -> str:
 
 
 def _wanted(name: str, file: str | Path | None) -> _Wanted:
-    if name == "mini":
-        return _Wanted((str(mini_folder()),))
+    if name in ("mini", "mini-b"):
+        return _Wanted((str(mini_folder(name)),))
     if Path(name).is_dir():
         return _Wanted((name,))
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:

@@ -74,7 +74,7 @@ class ModelEntry:
     @property
     def folder(self) -> Path | None:
         """Where the weights are when the package holds them."""
-        return mini_folder() if self.embedded else None
+        return mini_folder(self.name) if self.embedded else None
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,13 @@ class ScorerEntry:
     note: str = ""
 
 
-def mini_folder() -> Path:
-    """The folder of the mini model's weights, an ordinary diffusers pipeline folder."""
-    return _PACKAGE / "mini" / "weights"
+def mini_folder(name: str = "mini") -> Path:
+    """The folder of an embedded model's weights.
+
+    That of "mini" is an ordinary diffusers pipeline folder; that of "mini-b" holds its U-Net, all other parts are
+    those of "mini".
+    """
+    return _PACKAGE / "mini" / {"mini": "weights", "mini-b": "weights-b"}[name]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
