@@ -99,9 +99,12 @@ class Edit:
 
         The change has rank n by its algebra, so nothing is approximated; the factors are balanced, then rounded to
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
-        as `alpha` so that the scale is 1.
+        as `alpha` so that the scale is 1; those exist for U-Nets only. Raises `LocogenError` for a family whose
+        pipeline loads no LoRA (PixArt).
         """
         denoiser = self.recipe.get("denoiser", "unet")
+        if not self.recipe.get("loads_lora", True):
+            raise LocogenError("this model's pipeline loads no LoRA: share the edit's own file, or export() the model")
         if style == "kohya" and denoiser != "unet":
             raise LocogenError("kohya-style names are those of U-Nets: take style='diffusers' for this model")
         write_lora(Path(path), self.name, self.changes, style, denoiser)
@@ -200,7 +203,8 @@ def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], 
             changes[n] = fit.change(weights[n], layer, m)
     if options.entry:
         changes[names[-1]] = fit.change(weights[names[-1]], None, "k")
-    recipe = _recipe(pipe, told, options, weights, changes) | {"denoiser": family.denoiser}
+    recipe = _recipe(pipe, told, options, weights, changes)
+    recipe |= {"denoiser": family.denoiser, "loads_lora": hasattr(pipe, "load_lora_weights")}
     return Edit(name, tuple(layer.index for layer in chosen), changes, digest_of(weights), recipe)
 
 

@@ -156,7 +156,7 @@ def test_the_index_filters_and_sorts_by_keyboard(reports: Path, opened: Any) -> 
     page.keyboard.type("OWL mini-b")
     assert shown(page) == ["owl"] and "1 of 9 shown" in page.inner_text("#count")
     page.click("text=Show all")
-    page.wait_for_function("document.getElementById('count').textContent === '9 shown'")
+    playwright.sync_api.expect(page.locator("#count")).to_have_text("9 shown")
     assert shown(page) == everything
     page.select_option("[name=state]", "failed")
     assert shown(page) == ["neon"], "the failed run stands under the concept it was asked for"

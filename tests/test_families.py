@@ -429,3 +429,15 @@ def test_full_size_transformers_on_the_meta_device():
     found = [[layer.name for layer in find_layers(model)] for model in models]
     assert [len(names) for names in found] == [24, 19 + 38, 28, 20]
     assert found[1][18:20] == ["transformer_blocks.18.attn", "single_transformer_blocks.0.attn"]
+
+
+def test_the_full_size_benchmark_runs_at_tiny_size(root, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "benchmarks"))
+    import fullsize
+
+    fullsize.main(["--tiny"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1:4] for row in rows[2:]] == [
+        [" sd ", " 16 ", " 16 × 16 "],
+        [" sd-xl ", " 8 ", " 16 × 16 "],
+    ]
