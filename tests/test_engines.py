@@ -260,6 +260,8 @@ def test_a_log_is_not_silent_for_long(board: Board, capsys) -> None:
     assert capsys.readouterr().out == "at work: run-number-1 3/12 pictures, 0.5/s, 18 s left\n"
     board.look()
     assert capsys.readouterr().out == ""
+    (work / "progress.json").unlink()  # it is being published
+    assert board.at_work()["run-number-1"].made == 3
 
 
 def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
