@@ -49,6 +49,7 @@ class Board:
         self.left = {run.slug: run for run in todo}
         self.total = len(todo)
         self.seen: dict[str, float] = {}  # folder of a run at work → when it was first seen
+        self.last: dict[str, tuple[int, int]] = {}  # slug → pictures made and asked for
         self.told = time.monotonic()
         self.end = self._end()
         self.live = self._display() if sys.stdout.isatty() else None
@@ -74,7 +75,9 @@ class Board:
             slug = folder.name.removeprefix(".partial-").rpartition("-")[0]
             if slug in self.left:
                 since = self.seen.setdefault(folder.name, now)
-                found[slug] = Pace(now - since, *heard(folder))
+                # A run that is being published has put its file away: what was heard last holds.
+                self.last[slug] = max(self.last.get(slug, (0, 0)), heard(folder))
+                found[slug] = Pace(now - since, *self.last[slug])
         return found
 
     def over(self, run: Planned, outcome: Outcome) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from test_study import result, wait_for, write_notebook
 
 from locogen import engines, worker
-from locogen.atomic import publish
+from locogen.atomic import alone, publish
 from locogen.errors import LocogenError
 from locogen.estimates import Costs
 from locogen.heartbeat import Heartbeat, heard
@@ -260,6 +260,8 @@ def test_a_log_is_not_silent_for_long(board: Board, capsys) -> None:
     assert capsys.readouterr().out == "at work: run-number-1 3/12 pictures, 0.5/s, 18 s left\n"
     board.look()
     assert capsys.readouterr().out == ""
+    (work / "progress.json").unlink()  # it is being published
+    assert board.at_work()["run-number-1"].made == 3
 
 
 def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
@@ -341,7 +343,9 @@ def test_a_study_killed_at_any_moment_loses_nothing_finished(write, kills: int) 
             begun(path, process)
             time.sleep(chance.random() * 0.5)
             process.kill()
-        found = results_of(path)
+        results_of(path)  # nothing half-written looks finished, right after the kill
+        with alone(path.with_suffix("")):  # as the next start begins
+            found = results_of(path)
         assert found.keys() >= seen.keys(), f"lost in round {round}"
         seen = {slug: told["finished"] for slug, told in found.items()}
     done = subprocess.run(start, capture_output=True, text=True, check=True)
