@@ -153,10 +153,12 @@ def test_the_index_filters_and_sorts_by_keyboard(reports: Path, opened: Any) -> 
     assert page.evaluate("document.activeElement.className") == "skip"
     while page.evaluate("document.activeElement.name") != "words":
         page.keyboard.press("Tab")
+    from playwright.sync_api import expect
+
     page.keyboard.type("OWL mini-b")
     assert shown(page) == ["owl"] and "1 of 9 shown" in page.inner_text("#count")
     page.click("text=Show all")
-    playwright.sync_api.expect(page.locator("#count")).to_have_text("9 shown")
+    expect(page.locator("#count")).to_have_text("9 shown")
     assert shown(page) == everything
     page.select_option("[name=state]", "failed")
     assert shown(page) == ["neon"], "the failed run stands under the concept it was asked for"

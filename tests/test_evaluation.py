@@ -161,10 +161,11 @@ def test_no_change_is_not_certainty() -> None:
 def test_the_upper_bound_covers_where_pictures_of_a_prompt_fail_together() -> None:
     """Simulated: 15 prompts x 2 seeds, whole prompts fail; counting pictures misses four times as often as it may."""
     dice, share = np.random.default_rng(0), 0.14
-    failed = dice.random((400, 15)) < share
-    by_prompts = [right_of(shares(np.ones((15, 2)), np.repeat(f, 2).reshape(15, 2)))["after_high"] for f in failed]
+    failed = dice.random((2000, 15)) < share
+    by_prompts = [stats.wilson(int(f.sum()), 15)[1] for f in failed]  # the summary's bound is at least that
+    assert right_of(shares(np.ones((15, 2)), np.repeat(failed[0], 2).reshape(15, 2)))["after_high"] >= by_prompts[0]
     by_pictures = [stats.wilson(2 * int(f.sum()), 30)[1] for f in failed]
-    assert np.mean(np.array(by_prompts) < share) < 0.025 + 0.02
+    assert np.mean(np.array(by_prompts) < share) < 0.025 + 0.01
     assert np.mean(np.array(by_pictures) < share) > 0.08
 
 

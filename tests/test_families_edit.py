@@ -15,6 +15,7 @@ from locogen.errors import LocogenError
 from locogen.families import denoiser_of, family_of, spoken, subject_positions
 from locogen.layers import find_layers
 from locogen.neurons import find_neurons
+from locogen.phrasings import Phrasing
 from locogen.plan import Concept, PromptPair
 from locogen.readings import Reader
 from locogen.runs import generate
@@ -50,7 +51,9 @@ def test_a_small_ridge_sends_what_a_layer_reads_where_its_target_goes(pipe):
         for matrix in family.matrices(layer.module).values():
             change = edit.changes[f"{paths[matrix]}.weight"].change
             for source, target in PAIRS:
-                old, new = reader.exchange(source, target, "cat", family.tokens)
+                old, new = reader.exchange(
+                    source, target, "cat", family.tokens, Phrasing(source, target, "cat").instead
+                )
                 x, y = reader.states(source, layer)[old], reader.states(target, layer)[new]
                 w = matrix.weight.detach().double()
                 gap, before = (x @ (w + change).T - y @ w.T).norm(), ((x - y) @ w.T).norm()
@@ -101,7 +104,7 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
     weight = denoiser_of(pipe).get_parameter(*added).detach().double()
     reader = Reader(pipe, find_layers(pipe)[:1])
     source, target = PAIRS[0]
-    old, new = reader.exchange(source, target, "cat", family_of(pipe).tokens)
+    old, new = reader.exchange(source, target, "cat", family_of(pipe).tokens, Phrasing(source, target, "cat").instead)
     x, y = reader.entry(source, old), reader.entry(target, new)
     gap = (x @ (weight + entry.changes[next(iter(added))].change).T - y @ weight.T).norm()
     assert gap < 1e-3 * ((x - y) @ weight.T).norm()
