@@ -74,7 +74,7 @@ def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def _swept(run: Planned) -> int | None:
     """The rows of `localize`'s plan; None for a model of which the catalog does not know the layers."""
     entry = next((entry for entry in model_entries() if entry.name == run.value("model")), None)
-    if entry is None or run.value("seeds") < 1:
+    if entry is None or entry.layers is None or run.value("seeds") < 1:
         return None
     pairs = 1
     if not run.value("prompt"):

@@ -88,7 +88,7 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
         for pair in c.pairs:
             text = pair.prompt if c is not concept else c.scored_text(pair)
             among = _among(pair, names[c.name], rivals) if c.kind != "fact" else (pair.target, pair.prompt)
-            asked = dict(text=text, among=tuple(dict.fromkeys((text, *among))))
+            asked: dict[str, Any] = dict(text=text, among=tuple(dict.fromkeys((text, *among))))
             if c is not concept:
                 found.append(Probe("specificity", pair.prompt, **asked))
                 continue
@@ -210,7 +210,7 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):  # pyright: ignore
         told = dict(arm=arm, measure=measure, sign=int(part["sign"].iloc[0]))
         for quantity, old, new in (("score", "before", "after"), ("right", "right_before", "right_after")):
-            if part[new].notna().all():
+            if bool(part[new].notna().to_numpy().all()):
                 share = quantity == "right"
                 lines.append(told | dict(quantity=quantity) | _paired(_grid(part, old), _grid(part, new), level, share))
         for quantity in [name for name in ("ssim", "distance", "lpips") if name in part]:

@@ -281,7 +281,7 @@ def test_a_failure_holds_what_has_not_begun(write, kernel: Kernel, capsys) -> No
     kernel.fails["mini/neon"] = Failure("no")
     kernel.waits.add("mini/blueprint")
     with pytest.raises(StudyFailed, match="1 of 3 runs failed"):
-        run_study(path)
+        run_study(path, workers=2)
     assert kernel.concepts == ["mini/neon", "mini/blueprint"], "what is at work is finished"
     assert "stopped at the first failure; left: cat." in capsys.readouterr().out
     assert result(path, "blueprint") and not (path.with_suffix("") / "cat").exists()
