@@ -13,6 +13,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ FULL = {"sd": sd, "sd-xl": sdxl}
 
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Layers, pixels, seconds a picture and the process' peak memory so far (the GPU's, where there is one)."""
-    pipe = (tiny.FAMILIES if chosen.tiny else FULL)[name]()
-    pipe.to(chosen.device, getattr(torch, chosen.dtype))
+    pipe = _built((tiny.FAMILIES if chosen.tiny else FULL)[name], getattr(torch, chosen.dtype)).to(chosen.device)
     pipe.vae.enable_slicing()
     layers = len(find_layers(pipe))
     plan = [Intervention("cat in a", "dog", layers, 0) for layers in ((), (0, 1))]
@@ -105,6 +105,16 @@ def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     seconds = (time.perf_counter() - start) / len(plan)
     peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 1024 * _resident()
     return {"model": name, "layers": layers, "size": size, "seconds": seconds, "GB": peak / 1e9}
+
+
+def _built(make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """A pipeline whose weights never were anything larger: as when it is loaded in that type."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _resident() -> int:
@@ -120,9 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=list(FULL))
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args(arguments)
-    print(
-        "| model | layers | pixels | s a picture | peak memory, GB | device, type, steps |\n|---|---|---|---|---|---|"
-    )
+    print("| model | layers | pixels | s a picture | peak memory, GB | device, type, steps |")
+    print("|---|---|---|---|---|---|")
     for name in [chosen.only] if chosen.only else FULL:
         row = measured(name, chosen)
         where = f"{chosen.device}, {chosen.dtype}, {chosen.steps}"
