@@ -299,6 +299,34 @@ def test_a_guidance_distilled_checkpoint_never_doubles(kind):
     assert len(heard[0][0]) == len(rows)
 
 
+def test_sd_2_has_other_heads_projections_and_predictions():
+    """What SD 2 has otherwise than SD 1: heads by block, linear projections, and a scheduler that predicts v."""
+    from diffusers import DDIMScheduler
+
+    heads = dict(attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
+    pipe = tiny.pipeline(**heads)
+    before = pictures(pipe, plan(pipe, ()))
+    pipe.scheduler = DDIMScheduler(steps_offset=1, clip_sample=False, prediction_type="v_prediction")
+    rows = plan(pipe, every(pipe))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert np.array_equal(pictures(pipe, rows), own)
+    with intervene(pipe, plan(pipe, every(pipe)[1:])):
+        assert not np.array_equal(pictures(pipe, rows), own)
+    assert not np.array_equal(before, pictures(pipe, plan(pipe, ())))  # the scheduler makes a difference
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-xl", "sd-3"])
+def test_turbo_is_run_without_guidance(pipes, name):
+    """Distilled checkpoints are told a guidance of 0, and no row is a negative one."""
+    pipe = pipes(name)
+    rows = plan(pipe, every(pipe), **all_of_it(name))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], guidance=0.0, steps=1)
+    with intervene(pipe, rows), record(pipe) as heard:
+        assert near(pictures(pipe, rows, guidance=0.0, steps=1), own, name)
+    assert len(heard[0][0]) == len(rows)
+
+
 def test_schnell_has_no_guidance_at_all():
     pipe = tiny.flux(guidance_embeds=False)
     rows = plan(pipe, every(pipe), pooled="target")
