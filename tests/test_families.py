@@ -289,6 +289,19 @@ def test_sd3s_call_with_skipped_layers_is_all_conditional(pipes):
     assert np.abs(own - pictures(pipe, rows, prompts=[row.target for row in rows])).max() > 1e-4
 
 
+def test_sd_3_without_its_t5():
+    """As people load it to save memory: `text_encoder_3=None`, its tokens zeros."""
+    pipe = tiny.sd3()
+    whole = encode(pipe, ["cat"]).states
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert not torch.equal(encode(pipe, ["cat"]).states[:, 40:], whole[:, 40:])
+    rows = plan(pipe, every(pipe), pooled="target")
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert near(pictures(pipe, rows), own, "sd-3")
+    assert len(subject_positions(pipe, "a cat in b", "cat")) == 1
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd-xl"])
 def test_a_guidance_distilled_checkpoint_never_doubles(kind):
     """LCM checkpoints are told the scale of guidance as a number, above 1 too."""
