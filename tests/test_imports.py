@@ -17,10 +17,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 # Arrows point down this list only: a module that is not in it yet is added with its arrows.
 ARROWS: dict[str, set[str]] = {
     "__main__": {"study", "report", "catalog"},
-    "report": {"plan", "plots", "tables", "cleaning", "pages"},
+    "report": {"plan", "plots", "trace_plots", "tables", "cleaning", "pages"},
     "study": {"catalog", "worker", "plan"},
     "worker": set(),
     "widgets": {"plots", "runs", "edit", "neurons"},
+    "trace_plots": {"plots"},
     "plots": {"tables"},
     "tables": set(),
     "cleaning": {"pages"},
@@ -30,14 +31,42 @@ ARROWS: dict[str, set[str]] = {
     "clamping": {"layers", "families", "hooks"},
     "edit": {"layers", "families", "solve", "patches", "phrasings", "plan"},
     "patches": {"solve"},
-    "phrasings": {"plan"},
-    "trace": {"hooks", "runs", "score", "stats"},
+    "rivals": {"trace", "recovery", "contribution", "localization", "ranks", "plan", "score"},
+    "recovery": {"localization", "plan", "stats"},
+    "trace": {
+        "corruption",
+        "states",
+        "localization",
+        "runs",
+        "hooks",
+        "families",
+        "store",
+        "score",
+        "catalog",
+        "phrasings",
+        "plan",
+    },
+    "contribution": {
+        "states",
+        "localization",
+        "hooks",
+        "layers",
+        "families",
+        "catalog",
+        "phrasings",
+        "plan",
+        "stats",
+    },
+    "corruption": {"states", "hooks", "families"},
+    "states": {"hooks", "families"},
+    "ranks": {"stats"},
     "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "hooks", "families", "store"},
     "store": set(),
     "hooks": {"plan", "layers", "families"},
     "models": {"catalog", "families"},
+    "phrasings": {"plan"},
     "layers": {"families"},
     "families": set(),
     "solve": set(),
@@ -48,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
 }
 PACKAGES = {"catalog", "mini"}
-WITHOUT_TORCH = {"plan", "stats", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH = {"plan", "stats", "ranks", "plots", "tables", "cleaning", "pages", "report"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -216,7 +216,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return found
 
 
-_TEXTS = ("model", "name", "kind", "note", "text")
+_TEXTS = ("model", "name", "kind", "note", "text", "answer")
 _TEMPLATE = ("prompt", "target", "placebo")
 _PAIR = ("prompt", "target", "text", "placebo")
 
@@ -232,9 +232,10 @@ def _entry(row: Any) -> _Entry:
     if model not in groups:
         raise unknown("model", model, groups)
     if "pairs" in row:
-        found = Concept(row["name"], row["kind"], _explicit(row), text=row.get("text"))
+        pairs, text = _explicit(row), row.get("text")
     else:
-        found = Concept(row["name"], row["kind"], _filled(row), text=_fixed_text(row))
+        pairs, text = _filled(row), _fixed_text(row)
+    found = Concept(row["name"], row["kind"], pairs, text=text, answer=row.get("answer"))
     return _Entry(model, found, row.get("note", ""))
 
 
