@@ -105,7 +105,7 @@ def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     for axis, values in cubes.items():
         found = _estimates(axis, range(len(values)) if axis != "ceiling" else [pd.NA], values, level)
         if axis != "ceiling":
-            judged = _judged(values, ceiling, zero, seeds, 1, level)
+            judged = _judged(values, ceiling if ceiling.any() else None, zero, seeds, 1, level)
             found = [{**line, **more} for line, more in zip(found, judged, strict=True)]
         lines += found
     base: Any = table.loc[table["role"] == "baseline", "clip_score"]
@@ -183,5 +183,6 @@ def _chosen(values: Array, ceiling: Array) -> tuple[int, tuple[float, float, flo
     at = int(values[:, :, picked].mean((1, 2)).argmax())
     fresh = values[at][:, kept]
     found = stats.crossed_bootstrap(fresh[None], prompts="fixed" if picked != kept else None)
-    share = float(fresh.mean() / ceiling[:, :, kept].mean())
+    lost = float(ceiling[:, :, kept].mean())
+    share = float(fresh.mean()) / lost if lost > 0 else float("nan")
     return at, (float(found.estimate[0]), float(found.low[0]), float(found.high[0])), share

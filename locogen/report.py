@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LARGE = 1_500_000  # bytes: a page above this is told about
-OTHER_TABLES = ("evaluation", "summary", "grid", "neurons", "changes")
+OTHER_TABLES = (
+    "evaluation", "summary", "grid", "neurons", "changes", "localizers", "agreement", "sides", "trace",
+)  # fmt: skip
 LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # dead in a saved page
 TITLE = "Which layers carry what the model knows"
 EXPLANATION = """For each concept, a few neighboring layers of the model (a window) hear a prompt without it,
