@@ -106,8 +106,10 @@ def index_page(runs: Sequence[Finished]) -> str:
     parts = [f"<h1>{html(TITLE)}</h1>", f"<p>{html(EXPLANATION)}</p>"]
     if good:
         parts.append(_heatmap(good))
-    headings = ("concept", "kind", "model", "carrier", "effect [95 %]", "of the ceiling", "verdict", "data")
-    lines = [line for run in runs if run not in more for line in _lines(run)]
+    headings = ["concept", "kind", "model", "carrier", "effect [95 %]", "of the ceiling", "verdict", "data"]
+    beside = any(run.facts.get("published") is not None for run in runs)
+    headings[4:4] = ["published start"] * beside
+    lines = [line for run in runs if run not in more for line in _lines(run, beside=beside)]
     if lines:
         parts.append(table(headings, lines, caption="Runs: each concept opens its page; the tables behind it are CSV"))
     if more:
@@ -238,13 +240,15 @@ def _together(runs: Sequence[Finished]) -> tuple[pd.DataFrame, dict[str, Window]
     return pd.concat(parts, ignore_index=True), carriers
 
 
-def _lines(run: Finished) -> list[list[Any]]:
-    """The rows of one run in the index's table, one a concept."""
+def _lines(run: Finished, *, beside: bool) -> list[list[Any]]:
+    """The rows of one run in the index's table, one a concept; with `beside`, where its authors found it is told."""
+    published = run.facts.get("published")
+    published = [("number", "–" if published is None else f"layer {published}")] * beside
     slug, model, csv = run.folder.name, run.facts.get("model", "–"), _data(run)
     if run.error:
         name = ", ".join(map(str, run.facts.get("concepts") or [slug]))
         verdict = Html(f'<strong class="bad">failed</strong>: {html(run.error)}')
-        return [[link(f"{slug}/index.html", name), "–", model, "–", "–", "–", ("verdict", verdict), csv]]
+        return [[link(f"{slug}/index.html", name), "–", model, "–", *published, "–", "–", ("verdict", verdict), csv]]
     lines = []
     for row in findings(run.effects, run.carriers):
         numbers: list[Any] = ["–", "–", "–"]
@@ -258,7 +262,8 @@ def _lines(run: Finished) -> list[list[Any]]:
             verdict = "<strong>lead open</strong>" if open_lead else '<strong class="good">localized</strong>'
         verdict = Html(verdict + (f": {html(row['reason'])}" if row["reason"] else ""))
         name = link(f"{slug}/index.html", row["label"])
-        lines.append([name, row["kind"] or "–", model, *numbers, ("verdict", verdict), csv])
+        place, *amounts = numbers
+        lines.append([name, row["kind"] or "–", model, place, *published, *amounts, ("verdict", verdict), csv])
     return lines
 
 

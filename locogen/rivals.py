@@ -196,7 +196,7 @@ _METHODS: dict[str, tuple[Callable[..., dict[str, Any]], str, str]] = {
     "causal tracing": (
         _traced,
         "what comes back when one state is clean and the concept's words are noise",
-        "prompts x seeds x (states + 2), and the clean runs that ride along in each batch",
+        "prompts x seeds x (states + 2), and clean ones beside them",
     ),
     "attention contribution": (
         _listened,

@@ -126,6 +126,15 @@ def entry_of(source: str) -> ModelEntry | None:
     return next((entry for entry, known in places if source in known), None)
 
 
+def published_start(model: str, kind: str) -> int | None:
+    """Where LocoGen's authors show concepts of that kind: a window's start, 0-based in execution order.
+
+    `model`: its name, folder or hub id. None where nothing is published.
+    """
+    entry = model_entry(model) if model in _models()["models"] else entry_of(model)
+    return None if entry is None else entry.published.get(kind)
+
+
 def usual_settings(source: str) -> dict[str, Any]:
     """Window, steps and guidance of a model, by the folder or hub id it came from; the mini model's for others."""
     found: Any = entry_of(source) or model_entry("mini")

@@ -1,8 +1,8 @@
 """The localizers side by side on the mini model's concepts: what each says, how surely, what it costs, how they agree.
 
 `python tests/benchmarks/localizers.py` asks all of them about every style, two objects and two facts of each kind,
-prints two tables and writes `runs/localizers/localizers.json`. Pictures are kept in the folder's store, so that a second
-call only counts (and its seconds mean nothing: `fresh` says whether they do).
+prints two tables and writes `runs/localizers/localizers.json`. Pictures are kept in the folder's store, so that a
+second call only counts (and its seconds mean nothing: `fresh` says whether they do).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def answer(found: loco.Located, fresh: bool) -> dict[str, Any]:
 def said(found: loco.Located) -> str:
     """One cell of the printed table."""
     rows: Any = found.effects[found.effects["axis"].isin(["layer", "cross-attention"])].set_index("position")
-    start = found.carrier.start if found.carrier.start in rows.index else int(rows["estimate"].idxmax())
+    named = rows[rows.index.isin(list(found.carrier))] if len(found.carrier) else rows
+    start = int(named["estimate"].idxmax())
     line = rows.loc[start]
     named = str(found.carrier) if found.carrier.start is not None else f"none ({found.carrier.reason})"
     value = f"{line['estimate']:.3g} [{line['low']:.3g}, {line['high']:.3g}] at {start}"
