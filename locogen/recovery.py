@@ -138,12 +138,13 @@ def best_state(table: pd.DataFrame) -> BestState:
 
 def layer_found(effects: pd.DataFrame) -> Window:
     """The cross-attention layer that brings back enough to be called the carrier, as `localization.carrier` would."""
-    lines: Any = effects[effects["axis"] == LAYERS].set_index("position")
+    table: Any = effects
+    lines = table[table["axis"] == LAYERS].set_index("position")
     if lines.empty:
         raise LocogenError(f"the trace has no {LAYERS} states: leave parts= as it is")
     start = int(lines["choose"].idxmax())
     best = lines.loc[start]
-    if not effects[effects["axis"] == "ceiling"]["low"].iloc[0] > 0:
+    if not table[table["axis"] == "ceiling"]["low"].iloc[0] > 0:
         return Window(None, 1, "the noise hardly changes the score")
     if not best["p_any"] <= ALPHA or best["fresh"] <= 0:
         return Window(None, 1, f"no layer brings back more than chance would; the most, layer {start}")

@@ -117,16 +117,19 @@ def agree(first: Located, second: Located) -> Agreement:
     if len(one) != len(two):
         raise LocogenError("both localizers moved windows, of different widths: use the same window")
     same = bool(set(first.carrier) & set(second.carrier)) if len(first.carrier) and len(second.carrier) else None
-    carriers = (_place(found.carrier) for found in (first, second))
+    found = rank_correlation(one, two)
     return Agreement(
-        first.concept,
-        first.method,
-        second.method,
-        *rank_correlation(one, two),
-        same,
-        *carriers,
-        first.generations,
-        second.generations,
+        concept=first.concept,
+        first=first.method,
+        second=second.method,
+        correlation=found.estimate,
+        low=found.low,
+        high=found.high,
+        same=same,
+        carrier_first=_place(first.carrier),
+        carrier_second=_place(second.carrier),
+        generations_first=first.generations,
+        generations_second=second.generations,
     )
 
 

@@ -86,7 +86,7 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def plot_profiles(effects: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
     """What several localizers say of each layer, each against its own largest effect, with 95 % intervals."""
-    table = profiles(effects)
+    table: Any = profiles(effects)
     ax = _axes(ax, (7.5, 3.8))
     ax.axhline(0, color="0.35", linewidth=0.8)
     for place, (method, rows) in enumerate(table.groupby("method", sort=False)):

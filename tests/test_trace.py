@@ -1,5 +1,7 @@
 """Theorems of causal tracing: what restoring everything or nothing gives, row by row, and the model left as found."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import tiny
@@ -270,7 +272,8 @@ def test_the_store_is_shared_with_generate_and_resumed(pipe, run):
 
 
 def test_effects_are_restored_minus_corrupted(run):
-    table, effects = run.table, recovery.trace_effect(run.table)
+    table: Any = run.table
+    effects: Any = recovery.trace_effect(table)
     back = table[(table["axis"] == "cross-attention") & (table["start"] == 5)]["clip_score"].mean()
     noisy = table[table["role"] == "corrupted"]["clip_score"].mean()
     clean = table[table["role"] == "baseline"]["clip_score"].mean()
