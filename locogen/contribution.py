@@ -42,7 +42,8 @@ def attention_contribution(
 
     `contribution`: the norm of W_o(A[:, token] V[token]), averaged over queries, over the subject's tokens and over all
     denoising steps, in the conditional rows (after Zarei et al. 2025, arXiv 2505.18832); the heads are summed by W_o,
-    as the layer itself does it. In units of the layer's output; nothing is scored, and no picture is decoded.
+    as the layer itself does it. In units of the layer's output, which layers of other width or resolution do not share
+    (it was made for transformers of equal blocks); nothing is scored, and no picture is decoded.
     `subject`: as in `causal_trace`; other arguments as in `localize`. Columns: concept kind prompt seed layer
     contribution. Raises `LocogenError` for a prompt without its subject and for fused projections.
     """
