@@ -192,7 +192,7 @@ def contributions(table: pd.DataFrame) -> Any:
     """The table of one concept's `attention_contribution` as (layers, prompts, seeds)."""
     import pandas as pd
 
-    if table["concept"].nunique() != 1:
+    if len(set(table["concept"])) != 1:
         raise LocogenError("this is not the table of one concept's attention_contribution: select one concept")
     levels = [sorted(table["layer"].unique()), list(dict.fromkeys(table["prompt"])), sorted(table["seed"].unique())]
     rows: Any = table.set_index(["layer", "prompt", "seed"])["contribution"]
