@@ -65,8 +65,10 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
         raise LocogenError(f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}")
     hooks: list[tuple[Any, Any]] = []
     for encoder in text_encoders(pipe).values():
-        embedding = encoder.get_input_embeddings()
-        hooks.append((embedding.register_forward_hook, _noisy(noise, embedding.weight, 1 + len(rows))))
+        weight = encoder.get_input_embeddings().weight
+        for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
+            if getattr(module, "weight", None) is weight:
+                hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows))))
     for place, state in enumerate(states):
         cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]
         if cells:

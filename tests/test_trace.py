@@ -21,6 +21,7 @@ from locogen.trace import Restoration, causal_trace
 CONCEPT = Concept("cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog")))
 NEAR, FAR = 1e-5, 1e-4  # float32 sums in another order; a change that shows: as in the tests of the hooks
 SETTINGS = Settings(2, 5.0, 8)
+POOLED = ("sd-xl", "if")  # families that hear text by a pooled vector too
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,26 @@ def test_everything_restored_is_the_clean_picture_and_nothing_the_corrupted_one(
     assert np.abs(less - clean).max() > FAR  # the twin: one layer short
     plain = made(pipe, [Restoration("a big cat b", 3, noise(pipe))], settings=settings)[0]
     assert np.abs(corrupted - plain).max() < NEAR
+
+
+@pytest.mark.parametrize("name", ["sd-xl", "if", "pixart-alpha", "sana"])
+def test_other_families_are_traced_alike(name):
+    """Text that enters by a pooled vector too comes back with the other states, but not with cross-attention alone."""
+    pipe = tiny.FAMILIES[name]()
+    every, text_enters = tuple(range(len(find_states(pipe)))), places(pipe, "cross-attention")
+    told = Noise("0", subject_positions(pipe, "a big cat b", "cat"))
+    rows = [Restoration("a big cat b", 3)]
+    rows += [Restoration("a big cat b", 3, told, states) for states in ((), every, text_enters)]
+    clean, corrupted, all_back, enough = made(pipe, rows, settings=Settings(2, 5.0, 4))
+    assert np.abs(corrupted - clean).max() > FAR
+    assert np.abs(all_back - clean).max() < NEAR
+    assert (np.abs(enough - clean).max() > FAR) == (name in POOLED)
+
+
+@pytest.mark.parametrize("name", ["sd-3", "flux"])
+def test_families_without_cross_attention_are_refused(name):
+    with pytest.raises(LocogenError, match="no cross-attention apart"):
+        causal_trace(tiny.FAMILIES[name](), CONCEPT)
 
 
 def test_the_clean_row_is_the_plain_pipelines(pipe):
