@@ -58,44 +58,48 @@ def corrupted_states(pipe: Any, prompt: str, noise: Noise, restored: Sequence[Re
 def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[None]:
     """Within the context, the encoder's first row is heard as it is, the others with noise and `rows[i]` restored.
 
+    Positions are those of the states that layers hear: Sana's encoder reads an instruction before them.
     Raises `LocogenError` for states that are not there, and when another number of prompts is encoded.
     """
     states, family = find_text_states(pipe), family_of(pipe)
     if any(not 0 <= place < len(states) for row in rows for place, _ in row):
         raise LocogenError(f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}")
+    tokens = encode(pipe, [""]).states.shape[1]
     hooks: list[tuple[Any, Any]] = []
     for encoder in text_encoders(pipe).values():
         weight = encoder.get_input_embeddings().weight
         for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
             if getattr(module, "weight", None) is weight:
-                hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows))))
+                hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows), tokens)))
     for place, state in enumerate(states):
         cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]
         if cells:
-            hooks.append((state.module.register_forward_hook, _cleaned(cells)))
+            hooks.append((state.module.register_forward_hook, _cleaned(cells, tokens)))
     with hooked(hooks), _announced(pipe, family, f"corrupting {noise} {list(rows)}"):
         yield
 
 
-def _noisy(noise: Noise, weight: Tensor, count: int) -> Any:
+def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
     drawn = noise.drawn(weight)
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor:
         if len(output) != count:
             raise LocogenError(f"{len(output)} prompts are encoded within corrupting, which was given {count - 1} rows")
+        ahead = output.shape[1] - tokens
         changed = output.clone()
-        changed[1:, list(noise.at)] += drawn.to(output)
+        changed[1:, [ahead + at for at in noise.at]] += drawn.to(output)
         return changed
 
     return hook
 
 
-def _cleaned(cells: Sequence[tuple[int, int]]) -> Any:
+def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
     """A hook that copies what the first row puts out at some tokens into other rows."""
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output  # attention puts out its weights as well
-        rows, tokens = (list(side) for side in zip(*cells, strict=True))
+        rows, places = (list(side) for side in zip(*cells, strict=True))
+        tokens = [states.shape[1] - count + place for place in places]
         changed = states.clone()
         changed[rows, tokens] = states[0, tokens]
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

@@ -183,6 +183,23 @@ def test_noise_is_on_the_subjects_tokens_and_scaled_to_the_spread(pipe):
     assert not torch.equal(large, Noise("2", tuple(range(40))).drawn(embedding.weight))
 
 
+def test_noise_is_where_the_layers_hear_the_subject():
+    """Sana's encoder reads an instruction first, which its layers do not hear: positions are those of the states."""
+    pipe = tiny.FAMILIES["sana"]()
+    told, heard = noise(pipe), []
+    with corrupting(pipe, told, [(), ((2, told.at[0]),)]):
+        embedding = pipe.text_encoder.get_input_embeddings()
+        handle = embedding.register_forward_hook(lambda _m, args, out: heard.append((args[0][0], out.clone())))
+        clean, corrupted, _ = encode(pipe, ["a big cat b"] * 3).states
+        handle.remove()
+    ids, out = heard[0]
+    moved = (out[1] != out[0]).any(-1)
+    assert len(out[0]) > len(clean) and pipe.tokenizer.decode(ids[moved]).strip() == "cat"
+    first = told.at[0]
+    assert (corrupted - clean)[first].abs().max() > FAR  # Gemma reads from left to right
+    assert (corrupted - clean)[:first].abs().max() < NEAR
+
+
 def test_all_text_states_restored_leave_the_noise_of_the_embeddings_only(pipe):
     """The residual stream still carries the noise at the subject itself; every other token is clean again."""
     told, clean = noise(pipe), encode(pipe, ["a big cat b"]).states[0]
