@@ -5,9 +5,10 @@ Two tables: pictures (one row an image) and effects (one row an estimate, the sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.layers import find_layers
 from locogen.plan import Concept, Window, distinct_seeds, sign_of, sweep
+from locogen.raced import race_note, raced_effects, raced_run
+from locogen.racing import BUDGET, Rows, race
 from locogen.runs import Run, generate
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 ALPHA = 0.05
 MIN_SHARE = 0.5  # of the ceiling: less, and the window is not "the" carrier
 Array = np.ndarray[Any, Any]
+Make = Callable[..., Run]
 
 
 def localize(
@@ -39,6 +43,8 @@ def localize(
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
     controls: bool = True,
+    search: Literal["all", "race"] = "all",
+    budget: float = BUDGET,
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
@@ -48,28 +54,43 @@ def localize(
     the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
     against what should stay (`content_score`; NaN for facts). `scorer`: a scorer or its name. None for `window`,
     `num_inference_steps`, `guidance_scale` or `scorer` takes the catalog's for the model. `store`: a folder; what it
-    holds is not made again. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for a window
-    larger than the model, no or repeated seeds, and as `generate` does.
+    holds is not made again. `search`: "all" windows on every prompt and seed, or a "race" (`racing.race`), which drops
+    windows that cannot be the best and makes at most the share `budget` of those pictures; its table says of each
+    window `verdict`, `looked` and `sure`. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for
+    a window larger than the model, no or repeated seeds, a race on too few, and as `generate` does.
     """
     concepts = _concepts(concept)
-    drawn = distinct_seeds(seeds)
-    count = len(find_layers(pipe))
+    if search not in ("all", "race"):
+        raise LocogenError(f"search is {search!r}: take 'all' or 'race'")
     usual = usual_settings(_source(pipe))
-    width = usual["window"] if window is None else window
-    plans = [sweep(c, n_layers=count, window=width, seeds=drawn, controls=controls) for c in concepts]
+    count, width = len(find_layers(pipe)), usual["window"] if window is None else window
+    asked: dict[str, Any] = dict(n_layers=count, window=width, seeds=distinct_seeds(seeds), controls=controls)
+    plans = [list(sweep(c, **asked)) for c in concepts]
     judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
-    run = generate(
+    make: Make = functools.partial(
+        generate,
         pipe,
-        [row for plan in plans for row in plan],
-        store=store,
         num_inference_steps=usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
         guidance_scale=usual["guidance_scale"] if guidance_scale is None else guidance_scale,
         batch_size=batch_size,
         progress=progress,
     )
+    told = {"window": width, "n_layers": count, "search": search}
+    if search == "all":
+        run = _measured(concepts, plans, judge, make, store)
+        return run.with_table(run.table, **told)
+    races = [race(c, budget=budget, **asked) for c in concepts]
+    run = raced_run(
+        races, lambda who, plans, shelf: _measured([concepts[i] for i in who], plans, judge, make, shelf), store
+    )
+    return run.with_table(run.table, budget=budget, **told)
+
+
+def _measured(concepts: Sequence[Concept], plans: Sequence[Rows], judge: Scorer, make: Make, store: Any) -> Run:
+    """The pictures of one plan a concept, scored."""
+    run = make([row for plan in plans for row in plan], store=store)
     table = run.table.assign(**_scored_against(concepts, plans))
-    scores = _scores(run, table, judge)
-    return run.with_table(_ordered(table.assign(**scores)), window=width, n_layers=count, **judge.settings)
+    return run.with_table(_ordered(table.assign(**_scores(run, table, judge))), **judge.settings)
 
 
 def _concepts(given: Any) -> list[Concept]:
@@ -102,13 +123,7 @@ def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]])
         pairs = {pair.prompt: (i, pair) for i, pair in enumerate(concept.pairs)}
         for row in plan:
             index, pair = pairs[row.prompt]
-            values = (
-                concept.name,
-                concept.kind,
-                index,
-                concept.scored_text(pair),
-                concept.content_text(pair),
-            )
+            values = (concept.name, concept.kind, index, concept.scored_text(pair), concept.content_text(pair))
             for name, value in zip(columns, values, strict=True):
                 columns[name].append(value)
     return columns
@@ -127,21 +142,8 @@ def _scores(run: Run, table: pd.DataFrame, judge: Scorer, part: int = 256) -> di
 
 
 def _ordered(table: Any) -> Any:
-    first = [
-        "concept",
-        "kind",
-        "role",
-        "prompt",
-        "target",
-        "text",
-        "start",
-        "width",
-        "seed",
-        "edit",
-        "image",
-        "clip_score",
-        "content_score",
-    ]
+    first = ["concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit", "image"]
+    first += ["clip_score", "content_score"]
     return table[[*first, *(c for c in table.columns if c not in first)]]
 
 
@@ -158,13 +160,15 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     prompts they speak for these prompts (`prompts` is "fixed"). On the layer axis beside them: `choose`, the estimate
     on the seeds used to choose a carrier, `fresh` with its interval on the others, `share` of the ceiling, and
     `p_any`, of "no more than the placebo", corrected for every window looked at; for the chosen window, its `lead`
-    over the best non-overlapping rival with lower bound and p-value.
+    over the best non-overlapping rival with lower bound and p-value. A race's table: see `raced.raced_effects`.
 
     Raises `LocogenError` where rows are missing or scores are not finite.
     """
     import pandas as pd
 
-    parts = [_concept_effects(rows, level) for _, rows in table.groupby("concept", sort=False)]
+    one = functools.partial(_concept_effects, level=level)
+    search = functools.partial(raced_effects, whole=one) if "verdict" in table else one
+    parts = [search(rows) for _, rows in table.groupby("concept", sort=False)]
     if not parts:
         raise LocogenError("the pictures table is empty: run localize first")
     return pd.concat(parts, ignore_index=True)
@@ -207,12 +211,12 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     ceiling, placebo, insert = change("ceiling"), change("placebo"), change("insert")
     width = int(widths[0]) if widths else 1
     lines = _estimates("layer", starts, effects, level)
-    judged = _judged(effects, ceiling, placebo, rows["seed"].nunique(), width, level)
+    judged = _judged(effects, ceiling, placebo, rows["seed"].nunique(), width, level, starts)
     lines = [{**line, **more} for line, more in zip(lines, judged, strict=True)]
     for axis, values in (("ceiling", ceiling), ("placebo", placebo)):
         lines += _estimates(axis, [pd.NA], values, level) if values is not None else []
     if insert is not None and ceiling is not None:  # what the window alone restores of the ceiling's loss
-        lines += _estimates("insert", starts, ceiling - insert, level)
+        lines += _estimates("insert", _cube(rows, "insert", "clip_score")[0], ceiling - insert, level)
     if kind != "fact":
         lines += _content_lost(rows, starts, level)
     known = {"method": "locogen", "concept": name, "kind": kind, "width": width, "baseline": base.mean()}
@@ -235,19 +239,10 @@ def _content_lost(rows: Any, starts: Sequence[int], level: float) -> list[dict[s
 def _estimates(axis: str, positions: Sequence[Any], values: Array, level: float) -> list[dict[str, Any]]:
     """One line a window of `values` (windows, prompts, seeds), with its interval."""
     found = stats.crossed_bootstrap(values, level=level)
-    n = values.shape[1] * values.shape[2]
-    return [
-        {
-            "axis": axis,
-            "position": p,
-            "estimate": e,
-            "low": low,
-            "high": high,
-            "n": n,
-            "prompts": found.prompts,
-        }
-        for p, e, low, high in zip(positions, found.estimate, found.low, found.high, strict=True)
-    ]
+    known = {"axis": axis, "n": values.shape[1] * values.shape[2], "prompts": found.prompts}
+    names = ("position", "estimate", "low", "high")
+    lines = zip(positions, found.estimate, found.low, found.high, strict=True)
+    return [known | dict(zip(names, line, strict=True)) for line in lines]
 
 
 def _judged(
@@ -257,6 +252,7 @@ def _judged(
     seeds: int,
     width: int,
     level: float,
+    starts: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
     """What a carrier is decided by, for each window: choice, fresh estimate, lead, share, and the placebo test.
 
@@ -274,13 +270,15 @@ def _judged(
     if placebo is not None:  # a paraphrase may even raise the score: the effect must also beat none at all
         against = (placebo, np.zeros_like(placebo))
         p_any = np.max([stats.any_effect(effects, p, alpha=ALPHA).p_value for p in against], axis=0)
-    lines = []
+    lines, places = [], starts or range(len(effects))
     for w in range(len(effects)):
         line = {"choose": choice[w], "fresh": interval.estimate[w], "p_any": p_any[w]}
         line |= {"fresh_low": interval.low[w], "fresh_high": interval.high[w]}
         line["share"] = fresh[w].mean() / ceiling[:, :, kept].mean() if ceiling is not None else np.nan
-        if w == int(choice.argmax()) and any(abs(w - v) >= width for v in range(len(effects))):
-            lead = stats.simultaneous_lead(fresh, w, apart=width, chosen_here=not split, alpha=ALPHA, prompts=held)
+        rivals = [v for v, at in enumerate(places) if abs(at - places[w]) >= width]
+        if w == int(choice.argmax()) and rivals:
+            options: dict[str, Any] = dict(apart=width, chosen_here=not split, alpha=ALPHA, prompts=held)
+            lead = stats.simultaneous_lead(fresh, w, rivals, **options)
             line |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
         lines.append(line)
     return lines
@@ -301,8 +299,16 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     if len(names) != 1:
         raise LocogenError(f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]")
     layer: Any = effects.query("axis == 'layer'").set_index("position")
+    found = _accepted(effects, layer, min_share)
+    if "verdict" not in layer:
+        return found
+    return Window(found.start, found.width, f"{found.reason}; {race_note(layer)}")
+
+
+def _accepted(effects: Any, layer: Any, min_share: float) -> Window:
+    """The window with the largest choice, or the winner of a race, where it passes."""
     width = int(layer["width"].iloc[0])
-    start = int(layer["choose"].idxmax())
+    start = int((layer["choose"] if "verdict" not in layer else layer["verdict"] == "chosen").idxmax())
     best = {name: float(layer.at[start, name]) for name in ("fresh", "share", "p_lead", "p_any")}
     elsewhere = _candidates(layer["choose"].sort_values(ascending=False).index.astype(int).tolist(), width)
     axes = set(effects["axis"])

@@ -208,6 +208,17 @@ def student_p(t: ArrayLike, freedom: ArrayLike) -> Array:
     return tail(np.arctan2(np.sqrt(freedom), np.abs(t))) / tail(np.full(t.shape, np.pi / 2))
 
 
+def student_quantile(tail: float, freedom: float) -> float:
+    """The t with P(T > t) = tail for Student's t, by bisection, as exact as `student_p`; 0 < `tail` < 0.5."""
+    low, high = 0.0, 1.0
+    while student_p(high, freedom) > 2 * tail:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, freedom) > 2 * tail else (low, middle)
+    return high
+
+
 def false_discovery(p_values: ArrayLike) -> Array:
     """p-values adjusted for how many there are (Benjamini & Hochberg, J. R. Stat. Soc. B 57, 1995), (d,).
 

@@ -32,7 +32,9 @@ ARROWS: dict[str, set[str]] = {
     "patches": {"solve"},
     "phrasings": {"plan"},
     "trace": {"hooks", "runs", "score", "stats"},
-    "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
+    "localization": {"plan", "catalog", "layers", "runs", "score", "stats", "raced", "racing"},
+    "raced": {"plan", "racing", "runs", "stats"},
+    "racing": {"plan", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "hooks", "families", "store"},
     "store": set(),
@@ -48,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
 }
 PACKAGES = {"catalog", "mini"}
-WITHOUT_TORCH = {"plan", "stats", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH = {"plan", "stats", "racing", "plots", "tables", "cleaning", "pages", "report"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
