@@ -63,6 +63,11 @@ def bound(values: Array, tail: float) -> float:
     return float(values.mean() - _critical(tail, n - 1) * values.std(ddof=1) / math.sqrt(n))
 
 
+def ahead(leader: Array, other: Array, tail: float) -> bool:
+    """Whether the leader has an effect, and a larger one than the other, which therefore is not the best."""
+    return bound(leader, tail) > 0 and bound(leader - other, tail) > 0
+
+
 def reach(leader: Array, other: Array, tail: float) -> float:
     """The share r of the other's mean that the leader's reaches at least, 0 to 1; (pairs,) effects on the same pairs.
 
@@ -72,7 +77,7 @@ def reach(leader: Array, other: Array, tail: float) -> float:
     """
     if bound(leader, tail) <= 0:
         return 0.0
-    if bound(leader - other, tail) > 0:
+    if ahead(leader, other, tail):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(20):
@@ -125,7 +130,7 @@ class Race:
         leader, *others = self.alive
         lead = self.effects[leader, :upto]
         for w in others:
-            if reach(lead, self.effects[w, :upto], self.tail) == 1:
+            if ahead(lead, self.effects[w, :upto], self.tail):
                 self.left[w] = ("dropped", upto)
 
     def keep(self, best: int) -> None:
@@ -171,7 +176,8 @@ def race(
         scores = (yield rows).reshape(len(alive) + 1, len(now))
         state.look(concept.sign * (scores[1:] - scores[0]))
     made = _made(state, cells, pairs, common, window)
-    return [row for row in every if row in made], [_said(state, row) for row in every if row in made]
+    sure, rows = state.sure, [row for row in every if row in made]
+    return rows, [_said(state, row, sure) for row in rows]
 
 
 def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
@@ -232,12 +238,12 @@ def _made(
     return made | ({cells[*pair, "insert", winner] for pair in pairs} if "ceiling" in common else set())
 
 
-def _said(state: Race, row: Intervention) -> dict[str, Any]:
+def _said(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
     if row.start is None:
         return {"verdict": None, "looked": None, "sure": None}
     stayed = ("chosen" if row.start == state.alive[0] else "stayed", state.seen)
     verdict, looked = state.left.get(row.start, stayed)
-    return {"verdict": verdict, "looked": looked, "sure": state.sure}
+    return {"verdict": verdict, "looked": looked, "sure": sure}
 
 
 def run_races(

@@ -177,8 +177,7 @@ def lost(decide, dice, *, windows=15, pairs=24, races=400, tied=15, cv=0.3):
         draws = dice.integers(len(noise), size=(pairs, windows))
         common = noise[draws[:, :1], 0]  # the pair's own luck, shared by all windows
         own = noise[draws, dice.integers(2, size=windows)]
-        signs = dice.choice([-1, 1], size=(pairs, 1))
-        effects = 1 + cv * (signs * (0.6 * common + 0.8 * own) + 0.05 * dice.standard_normal((pairs, windows)))
+        effects = 1 + cv * (0.6 * common + 0.8 * own + 0.05 * dice.standard_normal((pairs, windows)))
         effects[:, tied:] -= 0.5
         wrong += decide(effects.T)
     return wrong / races
@@ -217,7 +216,7 @@ def test_what_is_said_of_the_winner_holds():
     truth = np.r_[1.0, 0.95, 0.9, 0.6, np.zeros(11)]
     noise = residuals()
     for _ in range(400):
-        effects = truth[:, None] + 0.3 * noise[dice.integers(len(noise), size=(15, 16)), 0] * dice.choice([-1, 1], 16)
+        effects = truth[:, None] + 0.3 * noise[dice.integers(len(noise), size=(15, 16)), 0]
         state = Race(15, 16)
         for upto in looks(16):
             state.look(effects[sorted(state.alive), state.seen : upto])
