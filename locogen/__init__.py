@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
     from .runs import Run, generate
     from .score import Scorer, scorer
+    from .sizing import plan_seeds
 
 __version__ = "0.1.0"
 
@@ -63,6 +64,7 @@ __all__ = [
     "load",
     "localize",
     "model_table",
+    "plan_seeds",
     "plot_curve",
     "plot_effect",
     "plot_evaluation",
@@ -90,6 +92,7 @@ _PUBLIC = {
     "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
+    "sizing": ("plan_seeds",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

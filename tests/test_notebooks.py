@@ -231,6 +231,19 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.slow
+def test_steps_runs(tmp_path: Path) -> None:
+    asked = 'steps = "1, 2"\nreference = 3\nseeds = 2\nconcepts = "mini/neon, mini/cat"\n'
+    (tmp_path / "tiny.toml").write_text(f'notebook = "steps"\nmodel = "mini"\n[[run]]\nname = "one"\n{asked}')
+    folder = run_study(tmp_path / "tiny.toml") / "one"
+    agreed = pd.read_csv(folder / "agreement.csv")
+    assert list(agreed["steps"].unique()) == ["1", "2", "3, other seeds"] and set(agreed["concept"]) == {"neon", "cat"}
+    assert (agreed["reached"] <= 1).all() and agreed["rank"].abs().max() <= 1
+    told = json.loads((folder / "result.json").read_text())
+    assert told["pictures"] == 3 * 2 * 2 * 16 and "steps" in told["finding"]
+    assert not outputs(folder / "notebook.ipynb", "error") and len(images(folder / "notebook.ipynb")) == 1
+
+
+@pytest.mark.slow
 def test_neurons_runs(tmp_path: Path) -> None:
     asked = 'shares = "5, 50"\ndraws = 1\nbatch_size = 2\n[[run]]\nconcept = "mini/neon"\n'
     tiny = TINY.replace('"localize"', '"neurons"').replace("seeds = 1", "seeds = 2")
