@@ -32,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "patches": {"solve"},
     "phrasings": {"plan"},
     "trace": {"hooks", "runs", "score", "stats"},
-    "sizing": {"localization", "plan", "stats"},
+    "sizing": {"localization", "plan", "runs", "stats"},
     "localization": {"plan", "catalog", "layers", "runs", "score", "stats", "raced", "racing"},
     "raced": {"plan", "racing", "runs", "stats"},
     "racing": {"plan", "stats"},

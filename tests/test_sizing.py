@@ -39,7 +39,7 @@ def plain(values, interval):
 CASES: list[dict[str, Any]] = [
     dict(prompts=2, pilot=8, spread=(0.05, 0.03, 0.05), interval=0.02),
     dict(prompts=4, pilot=12, spread=(0.05, 0.02, 0.05), interval=0.012),
-    dict(prompts=8, pilot=8, spread=(0.01, 0.05, 0.05), interval=0.03),
+    dict(prompts=8, pilot=8, spread=(0.01, 0.08, 0.05), interval=0.05),
 ]
 
 
