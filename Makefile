@@ -24,14 +24,14 @@ help:
 
 demo: $(INSTALLED)
 	@failed=0; \
-	$(PY) -m locogen run reports/mini.toml || failed=$$?; \
+	$(PY) -m locogen run reports/mini.toml --keep-going --retry failed || failed=$$?; \
 	$(PY) -m locogen report reports/mini $(OPEN) || failed=$$?; \
 	exit $$failed
 
 reports: $(INSTALLED)
 	@set -e; for file in reports/*.toml; do \
 		echo "$$file"; \
-		$(PY) -m locogen run "$$file"; \
+		$(PY) -m locogen run "$$file" --keep-going --retry failed; \
 		$(PY) -m locogen report "$${file%.toml}"; \
 	done
 

@@ -15,19 +15,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
     from .clamping import Selection, clamp
-    from .edit import Edit, fit_edit
+    from .edit import Edit, fit_edit, undo_all
+    from .effects import carrier, effect
     from .errors import LocogenError, UnsupportedModel
     from .evaluation import Probe, compare, control_edits, evaluate, probes_for
     from .hooks import generators, intervene, record
     from .layers import Layer, find_layers
-    from .localization import carrier, effect, localize
+    from .localization import localize
     from .models import load
     from .neurons import Neurons, find_neurons
-    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep
-    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip
+    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
+    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
     from .runs import Run, generate
     from .score import Scorer, scorer
     from .sizing import plan_seeds
+    from .widgets import explore
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ __all__ = [
     "describe",
     "effect",
     "evaluate",
+    "explore",
     "find_layers",
     "find_neurons",
     "fit_edit",
@@ -70,29 +73,42 @@ __all__ = [
     "plot_evaluation",
     "plot_scores",
     "plot_strip",
+    "plot_timesteps",
     "probes_for",
     "record",
     "scorer",
     "sweep",
+    "undo_all",
+    "with_riders",
 ]
 
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
     "clamping": ("Selection", "clamp"),
-    "edit": ("Edit", "fit_edit"),
+    "edit": ("Edit", "fit_edit", "undo_all"),
+    "effects": ("carrier", "effect"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),
     "layers": ("Layer", "find_layers"),
-    "localization": ("carrier", "effect", "localize"),
+    "localization": ("localize",),
     "models": ("load",),
     "neurons": ("Neurons", "find_neurons"),
-    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep"),
-    "plots": ("describe", "plot_curve", "plot_effect", "plot_evaluation", "plot_scores", "plot_strip"),
+    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
+    "plots": (
+        "describe",
+        "plot_curve",
+        "plot_effect",
+        "plot_evaluation",
+        "plot_scores",
+        "plot_strip",
+        "plot_timesteps",
+    ),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
     "sizing": ("plan_seeds",),
+    "widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -11,6 +11,27 @@ from pathlib import Path
 from locogen import __version__
 from locogen.errors import LocogenError
 
+_ENGINES = """\
+engines:
+  serial     one run after the other
+  processes  several at once on this machine: one a GPU where runs ask for cuda, else as cores and memory allow
+  dask       Dask's workers (pip install 'locogen[dask]'): of this machine, one a GPU where runs ask for cuda, which
+             sees no other; or with --scheduler of many machines that share the study's folder at the same path
+
+many machines, by hand:
+  dask scheduler                                                             # on one
+  CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 1            # on each, once for every GPU
+  locogen run STUDY.toml --scheduler tcp://HOST:8786
+
+on Slurm (pip install dask-jobqueue): in Python, kept running beside the study,
+  from dask_jobqueue import SLURMCluster
+  cluster = SLURMCluster(cores=1, processes=1, memory="16GB", walltime="04:00:00", job_extra_directives=["--gpus=1"])
+  cluster.scale(jobs=8)
+  print(cluster.scheduler_address)                                           # give this to --scheduler
+
+A scheduler runs whatever reaches its port: keep it inside a network that you trust.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 when runs failed, 2 for a mistake, 130 after Ctrl-C."""
@@ -34,11 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"locogen {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="run a study: a notebook for many concepts and models")
+    run = commands.add_parser(
+        "run",
+        help="run a study: notebooks for many concepts and models",
+        epilog=_ENGINES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     run.add_argument("study", type=Path, metavar="STUDY.toml")
     run.add_argument("--force", action="store_true", help="run what is finished again")
     run.add_argument("--only", action="append", metavar="SLUG", help="only this run (may be given several times)")
     run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, start nothing")
+    run.add_argument("--retry", choices=["failed"], help="run again what failed before")
+    run.add_argument("--keep-going", action="store_true", help="after a failure too; else what has begun is finished")
+    run.add_argument("--engine", choices=["serial", "processes", "dask"], help="see below; default: processes")
+    run.add_argument("--workers", type=int, metavar="N", help="runs at once; default: as many as fit the machine")
+    run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler; its workers do the runs")
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="make the pages of a study's results")
@@ -60,7 +91,17 @@ def _run(chosen: argparse.Namespace) -> int:
     from locogen.study import StudyFailed, run_study
 
     try:
-        run_study(chosen.study, only=chosen.only, force=chosen.force, dry_run=chosen.dry_run)
+        run_study(
+            chosen.study,
+            only=chosen.only,
+            force=chosen.force,
+            retry_failed=chosen.retry == "failed",
+            keep_going=chosen.keep_going,
+            dry_run=chosen.dry_run,
+            engine=chosen.engine or ("dask" if chosen.scheduler else "processes"),
+            workers=chosen.workers,
+            scheduler=chosen.scheduler,
+        )
     except StudyFailed as error:
         print(f"locogen: {error}", file=sys.stderr)
         return 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from locogen.calls import Call, before, following, hooked
 from locogen.errors import LocogenError
 from locogen.families import Family, denoiser_of, family_of
-from locogen.hooks import _announced, _before, _digest, _hooked
+from locogen.hooks import _announced
 from locogen.layers import Layer, find_layers
 
 if TYPE_CHECKING:
@@ -103,18 +105,20 @@ def clamp(
     if not chosen:
         yield
         return
-    denoiser, clock = denoiser_of(pipe, family), _Clock(pipe, family, layers, modules, moments)
-    hooks: list[tuple[Any, Any]] = [
-        (_before(denoiser), clock.before()),
-        (denoiser.register_forward_hook, clock.after()),
-    ]
-    for place, module in modules.items():
-        hook = _clamped(pipe, family, place, chosen[place], scale, fills[place], clock)
-        hooks.append((module.register_forward_hook, hook))
-    means = [_digest(fill) for fill in fills.values() if fill is not None]
-    told = repr((scale, moments, sorted(chosen.items()), means))
-    with _hooked(hooks), _announced(pipe, family, f"clamp {told}"):
-        yield
+    denoiser = denoiser_of(pipe, family)
+    means = [fill.double().cpu().numpy().tobytes() for fill in fills.values() if fill is not None]
+    told = repr((scale, moments, sorted(chosen.items()), hashlib.sha256(b"".join(means)).hexdigest()[:16]))
+    with following(pipe, family) as call:
+        clock = _Clock(call, layers, modules, moments)
+        hooks: list[tuple[Any, Any]] = [
+            (before(denoiser), clock.before),
+            (denoiser.register_forward_hook, clock.after),
+        ]
+        for place, module in modules.items():
+            hook = _clamped(layers[place[0]], place, chosen[place], scale, fills[place], clock)
+            hooks.append((module.register_forward_hook, hook))
+        with hooked(hooks), _announced(pipe, family, f"clamp {told}"):
+            yield
 
 
 def _scale(to: Any) -> float | None:
@@ -167,81 +171,56 @@ def _fill(selection: Selection, place: Place, scale: float | None) -> Tensor | N
 class _Clock:
     """Knows at each call of the denoiser whether its step is among the chosen ones, and who was called in it."""
 
-    pipe: Any
-    family: Family
+    call: Call
     layers: tuple[Layer, ...]
     modules: Mapping[Place, Any]
     steps: tuple[int, ...] | None
     holds: bool = True
     called: set[Place] = field(default_factory=set)
 
-    def before(self) -> Any:
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A pre-hook for the denoiser."""
+        self.called.clear()
+        for (index, name), matrix in self.modules.items():
+            if self.call.family.matrices(self.layers[index].module)[name] is not matrix:
+                raise LocogenError(f"to_{name} of layer {index} was exchanged while clamped: load LoRA before clamp")
+        if self.steps is not None:
+            last = len(self.call.timesteps()) - 1
+            if self.steps and self.steps[-1] > last:
+                raise LocogenError(f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}")
+            self.holds = self.call.step() in self.steps
 
-        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            self.called.clear()
-            for (index, name), matrix in self.modules.items():
-                if self.family.matrices(self.layers[index].module)[name] is not matrix:
-                    raise LocogenError(
-                        f"to_{name} of layer {index} was exchanged while clamped: load LoRA before clamp"
-                    )
-            if self.steps is not None:
-                self.holds = self._step(kwargs["timestep"] if "timestep" in kwargs else args[1]) in self.steps
-
-        return hook
-
-    def after(self) -> Any:
+    def after(self, module: Any, args: Any, output: Any) -> None:
         """A hook for the denoiser: a matrix that was not called would otherwise stay as it is, and nobody know."""
-
-        def hook(module: Any, args: Any, output: Any) -> None:
-            for index, name in sorted(set(self.modules) - self.called):
-                raise LocogenError(
-                    f"to_{name} of layer {index} ({self.layers[index].name}) is not called, so it cannot be clamped: "
-                    "where projections are fused, call pipe.unfuse_qkv_projections() first"
-                )
-
-        return hook
-
-    def _step(self, timestep: Any) -> int:
-        """Counted by distinct timesteps, since some schedulers (PNDM) call the denoiser twice at one."""
-        known = list(dict.fromkeys(self.pipe.scheduler.timesteps.tolist()))
-        if self.steps and self.steps[-1] >= len(known):
-            raise LocogenError(f"step {self.steps[-1]} is not there: the call has the steps 0 to {len(known) - 1}")
-        now = timestep.flatten()[0].item() if hasattr(timestep, "flatten") else timestep
-        if now not in known:
+        for index, name in sorted(set(self.modules) - self.called):
             raise LocogenError(
-                f"timestep {now} is none of the scheduler's: clamp at steps needs the pipeline's own call"
+                f"to_{name} of layer {index} ({self.layers[index].name}) is not called, so it cannot be clamped: "
+                "where projections are fused, call pipe.unfuse_qkv_projections() first"
             )
-        return known.index(now)
 
 
 def _clamped(
-    pipe: Any,
-    family: Family,
+    layer: Layer,
     place: Place,
     channels: tuple[int, ...],
     scale: float | None,
     fill: Tensor | None,
     clock: _Clock,
 ) -> Any:
-    """A hook that changes some channels, in the conditional rows of one matrix' output."""
+    """A hook that changes some channels, in the conditional rows and text tokens of one matrix' output."""
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
         clock.called.add(place)
-        if not clock.holds:
+        call, tokens = clock.call, clock.call.states.shape[1]
+        if not clock.holds or not call.rows:
             return None
-        guided = family.guided(pipe)
-        if guided and len(output) % 2:
+        if fill is not None and len(fill) != tokens:
             raise LocogenError(
-                f"{place} puts out {len(output)} rows under guidance: expected negative, positive halves"
-            )
-        if fill is not None and len(fill) != output.shape[1]:
-            raise LocogenError(
-                f"{place} hears {output.shape[1]} tokens, its means were taken at {len(fill)}: encode the prompts with "
+                f"{place} hears {tokens} tokens, its means were taken at {len(fill)}: encode the prompts with "
                 "the same tokenizer length"
             )
         changed = output.clone()
-        rows = changed[len(output) // 2 if guided else 0 :]  # under guidance rows are cat([negative, positive])
+        rows = changed[call.rows.start :, : tokens if layer.joined else None]
         chosen = list(channels)
         if fill is not None:
             rows[..., chosen] = fill.to(rows)

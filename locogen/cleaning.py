@@ -141,6 +141,8 @@ class Cleaner(HTMLParser):
             value = given or ""
             if name == "style":
                 value = "; ".join(part.strip() for part in value.split(";") if _STYLES.fullmatch(part.strip()))
+            if name == "id":  # nbconvert's cells have "cell-id=5"
+                value = value.replace("=", "-")
             if name == "id" and not re.fullmatch(r"[\w-]+", value):
                 continue
             if name in _EVERYWHERE | _ATTRIBUTES.get(tag, set()) and (value or name in ("alt", "open")):

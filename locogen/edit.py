@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,18 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen import solve
+from locogen.editfiles import read_edit, write_edit, write_lora
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, end_position, family_of, subject_positions
-from locogen.layers import find_layers
-from locogen.patches import Patch, digest_of, put_on, take_off, weights_of
+from locogen.families import denoiser_of, family_of
+from locogen.fitting import Fit, Options
+from locogen.layers import Layer, find_layers
+from locogen.patches import Patch, digest_of, is_on, put_on, take_all_off, take_off, weights_of
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
+from locogen.readings import Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Tokens = Literal["last_subject", "subject", "end", "all"]
-TOKENS: tuple[Tokens, ...] = ("last_subject", "subject", "end", "all")
 EDIT_FORMAT = 1  # of the file; raised when its meaning changes
 
 
@@ -48,11 +48,14 @@ class Edit:
     @contextmanager
     def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:
         """Within the context the model carries the edit, `strength` times; after it, its own weights, bit for bit."""
-        self.apply_(pipe, strength)
+        denoiser = denoiser_of(pipe)
+        outer = is_on(denoiser, self._patch)  # then applying raises, and what is on stays on
         try:
+            self.apply_(pipe, strength)
             yield
         finally:
-            self.undo_(pipe)
+            if not outer and is_on(denoiser, self._patch):
+                self.undo_(pipe)
 
     def apply_(self, pipe: Any, strength: float = 1.0) -> None:
         """Add the edit to the model's weights, rounded once to their own type; all of it or nothing.
@@ -65,7 +68,7 @@ class Edit:
         """Take the edit off again: the original bits, where no other edit is left.
 
         Edits fitted on the same weights come off in any order; one fitted on top of others before those. Raises
-        `LocogenError` otherwise, and when the edit is not applied.
+        `LocogenError` otherwise, and when neither the edit nor one loaded from its file is applied. See `undo_all`.
         """
         take_off(denoiser_of(pipe), self._patch)
 
@@ -77,46 +80,34 @@ class Edit:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: factors in float64, everything else as metadata."""
-        from safetensors.torch import save_file
-
         told = {"format": EDIT_FORMAT, "name": self.name, "layers": list(self.layers), "digest": self.digest}
-        tensors = {f"{n}/{part}": getattr(c, part).contiguous() for n, c in self.changes.items() for part in _PARTS}
-        metadata = {"locogen_edit": json.dumps(told | {"recipe": dict(self.recipe)})}
-        _written(path, lambda partial: save_file(tensors, partial, metadata))
+        write_edit(Path(path), told | {"recipe": dict(self.recipe)}, self.changes)
 
     @classmethod
     def load(cls, path: str | Path) -> Edit:
         """Read what `save` wrote. Raises `LocogenError` for a file that is cut short, another's, or of a later form."""
-        told, tensors = _read(Path(path))
+        told, changes = read_edit(Path(path))
         if told.get("format") != EDIT_FORMAT:
             raise LocogenError(f"{path} is an edit of format {told.get('format')}, this locogen reads {EDIT_FORMAT}")
-        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-        changes = {n: solve.LowRank(*(tensors[f"{n}/{part}"] for part in _PARTS)) for n in names}
-        return cls(told["name"], tuple(told["layers"]), changes, told["digest"], told["recipe"])
+        try:
+            return cls(told["name"], tuple(told["layers"]), changes, told["digest"], told["recipe"])
+        except KeyError as error:
+            raise LocogenError(f"{path} lacks {error}: it is no whole edit; save it again") from None
 
     def to_lora(self, path: str | Path, *, style: Literal["diffusers", "kohya"] = "diffusers") -> None:
         """Write the edit as a LoRA that any tool loads, without loss: `pipe.load_lora_weights(path)`.
 
         The change has rank n by its algebra, so nothing is approximated; the factors are balanced, then rounded to
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
-        as `alpha` so that the scale is 1.
+        as `alpha` so that the scale is 1; those exist for U-Nets only. Raises `LocogenError` for a family whose
+        pipeline loads no LoRA (PixArt).
         """
-        import torch
-        from safetensors.torch import save_file
-
-        if style not in ("diffusers", "kohya"):
-            raise LocogenError(f"style is {style!r}: take 'diffusers' or 'kohya'")
-        tensors = {}
-        for name, change in self.changes.items():
-            even, module = change.balanced(), name.removesuffix(".weight")
-            up, down = even.up.float().contiguous(), even.down.float().contiguous()
-            if style == "diffusers":
-                tensors |= {f"unet.{module}.lora_B.weight": up, f"unet.{module}.lora_A.weight": down}
-            else:
-                stem = "lora_unet_" + module.replace(".", "_")
-                tensors |= {f"{stem}.lora_up.weight": up, f"{stem}.lora_down.weight": down}
-                tensors[f"{stem}.alpha"] = torch.tensor(float(even.rank))
-        _written(path, lambda partial: save_file(tensors, partial, {"format": "pt", "locogen": self.name}))
+        denoiser = self.recipe.get("denoiser", "unet")
+        if not self.recipe.get("loads_lora", True):
+            raise LocogenError("this model's pipeline loads no LoRA: share the edit's own file, or export() the model")
+        if style == "kohya" and denoiser != "unet":
+            raise LocogenError("kohya-style names are those of U-Nets: take style='diffusers' for this model")
+        write_lora(Path(path), self.name, self.changes, style, denoiser)
 
     def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:
         """Write the whole pipeline with the edit merged, in diffusers' format; the pipeline itself stays as it is."""
@@ -130,8 +121,8 @@ class Edit:
             "layers": ", ".join(map(str, self.layers)),
             "matrices": len(self.changes),
             "rank": max(c.rank for c in self.changes.values()),
-            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most",
-            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change",
+            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most" if self.recipe else "",
+            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change" if self.recipe else "",
             "size": f"{size / 1024:.0f} KB",
             "made for": self.recipe.get("model", ""),
         }
@@ -139,27 +130,9 @@ class Edit:
         return f"<p><b>Edit</b> of {escape(self.name)}</p><table>{rows}</table>"
 
 
-@dataclass(frozen=True)
-class Options:
-    """How an edit is fitted; see `fit_edit`."""
-
-    ridge: float = 0.01
-    ridge_v: float | None = None
-    tokens: Tokens = "last_subject"
-    preserve: tuple[str, ...] = ()
-    preserve_weight: float = 1.0
-    null_space: bool = False
-    ordinary: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.tokens not in TOKENS:
-            raise LocogenError(f"tokens is {self.tokens!r}: take one of {', '.join(TOKENS)}")
-        if self.null_space and not self.preserve:
-            raise LocogenError("null_space keeps the preserved prompts exactly: give preserve= some prompts")
-        if self.null_space and self.ordinary:
-            raise LocogenError("null_space and ordinary are two ways to keep the rest: give one of them")
-        for name in ("preserve", "ordinary"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+def undo_all(pipe: Any) -> None:
+    """Take off every edit that is applied, also those whose name was given to another: the original bits come back."""
+    take_all_off(denoiser_of(pipe))
 
 
 def fit_edit(
@@ -179,12 +152,17 @@ def fit_edit(
     what the concept turns into, "a cat"; without it styles and objects go. `layers`: a window, or any ints.
 
     Options, see `Options`: `ridge` λ of keys (and of values, unless `ridge_v`): small follows the target, large
-    keeps the weights. `tokens`, which states are edited: "last_subject", where CLIP gathers the subject (the
-    published choice); "subject", each of its tokens, for names of many; "end", the state after the prompt, for text
-    towers that gather there; "all", every position, padding included, against the target's same position (TIME's
-    choice: strong, and harmful to neighbors). `preserve`: prompts whose states should go where they went, weighted
-    by `preserve_weight` (UCE); with `null_space`, exactly. `ordinary`: captions whose covariance says which
-    directions are dear (MEMIT).
+    keeps the weights. `tokens`, which states are edited (None: the family's, see below): "last_subject", where CLIP
+    gathers the subject (the published choice); "subject", each of its tokens, for names of many; "end", the state
+    after the prompt, for text towers that gather there; "all", every position, padding included, against the target's
+    same position (TIME's choice: strong, and harmful to neighbors). `preserve`: prompts whose states should go where
+    they went, weighted by `preserve_weight` (UCE); with `null_space`, exactly. `ordinary`: captions whose covariance
+    says which directions are dear (MEMIT). `entry`: edit also the map by which text enters beside or before the
+    layers: SD-XL's `add_embedding` (the pooled vector), the `context_embedder` of SD 3 and FLUX; off by default.
+
+    SD-XL: one state holds both encoders'. T5 hears both ways, so in IF, PixArt, SD 3 and FLUX each subject token is
+    edited by default, and the other words still tell of it. IF: after each layer's norm. SD 3 and FLUX: the text side
+    of joint blocks, as a short run of the prompt reads it on average (`readings.Reader`).
 
     Solved in float64 whatever the model's type. Raises `LocogenError` for empty or equal phrasings, a prompt without
     its subject, λ <= 0, a layer that is not there, and weights that are non-finite, quantized or carry LoRA.
@@ -199,89 +177,50 @@ def fit_edit(
         if phrasings is None
         else own_phrasings(phrasings, subject or concepts[0].name)
     )
-    return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**options))
-
-
-_PARTS = ("up", "down")
+    chosen = {name: value for name, value in options.items() if name != "tokens" or value is not None}
+    chosen.setdefault("tokens", family_of(pipe).tokens)
+    return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**chosen))
 
 
 def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], options: Options) -> Edit:
-    family, found = family_of(pipe), find_layers(pipe)
-    chosen = tuple(dict.fromkeys(int(i) for i in layers))
-    if not chosen:
-        raise LocogenError("there are no layers to edit: give a window or some of find_layers(pipe)")
-    beyond = [i for i in chosen if not 0 <= i < len(found)]
+    family, denoiser = family_of(pipe), denoiser_of(pipe)
+    chosen = _chosen(find_layers(pipe), layers)
+    paths = {module: path for path, module in denoiser.named_modules()}
+    places = [
+        (layer, {m: f"{paths[module]}.weight" for m, module in family.matrices(layer.module).items()})
+        for layer in chosen
+    ]
+    names = [n for _, by_matrix in places for n in by_matrix.values()]
+    if options.entry:
+        if family.entry is None:
+            raise LocogenError(f"{family.name} has no map beside its layers that could be edited: leave out entry=True")
+        names.append(f"{family.entry}.weight")
+    weights = weights_of(denoiser, names)
+    fit = Fit(Reader(pipe, chosen), told, options, next(iter(weights.values())).device)
+    changes: dict[str, solve.LowRank] = {}
+    for layer, by_matrix in places:
+        for m, n in by_matrix.items():
+            changes[n] = fit.change(weights[n], layer, m)
+    if options.entry:
+        changes[names[-1]] = fit.change(weights[names[-1]], None, "k")
+    recipe = _recipe(pipe, told, options, weights, changes)
+    recipe |= {"denoiser": family.denoiser, "loads_lora": hasattr(pipe, "load_lora_weights")}
+    return Edit(name, tuple(layer.index for layer in chosen), changes, digest_of(weights), recipe)
+
+
+def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
+    if isinstance(layers, str) or not (wanted := tuple(dict.fromkeys(int(i) for i in layers))):
+        raise LocogenError(f"layers is {layers!r}: give a window or the numbers of some of find_layers(pipe)")
+    beyond = [i for i in wanted if not 0 <= i < len(found)]
     if beyond:
         raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
-    names = {i: {m: f"{found[i].name}.to_{m}.weight" for m in family.matrices(found[i].module)} for i in chosen}
-    weights = weights_of(denoiser_of(pipe), [n for by_matrix in names.values() for n in by_matrix.values()])
-    source, target = (rows.to(next(iter(weights.values())).device) for rows in _states(pipe, told, options.tokens))
-    downs = {"k": _down(pipe, source, options, options.ridge)}
-    downs["v"] = downs["k"] if options.ridge_v is None else _down(pipe, source, options, options.ridge_v)
-    changes = {}
-    for m, down in downs.items():
-        alike = [by_matrix[m] for by_matrix in names.values()]
-        changes |= dict(zip(alike, solve.updates([weights[n] for n in alike], source, target, down), strict=True))
-    changes = {n: solve.LowRank(c.up.cpu(), c.down.cpu()) for n, c in changes.items()}
-    return Edit(name, chosen, changes, digest_of(weights), _recipe(pipe, told, options, weights, changes))
-
-
-def _down(pipe: Any, source: Tensor, options: Options, ridge: float) -> Tensor:
-    """The factor that all matrices of one λ share."""
-    kept = _last_states(pipe, options.preserve, options.tokens).to(source.device) if options.preserve else None
-    if options.null_space and kept is not None:
-        return solve.null_space_reader(source, kept, ridge=ridge)
-    covariance = ordinary_covariance(pipe, options.ordinary).to(source.device) if options.ordinary else None
-    return solve.reader(
-        source, ridge=ridge, preserve=kept, preserve_weight=options.preserve_weight, covariance=covariance
-    )
-
-
-def ordinary_covariance(pipe: Any, captions: Iterable[str]) -> Tensor:
-    """The covariance of the text states of ordinary captions, start mark and padding left out, (width, width)."""
-    gathered = None
-    for caption in captions:
-        states = _encode(pipe, caption)[1 : end_position(pipe, caption) + 1]
-        gathered = (gathered or solve.Covariance(states.shape[1])).add(states)
-    if gathered is None:
-        raise LocogenError("there are no ordinary captions: give at least one")
-    return gathered.matrix()
-
-
-def _encode(pipe: Any, prompt: str) -> Tensor:
-    return family_of(pipe).encode(pipe, [prompt])[0].double()
-
-
-def _states(pipe: Any, told: Sequence[Phrasing], tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Source and target states of every phrasing, (rows, width) each."""
-    import torch
-
-    source, target = [], []
-    for phrasing in told:
-        old, new = _encode(pipe, phrasing.source), _encode(pipe, phrasing.target)
-        places = subject_positions(pipe, phrasing.source, phrasing.subject)
-        end = end_position(pipe, phrasing.target)
-        if tokens == "all":
-            old, new = old[1:], new[1:]
-        elif tokens == "end":
-            old, new = old[[end_position(pipe, phrasing.source)]], new[[end]]
-        else:
-            old = old[list(places)] if tokens == "subject" else old[[places[-1]]]
-            new = new[[end - 1]].expand_as(old)  # the target's last word
-        source.append(old)
-        target.append(new)
-    return torch.cat(source), torch.cat(target)
-
-
-def _last_states(pipe: Any, prompts: Iterable[str], tokens: Tokens) -> Tensor:
-    """States of prompts that should stay, at the places that `tokens` edits in a source, (rows, width)."""
-    import torch
-
-    rows = []
-    for prompt in prompts:
-        states, end = _encode(pipe, prompt), end_position(pipe, prompt)
-        rows.append({"end": states[[end]], "all": states[1:], "subject": states[1:end]}.get(tokens, states[[end - 1]]))
-    return torch.cat(rows)
+    joined = [i for i in wanted if found[i].joined]
+    if joined:
+        raise LocogenError(
+            f"layers {joined} read text and picture by the same matrices, so an edit would change both: take layers "
+            f"below {min(layer.index for layer in found if layer.joined)}"
+        )
+    return [found[i] for i in wanted]
 
 
 def _recipe(
@@ -301,6 +240,7 @@ def _recipe(
         "phrasings": [vars(p) for p in told],
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
         "model": _model_name(pipe),
+        "revision": getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "_commit_hash", None),
         "dtype": sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}),
         "relative_change": relative,
         "rounding": lost,
@@ -312,35 +252,3 @@ def _model_name(pipe: Any) -> str:
     """The hub id, or the last two names of the folder: a shared file tells nothing of its maker's disk."""
     told = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     return "/".join(Path(told).parts[-2:])
-
-
-def _written(path: str | Path, write: Any) -> None:
-    """Write a file whole or not at all."""
-    import os
-
-    from safetensors import SafetensorError
-
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise LocogenError(f"{path} cannot be written ({error}): give another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})["locogen_edit"])
-            return told, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise LocogenError(f"there is no edit {path}: give the file that Edit.save wrote") from None
-    except KeyError:
-        raise LocogenError(f"{path} is no edit of locogen's: give the file that Edit.save wrote") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LocogenError(f"{path} is cut short or damaged ({error}): save the edit again") from None

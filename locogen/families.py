@@ -1,4 +1,4 @@
-"""All that depends on a model's family: its denoiser, dummy inputs, prompt encoding, and conditional rows.
+"""All that depends on a model's family: its denoiser, dummy inputs, prompt encoding, and where text enters.
 
 To add a family: one `Family` entry in `FAMILIES`, keyed by the pipeline's class name. Nothing else in locogen asks
 what kind of model it has.
@@ -7,96 +7,177 @@ what kind of model it has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+from locogen import denoisers, texts
+from locogen.denoisers import Change, Hook
 from locogen.errors import LocogenError, UnsupportedModel
+from locogen.texts import Encoded, Spoken, Text
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _nothing(pipe: Any) -> dict[str, Any]:
+    return {}
+
+
+def _given_time(pipe: Any, given: Any) -> Any:
+    return given
 
 
 @dataclass(frozen=True)
 class Family:
     """What locogen must know of a family of pipelines.
 
-    `denoiser`: attribute of the pipeline; `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass;
-    `encode(pipe, prompts)`: text states, (prompts, tokens, width); `guided(pipe)`: whether the call in progress
-    doubles its rows, negative ones first; `check(pipe or denoiser)` raises where an intervention would be wrong;
-    `spoken(pipe, prompt)`: the token ids that are heard, start and end marks included, without padding;
-    `matrices(layer.module)`: the linear maps that read text, "k" and "v".
+    `denoiser`: attribute of the pipeline; `built_as`: whether a bare denoiser is of this family;
+    `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass; `encode(pipe, prompts, guided)`: the
+    prompts' text, and the pipeline's own negative; `check(denoiser)` raises where an intervention would be wrong;
+    `spoken(pipe, prompt)`: where its words stand in the states, one entry for each encoder with positions of its own;
+    `reader(pipe)`: the tokenizer that hears most of a prompt, and how many tokens; `matrices(layer.module)`: the
+    linear maps that read text, "k" and "v".
+
+    `heard(denoiser, states)`: what the layers hear of encoded states; `read(layer.module, heard)`: what the matrices
+    read of that. `pooled(denoiser, change)`: hooks that apply a change to the rows of the vector by which text enters
+    beside the layers; None where it does not. `evolves`: text changes from block to block, so that a target is heard
+    from its own run in the same batch (patching) and not from its encoding. `time(pipe, given)`: the scheduler's
+    timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes.
+
+    For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
+    where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
+    `entry_reads(denoiser, text, places)`, what it reads of a text.
     """
 
     name: str
     denoiser: str
+    built_as: Callable[[Any], bool]
     dummy_inputs: Callable[[Any], Mapping[str, Any]]
-    encode: Callable[[Any, Sequence[str]], Tensor]
-    guided: Callable[[Any], bool]
+    encode: Callable[[Any, Sequence[str], bool], Encoded]
     check: Callable[[Any], None]
-    spoken: Callable[[Any, str], list[int]]
+    spoken: Callable[[Any, str], tuple[Spoken, ...]]
+    reader: Callable[[Any], tuple[Any, int]]
     matrices: Callable[[Any], Mapping[str, Any]]
+    heard: Callable[[Any, Tensor], Tensor] = denoisers.same
+    read: Callable[[Any, Tensor], Tensor] = denoisers.same
+    pooled: Callable[[Any, Change], list[Hook]] | None = None
+    evolves: bool = False
+    time: Callable[[Any, Any], Any] = _given_time
+    options: Callable[[Any], dict[str, Any]] = _nothing
+    tokens: Literal["last_subject", "subject"] = "last_subject"
+    entry: str | None = None
+    entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
 
 
-def _unet_inputs(unet: Any) -> dict[str, Any]:
-    """One 8 x 8 latent (64 x 64 pixels) and one text token, on the denoiser's device (meta included)."""
-    import torch
+def _reader(tokenizer: str, limit: int | None = None) -> Callable[[Any], tuple[Any, int]]:
+    def reader(pipe: Any) -> tuple[Any, int]:
+        found = getattr(pipe, tokenizer)
+        return found, limit or found.model_max_length
 
-    config = unet.config
-    width = config.cross_attention_dim
-    width = width if isinstance(width, int) else width[0]
-    place = {"device": unet.device, "dtype": unet.dtype}
-    return {
-        "sample": torch.zeros(1, config.in_channels, 8, 8, **place),
-        "timestep": torch.zeros(1, dtype=torch.long, device=unet.device),
-        "encoder_hidden_states": torch.zeros(1, 1, width, **place),
-    }
+    return reader
 
 
-def _clip_encode(pipe: Any, prompts: Sequence[str]) -> Tensor:
-    """CLIP's last hidden states after its final norm, (prompts, tokens, width), as the pipeline itself makes them."""
-    import torch
-
-    with torch.no_grad():
-        device = pipe._execution_device
-        return pipe.encode_prompt(list(prompts), device, 1, False)[0]
+def _sd3_reader(pipe: Any) -> tuple[Any, int]:
+    return (pipe.tokenizer, pipe.tokenizer_max_length) if pipe.text_encoder_3 is None else (pipe.tokenizer_3, 256)
 
 
-def _sd_guided(pipe: Any) -> bool:
-    """Stable Diffusion doubles its rows under guidance above 1, but never a checkpoint with an embedded scale."""
-    return bool(pipe.do_classifier_free_guidance)
+def _t5(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[Spoken, ...]]:
+    return lambda pipe, prompt: (texts.spoken_by(getattr(pipe, tokenizer), prompt, limit),)
 
 
-def _sd_check(unet: Any) -> None:
-    """Refuse what the interventions cannot see through."""
-    config = unet.config
-    if getattr(config, "encoder_hid_dim_type", None) is not None or getattr(config, "addition_embed_type", None):
-        raise UnsupportedModel(
-            "this U-Net hears text by more than cross-attention (SD-XL, DeepFloyd IF or an IP-Adapter); "
-            f"supported pipelines are: {', '.join(FAMILIES)}. Unload an IP-Adapter with pipe.unload_ip_adapter()"
-        )
-    if getattr(unet, "is_cache_enabled", False):
-        raise LocogenError("the denoiser skips blocks through a feature cache: call unet.disable_cache() first")
+def _exact_size(pipe: Any) -> dict[str, Any]:
+    """Pictures of the checkpoint's own size, not resized; the negative comes encoded."""
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return {"negative_prompt": None, "use_resolution_binning": False, "height": side, "width": side}
 
 
-def _clip_spoken(pipe: Any, prompt: str) -> list[int]:
-    """`<start> words <end>`, cut at the tokenizer's limit."""
-    return pipe.tokenizer(prompt, truncation=True, verbose=False).input_ids
-
-
-def _keys_and_values(attention: Any) -> dict[str, Any]:
-    return {"k": attention.to_k, "v": attention.to_v}
-
-
+_SD = Family(
+    name="Stable Diffusion 1 and 2",
+    denoiser="unet",
+    built_as=denoisers.unet_with(None),
+    dummy_inputs=denoisers.unet_inputs,
+    encode=texts.encode_sd,
+    check=denoisers.check_seen_through,
+    spoken=texts.spoken_clip,
+    reader=_reader("tokenizer"),
+    matrices=denoisers.keys_and_values,
+)
+_PIXART = replace(
+    _SD,
+    name="PixArt-α",
+    denoiser="transformer",
+    built_as=denoisers.built_as("PixArtTransformer2DModel"),
+    dummy_inputs=denoisers.caption_inputs,
+    encode=texts.encode_masked,
+    spoken=_t5("tokenizer", 120),
+    reader=_reader("tokenizer", 120),
+    heard=denoisers.captioned,
+    options=_exact_size,
+    tokens="subject",
+)
+_SD3 = replace(
+    _SD,
+    name="Stable Diffusion 3",
+    denoiser="transformer",
+    built_as=denoisers.built_as("SD3Transformer2DModel"),
+    dummy_inputs=denoisers.joint_inputs,
+    encode=texts.encode_sd3,
+    spoken=texts.spoken_sd3,
+    reader=_sd3_reader,
+    matrices=denoisers.added_keys_and_values,
+    pooled=denoisers.pooled_projections,
+    evolves=True,
+    tokens="subject",
+    entry="context_embedder",
+    entry_reads=denoisers.embedder_entry,
+)
 FAMILIES: dict[str, Family] = {
-    "StableDiffusionPipeline": Family(
-        name="Stable Diffusion 1 and 2",
-        denoiser="unet",
-        dummy_inputs=_unet_inputs,
-        encode=_clip_encode,
-        guided=_sd_guided,
-        check=_sd_check,
-        spoken=_clip_spoken,
-        matrices=_keys_and_values,
+    "StableDiffusionPipeline": _SD,
+    "LatentConsistencyModelPipeline": replace(_SD, name="Latent Consistency", encode=texts.encode_lcm),
+    "StableDiffusionXLPipeline": replace(
+        _SD,
+        name="SD-XL",
+        built_as=denoisers.unet_with("text_time"),
+        encode=texts.encode_sdxl,
+        pooled=denoisers.added_text,
+        entry="add_embedding.linear_1",
+        entry_reads=denoisers.pooled_entry,
+    ),
+    "IFPipeline": replace(
+        _SD,
+        name="DeepFloyd IF",
+        built_as=denoisers.unet_with("text"),
+        encode=texts.encode_if,
+        spoken=_t5("tokenizer", 77),
+        reader=_reader("tokenizer", 77),
+        matrices=denoisers.added_keys_and_values,
+        heard=denoisers.projected,
+        read=denoisers.normed,
+        pooled=denoisers.pooled_inside,
+        tokens="subject",
+    ),
+    "StableDiffusion3Pipeline": _SD3,
+    "FluxPipeline": replace(
+        _SD3,
+        name="FLUX.1",
+        built_as=denoisers.built_as("FluxTransformer2DModel"),
+        encode=texts.encode_flux,
+        spoken=texts.spoken_flux,
+        reader=lambda pipe: (pipe.tokenizer_2, texts.flux_limit(pipe)),
+        time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
+    ),
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": replace(
+        _PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300), reader=_reader("tokenizer", 300)
+    ),
+    "SanaPipeline": replace(
+        _PIXART,
+        name="Sana",
+        built_as=denoisers.built_as("SanaTransformer2DModel"),
+        spoken=texts.spoken_sana,
+        tokens="last_subject",
+        reader=_reader("tokenizer", 300),
+        time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
     ),
 }
 
@@ -108,11 +189,10 @@ def family_of(model: Any) -> Family:
     state (feature cache, IP-Adapter) an intervention cannot see through.
     """
     family = FAMILIES.get(type(model).__name__)
-    if family is None and type(model).__name__ == "UNet2DConditionModel":
-        family = FAMILIES["StableDiffusionPipeline"]
+    family = family or next((one for one in FAMILIES.values() if one.built_as(model)), None)
     if family is None:
         raise UnsupportedModel(
-            f"{type(model).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their U-Nets"
+            f"{type(model).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their denoisers"
         )
     family.check(denoiser_of(model, family))
     return family
@@ -123,29 +203,51 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
     return getattr(model, (family or family_of(model)).denoiser, model)
 
 
-def cut_words(pipe: Any, prompt: str) -> str:
-    """The end of the prompt that the tokenizer's limit cuts off; empty where all of it is heard."""
-    tokenizer = pipe.tokenizer
+def encode(pipe: Any, prompts: Sequence[str]) -> Text:
+    """The text of prompts as the pipeline itself encodes it."""
+    import torch
+
+    with torch.no_grad():
+        return family_of(pipe).encode(pipe, prompts, False)[0]
+
+
+def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
+    """The text of prompts, and the pipeline's own negative for them; None where there is no such thing."""
+    import torch
+
+    with torch.no_grad():
+        return family_of(pipe).encode(pipe, prompts, True)
+
+
+def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
+    """The end of the prompt that the tokenizer's limit cuts off, empty where all of it is heard; and the limit."""
+    tokenizer, limit = family_of(pipe).reader(pipe)
     ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    limit = tokenizer.model_max_length
-    return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
+    return tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip(), limit
 
 
-def subject_positions(pipe: Any, prompt: str, subject: str) -> tuple[int, ...]:
+def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
     """Where the subject's tokens stand in the encoded prompt, counted from 0, at its last occurrence.
 
-    Raises `LocogenError` where the prompt does not hold the subject, or is cut before its end.
+    `encoder`: which of several that lie one after another along the tokens (SD 3: the CLIPs, then T5). Raises
+    `LocogenError` where the prompt does not hold the subject, or is cut before its end.
     """
-    spoken = family_of(pipe).spoken
-    ids, wanted = spoken(pipe, prompt), spoken(pipe, subject)[1:-1]
-    for start in range(len(ids) - 1 - len(wanted), 0, -1):
-        if ids[start : start + len(wanted)] == wanted:
-            return tuple(range(start, start + len(wanted)))
+    told = spoken(pipe, prompt)[encoder]
+    for words in (subject, f" {subject}"):  # tokenizers that spell a word otherwise behind a space
+        wanted = tuple(told.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+        for start in range(len(told.ids) - len(wanted), -1, -1):
+            if wanted and told.ids[start : start + len(wanted)] == wanted:
+                return tuple(range(told.start + start, told.start + start + len(wanted)))
     raise LocogenError(
         f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
     )
 
 
-def end_position(pipe: Any, prompt: str) -> int:
-    """Where the encoded prompt ends: the position of its (first) end mark."""
-    return len(family_of(pipe).spoken(pipe, prompt)) - 1
+def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+    """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
+    return family_of(pipe).spoken(pipe, prompt)
+
+
+def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
+    """Where the encoded prompt ends: the position of its (first) end mark, or of its last word where there is none."""
+    return spoken(pipe, prompt)[encoder].end

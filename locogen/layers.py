@@ -12,11 +12,15 @@ from locogen.families import Family, denoiser_of, family_of
 
 @dataclass(frozen=True)
 class Layer:
-    """One cross-attention layer: `index` counts in execution order from 0, `name` is its path in the denoiser."""
+    """One layer that hears text: `index` counts in execution order from 0, `name` is its path in the denoiser.
+
+    `joined`: it hears text and picture as one sequence, text first (FLUX's single blocks), and not apart.
+    """
 
     index: int
     name: str
     module: Any = field(repr=False, compare=False)
+    joined: bool = False
 
 
 _FOUND: WeakKeyDictionary[Any, tuple[Layer, ...]] = WeakKeyDictionary()
@@ -28,11 +32,11 @@ def _hears_text(module: Any) -> bool:
 
 
 def find_layers(model: Any) -> tuple[Layer, ...]:
-    """The cross-attention layers of a pipeline or denoiser, in observed execution order.
+    """The layers of a pipeline or denoiser that hear text, in observed execution order.
 
     By capability, not by class or name: modules with key and value matrices that a dry run calls with
-    `encoder_hidden_states`. The dry run is the smallest forward pass; it works on the meta device. Raises
-    `UnsupportedModel` for an unknown family, `LocogenError` if no layer hears text.
+    `encoder_hidden_states`, or the only ones of a block that is called so. The dry run is the smallest forward pass;
+    it works on the meta device. Raises `UnsupportedModel` for an unknown family, `LocogenError` if no layer hears text.
     """
     family = family_of(model)
     denoiser = denoiser_of(model, family)
@@ -45,19 +49,23 @@ def _dry_run(denoiser: Any, family: Family) -> tuple[Layer, ...]:
     import torch
 
     names = {module: name for name, module in denoiser.named_modules() if _hears_text(module)}
-    called: list[Any] = []
+    blocks = {module: denoiser.get_submodule(name.rpartition(".")[0]) for module, name in names.items()}
+    told: dict[Any, bool] = {}  # module: whether it was called with text, in the order of the calls
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
-        if kwargs.get("encoder_hidden_states") is not None and module not in called:
-            called.append(module)
+        told.setdefault(module, kwargs.get("encoder_hidden_states") is not None)
 
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in names]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in {*names, *blocks.values()}]
     try:
         with torch.no_grad():
             denoiser(**family.dummy_inputs(denoiser))
     finally:
         for handle in handles:
             handle.remove()
+    alone = {module for module in names if told.get(module)}
+    settled = {blocks[module] for module in alone}
+    joined = {module for module in names if told.get(blocks[module]) and blocks[module] not in settled}
+    called = [module for module in told if module in alone | joined]
     if not called:
         raise LocogenError(f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image model?")
-    return tuple(Layer(index, names[module], module) for index, module in enumerate(called))
+    return tuple(Layer(index, names[m], m, m in joined) for index, m in enumerate(called))

@@ -11,13 +11,13 @@ import numpy as np
 
 from locogen import stats
 from locogen.clamping import Place, Selection
-from locogen.edit import TOKENS, Tokens
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, end_position, family_of, subject_positions
+from locogen.families import family_of
 from locogen.hooks import active_contexts
 from locogen.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, exchanged, own_phrasings
 from locogen.plan import Concept, PromptPair
+from locogen.readings import TOKENS, Reader, Tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,30 +96,34 @@ def find_neurons(
     layers: Iterable[int],
     phrasings: Sequence[Phrasing | PromptPair | tuple[str, str]] | None = None,
     subject: str | None = None,
-    tokens: Tokens = "last_subject",
+    tokens: Tokens | None = None,
 ) -> Neurons:
     """Score each output channel of `to_k` and `to_v` by how it differs between prompts with and without a concept.
 
     Welch's z (Basu et al. 2024, section 6) over the concept's pairs, prompts against targets, or over your own
     `phrasings` (source, target) that share the `subject` words (default: the concept's name). What a layer's matrices
-    put out depends on the text alone, so no picture is made. `layers`: a window, or any ints.
+    put out depends on the text alone, so no picture is made; where text evolves from block to block (SD 3, FLUX), a
+    short run of each prompt is read, on average over its steps. `layers`: a window, or any ints.
 
-    `tokens`, where to listen: "last_subject", the last token of the subject against that of the words in its place,
-    or else the target's last word; "subject", all its tokens; "end", the state after the prompt; "all", every
-    position but the start mark, padding included. A prompt counts once: several positions are averaged.
+    `tokens`, where to listen (None: "subject" for families with T5, else "last_subject"): "last_subject", the last
+    token of the subject against that of the words in its place, or else the target's last word; "subject", all its
+    tokens; "end", the state after the prompt; "all", every position but the start mark, padding included where it is
+    heard. A prompt counts once: several positions are averaged.
 
     Raises `LocogenError` for fewer than two pairs, a prompt without its subject, layers that are not there, non-finite
     outputs, and within `intervene` or `clamp`.
     """
+    tokens = tokens or family_of(pipe).tokens
     if tokens not in TOKENS:
         raise LocogenError(f"tokens is {tokens!r}: take one of {', '.join(TOKENS)}")
     if active_contexts(pipe):
         raise LocogenError("the model is clamped or intervened on: find neurons outside of these contexts")
     chosen = _chosen(find_layers(pipe), layers)
-    asked = [_question(pipe, phrasing, tokens) for phrasing in _phrasings(concept, phrasings, subject)]
+    reader = Reader(pipe, chosen)
+    asked = [_question(reader, phrasing, tokens) for phrasing in _phrasings(concept, phrasings, subject)]
     if len(asked) < 2:
         raise LocogenError(f"{concept.name!r} has {len(asked)} pair of prompts: a spread needs at least two")
-    return _score(pipe, concept.name, chosen, asked, tokens)
+    return _score(reader, concept.name, asked, tokens)
 
 
 def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
@@ -139,40 +143,23 @@ def _phrasings(concept: Concept, own: Sequence[Any] | None, subject: str | None)
     return [Phrasing(pair.prompt, pair.target, exchanged(pair)[0]) for pair in concept.pairs]
 
 
-def _question(pipe: Any, told: Phrasing, tokens: Tokens) -> _Question:
+def _question(reader: Reader, told: Phrasing, tokens: Tokens) -> _Question:
     source, target = told.source, told.target
-    end = end_position(pipe, target)
-    if tokens == "end":
-        return _Question(source, target, (end_position(pipe, source),), (end,))
-    if tokens == "all":
-        return _Question(source, target, (), ())
-    places = subject_positions(pipe, source, told.subject)
-    instead = _instead(told)
-    other = subject_positions(pipe, target, instead)[-1] if instead else end - 1
-    return _Question(source, target, places if tokens == "subject" else places[-1:], (other,))
+    if tokens in ("all", "end"):
+        return _Question(source, target, reader.places(source, tokens), reader.places(target, tokens))
+    instead = told.instead
+    other = reader.places(target, "last_subject", instead) if instead else reader.places(target, "last_subject")
+    return _Question(source, target, reader.places(source, tokens, told.subject), other)
 
 
-def _instead(told: Phrasing) -> str | None:
-    """The target's words in the place of what it exchanges; None where it only leaves out, or only adds."""
-    try:
-        return exchanged(PromptPair(told.source, told.target))[1]
-    except LocogenError:
-        return None
-
-
-def _score(pipe: Any, name: str, layers: Sequence[Layer], asked: Sequence[_Question], tokens: Tokens) -> Neurons:
+def _score(reader: Reader, name: str, asked: Sequence[_Question], tokens: Tokens) -> Neurons:
     import pandas as pd
 
-    family, denoiser = family_of(pipe), denoiser_of(pipe)
-    have, lack = (
-        family.encode(pipe, texts).to(denoiser.device, denoiser.dtype)
-        for texts in ([q.source for q in asked], [q.target for q in asked])
-    )  # (prompts, tokens, width)
     parts, without = [], {}
-    for layer in layers:
-        for matrix, module in family.matrices(layer.module).items():
-            a = _outputs(module, have, layer, matrix)  # (prompts, tokens, channels)
-            b = _outputs(module, lack, layer, matrix)
+    for layer in reader.layers:
+        for matrix, module in reader.family.matrices(layer.module).items():
+            a = _outputs(module, reader, [q.source for q in asked], layer, matrix)  # (prompts, tokens, channels)
+            b = _outputs(module, reader, [q.target for q in asked], layer, matrix)
             x = _heard(a, [q.at_source for q in asked])  # (prompts, channels)
             y = _heard(b, [q.at_target for q in asked])
             without[layer.index, matrix] = b.mean(0).float().cpu()
@@ -185,20 +172,22 @@ def _score(pipe: Any, name: str, layers: Sequence[Layer], asked: Sequence[_Quest
     return Neurons(name, table, without, told)
 
 
-def _outputs(module: Any, states: Tensor, layer: Layer, matrix: str) -> Tensor:
+def _outputs(module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, matrix: str) -> Tensor:
     """What a matrix puts out, adapters included, in float64."""
     import torch
 
+    weight = next(module.parameters())
+    states = torch.stack([reader.states(prompt, layer) for prompt in prompts])  # (prompts, tokens, width)
     with torch.no_grad():
-        found = module(states).double()
+        found = module(states.to(weight.device, weight.dtype)).double()
     if not torch.isfinite(found).all():
         raise LocogenError(f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32")
     return found
 
 
 def _heard(outputs: Tensor, places: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """Each prompt's mean over its positions, all but the start mark where none are named, (prompts, channels)."""
+    """Each prompt's mean over its positions, (prompts, channels)."""
     import torch
 
-    picked = (rows[list(at)] if at else rows[1:] for rows, at in zip(outputs, places, strict=True))
+    picked = (rows[list(at)] for rows, at in zip(outputs, places, strict=True))
     return torch.stack([rows.mean(0) for rows in picked]).cpu().numpy()

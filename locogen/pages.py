@@ -1,13 +1,14 @@
 """HTML for the pages: the shell around them, tables, figures, footers.
 
-A page is one file that asks nothing of the outside: no script, its own style, pictures inside it; a content
-security policy says so once more to the browser. What people typed (titles, names, errors) is escaped here;
-what notebooks show goes through `locogen.cleaning`.
+A page is one file that asks nothing of the outside: its own style, pictures inside it, and no script but the index's
+own. A content security policy says so once more to the browser, and names style and script by their hashes. What
+people typed (titles, names, errors) is escaped here; what notebooks show goes through `locogen.cleaning`.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -15,7 +16,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-POLICY = "default-src 'none'; img-src data: 'self'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
 
 
 class Html(str):
@@ -29,29 +30,57 @@ def html(value: Any) -> str:
     return value if isinstance(value, Html) else escape(str(value))
 
 
-def link(address: str, text: str) -> Html:
-    """A link to a file beside the page."""
-    return Html(f'<a href="{escape(address)}">{escape(text)}</a>')
+def link(address: str, text: Any) -> Html:
+    """A link to a file beside the page; `text` may be a picture."""
+    return Html(f'<a href="{escape(address)}">{html(text)}</a>')
 
 
-def page(title: str, body: str, *, navigation: Iterable[Html] = ()) -> str:
-    """A whole page around `body`."""
-    nav = "".join(navigation)
+def page(
+    title: str,
+    body: str,
+    *,
+    navigation: Iterable[Html] = (),
+    script: str = "",
+    inline: bool = False,
+    source: str = "",
+) -> str:
+    """A whole page around `body`.
+
+    `script`: of locogen's templates, the only one that may run; `inline`: allow style attributes, as notebooks have
+    them; `source`: a hash of what the page was made of.
+    """
+    nav, style = "".join(navigation), f"\n{template('page.css')}"
+    run = template(script) if script else ""
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(style, run, inline=inline)}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="generator" content="locogen">\n<title>{escape(title)}</title>\n'
-        f'<link rel="icon" href="data:,">\n<style>\n{_style()}</style>\n</head>\n<body>\n'
+        '<meta name="generator" content="locogen">\n'
+        + (f'<meta name="source" content="{escape(source)}">\n' if source else "")
+        + f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>{style}</style>\n</head>\n<body>\n'
         '<a class="skip" href="#main">Skip to the content</a>\n'
         + (f'<nav aria-label="Pages and data">{nav}</nav>\n' if nav else "")
-        + f'<main id="main">\n{body}\n</main>\n</body>\n</html>\n'
+        + f'<main id="main">\n{body}\n</main>\n'
+        + (f"<script>{run}</script>\n" if run else "")
+        + "</body>\n</html>\n"
     )
 
 
+def policy(style: str, script: str = "", *, inline: bool = False) -> str:
+    """The content security policy of a page with this style and script, and nothing else."""
+    told = f"{POLICY}; style-src {_hashed(style)}"
+    told += "; style-src-attr 'unsafe-inline'" if inline else ""
+    return told + (f"; script-src {_hashed(script)}" if script else "")
+
+
+def _hashed(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 @cache
-def _style() -> str:
-    return files("locogen").joinpath("templates", "page.css").read_text(encoding="utf-8")
+def template(name: str) -> str:
+    """A file of `locogen/templates`."""
+    return files("locogen").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str) -> Html:
@@ -80,30 +109,35 @@ def facts(groups: Mapping[str, Mapping[str, Any]]) -> Html:
     """Groups of names and values, for a footer."""
     parts = []
     for title, values in groups.items():
-        lines = "".join(f"<dt>{html(name)}</dt><dd>{html(_plain(value))}</dd>" for name, value in values.items())
+        lines = "".join(f"<dt>{html(name)}</dt><dd>{_fact(value)}</dd>" for name, value in values.items())
         if lines:
             parts.append(f"<section><h3>{escape(title)}</h3><dl>{lines}</dl></section>")
     return Html(f'<div class="facts">{"".join(parts)}</div>')
 
 
+def _fact(value: Any) -> str:
+    """A value in words; of a long group of values the first, and the others in an element that opens."""
+    text = html(_plain(value))
+    if not isinstance(value, Mapping) or len(text) < 100:
+        return text
+    name, first = next(iter(value.items()))
+    summary = f"{name}: {_plain(first)}"[:60] + f" and {len(value) - 1} more"
+    return f"<details><summary>{escape(summary)}</summary>{text}</details>"
+
+
 def _plain(value: Any) -> Any:
-    if value is None or value == "":
+    if value is None or (isinstance(value, str | list | tuple | Mapping) and not value):
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
     return ", ".join(str(_plain(inner)) for inner in value) if isinstance(value, list | tuple) else value
 
 
-def figure(png: bytes, alt: str, *, inches: float | None = None) -> Html:
-    """A picture inside the page, on a white card; `inches`: how wide it was meant to be."""
-    width = round(inches * 96) if inches else png_width(png)
-    data = base64.b64encode(png).decode()
-    image = f'<img src="data:image/png;base64,{data}" alt="{escape(alt)}" width="{width}"{_wide(width)}>'
-    return Html(f'<span class="card" tabindex="0">{image}</span>')
-
-
-def _wide(width: int) -> str:
-    return ' class="wide"' if width > 700 else ""
+def image(data: bytes, alt: str, kind: str = "png", **attributes: Any) -> Html:
+    """A picture inside the page; further attributes as they are, `_class` for the class."""
+    given = "".join(f' {name.lstrip("_")}="{escape(str(value))}"' for name, value in attributes.items())
+    encoded = base64.b64encode(data).decode()
+    return Html(f'<img src="data:image/{kind};base64,{encoded}" alt="{escape(alt)}"{given}>')
 
 
 def png_width(png: bytes) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +25,12 @@ class Patch:
     name: str
     changes: Mapping[str, LowRank]
     digest: str
+
+    @cached_property
+    def key(self) -> str:
+        """What tells it from other patches: one read from a file is the one that was written to it."""
+        factors = {f"{name} {part}": getattr(c, part) for name, c in self.changes.items() for part in ("up", "down")}
+        return f"{self.digest} {digest_of(factors)}"
 
 
 @dataclass(eq=False)
@@ -43,28 +51,37 @@ class _Wardrobe:
 _KEPT: WeakKeyDictionary[Any, _Wardrobe] = WeakKeyDictionary()
 
 
-def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Parameters by name. Raises `LocogenError` for one that is missing, wrapped by LoRA, or quantized."""
-    found = {}
-    for name in names:
-        module = name.rpartition(".")[0]
-        try:
-            wrapped, weight = hasattr(denoiser.get_submodule(module), "base_layer"), denoiser.get_parameter(name)
-        except AttributeError:
-            raise LocogenError(
-                f"{type(denoiser).__name__} has no {name}: the edit was made for another model; refit it"
-            ) from None
-        if wrapped:
-            raise LocogenError(
-                f"{module} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) or unload it first"
-            )
-        if not weight.is_floating_point() or weight.ndim != 2:
-            raise LocogenError(
-                f"{name} is stored as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}: "
-                "quantized weights cannot be edited in place; load the model unquantized, or use the edit as LoRA"
-            )
-        found[name] = weight
-    return found
+def weights_of(denoiser: Any, names: Iterable[str], *, under_lora: bool = False) -> dict[str, Tensor]:
+    """Parameters by name. Raises `LocogenError` for one that is missing, fused, quantized, or wrapped by LoRA.
+
+    `under_lora`: take the weight that LoRA wraps instead.
+    """
+    return {name: _weight_of(denoiser, name, under_lora) for name in names}
+
+
+def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
+    path = name.rpartition(".")[0]
+    try:
+        module = denoiser.get_submodule(path)
+        parent = denoiser.get_submodule(path.rpartition(".")[0])
+        wrapped = hasattr(module, "base_layer")
+        weight = (module.base_layer if wrapped else module).weight
+    except AttributeError:
+        raise LocogenError(
+            f"{type(denoiser).__name__} has no {name}: the edit was made for another model; refit it"
+        ) from None
+    if wrapped and not under_lora:
+        raise LocogenError(
+            f"{path} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) or unload it first"
+        )
+    if "Fused" in type(getattr(parent, "processor", None)).__name__ and not under_lora:
+        raise LocogenError(f"{path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first")
+    if not weight.is_floating_point() or weight.ndim != 2:
+        raise LocogenError(
+            f"{name} is stored as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}: "
+            "quantized weights cannot be edited in place; load the model unquantized, or use the edit as LoRA"
+        )
+    return weight
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
@@ -81,10 +98,13 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 def put_on(denoiser: Any, patch: Patch, strength: float = 1.0) -> None:
     """Add a patch, `strength` times its change, to the weights; all of it or, whatever interrupts, nothing.
 
-    Raises `LocogenError` when the patch is on already, and when the weights are not those it was made for.
+    Raises `LocogenError` when the patch is on already, when the weights are not those it was made for, and when they
+    cannot hold the sum.
     """
+    if not math.isfinite(strength):
+        raise LocogenError(f"strength is {strength}: give a finite number")
     wardrobe = _KEPT.setdefault(denoiser, _Wardrobe())
-    if any(worn.patch is patch for worn in wardrobe.worn):
+    if is_on(denoiser, patch):
         raise LocogenError(f"the edit of {patch.name!r} is applied already: undo it first")
     now = weights_of(denoiser, patch.changes)
     _check_shapes(patch, now)
@@ -95,47 +115,74 @@ def put_on(denoiser: Any, patch: Patch, strength: float = 1.0) -> None:
         stacked = True
     else:
         raise LocogenError(_stranger(patch, now, bool(wardrobe.worn)))
-    fresh = {n: w.detach().clone() for n, w in now.items() if n not in wardrobe.originals}
-    wardrobe.originals |= fresh
     _wear(denoiser, wardrobe, [*wardrobe.worn, _Worn(patch, float(strength), stacked)])
 
 
-def take_off(denoiser: Any, patch: Patch) -> None:
-    """Remove a patch. What no other patch changes gets its original bits back.
+def is_on(denoiser: Any, patch: Patch) -> bool:
+    """Whether the patch, or one that is equal to it, is on."""
+    return any(worn.patch.key == patch.key for worn in _KEPT.get(denoiser, _Wardrobe()).worn)
 
-    Raises `LocogenError` when the patch is not on, or when one put on later was made for its result.
+
+def take_off(denoiser: Any, patch: Patch) -> None:
+    """Remove a patch, or one that is equal to it. What no other patch changes gets its original bits back.
+
+    Interrupted, it goes on to its end first. Raises `LocogenError` when the patch is not on, or when one put on later
+    was made for its result.
     """
     wardrobe = _KEPT.get(denoiser, _Wardrobe())
-    place = next((i for i, worn in enumerate(wardrobe.worn) if worn.patch is patch), None)
+    place = next((i for i, worn in enumerate(wardrobe.worn) if worn.patch.key == patch.key), None)
     if place is None:
         raise LocogenError(f"the edit of {patch.name!r} is not applied to this model: there is nothing to undo")
     over = [w.patch.name for w in wardrobe.worn[place + 1 :] if w.stacked and set(w.patch.changes) & set(patch.changes)]
     if over:
         raise LocogenError(f"{over[-1]!r} was fitted on top of {patch.name!r}: undo it first, last one first")
-    _wear(denoiser, wardrobe, [w for w in wardrobe.worn if w.patch is not patch])
+    _wear(denoiser, wardrobe, wardrobe.worn[:place] + wardrobe.worn[place + 1 :])
+
+
+def take_all_off(denoiser: Any) -> None:
+    """Remove every patch: all weights get their original bits back."""
+    if denoiser in _KEPT:
+        _wear(denoiser, _KEPT[denoiser], [])
 
 
 def _wear(denoiser: Any, wardrobe: _Wardrobe, worn: list[_Worn]) -> None:
-    """Set the weights to originals plus the sum of what is worn, all or none of them."""
+    """Set the weights to originals plus the sum of what is worn; what is interrupted ends with less worn, not more."""
+    names = dict.fromkeys(name for w in (*wardrobe.worn, *worn) for name in w.patch.changes)
+    adding = len(worn) > len(wardrobe.worn)
+    now = weights_of(denoiser, names, under_lora=not adding)
+    before = {name: weight.detach().clone() for name, weight in now.items()}
+    originals = {name: wardrobe.originals.get(name, value) for name, value in before.items()}
+    after = {name: _sum(originals[name], name, worn) for name in names}
+    try:
+        _write(now, after)
+    except BaseException:
+        _write_on(now, before if adding else after)
+        if not adding:
+            wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
+        raise
+    wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
+
+
+def _needed(originals: dict[str, Tensor], worn: list[_Worn]) -> dict[str, Tensor]:
+    changed = {name for w in worn for name in w.patch.changes}
+    return {name: value for name, value in originals.items() if name in changed}
+
+
+def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     import torch
 
-    names = dict.fromkeys(name for w in (*wardrobe.worn, *worn) for name in w.patch.changes)
-    now = weights_of(denoiser, names)
-    before = {name: weight.detach().clone() for name, weight in now.items()}
-    after = {name: _sum(wardrobe.originals[name], name, worn) for name in names}
-    try:
-        with torch.no_grad():
-            for name, weight in now.items():
-                weight.copy_(after[name])
-        wardrobe.worn = worn
-    except BaseException:
-        with torch.no_grad():
-            for name, weight in now.items():
-                weight.copy_(before[name])
-        raise
-    finally:
-        still = {name for w in wardrobe.worn for name in w.patch.changes}
-        wardrobe.originals = {name: value for name, value in wardrobe.originals.items() if name in still}
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(values[name])
+
+
+def _write_on(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write all of them, begun again when Ctrl-C is pressed once more: a model is never left half edited."""
+    while True:
+        try:
+            return _write(weights, values)
+        except KeyboardInterrupt:
+            continue
 
 
 def _sum(original: Tensor, name: str, worn: Iterable[_Worn]) -> Tensor:
@@ -146,7 +193,13 @@ def _sum(original: Tensor, name: str, worn: Iterable[_Worn]) -> Tensor:
     total = original.double()
     for change, strength in changes:
         total = total + strength * (change.up.to(total) @ change.down.to(total))
-    return total.to(original.dtype)
+    total = total.to(original.dtype)
+    if not total.isfinite().all():
+        raise LocogenError(
+            f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; take less "
+            "strength, or load the model in float32"
+        )
+    return total
 
 
 def _check_shapes(patch: Patch, weights: Mapping[str, Tensor]) -> None:

@@ -37,6 +37,14 @@ class Phrasing:
     target: str
     subject: str
 
+    @property
+    def instead(self) -> str | None:
+        """The target's words in the place of what it exchanges; None where it only leaves out, or only adds."""
+        try:
+            return exchanged(PromptPair(self.source, self.target))[1]
+        except LocogenError:
+            return None
+
 
 def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
     """The default phrasings of a concept, by its kind (after LocoEdit's four for a style).

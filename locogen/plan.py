@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from locogen.errors import LocogenError
 
 Kind = Literal["style", "object", "fact"]
 KINDS: tuple[Kind, ...] = ("style", "object", "fact")
-Role = Literal["baseline", "window", "ceiling", "placebo", "insert"]
+Role = Literal["baseline", "window", "ceiling", "placebo", "insert", "timesteps"]
+Pooled = Literal["keep", "target"]
 
 _OPENINGS = (
     ("a picture of ", "an image of "),
@@ -106,8 +107,10 @@ class Concept:
 class Intervention:
     """One picture to make: the layers in `layers` hear `target`, the rest hear `prompt`; `()` is the baseline.
 
-    Layers are 0-based in execution order. `role`, `start` and `width` say what the row is for; they do not change
-    the picture.
+    Layers are 0-based in execution order. `timesteps`: the first and the last denoising step, counted from 0, at which
+    they hear it; None: all. `pooled`: what is heard beside the layers, where the model has such a path (SD-XL, IF,
+    SD 3, FLUX): "keep", the prompt's, or "target", the target's at the same steps. `role`, `start` and `width` say
+    what the row is for; they do not change the picture.
     """
 
     prompt: str
@@ -117,13 +120,49 @@ class Intervention:
     role: Role = "window"
     start: int | None = None
     width: int | None = None
+    timesteps: tuple[int, int] | None = None
+    pooled: Pooled = "keep"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
         object.__setattr__(self, "seed", int(self.seed))
+        if self.timesteps is not None:
+            object.__setattr__(self, "timesteps", _span(self.timesteps))
+        if self.pooled not in ("keep", "target"):
+            raise LocogenError(f"pooled is {self.pooled!r}: take 'keep' or 'target'")
         for field in ("prompt", "target"):
             if not isinstance(getattr(self, field), str):
                 raise LocogenError(f"an intervention's {field} is {getattr(self, field)!r}: give it a text")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the picture is the prompt's own, whatever the target."""
+        return not self.layers and self.pooled == "keep"
+
+
+def _span(given: Any) -> tuple[int, int]:
+    try:
+        first, last = (int(step) for step in given)
+    except (TypeError, ValueError):
+        first, last = 0, -1
+    if not 0 <= first <= last:
+        raise LocogenError(f"timesteps is {given!r}: give the first and the last denoising step, counted from 0")
+    return first, last
+
+
+def riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The targets' own runs that a plan lacks, each once: baselines of the targets, under the same seeds.
+
+    SD 3 and FLUX take what a layer hears from them; for other families they change nothing.
+    """
+    there = {(row.prompt, row.seed) for row in plan if row.is_plain}
+    needed = dict.fromkeys((row.target, row.seed) for row in plan if not row.is_plain)
+    return tuple(Intervention(text, text, (), seed, "baseline") for text, seed in needed if (text, seed) not in there)
+
+
+def with_riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The plan, and behind it the targets' own runs that SD 3 and FLUX need in the same batch."""
+    return (*plan, *riders(plan))
 
 
 @dataclass(frozen=True)
@@ -180,19 +219,30 @@ def windows(n_layers: int, window: int) -> tuple[Window, ...]:
 
 
 def sweep(
-    concept: Concept, *, n_layers: int, window: int = 2, seeds: Iterable[int], controls: bool = True
+    concept: Concept,
+    *,
+    n_layers: int,
+    window: int = 2,
+    seeds: Iterable[int],
+    controls: bool = True,
+    timesteps: Iterable[tuple[int, int]] = (),
+    pooled: Pooled = "keep",
 ) -> tuple[Intervention, ...]:
     """Every row of LocoGen's experiment on one concept, prompt by prompt and seed by seed.
 
     With `controls`: the baseline, the ceiling (all layers hear the target), the placebo (all layers hear a
     paraphrase) and, beside each window, its insert (only the window hears the prompt): `2 W + 3` rows a prompt and
-    seed. Without: the baseline and the `W` windows.
+    seed. Without: the baseline and the `W` windows. `timesteps`: spans (first, last) of denoising steps, counted from
+    0; each window is then also made with its target heard at each span alone (role "timesteps"), `W` rows a span.
+    `pooled`: see `Intervention`; for every row but the baseline.
     """
     places = windows(n_layers, window)
+    spans = tuple(dict.fromkeys(_span(given) for given in timesteps))
     drawn = distinct_seeds(seeds)
-    return tuple(
-        row for pair in concept.pairs for seed in drawn for row in _rows(pair, seed, places, n_layers, controls)
+    found = (
+        r for pair in concept.pairs for seed in drawn for r in _rows(pair, seed, places, n_layers, controls, spans)
     )
+    return tuple(row if row.role == "baseline" else replace(row, pooled=pooled) for row in found)
 
 
 def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
@@ -209,16 +259,25 @@ def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
 
 
 def _rows(
-    pair: PromptPair, seed: int, places: Sequence[Window], n_layers: int, controls: bool
+    pair: PromptPair,
+    seed: int,
+    places: Sequence[Window],
+    n_layers: int,
+    controls: bool,
+    spans: Sequence[tuple[int, int]],
 ) -> Iterator[Intervention]:
     every = tuple(range(n_layers))
-    yield Intervention(pair.prompt, pair.target, (), seed, "baseline")
+    prompt, target = pair.prompt, pair.target
+    yield Intervention(prompt, target, (), seed, "baseline")
     for place in places:
-        yield Intervention(pair.prompt, pair.target, tuple(place), seed, "window", place.start, place.width)
+        yield Intervention(prompt, target, tuple(place), seed, "window", place.start, place.width)
+    for span in spans:
+        for place in places:
+            yield Intervention(prompt, target, tuple(place), seed, "timesteps", place.start, place.width, span)
     if not controls:
         return
     for place in places:
         rest = tuple(i for i in every if i not in tuple(place))
-        yield Intervention(pair.prompt, pair.target, rest, seed, "insert", place.start, place.width)
-    yield Intervention(pair.prompt, pair.target, every, seed, "ceiling")
-    yield Intervention(pair.prompt, pair.placebo or paraphrase(pair.prompt, pair.target), every, seed, "placebo")
+        yield Intervention(prompt, target, rest, seed, "insert", place.start, place.width)
+    yield Intervention(prompt, target, every, seed, "ceiling")
+    yield Intervention(prompt, pair.placebo or paraphrase(prompt, target), every, seed, "placebo")

@@ -22,6 +22,7 @@ from .tables import (
     precision,
     score_matrix,
     strip_rows,
+    timesteps_matrix,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +31,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = ["describe", "figure_size", "plot_curve", "plot_effect", "plot_scores", "plot_strip", "strip_rows"]
+__all__ = [
+    "describe",
+    "figure_size",
+    "plot_curve",
+    "plot_effect",
+    "plot_scores",
+    "plot_strip",
+    "plot_timesteps",
+    "strip_rows",
+]
 
 START_LABEL = "window start (layer, execution order)"
 CHANGE_LABEL = "change of CLIP-score (cosine)"
@@ -65,6 +75,25 @@ def plot_effect(
             _mark(ax, list(matrix.index).index(label), list(matrix.columns).index(start))
     if any(start is not None for start in cells.values()):
         ax.set_title("★ outlined: the carrier window", loc="left", fontsize=9)
+    return ax
+
+
+def plot_timesteps(
+    effects: pd.DataFrame,
+    concept: str | None = None,
+    *,
+    layer_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heatmap of one concept's windows by when they hear the target: spans of denoising steps × window starts.
+
+    On one scale around zero; positive means "carries the concept then". Steps count from 0, the noisiest.
+    """
+    matrix = timesteps_matrix(effects, concept)
+    low, high = min(0.0, matrix.min().min()), max(0.0, matrix.max().max())
+    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, vmin=low, vmax=high if high > low else 1.0)
+    _finish(ax, matrix, list(matrix.index), layer_names)
+    ax.set_ylabel("heard at")
     return ax
 
 
@@ -135,7 +164,12 @@ def plot_strip(
     return fig
 
 
-_MEASURES = {"efficacy": ("o", "#b2182b"), "generality": ("s", "#e08214"), "specificity": ("D", "#2166ac")}
+_MEASURES = {
+    "efficacy": ("o", "#b2182b"),
+    "generality": ("s", "#e08214"),
+    "specificity": ("D", "#2166ac"),
+    "ordinary": ("^", "#4d4d4d"),
+}
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",
     "score": "mean CLIP-score (cosine)",
@@ -150,8 +184,9 @@ def plot_evaluation(
 ) -> Axes:
     """What each arm of `locogen.evaluation.summary` did: filled marks after, hollow ones before, with intervals.
 
-    One line an arm, one mark a measure: efficacy should go, specificity stay. `quantity`: right, score, ssim,
-    distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the table has no such quantity.
+    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer), specificity stay.
+    `quantity`: right, score, ssim, distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the
+    table has no such quantity.
     """
     rows: Any = summary[summary["quantity"] == quantity]
     if rows.empty:
@@ -159,8 +194,10 @@ def plot_evaluation(
         raise LocogenError(f"the summary has no quantity {quantity!r}: it has {known}")
     arms = list(dict.fromkeys(rows["arm"]))
     ax = _axes(ax, (7.5, 1.4 + 0.36 * len(arms)))
-    shifts = {name: 0.22 * (i - 1) for i, name in enumerate(_MEASURES)}
-    for measure, (marker, color) in _MEASURES.items():
+    measures = [name for name in _MEASURES if (rows["measure"] == name).any()]
+    shifts = {name: 0.22 * (i - (len(measures) - 1) / 2) for i, name in enumerate(measures)}
+    for measure in measures:
+        marker, color = _MEASURES[measure]
         part = rows[rows["measure"] == measure]
         at = [arms.index(arm) + shifts[measure] for arm in part["arm"]]
         after = part["after"].to_numpy(float)
@@ -175,7 +212,7 @@ def plot_evaluation(
     ax.set_ylim(len(arms) - 0.5, -0.5)
     ax.set_xlabel(_QUANTITIES.get(quantity, quantity))
     ax.grid(axis="x", alpha=0.3)
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     return ax
 
 

@@ -95,14 +95,15 @@ def _given_up(rows: Any, swept: Any, like: Any) -> pd.DataFrame:
 
 def race_note(layer: pd.DataFrame) -> str:
     """What the race did not look at and how sure it is, in words, from the layer axis of its effects."""
-    pairs = int(layer["n"].max())
-    less = layer.loc[layer["n"] < pairs, "n"].astype(int)
+    seen_on: Any = layer["n"]
+    pairs = int(seen_on.max())
+    less = seen_on[seen_on < pairs].astype(int)
     told = []
     if len(less):
         seen = f"{less.min()}" if less.min() == less.max() else f"{less.min()} to {less.max()}"
         told.append(f"{len(less)} of {len(layer)} windows seen on {seen} of {pairs} pairs only")
     for verdict, words in (("dropped", "{} cannot be the best"), ("cut", "{} left out for the budget's sake")):
-        count = int((layer["verdict"] == verdict).sum())
+        count = layer["verdict"].tolist().count(verdict)
         told += [words.format(count)] if count else []
     sure, level = float(layer["sure"].iloc[0]), f"{1 - ALPHA:.0%}"
     told.append(

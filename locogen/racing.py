@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from locogen.errors import LocogenError
-from locogen.plan import Concept, Intervention, distinct_seeds, sweep
+from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
 from locogen.stats import split_seeds, student_quantile
 
 ALPHA = 0.05
@@ -146,6 +146,7 @@ def race(
     window: int,
     seeds: Iterable[int],
     controls: bool = True,
+    pooled: Pooled = "keep",
     budget: float = BUDGET,
     alpha: float = ALPHA,
 ) -> Generator[Rows, Array, Raced]:
@@ -157,7 +158,7 @@ def race(
     window's rows is said: `verdict` (chosen, stayed, dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
     Raises `LocogenError` for under four seeds and for a budget that is too small.
     """
-    every = sweep(concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls)
+    every = sweep(concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls, pooled=pooled)
     cells = {(row.prompt, row.seed, row.role, row.start): row for row in every}
     choosing, rest = _ordered_pairs(concept, sorted(distinct_seeds(seeds)))
     pairs = choosing + rest

@@ -1,58 +1,41 @@
-"""Results and executed notebooks → pages: an index of all runs, and each run with and without its code.
+"""Results and executed notebooks → pages: an index, a page for each model and concept, and each run with its notebook.
 
-`build` needs only what a run has left in its folder: `notebook.ipynb`, `pictures.csv`, `effects.csv` and
-`result.json`, or `error.json` where it failed. It can be repeated at any time and gives the same pages.
+`build` needs only what runs have left in their folders (`locogen.results`). It can be repeated at any time and gives
+the same pages; those of a run are made again only where the run, its place or locogen itself has changed.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import hashlib
 import logging
 import os
+import re
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .cleaning import arrange, clean
-from .errors import LocogenError
-from .pages import Html, facts, figure, html, link, page, shrink, table
-from .plan import Window
-from .plots import figure_size, plot_effect
-from .tables import describe, effect_matrix, findings, interval, missing, number, precision
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .overview import TABLES, comparison_page, data_links, index_page
+from .pages import Html, facts, html, link, page, shrink, table
+from .provenance import duration, study_page
+from .results import Entry, Finished, addresses, entries, read_json, read_runs, read_table, shown_pictures
+from .tables import describe, missing
 
 LARGE = 1_500_000  # bytes: a page above this is told about
-OTHER_TABLES = ("evaluation", "summary", "grid", "neurons", "changes")
+MOST_ROWS = 250  # of a table that is shown, not only linked
+SHOWN = {  # columns of the tables behind the figures of a run, and how they are ordered
+    "effects": ["concept", "axis", "position", "width", "estimate", "low", "high", "share", "n"],
+}
 LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # dead in a saved page
-TITLE = "Which layers carry what the model knows"
-EXPLANATION = """For each concept, a few neighboring layers of the model (a window) hear a prompt without it,
-while all other layers hear the prompt that holds it. What this changes in the CLIP-score, against pictures
-for which every layer hears the prompt, is the window's effect. It is signed so that positive means that the
-window carries the concept; intervals are 95 %. The ceiling is the effect when every layer hears the prompt
-without it."""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One run's folder as it was found: no `effects` and `carriers` where it failed, or was no localization."""
-
-    folder: Path
-    facts: Mapping[str, Any]
-    error: str = ""
-    effects: Any = None  # the effects table, a DataFrame
-    carriers: Mapping[str, Window] = field(default_factory=dict)
-
-    @property
-    def title(self) -> str:
-        """What the run calls itself, or its folder's name."""
-        return str(self.facts.get("title") or self.folder.name)
+FILES = {
+    "notebook.ipynb": "Notebook",
+    **{f"{name}.csv": f"{name.capitalize()} (CSV)" for name in TABLES},
+    "edit.safetensors": "Edit",
+    "lora.safetensors": "LoRA",
+}
 
 
 def build(folder: Path | str) -> Path:
@@ -63,91 +46,124 @@ def build(folder: Path | str) -> Path:
     where there is no run at all.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise LocogenError(f"there is no folder {folder}: make results first, with `python -m locogen run`")
-    places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.is_symlink())
-    runs = sorted((read_run(place) for place in places if _is_run(place)), key=_rank)
-    if not runs:
-        raise LocogenError(f"{folder} holds no run: make some first, with `python -m locogen run`")
+    runs, found, models, concepts = gather(folder)
+    marks = {run.folder: _mark(run) for run in runs}
     for run in runs:
-        _write_pages(run)
-    return _write(folder / "index.html", index_page(runs))
+        own = [entry for entry in found if entry.run is run]
+        nav = [link(f"../{models[run.model]}", run.model)] if own else []
+        nav += [link(f"../{concepts[entry.concept]}", entry.concept) for entry in own]
+        _write_pages(run, list(dict.fromkeys(nav)), marks[run.folder])
+    for name, address in models.items():
+        own = [entry for entry in found if entry.run.model == name]
+        _compare(folder / address, f"The model {name}", own, concepts, marks, by="concept")
+    for name, address in concepts.items():
+        own = [entry for entry in found if entry.concept == name]
+        _compare(folder / address, f"The concept {name}", own, models, marks, by="model")
+    title = str(read_json(folder / "study.json").get("title") or "") if (folder / "study.json").exists() else ""
+    _write(folder / "study.html", study_page(runs, name=folder.resolve().name, title=title))
+    _forget(folder, {*models.values(), *concepts.values()})
+    return _write(folder / "index.html", index_page(runs, found, models, concepts, title=title))
 
 
-def read_run(folder: Path) -> Finished:
-    """What a run left; one whose files are missing or unreadable comes back as failed."""
-    if not (folder / "result.json").exists():
-        if not (folder / "error.json").exists():
-            return Finished(folder, {}, "unfinished: it was stopped, or is still running")
-        told = _read_json(folder / "error.json")
-        cell = told.get("cell")
-        place = f" (cell {cell})" if cell is not None else ""
-        return Finished(folder, told, str(told.get("error") or "it says nothing about its error") + place)
-    told = _read_json(folder / "result.json")
-    if "error" in told:
-        return Finished(folder, {}, str(told["error"]))
-    if not told.get("carriers") and not (folder / "effects.csv").exists():
-        return Finished(folder, told)  # a notebook that localizes nothing: its finding is all there is to list
-    try:
-        effects = _read_effects(folder / "effects.csv")
-        carriers = {str(c["concept"]): _window(c) for c in told["carriers"]}
-        findings(effects, carriers)
-    except (OSError, ValueError, KeyError, TypeError, LocogenError) as error:
-        return Finished(folder, told, f"its results cannot be read: {type(error).__name__}: {error}")
-    return Finished(folder, told, "", effects, carriers)
+def gather(folder: Path) -> tuple[list[Finished], list[Entry], dict[str, str], dict[str, str]]:
+    """What a results folder holds: its runs, their entries, and the addresses of the models' and concepts' pages."""
+    runs = read_runs(folder)
+    found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
+    models = addresses("model", list(dict.fromkeys(entry.run.model for entry in found)))
+    concepts = addresses("concept", list(dict.fromkeys(entry.concept for entry in found)))
+    return runs, found, models, concepts
 
 
-def index_page(runs: Sequence[Finished]) -> str:
-    """The page over all runs: one heatmap on one scale, one table."""
-    good = [run for run in runs if run.effects is not None]
-    more = [run for run in runs if run.effects is None and not run.error]
-    parts = [f"<h1>{html(TITLE)}</h1>", f"<p>{html(EXPLANATION)}</p>"]
-    if good:
-        parts.append(_heatmap(good))
-    headings = ("concept", "kind", "model", "carrier", "effect [95 %]", "of the ceiling", "verdict", "data")
-    lines = [line for run in runs if run not in more for line in _lines(run)]
-    if lines:
-        parts.append(table(headings, lines, caption="Runs: each concept opens its page; the tables behind it are CSV"))
-    if more:
-        told = [(link(f"{r.folder.name}/index.html", r.title), r.facts.get("finding") or "–", _data(r)) for r in more]
-        parts.append(table(("what else was done", "finding", "data"), told, caption="Edits and other notebooks"))
-    failed = sum(bool(run.error) for run in runs)
-    parts.append(f'<footer class="soft"><p>{len(runs)} runs, {failed} failed or unfinished.</p></footer>')
-    return page(TITLE, "\n".join(parts))
-
-
-def run_page(run: Finished, notebook: Any, *, code: bool) -> str:
+def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = "") -> str:
     """One run's notebook without its code, or with it (figures are then links to the page without)."""
     body = _as_html(run, notebook, code=code) if notebook is not None else ""
     top = f"<h1>{html(run.title)}</h1>\n"
     if run.error:
-        top += f'<p class="finding failed"><strong class="bad">Failed:</strong> {html(run.error)}</p>'
+        cell = (
+            f" ({link(f'code.html#cell-id-{run.cell}', f'cell {run.cell}')})" if run.cell is not None and body else ""
+        )
+        top += f'<p class="finding failed"><strong class="bad">Failed:</strong> {html(run.error)}{cell}</p>'
     else:
         finding = run.facts.get("finding") or ("" if run.effects is None else describe(run.effects, run.carriers))
         top += f'<p class="finding">{html(finding)}</p>'
     other = link("index.html", "Without the code") if code else link("code.html", "With the code")
-    data = {"notebook.ipynb": "Notebook", "pictures.csv": "Pictures (CSV)", "effects.csv": "Effects (CSV)"}
-    data |= {f"{name}.csv": f"{name.capitalize()} (CSV)" for name in OTHER_TABLES}
-    data |= {"edit.safetensors": "Edit", "lora.safetensors": "LoRA"}
-    there = [link(name, text) for name, text in data.items() if (run.folder / name).exists()]
-    nav = [link("../index.html", "All runs"), *([other] if body else []), *there]
-    return page(run.title, f"{top}\n{body}\n{_footer(run)}", navigation=nav)
+    there = [link(name, text) for name, text in FILES.items() if (run.folder / name).exists()]
+    links = [link("../index.html", "All runs"), *nav, *([other] if body else []), *there]
+    behind = "" if code else _tables(run)
+    text = f"{top}\n{body}\n{behind}{_footer(run)}"
+    return page(run.title, text, navigation=links, inline=True, source=source)
 
 
-def _write_pages(run: Finished) -> None:
+def _compare(
+    path: Path, title: str, own: Sequence[Entry], others: Mapping[str, str], marks: Mapping[Path, str], *, by: str
+) -> None:
+    """Write the page of one model (runs told apart by concept) or of one concept (by model), where it has changed."""
+    linked = {name: others[name] for name in dict.fromkeys(e.concept if by == "concept" else e.run.model for e in own)}
+    told = [(entry.concept, entry.name, list(entry.pictures), marks[entry.run.folder]) for entry in own]
+    source = _hashed(title, linked, told)
+    if not _is_made([path], source):
+        _write(path, comparison_page(title, own, by=by, others=linked, source=source))
+
+
+def _forget(folder: Path, made: Collection[str]) -> None:
+    """Take away the pages of models and concepts that are no longer there; ours only."""
+    for path in folder.glob("*.html"):
+        if re.fullmatch(r"(model|concept)-.+\.html", path.name) and path.name not in made:
+            with path.open(encoding="utf-8", errors="replace") as stream:
+                if '<meta name="generator" content="locogen">' in stream.read(2000):
+                    path.unlink()
+
+
+def _write_pages(run: Finished, nav: Sequence[Html], mark: str) -> None:
+    source = _hashed(mark, nav)
+    names = ["index.html", *(["code.html"] if (run.folder / "notebook.ipynb").exists() else [])]
+    if _is_made((run.folder / name for name in names), source):
+        return
     try:
         notebook = _read_notebook(run.folder / "notebook.ipynb")
-        pages = {"index.html": run_page(run, notebook, code=False)}
+        pages = {"index.html": run_page(run, notebook, code=False, nav=nav, source=source)}
         if notebook is not None:
-            pages["code.html"] = run_page(run, notebook, code=True)
+            pages["code.html"] = run_page(run, notebook, code=True, nav=nav, source=source)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = f"the notebook cannot be read: {type(error).__name__}: {error}"
         warnings.warn(f"{run.folder.name}: {reason}", stacklevel=3)
-        pages = {"index.html": run_page(replace(run, error=run.error or reason), None, code=False)}
+        pages = {"index.html": run_page(replace(run, error=run.error or reason), None, code=False, nav=nav)}
     for name, text in pages.items():
         _write(run.folder / name, text)
         if len(text) > LARGE:
             warnings.warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB", stacklevel=3)
+
+
+def _mark(run: Finished) -> str:
+    """A hash of all that a run has left, and of the code that makes pages."""
+    told = [_code(), run.error]
+    for name in ("result.json", "error.json", *FILES):
+        if (run.folder / name).is_file():
+            told += [name, hashlib.sha256((run.folder / name).read_bytes()).hexdigest()]
+    return _hashed(told)
+
+
+def _hashed(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> str:
+    """A hash of locogen's own files that pages depend on."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), *sorted((here / "templates").iterdir())]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
+
+
+def _is_made(pages: Iterable[Path], source: str) -> bool:
+    """Whether the pages are there and were made of just this."""
+    for path in pages:
+        if not path.is_file():
+            return False
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            if f'<meta name="source" content="{source}">' not in stream.read(2000):
+                return False
+    return True
 
 
 def _read_notebook(path: Path) -> Any:
@@ -159,6 +175,8 @@ def _read_notebook(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
+            if cell.get("execution_count") is not None:
+                cell["id"] = str(cell["execution_count"])  # an address for the number that errors are told with
             cell.outputs = [kept for output in cell.outputs if (kept := _output(output)) is not None]
     return notebook
 
@@ -201,122 +219,40 @@ def _output(output: Any) -> Any:
     return output
 
 
-def _heatmap(runs: Sequence[Finished]) -> Html:
-    """All concepts of all runs on one scale, as a picture with the findings for a description."""
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    effects, carriers = _together(runs)
-    matrix = effect_matrix(effects)
-    size = figure_size(matrix)
-    with matplotlib.style.context("default"):
-        drawing = Figure(figsize=size, dpi=160, layout="constrained")
-        plot_effect(effects, carriers=carriers, ax=drawing.add_subplot())
-        drawing.savefig(png := io.BytesIO(), format="png")
-    alt = f"Heatmap of the effect of {matrix.shape[1]} windows on {len(matrix)} concepts. "
-    return figure(png.getvalue(), alt + describe(effects, carriers, short=len(matrix) > 2), inches=size[0])
-
-
-def _together(runs: Sequence[Finished]) -> tuple[pd.DataFrame, dict[str, Window]]:
-    """One effects table over all runs; a concept that several have is named with its model, or its folder."""
-    import pandas as pd
-
-    pairs = [(run, concept) for run in runs for concept in _concepts(run)]
-    often = Counter(concept for _, concept in pairs)
-    same = Counter((concept, run.facts.get("model")) for run, concept in pairs)
-    parts, carriers = [], {}
-    for run, concept in pairs:
-        model = run.facts.get("model")
-        name = concept if often[concept] == 1 else f"{concept}, {model}"
-        name = name if same[concept, model] == 1 else f"{concept}, {run.folder.name}"
-        rows: Any = run.effects
-        parts.append(rows[rows["concept"] == concept].assign(concept=name))
-        if concept in run.carriers:
-            carriers[name] = run.carriers[concept]
-    return pd.concat(parts, ignore_index=True), carriers
+def _tables(run: Finished) -> str:
+    """The numbers behind the run's figures, in elements that open; long tables are linked only."""
+    parts = []
+    for name in data_links(run):
+        if name == "pictures":
+            continue
+        try:
+            rows: Any = read_table(run.folder / f"{name}.csv")
+        except (OSError, ValueError):
+            continue
+        if not len(rows) or len(rows) > MOST_ROWS:
+            continue
+        columns = [column for column in SHOWN.get(name) or list(rows.columns) if column in rows]
+        lines = [[_number(value) for value in line] for line in rows[columns].itertuples(index=False)]
+        shown = table([str(column) for column in columns], lines, caption=f"{name}.csv").replace(' class="cards"', "")
+        parts.append(f"<details><summary>The numbers behind the figures: {name}</summary>{shown}</details>")
+    return "\n".join(parts)
 
 
-def _lines(run: Finished) -> list[list[Any]]:
-    """The rows of one run in the index's table, one a concept."""
-    slug, model, csv = run.folder.name, run.facts.get("model", "–"), _data(run)
-    if run.error:
-        name = ", ".join(map(str, run.facts.get("concepts") or [slug]))
-        verdict = Html(f'<strong class="bad">failed</strong>: {html(run.error)}')
-        return [[link(f"{slug}/index.html", name), "–", model, "–", "–", "–", ("verdict", verdict), csv]]
-    lines = []
-    for row in findings(run.effects, run.carriers):
-        numbers: list[Any] = ["–", "–", "–"]
-        verdict = "<strong>no single window</strong>" if row["judged"] else "not judged"
-        if row["start"] is not None:
-            digits = precision(row["estimate"])
-            share = "–" if missing(row["share"]) else f"{number(100 * row['share'], 0)} %"
-            effect = number(row["estimate"], digits) + interval(row, digits)
-            numbers = [("number", cell) for cell in (_layers(row["start"], row["width"]), effect, share)]
-            open_lead = "not established" in str(row["reason"])
-            verdict = "<strong>lead open</strong>" if open_lead else '<strong class="good">localized</strong>'
-        verdict = Html(verdict + (f": {html(row['reason'])}" if row["reason"] else ""))
-        name = link(f"{slug}/index.html", row["label"])
-        lines.append([name, row["kind"] or "–", model, *numbers, ("verdict", verdict), csv])
-    return lines
-
-
-def _data(run: Finished) -> Html:
-    """Links to the tables that a run left."""
-    names = [name for name in ("pictures", "effects", *OTHER_TABLES) if (run.folder / f"{name}.csv").exists()]
-    return Html(" ".join(link(f"{run.folder.name}/{name}.csv", name) for name in names) or "–")
-
-
-def _layers(start: int, width: int) -> str:
-    return f"layer {start}" if width == 1 else f"layers {start}–{start + width - 1}"
+def _number(value: Any) -> Any:
+    if missing(value):
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def _footer(run: Finished) -> Html:
     told = run.facts
     general = {name: told[name] for name in ("model", "concepts", "kind", "pictures", "finished") if name in told}
-    if isinstance(seconds := told.get("seconds"), int | float):
-        general["time"] = f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    if isinstance(told.get("seconds"), int | float):
+        general["time"] = duration(told["seconds"])
     groups = {"Run": general}
     groups |= {name.capitalize(): told.get(name) or {} for name in ("settings", "parameters", "versions")}
-    return Html(f"<footer>\n<h2>How this was made</h2>\n{facts(groups)}\n</footer>")
-
-
-def _concepts(run: Finished) -> list[str]:
-    rows: Any = run.effects
-    return [str(name) for name in rows.loc[rows["axis"] == "layer", "concept"].unique()]
-
-
-def _window(told: Mapping[str, Any]) -> Window:
-    start = told.get("start")
-    reason = str(told.get("reason") or "")
-    return Window(None if start is None else int(start), int(told["width"]), reason)
-
-
-def _rank(run: Finished) -> tuple[bool, int, str, str]:
-    """Failed runs last; styles, objects, facts; then in the order in which they ended."""
-    kind = str(run.facts.get("kind"))
-    kinds = ("style", "object", "fact")
-    place = kinds.index(kind) if kind in kinds else len(kinds)
-    return bool(run.error), place, str(run.facts.get("finished", "")), run.folder.name
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("result.json", "error.json", "notebook.ipynb"))
-
-
-def _read_effects(path: Path) -> pd.DataFrame:
-    """Only an empty cell is missing: a concept may be called "NA" or "1984"."""
-    import pandas as pd
-
-    text: Any = dict.fromkeys(("method", "concept", "axis", "kind", "prompts"), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {"error": f"{path.name} cannot be read: {error}"}
-    return told if isinstance(told, dict) else {"error": f"{path.name} does not hold an object"}
+    more = link("../study.html", "How all runs were made, and how to make them again")
+    return Html(f"<footer>\n<h2>How this was made</h2>\n{facts(groups)}\n<p>{more}</p>\n</footer>")
 
 
 def _write(path: Path, text: str) -> Path:

@@ -13,7 +13,7 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from locogen.batches import pictures_of
 from locogen.errors import LocogenError
-from locogen.families import cut_words, family_of
-from locogen.hooks import active_contexts, foreign_hooks, generators, intervene
+from locogen.families import cut_words
+from locogen.heartbeat import beat
+from locogen.hooks import active_contexts, foreign_hooks
 from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, content_key
 
@@ -72,6 +74,7 @@ class Run:
     pictures: Pictures
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)
+    made_by: weakref.ref[Any] | None = field(default=None, repr=False)  # the pipeline, as long as somebody keeps it
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -115,13 +118,16 @@ def generate(
     `plan_or_prompts`: a plan, or prompts which are then paired with every seed (default: seed 0), prompt by prompt.
     `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once,
     each row has its own CPU generator, and the last batch is padded, so a resumed run repeats a fresh one within
-    one step of 8-bit color. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or
-    prompt, non-finite pictures, a batch too large for the memory, or a store that lacks pictures and cannot be
-    written: pictures made so far are kept.
+    one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer where its free memory asks for it, and half
+    as many, with a warning, where memory runs out all the same. SD 3 and FLUX spend places of a batch on the targets'
+    own runs. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or prompt, steps that the
+    call has not, non-finite pictures, a picture too large for the memory, or a store that lacks pictures and cannot
+    be written: pictures made so far are kept.
     """
     plan = _as_plan(plan_or_prompts, seeds)
     chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
     _check_prompts(pipe, plan)
+    _check_timesteps(plan, num_inference_steps)
     shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
     common = _circumstances(pipe, chosen)
     model = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
@@ -137,7 +143,7 @@ def generate(
     pictures = Pictures(shelf, keys)
     if store is None:
         weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
-    return Run(tuple(plan), pictures, table, settings)
+    return Run(tuple(plan), pictures, table, settings, weakref.ref(pipe))
 
 
 def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None) -> list[Intervention]:
@@ -159,10 +165,15 @@ def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
     for prompt in dict.fromkeys(text for row in plan for text in (row.prompt, row.target)):
         if not prompt.strip():
             raise LocogenError("a prompt is empty: give every row a prompt and a target")
-        cut = cut_words(pipe, prompt)
+        cut, limit = cut_words(pipe, prompt)
         if cut:
-            limit = pipe.tokenizer.model_max_length
             warnings.warn(f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}", stacklevel=3)
+
+
+def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
+    last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
+    if last >= count:
+        raise LocogenError(f"step {last} is not there: num_inference_steps={count} makes the steps 0 to {count - 1}")
 
 
 def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def fingerprint(pipe: Any) -> str:
         digest.update(f"{part} {_described(module)}".encode())
         if not hasattr(module, "state_dict"):
             continue
-        for name, tensor in module.state_dict().items():
+        for name, tensor in _state(module).items():
             digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_bytes(tensor))
         for name, layer in module.named_modules():
@@ -206,6 +217,21 @@ def fingerprint(pipe: Any) -> str:
                 told = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged)
                 digest.update(f"{part}.{name} {told}".encode())
     return digest.hexdigest()[:16]
+
+
+def _state(module: Any) -> dict[str, Tensor]:
+    """A module's tensors; those that accelerate keeps off the device, from where it keeps them."""
+    return {n: _kept(module, n) if t.is_meta else t for n, t in module.state_dict().items()}
+
+
+def _kept(module: Any, name: str) -> Tensor:
+    owner, _, own_name = name.rpartition(".")
+    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            return kept[own_name]
+    raise LocogenError(f"the weight {name} is on the meta device: load the model's weights first")
 
 
 def _described(component: Any) -> str:
@@ -229,66 +255,32 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _key(row: Intervention, common: dict[str, Any]) -> str:
-    """Rows that make the same picture share a key: where no layer is replaced, the target does not matter."""
-    target = row.target if row.layers and row.target != row.prompt else None
-    made = {"prompt": row.prompt, "target": target, "layers": row.layers if target else (), "seed": row.seed}
+    """Rows that make the same picture share a key: where nothing is replaced, the target does not matter."""
+    changed = not row.is_plain and row.target != row.prompt
+    made: dict[str, Any] = {"prompt": row.prompt, "target": row.target if changed else None, "seed": row.seed}
+    made["layers"] = row.layers if changed else ()
+    if changed and row.timesteps is not None:
+        made["timesteps"] = row.timesteps
+    if changed and row.pooled != "keep":
+        made["pooled"] = row.pooled
     return content_key({**common, **made})
 
 
 def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
     from tqdm import tqdm
 
-    states = _encoded(pipe, list(missing.values()))
+    beat.ask(len(missing))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
+    keys = iter(missing)
     with bar:
-        for batch in _batches(list(missing.items()), chosen.batch_size):
-            made = _batch(pipe, [row for _, row in batch], states, chosen)
-            finite = np.isfinite(made).all((1, 2, 3))
-            for (key, _), pixels, good in zip(batch, made, finite, strict=True):
+        for rows, made in pictures_of(pipe, list(missing.values()), chosen):
+            finite = [bool(np.isfinite(pixels).all()) for pixels in made]
+            for pixels, good, key in zip(made, finite, keys, strict=False):  # keys last: none is lost at the end
                 if good:
                     shelf.put(key, (pixels * 255).round().astype("uint8"))
-            _check_finite([row for _, row in batch], finite)
-            bar.update(len(batch))
-
-
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    yield from (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _encoded(pipe: Any, plan: Sequence[Intervention]) -> dict[str, Tensor]:
-    """Text states of each distinct prompt, encoded alone so that its neighbors cannot move a bit."""
-    texts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-    encode = family_of(pipe).encode
-    return {text: encode(pipe, [text])[0] for text in [*texts, ""]}
-
-
-def _batch(pipe: Any, rows: Sequence[Intervention], states: dict[str, Tensor], chosen: Settings) -> Any:
-    """Pictures of one batch in 0..1, (rows, height, width, 3); padded to the batch size by repeating its last row."""
-    import torch
-
-    padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
-    prompts = torch.stack([states[row.prompt] for row in padded])
-    targets = torch.stack([states[row.target] for row in padded])
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        with intervene(pipe, padded, targets=targets):
-            made = pipe(
-                prompt_embeds=prompts,
-                negative_prompt_embeds=states[""].expand_as(prompts),
-                generator=generators(padded),
-                num_inference_steps=chosen.num_inference_steps,
-                guidance_scale=chosen.guidance_scale,
-                output_type="np",
-            ).images
-    except torch.OutOfMemoryError as error:
-        raise LocogenError(
-            f"a batch of {chosen.batch_size} pictures does not fit the memory of {pipe._execution_device}: give "
-            "a smaller batch_size=, or load the model with dtype='float16'; pictures made before are kept"
-        ) from error
-    finally:
-        pipe.set_progress_bar_config(**bar)
-    return made[: len(rows)]
+            _check_finite(rows, finite)
+            bar.update(len(rows))
+            beat.add(len(rows))
 
 
 def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
@@ -302,9 +294,11 @@ def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
 def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) -> pd.DataFrame:
     import pandas as pd
 
-    columns = ["role", "prompt", "target", "start", "width", "seed"]
+    columns = ["role", "prompt", "target", "start", "width", "seed", "pooled"]
     table = pd.DataFrame([[getattr(row, name) for name in columns] for row in plan], columns=columns)
-    table = table.astype({"start": "Int64", "width": "Int64"})
+    spans = [row.timesteps or (None, None) for row in plan]
+    table["first_timestep"], table["last_timestep"] = zip(*spans, strict=True)
+    table = table.astype(dict.fromkeys(("start", "width", "first_timestep", "last_timestep"), "Int64"))
     table["edit"] = pd.NA
     table["image"] = [f"{key}.png" for key in keys]
     for name, value in chosen.as_dict().items():

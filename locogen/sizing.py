@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from locogen.effects import carrier, effect
 from locogen.errors import LocogenError
-from locogen.localization import carrier, effect
 from locogen.plan import sign_of
 from locogen.stats import FEW_PROMPTS, student_quantile
 

@@ -253,9 +253,10 @@ def _welch(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     return z, 1 / (share**2 / (len(x) - 1) + (1 - share) ** 2 / (len(y) - 1))
 
 
-def wilson(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share, `hits` of `count` (J. Am. Stat. Assoc. 22, 1927): honest at 0 and at all.
 
+    Trials must be independent: for several pictures of one prompt give prompts as `count`, and `hits` in parts.
     Raises ValueError for a count under 1, hits outside it, or a level that is no probability.
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:

@@ -69,6 +69,22 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     return matrix
 
 
+def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
+    """Estimates of one concept's windows by when they heard the target, (spans of steps, window starts)."""
+    rows: Any = effects[effects["axis"] == "timesteps"]
+    known = list(dict.fromkeys(rows["concept"]))
+    if not known:
+        raise LocogenError("the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]")
+    concept = known[0] if concept is None and len(known) == 1 else concept
+    if concept not in known:
+        raise LocogenError(f"plot_timesteps() shows one concept, got {concept!r}: name one of {', '.join(known)}")
+    rows = rows[rows["concept"] == concept].astype({"first_timestep": int, "last_timestep": int, "position": int})
+    matrix = rows.pivot(index=["first_timestep", "last_timestep"], columns="position", values="estimate").sort_index()
+    matrix.index = [f"step {a}" if a == b else f"steps {a}-{b}" for a, b in matrix.index]
+    matrix.columns = [int(start) for start in matrix.columns]
+    return matrix.astype(float)
+
+
 def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rows of one concept by axis (layer, insert, ceiling, placebo), each sorted by position."""
     rows = effects.to_dict("records")
@@ -137,6 +153,12 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[dict[str,
         places = {"content": row["at"], "content_ceiling": None, "content_placebo": None}
         found.append(row | {axis: values.get((axis, place)) for axis, place in places.items()})
     return found
+
+
+def rows_of(effects: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The effects of the windows that one row of `findings` speaks of, in the order of the layers."""
+    rows = _along(effects, "layer")
+    return rows[rows["label"] == label].sort_values("position")
 
 
 def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = False) -> str:
@@ -295,9 +317,10 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     rivals = rows[rows.index.get_level_values("arm") != arm]
     if "efficacy" not in own or "specificity" not in own or rivals.empty:
         return text
-    change: Any = rivals.reset_index().pivot(index="arm", columns="measure", values="change")
-    score = change["specificity"] - change["efficacy"]
-    best, mine = str(score.idxmax()), own["specificity"]["change"] - own["efficacy"]["change"]
+    gained: Any = rows["change"] * rows["sign"]
+    score = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
+    mine, score = float(score[arm]), score.drop(arm)
+    best = str(score.idxmax())
     verb = "more" if mine > score.max() else "no more"
     moved = " and ".join(_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity"))
     return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({moved})."

@@ -1,163 +1,130 @@
-"""One notebook: find it, check values against its parameters, execute it in a kernel of its own, publish.
+"""One run of a study, from its parameters to its published folder; in this process or in a worker far away.
 
-The kernel is always the interpreter that asks, whatever kernels are installed; it works in the folder that
-the executed notebook is written to, and that folder is published whole or not at all.
+A run works in a folder `.partial-…`, which becomes the run's folder when all of it is there.
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import gc
-import json
-import logging
-import math
 import os
-import re
 import shutil
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from locogen.errors import LocogenError, unknown
+from locogen.atomic import load_json, publish, write_json
+from locogen.errors import LocogenError
+from locogen.heartbeat import ASKED, heard
+from locogen.kernel import Failure, execute
+from locogen.keys import versions
+from locogen.parameters import parameters_of
+from locogen.plan import Window
+from locogen.planning import Planned
 
-ARRANGED = ("results",)  # parameters that a study sets itself
-_PACKAGE = Path(__file__).resolve().parent
-# Progress bars and advice of the libraries underneath do not belong in a saved page.
-_QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DIFFUSERS_VERBOSITY": "error",
-}
-_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+_PATHS = ("concepts_file", "store", "model", "scorer")  # parameters that may be paths, from the study's folder
+_here = threading.local()  # the GPU of this thread
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a notebook did not come to its end, and the number of the cell it stopped in, as in `[5]` beside it."""
+class Outcome:
+    """What became of a run: the error if there was one, the seconds, pictures made, and what was found."""
 
-    message: str
-    cell: int | None = None
-
-
-def notebook_file(name: str, base: Path) -> Path:
-    """A notebook by its path from `base` (with .ipynb), or one of locogen's own by its name."""
-    if name.endswith(".ipynb"):
-        if not (base / name).is_file():
-            raise LocogenError(f"there is no notebook {base / name}")
-        return base / name
-    places = (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks")  # in a wheel, in a checkout
-    own = {file.stem: file for place in places for file in place.glob("*.ipynb")}
-    if name not in own:
-        raise unknown("notebook", name, own)
-    return own[name]
+    error: str
+    seconds: float
+    made: int = 0
+    said: str = ""
 
 
-def source_of(notebook: Path) -> list[tuple[str, str]]:
-    """The notebook's cells, (kind, source): what it does, without outputs and metadata."""
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
-    except (ValueError, KeyError, TypeError):
-        raise LocogenError(f"{notebook} is not a notebook: save it from JupyterLab") from None
+def take_gpu(free: SimpleQueue[str]) -> None:
+    """Keep one of the GPUs for the runs of this thread."""
+    _here.gpu = free.get()
 
 
-def parameters_of(notebook: Path) -> dict[str, Any]:
-    """Name → type, default and help of the notebook's parameters, without starting a kernel."""
-    import papermill
+def run_one(run: Planned, threads: int | None = None) -> Outcome:
+    """Execute one notebook and publish its folder. `threads`: of its kernel; None: as the environment says.
 
-    source_of(notebook)  # refuses what is not a notebook in words of ours
-    found = papermill.inspect_notebook(_literal(notebook))
-    if not found:
-        raise LocogenError(f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'")
-    return found
-
-
-def defaults_of(notebook: Path) -> dict[str, Any]:
-    """Name → default of the notebook's parameters; one that is not plainly written down is left out."""
-    found: dict[str, Any] = {}
-    for name, told in parameters_of(notebook).items():
-        with contextlib.suppress(ValueError, SyntaxError):
-            found[name] = ast.literal_eval(told["default"])
-    return found
-
-
-def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
-    """Raise `LocogenError` for a parameter that the notebook does not have, or a value of another type."""
-    valid = parameters_of(notebook)
-    for name, value in values.items():
-        if name in ARRANGED:
-            raise LocogenError(f"{name} is set by the study itself: leave it out")
-        if name not in valid:
-            listed = ", ".join(each for each in valid if each not in ARRANGED)
-            raise LocogenError(f"{unknown('parameter', name, valid)} ({notebook.name} takes: {listed})")
-        kind = valid[name]["inferred_type_name"]
-        if kind in _TYPES and not _fits(value, kind):
-            raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
-
-
-def _fits(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
-
-
-def plain(value: Any) -> Any:
-    """The value in plain JSON types: papermill makes strings of tuples and numpy's numbers."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):  # numpy's and torch's scalars (some are floats too) and arrays
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, Iterable):
-        return [plain(inner) for inner in value]
-    raise LocogenError(f"{value!r} is no parameter: give a text, a number, true, false or a list of these")
-
-
-def execute(notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Failure | None:
-    """Execute into `folder/notebook.ipynb`, in a kernel that works in `folder`; None when all went well.
-
-    The kernel is gone when this returns or raises (Ctrl-C included).
+    Raises `LocogenError` where the study's folder is not to be seen, and what the disk raises.
     """
-    import papermill
-    from nbclient.exceptions import DeadKernelError
-    from traitlets.config import Config
+    partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
+    try:
+        partial.mkdir()
+    except FileNotFoundError:
+        raise LocogenError(f"this worker sees no folder {partial.parent}: workers share it, at the same path") from None
+    start = time.perf_counter()
+    try:
+        error = execute(run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads))
+        return _publish(run, partial, error, time.perf_counter() - start)
+    except OSError:
+        if partial.is_dir():
+            raise
+        return Outcome("stopped", time.perf_counter() - start)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
-    # Sockets in a folder of their own, for its short name: a socket's path has some 100 bytes.
-    with (
-        tempfile.TemporaryDirectory(prefix="loco-") as sockets,
-        _silence("papermill", "asyncio", "traitlets"),
-    ):
-        settings: dict[str, Any] = {
-            "connection_file": str(Path(sockets, "kernel.json")),
-            "shutdown_wait_time": 2,
-        }
-        if sys.platform != "win32":
-            settings["transport"] = "ipc"  # no ports, so no race for them
-        log = Path(sockets, "kernel.log")
-        try:
-            papermill.execute_notebook(
-                _literal(notebook),
-                _literal(folder / "notebook.ipynb"),
-                dict(parameters),
-                kernel_name="python3",
-                progress_bar=False,
-                config=Config({"KernelManager": settings}),
-                kernel_manager_class=_this_interpreter(log),
-                resources={"metadata": {"path": str(folder)}},
-            )
-        except papermill.PapermillExecutionError as error:
-            named = "" if error.ename == "LocogenError" else f"{error.ename}: "
-            return Failure(named + re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)), error.exec_count)
-        except DeadKernelError:
-            return Failure(f"the kernel died, most often for want of memory{_last_words(log)}")
-        except (RuntimeError, TimeoutError) as error:
-            return Failure(f"the kernel did not start ({error}){_last_words(log)}")
-    return None
+
+def _environment(partial: Path, threads: int | None) -> dict[str, str]:
+    """What the kernel finds in its environment, beside what is there already."""
+    told = {ASKED: str(partial / "progress.json")}
+    if threads:
+        told["OMP_NUM_THREADS"] = str(threads)
+    if gpu := getattr(_here, "gpu", ""):
+        told["CUDA_VISIBLE_DEVICES"] = gpu
+    return told
+
+
+def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float) -> Outcome:
+    """Write what the run is and found, last of all its result, and put the folder in its place."""
+    made, _ = heard(partial)
+    found = load_json(partial / "finding.json")
+    for name in ("finding.json", "progress.json"):
+        (partial / name).unlink(missing_ok=True)
+    forget_place(partial / "notebook.ipynb")
+    result = {**_about(run), **found, "key": run.key, "title": run.title, "notebook": run.notebook.stem}
+    if "model" in run.parameters:
+        result["model"] = run.parameters["model"]  # the kernel saw a folder from its own place
+    result |= {"parameters": dict(run.parameters), "versions": versions(), "seconds": round(seconds, 1), "made": made}
+    result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    if error:
+        result |= {"error": error.message, "cell": error.cell}
+    write_json(partial / ("error.json" if error else "result.json"), result)
+    publish(partial, run.folder)
+    return Outcome(first_line(error.message) if error else "", seconds, made, _places(found))
+
+
+def give_up(run: Planned, message: str) -> Outcome:
+    """Publish a run as failed that no worker lived to tell of."""
+    partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
+    partial.mkdir()
+    return _publish(run, partial, Failure(message), 0.0)
+
+
+def first_line(message: str) -> str:
+    """Of an error, for the terminal."""
+    return (message.strip().splitlines() or ["it failed and did not say why"])[0]
+
+
+def _places(found: Mapping[str, Any]) -> str:
+    """The carriers, for the terminal."""
+    told = [str(Window(row.get("start"), row.get("width", 1))) for row in found.get("carriers", [])]
+    return ", ".join(told) or "executed"
+
+
+def _about(run: Planned) -> dict[str, Any]:
+    """What a result says of its subject when the notebook itself says nothing."""
+    return {
+        "model": run.parameters.get("model", ""),
+        "concepts": [run.subject],
+        "kind": run.parameters.get("kind", ""),
+        "finding": "",
+        "carriers": [],
+        "settings": {},
+        "pictures": 0,
+    }
 
 
 def forget_place(executed: Path) -> None:
@@ -168,113 +135,23 @@ def forget_place(executed: Path) -> None:
         write_json(executed, book)
 
 
-def _this_interpreter(log: Path) -> type:
-    """A kernel manager that starts the running interpreter, and asks no installed kernel specification.
-
-    What the kernel's process itself has to say (not the notebook) goes to `log`.
-    """
-    from jupyter_client.kernelspec import KernelSpec
-    from jupyter_client.manager import AsyncKernelManager
-
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    quiet = {name: os.environ.get(name, value) for name, value in _QUIET.items()}
-    environment = {**quiet, "PYTHONPATH": _python_path()}
-    spec = KernelSpec(argv=command, display_name="Python 3", language="python", env=environment)
-
-    class ThisInterpreter(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return spec
-
-        async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
-            with log.open("ab") as written:
-                await super()._async_launch_kernel(kernel_cmd, stdout=written, stderr=written, **options)
-
-    return ThisInterpreter
+def _for_kernel(run: Planned, folder: Path) -> dict[str, Any]:
+    """The parameters as the kernel sees them, which works in `folder`: paths are made relative to it."""
+    valid = parameters_of(run.notebook)
+    values = dict(run.parameters)
+    for name in _PATHS:
+        if _is_path(name, values.get(name), run.base):
+            with contextlib.suppress(ValueError):  # Windows: another drive
+                values[name] = Path(os.path.relpath(run.base / values[name], folder)).as_posix()
+    if "store" in valid:
+        values.setdefault("store", "../store")
+    if "results" in valid:
+        values["results"] = "."
+    return values
 
 
-@contextlib.contextmanager
-def _silence(*names: str) -> Iterator[None]:
-    """Keep these loggers quiet: what they have to say of a failed or interrupted run, we say ourselves."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    except KeyboardInterrupt:
-        gc.collect()  # the interrupted task complains when it is collected
-        raise
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _last_words(log: Path) -> str:
-    """The last line that the kernel's process wrote."""
-    text = log.read_text(encoding="utf-8", errors="replace").strip() if log.is_file() else ""
-    return f": {text.splitlines()[-1]}" if text else ""
-
-
-def _python_path() -> str:
-    """Where the kernel, which works in another folder, finds what this process finds, locogen above all."""
-    entries = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    home = _PACKAGE.parent
-    if home.name not in ("site-packages", "dist-packages"):
-        entries.append(str(home))
-    return os.pathsep.join(dict.fromkeys(entries))
-
-
-def _literal(path: Path) -> str:
-    """The path as papermill takes it, which reads its paths as templates."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder in its place: whoever looks finds the old one or the new, never half of it."""
-    old = folder.with_name(f".old-{folder.name}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def alone(results: Path) -> Iterator[None]:
-    """Hold the results folder for this process, and clear what a killed one has left."""
-    with (results / ".lock").open("w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no such lock
-            pass
-        except OSError:
-            raise LocogenError(f"another locogen is at work in {results}: wait for it, or stop it") from None
-        for left in (*results.glob(".partial-*"), *results.glob(".old-*")):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; one that is damaged counts as empty, so its run is done again."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the file whole or not at all; numbers that JSON does not have (infinities, NaN) become null."""
-    text = json.dumps(_strict(value), indent=1, ensure_ascii=False, default=str)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    return [_strict(inner) for inner in value] if isinstance(value, list | tuple) else value
+def _is_path(name: str, value: Any, base: Path) -> bool:
+    """Files are always paths; a model or a scorer is one when it has a slash and is there, else a hub id."""
+    if not value or not isinstance(value, str):
+        return False
+    return name in ("concepts_file", "store") or ("/" in value and (base / value).exists())

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from locogen import runs
+from locogen.calls import following
 from locogen.clamping import Selection, clamp
 from locogen.errors import LocogenError
 from locogen.families import family_of
@@ -148,8 +149,12 @@ def test_steps_that_never_come_are_refused(pipe):
         clamp(pipe, SOME, to="zero", steps=(1, 3)),
     ):
         pictures(pipe)
-    with pytest.raises(LocogenError, match=r"timestep 12345\.0 is none"), clamp(pipe, SOME, to="zero", steps=[0]):
-        pipe.unet(torch.zeros(1, 4, 8, 8), 12345.0, torch.zeros(1, 40, tiny.WIDTH))
+    with following(pipe, family_of(pipe)) as call:
+        pictures(pipe)
+        assert call.step() == 2
+        call._timestep = 12345.0  # what no call of the pipeline gives
+        with pytest.raises(LocogenError, match=r"timestep 12345\.0 is none"):
+            call.step()
 
 
 def test_an_exception_leaves_nothing(pipe):

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from locogen import patches, runs
-from locogen.edit import Edit, fit_edit
+from locogen.edit import Edit, fit_edit, undo_all
 from locogen.errors import LocogenError
-from locogen.families import end_position, family_of, subject_positions
+from locogen.families import encode, end_position, subject_positions
 from locogen.phrasings import Phrasing, default_phrasings, exchanged
 from locogen.plan import Concept, PromptPair
 
@@ -47,7 +47,7 @@ def same(one, two) -> bool:
 
 
 def state(pipe, prompt: str, place: int) -> torch.Tensor:
-    return family_of(pipe).encode(pipe, [prompt])[0][place].double()
+    return encode(pipe, [prompt]).states[0][place].double()
 
 
 # --- what is fitted ------------------------------------------------------------------------------
@@ -232,6 +232,108 @@ def test_never_half_edited(pipe, monkeypatch, error) -> None:
         pass
 
 
+def interrupting(monkeypatch, at: set[int]) -> None:
+    """Raise KeyboardInterrupt at these calls of `copy_`, counted from 1."""
+    real, calls = torch.Tensor.copy_, iter(range(1, 1000))
+
+    def copy(self, other, *rest):
+        if next(calls) in at:
+            raise KeyboardInterrupt
+        return real(self, other, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+
+
+@pytest.mark.parametrize("at", [{1}, {3}, {3, 4}, {2, 4, 6}])
+def test_ctrl_c_pressed_again_and_again_leaves_nothing_half(pipe, monkeypatch, at) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    interrupting(monkeypatch, at)
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply_(pipe)
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    assert not patches.is_on(pipe.unet, patches.Patch("", edit.changes, edit.digest))
+
+
+@pytest.mark.parametrize("at", [{1}, {3}, {3, 4}])
+def test_an_interrupted_undo_goes_on_to_its_end(pipe, monkeypatch, at) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+
+    def within() -> None:
+        with edit.applied(pipe):
+            assert not same(weights(pipe, edit), own)
+            interrupting(monkeypatch, at)
+
+    with pytest.raises(KeyboardInterrupt):
+        within()
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    assert not patches._KEPT[pipe.unet].originals
+
+
+def test_an_interrupt_before_the_first_write_keeps_no_stale_originals(pipe, monkeypatch) -> None:
+    edit = fit(pipe)
+    monkeypatch.setattr(patches, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply_(pipe)
+    assert not patches._KEPT[pipe.unet].originals
+
+
+def test_a_twin_from_a_file_undoes_it_and_so_does_undo_all(pipe, tmp_path) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.save(tmp_path / "cat.safetensors")
+    twin = Edit.load(tmp_path / "cat.safetensors")
+    edit.apply_(pipe)
+    with pytest.raises(LocogenError, match="applied already"):
+        twin.apply_(pipe)
+    with pytest.raises(LocogenError, match="applied already"), twin.applied(pipe):
+        pass
+    assert not same(weights(pipe, edit), own)  # the refused context took nothing off
+    twin.undo_(pipe)
+    assert same(weights(pipe, edit), own)
+    edit.apply_(pipe)
+    fit(pipe, pairs=[("a cat", "a dog")]).apply_(pipe)
+    undo_all(pipe)
+    assert same(weights(pipe, edit), own)
+    undo_all(pipe)
+
+
+def test_weights_that_cannot_hold_the_edit_stay_as_they_are() -> None:
+    pipe = tiny.pipeline().to(torch.float16)
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    for strength, says in ((float("nan"), "finite number"), (1e9, "overflow")):
+        with pytest.raises(LocogenError, match=says):
+            edit.apply_(pipe, strength=strength)
+    assert same(weights(pipe, edit), own)
+
+
+def test_lora_loaded_within_the_context_does_not_keep_the_edit_on(tmp_path) -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.to_lora(tmp_path / "lora.safetensors")
+    with edit.applied(pipe):
+        pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
+    pipe.unload_lora_weights()
+    assert same(weights(pipe, edit), own)
+
+
+def test_refuses_fused_projections() -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
+        with pytest.raises(LocogenError, match="unfuse_qkv_projections"):
+            attempt()
+    pipe.unfuse_qkv_projections(vae=False)
+    with edit.applied(pipe):
+        pass
+
+
 def test_twice_or_never(pipe) -> None:
     edit = fit(pipe)
     with pytest.raises(LocogenError, match="nothing to undo"):
@@ -310,7 +412,10 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
     ("options", "says"),
     [
         (dict(ridge=0), "ridge is 0"),
-        (dict(layers=[]), "no layers"),
+        (dict(layers=[]), "layers is "),
+        (dict(layers="12-13"), "layers is '12-13'"),
+        (dict(preserve="a dog"), "preserve is one text"),
+        (dict(preserve=["a dog"], preserve_weight=float("nan")), "preserve_weight is nan"),
         (dict(layers=[16]), r"layers \[16\] are not there"),
         (dict(tokens="first"), "tokens is 'first'"),
         (dict(pairs=[]), "no phrasings"),
@@ -329,6 +434,19 @@ def test_bad_input(pipe, options: dict, says: str) -> None:
 # --- files ---------------------------------------------------------------------------------------
 
 
+def test_the_target_is_what_stands_in_the_subjects_place(pipe) -> None:
+    """In the middle of a prompt too: not the prompt's last word."""
+    edit = fit(pipe, pairs=[("a cat in do", "a dog in do")], ridge=1e-9)
+    x, y, last = (
+        state(pipe, prompt, subject_positions(pipe, prompt, word)[-1])
+        for prompt, word in (("a cat in do", "cat"), ("a dog in do", "dog"), ("a dog in do", "do"))
+    )
+    for name, change in edit.changes.items():
+        w = pipe.unet.get_parameter(name).double()
+        assert torch.allclose(x @ (w + change.change).T, y @ w.T, atol=1e-5)
+        assert not torch.allclose(x @ (w + change.change).T, last @ w.T, atol=1e-3)
+
+
 def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
     edit = fit(pipe)
     edit.save(tmp_path / "cat.safetensors")
@@ -343,6 +461,22 @@ def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
         {n: c.change for n, c in again.refit(pipe).changes.items()}, {n: c.change for n, c in edit.changes.items()}
     )
     assert str(tmp_path) not in (tmp_path / "cat.safetensors").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pairs=[("a cat", "a do")]),
+        dict(ordinary=["a dog"]),
+        dict(preserve=["a do"], null_space=True),
+        dict(ridge_v=1),
+    ],
+)
+def test_every_kind_of_edit_is_saved_whole(pipe, tmp_path, options) -> None:
+    edit = fit(pipe, **options)
+    edit.save(tmp_path / "cat.safetensors")
+    again = Edit.load(tmp_path / "cat.safetensors")
+    assert same({n: c.change for n, c in again.changes.items()}, {n: c.change for n, c in edit.changes.items()})
 
 
 def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
@@ -386,7 +520,8 @@ np.save(sys.argv[2], np.stack(made))
 
 
 def test_lora_in_a_fresh_process_without_locogen_is_the_dense_edit(pipe, tmp_path) -> None:
-    edit = fit(pipe, ridge=1e-3)
+    edit = fit(pipe, ridge=1e-3, layers=(0, 5), tokens="all")
+    assert len({change.balanced().rank for change in edit.changes.values()}) > 1  # of several ranks
     files = {style: str(tmp_path / f"{style}.safetensors") for style in ("diffusers", "kohya")}
     for style, path in files.items():
         edit.to_lora(path, style=style)  # pyright: ignore[reportArgumentType]
@@ -418,9 +553,8 @@ def test_shows_itself(pipe) -> None:
     page = fit(pipe)._repr_html_()
     assert "2, 3" in page
     assert "rank" in page
-    named = Edit("<b>x</b>", (0,), {}, "", {})
-    assert named.layers == (0,)
-    assert "<b>x</b>" not in Edit("<b>x</b>", (2,), fit(pipe).changes, "", fit(pipe).recipe)._repr_html_()
+    for recipe in ({}, fit(pipe).recipe):
+        assert "<b>x</b>" not in Edit("<b>x</b>", (2,), fit(pipe).changes, "", recipe)._repr_html_()
 
 
 def test_originals_are_forgotten_when_nothing_is_worn(pipe) -> None:

@@ -14,8 +14,9 @@ import tiny
 
 from locogen import catalog, localization
 from locogen.catalog import mini_folder, model_entry
+from locogen.effects import ALPHA, carrier, effect
 from locogen.errors import LocogenError
-from locogen.localization import ALPHA, carrier, effect, localize
+from locogen.localization import localize
 from locogen.models import load
 from locogen.plan import Concept, PromptPair, Window, sweep
 from locogen.store import PictureStore
@@ -302,3 +303,43 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     one, other = (np.stack([np.asarray(picture, int) for picture in run.pictures]) for run in runs)
     assert np.abs(one - other).max() <= 1
     assert np.abs(one - np.roll(other, 1, axis=0)).max() > 1  # the twin: the pictures are not all alike
+
+
+def test_windows_over_time_are_an_axis_of_their_own():
+    """A concept that enters at steps 0-1 and window 2; the axis of whole windows is as without it."""
+    spans = [(0, 1), (2, 4)]
+    pairs = tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(6))
+    plan = sweep(Concept("planted", "style", pairs), n_layers=5, seeds=range(4), timesteps=spans)
+    lost = {("window", 2, None): 0.4, ("ceiling", None, None): 0.5, ("timesteps", 2, (0, 1)): 0.3}
+    table = pd.DataFrame(
+        [
+            {"role": r.role, "prompt": r.prompt, "start": r.start, "width": r.width, "seed": r.seed}
+            | {"first_timestep": (r.timesteps or (None,))[0], "last_timestep": (r.timesteps or (None,))[-1]}
+            | {"clip_score": 0.6 - lost.get((r.role, r.start, r.timesteps), 0.0), "content_score": 0.4}
+            for r in plan
+        ]
+    ).astype(dict.fromkeys(["start", "width", "first_timestep", "last_timestep"], "Int64"))
+    table = table.assign(concept="planted", kind="style")
+    found = effect(table)
+    timed = found[found["axis"] == "timesteps"]
+    at = timed.set_index(["first_timestep", "last_timestep", "position"])["estimate"]
+    assert len(at) == 2 * 4
+    assert at[0, 1, 2] == pytest.approx(0.3)
+    assert at.drop((0, 1, 2)).abs().max() < 1e-9
+    without = effect(table[table["role"] != "timesteps"])
+    rest = found[found["axis"] != "timesteps"][list(without.columns)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rest, without)
+    with pytest.raises(LocogenError, match="timesteps pictures some are missing"):
+        effect(table.drop(table.index[(table["role"] == "timesteps")][3]))
+
+
+def test_localize_over_time_end_to_end(tmp_path):
+    pipe = tiny.sdxl()
+    options = {"num_inference_steps": 2, "batch_size": 16, "scorer": tiny.FakeScorer(), "progress": False}
+    spans = {"timesteps": [(0, 0), (1, 1)], "pooled": "target"}
+    run = localize(pipe, STYLE, window=4, seeds=(0,), store=tmp_path, controls=False, **spans, **options)
+    assert len(run) == 2 * (1 + 5 + 2 * 5)
+    effects = effect(run.table)
+    assert (effects["axis"] == "timesteps").sum() == 2 * 5
+    assert set(run.table["pooled"]) == {"keep", "target"}
+    assert set(run.table.loc[run.table["role"] == "timesteps", "first_timestep"]) == {0, 1}

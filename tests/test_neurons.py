@@ -9,7 +9,7 @@ import torch
 
 from locogen.clamping import clamp
 from locogen.errors import LocogenError
-from locogen.families import end_position, family_of, subject_positions
+from locogen.families import encode, end_position, family_of, subject_positions
 from locogen.layers import find_layers
 from locogen.neurons import Neurons, find_neurons
 from locogen.plan import Concept, PromptPair
@@ -25,7 +25,7 @@ def pipe():
 
 
 def states(pipe, text):
-    return family_of(pipe).encode(pipe, [text])[0].double()
+    return encode(pipe, [text]).states[0].double()
 
 
 def heard(pipe, pair: PromptPair, tokens: str):

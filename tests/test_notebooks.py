@@ -6,20 +6,24 @@ The last tests need the mini model's weights; they execute the notebook as a stu
 import ast
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
 import pytest
+import yaml
 
+from locogen.parameters import parameters_of
 from locogen.study import read_study, run_study
-from locogen.worker import parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCALIZE = ROOT / "notebooks" / "localize.ipynb"
-NEURONS = ROOT / "notebooks" / "neurons.ipynb"
+CONFIG = ROOT / ".pre-commit-config.yaml"
 CELL_LINES = 20
 DEF_LINES = 5
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
@@ -38,6 +42,7 @@ def complaints(book: Any) -> list[str]:
     """What a notebook's source has that it should not have."""
     found: list[str] = []
     kinds = [cell.cell_type for cell in book.cells]
+    found += [f"{name} in its metadata" for name in ("widgets", "papermill") if name in book.metadata]
     if kinds[0] != "markdown" or not book.cells[0].source.startswith("# "):
         found.append("it does not begin with a title")
     if len({cell.get("id") for cell in book.cells}) < len(kinds):
@@ -69,14 +74,42 @@ def test_notebooks_are_source(path: Path) -> None:
 def test_the_complaints_can_be_made() -> None:
     """The twin of the test above."""
     code = nbformat.v4.new_code_cell("def f():\n" + "    pass\n" * 30, execution_count=1)
-    told = complaints(nbformat.v4.new_notebook(cells=[code]))
+    told = complaints(nbformat.v4.new_notebook(cells=[code], metadata={"widgets": {}}))
     assert told == [
+        "widgets in its metadata",
         "it does not begin with a title",
         "not one cell with the tag 'parameters'",
         "outputs",
         "a long cell",
         "f has 31 lines",
     ]
+
+
+def test_what_is_committed_is_stripped(tmp_path: Path) -> None:
+    """The hook that contributors have finds nothing to do in our notebooks, and does take outputs out of others."""
+    (hook,) = [hook for hook in yaml.safe_load(CONFIG.read_text())["repos"][0]["hooks"] if hook["id"] == "nbstripout"]
+    _, *options = shlex.split(hook["entry"])
+    strip = [sys.executable, "-m", "nbstripout", *options]
+    subprocess.run([*strip, "--verify", *NOTEBOOKS], check=True)
+    book = nbformat.read(LOCALIZE, as_version=4)
+    ran = next(cell for cell in book.cells if cell.cell_type == "code")
+    ran.execution_count, ran.outputs = 1, [nbformat.v4.new_output("stream", text="seen")]
+    book.metadata["widgets"] = {"state": {}}
+    nbformat.write(book, tmp_path / "ran.ipynb")
+    subprocess.run([*strip, tmp_path / "ran.ipynb"], check=True)
+    assert nbformat.read(tmp_path / "ran.ipynb", as_version=4) == nbformat.read(LOCALIZE, as_version=4)
+
+
+def test_the_readme_lists_every_notebook() -> None:
+    """With its question, its time and what comes out."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "(notebooks/" in line]
+    rows = [row for row in rows if len(row) == 4]
+    assert sorted(re.findall(r"\(notebooks/(\w+)\.ipynb\)", " ".join(row[0] for row in rows))) == [
+        path.stem for path in NOTEBOOKS
+    ]
+    for _, question, duration, result in rows:
+        assert question.endswith("?") and re.fullmatch(r"[\d.]+ min|not measured", duration) and result
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -192,26 +225,51 @@ def test_localize_runs_for_every_kind_and_ones_own_prompt(tmp_path: Path) -> Non
     assert set(pd.read_csv(folder / "a-picture-of-a-cat" / "pictures.csv")["text"]) == {"a cat"}
 
 
-@pytest.mark.slow
-def test_localize_runs_by_plain_papermill(tmp_path: Path) -> None:
-    import papermill
-
-    out = tmp_path / "out.ipynb"
-    asked = dict(concept="mini/neon", seeds=1, max_prompts=1, num_inference_steps=2)
-    papermill.execute_notebook(str(LOCALIZE), str(out), asked, progress_bar=False, cwd=str(tmp_path))
-    assert len(images(out)) == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"
-
-
-QUICK = {
+QUICK: dict[str, dict[str, Any]] = {
+    "00_start_here": dict(max_prompts=1, seeds=1),
+    "localize": dict(concept="mini/neon", max_prompts=1, seeds=1),
     "edit": dict(max_prompts=1, neighbors=1, controls=1, seeds=1),
     "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
     "erase_many": dict(prompts=1, most=2),
+    "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
+    "steps": dict(steps="1, 2", reference=3, seeds=2, concepts="mini/neon, mini/cat"),
 }
+FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
+
+
+def test_every_notebook_is_executed() -> None:
+    assert set(QUICK) == {path.stem for path in NOTEBOOKS}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
+    import papermill
+
+    out = tmp_path / "out.ipynb"
+    asked = QUICK[path.stem] | ({"num_inference_steps": 2} if path.stem != "steps" else {})
+    papermill.execute_notebook(str(path), str(out), asked, progress_bar=False, cwd=str(tmp_path))
+    assert len(images(out)) == FIGURES.get(path.stem, len(images(out))) > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"
+
+
+def test_start_here_runs(tmp_path: Path) -> None:
+    """In a study; what can be clicked leaves its twin, and after the edit is undone the pictures are the same."""
+    values = "\n".join(f"{key} = {json.dumps(value)}" for key, value in QUICK["00_start_here"].items())
+    own = f'notebook = "00_start_here"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'
+    (tmp_path / "tiny.toml").write_text(own)
+    out = run_study(tmp_path / "tiny.toml") / "one" / "notebook.ipynb"
+    assert len(images(out)) == FIGURES["00_start_here"] and not outputs(out, "error")
+    (said,) = outputs(out, "stream")
+    assert said.text == "pictures after undoing are the same, byte for byte\n"
+    live = [o for o in outputs(out, "display_data") if "application/vnd.jupyter.widget-view+json" in o.data]
+    (twin,) = [o.data["text/html"] for o in outputs(out, "display_data") if "-twin" in o.data.get("text/html", "")]
+    assert len(live) == 1 and twin.count('src="data:image/png;base64,') == 4 and "hearing" in twin
+    assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["edit", "edit_sweep", "erase_many"])
 def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     values = "\n".join(f"{key} = {json.dumps(value)}" for key, value in QUICK[name].items())
     own = f'notebook = "{name}"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'
@@ -232,7 +290,7 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_steps_runs(tmp_path: Path) -> None:
-    asked = 'steps = "1, 2"\nreference = 3\nseeds = 2\nconcepts = "mini/neon, mini/cat"\n'
+    asked = "".join(f"{key} = {json.dumps(value)}\n" for key, value in QUICK["steps"].items())
     (tmp_path / "tiny.toml").write_text(f'notebook = "steps"\nmodel = "mini"\n[[run]]\nname = "one"\n{asked}')
     folder = run_study(tmp_path / "tiny.toml") / "one"
     agreed = pd.read_csv(folder / "agreement.csv")

@@ -1,11 +1,24 @@
 """The plan is data: what the rows of a sweep say, and which input is refused."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from locogen.errors import LocogenError
-from locogen.plan import Concept, Intervention, PromptPair, Settings, Window, paraphrase, sweep, windows
+from locogen.plan import (
+    Concept,
+    Intervention,
+    PromptPair,
+    Settings,
+    Window,
+    paraphrase,
+    riders,
+    sweep,
+    windows,
+    with_riders,
+)
 
 PAIR = PromptPair("a house in the style of van gogh", "a house")
 STYLE = Concept("van gogh", "style", (PAIR,))
@@ -82,3 +95,34 @@ def test_bad_input_names_thing_and_remedy(make, said):
 def test_a_paraphrase_is_never_the_prompt(prompt):
     assert paraphrase(prompt) != prompt
     assert paraphrase(prompt, paraphrase(prompt)) not in (prompt, paraphrase(prompt))
+
+
+def test_windows_are_swept_over_time_as_well():
+    spans = [(0, 1), (2, 4)]
+    rows = sweep(STYLE, n_layers=4, window=2, seeds=(0,), timesteps=spans, pooled="target")
+    timed = [row for row in rows if row.role == "timesteps"]
+    assert [(row.timesteps, row.start) for row in timed] == [(span, start) for span in spans for start in range(3)]
+    assert {row.layers for row in timed} == {(0, 1), (1, 2), (2, 3)}
+    assert len(rows) - len(timed) == len(sweep(STYLE, n_layers=4, window=2, seeds=(0,)))
+    assert {row.pooled for row in rows if row.role == "baseline"} == {"keep"}
+    assert {row.pooled for row in rows if row.role != "baseline"} == {"target"}
+
+
+@pytest.mark.parametrize("span", [(1,), (2, 1), (-1, 3), "ab", 3])
+def test_spans_of_time_are_checked(span):
+    with pytest.raises(LocogenError, match="first and the last denoising step"):
+        Intervention("a", "b", (1,), timesteps=span)
+
+
+def test_the_targets_own_runs_ride_along_once_each():
+    row = Intervention("a", "b", (1,), 0)
+    plan = [
+        row,
+        replace(row, layers=(2,)),
+        replace(row, seed=1),
+        replace(row, layers=()),
+        Intervention("b", "c", (), 1),
+    ]
+    assert riders(plan) == (Intervention("b", "b", (), 0, "baseline"),)  # that of seed 1 is there
+    assert with_riders(with_riders(plan)) == with_riders(plan)
+    assert riders([replace(row, layers=(), pooled="target")]) != ()

@@ -14,7 +14,15 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from locogen.errors import LocogenError
-from locogen.plots import describe, figure_size, plot_curve, plot_effect, plot_scores, plot_strip
+from locogen.plots import (
+    describe,
+    figure_size,
+    plot_curve,
+    plot_effect,
+    plot_scores,
+    plot_strip,
+    plot_timesteps,
+)
 from locogen.tables import (
     GAP,
     carrier_cells,
@@ -399,6 +407,7 @@ def test_what_an_edit_did_in_a_sentence() -> None:
         said = [("efficacy", 1.0, gone), ("generality", 1.0, gone), ("specificity", 0.9, kept)]
         return [
             dict(arm=arm, measure=m, quantity="right", before=b, after=a, change=a - b, low=0, high=0, n=8)
+            | dict(sign=1 if m == "specificity" else -1)
             for m, b, a in said
         ]
 
@@ -411,3 +420,31 @@ def test_what_an_edit_did_in_a_sentence() -> None:
     assert told.endswith("apart more than the best control, all layers (0 % and 30 %).")
     assert "no more than the best control, layers 0-1" in describe_edit(good, "layers 6-7")
     assert "control" not in describe_edit(good[good.arm == "layers 0-1"], "layers 0-1")
+
+
+def timed(concepts: Sequence[str] = ("monet",)) -> pd.DataFrame:
+    rows = [
+        line("timesteps", concept, start, 0.1 * start - 0.02 * first, first_timestep=first, last_timestep=last)
+        for concept in concepts
+        for first, last in [(4, 7), (0, 0), (1, 3)]  # in whichever order
+        for start in range(WINDOWS)
+    ]
+    return pd.concat([effects(concepts), pd.DataFrame(rows)]).astype({"position": "Int64"})
+
+
+def test_windows_over_time_are_drawn_from_the_first_step_down() -> None:
+    ax = plot_timesteps(timed())
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["step 0", "steps 1-3", "steps 4-7"]
+    values = meshes(ax).get_array().reshape(3, WINDOWS)
+    assert values[:, 1].tolist() == pytest.approx([0.1, 0.08, 0.02])
+    low, high = meshes(ax).get_clim()
+    assert low <= -0.08 and high >= 0.5
+    assert ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_windows_over_time_are_of_one_concept() -> None:
+    with pytest.raises(LocogenError, match="one concept"):
+        plot_timesteps(timed(["monet", "neon"]))
+    assert plot_timesteps(timed(["monet", "neon"]), "neon")
+    with pytest.raises(LocogenError, match=r"sweep with timesteps="):
+        plot_timesteps(effects())

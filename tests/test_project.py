@@ -59,7 +59,8 @@ def test_conda_environment_names_the_same(project: dict[str, Any]) -> None:
 
 
 def test_constraints_pin_what_is_needed(project: dict[str, Any], pins: dict[str, str]) -> None:
-    needed = [*project["dependencies"], *project["optional-dependencies"]["train"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["train"], *extras["dask"]]
     needed += [line for line in project["optional-dependencies"]["dev"] if not line.startswith("locogen")]
     for requirement in map(Requirement, needed):
         pin = pins.get(canonicalize_name(requirement.name), "")
@@ -87,17 +88,20 @@ def third_party(path: Path) -> set[str]:
 
 
 def test_every_import_is_declared(project: dict[str, Any]) -> None:
-    """What the package imports is in the list of dependencies; `mini` may use the `train` extra as well."""
+    """What the package imports is in the list of dependencies; `mini` and `engines` may use an extra as well."""
     core = requirements(project["dependencies"])
     train = {**core, **requirements(project["optional-dependencies"]["train"])}
+    dask = {**core, **requirements(project["optional-dependencies"]["dask"])}
     for path in sorted((ROOT / "locogen").rglob("*.py")):
-        listed = train if path.parent.name == "mini" else core
-        declared = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in listed}
+        listed = train if path.parent.name == "mini" else dask if path.name == "engines.py" else core
+        # distributed is Dask's own part, named by dask[distributed].
+        declared = {"distributed"} if "dask" in listed else set()
+        declared |= {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in listed}
         # IPython is what ipywidgets and jupyterlab are made for; the kernel and notebook parts are nbconvert's own.
         undeclared = (
             third_party(path)
             - declared
-            - {"IPython", "nbformat", "nbclient", "jupyter_client", "traitlets", "huggingface_hub"}
+            - {"IPython", "nbformat", "nbclient", "jupyter_client", "jupyter_core", "traitlets", "huggingface_hub"}
         )
         assert not undeclared, f"{path.relative_to(ROOT)} imports {undeclared}, absent from pyproject.toml"
 

@@ -12,8 +12,9 @@ import pytest
 import tiny
 from test_localization import STYLE, planted
 
+from locogen.effects import carrier, effect
 from locogen.errors import LocogenError
-from locogen.localization import carrier, effect, localize
+from locogen.localization import localize
 from locogen.plan import Concept, PromptPair, sweep
 from locogen.racing import BUDGET, Race, bound, looks, race, reach, run_races
 

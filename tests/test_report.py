@@ -10,78 +10,16 @@ import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote
 
-import nbformat.v4 as nb
-import pandas as pd
 import pytest
+from made_up import ALT, EVIL, finish, png
 from PIL import Image
 
 from locogen.cleaning import NO_ALT, arrange, clean
 from locogen.errors import LocogenError
-from locogen.pages import POLICY, shrink
+from locogen.pages import POLICY, shrink, template
 from locogen.report import build
-
-EVIL = "<script>alert(1)</script>"
-ALT = "van gogh: the window of 2 layers from 1 lowers the CLIP-score by 0.34"
-
-
-def png(color: str = "red", size: tuple[int, int] = (800, 30), mode: str = "RGBA") -> str:
-    Image.new(mode, size, color).save(data := io.BytesIO(), "PNG")
-    return base64.b64encode(data.getvalue()).decode()
-
-
-def effects(concept: str, start: int = 1, kind: str = "style") -> pd.DataFrame:
-    known = dict(method="locogen", concept=concept, kind=kind, width=2, n=12)
-    rows = [dict(known, axis="layer", position=w, estimate=0.34 if w == start else 0.01 * w) for w in range(6)]
-    rows.append(dict(known, axis="ceiling", position=pd.NA, estimate=0.4))
-    table = pd.DataFrame(rows).astype({"position": "Int64"})
-    return table.assign(low=table["estimate"] - 0.06, high=table["estimate"] + 0.06)
-
-
-def notebook(concept: str, alt: str | None = ALT) -> Any:
-    metadata = {"image/png": {"alt": alt}} if alt else {}
-    figure = nb.new_output("display_data", data={"image/png": png(), "text/plain": "<Figure>"}, metadata=metadata)
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"}
-    outputs = [
-        nb.new_output("stream", name="stderr", text="SECRET progress 10 %\n"),
-        nb.new_output("stream", name="stdout", text="1/9\r5/9\r9/9 pictures\n<b>plain</b>\n"),
-        nb.new_output("display_data", data={"text/html": f"<table><tr><td>{concept}</td></tr></table>"}),
-        nb.new_output("display_data", data={"text/markdown": f"**{concept}** ![x](https://evil.example/x.png)"}),
-        nb.new_output("display_data", data={"application/javascript": "alert(2)", "text/plain": "js"}),
-        nb.new_output("display_data", data=widget),
-        figure,
-    ]
-    cells = [
-        nb.new_markdown_cell(
-            f"# Where is {concept}?\n\n[paper](https://arxiv.org/abs/2405.01008), [csv](pictures.csv)"
-        ),
-        nb.new_code_cell("run = loco.localize(pipe, concept)", outputs=outputs),
-        nb.new_markdown_cell("an unclosed <script> and <!-- comment"),
-        nb.new_markdown_cell("The last words."),
-    ]
-    return nb.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
-
-
-def finish(folder: Path, concept: str, *, start: int | None = 1, alt: str | None = ALT, **more: Any) -> Path:
-    """A finished run, as `study` leaves it."""
-    folder.mkdir(parents=True)
-    nbformat_write(notebook(concept, alt), folder)
-    effects(concept, kind=more.get("kind", "style")).to_csv(folder / "effects.csv", index=False)
-    pd.DataFrame({"concept": [concept], "clip_score": [0.5]}).to_csv(folder / "pictures.csv", index=False)
-    carrier = dict(concept=concept, start=start, width=2, reason="ahead" if start is not None else "no effect")
-    result = dict(
-        title=f"{concept} in mini", notebook="localize", model="mini", concepts=[concept], kind="style",
-        finding=f"{concept}: found", carriers=[carrier], settings={"window": 2, "seeds": [0, 1]},
-        versions={"torch": "2.13.0"}, parameters={"concept": concept}, pictures=384, seconds=131.0,
-        finished="2025-01-02T03:04:05Z",
-    )  # fmt: skip
-    (folder / "result.json").write_text(json.dumps({**result, **more}), encoding="utf-8")
-    return folder
-
-
-def nbformat_write(book: Any, folder: Path) -> None:
-    (folder / "notebook.ipynb").write_text(json.dumps(book), encoding="utf-8")
 
 
 @pytest.fixture
@@ -104,19 +42,23 @@ def pages(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 class Reader(HTMLParser):
-    """All tags with their attributes, and the text."""
+    """All tags with their attributes, the text that is shown, and the scripts that may run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.cdata_elem == "script":
+            self.scripts.append(data)
+        elif self.cdata_elem != "style":
+            self.text += data
 
 
 def addresses(text: str) -> list[str]:
@@ -137,17 +79,21 @@ def warned(folder: Path) -> list[str]:
 def complaints(path: Path, text: str) -> list[str]:
     """What a page must not have: the rules in one place, tried on pages that break them below."""
     found = []
-    for tag, attrs in Reader(text).tags:
-        if tag in ("script", "iframe", "object", "embed", "form") or any(name.startswith("on") for name in attrs):
+    read = Reader(text)
+    for tag, attrs in read.tags:
+        if tag in ("iframe", "object", "embed") or any(name.startswith("on") for name in attrs):
             found.append(f"{tag} {attrs} may run")
+        if (tag == "script" and attrs) or (tag == "form" and "action" in attrs):
+            found.append(f"{tag} {attrs} leads elsewhere")
         if tag == "img" and not (attrs.get("alt") or "").strip():
             found.append("a picture without alt text")
     for address in addresses(text):
         if address.startswith(("data:", "#")):
             continue
-        if re.match(r"[a-z]+:|//|/", address) or not (path.parent / address.split("#")[0]).exists():
+        if re.match(r"[a-z]+:|//|/", address) or not (path.parent / unquote(address.split("#")[0])).exists():
             found.append(f"{address} is not a file beside the page")
-    if POLICY not in text:
+    found += [f"a script that is not ours: {script}" for script in read.scripts if script != template("index.js")]
+    if f'http-equiv="Content-Security-Policy" content="{POLICY}; style-src \'sha256-' not in text:
         found.append("no content security policy")
     return found
 
@@ -156,7 +102,8 @@ def test_the_pages_follow_the_rules(results: Path) -> None:
     assert build(results) == results / "index.html"
     made = dict(pages(results))
     assert {path.relative_to(results).as_posix() for path in made} == {
-        "index.html", "broken/index.html",
+        "index.html", "study.html", "broken/index.html", "model-mini.html",
+        *(f"concept-{name}.html" for name in ("van-gogh", "neon", "script-alert-1-script", "i-unicorn-i")),
         *(f"{run}/{page}.html" for run in ("van-gogh", "evil", "neon") for page in ("index", "code")),
     }  # fmt: skip
     assert not [complaint for path, text in made.items() for complaint in complaints(path, text)]
@@ -174,7 +121,7 @@ def test_the_pages_follow_the_rules(results: Path) -> None:
     ],
 )
 def test_the_rules_can_fail(tmp_path: Path, broken: str) -> None:
-    fine = f'<meta content="{POLICY}"><a href="#x">x</a>'
+    fine = f"""<meta http-equiv="Content-Security-Policy" content="{POLICY}; style-src 'sha256-x'"><a href="#x">x</a>"""
     assert not complaints(tmp_path / "index.html", fine)
     assert complaints(tmp_path / "index.html", fine + broken)
 
@@ -185,11 +132,12 @@ def test_the_index_says_everything(results: Path) -> None:
     for words in (
         "van gogh", EVIL, "layers 1–2", "0.34 [0.28, 0.40]", "85 %", "localized", "no single window", "no effect",
         "failed", "no <u>concept</u> (cell 4)", "<i>unicorn</i>", "4 runs, 1 failed",
+        "2 localized, 1 no single window",
     ):  # fmt: skip
         assert words in read.text, words
-    images = [attrs for tag, attrs in read.tags if tag == "img"]
-    assert len(images) == 1  # one figure, one scale
-    assert "van gogh: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in (images[0]["alt"] or "")
+    alts = [attrs["alt"] or "" for tag, attrs in read.tags if tag == "img"]
+    assert len(alts) == 4  # the legend, and a strip for each run that has an effect
+    assert any("mini, van gogh: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt for alt in alts)
     for address in ("van-gogh/index.html", "van-gogh/effects.csv", "van-gogh/pictures.csv", "broken/index.html"):
         assert address in addresses(text)
     assert read.text.index("unicorn") > read.text.index("neon")  # what failed comes last
@@ -201,7 +149,7 @@ def test_a_run_that_localizes_nothing_is_listed_with_its_finding(results: Path) 
     (folder / "summary.csv").write_text("arm\n")
     (folder / "lora.safetensors").write_bytes(b"x")
     text = build(results).read_text(encoding="utf-8")
-    listed = text.partition("what else was done")[2]
+    listed = text.partition("What else was done")[2]
     assert 'href="edit/index.html"' in listed and "neon is &lt;b&gt;gone&lt;/b&gt;" in listed
     assert 'href="edit/summary.csv"' in listed
     assert "1 failed" in text, "the edit is no failure"
@@ -245,7 +193,7 @@ def test_the_page_with_code_links_to_the_figures(results: Path) -> None:
 def test_what_people_typed_is_text(results: Path) -> None:
     build(results)
     for path, text in pages(results):
-        assert not re.search(r"<script|<i>unicorn|<u>concept|<b>broken", text), path
+        assert not re.search(r"<script>a|<i>unicorn|<u>concept|<b>broken", text), path
     page = (results / "evil" / "index.html").read_text(encoding="utf-8")
     assert f"{EVIL} in mini" in Reader(page).text and f"{EVIL}: found" in Reader(page).text
     assert "&lt;b&gt;broken&lt;/b&gt;" in (results / "broken" / "index.html").read_text(encoding="utf-8")
@@ -258,7 +206,9 @@ def test_repeating_changes_nothing_and_nothing_is_written_elsewhere(results: Pat
     before = {path for path in results.parent.rglob("*") if path.is_file()}
     build(results)
     first = {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()}
-    assert {path.name for path in first.keys() - before} == {"index.html", "code.html"}
+    made = {path.name for path in first.keys() - before}
+    assert {"index.html", "code.html", "study.html", "model-mini.html"} <= made
+    assert all(name.endswith(".html") for name in made)
     assert all(results in path.parents for path in first.keys() - before)
     build(results)
     assert {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()} == first
@@ -302,7 +252,8 @@ def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:
 def test_only_failures_still_give_a_page(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "error.json").write_text('{"title": "t", "error": "no"}')
-    assert "<img" not in build(tmp_path).read_text(encoding="utf-8")
+    said = Reader(build(tmp_path).read_text(encoding="utf-8")).text
+    assert "1 failed" in said and "failed: no" in said
 
 
 def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
@@ -315,7 +266,7 @@ def test_names_that_look_like_missing_values(tmp_path: Path) -> None:
     for concept in ("NA", "1984"):
         finish(tmp_path / f"run-{concept}", concept)
     said = Reader(build(tmp_path).read_text(encoding="utf-8")).text
-    assert "NA" in said and "1984" in said and "0 failed" in said
+    assert "NA" in said and "1984" in said and "none failed" in said
 
 
 def test_a_concept_of_two_models_is_told_apart(tmp_path: Path) -> None:
@@ -323,9 +274,10 @@ def test_a_concept_of_two_models_is_told_apart(tmp_path: Path) -> None:
     finish(tmp_path / "b", "van gogh", model="sd-1.4")
     finish(tmp_path / "c", "monet")
     finish(tmp_path / "d", "monet")
-    (alt,) = re.findall('alt="(.*?)"', build(tmp_path).read_text(encoding="utf-8"))
-    for name in ("van gogh, mini:", "van gogh, sd-1.4:", "monet, c:", "monet, d:"):
-        assert name in alt
+    read = Reader(build(tmp_path).read_text(encoding="utf-8"))
+    alts = " ".join(attrs["alt"] or "" for tag, attrs in read.tags if tag == "img")
+    assert "mini, van gogh:" in alts and "sd-1.4, van gogh:" in alts
+    assert "monet in mini, c" in read.text and "monet in mini, d" in read.text
 
 
 def test_pages_of_a_run_stay_small(results: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -212,16 +213,105 @@ def test_each_run_of_a_store_keeps_its_settings(pipe, rows, tmp_path):
     assert told == [json.loads(json.dumps(run.settings, default=str)) for run in (one, other)]
 
 
-def test_a_batch_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
+def test_a_picture_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
     generate(pipe, rows[:2], store=tmp_path, **FAST)
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(pipe.unet, "forward", full)
-    with pytest.raises(LocogenError, match=r"batch of 4 pictures does not fit.*smaller batch_size="):
+    with (
+        pytest.warns(UserWarning, match="does not fit"),
+        pytest.raises(LocogenError, match=r"batch of 1 does not fit.*offload="),
+    ):
         generate(pipe, rows, store=tmp_path, **FAST)
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 9 bytes")])
+def test_a_batch_that_is_too_large_is_halved(pipe, rows, monkeypatch, error):
+    """Saying so once, and going on with the half; pictures are those that the half makes anyway."""
+    forward, seen = pipe.unet.forward, []
+
+    def small(sample, *args, **kwargs):
+        seen.append(len(sample))
+        if len(sample) > 4:
+            raise error
+        return forward(sample, *args, **kwargs)
+
+    wanted = generate(pipe, rows, **(FAST | {"batch_size": 2}))
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
+        run = generate(pipe, rows, **FAST)
+    assert len(told) == 1
+    assert seen[0] == 8 and set(seen[1:]) == {4}
+    for i in range(len(rows)):
+        assert np.array_equal(np.asarray(run.pictures[i]), np.asarray(wanted.pictures[i]))
+
+
+def test_another_error_is_not_taken_for_too_little_memory(pipe, rows, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(pipe.unet, "forward", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        generate(pipe, rows, **FAST)
+
+
+@pytest.mark.parametrize(("free", "size"), [(1000, 4), (350, 3), (100, 1), (10, 1)])
+def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size):
+    """As on a GPU: a first batch of one, which takes 100 bytes here, then as many as fit 90 % of what is free."""
+    from locogen.batches import RESERVE, _Memory, pictures_of
+    from locogen.plan import Settings
+
+    class Gpu(_Memory):
+        def __init__(self, pipe):
+            self.device, self.known, self.before = pipe._execution_device, True, 7
+
+        def fitting(self, made):
+            self.known = False
+            return int(RESERVE * free / (100 / made))
+
+    monkeypatch.setattr("locogen.batches._Memory", Gpu)
+    plan = [Intervention(prompt, "cat", (), 0) for prompt in "abcdefghi"]
+    sizes = [len(rows) for rows, _ in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
+    assert sizes[0] == 1 and sizes[1] == size and sum(sizes) == 9
+
+
+def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypatch):
+    """In any batch size; the table has the plan's rows only, and a full intervention is the target's own picture."""
+    pipe = tiny.sd3()
+    every = tuple(range(3))
+    plan = [Intervention("cat in a", t, every, seed, pooled="target") for t in ("dog", "b c d") for seed in (0, 1)]
+    options = FAST | {"num_inference_steps": 1, "store": tmp_path}
+    forward, seen = pipe.transformer.forward, []
+
+    def counting(hidden_states, **kwargs):
+        seen.append(len(hidden_states))
+        return forward(hidden_states=hidden_states, **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "forward", counting)
+    runs = [generate(pipe, plan, **(options | {"batch_size": size})) for size in (1, 3, 8)]
+    assert set(seen[1:]) == {4, 6, 16}  # after a dry run of one; guidance doubles 2, 3 and 8
+    own = generate(pipe, [row.target for row in plan[::2]], seeds=(0, 1), **options)
+    for run in runs:
+        assert len(run) == len(run.table) == 4 and set(run.table["pooled"]) == {"target"}
+        for i in range(4):
+            gap = np.abs(np.asarray(run.pictures[i], int) - np.asarray(own.pictures[i], int))
+            assert gap.max() <= 1
+    kept = generate(pipe, [replace(row, pooled="keep") for row in plan], **options)
+    assert not set(kept.table["image"]) & set(runs[0].table["image"])  # another key: another picture
+
+
+def test_the_key_knows_pooled_and_timesteps_where_they_matter(pipe, tmp_path):
+    def key(**changes):
+        row = Intervention("cat", "dog", (1,), 0)
+        return generate(pipe, [replace(row, **changes)], store=tmp_path, **FAST).table["image"][0]
+
+    assert key() == key() != key(timesteps=(0, 0)) != key(timesteps=(1, 1))
+    assert key(layers=()) == key(layers=(), timesteps=(0, 1)) == key(layers=(), target="a")
+    with pytest.raises(LocogenError, match="step 2 is not there"):
+        key(timesteps=(0, 2))
 
 
 def test_non_finite_pictures_are_refused(rows, tmp_path):

@@ -3,6 +3,8 @@
 Most tests put a function in the place of the kernel; those at the end start real ones.
 """
 
+import _thread
+import functools
 import json
 import os
 import re
@@ -10,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,15 @@ import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from locogen import __main__, study, worker
+from locogen import __main__, keys, study, worker
+from locogen import kernel as kernels
 from locogen.errors import LocogenError
-from locogen.study import StudyFailed, read_study, run_study, slugify
-from locogen.worker import Failure, plain
+from locogen.kernel import Failure
+from locogen.parameters import plain
+from locogen.planning import read_study, slugify
+from locogen.study import StudyFailed
+
+run_study = functools.partial(study.run_study, engine="serial")  # in the order of the plan
 
 PARAMETERS = """
 concept: str = "mini/neon"  # an id
@@ -72,10 +79,17 @@ class Kernel:
     def __init__(self) -> None:
         self.calls: list[Mapping[str, Any]] = []
         self.fails: dict[str, Failure | BaseException] = {}
+        self.waits: set[str] = set()  # for a second
+        self.interrupts = ""  # the concept at which somebody presses Ctrl-C
 
-    def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any]) -> Failure | None:
+    def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Any) -> Failure | None:
         self.calls.append(parameters)
         (folder / "notebook.ipynb").write_text("{}")
+        if parameters["concept"] in self.waits:
+            time.sleep(1)
+        if parameters["concept"] == self.interrupts:
+            _thread.interrupt_main()
+            wait_for(lambda: not folder.exists())  # as the kernel is ended then
         outcome = self.fails.get(parameters["concept"])
         if isinstance(outcome, BaseException):
             raise outcome
@@ -90,10 +104,12 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     fake = Kernel()
-    monkeypatch.setattr(study, "execute", fake)
-    return fake
+    monkeypatch.setattr(worker, "execute", fake)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+    yield fake
+    signal.signal(signal.SIGINT, before)
 
 
 TWO = '[[run]]\nconcept = "mini/neon"\n[[run]]\nconcept = "mini/blueprint"\nseeds = 2\n'
@@ -130,8 +146,8 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
     assert len(told["key"]) == 64
     assert json.loads((folder / "study.json").read_text()) == {"title": "A study", "runs": ["neon", "blueprint"]}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon  new", "  blueprint  new"]
-    assert re.fullmatch(r"\[1/2\] neon … done in \d+ s: layers 0-1", lines[3])
+    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon       new", "  blueprint  new"]
+    assert re.fullmatch(r"\[1/2\] neon  done in \d+ s · layers 0-1.*", lines[5])
     assert not left_over(folder)
 
 
@@ -165,11 +181,11 @@ def test_a_run_is_redone_when_what_it_rests_on_changes(write, kernel: Kernel, mo
     elif change == "notebook":
         write_notebook(path.parent / "small.ipynb", "1 + 2")
     elif change == "code":
-        monkeypatch.setattr(study, "_code_hash", lambda: "other")
+        monkeypatch.setattr(keys, "_code_hash", lambda: "other")
     elif change == "weights":
-        monkeypatch.setattr(study, "_weights_hash", lambda name, base: "other")
+        monkeypatch.setattr(keys, "_weights_hash", lambda name, base: "other")
     elif change == "versions":
-        monkeypatch.setattr(study, "versions", lambda: {"torch": "99"})
+        monkeypatch.setattr(keys, "versions", lambda: {"torch": "99"})
     else:
         (path.parent / "mini" / "blueprint" / "result.json").write_text('{"key": "')
     run_study(path)
@@ -191,15 +207,15 @@ def test_outputs_and_metadata_do_not_count_as_a_change(write, kernel: Kernel) ->
 def test_a_folder_of_weights_counts_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "unet.safetensors").write_bytes(b"1")
-    before = study._weights_hash("./model", tmp_path)
-    assert study._weights_hash("./model", tmp_path) == before
+    before = keys._weights_hash("./model", tmp_path)
+    assert keys._weights_hash("./model", tmp_path) == before
     os.utime(tmp_path / "model" / "unet.safetensors", (1, 1))
-    assert study._weights_hash("./model", tmp_path) == before, "a copy is as good"
+    assert keys._weights_hash("./model", tmp_path) == before, "a copy is as good"
     (tmp_path / "model" / "unet.safetensors").write_bytes(b"2")
-    assert study._weights_hash("./model", tmp_path) != before
-    assert study._weights_hash("sd-1.4", tmp_path) != study._weights_hash("sd-1.5", tmp_path)
-    assert study._weights_hash("someone/model", tmp_path) == ["someone/model"]
-    assert len(study._weights_hash("mini", tmp_path)) > 10, "embedded weights are a folder too"
+    assert keys._weights_hash("./model", tmp_path) != before
+    assert keys._weights_hash("sd-1.4", tmp_path) != keys._weights_hash("sd-1.5", tmp_path)
+    assert keys._weights_hash("someone/model", tmp_path) == ["someone/model"]
+    assert len(keys._weights_hash("mini", tmp_path)) > 10, "embedded weights are a folder too"
 
 
 @pytest.mark.parametrize("asked", ['model = "./own"', 'scorer = "./own"', ""])
@@ -218,8 +234,8 @@ def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -
 
 def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
     path, hashed = write("[[run]]\nseeds = 2", head=""), []
-    monkeypatch.setattr(study, "_weights_hash", lambda name, base: hashed.append(name))
-    monkeypatch.setattr(study, "concept", lambda name, file: hashed.append(name))
+    monkeypatch.setattr(keys, "_weights_hash", lambda name, base: hashed.append(name))
+    monkeypatch.setattr(keys, "concept", lambda name, file: hashed.append(name))
     read_study(path)
     assert hashed == ["mini/neon", "mini"]
 
@@ -240,30 +256,55 @@ def test_a_concept_that_changes_changes_the_key(tmp_path: Path, write) -> None:
 def test_failed_runs_leave_an_error_and_are_tried_again(write, kernel: Kernel, capsys) -> None:
     path = write(TWO)
     kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", 3)
-    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; the same.*\n  neon: ValueError: no$"):
-        run_study(path)
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; --retry failed .*\n  neon: ValueError: no$"):
+        run_study(path, keep_going=True)
     folder = path.with_suffix("")
     error = json.loads((folder / "neon" / "error.json").read_text())
     assert (error["error"], error["cell"]) == ("ValueError: no\nmore", 3)
     assert (error["title"], error["model"], error["concepts"]) == ("neon", "mini", ["neon"])
     assert (folder / "neon" / "notebook.ipynb").exists() and not (folder / "neon" / "result.json").exists()
     assert result(path, "blueprint")["pictures"] == 5, "the rest goes on"
-    assert "[1/2] neon … failed in 0 s: ValueError: no" in capsys.readouterr().out
+    assert "[1/2] neon  failed in 0 s · ValueError: no" in capsys.readouterr().out
     kernel.fails.clear()
-    run_study(path)
+    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed, 1 of them before; .*\n  neon: ValueError: no$"):
+        run_study(path)
+    assert kernel.concepts == ["mini/neon", "mini/blueprint"], "it is kept until it is asked for"
+    run_study(path, retry_failed=True)
     assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/neon"]
     assert not (folder / "neon" / "error.json").exists() and result(path, "neon")
     assert not left_over(folder)
 
 
+def test_a_failure_holds_what_has_not_begun(write, kernel: Kernel, capsys) -> None:
+    """Unless it is told to keep going, as `make` does."""
+    path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
+    kernel.fails["mini/neon"] = Failure("no")
+    kernel.waits.add("mini/blueprint")
+    with pytest.raises(StudyFailed, match="1 of 3 runs failed"):
+        run_study(path, workers=2)
+    assert kernel.concepts == ["mini/neon", "mini/blueprint"], "what is at work is finished"
+    assert "stopped at the first failure; left: cat." in capsys.readouterr().out
+    assert result(path, "blueprint") and not (path.with_suffix("") / "cat").exists()
+
+
+def test_a_failure_under_other_parameters_does_not_count(write, kernel: Kernel) -> None:
+    path = write(TWO)
+    kernel.fails["mini/blueprint"] = Failure("no")
+    with pytest.raises(StudyFailed):
+        run_study(path)
+    kernel.fails.clear()
+    run_study(write(TWO.replace("seeds = 2", "seeds = 3")))
+    assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/blueprint"]
+
+
 def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, capsys) -> None:
     path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
-    kernel.fails["mini/blueprint"] = KeyboardInterrupt()
+    kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
     assert "left: blueprint, cat. The same command goes on" in capsys.readouterr().out
     assert not left_over(path.with_suffix("")) and result(path, "neon")
-    kernel.fails.clear()
+    kernel.interrupts = ""
     run_study(path)
     assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/blueprint", "mini/cat"]
 
@@ -288,12 +329,12 @@ def test_a_result_appears_whole(write, kernel: Kernel, monkeypatch) -> None:
         if file.name == "result.json":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(study, "write_json", full)
+    monkeypatch.setattr(worker, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
         run_study(path, force=True)
     assert result(path, "neon") == before
     monkeypatch.undo()
-    monkeypatch.setattr(study, "execute", kernel)
+    monkeypatch.setattr(worker, "execute", kernel)
     run_study(path, force=True)
     assert result(path, "neon")["key"] == before["key"] and not left_over(path.with_suffix(""))
 
@@ -438,10 +479,12 @@ def test_exit_codes(write, kernel: Kernel, capsys) -> None:
     kernel.fails["mini/neon"] = Failure("no")
     assert __main__.main(["run", str(path)]) == 1
     assert capsys.readouterr().err.startswith("locogen: 1 of 2 runs failed")
-    kernel.fails["mini/neon"] = KeyboardInterrupt()
-    assert __main__.main(["run", str(path)]) == 130
     kernel.fails.clear()
-    assert __main__.main(["run", str(path)]) == 0
+    kernel.interrupts = "mini/neon"
+    assert __main__.main(["run", str(path), "--retry", "failed"]) == 130
+    kernel.interrupts = ""
+    assert __main__.main(["run", str(path)]) == 1, "one failed before, and nobody asked for it again"
+    assert __main__.main(["run", str(path), "--retry", "failed"]) == 0
     assert __main__.main(["run", str(path), "--force", "--only", "neon"]) == 0
     capsys.readouterr()
     assert __main__.main(["run", str(path.with_name("none.toml"))]) == 2
@@ -526,7 +569,7 @@ def test_a_notebook_that_fails_says_where(write, tmp_path: Path) -> None:
 def test_a_kernel_that_dies_is_a_failed_run(tmp_path: Path) -> None:
     book = write_notebook(tmp_path / "small.ipynb", "import os\nos.write(2, b'out of luck')\nos._exit(3)")
     (tmp_path / "out").mkdir()
-    failure = worker.execute(book, tmp_path / "out", {})
+    failure = kernels.execute(book, tmp_path / "out", {})
     assert failure and failure.message.startswith("the kernel died") and failure.message.endswith("out of luck")
 
 

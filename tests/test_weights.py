@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import locogen as loco
 from locogen.catalog import mini_folder
@@ -20,6 +21,23 @@ def test_they_fit_the_package():
     files = [path for path in mini_folder().rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 40_000_000
     assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_the_second_model_is_a_u_net_of_another_seed_and_shares_the_rest(pipe):
+    files = [path for path in mini_folder("mini-b").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    other = loco.load("mini-b")
+    assert Path(other.config._name_or_path) == mini_folder("mini-b")
+    for part, same in (("unet", False), ("vae", True), ("text_encoder", True)):
+        one, two = (getattr(p, part).state_dict() for p in (pipe, other))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one) == same
+    prompts = [world.prompt(thing, "neon") for thing in ("cat", "castle")]
+    run = loco.generate(other, prompts, seeds=(0, 1), num_inference_steps=8)
+    right, wrong = loco.scorer("mini")(run.pictures, *([world.prompt(t, "neon")] * 4 for t in ("cat", "castle")))
+    assert (right[:2] > wrong[:2]).all()
+    assert (right[2:] < wrong[2:]).all()
 
 
 def test_they_load_quickly(pipe):

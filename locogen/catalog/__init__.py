@@ -14,6 +14,16 @@
     # pairs = [{ prompt = "a wave by hokusai", target = "a wave" }]
 
 >>> concept("my/ukiyo-e", file="my.toml")
+
+Models of one's own have the form of `models.toml`; `id` (a hub id or a folder) and `family` are all they need:
+
+    [models.my-finetune]
+    id = "me/my-finetune"
+    family = "StableDiffusionXLPipeline"
+    window = 5                                        # what localize takes for window=None, and so on
+    guidance_scale = 6.0
+
+>>> pipe = load("my-finetune", file="my-models.toml")
 """
 
 from __future__ import annotations
@@ -21,7 +31,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -44,15 +54,15 @@ class ModelEntry:
     name: str
     id: str
     family: str  # the name of diffusers' pipeline class
-    size: int  # pixels a side
-    layers: int  # cross-attention layers
-    scheduler: str
-    window: int
-    num_inference_steps: int
-    guidance_scale: float
-    scorer: str
-    concepts: str
-    license: str
+    size: int | None = None  # pixels a side
+    layers: int | None = None  # that hear text
+    scheduler: str = "the pipeline's own"
+    window: int = 2
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scorer: str = "clip-vit-b-16"
+    concepts: str = "sd"
+    license: str = "not told"
     revision: str = "main"
     mirrors: tuple[str, ...] = ()
     published: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}), hash=False)
@@ -64,7 +74,7 @@ class ModelEntry:
     @property
     def folder(self) -> Path | None:
         """Where the weights are when the package holds them."""
-        return mini_folder() if self.embedded else None
+        return mini_folder(self.name) if self.embedded else None
 
 
 @dataclass(frozen=True)
@@ -79,9 +89,13 @@ class ScorerEntry:
     note: str = ""
 
 
-def mini_folder() -> Path:
-    """The folder of the mini model's weights, an ordinary diffusers pipeline folder."""
-    return _PACKAGE / "mini" / "weights"
+def mini_folder(name: str = "mini") -> Path:
+    """The folder of an embedded model's weights.
+
+    That of "mini" is an ordinary diffusers pipeline folder; that of "mini-b" holds its U-Net, all other parts are
+    those of "mini".
+    """
+    return _PACKAGE / "mini" / {"mini": "weights", "mini-b": "weights-b"}[name]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -104,26 +118,51 @@ def _models() -> dict[str, Any]:
     return read_toml(_MODELS)
 
 
-def model_entry(name: str) -> ModelEntry:
-    """The catalog's entry of a model; `LocogenError` with near matches when there is none."""
-    entries = _models()["models"]
+def model_entry(name: str, file: str | Path | None = None) -> ModelEntry:
+    """The catalog's entry of a model, or that of one's own TOML file; `LocogenError` with near matches for none."""
+    entries = _models()["models"] | ({} if file is None else _own_models(Path(file)))
     if name not in entries:
         raise unknown("model", name, entries)
     row = dict(entries[name])
     row["mirrors"] = tuple(row.get("mirrors", ()))
     row["published"] = MappingProxyType(row.get("published", {}))
-    return ModelEntry(name=name, **row)
+    entry = ModelEntry(name=name, **row)
+    if file is not None:
+        _LOADED[entry.id] = entry
+    return entry
 
 
-def model_entries() -> tuple[ModelEntry, ...]:
-    """Every model of the catalog, in its order."""
-    return tuple(model_entry(name) for name in _models()["models"])
+_LOADED: dict[str, ModelEntry] = {}  # entries of one's own by the place that a pipeline remembers
+
+
+def _own_models(path: Path) -> dict[str, Any]:
+    """The models of a file, checked; `LocogenError` names the file, the entry and the remedy."""
+    known = [field.name for field in fields(ModelEntry) if field.name not in ("name", "embedded")]
+    found = read_toml(path).get("models", {})
+    if not found:
+        raise LocogenError(f"{path} has no models: begin an entry with a line such as [models.my-model]")
+    for name, row in found.items():
+        for key in row:
+            if key not in known:
+                raise LocogenError(f"{path}: model {name!r}: {unknown('key', key, known)}")
+        missing = [key for key in ("id", "family") if not isinstance(row.get(key), str)]
+        if missing:
+            raise LocogenError(f'{path}: model {name!r}: {missing[0]} is missing: add a line {missing[0]} = "…"')
+        if name in _models()["models"]:
+            raise LocogenError(f"{path}: model {name!r} is one of the catalog's own: give yours another name")
+    return found
+
+
+def model_entries(file: str | Path | None = None) -> tuple[ModelEntry, ...]:
+    """Every model of the catalog, in its order, and those of one's own TOML file."""
+    names = [*_models()["models"], *(() if file is None else _own_models(Path(file)))]
+    return tuple(model_entry(name, file) for name in names)
 
 
 def entry_of(source: str) -> ModelEntry | None:
     """The catalog's entry of a model by the folder or hub id it was loaded from; None for a model it has not."""
     places = ((entry, (entry.id, *entry.mirrors, str(entry.folder or entry.id))) for entry in model_entries())
-    return next((entry for entry, known in places if source in known), None)
+    return next((entry for entry, known in places if source in known), None) or _LOADED.get(source)
 
 
 def usual_settings(source: str) -> dict[str, Any]:
@@ -142,13 +181,16 @@ def scorer_entry(name: str) -> ScorerEntry:
     return ScorerEntry(name=name, folder=_PACKAGE / folder if folder else None, **row)
 
 
-def model_table() -> DataFrame:
-    """One row a model: name, supported, id, family, size, layers, defaults, scorer, license, gated."""
+def model_table(file: str | Path | None = None) -> DataFrame:
+    """One row a model: name, supported, id, family, size, layers, defaults, scorer, license, gated.
+
+    `file`: a TOML file with models of one's own, listed as well.
+    """
     import pandas as pd
 
     columns = ["name", "supported", "id", "family", "size", "layers", "window", "num_inference_steps"]
     columns += ["guidance_scale", "scorer", "license", "gated"]
-    return pd.DataFrame([{key: getattr(entry, key) for key in columns} for entry in model_entries()])
+    return pd.DataFrame([{key: getattr(entry, key) for key in columns} for entry in model_entries(file)])
 
 
 # --- concepts ------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from locogen.phrasings import Phrasing, default_phrasings
 CHOOSE = 3  # every third object chooses a style's settings, the others report
 # Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
 FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 4, 7), (2, 5), (0, 3, 6)))
-GONE = 0.05  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
+GONE = 0.02  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
 
 
 def styles_of(thing: str) -> list[str]:
@@ -45,11 +45,14 @@ def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
 
 
 def wordings(thing: str, style: str) -> list[str]:
-    """Prompts of an object or a fact in a style; the plain one in words that no edit is fitted on."""
+    """Prompts of an object or a fact in a style, in words that no edit is fitted on; the canonical one first."""
     named = world.with_article(thing)
     if style == world.STYLES[0]:
         return [f"a small picture of {named}"]
-    return [world.prompt(thing, style), f"an image of {named} in {style} style"]
+    heads = [f"{head} {named}" for head in ("a picture of", "an image of", "a small picture of")] + [named]
+    return [
+        tail.format(head, style) for tail in ("{} in the style of {}", "{} in {} style", "{}, {}") for head in heads
+    ]
 
 
 def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
@@ -68,8 +71,7 @@ def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
 
 def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
     if concept.kind == "style":
-        things = [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing]
-        return style_probes(concept.name, things)
+        return style_probes(concept.name, [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing])
     every = thing_probes(*words_of(concept), CHOOSING if choosing else REPORTING)
     return [p for i, p in enumerate(every) if p.measure != "specificity" or i % (2 if choosing else 1) == 0]
 
@@ -81,25 +83,26 @@ def words_of(concept: loco.Concept) -> tuple[str, str]:
     )
 
 
-def settings_of(concept: loco.Concept) -> dict[str, dict[str, Any]]:
-    """What is tried: the published settings, and the state at the prompt's end with several λ and things to keep."""
-    tried: dict[str, dict[str, Any]] = {"last_subject, 0.01": dict(tokens="last_subject", ridge=0.01)}
+def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
+    """What is tried, with which strengths: the published settings, and the state at the prompt's end.
+
+    What is preserved holds some of the edit back, so there more strength is tried too.
+    """
+    tried: dict[str, Any] = {"last_subject, 0.01": (dict(tokens="last_subject", ridge=0.01), (1,))}
     if concept.kind == "style":
-        for ridge in (0.03, 0.1, 0.3):
-            tried[f"end, {ridge:g}"] = dict(tokens="end", ridge=ridge)
-            tried[f"end, {ridge:g}, neighbors preserved"] = dict(tokens="end", ridge=ridge, preserve=neighbors(concept))
+        at_end = dict(tokens="end", ridge=0.1)
+        tried["end, 0.1"] = (at_end, (1,))
+        for weight in (0.01, 0.03, 0.1, 1.0):
+            kept = dict(preserve=neighbors(concept), preserve_weight=weight)
+            tried[f"end, 0.1, neighbors preserved with weight {weight:g}"] = (at_end | kept, (1,))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
-    styled = [*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])]
-    for ridge in (0.1, 1.0):
-        at_end = dict(tokens="end", ridge=ridge)
-        tried[f"end, {ridge:g}"] = at_end
-        for name, kept in (
-            ("", ()),
-            (", styles preserved", alone),
-            (", styles and neighbors preserved", alone + neighbors(concept)),
-        ):
-            tried[f"end, {ridge:g}, phrased in styles{name}"] = at_end | dict(phrasings=styled, preserve=kept)
+    styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
+    at_end = dict(tokens="end", ridge=1.0)
+    tried["end, 1, in styles"] = (at_end | styled, (1,))
+    tried["end, 1, in styles, styles preserved"] = (at_end | styled | dict(preserve=alone), (1,))
+    kept = dict(preserve=alone + neighbors(concept))
+    tried["end, 1, in styles, styles and neighbors preserved"] = (at_end | styled | kept, (1, 1.5, 2))
     return tried
 
 
@@ -169,22 +172,28 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     layers, place = places(pipe, concept, options.carriers / "store", options)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
     common |= dict(num_inference_steps=options.steps)
-    edits = {
-        name: loco.fit_edit(pipe, concept, layers=layers, **chosen) for name, chosen in settings_of(concept).items()
-    }
-    few = 4 if concept.kind != "style" else 1
+    few = 3 if concept.kind == "style" else 2
     own, others = divided(probes_of(concept, True))
-    tried = rates(loco.evaluate(pipe, edits, own, seeds=range(few), **common))
-    merge(tried, rates(loco.evaluate(pipe, edits, others, seeds=[0], **common)))
+    edits, tried = {}, {}
+    for name, (chosen, strengths) in settings_of(concept).items():
+        edit = loco.fit_edit(pipe, concept, layers=layers, **chosen)
+        for strength in strengths:
+            arm = name if strength == 1 else f"{name}, × {strength:g}"
+            edits[arm] = (edit, strength)
+            lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(few), strength=strength, **common))
+            merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=[0], strength=strength, **common)))
+            tried |= lines
     best = choice(tried)
+    edit, strength = edits[best]
+    common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
-    many, seeds = range(10, 10 + 2 * few), [10, 11]  # seeds that have chosen nothing
-    found = rates(loco.evaluate(pipe, {place: edits[best]}, own, seeds=many, **common))
-    merge(found, rates(loco.evaluate(pipe, {place: edits[best]}, others, seeds=seeds, **common)))
-    controls = loco.control_edits(pipe, edits[best], draws=1)
+    seeds = range(10, 14)  # that chose nothing
+    found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=seeds, **common))
+    merge(found, rates(loco.evaluate(pipe, {place: edit}, others[::2], seeds=seeds, **common)))
+    controls = loco.control_edits(pipe, edit, draws=1)
     windows = [name for name in controls if name.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own + others[::6], seeds=seeds[:1], **common))
+    found |= rates(loco.evaluate(pipe, kept, own[::few] + others[::6], seeds=seeds[:1], **common))
     return {
         "kind": concept.kind,
         "layers": list(layers),

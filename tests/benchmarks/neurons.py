@@ -34,7 +34,9 @@ def told(concept: loco.Concept) -> list[Phrasing]:
     return plain if concept.kind == "style" else plain + editing.in_styles(plain[1])
 
 
-def arms(pipe: Any, concept: loco.Concept, edit: loco.Edit, draws: int) -> Iterator[tuple[str, float, Any]]:
+def arms(
+    pipe: Any, concept: loco.Concept, edit: loco.Edit, strength: float, draws: int
+) -> Iterator[tuple[str, float, Any]]:
     """(name, share of the neurons, context) of everything that is compared."""
     found = loco.find_neurons(pipe, concept, layers=edit.layers, phrasings=told(concept), tokens="end")
     width = int(found.table.groupby(["layer", "matrix"]).size().min())
@@ -44,7 +46,7 @@ def arms(pipe: Any, concept: loco.Concept, edit: loco.Edit, draws: int) -> Itera
         yield "top", share, loco.clamp(pipe, found.top(k))
         for draw in range(draws if share < 1 else 0):
             yield "random", share, loco.clamp(pipe, found.random(k, draw))
-    yield "edit", 1.0, edit.applied(pipe)
+    yield "edit", 1.0, edit.applied(pipe, strength)
 
 
 def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -68,11 +70,13 @@ def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Nam
 
 
 def study(pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: argparse.Namespace) -> list[Any]:
-    edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **editing.settings_of(concept)[chosen["settings"]])
+    name, _, strength = chosen["settings"].partition(", × ")
+    options_of_edit, _ = editing.settings_of(concept)[name]
+    edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **options_of_edit)
     own, others = editing.divided(editing.probes_of(concept, False))
     own = [probe for probe in own if probe.measure == "efficacy"]
     probes, lines = own + others[:: options.every], []
-    for arm, share, context in arms(pipe, concept, edit, options.draws):
+    for arm, share, context in arms(pipe, concept, edit, float(strength or 1), options.draws):
         with context:
             for measure, right in looked(pipe, judge, probes, options).items():
                 mean = stats.crossed_bootstrap(right.astype(float)[None])
@@ -107,7 +111,9 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     chosen = json.loads(options.edits.read_text("utf-8"))
     pipe, judge = loco.load(options.model), judging.JudgeScorer(judging.train(options.judge))
-    columns = [("top", share) for share in SHARES] + [("random", share) for share in SHARES[1:3]] + [("edit", 1.0)]
+    columns: list[tuple[str, float]] = (
+        [("top", share) for share in SHARES] + [("random", share) for share in SHARES[1:3]] + [("edit", 1.0)]
+    )
     print("| concept | nothing |", " | ".join(f"{arm} {share:.0%}" for arm, share in columns[:-1]), "| edit |")
     found: dict[str, Any] = {}
     for name in tqdm(options.only, disable=None):

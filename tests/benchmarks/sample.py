@@ -27,7 +27,8 @@ LIMIT = 3_000_000  # bytes in all
 def pages(slugs: list[str]) -> None:
     """The index and the pages of some runs, without notebooks and pictures (both are made again by `make demo`)."""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+        folder = Path(place, SOURCE.name)  # the pages say what their folder is called
+        folder.mkdir()
         shutil.copy(SOURCE / "study.json", folder)
         for slug in slugs:
             shutil.copytree(SOURCE / slug, folder / slug)

@@ -1,0 +1,152 @@
+"""Make the pictures of rows in batches that fit the memory, each padded to one size."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from locogen.errors import LocogenError
+from locogen.families import encode_guided, family_of
+from locogen.hooks import generators, intervene
+from locogen.plan import Intervention, Settings, riders
+from locogen.texts import Text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RESERVE = 0.9  # of the free memory is used: allocators leave gaps
+
+
+def pictures_of(
+    pipe: Any, plan: Sequence[Intervention], chosen: Settings
+) -> Iterator[tuple[Sequence[Intervention], np.ndarray[Any, Any]]]:
+    """Batch by batch, rows and their pictures in 0..1, (rows, height, width, 3), in the order of the plan.
+
+    On a GPU the first batch is as small as can be, and what it takes says how many fit the free memory. Where memory
+    runs out, half as many are tried, with a warning. Raises `LocogenError` where the smallest batch does not fit.
+    """
+    texts = Texts(pipe, plan)
+    ridden = family_of(pipe).evolves
+    smallest = 2 if ridden else 1
+    memory = _Memory(pipe)
+    size, start = (smallest if memory.known else max(chosen.batch_size, smallest)), 0
+    while start < len(plan):
+        rows = _next(plan[start:], size, ridden)
+        try:
+            made = _batch(pipe, rows, texts, size, chosen)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            if size == smallest:
+                raise LocogenError(_too_large(pipe, size)) from error
+            size = max(size // 2, smallest)
+            memory.known = False
+            warnings.warn(f"a batch of {size * 2} does not fit the memory: going on with {size}", stacklevel=4)
+        else:
+            yield rows, made
+            start += len(rows)
+            if memory.known:
+                size = max(smallest, min(chosen.batch_size, memory.fitting(size)))
+        memory.free()
+
+
+def _next(plan: Sequence[Intervention], size: int, ridden: bool) -> Sequence[Intervention]:
+    """As many rows as fit a batch, with the targets' own runs that must ride along where they must; at least one."""
+    count = 1
+    while count < len(plan) and _places(plan[: count + 1], ridden) <= size:
+        count += 1
+    return plan[:count]
+
+
+def _places(rows: Sequence[Intervention], ridden: bool) -> int:
+    return len(rows) + (len(riders(rows)) if ridden else 0)
+
+
+class Texts:
+    """Text of each distinct prompt, encoded alone so that its neighbors cannot move a bit; and the negative."""
+
+    def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
+        prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
+        found = {text: encode_guided(pipe, [text]) for text in prompts}
+        self.of = {text: own for text, (own, _) in found.items()}
+        self.negative = next(iter(found.values()))[1]
+
+    def stack(self, prompts: Iterable[str]) -> Text:
+        """One row a prompt."""
+        return Text.stack(self.of[prompt] for prompt in prompts)
+
+    def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What a call of the pipeline takes for these prompts."""
+        negative = {} if self.negative is None else self.negative.expanded(len(prompts)).arguments("negative_")
+        return self.stack(prompts).arguments() | negative
+
+
+def _batch(pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings) -> Any:
+    """Pictures of one batch, padded to `size` by repeating its last row, so that sums are taken alike in each."""
+    family = family_of(pipe)
+    padded = [*rows, *(riders(rows) if family.evolves else ())]
+    padded += [padded[-1]] * (size - len(padded))
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    try:
+        with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
+            made = pipe(
+                **family.options(pipe),
+                **texts.arguments([row.prompt for row in padded]),
+                generator=generators(padded),
+                num_inference_steps=chosen.num_inference_steps,
+                guidance_scale=chosen.guidance_scale,
+                output_type="np",
+            ).images
+    finally:
+        pipe.set_progress_bar_config(**bar)
+    return made[: len(rows)]
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA has a class of its own for it; the CPU and Apple's GPUs only say so."""
+    import torch
+
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+    )
+
+
+def _too_large(pipe: Any, size: int) -> str:
+    return (
+        f"a batch of {size} does not fit the memory of {pipe._execution_device}: load the model with dtype='float16' "
+        "or 'bfloat16', with offload='model' or 'sequential', or call pipe.vae.enable_slicing() and "
+        "pipe.vae.enable_tiling(); pictures made before are kept"
+    )
+
+
+class _Memory:
+    """Of the GPU that the pipeline computes on; `known` is false where there is none."""
+
+    def __init__(self, pipe: Any) -> None:
+        import torch
+
+        self.device = pipe._execution_device
+        self.known = self.device.type == "cuda" and torch.cuda.is_available()
+        self.before = 0
+        if self.known:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+
+    def fitting(self, made: int) -> int:
+        """How many pictures fit, by what a batch of `made` took at its peak."""
+        import torch
+
+        self.known = False
+        taken = torch.cuda.max_memory_allocated(self.device) - self.before
+        torch.cuda.empty_cache()
+        return int(RESERVE * torch.cuda.mem_get_info(self.device)[0] / max(taken / made, 1))
+
+    def free(self) -> None:
+        """Give what is cached back, so that a smaller batch finds it."""
+        import torch
+
+        if self.device.type == "cuda" and torch.cuda.is_available() and not self.known:
+            torch.cuda.empty_cache()

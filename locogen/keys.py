@@ -1,0 +1,76 @@
+"""What a result depends on, in one hash: a finished run is skipped for as long as it stays the same."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from locogen import __version__
+from locogen.catalog import concept, model_entries
+from locogen.parameters import defaults_of, source_of
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+# What no notebook reaches: a change there leaves results as they are.
+_APART = (
+    *("__main__.py", "study.py", "planning.py", "parameters.py", "keys.py", "worker.py", "kernel.py"),
+    *("engines.py", "estimates.py", "progress.py", "report.py"),
+)
+
+
+def hashed(value: Any) -> str:
+    """A hash of anything that JSON can tell; of other things as they print."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def circumstances() -> dict[str, Any]:
+    """What every run of a study rests on: the code that notebooks reach, and the versions beneath it."""
+    return {"code": _code_hash(), "versions": versions()}
+
+
+def run_key(notebook: Path, values: Mapping[str, Any], base: Path, common: Mapping[str, Any]) -> str:
+    """Changes with what a result depends on: notebook, parameters, concept, weights, and the `circumstances`."""
+    told: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values}
+    used = {**defaults_of(notebook), **values}
+    own = used.get("concepts_file")
+    if used.get("concept") and not used.get("prompt"):
+        told["concept"] = repr(concept(used["concept"], file=base / own if own else None))
+    told |= {name: _weights_hash(str(used[name]), base) for name in ("model", "scorer") if used.get(name)}
+    return hashed({**told, **common})
+
+
+def _code_hash() -> str:
+    """Of what a notebook can reach: not the command line's modules, nor the mini model's trainer."""
+    apart = [_PACKAGE / name for name in _APART]
+    files = [file for file in sorted(_PACKAGE.rglob("*.py")) if file.parent.name != "mini" and file not in apart]
+    files.append(_PACKAGE / "catalog" / "models.toml")  # what is usual for a model
+    return hashed([__version__, *(file.read_text(encoding="utf-8") for file in files)])
+
+
+def _weights_hash(name: str, base: Path) -> list[Any]:
+    """A model or scorer by the content of its folder, a scorer inside included; others by their name or id."""
+    entry = next((entry for entry in model_entries() if entry.name == name), None)
+    folder = entry.folder if entry else base / name
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder else []
+    return [name, *((file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)) for file in files if folder)]
+
+
+@functools.cache
+def _digest(file: Path, changed: int) -> str:
+    """Of a file's content; read again when it has `changed`, and not for every run of a study."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of locogen, Python and the libraries that results depend on."""
+    import platform
+    from importlib.metadata import version
+
+    own = {"locogen": __version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pandas")}

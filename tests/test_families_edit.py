@@ -1,0 +1,174 @@
+"""Editing and neurons for every family: what is fitted is what the layers read, and it shares as LoRA."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from locogen.clamping import clamp
+from locogen.edit import fit_edit
+from locogen.errors import LocogenError
+from locogen.families import denoiser_of, family_of, spoken, subject_positions
+from locogen.layers import find_layers
+from locogen.neurons import find_neurons
+from locogen.phrasings import Phrasing
+from locogen.plan import Concept, PromptPair
+from locogen.readings import Reader
+from locogen.runs import generate
+
+STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair("b in cat", "b")))
+PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
+FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 2, "progress": False}
+ENTRIES = {"sd-xl", "sd-3", "flux"}
+LORA = ["sd-xl", "if", "sd-3", "flux", "sana"]
+
+
+@pytest.fixture(params=[name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma")])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(name):
+    return tiny.FAMILIES[name]()
+
+
+def fit(pipe, layers=(0, 1), **options):
+    return fit_edit(pipe, STYLE, layers=layers, phrasings=PAIRS, **options)
+
+
+def test_a_small_ridge_sends_what_a_layer_reads_where_its_target_goes(pipe):
+    """Per layer, by its own readings (after IF's norm, after a projection, inside joint blocks), biases included."""
+    edit, reader = fit(pipe, ridge=1e-10), Reader(pipe, find_layers(pipe)[:2])
+    denoiser, family = denoiser_of(pipe), family_of(pipe)
+    paths = {module: path for path, module in denoiser.named_modules()}
+    assert len(edit.changes) == 4
+    for layer in reader.layers:
+        for matrix in family.matrices(layer.module).values():
+            change = edit.changes[f"{paths[matrix]}.weight"].change
+            for source, target in PAIRS:
+                old, new = reader.exchange(
+                    source, target, "cat", family.tokens, Phrasing(source, target, "cat").instead
+                )
+                x, y = reader.states(source, layer)[old], reader.states(target, layer)[new]
+                w = matrix.weight.detach().double()
+                gap, before = (x @ (w + change).T - y @ w.T).norm(), ((x - y) @ w.T).norm()
+                assert gap < 1e-3 * before
+
+
+def test_applied_edits_show_and_leave_every_bit_as_found(pipe, tmp_path):
+    denoiser = denoiser_of(pipe)
+    before = {n: p.clone() for n, p in denoiser.named_parameters()}
+    plain = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    with fit(pipe, ridge=1e-3).applied(pipe):
+        edited = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(edited.pictures[0]))
+    assert all(torch.equal(p, before[n]) for n, p in denoiser.named_parameters())
+
+
+def test_every_encoder_has_its_own_subject_tokens():
+    pipe = tiny.sd3()
+    reader = Reader(pipe, find_layers(pipe)[:1])
+    first, second = (subject_positions(pipe, "a cat in b", "cat", encoder=number) for number in (0, 1))
+    assert second[0] >= pipe.tokenizer_max_length > first[-1]
+    assert reader.places("a cat in b", "subject", "cat") == first + second
+    assert reader.exchange("a cat", "a dog", "cat", "last_subject")[1] == [told.last for told in spoken(pipe, "a dog")]
+
+
+def test_what_t5_tells_of_a_subject_elsewhere():
+    """Why an edit of the subject's tokens cannot suffice in IF: other words tell of it too; before it in CLIP, none."""
+    shares = {}
+    for name in ("sd", "if"):
+        pipe = tiny.FAMILIES[name]()
+        layer = find_layers(pipe)[0]
+        reader = Reader(pipe, [layer])
+        places = reader.places("a b cat", "subject", "cat")
+        change = (reader.states("a b cat", layer) - reader.states("a b dog", layer)).norm(dim=1)
+        shares[name] = float(change[: places[0]].norm() / change.norm())
+    assert shares["sd"] < 1e-6 < 1e-3 < shares["if"]
+
+
+def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
+    layers = (0,)
+    if name not in ENTRIES:
+        with pytest.raises(LocogenError, match="leave out entry"):
+            fit(pipe, layers, entry=True)
+        return
+    plain, entry = fit(pipe, layers, ridge=1e-10), fit(pipe, layers, ridge=1e-10, entry=True)
+    added = set(entry.changes) - set(plain.changes)
+    assert added == {f"{family_of(pipe).entry}.weight"}  # off by default
+    weight = denoiser_of(pipe).get_parameter(*added).detach().double()
+    reader = Reader(pipe, find_layers(pipe)[:1])
+    source, target = PAIRS[0]
+    old, new = reader.exchange(source, target, "cat", family_of(pipe).tokens, Phrasing(source, target, "cat").instead)
+    x, y = reader.entry(source, old), reader.entry(target, new)
+    gap = (x @ (weight + entry.changes[next(iter(added))].change).T - y @ weight.T).norm()
+    assert gap < 1e-3 * ((x - y) @ weight.T).norm()
+    if name == "sd-xl":  # what the map is told of the picture's size stays as it was
+        assert not entry.changes[next(iter(added))].change[:, tiny.WIDTH :].any()
+
+
+def test_blocks_that_read_text_and_picture_alike_are_not_edited():
+    pipe = tiny.flux()
+    with pytest.raises(LocogenError, match="take layers below 2"):
+        fit(pipe, (1, 2))
+
+
+def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
+    layers = (0, 2) if name == "flux" else (0, 1)  # a single block of FLUX too
+    neurons = find_neurons(pipe, STYLE, layers=layers, phrasings=PAIRS)
+    assert set(neurons.table["matrix"]) == {"k", "v"} and set(neurons.table["layer"]) == set(layers)
+    assert np.isfinite(neurons.table["z"]).all()
+    plain = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    with clamp(pipe, neurons.top(0)):
+        none = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    with clamp(pipe, neurons.top(8)):
+        some = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    pictures = [np.asarray(run.pictures[0]) for run in (plain, none, some)]
+    assert np.array_equal(*pictures[:2]) and not np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LORA)
+def test_lora_in_a_fresh_process_is_the_edit(name, tmp_path):
+    """Loaded by the pipeline's own loader, where locogen is not imported; pictures differ by roundings alone."""
+    pipe = tiny.FAMILIES[name]()
+    edit = fit(pipe, ridge=1e-2, entry=name in ENTRIES)
+    edit.to_lora(tmp_path / "edit.safetensors")
+    plain = generate(pipe, ["a cat in b"], **FAST)
+    with edit.applied(pipe):
+        wanted = generate(pipe, ["a cat in b"], **FAST)
+        states = {n: p.detach().clone() for n, p in denoiser_of(pipe).named_parameters() if n in edit.changes}
+    program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import tiny, torch
+from safetensors.torch import load_file, save_file
+pipe = tiny.FAMILIES[{name!r}]()
+pipe.load_lora_weights({str(tmp_path / "edit.safetensors")!r})
+pipe.fuse_lora()
+pipe.unload_lora_weights()
+part = getattr(pipe, {family_of(pipe).denoiser!r})
+names = {sorted(edit.changes)!r}
+save_file({{n: part.get_parameter(n).detach().contiguous() for n in names}}, {str(tmp_path / "fused.safetensors")!r})
+assert "locogen" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning:locogen", "-c", program], check=True, cwd=tmp_path)
+    from safetensors.torch import load_file
+
+    fused = load_file(tmp_path / "fused.safetensors")
+    for n, weight in states.items():
+        moved = (weight - denoiser_of(pipe).get_parameter(n)).norm()
+        assert moved > 0 and (fused[n] - weight).norm() < 1e-5 * weight.norm() + 1e-3 * moved
+    assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(wanted.pictures[0]))
+
+
+def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):
+    with pytest.raises(LocogenError, match="loads no LoRA"):
+        fit(tiny.pixart()).to_lora(tmp_path / "edit.safetensors")
+    with pytest.raises(LocogenError, match="those of U-Nets"):
+        fit(tiny.sana()).to_lora(tmp_path / "edit.safetensors", style="kohya")
+    assert not list(tmp_path.iterdir())
