@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .localization import localize
     from .models import load
     from .neurons import Neurons, find_neurons
+    from .pace import Pace, speed
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
     from .runs import Run, generate
@@ -40,6 +41,7 @@ __all__ = [
     "Layer",
     "LocogenError",
     "Neurons",
+    "Pace",
     "Probe",
     "PromptPair",
     "Run",
@@ -77,6 +79,7 @@ __all__ = [
     "probes_for",
     "record",
     "scorer",
+    "speed",
     "sweep",
     "undo_all",
     "with_riders",
@@ -95,6 +98,7 @@ _PUBLIC = {
     "localization": ("localize",),
     "models": ("load",),
     "neurons": ("Neurons", "find_neurons"),
+    "pace": ("Pace", "speed"),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
     "plots": (
         "describe",

@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
     "runs": {"plan", "batches", "hooks", "families", "store", "heartbeat"},
     "heartbeat": {"atomic"},
     "atomic": set(),
+    "pace": {"plan", "batches", "hooks", "families"},
     "batches": {"plan", "hooks", "families", "texts"},
     "store": set(),
     "hooks": {"plan", "layers", "families", "texts", "calls"},
