@@ -13,12 +13,13 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-all check python
+.PHONY: help demo reports test test-all bench check python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
+	@echo "make bench     measure how fast it is: README's table, all figures in runs/bench/bench.json"
 	@echo "make reports   run every reports/*.toml and make its pages"
 	@echo "Another interpreter: make PYTHON=python3.12 demo"
 
@@ -40,6 +41,10 @@ test: check
 
 test-all: check
 	$(PY) -m pytest
+
+# On a machine with nothing else to do. With nnsight in .venv (pip install nnsight) its row is measured too.
+bench: $(INSTALLED_DEV)
+	$(PY) tests/benchmarks/speed.py --rounds 5
 
 check: $(INSTALLED_DEV)
 	$(PY) -m ruff check .

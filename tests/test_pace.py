@@ -1,6 +1,10 @@
 """Faster ways: exact is exact, the others stay within their bounds, interventions are heard, and nothing is left."""
 
 import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from locogen.pace import Way, half_of, speed
 from locogen.plan import Intervention
 from locogen.runs import Run, fingerprint, generate
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 4, "progress": False}
 ROWS = [Intervention("cat in a", "dog", layers, 0) for layers in ((), (2, 3), tuple(range(16)))]
 WAYS = (Way(threads=2, channels_last=True), Way(half="bfloat16"))
@@ -191,3 +196,19 @@ def test_compiled_regions_leave_the_hooks_be(pipe, rates):
         assert (pixels(generate(pipe, ROWS[2:], **FAST))[0] == target).all()
     assert not any(m._compiled_call_impl for m in pipe.unet.modules())
     assert (pixels(generate(pipe, ROWS, **FAST)) == plain).all()
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_at_tiny_size(tmp_path):
+    """Each section in its own process, as `make bench` does it; its figures say nothing."""
+    command = [sys.executable, str(BENCHMARKS / "speed.py"), "--tiny", "--batch-size", "16"]
+    command += ["--out", str(tmp_path / "bench.json"), "--only", "sweep", "hooks", "gpu", "growth", "start", "report"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert set(found["sweep"]["ratios"]) >= {"published / all", "published / race", "published / race, auto"}
+    assert max(found["sweep"]["largest_difference"].values()) <= 1, "the loops make the sweep's pictures"
+    assert [row["model"] for row in found["gpu"]["models"]] == ["SD 1.5, 512²", "SD-XL, 1024²"]
+    assert all(row["flops_a_picture"] > 0 for row in found["gpu"]["models"])
+    table = [line for line in said.splitlines() if line.startswith("| ")]
+    assert len(table) >= 10 and any("`intervene` over the plain pipeline" in line for line in table)
+    assert torch.cuda.is_available() or "no GPU was to be had" in said
