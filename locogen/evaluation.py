@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Measure = Literal["efficacy", "generality", "specificity", "ordinary"]
 MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary")
 Array = np.ndarray[Any, Any]
+_BOUNDS = (("ssim", -1.0, 1.0), ("distance", 0.0, 2.0), ("lpips", 0.0, np.inf))
 _LPIPS_NET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS is trained on
 
 
@@ -213,13 +214,14 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
             if bool(part[new].notna().to_numpy().all()):
                 share = quantity == "right"
                 lines.append(told | dict(quantity=quantity) | _paired(_grid(part, old), _grid(part, new), level, share))
-        for quantity in [name for name in ("ssim", "distance", "lpips") if name in part]:
+        for quantity, least, most in [bounds for bounds in _BOUNDS if bounds[0] in part]:
             values = _grid(part, quantity)
             found = stats.crossed_bootstrap(values[None], level=level)
             lines.append(
                 told
                 | dict(quantity=quantity, before=np.nan, after=found.estimate[0], change=np.nan)
-                | dict(after_low=found.low[0], after_high=found.high[0], low=np.nan, high=np.nan, n=values.size)
+                | dict(after_low=max(found.low[0], least), after_high=min(found.high[0], most))
+                | dict(low=np.nan, high=np.nan, n=values.size)
             )
     return pd.DataFrame(lines)
 

@@ -129,7 +129,7 @@ def _show_plan(
 def _sum(results: Path, todo: list[Planned], counts: dict[str, int | None], costs: Costs) -> str:
     """What is to be made in all, what the store holds, and the time in one worker."""
     known = [count for count in counts.values() if count is not None]
-    more = f" and those of {len(todo) - len(known)} runs that cannot be told yet" if len(known) < len(todo) else ""
+    more = f" and those of {len(todo) - len(known)} more that cannot be told yet" if len(known) < len(todo) else ""
     held = sum(1 for _ in (results / "store").glob("*.png")) if (results / "store").is_dir() else 0
     seconds = costs.left(todo, 1)
     took = "no run like these has been timed yet" if seconds is None else f"about {duration(seconds)} in one worker"

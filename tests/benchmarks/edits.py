@@ -19,13 +19,14 @@ import pandas as pd
 from tqdm import tqdm
 
 import locogen as loco
+from locogen import stats
 from locogen.evaluation import Probe, summary
 from locogen.mini import world
 from locogen.phrasings import Phrasing, default_phrasings
 
 CHOOSE = 3  # every third object chooses a style's settings, the others report
 # Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
-FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 4, 7), (2, 5), (0, 3, 6)))
+FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 7), (2, 5), (0, 3, 4, 6)))
 GONE = 0.02  # on the choosing prompts: of the settings that leave no more, the kindest to the neighbors is taken
 
 
@@ -35,12 +36,16 @@ def styles_of(thing: str) -> list[str]:
 
 
 def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
-    """The style, and the others, on some objects; right where the judge sees the style that the prompt names."""
+    """The style in four wordings, and the others, on some objects; right where the judge sees the style that is named.
+
+    Half of the wordings name the style as no default phrasing does.
+    """
     among = tuple(f"style of {style}" for style in world.STYLES)
+    own = [(text, name) for thing in things if name in styles_of(thing) for text in wordings(thing, name)[::3]]
+    others = [(world.prompt(t, style), style) for t in things for style in styles_of(t) if style != name]
     return [
-        Probe("efficacy" if style == name else "specificity", world.prompt(thing, style), f"style of {style}", among)
-        for thing in things
-        for style in styles_of(thing)
+        Probe("efficacy" if style == name else "specificity", text, f"style of {style}", among)
+        for text, style in own + others
     ]
 
 
@@ -84,26 +89,34 @@ def words_of(concept: loco.Concept) -> tuple[str, str]:
 
 
 def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
-    """What is tried, with which strengths: the published settings, and the state at the prompt's end.
+    """What is tried, with which strengths: the published settings, the state at the prompt's end, the whole subject.
 
     What is preserved holds some of the edit back, so there more strength is tried too.
     """
     tried: dict[str, Any] = {"last_subject, 0.01": (dict(tokens="last_subject", ridge=0.01), (1,))}
+    end, subject = dict(tokens="end", ridge=1.0), dict(tokens="subject", ridge=1.0)
     if concept.kind == "style":
-        at_end = dict(tokens="end", ridge=0.1)
-        tried["end, 0.1"] = (at_end, (1,))
-        for weight in (0.01, 0.03, 0.1, 1.0):
-            kept = dict(preserve=neighbors(concept), preserve_weight=weight)
-            tried[f"end, 0.1, neighbors preserved with weight {weight:g}"] = (at_end | kept, (1,))
+        tried["end, 1"] = (end, (1, 1.3))
+        tried["subject, 1"] = (subject, (1,))
+        kept = dict(preserve=neighbors(concept)[::3], preserve_weight=0.01)  # in the default wording only
+        tried["end, 0.1, neighbors preserved"] = (end | dict(ridge=0.1) | kept, (1, 1.15, 1.3))
+        styled = dict(phrasings=in_wordings(concept), preserve=neighbors(concept), preserve_weight=0.03)
+        tried["end, 1, in wordings, neighbors preserved"] = (end | styled, (1, 1.3))
+        tried["subject, 0.1, in wordings, neighbors preserved"] = (subject | dict(ridge=0.1) | styled, (1, 1.3))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
     styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
-    at_end = dict(tokens="end", ridge=1.0)
-    tried["end, 1, in styles"] = (at_end | styled, (1,))
-    tried["end, 1, in styles, styles preserved"] = (at_end | styled | dict(preserve=alone), (1,))
     kept = dict(preserve=alone + neighbors(concept))
-    tried["end, 1, in styles, styles and neighbors preserved"] = (at_end | styled | kept, (1, 1.5, 2))
+    tried["end, 1, in styles"] = (end | styled, (1,))
+    tried["end, 1, in styles, styles and neighbors preserved"] = (end | styled | kept, (1, 1.5, 2))
+    tried["subject, 1, in styles, styles and neighbors preserved"] = (subject | styled | kept, (1, 1.5))
     return tried
+
+
+def in_wordings(concept: loco.Concept) -> list[Phrasing]:
+    """The default phrasings of a style, and two that put it in other words."""
+    tails = (f" in {concept.name} style", f", {concept.name}")
+    return [*default_phrasings(concept), *(Phrasing(f"a picture{t}", "a picture", concept.name) for t in tails)]
 
 
 def in_styles(plain: Phrasing) -> list[Phrasing]:
@@ -115,25 +128,32 @@ def in_styles(plain: Phrasing) -> list[Phrasing]:
 def neighbors(concept: loco.Concept) -> tuple[str, ...]:
     """Phrasings of the concept's kind that should stay: the other styles, or the other objects and facts."""
     if concept.kind == "style":
-        return tuple(f"a picture in the style of {style}" for style in world.STYLES[1:] if style != concept.name)
+        others = [style for style in world.STYLES[1:] if style != concept.name]
+        wordings = ("a picture in the style of {}", "a picture in {} style", "a picture, {}")
+        return tuple(words.format(style) for style in others for words in wordings)
     own, answer = words_of(concept)
     named = [o for o in (*world.OBJECTS, *world.FACTS) if o not in (own, answer)]
     return tuple(f"a picture of {world.with_article(name)}" for name in named)
 
 
-def places(pipe: Any, concept: loco.Concept, store: Path, options: argparse.Namespace) -> tuple[tuple[int, ...], str]:
-    """The layers to edit and what they are: the carrier, or the two best places that do not overlap."""
+def places(pipe: Any, concept: loco.Concept, store: Path, options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """What is edited: the carrier, for objects and facts also with a layer more at each side; or the two best places.
+
+    Two places that do not overlap are taken together where no single window stands out.
+    """
     few = dataclasses.replace(concept, pairs=concept.pairs[: options.prompts])
     found = dict(num_inference_steps=options.find_steps, store=store, progress=False)
     effects = loco.effect(loco.localize(pipe, few, seeds=range(4), scorer="mini", **found).table)  # pyright: ignore
     best = loco.carrier(effects)
     if best.start is not None:
-        return tuple(best), f"{best}"
+        found_at, wide = tuple(best), range(max(0, min(best) - 1), min(15, max(best) + 1) + 1)
+        wider = {f"layers {wide[0]}-{wide[-1]} (a layer more at each side)": tuple(wide)}
+        return {f"{best}": found_at} | (wider if concept.kind != "style" else {})
     layer: Any = effects.query("axis == 'layer'").sort_values("choose", ascending=False)
     ranked = layer["position"].astype(int).tolist()
     second = next(start for start in ranked if abs(start - ranked[0]) >= 2)
     both = tuple(sorted({ranked[0], ranked[0] + 1, second, second + 1}))
-    return both, f"layers {', '.join(map(str, both))} (no single window)"
+    return {f"layers {', '.join(map(str, both))} (no single window)": both}
 
 
 def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -167,38 +187,50 @@ def choice(tried: dict[str, Any]) -> str:
     return max(tried, key=lambda name: round(kept[name][0] - tried[name]["efficacy"]["change"], 2))
 
 
-def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> dict[str, Any]:
-    concept = loco.concept(identity)
-    layers, place = places(pipe, concept, options.carriers / "store", options)
-    common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
-    common |= dict(num_inference_steps=options.steps)
-    few = 3 if concept.kind == "style" else 2
+def settle(pipe: Any, concept: loco.Concept, common: dict[str, Any], options: argparse.Namespace) -> tuple[Any, ...]:
+    """The edit, its strength, place and settings that did best on the choosing prompts, and what all did there."""
+    few = 1 if concept.kind == "style" else 2
     own, others = divided(probes_of(concept, True))
     edits, tried = {}, {}
-    for name, (chosen, strengths) in settings_of(concept).items():
-        edit = loco.fit_edit(pipe, concept, layers=layers, **chosen)
-        for strength in strengths:
-            arm = name if strength == 1 else f"{name}, × {strength:g}"
-            edits[arm] = (edit, strength)
-            lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(few), strength=strength, **common))
-            merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=[0], strength=strength, **common)))
-            tried |= lines
-    best = choice(tried)
-    edit, strength = edits[best]
+    for place, layers in places(pipe, concept, options.carriers / "store", options).items():
+        for name, (chosen, strengths) in settings_of(concept).items():
+            edit = loco.fit_edit(pipe, concept, layers=layers, **chosen)
+            for strength in strengths:
+                arm = f"{place}: {name}" + (f", × {strength:g}" if strength != 1 else "")
+                edits[arm] = (edit, strength, place, name)
+                lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(few), strength=strength, **common))
+                merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=[0], strength=strength, **common)))
+                tried |= lines
+    return *edits[choice(tried)], tried
+
+
+def by_thing(table: pd.DataFrame, wordings_each: int) -> float:
+    """The upper end for a style's share of right pictures when objects are drawn anew, not their wordings."""
+    part = table[table.measure == "efficacy"]
+    every = part["right_after"].to_numpy(float).reshape(-1, wordings_each * part.seed.nunique())
+    return float(stats.crossed_bootstrap(every[None]).high[0])
+
+
+def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> dict[str, Any]:
+    concept = loco.concept(identity)
+    common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
+    common |= dict(num_inference_steps=options.steps)
+    edit, strength, place, name, tried = settle(pipe, concept, common, options)
     common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
     seeds = range(10, 14)  # that chose nothing
-    found = rates(loco.evaluate(pipe, {place: edit}, own, seeds=seeds, **common))
+    reported = seeds[:2] if concept.kind == "style" else seeds  # of a style there are more prompts
+    table = loco.evaluate(pipe, {place: edit}, own, seeds=reported, **common)
+    found = rates(table)
+    if concept.kind == "style":  # the wider of the two
+        line = found[place]["efficacy"]
+        line["after_high"] = max(line["after_high"], by_thing(table, len(wordings("cat", concept.name)[::3])))
     merge(found, rates(loco.evaluate(pipe, {place: edit}, others[::2], seeds=seeds, **common)))
     controls = loco.control_edits(pipe, edit, draws=1)
-    windows = [name for name in controls if name.startswith("layer")]
+    windows = [window for window in controls if window.startswith("layer")]
     kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own[::few] + others[::6], seeds=seeds[:1], **common))
-    return {
-        "kind": concept.kind,
-        "layers": list(layers),
-        "place": place,
-        "settings": best,
+    found |= rates(loco.evaluate(pipe, kept, own[:: len(own) // 30 or 1] + others[::6], seeds=seeds[:1], **common))
+    return dict(kind=concept.kind, layers=list(edit.layers), place=place, settings=name, strength=strength) | {
         "chosen among": tried,
         "arms": found,
     }
@@ -217,7 +249,14 @@ def said(identity: str, line: dict[str, Any]) -> str:
         f"[{100 * kept['low']:+.1f}, {100 * kept['high']:+.1f}] points), n = {kept['n']}"
     )
     answer = percent(own["generality"]) if "generality" in own else "–"
-    parts = [identity, line["place"], line["settings"], percent(own["efficacy"]), answer, neighbors]
+    parts = [
+        identity,
+        line["place"],
+        f"{line['settings']}, × {line['strength']:g}",
+        percent(own["efficacy"]),
+        answer,
+        neighbors,
+    ]
     return f"| {' | '.join(parts)} |"
 
 

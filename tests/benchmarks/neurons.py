@@ -25,7 +25,7 @@ from locogen.evaluation import Probe
 from locogen.phrasings import Phrasing, default_phrasings
 
 SHARES = (0.05, 0.15, 0.5, 1.0)  # of each matrix's neurons
-CONCEPTS = ("neon", "pencil-sketch", "van-gogh", "owl", "national-animal-of-france", "national-animal-of-india")
+CONCEPTS = ("neon", "pencil-sketch", "van-gogh", "cat", "national-animal-of-france", "national-animal-of-india")
 
 
 def told(concept: loco.Concept) -> list[Phrasing]:
@@ -70,13 +70,12 @@ def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Nam
 
 
 def study(pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: argparse.Namespace) -> list[Any]:
-    name, _, strength = chosen["settings"].partition(", × ")
-    options_of_edit, _ = editing.settings_of(concept)[name]
+    options_of_edit, _ = editing.settings_of(concept)[chosen["settings"]]
     edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **options_of_edit)
     own, others = editing.divided(editing.probes_of(concept, False))
     own = [probe for probe in own if probe.measure == "efficacy"]
     probes, lines = own + others[:: options.every], []
-    for arm, share, context in arms(pipe, concept, edit, float(strength or 1), options.draws):
+    for arm, share, context in arms(pipe, concept, edit, chosen["strength"], options.draws):
         with context:
             for measure, right in looked(pipe, judge, probes, options).items():
                 mean = stats.crossed_bootstrap(right.astype(float)[None])

@@ -41,7 +41,7 @@ def pages(slugs: list[str]) -> None:
 
 def figures(slugs: list[str]) -> None:
     """`heatmap.png` of every run's concept and `strip.png` of the first slug's."""
-    effects = [pd.read_csv(path) for path in sorted(SOURCE.glob("*/effects.csv"))]
+    effects = [effects_of(path) for path in sorted(SOURCE.glob("*/effects.csv"))]
     effects.sort(key=lambda table: ["style", "object", "fact"].index(table["kind"].iloc[0]))
     best = {table["concept"].iloc[0]: carrier(table) for table in effects}
     together = pd.concat(effects, ignore_index=True)
@@ -52,6 +52,13 @@ def figures(slugs: list[str]) -> None:
     strip = plot_strip(shown, list(rows["label"]), columns=9, marked=rows["marked"].to_numpy().nonzero()[0])
     strip.savefig(TARGET / "strip.png", dpi=110, bbox_inches="tight")
     print(describe(together, best))
+
+
+def effects_of(path: Path) -> pd.DataFrame:
+    """A run's effects; its concept is told from the same one in another model."""
+    model = json.loads((path.parent / "result.json").read_text("utf-8"))["model"]
+    table = pd.read_csv(path)
+    return table if model == "mini" else table.assign(concept=table["concept"] + f" in {model}")
 
 
 def edited(slug: str) -> None:
