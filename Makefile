@@ -5,22 +5,25 @@
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS)
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 # A page is opened by people's runs only.
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-all bench check python
+.PHONY: help demo reports paper bench test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
 	@echo "make bench     measure how fast it is: README's table, all figures in runs/bench/bench.json"
-	@echo "make reports   run every reports/*.toml and make its pages"
+	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
+	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
+	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"
 	@echo "Another interpreter: make PYTHON=python3.12 demo"
 
 demo: $(INSTALLED)
@@ -30,14 +33,23 @@ demo: $(INSTALLED)
 	exit $$failed
 
 reports: $(INSTALLED)
-	@set -e; for file in reports/*.toml; do \
+	@set -e; for file in $(filter-out reports/paper.toml,$(wildcard reports/*.toml)); do \
 		echo "$$file"; \
 		$(PY) -m locogen run "$$file" --keep-going --retry failed; \
 		$(PY) -m locogen report "$${file%.toml}"; \
 	done
 
-test: check
-	$(PY) -m pytest -m "not slow"
+paper: $(INSTALLED)
+	$(PY) -m locogen run reports/paper.toml
+	$(PY) -m locogen report reports/paper $(OPEN)
+
+test: check fast
+
+fast: $(INSTALLED_DEV)
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt fast
 
 test-all: check
 	$(PY) -m pytest
@@ -62,7 +74,7 @@ python:
 		echo "'$(PYTHON)' cannot make virtual environments: its venv module is missing."; \
 		echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
-$(INSTALLED): pyproject.toml constraints.txt | python
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) | python
 	"$(PYTHON)" -m venv $(VENV)
 	@echo "Installing into $(VENV): two to three minutes the first time."
 	$(PIP) --editable .

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
     from .clamping import Selection, clamp
+    from .contribution import attention_contribution, contribution_effect
     from .edit import Edit, fit_edit, undo_all
     from .effects import carrier, effect
     from .errors import LocogenError, UnsupportedModel
@@ -27,18 +28,24 @@ if TYPE_CHECKING:
     from .pace import Pace, speed
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
+    from .recovery import trace_effect
+    from .rivals import Agreement, Located, agree, localizers, locate
     from .runs import Run, generate
     from .score import Scorer, scorer
     from .sizing import plan_seeds
+    from .trace import causal_trace
+    from .trace_plots import plot_trace
     from .widgets import explore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "Concept",
     "Edit",
     "Intervention",
     "Layer",
+    "Located",
     "LocogenError",
     "Neurons",
     "Pace",
@@ -50,11 +57,15 @@ __all__ = [
     "Settings",
     "UnsupportedModel",
     "Window",
+    "agree",
+    "attention_contribution",
     "carrier",
+    "causal_trace",
     "clamp",
     "compare",
     "concept",
     "concepts",
+    "contribution_effect",
     "control_edits",
     "describe",
     "effect",
@@ -68,6 +79,8 @@ __all__ = [
     "intervene",
     "load",
     "localize",
+    "localizers",
+    "locate",
     "model_table",
     "plan_seeds",
     "plot_curve",
@@ -76,11 +89,13 @@ __all__ = [
     "plot_scores",
     "plot_strip",
     "plot_timesteps",
+    "plot_trace",
     "probes_for",
     "record",
     "scorer",
     "speed",
     "sweep",
+    "trace_effect",
     "undo_all",
     "with_riders",
 ]
@@ -89,6 +104,7 @@ __all__ = [
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
     "clamping": ("Selection", "clamp"),
+    "contribution": ("attention_contribution", "contribution_effect"),
     "edit": ("Edit", "fit_edit", "undo_all"),
     "effects": ("carrier", "effect"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
@@ -109,9 +125,13 @@ _PUBLIC = {
         "plot_strip",
         "plot_timesteps",
     ),
+    "recovery": ("trace_effect",),
+    "rivals": ("Agreement", "Located", "agree", "localizers", "locate"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
     "sizing": ("plan_seeds",),
+    "trace": ("causal_trace",),
+    "trace_plots": ("plot_trace",),
     "widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -179,7 +179,9 @@ def _go(results: Path, todo: list[Planned], board: Board, engine: Engine, keep_g
             board.look()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            board.say(f"interrupted\nleft: {', '.join(left)}. The same command goes on from here.")
+            # Some may have ended since anybody looked.
+            named = [slug for slug, run in left.items() if run.state not in ("done", "failed")]
+            board.say(f"interrupted\nleft: {', '.join(named)}. The same command goes on from here.")
         _stop(results, waiting)
         raise
     if left:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import settings
 
 # Set before anything imports torch, diffusers or matplotlib, and inherited by the processes that tests start.
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # torch takes its number of threads from here, when it comes
+# Torch takes its number of threads from here, when it comes; one each where pytest-xdist runs tests side by side.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

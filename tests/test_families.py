@@ -3,6 +3,7 @@
 import inspect
 import time
 
+import full
 import numpy as np
 import pytest
 import tiny
@@ -288,6 +289,19 @@ def test_sd3s_call_with_skipped_layers_is_all_conditional(pipes):
     assert np.abs(own - pictures(pipe, rows, prompts=[row.target for row in rows])).max() > 1e-4
 
 
+def test_sd_3_without_its_t5():
+    """As people load it to save memory: `text_encoder_3=None`, its tokens zeros."""
+    pipe = tiny.sd3()
+    whole = encode(pipe, ["cat"]).states
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert not torch.equal(encode(pipe, ["cat"]).states[:, 40:], whole[:, 40:])
+    rows = plan(pipe, every(pipe), pooled="target")
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert near(pictures(pipe, rows), own, "sd-3")
+    assert len(subject_positions(pipe, "a cat in b", "cat")) == 1
+
+
 @pytest.mark.parametrize("kind", ["sd", "sd-xl"])
 def test_a_guidance_distilled_checkpoint_never_doubles(kind):
     """LCM checkpoints are told the scale of guidance as a number, above 1 too."""
@@ -296,6 +310,34 @@ def test_a_guidance_distilled_checkpoint_never_doubles(kind):
     own = pictures(pipe, rows, prompts=[row.target for row in rows])
     with intervene(pipe, rows), record(pipe) as heard:
         assert np.array_equal(pictures(pipe, rows), own)
+    assert len(heard[0][0]) == len(rows)
+
+
+def test_sd_2_has_other_heads_projections_and_predictions():
+    """What SD 2 has otherwise than SD 1: heads by block, linear projections, and a scheduler that predicts v."""
+    from diffusers import DDIMScheduler
+
+    heads = dict(attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
+    pipe = tiny.pipeline(**heads)
+    before = pictures(pipe, plan(pipe, ()))
+    pipe.scheduler = DDIMScheduler(steps_offset=1, clip_sample=False, prediction_type="v_prediction")
+    rows = plan(pipe, every(pipe))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert np.array_equal(pictures(pipe, rows), own)
+    with intervene(pipe, plan(pipe, every(pipe)[1:])):
+        assert not np.array_equal(pictures(pipe, rows), own)
+    assert not np.array_equal(before, pictures(pipe, plan(pipe, ())))  # the scheduler makes a difference
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-xl", "sd-3"])
+def test_turbo_is_run_without_guidance(pipes, name):
+    """Distilled checkpoints are told a guidance of 0, and no row is a negative one."""
+    pipe = pipes(name)
+    rows = plan(pipe, every(pipe), **all_of_it(name))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], guidance=0.0, steps=1)
+    with intervene(pipe, rows), record(pipe) as heard:
+        assert near(pictures(pipe, rows, guidance=0.0, steps=1), own, name)
     assert len(heard[0][0]) == len(rows)
 
 
@@ -361,74 +403,27 @@ def test_words_are_found_where_they_are_heard(pipe):
 
 
 def test_full_size_denoisers_on_the_meta_device():
-    from diffusers import UNet2DConditionModel
-
+    """As many layers as the papers count, where they put them; in transformers one for each block, in order."""
     with torch.device("meta"):
-        sd2 = UNet2DConditionModel(
-            cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
-        )
-        sdxl = UNet2DConditionModel(
-            cross_attention_dim=2048,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
-        deepfloyd = UNet2DConditionModel(
-            in_channels=3,
-            out_channels=6,
-            block_out_channels=(704, 1408, 2112, 2816),
-            layers_per_block=3,
-            down_block_types=("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=(*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
-            attention_head_dim=64,
-            cross_attention_dim=2816,
-            encoder_hid_dim=4096,
-            cross_attention_norm="group_norm",
-            resnet_time_scale_shift="scale_shift",
-            addition_embed_type="text",
-            addition_embed_type_num_heads=64,
-            act_fn="gelu",
-        )
-    found = [[layer.name for layer in find_layers(unet)] for unet in (sd2, sdxl, deepfloyd)]
-    assert [len(names) for names in found] == [16, 70, 22]
-    assert found[0][8].startswith("up_blocks.1.attentions.1")
-    assert found[1][45].startswith("up_blocks.0.attentions.1.transformer_blocks.1")
-    assert all(name.startswith("mid_block") for name in found[1][24:34])
+        made = {name: parts[0]() for name, parts in full.PARTS.items()}
+    found = {name: [layer.name for layer in find_layers(model)] for name, model in made.items()}
+    counts = {"sd": 16, "sd-2": 16, "sd-xl": 70, "if": 22, "sd-3": 24, "flux": 19 + 38, "pixart": 28, "sana": 20}
+    assert {name: len(names) for name, names in found.items()} == counts
+    assert found["sd"][8].startswith("up_blocks.1.attentions.1")
+    assert found["sd-xl"][45].startswith("up_blocks.0.attentions.1.transformer_blocks.1")
+    assert all(name.startswith("mid_block") for name in found["sd-xl"][24:34])
+    assert found["flux"][18:20] == ["transformer_blocks.18.attn", "single_transformer_blocks.0.attn"]
 
 
-def test_full_size_transformers_on_the_meta_device():
-    """SD 3 medium, FLUX.1, PixArt and Sana: a layer for each block, in order."""
-    from diffusers import (
-        FluxTransformer2DModel,
-        PixArtTransformer2DModel,
-        SanaTransformer2DModel,
-        SD3Transformer2DModel,
-    )
-
-    with torch.device("meta"):
-        models = [
-            SD3Transformer2DModel(
-                num_layers=24,
-                attention_head_dim=64,
-                num_attention_heads=24,
-                caption_projection_dim=1536,
-                joint_attention_dim=4096,
-                pooled_projection_dim=2048,
-            ),
-            FluxTransformer2DModel(guidance_embeds=True),
-            PixArtTransformer2DModel(sample_size=128, caption_channels=4096),
-            SanaTransformer2DModel(),
-        ]
-    found = [[layer.name for layer in find_layers(model)] for model in models]
-    assert [len(names) for names in found] == [24, 19 + 38, 28, 20]
-    assert found[1][18:20] == ["transformer_blocks.18.attn", "single_transformer_blocks.0.attn"]
+def test_full_size_configurations_are_those_of_the_checkpoints():
+    """By the sizes that their cards and papers give, in billions; SD 1 and SD-XL to the weight."""
+    assert full.weights("sd")[0] == 859_520_964 and full.weights("sd-xl")[0] == 2_567_463_684
+    told = {"sd-2": 0.87, "if": 4.3, "sd-3": 2.0, "flux": 11.9, "pixart": 0.61, "sana": 1.6}
+    for name, billions in told.items():
+        assert full.weights(name)[0] / 1e9 == pytest.approx(billions, rel=0.02), name
+    for part, billions in {full.clip_l: 0.123, full.clip_g: 0.695, full.t5: 4.76, full.gemma: 2.61}.items():
+        with torch.device("meta"):
+            assert sum(w.numel() for w in part().parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 def test_the_full_size_benchmark_runs_at_tiny_size(root, capsys, monkeypatch):
@@ -441,3 +436,14 @@ def test_the_full_size_benchmark_runs_at_tiny_size(root, capsys, monkeypatch):
         [" sd ", " 16 ", " 16 × 16 "],
         [" sd-xl ", " 8 ", " 16 × 16 "],
     ]
+
+
+def test_the_benchmark_says_how_weights_fit_cards(root, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "benchmarks"))
+    import fullsize
+
+    assert [fullsize.way(4, 3, card) for card in (6, 5, 4)] == ["as it is", 'offload="model"', 'offload="sequential"']
+    fullsize.main(["--weights"])
+    table = {row.split("|")[1].strip(): row for row in capsys.readouterr().out.splitlines()[2:]}
+    assert list(table) == list(full.PARTS)
+    assert "| 2.1 | 1.7 | as it is |" in table["sd"] and 'offload="sequential" |' in table["flux"]

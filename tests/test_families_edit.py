@@ -12,8 +12,10 @@ import torch
 from locogen.clamping import clamp
 from locogen.edit import fit_edit
 from locogen.errors import LocogenError
+from locogen.evaluation import Probe, evaluate
 from locogen.families import denoiser_of, family_of, spoken, subject_positions
 from locogen.layers import find_layers
+from locogen.localization import localize
 from locogen.neurons import find_neurons
 from locogen.phrasings import Phrasing
 from locogen.plan import Concept, PromptPair
@@ -68,6 +70,24 @@ def test_applied_edits_show_and_leave_every_bit_as_found(pipe, tmp_path):
         edited = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
     assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(edited.pictures[0]))
     assert all(torch.equal(p, before[n]) for n, p in denoiser.named_parameters())
+
+
+def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
+    """The whole way with a scorer whose answers are known: the sweep's table, then an edit beside none at all."""
+    options = FAST | {"scorer": tiny.FakeScorer(), "store": tmp_path}
+    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+    count = len(find_layers(pipe))
+    run = localize(pipe, pair, window=count - 1, seeds=(0,), **(options | {"batch_size": 7}))
+    roles = run.table["role"].value_counts()
+    assert dict(roles) == {"window": 2, "insert": 2, "baseline": 1, "ceiling": 1, "placebo": 1}
+    assert set(run.table.loc[run.table["role"] != "baseline", "pooled"]) == {"keep"}
+    seen = dict(zip(run.table["role"], run.pictures, strict=True))
+    assert not np.array_equal(np.asarray(seen["baseline"]), np.asarray(seen["ceiling"]))
+    probe = Probe("efficacy", "a cat in b", "red", ("red", "blue"))
+    table = evaluate(pipe, {"edit": fit(pipe, ridge=1e-3), "none": ()}, [probe], seeds=(0,), **options)
+    ssim = table.set_index("arm")["ssim"]
+    assert ssim["edit"] < ssim["none"] == 1
+    assert table["before"].nunique() == 1 and np.isfinite(table["after"]).all()
 
 
 def test_every_encoder_has_its_own_subject_tokens():

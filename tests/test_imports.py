@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "kernel": set(),
     "parameters": set(),
     "widgets": {"exploring", "plots", "tables", "runs"},
+    "trace_plots": {"plots"},
     "plots": {"tables"},
     "exploring": {
         "clamping",
@@ -56,8 +57,40 @@ ARROWS: dict[str, set[str]] = {
     "readings": {"layers", "families", "denoisers", "calls", "texts"},
     "patches": {"solve"},
     "editfiles": {"solve"},
-    "phrasings": {"plan"},
-    "trace": {"hooks", "runs", "score", "stats"},
+    "rivals": {"trace", "recovery", "contribution", "localization", "effects", "ranks", "plan", "score"},
+    "recovery": {"effects", "plan", "stats"},
+    "trace": {
+        "corruption",
+        "states",
+        "batches",
+        "texts",
+        "localization",
+        "runs",
+        "hooks",
+        "families",
+        "store",
+        "score",
+        "catalog",
+        "phrasings",
+        "plan",
+    },
+    "contribution": {
+        "states",
+        "batches",
+        "calls",
+        "localization",
+        "effects",
+        "hooks",
+        "layers",
+        "families",
+        "catalog",
+        "phrasings",
+        "plan",
+        "stats",
+    },
+    "corruption": {"states", "hooks", "calls", "families", "texts"},
+    "states": {"hooks", "calls", "families"},
+    "ranks": {"stats"},
     "sizing": {"effects", "plan", "runs", "stats"},
     "effects": {"plan", "stats", "raced"},
     "localization": {"plan", "catalog", "layers", "runs", "score", "raced", "racing"},
@@ -73,6 +106,7 @@ ARROWS: dict[str, set[str]] = {
     "hooks": {"plan", "layers", "families", "texts", "calls"},
     "calls": {"families"},
     "models": {"catalog", "families"},
+    "phrasings": {"plan"},
     "layers": {"families"},
     "families": {"denoisers", "texts"},
     "denoisers": {"texts"},
@@ -85,7 +119,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
 }
 PACKAGES = {"catalog", "mini"}
-WITHOUT_TORCH = {"plan", "stats", "racing", "effects", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH = {"plan", "stats", "ranks", "racing", "effects", "plots", "tables", "cleaning", "pages", "report"}
 WITHOUT_TORCH |= {"overview", "provenance", "results", "thumbnails"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted

@@ -1,9 +1,14 @@
 """Loading: a folder is enough, parts have one dtype, what is missing is named with its remedy."""
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from locogen import models
 from locogen.catalog import model_entries, model_entry, model_table, usual_settings
@@ -45,6 +50,32 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         load(folder, device="abacus")
     with pytest.raises(LocogenError, match="'float32'"):
         load(folder, dtype="float8")
+
+
+@pytest.mark.parametrize("what", ["nothing", "pickled weights", "a pipeline of its own", "a part of its own"])
+def test_neither_pickled_weights_nor_code_are_taken_from_a_folder(folder, tmp_path, what):
+    """Somebody's folder is data: what it brings to be unpickled or run is refused and stays unread."""
+    place = Path(shutil.copytree(folder, tmp_path / "model"))
+    weights, index = place / "unet" / "diffusion_pytorch_model.safetensors", place / "model_index.json"
+    told = json.loads(index.read_text())
+    code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+    code += "from diffusers import StableDiffusionPipeline as Own, UNet2DConditionModel as Part\n"
+    if what == "pickled weights":
+        torch.save(load_file(weights), weights.with_suffix(".bin"))
+        weights.unlink()
+    elif what == "a pipeline of its own":
+        (place / "own.py").write_text(code)
+        told["_class_name"] = ["own", "Own"]
+    elif what == "a part of its own":
+        (place / "unet" / "own.py").write_text(code)
+        told["unet"] = ["own", "Part"]
+    index.write_text(json.dumps(told))
+    if what == "nothing":  # the twin: a copy as it is loads
+        assert type(load(place)).__name__ == "StableDiffusionPipeline"
+    else:
+        with pytest.raises(LocogenError, match="safetensors weights"):
+            load(place)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):

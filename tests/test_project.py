@@ -15,6 +15,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import locogen
 
@@ -39,10 +40,11 @@ def project() -> dict[str, Any]:
     return tomllib.loads(read("pyproject.toml"))["project"]
 
 
-@pytest.fixture(scope="module")
-def pins() -> dict[str, str]:
-    lines = [line for line in read("constraints.txt").splitlines() if line and not line.startswith("#")]
-    return requirements(lines)
+NEWEST, OLDEST = "constraints.txt", "constraints-oldest.txt"
+
+
+def pinned(name: str) -> dict[str, str]:
+    return requirements([line for line in read(name).splitlines() if line and not line.startswith("#")])
 
 
 # Dependencies
@@ -58,22 +60,28 @@ def test_conda_environment_names_the_same(project: dict[str, Any]) -> None:
     assert [line["pip"] for line in listed if isinstance(line, dict)] == [["-e ."]]
 
 
-def test_constraints_pin_what_is_needed(project: dict[str, Any], pins: dict[str, str]) -> None:
-    extras = project["optional-dependencies"]
+@pytest.mark.parametrize("name", [NEWEST, OLDEST])
+def test_constraints_pin_what_is_needed(project: dict[str, Any], name: str) -> None:
+    pins, extras = pinned(name), project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["train"], *extras["dask"]]
     needed += [line for line in project["optional-dependencies"]["dev"] if not line.startswith("locogen")]
     for requirement in map(Requirement, needed):
         pin = pins.get(canonicalize_name(requirement.name), "")
-        assert pin.startswith("=="), f"{requirement.name} is not pinned in constraints.txt"
+        assert pin.startswith("=="), f"{requirement.name} is not pinned in {name}"
         assert requirement.specifier.contains(pin[2:]), f"{requirement} excludes the pin {pin}"
+        if name == OLDEST:
+            (bound,) = [part for part in requirement.specifier if part.operator == ">="]
+            assert Version(bound.version) == Version(pin[2:]), f"{requirement} admits older than {name} has: {pin}"
 
 
-def test_constraints_hold_elsewhere(pins: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", [NEWEST, OLDEST])
+def test_constraints_hold_elsewhere(name: str) -> None:
     """No local build, no path, no address: the file means the same on another machine."""
+    pins = pinned(name)
     assert pins["torch"] == "==2.13.0"
     assert "torchvision" not in pins
     assert not re.search(r"[@/\\]|\+", "\n".join(f"{name}{pin}" for name, pin in pins.items()))
-    assert not re.search(r"^-|://|file:", read("constraints.txt"), flags=re.MULTILINE)
+    assert not re.search(r"^-|://|file:", read(name), flags=re.MULTILINE)
 
 
 def third_party(path: Path) -> set[str]:

@@ -1,9 +1,11 @@
 """Time and memory at true size, with random weights: SD 1.5 at 512 x 512, SD-XL at 1024 x 1024.
 
     python tests/benchmarks/fullsize.py [--device cuda] [--dtype bfloat16] [--steps 2] [--only sd-xl] [--tiny]
+    python tests/benchmarks/fullsize.py --weights
 
 Two pictures a model, the plain one and one whose first window hears the target, one at a time. Random weights make
-noise, but they cost what trained ones cost. `--tiny` runs the same at the size of the tests.
+noise, but they cost what trained ones cost. `--tiny` runs the same at the size of the tests. `--weights` makes nothing:
+it counts every family's weights at 16 bits, and how they fit cards, with 2 GB left for the pictures.
 """
 
 from __future__ import annotations
@@ -13,46 +15,29 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import full
 import tiny
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from transformers import CLIPTextModelWithProjection
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from locogen.layers import find_layers
 from locogen.plan import Intervention
 from locogen.runs import generate
 
 
-def vae(size: int) -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=size,
-    )
-
-
 def sd() -> StableDiffusionPipeline:
     """Stable Diffusion 1.5 at 512 x 512."""
     return StableDiffusionPipeline(
-        vae=vae(512),
-        text_encoder=tiny.clip(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12),
-        tokenizer=tiny.tokenizer(),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        vae=full.kl(512),
+        text_encoder=full.clip_l(),
+        tokenizer=full.tokenizer(),
+        unet=full.sd(),
         scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
@@ -62,54 +47,70 @@ def sd() -> StableDiffusionPipeline:
 
 def sdxl() -> StableDiffusionXLPipeline:
     """SD-XL base at 1024 x 1024."""
-    first = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    second = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
     return StableDiffusionXLPipeline(
-        vae=vae(1024),
-        text_encoder=tiny.clip(**first),
-        text_encoder_2=tiny.clip(CLIPTextModelWithProjection, hidden_act="gelu", projection_dim=1280, **second),
-        tokenizer=tiny.tokenizer(),
-        tokenizer_2=tiny.tokenizer(),
-        unet=UNet2DConditionModel(
-            sample_size=128,
-            cross_attention_dim=2048,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ),
+        vae=full.kl(1024),
+        text_encoder=full.clip_l(),
+        text_encoder_2=full.clip_g(),
+        tokenizer=full.tokenizer(),
+        tokenizer_2=full.tokenizer(),
+        unet=full.sdxl(),
         scheduler=EulerDiscreteScheduler(),
         add_watermarker=False,
     )
 
 
+CARDS = (8, 12, 24)  # GB
+ROOM = 2  # GB for what is computed: one picture at a time, the autoencoder by slices and tiles
+
 FULL = {"sd": sd, "sd-xl": sdxl}
 
 
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Layers, pixels, seconds a picture and the process' peak memory so far (the GPU's, where there is one)."""
-    pipe = (tiny.FAMILIES if chosen.tiny else FULL)[name]()
-    pipe.to(chosen.device, getattr(torch, chosen.dtype))
+    """Layers, pixels, seconds a picture (of a core; on a GPU, of the clock), peak memory so far (the GPU's, there)."""
+    pipe = _built((tiny.FAMILIES if chosen.tiny else FULL)[name], getattr(torch, chosen.dtype)).to(chosen.device)
     pipe.vae.enable_slicing()
     layers = len(find_layers(pipe))
     plan = [Intervention("cat in a", "dog", layers, 0) for layers in ((), (0, 1))]
-    start = time.perf_counter()
+    clock = time.perf_counter if chosen.device == "cuda" else time.process_time  # other work does not count
+    start = clock()
     with tempfile.TemporaryDirectory() as store:
         run = generate(pipe, plan, store=store, num_inference_steps=chosen.steps, batch_size=1, progress=False)
         size = run.pictures[0].size
-    seconds = (time.perf_counter() - start) / len(plan)
+    seconds = (clock() - start) / len(plan)
     peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 1024 * _resident()
     return {"model": name, "layers": layers, "size": size, "seconds": seconds, "GB": peak / 1e9}
+
+
+def _built(make: Callable[[], Any], dtype: torch.dtype) -> Any:
+    """A pipeline whose weights never were anything larger: as when it is loaded in that type."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _resident() -> int:
     """Peak memory of this process, in KB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def way(whole: float, largest: float, card: float) -> str:
+    """The fastest way of loading that leaves room on a card: all of it, part by part, or layer by layer."""
+    if whole + ROOM <= card:
+        return "as it is"
+    return 'offload="model"' if largest + ROOM <= card else 'offload="sequential"'
+
+
+def print_weights() -> None:
+    """All families' weights in GB, and the way to load them on each card."""
+    print(f"| model | weights, GB | largest part, GB |{''.join(f' {card} GB |' for card in CARDS)}")
+    print("|---|---|---|" + "---|" * len(CARDS))
+    for name in full.PARTS:
+        parts = [2 * count / 1e9 for count in full.weights(name)]
+        ways = "".join(f" {way(sum(parts), max(parts), card)} |" for card in CARDS)
+        print(f"| {name} | {sum(parts):.1f} | {max(parts):.1f} |{ways}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,10 +120,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", choices=list(FULL))
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--weights", action="store_true")
     chosen = parser.parse_args(arguments)
-    print(
-        "| model | layers | pixels | s a picture | peak memory, GB | device, type, steps |\n|---|---|---|---|---|---|"
-    )
+    if chosen.weights:
+        return print_weights()
+    print("| model | layers | pixels | s a picture | peak memory, GB | device, type, steps |")
+    print("|---|---|---|---|---|---|")
     for name in [chosen.only] if chosen.only else FULL:
         row = measured(name, chosen)
         where = f"{chosen.device}, {chosen.dtype}, {chosen.steps}"
