@@ -14,12 +14,13 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports paper test test-all test-oldest check fast python
+.PHONY: help demo reports paper bench test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
+	@echo "make bench     measure how fast it is: README's table, all figures in runs/bench/bench.json"
 	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
 	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
 	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"
@@ -52,6 +53,10 @@ test-oldest:
 
 test-all: check
 	$(PY) -m pytest
+
+# On a machine with nothing else to do. With nnsight in .venv (pip install nnsight) its row is measured too.
+bench: $(INSTALLED_DEV)
+	$(PY) tests/benchmarks/speed.py --rounds 5
 
 check: $(INSTALLED_DEV)
 	$(PY) -m ruff check .

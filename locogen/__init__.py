@@ -17,19 +17,22 @@ if TYPE_CHECKING:
     from .clamping import Selection, clamp
     from .contribution import attention_contribution, contribution_effect
     from .edit import Edit, fit_edit, undo_all
+    from .effects import carrier, effect
     from .errors import LocogenError, UnsupportedModel
     from .evaluation import Probe, compare, control_edits, evaluate, probes_for
     from .hooks import generators, intervene, record
     from .layers import Layer, find_layers
-    from .localization import carrier, effect, localize
+    from .localization import localize
     from .models import load
     from .neurons import Neurons, find_neurons
+    from .pace import Pace, speed
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
     from .recovery import trace_effect
     from .rivals import Agreement, Located, agree, localizers, locate
     from .runs import Run, generate
     from .score import Scorer, scorer
+    from .sizing import plan_seeds
     from .trace import causal_trace
     from .trace_plots import plot_trace
     from .widgets import explore
@@ -45,6 +48,7 @@ __all__ = [
     "Located",
     "LocogenError",
     "Neurons",
+    "Pace",
     "Probe",
     "PromptPair",
     "Run",
@@ -78,6 +82,7 @@ __all__ = [
     "localizers",
     "locate",
     "model_table",
+    "plan_seeds",
     "plot_curve",
     "plot_effect",
     "plot_evaluation",
@@ -88,6 +93,7 @@ __all__ = [
     "probes_for",
     "record",
     "scorer",
+    "speed",
     "sweep",
     "trace_effect",
     "undo_all",
@@ -100,13 +106,15 @@ _PUBLIC = {
     "clamping": ("Selection", "clamp"),
     "contribution": ("attention_contribution", "contribution_effect"),
     "edit": ("Edit", "fit_edit", "undo_all"),
+    "effects": ("carrier", "effect"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
     "hooks": ("generators", "intervene", "record"),
     "layers": ("Layer", "find_layers"),
-    "localization": ("carrier", "effect", "localize"),
+    "localization": ("localize",),
     "models": ("load",),
     "neurons": ("Neurons", "find_neurons"),
+    "pace": ("Pace", "speed"),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
     "plots": (
         "describe",
@@ -121,6 +129,7 @@ _PUBLIC = {
     "rivals": ("Agreement", "Located", "agree", "localizers", "locate"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
+    "sizing": ("plan_seeds",),
     "trace": ("causal_trace",),
     "trace_plots": ("plot_trace",),
     "widgets": ("explore",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,18 +20,21 @@ RESERVE = 0.9  # of the free memory is used: allocators leave gaps
 
 
 def pictures_of(
-    pipe: Any, plan: Sequence[Intervention], chosen: Settings
+    pipe: Any, plan: Sequence[Intervention], chosen: Settings, whole: Sequence[Intervention] | None = None
 ) -> Iterator[tuple[Sequence[Intervention], np.ndarray[Any, Any]]]:
     """Batch by batch, rows and their pictures in 0..1, (rows, height, width, 3), in the order of the plan.
 
+    Batches are as even as can be, so that little is spent on filling the last one up. Their size follows from `whole`,
+    all rows that are asked for, of which `plan` is what is missing: so a resumed run repeats a fresh one.
     On a GPU the first batch is as small as can be, and what it takes says how many fit the free memory. Where memory
     runs out, half as many are tried, with a warning. Raises `LocogenError` where the smallest batch does not fit.
     """
     texts = Texts(pipe, plan)
     ridden = family_of(pipe).evolves
     smallest = 2 if ridden else 1
+    places = _places(plan if whole is None else whole, ridden)
     memory = _Memory(pipe)
-    size, start = (smallest if memory.known else max(chosen.batch_size, smallest)), 0
+    size, start = (smallest if memory.known else max(_even(places, chosen.batch_size), smallest)), 0
     while start < len(plan):
         rows = _next(plan[start:], size, ridden)
         try:
@@ -47,8 +51,14 @@ def pictures_of(
             yield rows, made
             start += len(rows)
             if memory.known:
-                size = max(smallest, min(chosen.batch_size, memory.fitting(size)))
+                size = max(smallest, _even(places, min(chosen.batch_size, memory.fitting(size))))
         memory.free()
+
+
+def _even(places: int, most: int) -> int:
+    """The size of so many batches as are needed at `most` places each, if all are alike."""
+    most = max(most, 1)
+    return math.ceil(places / math.ceil(places / most))
 
 
 def _next(plan: Sequence[Intervention], size: int, ridden: bool) -> Sequence[Intervention]:

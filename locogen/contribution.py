@@ -12,11 +12,12 @@ from locogen import stats
 from locogen.batches import Texts
 from locogen.calls import Call, following, hooked
 from locogen.catalog import usual_settings
+from locogen.effects import _estimates
 from locogen.errors import LocogenError
 from locogen.families import family_of, subject_positions
 from locogen.hooks import _announced, generators
 from locogen.layers import Layer, find_layers
-from locogen.localization import _estimates, _source
+from locogen.localization import _source
 from locogen.phrasings import subject_in
 from locogen.plan import Concept, Intervention, Window, distinct_seeds, windows
 from locogen.states import check_apart

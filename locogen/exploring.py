@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from locogen.clamping import clamp
 from locogen.edit import Edit, fit_edit
+from locogen.effects import carrier, effect
 from locogen.errors import LocogenError
 from locogen.families import family_of
 from locogen.layers import find_layers
-from locogen.localization import carrier, effect
 from locogen.neurons import Neurons, find_neurons
 from locogen.phrasings import default_phrasings
 from locogen.plan import Concept, Intervention, PromptPair, Window

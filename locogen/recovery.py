@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from locogen import stats
+from locogen.effects import ALPHA, MIN_SHARE, _estimates, _judged
 from locogen.errors import LocogenError
-from locogen.localization import ALPHA, MIN_SHARE, _estimates, _judged
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
 def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """The effects table of a causal trace, one line a state: its `axis` is the part, its `position` the layer.
 
-    Columns as in `localization.effect`: `choose` and `fresh` are measured on different seeds, `share` is of the axis
+    Columns as in `effects.effect`: `choose` and `fresh` are measured on different seeds, `share` is of the axis
     "ceiling" (what the noise took), `p_any` of "brings nothing back", corrected for the states of its axis.
     Raises `LocogenError` as `recovered` does.
     """
@@ -137,7 +137,7 @@ def best_state(table: pd.DataFrame) -> BestState:
 
 
 def layer_found(effects: pd.DataFrame) -> Window:
-    """The cross-attention layer that brings back enough to be called the carrier, as `localization.carrier` would."""
+    """The cross-attention layer that brings back enough to be called the carrier, as `effects.carrier` would."""
     table: Any = effects
     lines = table[table["axis"] == LAYERS].set_index("position")
     if lines.empty:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from locogen.contribution import attention_contribution, contribution_effect, contribution_window, contributions
+from locogen.effects import _cube, carrier, effect
 from locogen.errors import LocogenError, unknown
-from locogen.localization import _cube, carrier, effect, localize
+from locogen.localization import localize
 from locogen.plan import Concept, Window, sign_of
 from locogen.ranks import rank_correlation
 from locogen.recovery import LAYERS, best_state, layer_found, recovered, sides, trace_effect

@@ -27,7 +27,7 @@ from locogen.families import cut_words
 from locogen.heartbeat import beat
 from locogen.hooks import active_contexts, foreign_hooks
 from locogen.plan import Intervention, Settings, distinct_seeds
-from locogen.store import PictureStore, content_key
+from locogen.store import PictureStore, Writer, content_key
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
 
@@ -139,7 +139,8 @@ def generate(
         told = {**settings, "images": list(table["image"])}
         # Before the first picture: a store that cannot be written should not cost a batch.
         shelf.write(f"run-{content_key(told)}.json", json.dumps(told, indent=1, default=str).encode())
-        _make(pipe, missing, shelf, chosen, progress)
+        whole = dict(zip(keys, plan, strict=True))
+        _make(pipe, missing, list(whole.values()), shelf, chosen, progress)
     pictures = Pictures(shelf, keys)
     if store is None:
         weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
@@ -266,18 +267,23 @@ def _key(row: Intervention, common: dict[str, Any]) -> str:
     return content_key({**common, **made})
 
 
-def _make(pipe: Any, missing: dict[str, Intervention], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
+def _make(
+    pipe: Any,
+    missing: dict[str, Intervention],
+    whole: Sequence[Intervention],
+    shelf: PictureStore,
+    chosen: Settings,
+    progress: bool,
+) -> None:
     from tqdm import tqdm
 
     beat.ask(len(missing))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
     keys = iter(missing)
-    with bar:
-        for rows, made in pictures_of(pipe, list(missing.values()), chosen):
+    with bar, Writer(shelf) as writer:
+        for rows, made in pictures_of(pipe, list(missing.values()), chosen, whole):
             finite = [bool(np.isfinite(pixels).all()) for pixels in made]
-            for pixels, good, key in zip(made, finite, keys, strict=False):  # keys last: none is lost at the end
-                if good:
-                    shelf.put(key, (pixels * 255).round().astype("uint8"))
+            writer.put([(key, pixels) for pixels, good, key in zip(made, finite, keys, strict=False) if good])
             _check_finite(rows, finite)
             bar.update(len(rows))
             beat.add(len(rows))

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,38 @@ class PictureStore:
                 f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call again; "
                 "what it holds is kept and not made again"
             ) from None
+
+
+class Writer:
+    """Within the context, writes the pictures of a batch while the next one is made.
+
+    When it ends, by an error too, all are written. One batch at most is waiting: memory stays flat, and a full disk
+    costs no more than a batch.
+    """
+
+    def __init__(self, shelf: PictureStore) -> None:
+        self.shelf = shelf
+        self.pool = ThreadPoolExecutor(1, "locogen-writer")
+        self.writing: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def put(self, batch: list[tuple[str, np.ndarray[Any, Any]]]) -> None:
+        """Begin to write (key, (height, width, 3) in 0..1), once those before are written; raises what went wrong."""
+        self._wait()
+        self.writing = self.pool.submit(self._write, batch)
+
+    def _write(self, batch: list[tuple[str, np.ndarray[Any, Any]]]) -> None:
+        for key, pixels in batch:
+            self.shelf.put(key, (pixels * 255).round().astype("uint8"))
+
+    def _wait(self) -> None:
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.pool.shutdown(wait=True)
+        if kind is None:
+            self._wait()

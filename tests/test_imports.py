@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "edit",
         "families",
         "layers",
-        "localization",
+        "effects",
         "neurons",
         "phrasings",
         "plan",
@@ -57,8 +57,8 @@ ARROWS: dict[str, set[str]] = {
     "readings": {"layers", "families", "denoisers", "calls", "texts"},
     "patches": {"solve"},
     "editfiles": {"solve"},
-    "rivals": {"trace", "recovery", "contribution", "localization", "ranks", "plan", "score"},
-    "recovery": {"localization", "plan", "stats"},
+    "rivals": {"trace", "recovery", "contribution", "localization", "effects", "ranks", "plan", "score"},
+    "recovery": {"effects", "plan", "stats"},
     "trace": {
         "corruption",
         "states",
@@ -80,6 +80,7 @@ ARROWS: dict[str, set[str]] = {
         "batches",
         "calls",
         "localization",
+        "effects",
         "hooks",
         "layers",
         "families",
@@ -91,11 +92,16 @@ ARROWS: dict[str, set[str]] = {
     "corruption": {"states", "hooks", "calls", "families", "texts"},
     "states": {"hooks", "calls", "families"},
     "ranks": {"stats"},
-    "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
+    "sizing": {"effects", "plan", "runs", "stats"},
+    "effects": {"plan", "stats", "raced"},
+    "localization": {"plan", "catalog", "layers", "runs", "score", "raced", "racing"},
+    "raced": {"plan", "racing", "runs", "stats"},
+    "racing": {"plan", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "batches", "hooks", "families", "store", "heartbeat"},
     "heartbeat": {"atomic"},
     "atomic": set(),
+    "pace": {"plan", "batches", "hooks", "families"},
     "batches": {"plan", "hooks", "families", "texts"},
     "store": set(),
     "hooks": {"plan", "layers", "families", "texts", "calls"},
@@ -114,7 +120,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
 }
 PACKAGES = {"catalog", "mini"}
-WITHOUT_TORCH = {"plan", "stats", "ranks", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH = {"plan", "stats", "ranks", "racing", "effects", "plots", "tables", "cleaning", "pages", "report"}
 WITHOUT_TORCH |= {"overview", "provenance", "results", "thumbnails"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted

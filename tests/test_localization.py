@@ -14,8 +14,9 @@ import tiny
 
 from locogen import catalog, localization
 from locogen.catalog import mini_folder, model_entry
+from locogen.effects import ALPHA, carrier, effect
 from locogen.errors import LocogenError
-from locogen.localization import ALPHA, carrier, effect, localize
+from locogen.localization import localize
 from locogen.models import load
 from locogen.plan import Concept, PromptPair, Window, sweep
 from locogen.store import PictureStore

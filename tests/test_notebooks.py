@@ -232,6 +232,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
     "erase_many": dict(prompts=1, most=2),
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
+    "steps": dict(steps="1, 2", reference=3, seeds=2, concepts="mini/neon, mini/cat"),
 }
 FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
 
@@ -246,7 +247,7 @@ def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
     import papermill
 
     out = tmp_path / "out.ipynb"
-    asked = QUICK[path.stem] | {"num_inference_steps": 2}
+    asked = QUICK[path.stem] | ({"num_inference_steps": 2} if path.stem != "steps" else {})
     papermill.execute_notebook(str(path), str(out), asked, progress_bar=False, cwd=str(tmp_path))
     assert len(images(out)) == FIGURES.get(path.stem, len(images(out))) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"
@@ -285,6 +286,19 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
 
         assert Edit.load(folder / "edit.safetensors").layers == (12, 13)
         assert "the same, byte for byte" in (folder / "notebook.ipynb").read_text()
+
+
+@pytest.mark.slow
+def test_steps_runs(tmp_path: Path) -> None:
+    asked = "".join(f"{key} = {json.dumps(value)}\n" for key, value in QUICK["steps"].items())
+    (tmp_path / "tiny.toml").write_text(f'notebook = "steps"\nmodel = "mini"\n[[run]]\nname = "one"\n{asked}')
+    folder = run_study(tmp_path / "tiny.toml") / "one"
+    agreed = pd.read_csv(folder / "agreement.csv")
+    assert list(agreed["steps"].unique()) == ["1", "2", "3, other seeds"] and set(agreed["concept"]) == {"neon", "cat"}
+    assert (agreed["reached"] <= 1).all() and agreed["rank"].abs().max() <= 1
+    told = json.loads((folder / "result.json").read_text())
+    assert told["pictures"] == 3 * 2 * 2 * 16 and "steps" in told["finding"]
+    assert not outputs(folder / "notebook.ipynb", "error") and len(images(folder / "notebook.ipynb")) == 1
 
 
 @pytest.mark.slow

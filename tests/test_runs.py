@@ -1,7 +1,9 @@
 """The store's promises: same rows, same pictures; nothing stale; nothing lost; nothing damaged is used."""
 
+import itertools
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,7 +67,7 @@ def test_a_second_call_makes_nothing(pipe, rows, tmp_path, monkeypatch):
     assert seen == []
     assert np.array_equal(pixels(first), pixels(again))
     generate(pipe, [Intervention("cat", "dog", (0,), 9)], store=tmp_path, **FAST)
-    assert seen == [8, 8]  # the twin: a new row is made, its batch padded to 4, twice for guidance
+    assert seen == [2, 2]  # the twin: a new row is made, twice for guidance
 
 
 def test_resumed_equals_fresh(pipe, rows, tmp_path):
@@ -178,7 +180,7 @@ def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
     monkeypatch.undo()
     seen = calls(pipe, monkeypatch)
     generate(pipe, rows, store=tmp_path, **FAST)
-    assert seen == [8, 8]  # one batch for the one picture that was missing
+    assert seen == [6, 6]  # one batch, of three as before, for the one picture that was missing
 
 
 def test_a_store_that_cannot_be_written(pipe, rows, tmp_path, monkeypatch):
@@ -235,16 +237,16 @@ def test_a_batch_that_is_too_large_is_halved(pipe, rows, monkeypatch, error):
 
     def small(sample, *args, **kwargs):
         seen.append(len(sample))
-        if len(sample) > 4:
+        if len(sample) > 6:
             raise error
         return forward(sample, *args, **kwargs)
 
-    wanted = generate(pipe, rows, **(FAST | {"batch_size": 2}))
+    wanted = generate(pipe, rows, **(FAST | {"batch_size": 3}))
     monkeypatch.setattr(pipe.unet, "forward", small)
-    with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
-        run = generate(pipe, rows, **FAST)
+    with pytest.warns(UserWarning, match="a batch of 6 does not fit the memory: going on with 3") as told:
+        run = generate(pipe, rows, **(FAST | {"batch_size": 6}))
     assert len(told) == 1
-    assert seen[0] == 8 and set(seen[1:]) == {4}
+    assert seen[0] == 12 and set(seen[1:]) == {6}
     for i in range(len(rows)):
         assert np.array_equal(np.asarray(run.pictures[i]), np.asarray(wanted.pictures[i]))
 
@@ -258,9 +260,9 @@ def test_another_error_is_not_taken_for_too_little_memory(pipe, rows, monkeypatc
         generate(pipe, rows, **FAST)
 
 
-@pytest.mark.parametrize(("free", "size"), [(1000, 4), (350, 3), (100, 1), (10, 1)])
+@pytest.mark.parametrize(("free", "size"), [(1000, 3), (500, 3), (250, 2), (100, 1), (10, 1)])
 def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size):
-    """As on a GPU: a first batch of one, which takes 100 bytes here, then as many as fit 90 % of what is free."""
+    """As on a GPU: a first batch of one, which takes 100 bytes here, then what fits 90 % of the free memory, evenly."""
     from locogen.batches import RESERVE, _Memory, pictures_of
     from locogen.plan import Settings
 
@@ -276,6 +278,40 @@ def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size)
     plan = [Intervention(prompt, "cat", (), 0) for prompt in "abcdefghi"]
     sizes = [len(rows) for rows, _ in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
     assert sizes[0] == 1 and sizes[1] == size and sum(sizes) == 9
+
+
+@pytest.mark.parametrize(("count", "most", "sizes"), [(33, 32, [34, 34]), (5, 32, [10]), (12, 4, [8, 8, 8])])
+def test_batches_are_even(pipe, monkeypatch, count, most, sizes):
+    """Not one of 32 and one of 1 filled up to 32; guidance doubles the rows."""
+    seen = calls(pipe, monkeypatch)
+    plan = [Intervention("cat", "dog", (), seed) for seed in range(count)]
+    generate(pipe, plan, **(FAST | {"num_inference_steps": 1, "batch_size": most}))
+    assert seen == sizes
+
+
+def test_pictures_are_written_in_the_background_and_none_is_lost(pipe, rows, tmp_path, monkeypatch):
+    """While the next batch is made, and before an error leaves `generate`."""
+    import threading
+
+    from locogen.store import PictureStore
+
+    put, forward, threads, count = PictureStore.put, pipe.unet.forward, [], itertools.count()
+
+    def slow(self, key, pixels):
+        threads.append(threading.current_thread())
+        time.sleep(0.05)
+        put(self, key, pixels)
+
+    def broken(*args, **kwargs):
+        if next(count) == 4:
+            raise RuntimeError("the third batch")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(PictureStore, "put", slow)
+    monkeypatch.setattr(pipe.unet, "forward", broken)
+    with pytest.raises(RuntimeError, match="the third batch"):
+        generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 2}))
+    assert len(list(tmp_path.glob("*.png"))) == 4 and threading.main_thread() not in threads
 
 
 def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypatch):

@@ -15,9 +15,10 @@ from IPython.utils.capture import capture_output
 from locogen.clamping import clamp
 from locogen.cleaning import clean
 from locogen.edit import fit_edit
+from locogen.effects import effect
 from locogen.errors import LocogenError
 from locogen.exploring import Explorer, Look
-from locogen.localization import effect, localize
+from locogen.localization import localize
 from locogen.neurons import find_neurons
 from locogen.plan import Concept, Intervention, PromptPair
 from locogen.runs import Run, fingerprint, generate
