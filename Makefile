@@ -14,14 +14,15 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports test test-all test-oldest check fast python
+.PHONY: help demo reports paper test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
 	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
-	@echo "make reports   run every reports/*.toml and make its pages"
+	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
+	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"
 	@echo "Another interpreter: make PYTHON=python3.12 demo"
 
 demo: $(INSTALLED)
@@ -31,11 +32,15 @@ demo: $(INSTALLED)
 	exit $$failed
 
 reports: $(INSTALLED)
-	@set -e; for file in reports/*.toml; do \
+	@set -e; for file in $(filter-out reports/paper.toml,$(wildcard reports/*.toml)); do \
 		echo "$$file"; \
 		$(PY) -m locogen run "$$file" --keep-going --retry failed; \
 		$(PY) -m locogen report "$${file%.toml}"; \
 	done
+
+paper: $(INSTALLED)
+	$(PY) -m locogen run reports/paper.toml
+	$(PY) -m locogen report reports/paper $(OPEN)
 
 test: check fast
 

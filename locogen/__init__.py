@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
     from .clamping import Selection, clamp
+    from .contribution import attention_contribution, contribution_effect
     from .edit import Edit, fit_edit, undo_all
     from .errors import LocogenError, UnsupportedModel
     from .evaluation import Probe, compare, control_edits, evaluate, probes_for
@@ -25,17 +26,23 @@ if TYPE_CHECKING:
     from .neurons import Neurons, find_neurons
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
     from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
+    from .recovery import trace_effect
+    from .rivals import Agreement, Located, agree, localizers, locate
     from .runs import Run, generate
     from .score import Scorer, scorer
+    from .trace import causal_trace
+    from .trace_plots import plot_trace
     from .widgets import explore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "Concept",
     "Edit",
     "Intervention",
     "Layer",
+    "Located",
     "LocogenError",
     "Neurons",
     "Probe",
@@ -46,11 +53,15 @@ __all__ = [
     "Settings",
     "UnsupportedModel",
     "Window",
+    "agree",
+    "attention_contribution",
     "carrier",
+    "causal_trace",
     "clamp",
     "compare",
     "concept",
     "concepts",
+    "contribution_effect",
     "control_edits",
     "describe",
     "effect",
@@ -64,6 +75,8 @@ __all__ = [
     "intervene",
     "load",
     "localize",
+    "localizers",
+    "locate",
     "model_table",
     "plot_curve",
     "plot_effect",
@@ -71,10 +84,12 @@ __all__ = [
     "plot_scores",
     "plot_strip",
     "plot_timesteps",
+    "plot_trace",
     "probes_for",
     "record",
     "scorer",
     "sweep",
+    "trace_effect",
     "undo_all",
     "with_riders",
 ]
@@ -83,6 +98,7 @@ __all__ = [
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
     "clamping": ("Selection", "clamp"),
+    "contribution": ("attention_contribution", "contribution_effect"),
     "edit": ("Edit", "fit_edit", "undo_all"),
     "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
@@ -101,8 +117,12 @@ _PUBLIC = {
         "plot_strip",
         "plot_timesteps",
     ),
+    "recovery": ("trace_effect",),
+    "rivals": ("Agreement", "Located", "agree", "localizers", "locate"),
     "runs": ("Run", "generate"),
     "score": ("Scorer", "scorer"),
+    "trace": ("causal_trace",),
+    "trace_plots": ("plot_trace",),
     "widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -26,6 +26,7 @@ CURVES = """Upwards the change of the CLIP-score, to the right the layers, on th
 Circles: what replacing a window takes away. Squares: what a window brings alone. Lines across: the ceiling and
 the placebo, where the prompt says the same in other words. Whiskers and bands are 95 % intervals."""
 TABLES = ("pictures", "effects", "evaluation", "summary", "grid", "neurons", "changes")
+TABLES += ("localizers", "agreement", "sides", "trace")
 IN_INDEX, IN_ROW = 64, 96  # pixels of a picture
 LONGEST = 300  # characters of an error that an overview shows
 SORTS = {
@@ -180,10 +181,17 @@ def _cell(entry: Entry, scale: Scale) -> str:
             data |= {"start": row["start"], "estimate": row["estimate"], "share": row["share"]}
         strip = link(f"{run.address}/index.html", _strip(entry, scale))
         place = f'<strong class="place">{_run_link(run, _place(row))}</strong> ' if row["start"] is not None else ""
-        inner = f"{strip}<p>{title}{place}{html(_effect(row))} {_verdict(entry)}</p>"
+        beside = f" {html(_published(run))}" if _published(run) else ""
+        inner = f"{strip}<p>{title}{place}{html(_effect(row))} {_verdict(entry)}{beside}</p>"
         inner += f'<p class="soft">{_pictures(entry, IN_INDEX)} {_data(run)}</p>'
     attributes = "".join(f' data-{name}="{escape(str(v))}"' for name, v in data.items() if not missing(v) and v != "")
     return f'<div class="run"{attributes}>{inner}</div>'
+
+
+def _published(run: Finished) -> str:
+    """Where the authors of LocoGen found a concept of that kind in that model, if they say so."""
+    start = run.facts.get("published")
+    return f"published: from layer {start}" if isinstance(start, int) else ""
 
 
 # --- a model, a concept --------------------------------------------------------------------------
@@ -198,7 +206,8 @@ def _comparison(found: Sequence[Entry], by: str, others: Addresses, scale: Scale
         verdict: Any = _verdict(entry, reason=True) if entry.row else failure(entry.run, at=f"{entry.run.address}/")
         told: list[Any] = ["–", "–", "–", "–"]
         if entry.row:
-            told = [("strips", _strip(entry, scale)), ("number", _place(entry.row)), *_amounts(entry.row)]
+            place = ", ".join(filter(None, (_place(entry.row), _published(entry.run))))
+            told = [("strips", _strip(entry, scale)), ("number", place), *_amounts(entry.row)]
         page_link = _run_link(entry.run, entry.name or "run")
         rows.append([first, *told, ("verdict", verdict), Html(f"{page_link} {_data(entry.run)}")])
     heads = (by, "effect of each window", "carrier", "effect [95 %]", "of the ceiling", "verdict", "run and data")

@@ -100,6 +100,24 @@ def exchanged(pair: PromptPair) -> tuple[str, str | None]:
     return " ".join(gone), " ".join(come) or None
 
 
+def subject_in(concept: Concept, pair: PromptPair) -> str:
+    """The words of a pair's prompt that are the concept: its name where the prompt has it, else what is exchanged."""
+    padded = f" {pair.prompt.lower()} "
+    return concept.name if f" {concept.name.lower()} " in padded else exchanged(pair)[0]
+
+
+def shown_text(concept: Concept, pair: PromptPair) -> str:
+    """What pictures of the prompt itself show, in words that a scorer can know: a fact is named by its answer.
+
+    Styles and objects: what they are scored against anyway. A fact without an answer: its prompt.
+    """
+    if concept.kind != "fact":
+        return concept.scored_text(pair)
+    if concept.answer is None:
+        return pair.prompt
+    return pair.prompt.replace(exchanged(pair)[0], concept.answer)
+
+
 def _shared(one: Sequence[str], two: Sequence[str]) -> int:
     """How many words two texts begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))

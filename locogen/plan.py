@@ -63,13 +63,15 @@ class Concept:
     """What is looked for: a style, an object or a fact, with the prompt pairs that show it.
 
     The text that a pair's pictures are scored against is the pair's `text`, else the concept's, else the paper's
-    choice: the prompt for styles and objects, the target for facts (Basu et al. 2024, section 4).
+    choice: the prompt for styles and objects, the target for facts (Basu et al. 2024, section 4). `answer`: what a
+    fact's prompts show, such as "barack obama", in the place of the words that ask for it.
     """
 
     name: str
     kind: Kind
     pairs: tuple[PromptPair, ...]
     text: str | None = None
+    answer: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():

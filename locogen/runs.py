@@ -70,7 +70,7 @@ class Run:
     the names of the pictures, in the `run-….json` of the run that made them.
     """
 
-    plan: tuple[Intervention, ...]
+    plan: tuple[Any, ...]  # Interventions; of causal_trace, Restorations
     pictures: Pictures
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)

@@ -179,20 +179,14 @@ def _go(results: Path, todo: list[Planned], board: Board, engine: Engine, keep_g
             board.look()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            names = ", ".join(_unfinished(left, waiting))
-            board.say(f"interrupted\nleft: {names}. The same command goes on from here.")
+            # Some may have ended since anybody looked.
+            named = [slug for slug, run in left.items() if run.state not in ("done", "failed")]
+            board.say(f"interrupted\nleft: {', '.join(named)}. The same command goes on from here.")
         _stop(results, waiting)
         raise
     if left:
         board.say(f"stopped at the first failure; left: {', '.join(left)}. --keep-going runs them all the same.")
     return failed
-
-
-def _unfinished(left: Iterable[str], waiting: Mapping[Future[Outcome], Planned]) -> list[str]:
-    """Of the runs that nobody has heard of, those that have not ended meanwhile."""
-    over = [future for future in waiting if future.done() and not future.cancelled()]
-    ended = {waiting[future].slug for future in over if future.exception() is None}
-    return [slug for slug in left if slug not in ended]
 
 
 def _outcome(future: Future[Outcome], run: Planned, engine: Engine) -> Outcome:

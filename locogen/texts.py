@@ -34,6 +34,9 @@ class Text:
         named = {"prompt_embeds": self.states, "prompt_attention_mask": self.mask, "pooled_prompt_embeds": self.pooled}
         return {sign + name: value for name, value in named.items() if value is not None}
 
+    def __getitem__(self, rows: slice) -> Text:
+        return Text(*(None if part is None else part[rows] for part in self._parts))  # pyright: ignore[reportArgumentType]
+
     def expanded(self, count: int) -> Text:
         """The one prompt, `count` times."""
         return Text(*(None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts))  # pyright: ignore[reportArgumentType]

@@ -32,6 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "kernel": set(),
     "parameters": set(),
     "widgets": {"exploring", "plots", "tables", "runs"},
+    "trace_plots": {"plots"},
     "plots": {"tables"},
     "exploring": {
         "clamping",
@@ -56,8 +57,39 @@ ARROWS: dict[str, set[str]] = {
     "readings": {"layers", "families", "denoisers", "calls", "texts"},
     "patches": {"solve"},
     "editfiles": {"solve"},
-    "phrasings": {"plan"},
-    "trace": {"hooks", "runs", "score", "stats"},
+    "rivals": {"trace", "recovery", "contribution", "localization", "ranks", "plan", "score"},
+    "recovery": {"localization", "plan", "stats"},
+    "trace": {
+        "corruption",
+        "states",
+        "batches",
+        "texts",
+        "localization",
+        "runs",
+        "hooks",
+        "families",
+        "store",
+        "score",
+        "catalog",
+        "phrasings",
+        "plan",
+    },
+    "contribution": {
+        "states",
+        "batches",
+        "calls",
+        "localization",
+        "hooks",
+        "layers",
+        "families",
+        "catalog",
+        "phrasings",
+        "plan",
+        "stats",
+    },
+    "corruption": {"states", "hooks", "calls", "families", "texts"},
+    "states": {"hooks", "calls", "families"},
+    "ranks": {"stats"},
     "localization": {"plan", "catalog", "layers", "runs", "score", "stats"},
     "score": {"catalog"},
     "runs": {"plan", "batches", "hooks", "families", "store", "heartbeat"},
@@ -68,6 +100,7 @@ ARROWS: dict[str, set[str]] = {
     "hooks": {"plan", "layers", "families", "texts", "calls"},
     "calls": {"families"},
     "models": {"catalog", "families"},
+    "phrasings": {"plan"},
     "layers": {"families"},
     "families": {"denoisers", "texts"},
     "denoisers": {"texts"},
@@ -80,7 +113,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
 }
 PACKAGES = {"catalog", "mini"}
-WITHOUT_TORCH = {"plan", "stats", "plots", "tables", "cleaning", "pages", "report"}
+WITHOUT_TORCH = {"plan", "stats", "ranks", "plots", "tables", "cleaning", "pages", "report"}
 WITHOUT_TORCH |= {"overview", "provenance", "results", "thumbnails"}
 MODULE_LINES = 350
 FUNCTION_LINES = 45  # the docstring and decorators not counted

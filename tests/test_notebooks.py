@@ -304,3 +304,30 @@ def test_neurons_runs(tmp_path: Path) -> None:
     assert pictures["image"].nunique() == len(pictures) == 6 * 2, "each arm has pictures of its own"
     assert json.loads((folder / "result.json").read_text())["concepts"] == ["neon"]
     assert len(pd.read_csv(folder / "neurons.csv")) == 2 * (96 + 64)  # K and V of layers 12 and 13
+
+
+@pytest.mark.slow
+def test_localizers_notebooks_run(tmp_path: Path) -> None:
+    tiny = TINY.replace('"localize"', '"compare_localizers"')
+    asked = '[[run]]\nname = "both"\nids = "mini/neon, mini/logo-of-docker"\n'
+    asked += '[[run]]\nnotebook = "causal_trace"\nconcept = "mini/logo-of-docker"\n'
+    (tmp_path / "tiny.toml").write_text(tiny.replace("seeds = 1", "seeds = 2") + asked)
+    folder = run_study(tmp_path / "tiny.toml")
+    for slug, tables in (("both", ("localizers", "agreement", "sides", "trace")), ("logo-of-docker", ("trace",))):
+        out = folder / slug / "notebook.ipynb"
+        assert images(out) and all(len(image.metadata["image/png"]["alt"]) > 30 for image in images(out))
+        assert not outputs(out, "error") and not outputs(out, "stream")
+        assert all(len(pd.read_csv(folder / slug / f"{name}.csv")) for name in tables)
+        assert json.loads((folder / slug / "result.json").read_text())["finding"]
+    answers, pairs = (pd.read_csv(folder / "both" / f"{name}.csv") for name in ("localizers", "agreement"))
+    assert len(answers) == 2 * 3 == len(pairs)
+    pictures = pd.read_csv(folder / "logo-of-docker" / "pictures.csv")
+    assert set(pictures["text"].str.contains("a whale")) == {True}, "a fact is scored by its answer"
+
+
+def test_the_localizers_study_asks_about_every_concept() -> None:
+    runs = read_study(ROOT / "reports" / "localizers.toml")[2]
+    compared = [run.parameters for run in runs if run.notebook.stem == "compare_localizers"]
+    assert {values["kind"] for values in compared} == {"style", "object", "fact"}
+    assert all(values["most"] == 0 for values in compared)
+    assert sum(run.notebook.stem == "causal_trace" for run in runs) >= 2

@@ -165,6 +165,15 @@ def entry_of(source: str) -> ModelEntry | None:
     return next((entry for entry, known in places if source in known), None) or _LOADED.get(source)
 
 
+def published_start(model: str, kind: str) -> int | None:
+    """Where LocoGen's authors show concepts of that kind: a window's start, 0-based in execution order.
+
+    `model`: its name, folder or hub id. None where nothing is published.
+    """
+    entry = model_entry(model) if model in _models()["models"] else entry_of(model)
+    return None if entry is None else entry.published.get(kind)
+
+
 def usual_settings(source: str) -> dict[str, Any]:
     """Window, steps and guidance of a model, by the folder or hub id it came from; the mini model's for others."""
     found: Any = entry_of(source) or model_entry("mini")
@@ -258,7 +267,7 @@ def _entries(path: Path) -> dict[str, _Entry]:
     return found
 
 
-_TEXTS = ("model", "name", "kind", "note", "text")
+_TEXTS = ("model", "name", "kind", "note", "text", "answer")
 _TEMPLATE = ("prompt", "target", "placebo")
 _PAIR = ("prompt", "target", "text", "placebo")
 
@@ -274,9 +283,10 @@ def _entry(row: Any) -> _Entry:
     if model not in groups:
         raise unknown("model", model, groups)
     if "pairs" in row:
-        found = Concept(row["name"], row["kind"], _explicit(row), text=row.get("text"))
+        pairs, text = _explicit(row), row.get("text")
     else:
-        found = Concept(row["name"], row["kind"], _filled(row), text=_fixed_text(row))
+        pairs, text = _filled(row), _fixed_text(row)
+    found = Concept(row["name"], row["kind"], pairs, text=text, answer=row.get("answer"))
     return _Entry(model, found, row.get("note", ""))
 
 

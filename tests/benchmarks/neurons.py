@@ -74,6 +74,7 @@ def study(pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: ar
     edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **options_of_edit)
     own, others = editing.divided(editing.probes_of(concept, False))
     own = [probe for probe in own if probe.measure == "efficacy"]
+    own = own[:: len(own) // 30 or 1]
     probes, lines = own + others[:: options.every], []
     for arm, share, context in arms(pipe, concept, edit, chosen["strength"], options.draws):
         with context:
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21])
-    parser.add_argument("--draws", type=int, default=2, help="random choices of as many neurons")
+    parser.add_argument("--draws", type=int, default=1, help="random choices of as many neurons")
     parser.add_argument("--every", type=int, default=6, help="look at one in so many neighbors")
     parser.add_argument("--only", nargs="*", default=CONCEPTS)
     options = parser.parse_args()

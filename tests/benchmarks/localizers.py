@@ -1,0 +1,109 @@
+"""The localizers side by side on the mini model's concepts: what each says, how surely, what it costs, how they agree.
+
+`python tests/benchmarks/localizers.py` asks all of them about every style, two objects and two facts of each kind,
+prints two tables and writes `runs/localizers/localizers.json`. Pictures are kept in the folder's store, so that a
+second call only counts (and its seconds mean nothing: `fresh` says whether they do).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from carriers import selected
+
+import locogen as loco
+
+
+def best_lines(found: loco.Located) -> list[dict[str, Any]]:
+    """The largest estimate of each axis with its interval, as plain numbers."""
+    rows: Any = found.effects[found.effects["position"].notna()]
+    best = rows.loc[rows.groupby("axis", sort=False)["estimate"].idxmax()]
+    columns = ["axis", "position", "estimate", "low", "high"]
+    return [
+        {"axis": a, "position": int(p), "estimate": e, "low": lo, "high": hi}
+        for a, p, e, lo, hi in best[columns].to_numpy()
+    ]
+
+
+def answer(found: loco.Located, fresh: bool) -> dict[str, Any]:
+    """What one localizer said."""
+    start = found.carrier.start
+    told: dict[str, Any] = {"carrier": None if start is None else [start, found.carrier.width]}
+    told |= {"reason": found.carrier.reason, "side": found.side, "told": found.told, "best": best_lines(found)}
+    total: Any = found.effects[found.effects["axis"] == "ceiling"]
+    if len(total):
+        told["ceiling"] = [float(total[name].iloc[0]) for name in ("estimate", "low", "high")]
+    return told | {"generations": found.generations, "seconds": round(found.seconds, 1), "fresh": fresh}
+
+
+def said(found: loco.Located) -> str:
+    """One cell of the printed table."""
+    rows: Any = found.effects[found.effects["axis"].isin(["layer", "cross-attention"])].set_index("position")
+    named = rows[rows.index.isin(list(found.carrier))] if len(found.carrier) else rows
+    start = int(named["estimate"].idxmax())
+    line = rows.loc[start]
+    named = str(found.carrier) if found.carrier.start is not None else f"none ({found.carrier.reason})"
+    value = f"{line['estimate']:.3g} [{line['low']:.3g}, {line['high']:.3g}] at {start}"
+    side = f"; side: {found.side or 'cannot tell'}" if found.method == "causal tracing" else ""
+    return f"{named}: {value}{side}; {found.generations} pictures, {found.seconds:.0f} s"
+
+
+def compared(pipe: Any, identity: str, chosen: Any) -> dict[str, Any]:
+    """All localizers on one concept, and each pair of them; prints its line."""
+    concept = loco.concept(identity)
+    concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
+    store = chosen.folder / "store"
+    options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps, "scorer": "mini"}
+    options |= {"window": chosen.window, "store": store, "progress": False}
+    found, told = [], {}
+    for method in loco.localizers()["name"]:
+        before = len(list(store.glob("*.png")))
+        located = loco.locate(pipe, concept, method, **options)
+        made = len(list(store.glob("*.png"))) > before or method == "attention contribution"
+        found.append(located)
+        told[method] = answer(located, made)
+    print(f"| {identity} | {concept.kind} | {' | '.join(said(one) for one in found)} |", flush=True)
+    pairs = [loco.agree(*pair)._asdict() for pair in itertools.combinations(found, 2)]
+    return {"kind": concept.kind, "localizers": told, "agreement": pairs}
+
+
+def report_agreement(found: dict[str, Any]) -> None:
+    """The printed table of all pairs."""
+    print("\n| concept | localizers | rank correlation [95 %] | same carrier |")
+    for identity, told in found.items():
+        for pair in told["agreement"]:
+            value = f"{pair['correlation']:+.2f} [{pair['low']:+.2f}, {pair['high']:+.2f}]"
+            print(f"| {identity} | {pair['first']}, {pair['second']} | {value} | {pair['same']} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--folder", type=Path, default=Path("runs/localizers"))
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=2, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--window", type=int, default=2)
+    parser.add_argument("--each", type=int, default=2, help="objects, and facts of each kind; 0: all")
+    parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
+    chosen = parser.parse_args()
+    chosen.folder.mkdir(parents=True, exist_ok=True)
+    pipe, table = loco.load(chosen.model), loco.concepts("mini")
+    notes = table.set_index("id")["note"]
+    found: dict[str, Any] = {}
+    print(f"| concept | kind | {' | '.join(loco.localizers()['name'])} |")
+    for identity in chosen.only or selected(table, chosen.each):
+        found[identity] = {"note": str(notes[identity]), **compared(pipe, identity, chosen)}
+        settings = {name: getattr(chosen, name) for name in ("model", "seeds", "prompts", "steps", "window")}
+        told = {"settings": settings, "concepts": found}
+        (chosen.folder / "localizers.json").write_text(json.dumps(told, indent=1, default=str))
+    report_agreement(found)
+
+
+if __name__ == "__main__":
+    main()
