@@ -278,6 +278,8 @@ def _judged(
         if w == int(choice.argmax()) and any(abs(w - v) >= width for v in range(len(effects))):
             lead = stats.simultaneous_lead(fresh, w, apart=width, chosen_here=not split, alpha=ALPHA, prompts=held)
             line |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
+        else:  # where every window overlaps the best one, there is no lead to have
+            line |= dict.fromkeys(("lead", "lead_low", "p_lead"), np.nan)
         lines.append(line)
     return lines
 

@@ -23,6 +23,7 @@ from locogen.catalog import usual_settings
 from locogen.corruption import Noise, Restored, corrupted_states
 from locogen.errors import LocogenError, unknown
 from locogen.families import end_position, family_of, subject_positions
+from locogen.heartbeat import beat
 from locogen.hooks import generators
 from locogen.localization import _ordered, _scorer, _scores, _source
 from locogen.phrasings import shown_text, subject_in
@@ -185,6 +186,7 @@ def _make(pipe: Any, missing: dict[str, Restoration], shelf: PictureStore, chose
 
     texts = _Texts(pipe, list(missing.values()))
     keys = {row: key for key, row in missing.items()}
+    beat.ask(len(missing))
     bar = tqdm(total=len(missing), unit=" pictures", desc="tracing", disable=not progress, mininterval=0.5)
     with bar:
         for batch in _batches(list(missing.values()), chosen.batch_size):
@@ -194,7 +196,9 @@ def _make(pipe: Any, missing: dict[str, Restoration], shelf: PictureStore, chose
                 if good and row in keys:
                     shelf.put(keys[row], (pixels * 255).round().astype("uint8"))
             _check_finite([Intervention(row.prompt, row.prompt, (), row.seed) for row in batch], finite)
-            bar.update(sum(row in keys for row in batch))
+            made_now = sum(row in keys for row in batch)
+            bar.update(made_now)
+            beat.add(made_now)
 
 
 def _batches(rows: Sequence[Restoration], size: int) -> Iterator[list[Restoration]]:

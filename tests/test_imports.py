@@ -63,6 +63,7 @@ ARROWS: dict[str, set[str]] = {
         "corruption",
         "states",
         "batches",
+        "heartbeat",
         "texts",
         "localization",
         "runs",

@@ -156,6 +156,14 @@ def test_a_planted_carrier_is_found_with_confidence():
     assert "ahead of every other place" in best.reason
 
 
+def test_a_window_without_rivals_has_no_lead():
+    """As wide as nearly the whole model: every window overlaps the best one."""
+    found = carrier(effect(planted({0: 0.5, 1: 0.4}, layers=3)))
+    assert found == Window(0, 2, found.reason) and "not established" in found.reason
+    alone = carrier(effect(planted({0: 0.5}, layers=2)))
+    assert alone.start == 0 and "not established" in alone.reason
+
+
 def test_no_effect_is_no_carrier():
     best = carrier(effect(planted({})))
     assert best.start is None
