@@ -309,6 +309,18 @@ def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, 
     assert kernel.concepts == ["mini/neon", "mini/blueprint", "mini/blueprint", "mini/cat"]
 
 
+def test_ctrl_c_before_an_end_was_noticed(write, kernel: Kernel, capsys, monkeypatch) -> None:
+    """As on a busy machine: the run before is finished, though nobody has looked yet."""
+    look = study.wait
+    blind = lambda futures, **how: (set(), look(futures, 0.01)) if "return_when" in how else look(futures, **how)  # noqa: E731
+    monkeypatch.setattr(study, "wait", blind)
+    path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
+    kernel.interrupts = "mini/blueprint"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(path)
+    assert "left: blueprint, cat. The same command goes on" in capsys.readouterr().out
+
+
 def test_what_a_killed_process_left_is_cleared(write, kernel: Kernel) -> None:
     path = write(TWO)
     partial = path.with_suffix("") / ".partial-neon"
