@@ -232,6 +232,8 @@ QUICK: dict[str, dict[str, Any]] = {
     "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
     "erase_many": dict(prompts=1, most=2),
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
+    "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
+    "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
     "steps": dict(steps="1, 2", reference=3, seeds=2, concepts="mini/neon, mini/cat"),
 }
 FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
