@@ -40,13 +40,8 @@ def pictures_of(
         try:
             made = _batch(pipe, rows, texts, size, chosen)
         except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            if size == smallest:
-                raise LocogenError(_too_large(pipe, size)) from error
-            size = max(size // 2, smallest)
+            size = halved(pipe, error, size, smallest)
             memory.known = False
-            warnings.warn(f"a batch of {size * 2} does not fit the memory: going on with {size}", stacklevel=4)
         else:
             yield rows, made
             start += len(rows)
@@ -94,24 +89,44 @@ class Texts:
 
 def _batch(pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings) -> Any:
     """Pictures of one batch, padded to `size` by repeating its last row, so that sums are taken alike in each."""
-    family = family_of(pipe)
-    padded = [*rows, *(riders(rows) if family.evolves else ())]
+    padded = [*rows, *(riders(rows) if family_of(pipe).evolves else ())]
     padded += [padded[-1]] * (size - len(padded))
+    with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
+        made = called(pipe, padded, texts.arguments([row.prompt for row in padded]), chosen)
+    return made[: len(rows)]
+
+
+def called(
+    pipe: Any, rows: Sequence[Intervention], arguments: dict[str, Any], chosen: Settings, output_type: str = "np"
+) -> Any:
+    """The images of one call of the pipeline, without its progress bar: `arguments` is what the rows hear."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
-            made = pipe(
-                **family.options(pipe),
-                **texts.arguments([row.prompt for row in padded]),
-                generator=generators(padded),
-                num_inference_steps=chosen.num_inference_steps,
-                guidance_scale=chosen.guidance_scale,
-                output_type="np",
-            ).images
+        return pipe(
+            **family_of(pipe).options(pipe),
+            **arguments,
+            generator=generators(rows),
+            num_inference_steps=chosen.num_inference_steps,
+            guidance_scale=chosen.guidance_scale,
+            output_type=output_type,
+        ).images
     finally:
         pipe.set_progress_bar_config(**bar)
-    return made[: len(rows)]
+
+
+def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:
+    """The batch size to go on with, where `error` says that the memory ran out; told in a warning.
+
+    Raises the error itself where it says something else, and `LocogenError` where the smallest batch did not fit.
+    """
+    if not _out_of_memory(error):
+        raise error
+    if size <= smallest:
+        raise LocogenError(_too_large(pipe, size)) from error
+    half = max(size // 2, smallest)
+    warnings.warn(f"a batch of {size} does not fit the memory: going on with {half}", stacklevel=5)
+    return half
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen import stats
-from locogen.batches import Texts
+from locogen.batches import Texts, called, halved
 from locogen.calls import Call, following, hooked
 from locogen.catalog import usual_settings
 from locogen.effects import _estimates
 from locogen.errors import LocogenError
 from locogen.families import family_of, subject_positions
-from locogen.hooks import _announced, generators
+from locogen.hooks import _announced
 from locogen.layers import Layer, find_layers
 from locogen.localization import _source
 from locogen.phrasings import subject_in
-from locogen.plan import Concept, Intervention, Window, distinct_seeds, windows
+from locogen.plan import Concept, Intervention, Settings, Window, distinct_seeds, windows
 from locogen.states import check_apart
 
 if TYPE_CHECKING:
@@ -54,33 +54,33 @@ def attention_contribution(
 
     check_apart(pipe, "attention contribution")
     usual = usual_settings(_source(pipe))
-    options = {
-        "num_inference_steps": usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
-        "guidance_scale": usual["guidance_scale"] if guidance_scale is None else guidance_scale,
-    }
+    steps = usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps
+    guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
+    chosen = Settings(steps, float(guidance), batch_size)
     drawn = distinct_seeds(seeds)
     told = [(pair.prompt, subject or subject_in(concept, pair)) for pair in concept.pairs]
     rows = [(prompt, subject_positions(pipe, prompt, words), seed) for prompt, words in told for seed in drawn]
     found: list[Any] = []
+    start, size = 0, batch_size
     with tqdm(total=len(rows), unit=" runs", desc="listening", disable=not progress, mininterval=0.5) as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            found.append(_measured(pipe, batch, options))
+        while start < len(rows):
+            batch = rows[start : start + size]
+            try:
+                found.append(_measured(pipe, batch, chosen))
+            except Exception as error:
+                size = halved(pipe, error, size)
+                continue
+            start += len(batch)
             bar.update(len(batch))
     return _long(concept, rows, np.concatenate(found))
 
 
-def _measured(pipe: Any, rows: Sequence[tuple[str, tuple[int, ...], int]], options: dict[str, Any]) -> Any:
+def _measured(pipe: Any, rows: Sequence[tuple[str, tuple[int, ...], int]], chosen: Settings) -> Any:
     """Contributions of one batch, (rows, layers)."""
     plan = [Intervention(prompt, prompt, (), seed) for prompt, _, seed in rows]
     told = Texts(pipe, plan).arguments([row.prompt for row in plan])
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        with listening(pipe, [at for _, at, _ in rows]) as said:
-            pipe(**family_of(pipe).options(pipe), **told, generator=generators(plan), output_type="latent", **options)
-    finally:
-        pipe.set_progress_bar_config(**bar)
+    with listening(pipe, [at for _, at, _ in rows]) as said:
+        called(pipe, plan, told, chosen, output_type="latent")
     return np.stack([np.mean(steps, 0) for steps in said.values()], axis=1)
 
 

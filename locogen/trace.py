@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen.batches import Texts
+from locogen.batches import Texts, called, halved
 from locogen.catalog import usual_settings
 from locogen.corruption import Noise, Restored, corrupted_states
 from locogen.errors import LocogenError, unknown
-from locogen.families import end_position, family_of, subject_positions
+from locogen.families import end_position, subject_positions
 from locogen.heartbeat import beat
-from locogen.hooks import generators
 from locogen.localization import _ordered, _scorer, _scores, _source
 from locogen.phrasings import shown_text, subject_in
 from locogen.plan import Concept, Intervention, Settings, distinct_seeds
@@ -184,24 +183,29 @@ def _row_key(row: Restoration, common: dict[str, Any]) -> str:
 def _make(pipe: Any, missing: dict[str, Restoration], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
     from tqdm import tqdm
 
-    texts = _Texts(pipe, list(missing.values()))
-    keys = {row: key for key, row in missing.items()}
-    beat.ask(len(missing))
-    bar = tqdm(total=len(missing), unit=" pictures", desc="tracing", disable=not progress, mininterval=0.5)
+    waiting, size = {row: key for key, row in missing.items()}, chosen.batch_size
+    texts = _Texts(pipe, list(waiting))
+    beat.ask(len(waiting))
+    bar = tqdm(total=len(waiting), unit=" pictures", desc="tracing", disable=not progress, mininterval=0.5)
     with bar:
-        for batch in _batches(list(missing.values()), chosen.batch_size):
-            made = _batch(pipe, batch, texts, chosen)
+        while waiting:
+            batch = next(_batches(waiting, size))
+            try:
+                made = _batch(pipe, batch, texts, replace(chosen, batch_size=size))
+            except Exception as error:
+                size = halved(pipe, error, size, 2)  # a clean row rides along
+                continue
             finite = np.isfinite(made).all((1, 2, 3))
-            for row, pixels, good in zip(batch, made, finite, strict=True):
-                if good and row in keys:
-                    shelf.put(keys[row], (pixels * 255).round().astype("uint8"))
+            wanted = [row in waiting for row in batch]
+            for row, pixels, good in zip(batch, made, finite & wanted, strict=True):
+                if good:
+                    shelf.put(waiting.pop(row), (pixels * 255).round().astype("uint8"))
             _check_finite([Intervention(row.prompt, row.prompt, (), row.seed) for row in batch], finite)
-            made_now = sum(row in keys for row in batch)
-            bar.update(made_now)
-            beat.add(made_now)
+            bar.update(sum(wanted))
+            beat.add(sum(wanted))
 
 
-def _batches(rows: Sequence[Restoration], size: int) -> Iterator[list[Restoration]]:
+def _batches(rows: Iterable[Restoration], size: int) -> Iterator[list[Restoration]]:
     """Rows in batches, each with the clean rows whose states it restores."""
     batch: list[Restoration] = []
     for row in dict.fromkeys(rows):
@@ -257,20 +261,9 @@ def _batch(pipe: Any, rows: Sequence[Restoration], texts: _Texts, chosen: Settin
     padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
     arguments = texts.arguments(padded)
     sources = [(padded.index(row.clean) if row.states else i, row.states) for i, row in enumerate(padded)]
-    bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
-    try:
-        with restoring(pipe, sources):
-            made = pipe(
-                **family_of(pipe).options(pipe),
-                **arguments,
-                generator=generators([Intervention(row.prompt, row.prompt, (), row.seed) for row in padded]),
-                num_inference_steps=chosen.num_inference_steps,
-                guidance_scale=chosen.guidance_scale,
-                output_type="np",
-            ).images
-    finally:
-        pipe.set_progress_bar_config(**bar)
+    drawn = [Intervention(row.prompt, row.prompt, (), row.seed) for row in padded]
+    with restoring(pipe, sources):
+        made = called(pipe, drawn, arguments, chosen)
     return made[: len(rows)]
 
 

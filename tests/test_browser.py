@@ -22,10 +22,7 @@ PAGES = ("index.html", "study.html", "model-mini.html", "concept-neon.html", "mi
          "lost/index.html", "lost/code.html")  # fmt: skip
 SERIOUS = ("serious", "critical")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt install it"),
-]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt install it")
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,22 @@ def test_rows_and_batches_do_not_matter(pipe):
     assert np.allclose(table["contribution"], alone["contribution"], rtol=1e-4)
 
 
+def test_a_batch_that_is_too_large_is_halved(pipe, monkeypatch):
+    wanted = attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
+    forward = pipe.unet.forward
+
+    def small(sample, *args, **kwargs):
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
+        found = attention_contribution(pipe, CONCEPT, **(OPTIONS | {"batch_size": 4}))  # pyright: ignore[reportArgumentType]
+    assert len(told) == 1 and list(found.seed) == list(wanted.seed)
+    assert np.allclose(found["contribution"], wanted["contribution"], rtol=1e-4)
+
+
 def test_what_is_loud_is_heard(pipe):
     """Values of one layer turned up tenfold: its contribution grows tenfold, and it is the one that is named."""
     before = contributions(attention_contribution(pipe, CONCEPT, **OPTIONS))  # pyright: ignore[reportArgumentType]

@@ -309,6 +309,32 @@ def test_the_store_is_shared_with_generate_and_resumed(pipe, run):
     assert list(again.table["clip_score"]) == list(run.table["clip_score"])
 
 
+def test_a_batch_that_is_too_large_is_halved(pipe, run, monkeypatch):
+    """Saying so once; pictures are those that the half makes anyway, and what cannot be halved is an error."""
+    parts = ("cross-attention", "text MLP")
+    forward = pipe.unet.forward
+
+    def small(sample, *args, **kwargs):
+        if len(sample) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *args, **kwargs)
+
+    def traced(size):
+        one = Concept("cat", "style", CONCEPT.pairs[:1])
+        return causal_trace(pipe, one, parts=parts, seeds=[0], **(QUICK | {"batch_size": size}))  # pyright: ignore[reportArgumentType]
+
+    wanted, limit = traced(4), 8
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with pytest.warns(UserWarning, match="a batch of 8 does not fit the memory: going on with 4") as told:
+        found = traced(8)
+    assert len(told) == 1 and len(found) == len(wanted) == 1 + 1 + 16 + 2 * 3
+    for mine, theirs in zip(found.pictures, wanted.pictures, strict=True):
+        assert np.array_equal(np.asarray(mine), np.asarray(theirs))
+    limit = 3
+    with pytest.warns(UserWarning), pytest.raises(LocogenError, match=r"a batch of 2 does not fit.*offload="):
+        traced(4)
+
+
 def test_effects_are_restored_minus_corrupted(run):
     table: Any = run.table
     effects: Any = recovery.trace_effect(table)
