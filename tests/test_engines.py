@@ -420,7 +420,8 @@ def test_whatever_is_killed_a_study_ends_complete(write, kills: int, victims: li
         engine = "dask" if victim == "worker" else "processes"
         path = write(3, wait=0.05 + 0.001 * round)  # other parameters: nothing is finished
         code = run_and_strike(path, engine, victim, chance)
-        ended = {slug: told["finished"] for slug, told in results_of(path).items()}
+        done = {run.slug for run in read_study(path)[2] if run.state == "done"}  # the others are of an earlier round
+        ended = {slug: told["finished"] for slug, told in results_of(path).items() if slug in done}
         if victim == "worker":
             assert code == 0, "Dask gives the run to another worker"
         subprocess.run(command(path, "--workers", "2"), check=True, capture_output=True)
@@ -451,8 +452,10 @@ def test_nothing_outlives_its_study(write, engine: str, name: str) -> None:
             process.kill()
         out, error = process.communicate(timeout=60)
     wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
-    assert not results_of(path) and error == ""
+    # After SIGKILL, Python's own tracker of semaphores may say that it cleans up.
+    assert not results_of(path) and "Traceback" not in error
     if name == "SIGINT":
+        assert error == ""
         assert process.returncode == 130 and "left: run-number-0, run-number-1, run-number-2." in out
         assert not list(path.with_suffix("").glob(".[pog]*-*"))
 

@@ -234,7 +234,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
     "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
     "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
-    "steps": dict(steps="1, 2", reference=3, seeds=2, concepts="mini/neon, mini/cat"),
+    "steps": dict(steps="1, 2", reference=3, seeds=2, ids="mini/neon, mini/cat"),
 }
 FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
 

@@ -88,7 +88,7 @@ def words_of(concept: loco.Concept) -> tuple[str, str]:
 
 
 def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[float, ...]]]:
-    """What is tried, with which strengths: the published settings, the state at the prompt's end, the whole subject.
+    """What is tried, with which strengths: the published settings, the prompt's end, the whole subject, all positions.
 
     What is preserved holds some of the edit back, so there more strength is tried too.
     """
@@ -103,6 +103,10 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
         styled = dict(phrasings=in_wordings(concept), preserve=neighbors(concept), preserve_weight=0.03)
         tried["end, 1, in wordings, neighbors preserved"] = (end | styled, (1, 1.3))
         tried["subject, 0.1, in wordings, neighbors preserved"] = (subject | dict(ridge=0.1) | styled, (1, 1.3))
+        # Every position says the style, so a large λ will do, which leaves more of the weights as they are.
+        every = dict(tokens="all", preserve=neighbors(concept), preserve_weight=0.03)
+        for ridge in (3.0, 10.0):
+            tried[f"all, {ridge:g}, neighbors preserved"] = (every | dict(ridge=ridge), (1, 1.3))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
     styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
