@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
-from locogen.batches import Texts, _batch
+from locogen.batches import Texts, _batch, _out_of_memory
 from locogen.errors import LocogenError
 from locogen.families import denoiser_of, family_of
 from locogen.hooks import _announced, active_contexts
@@ -23,6 +23,7 @@ Mode = Literal["exact", "close", "auto", "compile"]
 MODES = ("exact", "close", "auto", "compile")
 GAIN = 1.1  # a way must be so many times as fast as what it replaces: less is noise, and not worth other pictures
 REPEATS, STEPS = 3, 2
+SIZES, MIDDLE = (8, 32, 128), 32  # of batches that are tried, and the one that ways are tried at
 COMPILED = ("ResnetBlock2D", "FeedForward")  # parts of a denoiser that never hold a layer: hooks keep firing
 BOUNDS = {
     "exact": "bit for bit the plain pipeline",
@@ -50,13 +51,17 @@ class Way:
 
 @dataclass(frozen=True)
 class Pace:
-    """What `speed` chose: the way, what it was measured against (pictures per second by way), and its bound."""
+    """What `speed` chose: the way, how many pictures at once, and the bound of how far pictures move.
+
+    `measured`: pictures per second by way; `sizes`: by batch size, in the chosen way; both at few steps.
+    """
 
     mode: str
     device: str
     way: Way
     batch_size: int
     measured: dict[str, float] = field(default_factory=dict)
+    sizes: dict[int, float] = field(default_factory=dict)
 
     @property
     def bound(self) -> str:
@@ -64,13 +69,15 @@ class Pace:
         return BOUNDS["exact" if self.way == Way() else "half" if self.way.half else "close"]
 
     def __repr__(self) -> str:
-        tried = ", ".join(f"{way} {rate:.3g}" for way, rate in self.measured.items())
-        told = f"\n  pictures/s of {STEPS} steps, {self.batch_size} at once: {tried}" if tried else ""
-        return f"speed {self.mode!r} on {self.device}: {self.way}\n  {self.bound}{told}"
+        told = [f"speed {self.mode!r} on {self.device}: {self.way}, {self.batch_size} at once", self.bound]
+        for what, rates in (("way", self.measured), ("pictures at once", self.sizes)):
+            tried = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+            told += [f"pictures/s of {STEPS} steps by {what}: {tried}"] if tried else []
+        return "\n  ".join(told)
 
 
 @contextmanager
-def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int = 32) -> Iterator[Pace]:
+def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> Iterator[Pace]:
     """Within the context, the pipeline makes pictures in the fastest way that the mode allows; gives a `Pace`.
 
     - "exact": the plain pipeline, bit for bit.
@@ -82,13 +89,15 @@ def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int = 32) -> Iterator[P
 
     Each is tried on this model with `batch_size` pictures at once and kept if at least 1.1 × as fast as without; what
     was kept is in the `Pace`, in the run's settings, and in the key of every picture, so none is taken for another's.
+    Without a `batch_size`, 8, 32 and 128 are tried in the end, as far as the memory goes, and the smallest taken that
+    none larger beats by as much: hand it on, `localize(…, batch_size=pace.batch_size)`, and it is in these too.
     Attention is the pipeline's own (diffusers' is `scaled_dot_product_attention`). Afterwards the model is as it was.
     Only the CPU was tested; on GPUs the same code ran on none yet. Raises `LocogenError` for an unknown mode, a
     `batch_size` below 1, or within another `speed`.
     """
     if mode not in MODES:
         raise LocogenError(f"speed is {mode!r}: take one of {', '.join(MODES)}")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise LocogenError(f"batch_size is {batch_size}: give at least 1")
     if any(told.startswith("speed ") for told in active_contexts(pipe)):
         raise LocogenError("speed is chosen already: leave that context first")
@@ -97,17 +106,38 @@ def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int = 32) -> Iterator[P
         yield pace
 
 
-def _chosen(pipe: Any, mode: Mode, batch_size: int) -> Pace:
+def _chosen(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
     """Try one change after another, each on top of those that have shown a gain."""
     device, way, measured = pipe._execution_device.type, Way(), {}
     for change in _changes(pipe, mode):
         trial = replace(way, **change)
         for one in (way, trial):
             if str(one) not in measured:
-                measured[str(one)] = _rate(pipe, one, batch_size)
+                measured[str(one)] = _rate(pipe, one, batch_size or MIDDLE)
         if measured[str(trial)] >= GAIN * measured[str(way)]:
             way = trial
-    return Pace(mode, device, way, batch_size, measured)
+    if batch_size is not None:
+        return Pace(mode, device, way, batch_size, measured)
+    sizes = _by_size(pipe, way)
+    return Pace(mode, device, way, _enough(sizes), measured, sizes)
+
+
+def _by_size(pipe: Any, way: Way) -> dict[int, float]:
+    """Pictures per second by batch size, as far as the memory goes."""
+    sizes: dict[int, float] = {}
+    for size in SIZES:
+        try:
+            sizes[size] = _rate(pipe, way, size)
+        except Exception as error:
+            if not sizes or not _out_of_memory(error):
+                raise
+            break
+    return sizes
+
+
+def _enough(sizes: dict[int, float]) -> int:
+    """The smallest size that no larger one beats by `GAIN`."""
+    return next(size for size, rate in sizes.items() if max(sizes.values()) < GAIN * rate)
 
 
 def _changes(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:

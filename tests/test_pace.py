@@ -167,6 +167,26 @@ def test_the_choice_is_measured(pipe, monkeypatch):
     assert pace._rate(pipe, Way(), 3) == 6.0
 
 
+@pytest.mark.parametrize(
+    ("by_size", "chosen"),
+    [({8: 1, 32: 2, 128: 3}, 128), ({8: 1, 32: 2, 128: 2.1}, 32), ({8: 2, 32: 2.1, 128: 1}, 8), ({8: 1, 32: 2}, 32)],
+)
+def test_the_batch_size_is_measured(pipe, monkeypatch, by_size, chosen):
+    """The smallest that is fast enough; where memory runs out, what came before."""
+
+    def rate(pipe, way, batch_size):
+        if batch_size not in by_size:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return by_size[batch_size]
+
+    monkeypatch.setattr(pace, "_rate", rate)
+    with speed(pipe, "exact") as found:
+        assert found.batch_size == chosen and found.sizes == by_size and f"{chosen} at once" in repr(found)
+    by_size.clear()
+    with pytest.raises(torch.OutOfMemoryError), speed(pipe, "exact"):
+        pass
+
+
 def test_half_precision_is_the_processors_own(monkeypatch):
     for able, found in (({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": False, "avx2": True}, None)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)

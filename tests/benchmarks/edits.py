@@ -197,8 +197,8 @@ def choice(tried: dict[str, Any]) -> str:
 
 def settle(pipe: Any, concept: loco.Concept, common: dict[str, Any], options: argparse.Namespace) -> tuple[Any, ...]:
     """The edit, its strength, place and settings that did best on the choosing prompts, and what all did there."""
-    few = 1 if concept.kind == "style" else 2
     own, others = divided(probes_of(concept, True))
+    seeds = range(2 if concept.kind == "style" else 1)  # of neighbors
     edits, tried = {}, {}
     for place, layers in places(pipe, concept, options.carriers / "store", options).items():
         for name, (chosen, strengths) in settings_of(concept).items():
@@ -206,8 +206,8 @@ def settle(pipe: Any, concept: loco.Concept, common: dict[str, Any], options: ar
             for strength in strengths:
                 arm = f"{place}: {name}" + (f", × {strength:g}" if strength != 1 else "")
                 edits[arm] = (edit, strength, place, name)
-                lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(few), strength=strength, **common))
-                merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=[0], strength=strength, **common)))
+                lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(2), strength=strength, **common))
+                merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=seeds, strength=strength, **common)))
                 tried |= lines
     return *edits[choice(tried)], tried
 
@@ -226,8 +226,8 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     edit, strength, place, name, tried = settle(pipe, concept, common, options)
     common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
-    # Seeds that chose nothing; of styles, 10 to 13 were looked at while this choice was being made up.
-    seeds = range(20, 24) if concept.kind == "style" else range(10, 14)
+    # Seeds that chose nothing; of styles, those below 30 were looked at while this way to choose was being made up.
+    seeds = range(30, 34) if concept.kind == "style" else range(10, 14)
     reported = seeds[:2] if concept.kind == "style" else seeds  # of a style there are more prompts
     table = loco.evaluate(pipe, {place: edit}, own, seeds=reported, **common)
     found = rates(table)
