@@ -25,16 +25,18 @@ def pictures_of(
     """Batch by batch, rows and their pictures in 0..1, (rows, height, width, 3), in the order of the plan.
 
     Batches are as even as can be, so that little is spent on filling the last one up. Their size follows from `whole`,
-    all rows that are asked for, of which `plan` is what is missing: so a resumed run repeats a fresh one.
+    all rows that are asked for, of which `plan` is what is missing: so a resumed run repeats a fresh one, to the bit
+    where a batch or more was missing, and else within the order of sums.
     On a GPU the first batch is as small as can be, and what it takes says how many fit the free memory. Where memory
     runs out, half as many are tried, with a warning. Raises `LocogenError` where the smallest batch does not fit.
     """
     texts = Texts(pipe, plan)
     ridden = family_of(pipe).evolves
     smallest = 2 if ridden else 1
-    places = _places(plan if whole is None else whole, ridden)
+    places, missing = _places(plan if whole is None else whole, ridden), _places(plan, ridden)
     memory = _Memory(pipe)
-    size, start = (smallest if memory.known else max(_even(places, chosen.batch_size), smallest)), 0
+    size = smallest if memory.known else max(min(_even(places, chosen.batch_size), missing), smallest)
+    start = 0
     while start < len(plan):
         rows = _next(plan[start:], size, ridden)
         try:

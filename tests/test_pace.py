@@ -222,12 +222,24 @@ def test_compiled_regions_leave_the_hooks_be(pipe, rates):
 def test_the_benchmark_runs_at_tiny_size(tmp_path):
     """Each section in its own process, as `make bench` does it; its figures say nothing."""
     command = [sys.executable, str(BENCHMARKS / "speed.py"), "--tiny", "--batch-size", "16"]
-    command += ["--out", str(tmp_path / "bench.json"), "--only", "sweep", "hooks", "gpu", "growth", "start", "report"]
+    command += [
+        "--out",
+        str(tmp_path / "bench.json"),
+        "--only",
+        "sweep",
+        "parts",
+        "hooks",
+        "gpu",
+        "growth",
+        "start",
+        "report",
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "bench.json").read_text())
     assert set(found["sweep"]["ratios"]) >= {"published / all", "published / race", "published / race, auto"}
     assert max(found["sweep"]["largest_difference"].values()) <= 1, "the loops make the sweep's pictures"
     assert [row["model"] for row in found["gpu"]["models"]] == ["SD 1.5, 512²", "SD-XL, 1024²"]
+    assert sum(found["parts"]["shares"].values()) == pytest.approx(1) and found["parts"]["gain"] > 0
     assert all(row["flops_a_picture"] > 0 for row in found["gpu"]["models"])
     table = [line for line in said.splitlines() if line.startswith("| ")]
     assert len(table) >= 10 and any("`intervene` over the plain pipeline" in line for line in table)

@@ -180,7 +180,7 @@ def test_a_full_disk_loses_nothing(pipe, rows, tmp_path, monkeypatch):
     monkeypatch.undo()
     seen = calls(pipe, monkeypatch)
     generate(pipe, rows, store=tmp_path, **FAST)
-    assert seen == [6, 6]  # one batch, of three as before, for the one picture that was missing
+    assert seen == [2, 2]  # for the one picture that was missing
 
 
 def test_a_store_that_cannot_be_written(pipe, rows, tmp_path, monkeypatch):

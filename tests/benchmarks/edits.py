@@ -96,13 +96,10 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
     end, subject = dict(tokens="end", ridge=1.0), dict(tokens="subject", ridge=1.0)
     if concept.kind == "style":
         tried["end, 1"] = (end, (1, 1.3))
-        tried["subject, 1"] = (subject, (1, 1.3))
-        tried["subject, 0.1"] = (subject | dict(ridge=0.1), (1,))
         kept = dict(preserve=neighbors(concept)[::3], preserve_weight=0.01)  # in the default wording only
         tried["end, 0.1, neighbors preserved"] = (end | dict(ridge=0.1) | kept, (1, 1.15, 1.3))
         styled = dict(phrasings=in_wordings(concept), preserve=neighbors(concept), preserve_weight=0.03)
-        tried["end, 1, in wordings, neighbors preserved"] = (end | styled, (1, 1.3))
-        tried["subject, 0.1, in wordings, neighbors preserved"] = (subject | dict(ridge=0.1) | styled, (1, 1.3))
+        tried["end, 1, in wordings, neighbors preserved"] = (end | styled, (1,))
         # Every position says the style, so a large λ will do, which leaves more of the weights as they are.
         every = dict(tokens="all", preserve=neighbors(concept), preserve_weight=0.03)
         for ridge in (3.0, 10.0):

@@ -7,6 +7,7 @@ the median over the rounds. Each section runs in a process of its own; all figur
   here: 32 hooks registered anew at every step (its copies of all weights at each step are left out, in its favor), and
   (b) the same through nnsight's `DiffusionModel`, where that is installed (`pip install nnsight`: no package of ours
   moves). Both make, keep and score a sample of the sweep's pictures, spread over its rows; their time is by picture.
+- parts: where the time of a sweep goes, by `parts.py` beside this file.
 - hooks: `intervene` around a batch, against the plain pipeline.
 - growth: plans of 64 to 4096 rows. - start: import, load, first picture.
 - gpu, solver, report: `gpu.py`, `solve.py`, `report.py` beside this file.
@@ -311,7 +312,14 @@ def report(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-SECTIONS = {f.__name__: f for f in (sweep, hooks, gpu, growth, start, solver, report)}
+def parts(chosen: argparse.Namespace) -> dict[str, Any]:
+    from parts import parts as measured
+
+    asked = {name: getattr(chosen, name) for name in ("steps", "batch_size", "rounds", "tiny")}
+    return measured(**asked)
+
+
+SECTIONS = {f.__name__: f for f in (sweep, parts, hooks, gpu, growth, start, solver, report)}
 
 
 # --- table -----------------------------------------------------------------------------------------------------------
@@ -332,6 +340,10 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
                 yield f"{name} against {words}", told, wanted
         worst = max(one["largest_difference"].values())
         yield "their pictures, largest difference", f"{worst} of 255", "1"
+    if "parts" in found:
+        one = found["parts"]
+        told = f"{one['gain']:.1f} ×; it is {one['shares']['U-Net']:.0%} of the sweep's time"
+        yield f"the U-Net alone, {2 * found['asked']['batch_size']} rows at once against 2", told, "–"
     if "hooks" in found:
         yield "`intervene` over the plain pipeline", f"{found['hooks']['overhead']:+.1%}", "≤ 3 %"
     if "gpu" in found:
