@@ -103,7 +103,7 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
         # Every position says the style, so a large λ will do, which leaves more of the weights as they are.
         every = dict(tokens="all", preserve=neighbors(concept), preserve_weight=0.03)
         for ridge in (3.0, 10.0):
-            tried[f"all, {ridge:g}, neighbors preserved"] = (every | dict(ridge=ridge), (1, 1.3))
+            tried[f"all, {ridge:g}, neighbors preserved"] = (every | dict(ridge=ridge), (1, 1.15, 1.3))
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
     styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
