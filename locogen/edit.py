@@ -155,10 +155,11 @@ def fit_edit(
     keeps the weights. `tokens`, which states are edited (None: the family's, see below): "last_subject", where CLIP
     gathers the subject (the published choice); "subject", each of its tokens, for names of many; "end", the state
     after the prompt, for text towers that gather there; "all", every position, padding included, against the target's
-    same position (TIME's choice: strong, and harmful to neighbors, unless λ is large and they are preserved). `preserve`: prompts whose states should go where
-    they went, weighted by `preserve_weight` (UCE); with `null_space`, exactly. `ordinary`: captions whose covariance
-    says which directions are dear (MEMIT). `entry`: edit also the map by which text enters beside or before the
-    layers: SD-XL's `add_embedding` (the pooled vector), the `context_embedder` of SD 3 and FLUX; off by default.
+    same position (TIME's choice: strong, and harmful to neighbors, unless λ is large and they are preserved).
+    `preserve`: prompts whose states should go where they went, weighted by `preserve_weight` (UCE); with `null_space`,
+    exactly. `ordinary`: captions whose covariance says which directions are dear (MEMIT). `entry`: edit also the map
+    by which text enters beside or before the layers: SD-XL's `add_embedding` (the pooled vector), the
+    `context_embedder` of SD 3 and FLUX; off by default.
 
     SD-XL: one state holds both encoders'. T5 hears both ways, so in IF, PixArt, SD 3 and FLUX each subject token is
     edited by default, and the other words still tell of it. IF: after each layer's norm. SD 3 and FLUX: the text side

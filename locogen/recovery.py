@@ -39,7 +39,8 @@ class BestState(NamedTuple):
 class Sides(NamedTuple):
     """The best state of the text encoder and of the denoiser, and by how much the first brings back more.
 
-    Each is chosen on some seeds, the difference measured on the others, for these prompts (paired, 95 %).
+    Each is chosen on some seeds, the difference measured on the others, for these prompts (paired, 95 %). `reason`:
+    why even the best of both is not the one place (`best_state`), if it is not; empty where it is.
     """
 
     text: str
@@ -47,11 +48,12 @@ class Sides(NamedTuple):
     lead: float
     low: float
     high: float
+    reason: str = ""
 
     @property
     def side(self) -> str | None:
-        """`"text encoder"` or `"denoiser"`; None where the interval holds zero."""
-        if not (self.low > 0 or self.high < 0):
+        """`"text encoder"` or `"denoiser"`; None where the interval holds zero, or no state is the one place."""
+        if self.reason or not (self.low > 0 or self.high < 0):
             return None
         return "text encoder" if self.low > 0 else "denoiser"
 
@@ -169,7 +171,8 @@ def sides(table: pd.DataFrame) -> Sides | None:
         names.append("{}, layer {}".format(*places[at]))
         curves.append(values[at][:, kept])
     found = stats.crossed_bootstrap((curves[0] - curves[1])[None], prompts="fixed")
-    return Sides(*names, *(float(end[0]) for end in (found.estimate, found.low, found.high)))
+    ends = (float(end[0]) for end in (found.estimate, found.low, found.high))
+    return Sides(*names, *ends, best_state(table).reason)
 
 
 def _stacked(cubes: dict[str, Array]) -> tuple[list[tuple[str, int]], Array]:

@@ -140,7 +140,8 @@ def test_what_is_not_given_is_the_catalogs(monkeypatch):
         assert asked(source, window=None) == (3, 50, 5.0)
     assert asked(entry.id) == (2, 50, 5.0), "the window is 2 unless it is left open"
     assert asked(entry.id, window=1, num_inference_steps=4, guidance_scale=1.0) == (1, 4, 1.0)
-    assert asked(str(mini_folder()), window=None) == asked("of/ones-own", window=None) == asked("") == (2, 20, 7.5)
+    assert asked(str(mini_folder()), window=None) == (2, 12, 7.5)
+    assert asked("of/ones-own", window=None) == asked("") == (2, 20, 7.5)
 
 
 def test_the_row_order_of_the_table_does_not_matter():

@@ -398,6 +398,13 @@ def test_what_is_no_place_is_said_to_be_none(table, words):
     assert recovery.layer_found(recovery.trace_effect(table)).start is None
 
 
+def test_no_side_is_named_where_no_state_is_the_place():
+    """One side's best is ahead of the other's in both tables: only a state that is the place makes it the answer."""
+    weak, strong = (recovery.sides(traced([0.0, gain, 0.0])) for gain in (0.2, 0.8))
+    assert weak is not None and weak.high < 0 and "of what the noise took" in weak.reason and weak.side is None
+    assert strong is not None and strong.high < 0 and not strong.reason and strong.side == "denoiser"
+
+
 def test_facts_are_scored_by_their_answer():
     pair = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
     fact = Concept("animal of france", "fact", (pair,), answer="a rooster")
