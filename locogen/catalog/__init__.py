@@ -175,8 +175,10 @@ def published_start(model: str, kind: str) -> int | None:
 
 
 def usual_settings(source: str) -> dict[str, Any]:
-    """Window, steps and guidance of a model, by the folder or hub id it came from; the mini model's for others."""
-    found: Any = entry_of(source) or model_entry("mini")
+    """Window, steps and guidance of a model, by the folder or hub id it came from; 2, 20 and 7.5 for others."""
+    found: Any = entry_of(source)
+    if found is None:
+        return {"window": 2, "num_inference_steps": 20, "guidance_scale": 7.5}
     return {name: getattr(found, name) for name in ("window", "num_inference_steps", "guidance_scale")}
 
 

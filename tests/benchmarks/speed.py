@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in chosen.only:
         print(f"{name} …", file=sys.stderr, flush=True)
         took, said = seconds(partial(script, "speed", "--here", "--only", name, *given))
-        found[name] = json.loads(said.splitlines()[-1]) | {"took": took, "load": os.getloadavg()[0]}
+        found[name] = json.loads(said.splitlines()[-1]) | {"took": took, "load_average": os.getloadavg()[0]}
         chosen.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     told = f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, torch {found['torch']}"
     print(f"{told}; {chosen.steps} steps, medians of {chosen.rounds}; {chosen.out}\n")
