@@ -218,6 +218,7 @@ def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
     places = windows(len(values), window)
     sums = np.stack([values[list(place)].mean(0) for place in places])  # (windows, prompts, seeds)
     start = int(sums.mean((1, 2)).argmax())
-    ahead = len(places) > window and stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA
+    rivals = any(abs(place - start) >= window for place in range(len(places)))
+    ahead = rivals and stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA
     told = "ahead of every other place" if ahead else "its lead is not established"
     return Window(start, window, f"a ranking always names one; {told}")

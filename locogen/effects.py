@@ -209,7 +209,8 @@ def _accepted(effects: Any, layer: Any, min_share: float) -> Window:
     if best["share"] < min_share:
         return Window(None, width, f"the best window has {best['share']:.0%} of the ceiling's effect; {elsewhere}")
     if best["p_lead"] <= ALPHA:
-        return Window(start, width, "ahead of every other place")
+        rivals = "every other place" if "verdict" not in layer else "its best rival"  # a race follows only that one
+        return Window(start, width, f"ahead of {rivals}")
     return Window(start, width, f"its lead over other places is not established; {elsewhere}")
 
 

@@ -23,7 +23,8 @@ Mode = Literal["exact", "close", "auto", "compile"]
 MODES = ("exact", "close", "auto", "compile")
 GAIN = 1.1  # a way must be so many times as fast as what it replaces: less is noise, and not worth other pictures
 REPEATS, STEPS = 3, 2
-SIZES, MIDDLE = (8, 32, 128), 32  # of batches that are tried, and the one that ways are tried at
+SIZES, MIDDLE = (2, 8, 32, 128), 32  # of batches that are tried, and the largest that ways are tried at
+LONG = 5.0  # seconds that a batch may take before no larger one is tried, and before it is not repeated
 COMPILED = ("ResnetBlock2D", "FeedForward")  # parts of a denoiser that never hold a layer: hooks keep firing
 BOUNDS = {
     "exact": "bit for bit the plain pipeline",
@@ -87,10 +88,11 @@ def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> I
     - "compile": the same, and its convolution blocks and feed-forwards through `torch.compile`, region by region: none
       holds a layer, so interventions go on being heard. Minutes to begin with.
 
-    Each is tried on this model with `batch_size` pictures at once and kept if at least 1.1 × as fast as without; what
-    was kept is in the `Pace`, in the run's settings, and in the key of every picture, so none is taken for another's.
-    Without a `batch_size`, 8, 32 and 128 are tried in the end, as far as the memory goes, and the smallest taken that
-    none larger beats by as much: hand it on, `localize(…, batch_size=pace.batch_size)`, and it is in these too.
+    Each is tried on this model and kept if at least 1.1 × as fast as without, with as many pictures at once as fit the
+    memory and take seconds, at most 32 or `batch_size`; what was kept is in the `Pace`, in the run's settings, and in
+    the key of every picture, so none is taken for another's. Without a `batch_size`, more and fewer are tried in the
+    end, up to 128 and as far as memory and seconds go, and the smallest taken that none larger beats by as much: hand
+    it on, `localize(…, batch_size=pace.batch_size)`, and it is in these too.
     Attention is the pipeline's own (diffusers' is `scaled_dot_product_attention`). Afterwards the model is as it was.
     Only the CPU was tested; on GPUs the same code ran on none yet. Raises `LocogenError` for an unknown mode, a
     `batch_size` below 1, or within another `speed`.
@@ -109,11 +111,13 @@ def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> I
 def _chosen(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
     """Try one change after another, each on top of those that have shown a gain."""
     device, way, measured = pipe._execution_device.type, Way(), {}
-    for change in _changes(pipe, mode):
+    changes = list(_changes(pipe, mode))
+    size = max(_by_size(pipe, way, min(batch_size or MIDDLE, MIDDLE))) if changes else 0
+    for change in changes:
         trial = replace(way, **change)
         for one in (way, trial):
             if str(one) not in measured:
-                measured[str(one)] = _rate(pipe, one, batch_size or MIDDLE)
+                measured[str(one)] = _rate(pipe, one, size)
         if measured[str(trial)] >= GAIN * measured[str(way)]:
             way = trial
     if batch_size is not None:
@@ -122,15 +126,17 @@ def _chosen(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
     return Pace(mode, device, way, _enough(sizes), measured, sizes)
 
 
-def _by_size(pipe: Any, way: Way) -> dict[int, float]:
-    """Pictures per second by batch size, as far as the memory goes."""
+def _by_size(pipe: Any, way: Way, most: int = SIZES[-1]) -> dict[int, float]:
+    """Pictures per second by batch size up to `most`, as far as the memory and a user's patience go."""
     sizes: dict[int, float] = {}
-    for size in SIZES:
+    for size in sorted({*(size for size in SIZES if size < most), most}):
         try:
             sizes[size] = _rate(pipe, way, size)
         except Exception as error:
             if not sizes or not _out_of_memory(error):
                 raise
+            break
+        if size / sizes[size] > LONG:
             break
     return sizes
 
@@ -178,7 +184,9 @@ def _rate(pipe: Any, way: Way, batch_size: int) -> float:
             start = time.perf_counter()
             _batch(pipe, plan, texts, batch_size, chosen)  # its pictures are in main memory: no GPU is still at work
             took.append(time.perf_counter() - start)
-    return batch_size / min(took[1:])
+            if took[-1] > LONG and (took[1:] or not way.compiled):  # what takes so long needs no warming up
+                break
+    return batch_size / min(took[1:] or took)
 
 
 @contextmanager

@@ -50,14 +50,13 @@ def raced_run(races: Sequence[Any], measured: Callable[[Sequence[int], Sequence[
 def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFrame:
     """The effects table of one concept's race; `whole` is that of a table in which nothing is missing.
 
-    The winner and its rival have all pictures and are judged as ever, `p_any` on the seeds that did not choose. Of the
+    The winner and its rival have all pictures and are judged as ever, `p_any` times the number of windows: they were
+    picked among all of these, by some of the same pictures (Bonferroni: it holds however they were picked). Of the
     other windows there is the `estimate` on the `n` pairs they had, without an interval: which they were depends on
     how they did. Every window says how it left the race (`verdict`), after how many pairs (`looked`), and `sure`: the
     share of any other window's effect that the winner's reaches at least, with 95 % confidence (`racing.Race.sure`).
     """
     import pandas as pd
-
-    from locogen.stats import split_seeds
 
     pairs = int((rows["role"] == "baseline").sum())
     swept = rows[rows["role"] == "window"]
@@ -66,10 +65,8 @@ def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFra
     kept = rows[(rows["role"] != "window") | rows["start"].isin(finalists)]
     kept = kept[(kept["role"] != "insert") | kept["start"].isin(finalists)]
     table = whole(kept)
-    _, fresh = split_seeds(sorted(rows["seed"].unique()))
     layer = table["axis"] == "layer"
-    again: Any = whole(kept[kept["seed"].isin(fresh)])
-    table.loc[layer, "p_any"] = again.loc[again["axis"] == "layer", "p_any"].to_numpy()
+    table.loc[layer, "p_any"] = (table.loc[layer, "p_any"] * len(sizes)).clip(upper=1)
     others = _given_up(rows, swept[~swept["start"].isin(finalists)], table[layer].iloc[0])
     table = pd.concat([table[layer], others, table[~layer]], ignore_index=True) if len(others) else table
     said: Any = swept.drop_duplicates("start").set_index("start")[["verdict", "looked", "sure"]]

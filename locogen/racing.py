@@ -4,9 +4,11 @@ All windows start on a few (prompt, seed) pairs; those that can no longer be the
 prompt and seed (common random numbers), and the baseline of the pair is subtracted (a control variate), so all
 comparisons are paired. What is bounded is how much of another window's effect the leader reaches at least:
 
-- one comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumption*: over pairs, these
-  differences are about normal; any variances, any correlation between windows. Bounds that know only a range (empirical
-  Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need none, and cannot drop anything before
+- one comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*: over pairs, these
+  differences are about normal; any variances, any correlation between windows; and pairs count as separate draws, which
+  they are for the concept's own prompts where a seed does not move all its pairs' differences alike. So all that is
+  said is of these prompts (another set may have another best window), and seeds take turns. Bounds that know only a
+  range (empirical Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need none, and cannot drop anything before
   log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the same way so often. That is more
   pairs than a race should take.
 - all looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the simplest of the alpha
@@ -182,14 +184,18 @@ def race(
 
 
 def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(prompt, seed) of the seeds that choose, and of the others; prompts shuffled, so that any few are a fair draw."""
+    """(prompt, seed) of the seeds that choose, and of the others; seeds in turn, each with its prompts shuffled.
+
+    So any few pairs are a fair draw, of different seeds and different prompts as far as may be.
+    """
     if len(seeds) < 4:
         raise LocogenError(f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}")
     parts: list[list[tuple[str, int]]] = []
     for part in split_seeds(seeds):
         order = [np.random.default_rng([abs(seed), 1]).permutation(len(concept.pairs)) for seed in part]
+        turns = zip(*order, strict=True)  # one prompt for each seed
         parts.append(
-            [(concept.pairs[i].prompt, seed) for seed, places in zip(part, order, strict=True) for i in places]
+            [(concept.pairs[i].prompt, seed) for turn in turns for seed, i in zip(part, turn, strict=True)]
         )
     return parts[0], parts[1]
 

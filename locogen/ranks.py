@@ -26,9 +26,10 @@ def rank_correlation(
     """Spearman's correlation over layers of two profiles, each the mean of (layers, prompts, seeds).
 
     Prompts and seeds are resampled apart, as in `stats.crossed_bootstrap`, the same ones for both profiles where both
-    have as many. Noise alone makes rankings less alike, so what resampling takes away is given back: the interval is
-    the reversed one (Davison & Hinkley 1997, section 5.2, "basic"), on Fisher's scale. NaN where a profile is flat; no
-    interval for one seed and fewer than six prompts. Raises ValueError for other numbers of layers, or under three.
+    have as many. Noise alone makes rankings less alike, so what resampling takes away is given back: the interval
+    reaches over both the percentile and the reversed one (Davison & Hinkley 1997, section 5.2), on Fisher's scale. NaN
+    where a profile is flat; no interval for one seed and fewer than six prompts. Raises ValueError for other numbers of
+    layers, or under three.
     """
     x, y = (np.asarray(values, np.float64) for values in (one, two))
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or len(x) < 3:

@@ -40,7 +40,7 @@ class Sides(NamedTuple):
     """The best state of the text encoder and of the denoiser, and by how much the first brings back more.
 
     Each is chosen on some seeds, the difference measured on the others, for these prompts (paired, 95 %). `reason`:
-    why even the best of both is not the one place (`best_state`), if it is not; empty where it is.
+    why no side is told: even the best of both is not the one place (`best_state`), or seeds are too few; else empty.
     """
 
     text: str
@@ -171,8 +171,11 @@ def sides(table: pd.DataFrame) -> Sides | None:
         names.append("{}, layer {}".format(*places[at]))
         curves.append(values[at][:, kept])
     found = stats.crossed_bootstrap((curves[0] - curves[1])[None], prompts="fixed")
-    ends = (float(end[0]) for end in (found.estimate, found.low, found.high))
-    return Sides(*names, *ends, best_state(table).reason)
+    lead, low, high = (float(end[0]) for end in (found.estimate, found.low, found.high))
+    reason = best_state(table).reason
+    if picked == kept:
+        reason = reason or "under four seeds cannot both choose the states and compare them"
+    return Sides(names[0], names[1], lead, low, high, reason)
 
 
 def _stacked(cubes: dict[str, Array]) -> tuple[list[tuple[str, int]], Array]:

@@ -113,10 +113,11 @@ def agree(first: Located, second: Located) -> Agreement:
     """
     if first.concept != second.concept:
         raise LocogenError(f"{first.concept!r} and {second.concept!r} are two concepts: compare localizers on one")
+    widths = {int(found.effects["width"].iloc[0]) for found in (first, second)} - {1}
+    if len(widths) > 1:
+        raise LocogenError("both localizers moved windows, of different widths: use the same window")
     count = min(len(first.layers), len(second.layers))
     one, two = (_windowed(found.layers, len(found.layers) - count + 1) for found in (first, second))
-    if len(one) != len(two):
-        raise LocogenError("both localizers moved windows, of different widths: use the same window")
     same = bool(set(first.carrier) & set(second.carrier)) if len(first.carrier) and len(second.carrier) else None
     found = rank_correlation(one, two)
     return Agreement(

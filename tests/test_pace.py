@@ -165,11 +165,19 @@ def test_the_choice_is_measured(pipe, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks) * 0.5)
     assert pace._rate(pipe, Way(), 3) == 6.0
+    ticks = itertools.count(step=12)
+    assert pace._rate(pipe, Way(), 3) == 0.5 and next(ticks) == 24, "once is enough of what takes long"
 
 
 @pytest.mark.parametrize(
     ("by_size", "chosen"),
-    [({8: 1, 32: 2, 128: 3}, 128), ({8: 1, 32: 2, 128: 2.1}, 32), ({8: 2, 32: 2.1, 128: 1}, 8), ({8: 1, 32: 2}, 32)],
+    [
+        ({2: 50, 8: 100, 32: 200, 128: 300}, 128),
+        ({2: 50, 8: 100, 32: 200, 128: 210}, 32),
+        ({2: 50, 8: 200, 32: 210, 128: 100}, 8),
+        ({2: 50, 8: 100, 32: 200}, 32),
+        ({2: 0.3}, 2),  # a batch takes seven seconds: no larger one is tried
+    ],
 )
 def test_the_batch_size_is_measured(pipe, monkeypatch, by_size, chosen):
     """The smallest that is fast enough; where memory runs out, what came before."""
@@ -180,8 +188,9 @@ def test_the_batch_size_is_measured(pipe, monkeypatch, by_size, chosen):
         return by_size[batch_size]
 
     monkeypatch.setattr(pace, "_rate", rate)
-    with speed(pipe, "exact") as found:
-        assert found.batch_size == chosen and found.sizes == by_size and f"{chosen} at once" in repr(found)
+    for mode in ("exact", "auto"):  # to compare ways takes a batch that fits, too
+        with speed(pipe, mode) as found:
+            assert found.batch_size == chosen and found.sizes == by_size and f"{chosen} at once" in repr(found)
     by_size.clear()
     with pytest.raises(torch.OutOfMemoryError), speed(pipe, "exact"):
         pass

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all")
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--each", type=int, default=4, help="objects, and facts of each kind; 0: all")
     parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
     chosen = parser.parse_args()

@@ -164,9 +164,9 @@ def simulate(found: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", type=Path, default=Path("runs/carriers/store"))
-    parser.add_argument("--prompts", type=int, default=2, help="at most so many of each concept's prompts; 0: all")
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--simulate", action="store_true", help="make no pictures: take race_effects.json as it is")
     parser.add_argument("--repeats", type=int, default=20, help="simulated races for each concept")
     parser.add_argument("--out", type=Path, default=Path("runs/race/race.json"))
