@@ -8,9 +8,9 @@ comparisons are paired. What is bounded is how much of another window's effect t
   differences are about normal; any variances, any correlation between windows; and pairs count as separate draws, which
   they are for the concept's own prompts where a seed does not move all its pairs' differences alike. So all that is
   said is of these prompts (another set may have another best window), and seeds take turns. Bounds that know only a
-  range (empirical Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need none, and cannot drop anything before
-  log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the same way so often. That is more
-  pairs than a race should take.
+  range (empirical Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need none, and cannot drop
+  anything before log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the same way so often.
+  That is more pairs than a race should take.
 - all looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the simplest of the alpha
   spending functions of Lan & DeMets, Biometrika 70, 1983), so peeking costs nothing further.
 - all windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not all pairs of windows
@@ -194,9 +194,7 @@ def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[tuple[s
     for part in split_seeds(seeds):
         order = [np.random.default_rng([abs(seed), 1]).permutation(len(concept.pairs)) for seed in part]
         turns = zip(*order, strict=True)  # one prompt for each seed
-        parts.append(
-            [(concept.pairs[i].prompt, seed) for turn in turns for seed, i in zip(part, turn, strict=True)]
-        )
+        parts.append([(concept.pairs[i].prompt, seed) for turn in turns for seed, i in zip(part, turn, strict=True)])
     return parts[0], parts[1]
 
 

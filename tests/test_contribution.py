@@ -128,6 +128,8 @@ def test_what_is_loud_is_heard(pipe):
     assert after[0].mean() / before[0].mean() == pytest.approx(1, abs=0.5)
     assert before.mean((1, 2)).argmax() != 9 == after.mean((1, 2)).argmax()
     assert 9 in list(contribution_window(table, window=2))
+    for width in range(1, 17):  # the wide ones leave no window that does not overlap the best
+        assert 9 in list(contribution_window(table, window=width))
     effects = contribution_effect(table)
     assert list(effects.columns[:8]) == ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
     assert effects["estimate"].to_numpy() == pytest.approx(after.mean((1, 2)))

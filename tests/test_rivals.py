@@ -1,5 +1,6 @@
 """Localizers side by side: they take the same arguments, and agree with themselves."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,9 @@ def test_what_cannot_be_compared_is_refused(found):
     one = found["locogen"]
     with pytest.raises(LocogenError, match="two concepts"):
         agree(one, Located("x", "dog", one.effects, one.layers, one.carrier, 1, 0.0))
+    wider = dataclasses.replace(one, layers=one.layers[1:], effects=one.effects.assign(width=3))
+    with pytest.raises(LocogenError, match="of different widths"):
+        agree(found["locogen"], wider)
     with pytest.raises(LocogenError, match="no localizer 'causal': did you mean"):
         locate(None, CONCEPT, "causal")
 

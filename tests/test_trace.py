@@ -403,6 +403,8 @@ def test_no_side_is_named_where_no_state_is_the_place():
     weak, strong = (recovery.sides(traced([0.0, gain, 0.0])) for gain in (0.2, 0.8))
     assert weak is not None and weak.high < 0 and "of what the noise took" in weak.reason and weak.side is None
     assert strong is not None and strong.high < 0 and not strong.reason and strong.side == "denoiser"
+    few = recovery.sides(traced([0.0, 0.8, 0.0], seeds=3))
+    assert few is not None and few.high < 0 and "under four seeds" in few.reason and few.side is None
 
 
 def test_facts_are_scored_by_their_answer():
