@@ -20,9 +20,15 @@ RESERVE = 0.9  # of the free memory is used: allocators leave gaps
 
 
 def pictures_of(
-    pipe: Any, plan: Sequence[Intervention], chosen: Settings, whole: Sequence[Intervention] | None = None
-) -> Iterator[tuple[Sequence[Intervention], np.ndarray[Any, Any]]]:
-    """Batch by batch, rows and their pictures in 0..1, (rows, height, width, 3), in the order of the plan.
+    pipe: Any,
+    plan: Sequence[Intervention],
+    chosen: Settings,
+    whole: Sequence[Intervention] | None = None,
+    settled: int | None = None,
+) -> Iterator[tuple[Sequence[Intervention], np.ndarray[Any, Any], int]]:
+    """Batch by batch: rows, in the order of the plan; their pictures in 0..1, (rows, height, width, 3); batch size.
+
+    The size is that of the batches which follow; given as `settled`, it is that of the first one too.
 
     Batches are as even as can be, so that little is spent on filling the last one up. Their size follows from `whole`,
     all rows that are asked for, of which `plan` is what is missing: so a resumed run repeats a fresh one, to the bit
@@ -35,7 +41,8 @@ def pictures_of(
     smallest = 2 if ridden else 1
     places, missing = _places(plan if whole is None else whole, ridden), _places(plan, ridden)
     memory = _Memory(pipe)
-    size = smallest if memory.known else max(min(_even(places, chosen.batch_size), missing), smallest)
+    memory.known = memory.known and settled is None
+    size = smallest if memory.known else max(min(settled or _even(places, chosen.batch_size), missing), smallest)
     start = 0
     while start < len(plan):
         rows = _next(plan[start:], size, ridden)
@@ -45,10 +52,10 @@ def pictures_of(
             size = halved(pipe, error, size, smallest)
             memory.known = False
         else:
-            yield rows, made
-            start += len(rows)
             if memory.known:
                 size = max(smallest, _even(places, min(chosen.batch_size, memory.fitting(size))))
+            yield rows, made, size
+            start += len(rows)
         memory.free()
 
 

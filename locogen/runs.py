@@ -6,7 +6,6 @@ import base64
 import hashlib
 import html
 import io
-import json
 import platform
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from locogen.families import cut_words
 from locogen.heartbeat import beat
 from locogen.hooks import active_contexts, foreign_hooks
 from locogen.plan import Intervention, Settings, distinct_seeds
-from locogen.store import PictureStore, Writer, content_key
+from locogen.store import PictureStore, Record, Writer, content_key
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
 
@@ -116,13 +115,13 @@ def generate(
     """Make the picture of every row, in batches; what the store holds already is not made again.
 
     `plan_or_prompts`: a plan, or prompts which are then paired with every seed (default: seed 0), prompt by prompt.
-    `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once,
-    each row has its own CPU generator, and the last batch is padded, so a resumed run repeats a fresh one within
-    one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer where its free memory asks for it, and half
-    as many, with a warning, where memory runs out all the same. SD 3 and FLUX spend places of a batch on the targets'
-    own runs. Warns when the tokenizer cuts a prompt. Raises `LocogenError` for an empty plan or prompt, steps that the
-    call has not, non-finite pictures, a picture too large for the memory, or a store that lacks pictures and cannot
-    be written: pictures made so far are kept.
+    `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once, each
+    row has its own CPU generator, the last batch is padded, and the batch size is kept in the run's file, so a resumed
+    run repeats a fresh one, in float32 within one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer
+    where its free memory asks for it, and half as many, with a warning, where memory runs out all the same. SD 3 and
+    FLUX spend places of a batch on the targets' own runs. Warns when the tokenizer cuts a prompt. Raises `LocogenError`
+    for an empty plan or prompt, steps that the call has not, non-finite pictures, a picture too large for the memory,
+    or a store that lacks pictures and cannot be written: pictures made so far are kept.
     """
     plan = _as_plan(plan_or_prompts, seeds)
     chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
@@ -137,10 +136,8 @@ def generate(
     missing = {key: row for key, row in zip(keys, plan, strict=True) if shelf.get(key) is None}
     if missing:
         told = {**settings, "images": list(table["image"])}
-        # Before the first picture: a store that cannot be written should not cost a batch.
-        shelf.write(f"run-{content_key(told)}.json", json.dumps(told, indent=1, default=str).encode())
         whole = dict(zip(keys, plan, strict=True))
-        _make(pipe, missing, list(whole.values()), shelf, chosen, progress)
+        _make(pipe, missing, list(whole.values()), Record(shelf, told), chosen, progress)
     pictures = Pictures(shelf, keys)
     if store is None:
         weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
@@ -271,7 +268,7 @@ def _make(
     pipe: Any,
     missing: dict[str, Intervention],
     whole: Sequence[Intervention],
-    shelf: PictureStore,
+    record: Record,
     chosen: Settings,
     progress: bool,
 ) -> None:
@@ -280,8 +277,9 @@ def _make(
     beat.ask(len(missing))
     bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
     keys = iter(missing)
-    with bar, Writer(shelf) as writer:
-        for rows, made in pictures_of(pipe, list(missing.values()), chosen, whole):
+    with bar, Writer(record.shelf) as writer:
+        for rows, made, size in pictures_of(pipe, list(missing.values()), chosen, whole, record.batch):
+            record.settle(size)
             finite = [bool(np.isfinite(pixels).all()) for pixels in made]
             writer.put([(key, pixels) for pixels, good, key in zip(made, finite, keys, strict=False) if good])
             _check_finite(rows, finite)

@@ -80,6 +80,32 @@ class PictureStore:
             ) from None
 
 
+class Record:
+    """The file `run-….json` of a run: what it is, the names of its pictures, and the batch size it settled on.
+
+    Written at once: a store that cannot be written should not cost a batch. `batch` is what an earlier call of the same
+    run left there, else None.
+    """
+
+    def __init__(self, shelf: PictureStore, told: Mapping[str, Any]) -> None:
+        self.shelf, self.told, self.name = shelf, dict(told), f"run-{content_key(told)}.json"
+        self.batch: int | None = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = json.loads((shelf.folder / self.name).read_text("utf-8")).get("batch")
+            self.batch = found if isinstance(found, int) and found > 0 else None
+        self._write()
+
+    def settle(self, batch: int) -> None:
+        """Keep the batch size, where none is kept."""
+        if self.batch is None:
+            self.batch = batch
+            self._write()
+
+    def _write(self) -> None:
+        kept = {} if self.batch is None else {"batch": self.batch}
+        self.shelf.write(self.name, json.dumps(self.told | kept, indent=1, default=str).encode())
+
+
 class Writer:
     """Within the context, writes the pictures of a batch while the next one is made.
 

@@ -7,7 +7,6 @@ arXiv 2202.05262; for text-to-image models Basu et al. 2024, arXiv 2405.01008, s
 
 from __future__ import annotations
 
-import json
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from locogen.phrasings import shown_text, subject_in
 from locogen.plan import Concept, Intervention, Settings, distinct_seeds
 from locogen.runs import Pictures, Run, _check_finite, _check_prompts, _circumstances, _key
 from locogen.states import DENOISER_PARTS, TEXT_PARTS, check_apart, find_states, find_text_states, restoring
-from locogen.store import PictureStore, content_key
+from locogen.store import PictureStore, Record, content_key
 from locogen.texts import Text
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def _made(pipe: Any, plan: Sequence[Restoration], chosen: Settings, store: str |
     table = _table(plan, keys, chosen)
     if missing:
         told = {**settings, "images": list(table["image"])}
-        shelf.write(f"run-{content_key(told)}.json", json.dumps(told, indent=1, default=str).encode())
+        Record(shelf, told)
         _make(pipe, {key: row for row, key in missing.items()}, shelf, chosen, progress)
     pictures = Pictures(shelf, keys)
     if store is None:

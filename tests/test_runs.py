@@ -212,7 +212,24 @@ def test_each_run_of_a_store_keeps_its_settings(pipe, rows, tmp_path):
     told = [json.loads(path.read_text()) for path in tmp_path.glob("run-*.json")]
     told.sort(key=lambda each: -each["guidance_scale"])
     assert [each.pop("images") for each in told] == [list(run.table["image"]) for run in (one, other)]
+    assert [each.pop("batch") for each in told] == [2, 2]
     assert told == [json.loads(json.dumps(run.settings, default=str)) for run in (one, other)]
+
+
+def test_a_resumed_run_goes_on_with_the_batch_size_it_had(pipe, rows, tmp_path, monkeypatch):
+    """Which may not be the one that it would choose now: another size adds up in another order."""
+    whole = generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 3}))
+    (kept,) = tmp_path.glob("run-*.json")
+    kept.write_text(kept.read_text().replace('"batch": 3', '"batch": 2'))
+    for name in list(whole.table["image"])[1:]:
+        (tmp_path / name).unlink()
+    seen = calls(pipe, monkeypatch)
+    generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 3}))
+    assert set(seen) == {4} and json.loads(kept.read_text())["batch"] == 2, "guidance doubles the rows"
+    kept.write_text("{")  # a damaged one is as good as none
+    (tmp_path / whole.table["image"][0]).unlink()
+    generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 3}))
+    assert json.loads(kept.read_text())["batch"] == 1
 
 
 def test_a_picture_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
@@ -276,8 +293,11 @@ def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size)
 
     monkeypatch.setattr("locogen.batches._Memory", Gpu)
     plan = [Intervention(prompt, "cat", (), 0) for prompt in "abcdefghi"]
-    sizes = [len(rows) for rows, _ in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
-    assert sizes[0] == 1 and sizes[1] == size and sum(sizes) == 9
+    made = [(len(rows), told) for rows, _, told in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
+    sizes = [count for count, _ in made]
+    assert sizes[0] == 1 and sizes[1] == size and sum(sizes) == 9 and {told for _, told in made} == {size}
+    again = [len(rows) for rows, *_ in pictures_of(pipe, plan, Settings(1, 1.0, 4), settled=size)]
+    assert again[0] == size, "the first batch too, whatever is free by now"
 
 
 @pytest.mark.parametrize(("count", "most", "sizes"), [(33, 32, [34, 34]), (5, 32, [10]), (12, 4, [8, 8, 8])])
