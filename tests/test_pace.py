@@ -241,6 +241,7 @@ def test_the_benchmark_runs_at_tiny_size(tmp_path):
         "gpu",
         "growth",
         "start",
+        "solver",
         "report",
     ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -251,5 +252,6 @@ def test_the_benchmark_runs_at_tiny_size(tmp_path):
     assert sum(found["parts"]["shares"].values()) == pytest.approx(1) and found["parts"]["gain"] > 0
     assert all(row["flops_a_picture"] > 0 for row in found["gpu"]["models"])
     table = [line for line in said.splitlines() if line.startswith("| ")]
+    assert set(found["solver"]["ratios"]) == {"SD 1.5", "SD-XL"}
     assert len(table) >= 10 and any("`intervene` over the plain pipeline" in line for line in table)
     assert torch.cuda.is_available() or "no GPU was to be had" in said
