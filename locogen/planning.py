@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.atomic import load_json
+from locogen.atomic import check_place, load_json
 from locogen.catalog import concept, model_entries, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.keys import circumstances, hashed, run_key
@@ -116,6 +116,8 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
         )
         for slug, row in zip(_slugs(rows, path), rows, strict=True)
     )
+    for run in runs:
+        check_place(run.folder)
     return str(study.get("title", path.stem)), results, runs
 
 

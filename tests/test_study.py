@@ -24,6 +24,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from locogen import __main__, keys, study, worker
 from locogen import kernel as kernels
+from locogen.atomic import publish
 from locogen.errors import LocogenError
 from locogen.kernel import Failure
 from locogen.parameters import plain
@@ -403,6 +404,20 @@ def test_mistakes_are_found_first(write, kernel: Kernel, tmp_path: Path, name: s
         run_study(path)
     assert str(path) in str(caught.value)
     assert not kernel.calls and not path.with_suffix("").exists()
+
+
+def test_a_folder_that_no_run_has_made_is_left_alone(write, kernel: Kernel, tmp_path: Path) -> None:
+    path = write(TWO, head='model = "mini"\nresults = "."\n')
+    (tmp_path / "neon").mkdir()
+    run_study(path, dry_run=True)  # an empty one may be taken
+    (tmp_path / "neon" / "mine.txt").write_text("mine")
+    with pytest.raises(LocogenError, match=r"neon is there and no run of locogen's.*results = "):
+        run_study(path)
+    assert not kernel.calls
+    (partial := tmp_path / ".partial-neon-x").mkdir()
+    with pytest.raises(LocogenError, match="neon is there and no run"):
+        publish(partial, tmp_path / "neon")
+    assert (tmp_path / "neon" / "mine.txt").read_text() == "mine"
 
 
 def test_only_takes_slugs_of_the_plan(write, kernel: Kernel) -> None:
