@@ -244,6 +244,14 @@ def test_an_unreadable_notebook_leaves_the_rest(results: Path) -> None:
     assert "cannot be read" in (results / "neon" / "index.html").read_text(encoding="utf-8")
 
 
+def test_a_result_with_groups_that_are_none_leaves_the_rest(results: Path) -> None:
+    file = results / "neon" / "result.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8")
+    assert "neon" in build(results).read_text(encoding="utf-8")
+    assert "neon: found" in (results / "neon" / "index.html").read_text(encoding="utf-8")
+
+
 def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:
     (results / "neon" / "result.json").unlink()
     assert "unfinished: it was stopped" in build(results).read_text(encoding="utf-8")

@@ -145,7 +145,9 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
     assert {"locogen", "python", "torch", "diffusers"} <= set(told["versions"])
     assert told["seconds"] >= 0 and datetime.fromisoformat(told["finished"]).tzinfo
     assert len(told["key"]) == 64
-    assert json.loads((folder / "study.json").read_text()) == {"title": "A study", "runs": ["neon", "blueprint"]}
+    assert json.loads((folder / "study.json").read_text()) == {
+        "title": "A study", "base": "..", "runs": ["neon", "blueprint"]
+    }  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon       new", "  blueprint  new"]
     assert re.fullmatch(r"\[1/2\] neon  done in \d+ s · layers 0-1.*", lines[5])
