@@ -341,6 +341,14 @@ def test_arrange_lowers_headings_and_wraps() -> None:
     assert silent == []
 
 
+@pytest.mark.parametrize(
+    ("width", "wide"), [("50%", 0), ("900%", 0), ("auto", 0), ("300px", 0), ("900px", 1), ("900.5", 1), ("²", 0)]
+)
+def test_arrange_takes_any_width(width: str, wide: int) -> None:
+    body, _ = arrange(f'<img src="data:image/png;base64,{png(size=(9, 9))}" alt="a cat" width="{width}">')
+    assert body.count('class="wide"') == wide and 'alt="a cat"' in body
+
+
 def test_shrink_loses_nothing() -> None:
     for mode in ("RGBA", "RGB", "L"):
         before = png("red" if mode != "L" else "white", mode=mode)
