@@ -127,6 +127,8 @@ def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     for key in study:
         if key not in known:
             raise LocogenError(f"{path}: {unknown('key', key, known)}")
+    if not isinstance(study.get("results", ""), str):
+        raise LocogenError(f'{path}: results is {study["results"]!r}: give a folder from here, such as results = "out"')
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
             raise LocogenError(f"{path}: {name} is not a table: begin it with a line [{name}]")
