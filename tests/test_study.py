@@ -235,6 +235,41 @@ def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -
     assert keys[0] == keys[2] != keys[1]
 
 
+@pytest.mark.parametrize(
+    ("model", "source"), [("a/b", "a/b"), ("sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5")]
+)
+def test_a_run_is_done_again_when_the_hub_s_weights_moved(write, kernel, tmp_path, monkeypatch, model, source) -> None:
+    """Not when the run itself has fetched them, nor when they are gone from the cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = write('[[run]]\nconcept = "mini/neon"\n', head=f'model = "{model}"')
+    ref = tmp_path / "hub" / f"models--{source.replace('/', '--')}" / "refs" / "main"
+    execute = worker.execute
+
+    def fetches(*given: Any) -> Any:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        if not ref.exists():
+            ref.write_text("1" * 40)
+        return execute(*given)
+
+    monkeypatch.setattr(worker, "execute", fetches)
+    states = []
+    for commit in (None, "2" * 40):
+        if commit:
+            ref.write_text(commit)
+        states.append(read_study(path)[2][0].state)
+        run_study(path)
+        states.append(read_study(path)[2][0].state)
+        assert result(path, "mini-neon")["commits"] == {"model": f"{source}@{ref.read_text()}"}
+    ref.unlink()
+    assert [*states, read_study(path)[2][0].state] == ["new", "done", "outdated", "done", "done"]
+
+
+def test_the_second_model_s_key_has_the_parts_of_the_first(tmp_path: Path, monkeypatch) -> None:
+    before = keys._weights_hash("mini-b", tmp_path)
+    monkeypatch.setattr(keys, "mini_folder", lambda: tmp_path)
+    assert keys._weights_hash("mini-b", tmp_path) != before
+
+
 def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
     path, hashed = write("[[run]]\nseeds = 2", head=""), []
     monkeypatch.setattr(keys, "_weights_hash", lambda name, base: hashed.append(name))
