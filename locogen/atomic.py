@@ -17,13 +17,26 @@ from locogen.errors import LocogenError
 def publish(partial: Path, folder: Path) -> None:
     """Put the finished folder in its place: whoever looks finds the old one or the new, never half of it.
 
-    A kill between the two steps leaves the old one under its other name, and `alone` puts it back.
+    A kill between the two steps leaves the old one under its other name, and `alone` puts it back. Raises
+    `LocogenError` where what is there is none of our runs.
     """
+    check_place(folder)
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raise `LocogenError` where a run's folder would take the place of something that no run has made."""
+    if not os.path.lexists(folder) or any((folder / name).is_file() for name in ("result.json", "error.json")):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise LocogenError(
+            f"{folder} is there and no run of locogen's (it holds neither result.json nor error.json): "
+            'move it, give the run another name, or the study another folder with results = "…"'
+        )
 
 
 @contextlib.contextmanager

@@ -185,7 +185,10 @@ class Arranger(Cleaner):
         alone = any("output_png" in part or "output_jpeg" in part or "output_svg" in part for part in self.parts[-2:])
         self.parts.append(f'<span class="card" tabindex="0" id="{name}">' if alone else f'<span id="{name}">')
         head = base64.b64decode(attributes["src"].partition(",")[2][:40] or "")
-        if int(attributes.get("width", "0") or 0) > 700 or png_width(head) > 700:
+        asked = re.match(
+            r"\s*(\d{1,9})(?!\d|\s*%)", attributes.get("width", "")
+        )  # pixels: "50%" says no width, nor "auto"
+        if (asked and int(asked[1]) > 700) or png_width(head) > 700:
             attributes["class"] = "wide"
         super().write("img", attributes, "")
         self.parts.append("</span>")

@@ -72,19 +72,23 @@ def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _swept(run: Planned) -> int | None:
-    """The rows of `localize`'s plan; None for a model of which the catalog does not know the layers."""
+    """The rows of `localize`'s plan; None for a model of which the catalog does not know the layers.
+
+    None too for a notebook of one's own that has the name, but not the parameters.
+    """
+    seeds, window, most = (run.value(name) for name in ("seeds", "window", "max_prompts"))
+    if not (run.value("prompt") or run.value("concept")) or any(type(n or 0) is not int for n in (seeds, window, most)):
+        return None
     entry = next((entry for entry in model_entries() if entry.name == run.value("model")), None)
-    if entry is None or entry.layers is None or run.value("seeds") < 1:
+    if entry is None or entry.layers is None or not seeds or seeds < 1:
         return None
     pairs = 1
     if not run.value("prompt"):
         own = run.value("concepts_file")
         pairs = len(concept(run.value("concept"), file=run.base / own if own else None).pairs)
     one = Concept("x", "style", (PromptPair("x", "y"),))  # a sweep is as long whatever it is about
-    rows = sweep(
-        one, n_layers=entry.layers, window=run.value("window") or entry.window, seeds=range(run.value("seeds"))
-    )
-    return min(pairs, run.value("max_prompts") or pairs) * len(rows)
+    rows = sweep(one, n_layers=entry.layers, window=window or entry.window, seeds=range(seeds))
+    return min(pairs, most or pairs) * len(rows)
 
 
 def duration(seconds: float) -> str:

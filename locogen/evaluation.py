@@ -59,15 +59,15 @@ class Probe:
 def compare(before: Run, after: Run, *, text: str | None = None, scorer: Scorer | str | None = None) -> pd.DataFrame:
     """Two runs of the same prompts and seeds, row by row: prompt, seed, text, before, after, change (raw cosines).
 
-    `text`: what both are scored against; None: each row's own prompt. `scorer`: None is the mini model's. Raises
-    `LocogenError` where the rows of the runs are not the same.
+    `text`: what both are scored against; None: each row's own prompt. `scorer`: None is the catalog's for the model
+    of the first run. Raises `LocogenError` where the rows of the runs are not the same.
     """
     import pandas as pd
 
     rows = [(row.prompt, row.seed) for row in before.plan]
     if rows != [(row.prompt, row.seed) for row in after.plan]:
         raise LocogenError("the runs have other prompts or seeds: generate both with the same")
-    judge = _judge(scorer)
+    judge = _judge(scorer, str(before.settings["model"]))
     texts = [text or prompt for prompt, _ in rows]
     old, new = (judge(list(run.pictures), texts)[0] for run in (before, after))
     table = pd.DataFrame(rows, columns=["prompt", "seed"])
@@ -144,18 +144,20 @@ def evaluate(
     """Pictures of every probe and seed without and with each arm's edit (or edits, together), measured in pairs.
 
     `arms`: name → edit (or () for none), applied `strength` times (above 1 makes up for what `preserve` holds back,
-    at the neighbors' cost). `settings`: `num_inference_steps`, `guidance_scale`, `batch_size` of `generate`. One row
-    an arm, probe and seed: `before` and `after` (raw cosine with the probe's text), `right_before` and `right_after`
-    (1 where it beats the texts of `among`, else 0; NaN where there are none), `sign` (`Probe.sign`), `ssim` of the
-    two pictures (1: the same), `distance` of their features (1 - cosine of the scorer's picture embeddings, where it
-    has them) and `lpips` where that package is installed.
+    at the neighbors' cost). `scorer`: None is the catalog's for the model, as in `localize`. `settings`:
+    `num_inference_steps`, `guidance_scale`, `batch_size` of `generate`. One row an arm, probe and seed: `before` and
+    `after` (raw cosine with the probe's text), `right_before` and `right_after` (1 where it beats the texts of
+    `among`, else 0; NaN where there are none), `sign` (`Probe.sign`), `ssim` of the two pictures (1: the same),
+    `distance` of their features (1 - cosine of the scorer's picture embeddings, where it has them) and `lpips` where
+    that package is installed.
     The model is left as found.
     """
     import pandas as pd
 
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
-    drawn, judge = distinct_seeds(seeds), _judge(scorer)
+    model = str(getattr(pipe.config, "_name_or_path", "") or "")
+    drawn, judge = distinct_seeds(seeds), _judge(scorer, model, pipe.device.type)
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     rows = {(p, s): i for i, (p, s) in enumerate((p, s) for p in prompts for s in drawn)}
     index = [(probe, s, rows[probe.prompt, s]) for probe in probes for s in drawn]
@@ -277,10 +279,12 @@ def _grid(part: pd.DataFrame, column: str) -> Array:
     return part.pivot_table(index="prompt", columns="seed", values=column, sort=False).to_numpy(float)
 
 
-def _judge(chosen: Scorer | str | None) -> Scorer:
-    from locogen.score import scorer
+def _judge(chosen: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
+    """The scorer asked for, else the one for a model by the folder or hub id that it was loaded from."""
+    from locogen.score import default_scorer, scorer
 
-    return scorer(chosen or "mini") if chosen is None or isinstance(chosen, str) else chosen
+    chosen = chosen or default_scorer(model)
+    return scorer(chosen, device=device) if isinstance(chosen, str) else chosen
 
 
 def _measured(judge: Scorer, pictures: Sequence[Any], index: Sequence[tuple[Probe, int, int]]) -> tuple[Array, Array]:

@@ -73,6 +73,7 @@ class Explorer:
         self.carriers = {name: carrier(self.effects[self.effects["concept"] == name]) for name in self.concepts}
         self.n_layers = int(run.settings["n_layers"])
         self.width = int(run.settings["window"])
+        self.pooled = next((row.pooled for row in run.plan if row.layers), "keep")
         self.seeds = sorted({row.seed for row in run.plan})
         self._rows = {_made(row): i for i, row in reversed(list(enumerate(run.plan)))}
         self._kept: dict[Any, Any] = {}
@@ -117,13 +118,12 @@ class Explorer:
 
         Raises `LocogenError` for pictures that the run has not when there is no model to make them.
         """
-        pair, window = self.pair(look), look.window
+        pair, window, every = self.pair(look), look.window, tuple(range(self.n_layers))
+        changed: Any = dict(prompt=pair.prompt, target=pair.target, seed=look.seed, pooled=self.pooled)
         rows = {
             "baseline": Intervention(pair.prompt, pair.target, (), look.seed, "baseline"),
-            f"{window} hearing “{pair.target}”": Intervention(pair.prompt, pair.target, tuple(window), look.seed),
-            f"all layers hearing “{pair.target}”": Intervention(
-                pair.prompt, pair.target, tuple(range(self.n_layers)), look.seed, "ceiling"
-            ),
+            f"{window} hearing “{pair.target}”": Intervention(layers=tuple(window), **changed),
+            f"all layers hearing “{pair.target}”": Intervention(layers=every, role="ceiling", **changed),
         }
         found = self._pictures(list(rows.values()))
         yield from (Shown(label, *one) for label, one in zip(rows, found, strict=True))
@@ -189,8 +189,8 @@ class Explorer:
 
 
 def _made(row: Intervention) -> tuple[Any, ...]:
-    """What makes a row's picture: where no layer is replaced, the target does not matter."""
-    return row.prompt, row.target if row.layers else None, row.layers, row.seed
+    """What makes a row's picture: where nothing of the target is heard, it does not matter."""
+    return row.prompt, None if row.is_plain else row.target, row.layers, row.seed, row.pooled, row.timesteps
 
 
 def _concepts(table: Any) -> Iterator[Concept]:

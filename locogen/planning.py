@@ -40,10 +40,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.atomic import load_json
+from locogen.atomic import check_place, load_json
 from locogen.catalog import concept, model_entries, read_toml
 from locogen.errors import LocogenError, unknown
-from locogen.keys import circumstances, hashed, run_key
+from locogen.keys import circumstances, commits, hashed, run_key
 from locogen.parameters import ARRANGED, check_parameters, defaults_of, notebook_file, parameters_of, plain
 
 _ABOUT = ("title", "name")  # keys of a run that are not parameters
@@ -63,14 +63,22 @@ class Planned:
     base: Path  # the study's own folder: paths among the parameters start there
     folder: Path
     key: str = field(repr=False)
+    commits: Mapping[str, str] = field(default_factory=dict, repr=False)  # of hub weights, as this machine has them
 
     @property
     def state(self) -> str:
         """`done` or `failed` (and still valid), `outdated` (done or failed otherwise) or `new`."""
         for name, state in (("result.json", "done"), ("error.json", "failed")):
             if (self.folder / name).is_file():
-                return state if load_json(self.folder / name).get("key") == self.key else "outdated"
+                told = load_json(self.folder / name)
+                return state if told.get("key") == self.key and not self._moved(told) else "outdated"
         return "new"
+
+    def _moved(self, told: Mapping[str, Any]) -> bool:
+        """Whether the hub's weights are others than those of a result; what one of them does not know is the same."""
+        before = told.get("commits")
+        before = before if isinstance(before, Mapping) else {}
+        return any(before.get(name, commit) != commit for name, commit in self.commits.items())
 
     def value(self, name: str) -> Any:
         """A parameter as the notebook will have it: given, or its default."""
@@ -113,9 +121,12 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
             path.parent,
             results / slug,
             run_key(row.notebook, row.values, path.parent, common),
+            commits(row.notebook, row.values),
         )
         for slug, row in zip(_slugs(rows, path), rows, strict=True)
     )
+    for run in runs:
+        check_place(run.folder)
     return str(study.get("title", path.stem)), results, runs
 
 
@@ -125,6 +136,8 @@ def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
     for key in study:
         if key not in known:
             raise LocogenError(f"{path}: {unknown('key', key, known)}")
+    if not isinstance(study.get("results", ""), str):
+        raise LocogenError(f'{path}: results is {study["results"]!r}: give a folder from here, such as results = "out"')
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
             raise LocogenError(f"{path}: {name} is not a table: begin it with a line [{name}]")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,10 +116,10 @@ def read_run(folder: Path) -> Finished:
     if not (folder / "result.json").exists():
         if not (folder / "error.json").exists():
             return Finished(folder, {}, "unfinished: it was stopped, or is still running")
-        told = read_json(folder / "error.json")
+        told = _trusted(read_json(folder / "error.json"))
         cell = told.get("cell") if isinstance(told.get("cell"), int) else None
         return Finished(folder, told, str(told.get("error") or "it says nothing about its error"), cell=cell)
-    told = read_json(folder / "result.json")
+    told = _trusted(read_json(folder / "result.json"))
     if "error" in told:
         return Finished(folder, {}, str(told["error"]))
     if not told.get("carriers") and not (folder / "effects.csv").exists():
@@ -206,9 +208,7 @@ def _kept(run: Finished, image: str) -> Path | None:
     kept = run.folder / "pictures" / name
     if not name.endswith(".png") or kept.is_file():
         return kept if kept.is_file() else None
-    own = (run.facts.get("parameters") or {}).get("store")
-    stores = [run.folder.parent / "store", *([run.folder.parent.parent / str(own)] if own else [])]
-    for store in stores:
+    for store in (run.folder.parent / "store", *_own_stores(run)):
         if (store / name).is_file():
             kept.parent.mkdir(exist_ok=True)
             part = kept.with_name(f".{name}.part")
@@ -216,6 +216,21 @@ def _kept(run: Finished, image: str) -> Path | None:
             part.replace(kept)
             return kept
     return None
+
+
+def _own_stores(run: Finished) -> Iterator[Path]:
+    """The store that a run names itself, in the study's folder: results come from anywhere, and could name any place.
+
+    So it has to be a picture store too, that is, to hold the record of a run.
+    """
+    results = run.folder.parent.absolute()
+    told = read_json(results / "study.json").get("base")
+    up = told if isinstance(told, str) and re.fullmatch(r"\.|\.\.(/\.\.)*", told) else ".."
+    base = Path(os.path.normpath(results / up)).resolve()
+    own = run.facts.get("parameters", {}).get("store")
+    store = (base / own).resolve() if isinstance(own, str) and own else base
+    if store != base and store.is_relative_to(base) and any(store.glob("run-*.json")):
+        yield store
 
 
 def addresses(prefix: str, names: Sequence[str]) -> dict[str, str]:
@@ -244,6 +259,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         return {"error": f"{path.name} cannot be read: {error}"}
     return told if isinstance(told, dict) else {"error": f"{path.name} does not hold an object"}
+
+
+def _trusted(told: dict[str, Any]) -> dict[str, Any]:
+    """A result without the groups that are none: pages look into them by name."""
+    groups = ("settings", "parameters", "versions")
+    return {name: value for name, value in told.items() if name not in groups or isinstance(value, Mapping)}
 
 
 def _is_run(folder: Path) -> bool:

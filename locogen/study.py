@@ -8,6 +8,7 @@ is until it is asked for again.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
@@ -63,7 +64,8 @@ def run_study(
         kept = {run.slug: _told(run) for run in wanted if run not in todo and run.state == "failed"}
         failed: dict[str, str] = {}
         if todo:
-            write_json(results / "study.json", {"title": title, "runs": [run.slug for run in runs]})
+            base = Path(os.path.relpath(runs[0].base, results)).as_posix()  # where the runs' paths begin
+            write_json(results / "study.json", {"title": title, "base": base, "runs": [run.slug for run in runs]})
             with _board(results, todo, costs, engine, workers, scheduler) as (board, opened):
                 failed = _go(results, todo, board, opened, keep_going)
     if failed or kept:

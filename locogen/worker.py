@@ -21,7 +21,7 @@ from locogen.atomic import load_json, publish, write_json
 from locogen.errors import LocogenError
 from locogen.heartbeat import ASKED, heard
 from locogen.kernel import Failure, execute
-from locogen.keys import versions
+from locogen.keys import commits, versions
 from locogen.parameters import parameters_of
 from locogen.plan import Window
 from locogen.planning import Planned
@@ -89,6 +89,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         result["model"] = run.parameters["model"]  # the kernel saw a folder from its own place
     result |= {"parameters": dict(run.parameters), "versions": versions(), "seconds": round(seconds, 1), "made": made}
     result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
+    result["commits"] = {**commits(run.notebook, run.parameters), **run.commits}  # or as the run has fetched them
     if error:
         result |= {"error": error.message, "cell": error.cell}
     write_json(partial / ("error.json" if error else "result.json"), result)

@@ -10,7 +10,8 @@ import pytest
 import tiny
 import torch
 
-from locogen import evaluation, plots, runs, stats
+from locogen import evaluation, plots, runs, score, stats
+from locogen.catalog import mini_folder
 from locogen.edit import fit_edit
 from locogen.errors import LocogenError
 from locogen.evaluation import Probe, compare, control_edits, evaluate, lead, probes_for, summary
@@ -227,6 +228,20 @@ def test_compare_is_row_by_row(pipe, edit) -> None:
     other = runs.generate(pipe, prompts, seeds=(3, 5), progress=False, num_inference_steps=1)
     with pytest.raises(LocogenError, match="other prompts or seeds"):
         compare(before, other, scorer=Colors())
+
+
+def test_the_scorer_is_that_of_the_model(monkeypatch, edit) -> None:
+    """The mini model's knows only its own world: on another model its scores mean nothing."""
+    asked: list[str] = []
+    monkeypatch.setattr(score, "scorer", lambda name, **_: asked.append(name) or Colors())
+    pipe = tiny.pipeline()
+    settings: dict[str, Any] = dict(seeds=(0,), progress=False, num_inference_steps=1)
+    for source in ("runwayml/stable-diffusion-v1-5", str(mini_folder())):
+        pipe.register_to_config(_name_or_path=source)
+        evaluate(pipe, {"none": ()}, PROBES[:1], **settings)
+        run = runs.generate(pipe, ["a dog"], **settings)
+        compare(run, run, text="red")
+    assert asked == ["clip-vit-b-16", "clip-vit-b-16", "mini", "mini"]
 
 
 def test_controls_are_every_other_place(pipe, edit) -> None:

@@ -130,6 +130,17 @@ def test_localize_takes_what_it_promises() -> None:
     assert {"num_inference_steps", "guidance_scale", "scorer", "device", "dtype", "store", "results"} <= names
 
 
+@pytest.mark.parametrize("name", ["edit", "erase_many", "neurons"])
+def test_states_are_chosen_by_the_model_unless_asked(name: str) -> None:
+    """The same ones in every call: an edit is compared with the neurons of just these."""
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    assert ast.literal_eval(parameters_of(path)["tokens"]["default"]) == ""
+    source = "\n".join(cell.source for cell in cells(path))
+    given = re.findall(r"\btokens=([^,)\n]+)", source)
+    assert set(given) == {"tokens or None"}
+    assert name != "neurons" or len(given) == len(re.findall(r"loco\.(?:find_neurons|fit_edit)\(", source)) == 3
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_parameter_is_read(path: Path) -> None:
     source = "\n".join(cell.source for cell in cells(path)[1:])

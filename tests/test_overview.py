@@ -143,6 +143,25 @@ def test_only_pictures_of_the_store_are_taken(tmp_path: Path) -> None:
     assert not list((folder / "mini-0").rglob("secret.png"))
 
 
+@pytest.mark.parametrize(
+    ("place", "asked", "shown"),
+    [("kept", "kept", True), ("a/kept", "kept", False), ("../kept", "../kept", False), ("kept", None, True)],
+)
+def test_a_store_of_its_own_is_one_in_the_studys_folder(tmp_path: Path, place: str, asked: str | None, shown: bool):
+    base = tmp_path / "study"
+    folder = study(base / "a" / "b", ["mini"], ["neon"])
+    store = base / place
+    (folder / "store").rename(store)
+    told = json.loads((folder / "mini-0" / "result.json").read_text())
+    told["parameters"]["store"] = str(store) if asked is None else asked
+    (folder / "mini-0" / "result.json").write_text(json.dumps(told))
+    about = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps({**about, "base": "../.."}))
+    assert "image/webp" not in text(build(folder)), "a folder of pictures that is no store"
+    (store / "run-0.json").write_text("{}")
+    assert ("image/webp" in text(build(folder))) is shown
+
+
 def test_the_index_of_100_runs_is_under_1_mb(tmp_path: Path) -> None:
     """With pictures of pure noise, which no format makes small."""
     folder = study(tmp_path / "reports", MODELS, [f"concept {number}" for number in range(50)])

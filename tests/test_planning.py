@@ -106,6 +106,7 @@ BAD = {
     "value twice": ("[grid]\nseeds = [1, 1]", "seeds has a value twice"),
     "both": ('model = "mini"\nmodels = ["mini"]', "both model and models"),
     "grid that is none": ("grid = 3", "grid is not a table"),
+    "results that are no folder": ('results = 3\nconcepts = ["mini/neon"]', 'results is 3: give .* results = "out"'),
     "misspelt grid": ("[grid]\nsedes = [1]", "no parameter 'sedes': did you mean 'seeds'"),
     "grid of another type": ('[grid]\nseeds = [1, "2"]', "run 1: seeds is '2': small.ipynb takes a value of type int"),
     "unknown model in a list": ('models = ["mini", "minni"]', "no model 'minni': did you mean 'mini'"),
@@ -200,6 +201,15 @@ def test_pictures_of_a_sweep_are_counted(tmp_path: Path) -> None:
     pairs = loco.concept("mini/neon").pairs[:2]
     rows = sweep(loco.Concept("neon", "style", pairs), n_layers=16, window=4, seeds=range(3))
     assert [Costs(tmp_path).pictures(run) for run in runs] == [len(rows)] * 2
+
+
+@pytest.mark.parametrize("own", ["", 'seeds: str = "2"  # x', "seeds: int = 0  # none", "seeds: int = 2  # no concept"])
+def test_a_notebook_of_that_name_may_be_another(tmp_path: Path, own: str) -> None:
+    concept = "" if "no concept" in own else 'concept: str = "mini/neon"  # an id\n'
+    write_notebook(tmp_path / "localize.ipynb", parameters=f'model: str = "mini"  # a model\n{concept}{own}')
+    _, (run,) = study(tmp_path, '[[run]]\nnotebook = "./localize.ipynb"\nname = "x"\n')
+    assert run.notebook.parent == tmp_path
+    assert Costs(tmp_path).pictures(run) is None
 
 
 def test_seconds_come_from_the_runs_so_far(tmp_path: Path) -> None:

@@ -244,6 +244,14 @@ def test_an_unreadable_notebook_leaves_the_rest(results: Path) -> None:
     assert "cannot be read" in (results / "neon" / "index.html").read_text(encoding="utf-8")
 
 
+def test_a_result_with_groups_that_are_none_leaves_the_rest(results: Path) -> None:
+    file = results / "neon" / "result.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8")
+    assert "neon" in build(results).read_text(encoding="utf-8")
+    assert "neon: found" in (results / "neon" / "index.html").read_text(encoding="utf-8")
+
+
 def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:
     (results / "neon" / "result.json").unlink()
     assert "unfinished: it was stopped" in build(results).read_text(encoding="utf-8")
@@ -331,6 +339,14 @@ def test_arrange_lowers_headings_and_wraps() -> None:
     body, silent = arrange("<h1 id='top'>a</h1><h6>b</h6><table><tr><td>c</td></tr></table>")
     assert '<h2 id="top">a</h2><h6>b</h6>' in body and 'class="scroll"' in body and body.endswith("</table></div>")
     assert silent == []
+
+
+@pytest.mark.parametrize(
+    ("width", "wide"), [("50%", 0), ("900%", 0), ("auto", 0), ("300px", 0), ("900px", 1), ("900.5", 1), ("²", 0)]
+)
+def test_arrange_takes_any_width(width: str, wide: int) -> None:
+    body, _ = arrange(f'<img src="data:image/png;base64,{png(size=(9, 9))}" alt="a cat" width="{width}">')
+    assert body.count('class="wide"') == wide and 'alt="a cat"' in body
 
 
 def test_shrink_loses_nothing() -> None:

@@ -24,6 +24,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from locogen import __main__, keys, study, worker
 from locogen import kernel as kernels
+from locogen.atomic import publish
 from locogen.errors import LocogenError
 from locogen.kernel import Failure
 from locogen.parameters import plain
@@ -144,7 +145,9 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
     assert {"locogen", "python", "torch", "diffusers"} <= set(told["versions"])
     assert told["seconds"] >= 0 and datetime.fromisoformat(told["finished"]).tzinfo
     assert len(told["key"]) == 64
-    assert json.loads((folder / "study.json").read_text()) == {"title": "A study", "runs": ["neon", "blueprint"]}
+    assert json.loads((folder / "study.json").read_text()) == {
+        "title": "A study", "base": "..", "runs": ["neon", "blueprint"]
+    }  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon       new", "  blueprint  new"]
     assert re.fullmatch(r"\[1/2\] neon  done in \d+ s · layers 0-1.*", lines[5])
@@ -230,6 +233,41 @@ def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -
         (tmp_path / "own" / "model.safetensors").write_bytes(content)
         keys.append(read_study(path)[2][0].key)
     assert keys[0] == keys[2] != keys[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "source"), [("a/b", "a/b"), ("sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5")]
+)
+def test_a_run_is_done_again_when_the_hub_s_weights_moved(write, kernel, tmp_path, monkeypatch, model, source) -> None:
+    """Not when the run itself has fetched them, nor when they are gone from the cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    path = write('[[run]]\nconcept = "mini/neon"\n', head=f'model = "{model}"')
+    ref = tmp_path / "hub" / f"models--{source.replace('/', '--')}" / "refs" / "main"
+    execute = worker.execute
+
+    def fetches(*given: Any) -> Any:
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        if not ref.exists():
+            ref.write_text("1" * 40)
+        return execute(*given)
+
+    monkeypatch.setattr(worker, "execute", fetches)
+    states = []
+    for commit in (None, "2" * 40):
+        if commit:
+            ref.write_text(commit)
+        states.append(read_study(path)[2][0].state)
+        run_study(path)
+        states.append(read_study(path)[2][0].state)
+        assert result(path, "mini-neon")["commits"] == {"model": f"{source}@{ref.read_text()}"}
+    ref.unlink()
+    assert [*states, read_study(path)[2][0].state] == ["new", "done", "outdated", "done", "done"]
+
+
+def test_the_second_model_s_key_has_the_parts_of_the_first(tmp_path: Path, monkeypatch) -> None:
+    before = keys._weights_hash("mini-b", tmp_path)
+    monkeypatch.setattr(keys, "mini_folder", lambda: tmp_path)
+    assert keys._weights_hash("mini-b", tmp_path) != before
 
 
 def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
@@ -403,6 +441,20 @@ def test_mistakes_are_found_first(write, kernel: Kernel, tmp_path: Path, name: s
         run_study(path)
     assert str(path) in str(caught.value)
     assert not kernel.calls and not path.with_suffix("").exists()
+
+
+def test_a_folder_that_no_run_has_made_is_left_alone(write, kernel: Kernel, tmp_path: Path) -> None:
+    path = write(TWO, head='model = "mini"\nresults = "."\n')
+    (tmp_path / "neon").mkdir()
+    run_study(path, dry_run=True)  # an empty one may be taken
+    (tmp_path / "neon" / "mine.txt").write_text("mine")
+    with pytest.raises(LocogenError, match=r"neon is there and no run of locogen's.*results = "):
+        run_study(path)
+    assert not kernel.calls
+    (partial := tmp_path / ".partial-neon-x").mkdir()
+    with pytest.raises(LocogenError, match="neon is there and no run"):
+        publish(partial, tmp_path / "neon")
+    assert (tmp_path / "neon" / "mine.txt").read_text() == "mine"
 
 
 def test_only_takes_slugs_of_the_plan(write, kernel: Kernel) -> None:

@@ -5,6 +5,7 @@ In a browser: `test_lab.py`.
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,21 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
     assert len({one.picture.tobytes() for one in shown}) == 5, "each is another picture"
     assert all(one.score is None for one in shown)
     assert fingerprint(pipe) == before
+
+
+def test_what_is_heard_beside_the_layers_is_the_run_s(tmp_path: Path) -> None:
+    pipe = tiny.sdxl()
+    options: dict[str, Any] = dict(num_inference_steps=1, progress=False, store=tmp_path)
+    swept = dict(window=2, seeds=(0,), guidance_scale=GUIDANCE, scorer=tiny.FakeScorer(), pooled="target")
+    run = localize(pipe, concept("blue"), **swept, **options)
+    asked = look(first=0, last=1, seed=0)
+    explorer = Explorer(run, pipe)
+    own = list(explorer.show(asked))
+    assert all(one.score is not None for one in own), "the run has these"
+    explorer._rows = {}
+    for one, other in zip(own, explorer.show(asked), strict=True):  # made in another batch: equal within one step
+        gaps = zip(one.picture.tobytes(), other.picture.tobytes(), strict=True)
+        assert max(abs(a - b) for a, b in gaps) <= 1, one.label
 
 
 def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
