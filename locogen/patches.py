@@ -153,14 +153,17 @@ def _wear(denoiser: Any, wardrobe: _Wardrobe, worn: list[_Worn]) -> None:
     before = {name: weight.detach().clone() for name, weight in now.items()}
     originals = {name: wardrobe.originals.get(name, value) for name, value in before.items()}
     after = {name: _sum(originals[name], name, worn) for name in names}
+    was, needed = (wardrobe.worn, wardrobe.originals), _needed(originals, worn)
     try:
+        if adding:  # told before the first write: wherever an interrupt falls, undoing knows the originals
+            wardrobe.originals = needed
+            wardrobe.worn = worn
         _write(now, after)
+        wardrobe.worn, wardrobe.originals = worn, needed
     except BaseException:
         _write_on(now, before if adding else after)
-        if not adding:
-            wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
+        wardrobe.worn, wardrobe.originals = was if adding else (worn, needed)
         raise
-    wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
 
 
 def _needed(originals: dict[str, Tensor], worn: list[_Worn]) -> dict[str, Tensor]:
