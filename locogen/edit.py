@@ -197,7 +197,8 @@ def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], 
             raise LocogenError(f"{family.name} has no map beside its layers that could be edited: leave out entry=True")
         names.append(f"{family.entry}.weight")
     weights = weights_of(denoiser, names)
-    fit = Fit(Reader(pipe, chosen), told, options, next(iter(weights.values())).device)
+    first = next(iter(weights.values()))
+    fit = Fit(Reader(pipe, chosen), told, options, first.device if first.is_cuda else "cpu")
     changes: dict[str, solve.LowRank] = {}
     for layer, by_matrix in places:
         for m, n in by_matrix.items():
@@ -233,7 +234,7 @@ def _recipe(
 ) -> dict[str, Any]:
     relative, lost = {}, 0.0
     for name, weight in weights.items():
-        old, change = weight.detach().double().cpu(), changes[name].change
+        old, change = weight.detach().cpu().double(), changes[name].change
         relative[name] = float(change.norm() / old.norm())
         rounded = (old + change).to(weight.dtype).double()
         lost = max(lost, float((rounded - old - change).norm() / change.norm().clamp_min(1e-300)))

@@ -179,7 +179,7 @@ def _outputs(module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, 
     weight = next(module.parameters())
     states = torch.stack([reader.states(prompt, layer) for prompt in prompts])  # (prompts, tokens, width)
     with torch.no_grad():
-        found = module(states.to(weight.device, weight.dtype)).double()
+        found = module(states.to(weight.device, weight.dtype)).cpu().double()
     if not torch.isfinite(found).all():
         raise LocogenError(f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32")
     return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
+from locogen.solve import doubled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -193,10 +194,10 @@ def _sum(original: Tensor, name: str, worn: Iterable[_Worn]) -> Tensor:
     changes = [(w.patch.changes[name], w.strength) for w in worn if name in w.patch.changes]
     if not changes:
         return original
-    total = original.double()
+    total = doubled(original)
     for change, strength in changes:
         total = total + strength * (change.up.to(total) @ change.down.to(total))
-    total = total.to(original.dtype)
+    total = total.to(original.dtype).to(original.device)
     if not total.isfinite().all():
         raise LocogenError(
             f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; take less "

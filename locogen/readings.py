@@ -65,7 +65,7 @@ class Reader:
         denoiser = denoiser_of(self.pipe, self.family)
         with torch.no_grad():
             heard = self.family.heard(denoiser, self.text(prompt).states.to(denoiser.device, denoiser.dtype))
-            return {layer.index: self.family.read(layer.module, heard)[0].double() for layer in self.layers}
+            return {layer.index: self.family.read(layer.module, heard)[0].cpu().double() for layer in self.layers}
 
     def _from_a_run(self, prompt: str) -> dict[int, Tensor]:
         import torch
@@ -77,7 +77,7 @@ class Reader:
             def note(layer: Layer) -> Any:
                 def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
                     rows = args[0][list(call.rows), : call.states.shape[1]]
-                    found[layer.index].extend(rows.detach().double())
+                    found[layer.index].extend(rows.detach().cpu().double())
 
                 return hook
 
@@ -136,4 +136,4 @@ class Reader:
         read, denoiser = self.family.entry_reads, denoiser_of(self.pipe, self.family)
         if read is None:
             raise LocogenError(f"{self.family.name} hears text by its layers alone: leave out entry=True")
-        return read(denoiser, self.text(prompt), places).double()
+        return read(denoiser, self.text(prompt), places).cpu().double()
