@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
+from locogen.offloads import kept
 from locogen.solve import doubled
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
         module = denoiser.get_submodule(path)
         parent = denoiser.get_submodule(path.rpartition(".")[0])
         wrapped = hasattr(module, "base_layer")
-        weight = (module.base_layer if wrapped else module).weight
+        owner = module.base_layer if wrapped else module
+        weight = owner.weight
     except AttributeError:
         raise LocogenError(
             f"{type(denoiser).__name__} has no {name}: the edit was made for another model; refit it"
@@ -77,6 +79,10 @@ def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
         )
     if "Fused" in type(getattr(parent, "processor", None)).__name__ and not under_lora:
         raise LocogenError(f"{path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first")
+    if weight.is_meta:
+        weight = kept(owner, "weight", name)
+        if kept(owner, "weight", name) is not weight:  # written to, it would change nothing
+            raise LocogenError(f"{name} is offloaded to the disk: load the model with another offload to edit it")
     if not weight.is_floating_point() or weight.ndim != 2:
         raise LocogenError(
             f"{name} is stored as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}: "

@@ -11,6 +11,7 @@ from locogen.denoisers import same
 from locogen.errors import LocogenError
 from locogen.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_positions
 from locogen.layers import Layer
+from locogen.offloads import stands_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Reader:
 
         denoiser = denoiser_of(self.pipe, self.family)
         with torch.no_grad():
-            heard = self.family.heard(denoiser, self.text(prompt).states.to(denoiser.device, denoiser.dtype))
+            heard = self.family.heard(denoiser, self.text(prompt).states.to(stands_on(denoiser), denoiser.dtype))
             return {layer.index: self.family.read(layer.module, heard)[0].cpu().double() for layer in self.layers}
 
     def _from_a_run(self, prompt: str) -> dict[int, Tensor]:

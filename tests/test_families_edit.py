@@ -20,7 +20,7 @@ from locogen.neurons import find_neurons
 from locogen.phrasings import Phrasing
 from locogen.plan import Concept, PromptPair
 from locogen.readings import Reader
-from locogen.runs import generate
+from locogen.runs import fingerprint, generate
 
 STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair("b in cat", "b")))
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
@@ -70,6 +70,27 @@ def test_applied_edits_show_and_leave_every_bit_as_found(pipe, tmp_path):
         edited = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
     assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(edited.pictures[0]))
     assert all(torch.equal(p, before[n]) for n, p in denoiser.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["sd", "if", "sd-3", "sana"])
+def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(name):
+    """As sequential offload keeps them; here the device is the CPU as well."""
+    from accelerate import cpu_offload
+
+    plain, kept = tiny.FAMILIES[name](), tiny.FAMILIES[name]()
+    for part in kept.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"))
+    one, other = fit(plain, ridge=1e-3), fit(kept, ridge=1e-3)
+    assert one.digest == other.digest
+    assert all(torch.equal(change.change, other.changes[n].change) for n, change in one.changes.items())
+    before = fingerprint(kept)
+    with one.applied(plain), other.applied(kept):
+        seen = [np.asarray(generate(pipe, ["a cat in b"], **FAST).pictures[0]) for pipe in (plain, kept)]
+        assert fingerprint(kept) == fingerprint(plain) != before
+    assert np.array_equal(*seen) and fingerprint(kept) == before
+    zs = [find_neurons(pipe, STYLE, layers=[1], phrasings=PAIRS).table["z"] for pipe in (plain, kept)]
+    assert np.array_equal(*zs)
 
 
 def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
