@@ -93,6 +93,13 @@ def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(nam
     assert np.array_equal(*zs)
 
 
+def test_layers_that_read_the_same_share_what_is_kept_of_a_prompt(pipe, name):
+    """Or a thousand concepts would not fit in the memory."""
+    reader = Reader(pipe, find_layers(pipe)[:2])
+    assert all(reader.states("a cat", layer).dtype == torch.float64 for layer in reader.layers)
+    assert len(reader._read) == (2 if name in ("if", "sd-3", "flux") else 1)
+
+
 def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
     """The whole way with a scorer whose answers are known: the sweep's table, then an edit beside none at all."""
     options = FAST | {"scorer": tiny.FakeScorer(), "store": tmp_path}
