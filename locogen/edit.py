@@ -43,7 +43,7 @@ class Edit:
 
     @cached_property
     def _patch(self) -> Patch:
-        return Patch(self.name, self.changes, self.digest)
+        return Patch(self.name, self.changes, self.digest, tuple(self.recipe.get("dtype", ())))
 
     @contextmanager
     def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:

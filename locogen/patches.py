@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Named changes of weights, made for weights with that `digest` (see `digest_of`)."""
+    """Named changes of weights, made for weights with that `digest` (see `digest_of`), and of these types if known."""
 
     name: str
     changes: Mapping[str, LowRank]
     digest: str
+    dtype: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -224,8 +225,9 @@ def _check_shapes(patch: Patch, weights: Mapping[str, Tensor]) -> None:
 def _stranger(patch: Patch, weights: Mapping[str, Tensor], busy: bool) -> str:
     kinds = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     also = " (or other edits are in the way: undo them)" if busy else ""
+    made_for = f", {', '.join(patch.dtype)} where it was made," if patch.dtype else ","
     return (
         f"the edit of {patch.name!r} was made for other weights: names and shapes agree, but the bits of "
-        f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here, do not{also}; make it anew with "
-        "edit.refit(pipe)"
+        f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here{made_for} do not{also}; make it "
+        "anew with edit.refit(pipe)"
     )

@@ -393,6 +393,8 @@ def test_refuses_a_model_it_was_not_made_for() -> None:
         edit.apply_(sibling)
     with edit.refit(sibling).applied(sibling):
         pass
+    with pytest.raises(LocogenError, match=r"float16 here, float32 where it was made, do not"):
+        edit.apply_(tiny.pipeline().to(torch.float16))
     wide = tiny.pipeline(block_out_channels=(16, 16, 16, 16))
     with pytest.raises(LocogenError, match=r"is \(16, 16\) here, .* made for \(8, 16\)"):
         fit(pipe, layers=[0]).apply_(wide)
