@@ -99,14 +99,16 @@ class Edit:
 
         The change has rank n by its algebra, so nothing is approximated; the factors are balanced, then rounded to
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
-        as `alpha` so that the scale is 1; those exist for U-Nets only. Raises `LocogenError` for a family whose
-        pipeline loads no LoRA (PixArt).
+        as `alpha` so that the scale is 1; those exist for U-Nets only, and not for IF's. Raises `LocogenError` for a
+        family whose pipeline loads no LoRA (PixArt).
         """
         denoiser = self.recipe.get("denoiser", "unet")
         if not self.recipe.get("loads_lora", True):
             raise LocogenError("this model's pipeline loads no LoRA: share the edit's own file, or export() the model")
         if style == "kohya" and denoiser != "unet":
             raise LocogenError("kohya-style names are those of U-Nets: take style='diffusers' for this model")
+        if style == "kohya" and any(".add_" in name for name in self.changes):
+            raise LocogenError("diffusers loads no kohya-style names for IF: take style='diffusers', the default")
         write_lora(Path(path), self.name, self.changes, style, denoiser)
 
     def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:

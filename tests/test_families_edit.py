@@ -219,4 +219,20 @@ def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):
         fit(tiny.pixart()).to_lora(tmp_path / "edit.safetensors")
     with pytest.raises(LocogenError, match="those of U-Nets"):
         fit(tiny.sana()).to_lora(tmp_path / "edit.safetensors", style="kohya")
+    with pytest.raises(LocogenError, match="style='diffusers', the default"):
+        fit(tiny.deepfloyd()).to_lora(tmp_path / "edit.safetensors", style="kohya")
     assert not list(tmp_path.iterdir())
+
+
+def test_kohyas_names_carry_the_map_beside_the_layers(tmp_path):
+    """As diffusers loads them: it drops names that it does not know, and says nothing."""
+    pipe = tiny.sdxl()
+    edit = fit(pipe, entry=True)
+    edit.to_lora(tmp_path / "edit.safetensors", style="kohya")
+    with edit.applied(pipe):
+        wanted = {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
+    pipe.load_lora_weights(str(tmp_path / "edit.safetensors"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert "add_embedding.linear_1.weight" in wanted
+    assert all(torch.allclose(pipe.unet.get_parameter(n), weight, atol=1e-5) for n, weight in wanted.items())
