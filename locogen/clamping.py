@@ -106,7 +106,7 @@ def clamp(
         yield
         return
     denoiser = denoiser_of(pipe, family)
-    means = [fill.double().cpu().numpy().tobytes() for fill in fills.values() if fill is not None]
+    means = [fill.cpu().double().numpy().tobytes() for fill in fills.values() if fill is not None]
     told = repr((scale, moments, sorted(chosen.items()), hashlib.sha256(b"".join(means)).hexdigest()[:16]))
     with following(pipe, family) as call:
         clock = _Clock(call, layers, modules, moments)

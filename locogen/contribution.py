@@ -162,6 +162,7 @@ class _Ear:
                 f"to_v of layer {self.layer.index} ({self.layer.name}) is not called: unfuse the projections first, "
                 "pipe.unfuse_qkv_projections()"
             )
+        out = out if out.is_cuda else out.cpu()  # Apple's MPS has no float64
         owner = torch.tensor([row for row, _ in self.cells], device=out.device)
         norms = (out[count:] - out[:count][owner]).double().norm(dim=-1).mean(-1)  # (cells,)
         total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(0, owner, norms)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError, UnsupportedModel
+from locogen.offloads import computes_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,19 +29,8 @@ def _zeros(denoiser: Any, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Zeros where the denoiser computes, the meta device included; under offload, where it will be computed."""
     import torch
 
-    device, dtype = _computes_on(denoiser), denoiser.dtype
+    device, dtype = computes_on(denoiser) or denoiser.device, denoiser.dtype
     return {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-
-
-def _computes_on(denoiser: Any) -> Any:
-    """Its device, or where accelerate's offload brings its weights when they are needed."""
-    for module in denoiser.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", (hook,)):
-            device = getattr(one, "execution_device", None)
-            if device is not None:
-                return device
-    return denoiser.device
 
 
 def unet_inputs(unet: Any) -> dict[str, Any]:

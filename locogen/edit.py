@@ -43,7 +43,7 @@ class Edit:
 
     @cached_property
     def _patch(self) -> Patch:
-        return Patch(self.name, self.changes, self.digest)
+        return Patch(self.name, self.changes, self.digest, tuple(self.recipe.get("dtype", ())))
 
     @contextmanager
     def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:
@@ -99,14 +99,16 @@ class Edit:
 
         The change has rank n by its algebra, so nothing is approximated; the factors are balanced, then rounded to
         float32. `style`: the names that diffusers (peft) uses, or those of kohya-style tools, which carry the rank
-        as `alpha` so that the scale is 1; those exist for U-Nets only. Raises `LocogenError` for a family whose
-        pipeline loads no LoRA (PixArt).
+        as `alpha` so that the scale is 1; those exist for U-Nets only, and not for IF's. Raises `LocogenError` for a
+        family whose pipeline loads no LoRA (PixArt).
         """
         denoiser = self.recipe.get("denoiser", "unet")
         if not self.recipe.get("loads_lora", True):
             raise LocogenError("this model's pipeline loads no LoRA: share the edit's own file, or export() the model")
         if style == "kohya" and denoiser != "unet":
             raise LocogenError("kohya-style names are those of U-Nets: take style='diffusers' for this model")
+        if style == "kohya" and any(".add_" in name for name in self.changes):
+            raise LocogenError("diffusers loads no kohya-style names for IF: take style='diffusers', the default")
         write_lora(Path(path), self.name, self.changes, style, denoiser)
 
     def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:
@@ -197,7 +199,8 @@ def _fit(pipe: Any, name: str, told: Sequence[Phrasing], layers: Iterable[int], 
             raise LocogenError(f"{family.name} has no map beside its layers that could be edited: leave out entry=True")
         names.append(f"{family.entry}.weight")
     weights = weights_of(denoiser, names)
-    fit = Fit(Reader(pipe, chosen), told, options, next(iter(weights.values())).device)
+    first = next(iter(weights.values()))
+    fit = Fit(Reader(pipe, chosen), told, options, first.device if first.is_cuda else "cpu")
     changes: dict[str, solve.LowRank] = {}
     for layer, by_matrix in places:
         for m, n in by_matrix.items():
@@ -233,7 +236,7 @@ def _recipe(
 ) -> dict[str, Any]:
     relative, lost = {}, 0.0
     for name, weight in weights.items():
-        old, change = weight.detach().double().cpu(), changes[name].change
+        old, change = weight.detach().cpu().double(), changes[name].change
         relative[name] = float(change.norm() / old.norm())
         rounded = (old + change).to(weight.dtype).double()
         lost = max(lost, float((rounded - old - change).norm() / change.norm().clamp_min(1e-300)))

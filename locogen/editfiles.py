@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 LORA_STYLES = ("diffusers", "kohya")
 _PARTS = ("up", "down")
+_KOHYA = {"add_embedding.linear_1": "label_emb.0.0"}  # diffusers drops its own name for it, and says nothing
 
 
 def write_edit(path: Path, told: Mapping[str, Any], changes: Mapping[str, LowRank]) -> None:
@@ -70,7 +71,7 @@ def _lora_tensors(module: str, change: LowRank, rank: int, style: str, denoiser:
     down = pad(change.down.float(), (0, 0, 0, rank - change.rank)).contiguous()  # (rank, in)
     if style == "diffusers":
         return {f"{denoiser}.{module}.lora_B.weight": up, f"{denoiser}.{module}.lora_A.weight": down}
-    stem = "lora_unet_" + module.replace(".", "_")
+    stem = "lora_unet_" + _KOHYA.get(module, module).replace(".", "_")
     parts = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(float(rank))}
     return {f"{stem}.{part}": value for part, value in parts.items()}
 

@@ -114,18 +114,20 @@ def control_edits(pipe: Any, edit: Edit, *, draws: int = 3, seed: int = 0) -> di
     """The same edit elsewhere: at every other window of as many layers, on random layers as many, and on all.
 
     The keys are names for the table: "layers 2-3", "layers 7-8 (shares 8)" where a window shares layers with the edit,
-    "random layers 4, 9" of those that the edit leaves alone, "all layers".
+    "random layers 4, 9" of those that the edit leaves alone, "all layers". Of layers that can be edited, each time:
+    those that read text and picture by the same matrices (`Layer.joined`) are left out.
     """
-    count, width = len(find_layers(pipe)), len(edit.layers)
-    dice, free = random.Random(seed), [i for i in range(count) if i not in edit.layers]
+    found, width = find_layers(pipe), len(edit.layers)
+    apart = [layer.index for layer in found if not layer.joined]
+    dice, free = random.Random(seed), [i for i in apart if i not in edit.layers]
     places = {}
-    for window in windows(count, width):
+    for window in [w for w in windows(len(found), width) if set(w) <= set(apart)]:
         shared = sorted(set(window) & set(edit.layers))
         places[f"{window} (shares {', '.join(map(str, shared))})" if shared else str(window)] = tuple(window)
     for _ in range(draws if len(free) >= width else 0):
         drawn = tuple(sorted(dice.sample(free, width)))
         places.setdefault(f"random layers {', '.join(map(str, drawn))}", drawn)
-    places["all layers"] = tuple(range(count))
+    places["all layers"] = tuple(apart)
     return {name: edit.refit(pipe, layers) for name, layers in places.items() if set(layers) != set(edit.layers)}
 
 

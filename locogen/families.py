@@ -23,6 +23,11 @@ def _nothing(pipe: Any) -> dict[str, Any]:
     return {}
 
 
+def _lowered(words: str) -> str:
+    """What diffusers' `_text_preprocessing` makes of a prompt where the caption is not cleaned, locogen's own case."""
+    return words.lower().strip()
+
+
 def _given_time(pipe: Any, given: Any) -> Any:
     return given
 
@@ -34,7 +39,8 @@ class Family:
     `denoiser`: attribute of the pipeline; `built_as`: whether a bare denoiser is of this family;
     `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass; `encode(pipe, prompts, guided)`: the
     prompts' text, and the pipeline's own negative; `check(denoiser)` raises where an intervention would be wrong;
-    `spoken(pipe, prompt)`: where its words stand in the states, one entry for each encoder with positions of its own;
+    `spelled(words)`: what the pipeline makes of a prompt before its tokenizer; `spoken(pipe, spelled)`: where its
+    words stand in the states, one entry for each encoder with positions of its own;
     `reader(pipe)`: the tokenizer that hears most of a prompt, and how many tokens; `matrices(layer.module)`: the
     linear maps that read text, "k" and "v".
 
@@ -58,6 +64,7 @@ class Family:
     spoken: Callable[[Any, str], tuple[Spoken, ...]]
     reader: Callable[[Any], tuple[Any, int]]
     matrices: Callable[[Any], Mapping[str, Any]]
+    spelled: Callable[[str], str] = str
     heard: Callable[[Any, Tensor], Tensor] = denoisers.same
     read: Callable[[Any, Tensor], Tensor] = denoisers.same
     pooled: Callable[[Any, Change], list[Hook]] | None = None
@@ -109,6 +116,7 @@ _PIXART = replace(
     built_as=denoisers.built_as("PixArtTransformer2DModel"),
     dummy_inputs=denoisers.caption_inputs,
     encode=texts.encode_masked,
+    spelled=_lowered,
     spoken=_t5("tokenizer", 120),
     reader=_reader("tokenizer", 120),
     heard=denoisers.captioned,
@@ -148,6 +156,7 @@ FAMILIES: dict[str, Family] = {
         name="DeepFloyd IF",
         built_as=denoisers.unet_with("text"),
         encode=texts.encode_if,
+        spelled=_lowered,
         spoken=_t5("tokenizer", 77),
         reader=_reader("tokenizer", 77),
         matrices=denoisers.added_keys_and_values,
@@ -221,8 +230,9 @@ def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
 
 def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
     """The end of the prompt that the tokenizer's limit cuts off, empty where all of it is heard; and the limit."""
-    tokenizer, limit = family_of(pipe).reader(pipe)
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
+    family = family_of(pipe)
+    tokenizer, limit = family.reader(pipe)
+    ids = tokenizer(family.spelled(prompt), truncation=False, verbose=False).input_ids
     return tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip(), limit
 
 
@@ -232,8 +242,8 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
     `encoder`: which of several that lie one after another along the tokens (SD 3: the CLIPs, then T5). Raises
     `LocogenError` where the prompt does not hold the subject, or is cut before its end.
     """
-    told = spoken(pipe, prompt)[encoder]
-    for words in (subject, f" {subject}"):  # tokenizers that spell a word otherwise behind a space
+    told, spelled = spoken(pipe, prompt)[encoder], family_of(pipe).spelled(subject)
+    for words in (spelled, f" {spelled}"):  # tokenizers that spell a word otherwise behind a space
         wanted = tuple(told.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
         for start in range(len(told.ids) - len(wanted), -1, -1):
             if wanted and told.ids[start : start + len(wanted)] == wanted:
@@ -245,7 +255,8 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
 
 def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
-    return family_of(pipe).spoken(pipe, prompt)
+    family = family_of(pipe)
+    return family.spoken(pipe, family.spelled(prompt))
 
 
 def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:

@@ -15,6 +15,7 @@ from locogen.errors import LocogenError
 from locogen.families import family_of
 from locogen.hooks import active_contexts
 from locogen.layers import Layer, find_layers
+from locogen.offloads import stands_on
 from locogen.phrasings import Phrasing, exchanged, own_phrasings
 from locogen.plan import Concept, PromptPair
 from locogen.readings import TOKENS, Reader, Tokens
@@ -176,10 +177,9 @@ def _outputs(module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, 
     """What a matrix puts out, adapters included, in float64."""
     import torch
 
-    weight = next(module.parameters())
     states = torch.stack([reader.states(prompt, layer) for prompt in prompts])  # (prompts, tokens, width)
     with torch.no_grad():
-        found = module(states.to(weight.device, weight.dtype)).double()
+        found = module(states.to(stands_on(module), next(module.parameters()).dtype)).cpu().double()
     if not torch.isfinite(found).all():
         raise LocogenError(f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32")
     return found

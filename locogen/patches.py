@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
+from locogen.offloads import kept
+from locogen.solve import doubled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """Named changes of weights, made for weights with that `digest` (see `digest_of`)."""
+    """Named changes of weights, made for weights with that `digest` (see `digest_of`), and of these types if known."""
 
     name: str
     changes: Mapping[str, LowRank]
     digest: str
+    dtype: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> str:
@@ -65,7 +68,8 @@ def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
         module = denoiser.get_submodule(path)
         parent = denoiser.get_submodule(path.rpartition(".")[0])
         wrapped = hasattr(module, "base_layer")
-        weight = (module.base_layer if wrapped else module).weight
+        owner = module.base_layer if wrapped else module
+        weight = owner.weight
     except AttributeError:
         raise LocogenError(
             f"{type(denoiser).__name__} has no {name}: the edit was made for another model; refit it"
@@ -76,6 +80,10 @@ def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
         )
     if "Fused" in type(getattr(parent, "processor", None)).__name__ and not under_lora:
         raise LocogenError(f"{path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first")
+    if weight.is_meta:
+        weight = kept(owner, "weight", name)
+        if kept(owner, "weight", name) is not weight:  # written to, it would change nothing
+            raise LocogenError(f"{name} is offloaded to the disk: load the model with another offload to edit it")
     if not weight.is_floating_point() or weight.ndim != 2:
         raise LocogenError(
             f"{name} is stored as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}: "
@@ -153,14 +161,17 @@ def _wear(denoiser: Any, wardrobe: _Wardrobe, worn: list[_Worn]) -> None:
     before = {name: weight.detach().clone() for name, weight in now.items()}
     originals = {name: wardrobe.originals.get(name, value) for name, value in before.items()}
     after = {name: _sum(originals[name], name, worn) for name in names}
+    was, needed = (wardrobe.worn, wardrobe.originals), _needed(originals, worn)
     try:
+        if adding:  # told before the first write: wherever an interrupt falls, undoing knows the originals
+            wardrobe.originals = needed
+            wardrobe.worn = worn
         _write(now, after)
+        wardrobe.worn, wardrobe.originals = worn, needed
     except BaseException:
         _write_on(now, before if adding else after)
-        if not adding:
-            wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
+        wardrobe.worn, wardrobe.originals = was if adding else (worn, needed)
         raise
-    wardrobe.worn, wardrobe.originals = worn, _needed(originals, worn)
 
 
 def _needed(originals: dict[str, Tensor], worn: list[_Worn]) -> dict[str, Tensor]:
@@ -190,10 +201,10 @@ def _sum(original: Tensor, name: str, worn: Iterable[_Worn]) -> Tensor:
     changes = [(w.patch.changes[name], w.strength) for w in worn if name in w.patch.changes]
     if not changes:
         return original
-    total = original.double()
+    total = doubled(original)
     for change, strength in changes:
         total = total + strength * (change.up.to(total) @ change.down.to(total))
-    total = total.to(original.dtype)
+    total = total.to(original.dtype).to(original.device)
     if not total.isfinite().all():
         raise LocogenError(
             f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; take less "
@@ -214,8 +225,9 @@ def _check_shapes(patch: Patch, weights: Mapping[str, Tensor]) -> None:
 def _stranger(patch: Patch, weights: Mapping[str, Tensor], busy: bool) -> str:
     kinds = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     also = " (or other edits are in the way: undo them)" if busy else ""
+    made_for = f", {', '.join(patch.dtype)} where it was made," if patch.dtype else ","
     return (
         f"the edit of {patch.name!r} was made for other weights: names and shapes agree, but the bits of "
-        f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here, do not{also}; make it anew with "
-        "edit.refit(pipe)"
+        f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here{made_for} do not{also}; make it "
+        "anew with edit.refit(pipe)"
     )

@@ -11,6 +11,7 @@ from locogen.denoisers import same
 from locogen.errors import LocogenError
 from locogen.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_positions
 from locogen.layers import Layer
+from locogen.offloads import stands_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class Reader:
     pipe: Any
     layers: Sequence[Layer]
     _texts: dict[str, Text] = field(default_factory=dict)
-    _read: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    _read: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by prompt and key, as exact as it was made
 
     @property
     def family(self) -> Family:
@@ -54,18 +55,18 @@ class Reader:
 
     def states(self, prompt: str, layer: Layer) -> Tensor:
         """What the layer's matrices read of the prompt, (tokens, width), in float64."""
-        if (prompt, layer.index) not in self._read:
+        if (prompt, self.key(layer)) not in self._read:
             made = self._from_a_run(prompt) if self.family.evolves else self._from_text(prompt)
-            self._read |= {(prompt, index): states for index, states in made.items()}
-        return self._read[prompt, layer.index]
+            self._read |= {(prompt, key): states for key, states in made.items()}
+        return self._read[prompt, self.key(layer)].double()
 
     def _from_text(self, prompt: str) -> dict[int, Tensor]:
         import torch
 
-        denoiser = denoiser_of(self.pipe, self.family)
+        denoiser, distinct = denoiser_of(self.pipe, self.family), {self.key(layer): layer for layer in self.layers}
         with torch.no_grad():
-            heard = self.family.heard(denoiser, self.text(prompt).states.to(denoiser.device, denoiser.dtype))
-            return {layer.index: self.family.read(layer.module, heard)[0].double() for layer in self.layers}
+            heard = self.family.heard(denoiser, self.text(prompt).states.to(stands_on(denoiser), denoiser.dtype))
+            return {key: self.family.read(layer.module, heard)[0].cpu() for key, layer in distinct.items()}
 
     def _from_a_run(self, prompt: str) -> dict[int, Tensor]:
         import torch
@@ -77,7 +78,7 @@ class Reader:
             def note(layer: Layer) -> Any:
                 def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
                     rows = args[0][list(call.rows), : call.states.shape[1]]
-                    found[layer.index].extend(rows.detach().double())
+                    found[layer.index].extend(rows.detach().cpu().double())
 
                 return hook
 
@@ -136,4 +137,4 @@ class Reader:
         read, denoiser = self.family.entry_reads, denoiser_of(self.pipe, self.family)
         if read is None:
             raise LocogenError(f"{self.family.name} hears text by its layers alone: leave out entry=True")
-        return read(denoiser, self.text(prompt), places).double()
+        return read(denoiser, self.text(prompt), places).cpu().double()

@@ -25,6 +25,7 @@ from locogen.errors import LocogenError
 from locogen.families import cut_words
 from locogen.heartbeat import beat
 from locogen.hooks import active_contexts, foreign_hooks
+from locogen.offloads import kept
 from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, Record, Writer, content_key
 
@@ -219,17 +220,12 @@ def fingerprint(pipe: Any) -> str:
 
 def _state(module: Any) -> dict[str, Tensor]:
     """A module's tensors; those that accelerate keeps off the device, from where it keeps them."""
-    return {n: _kept(module, n) if t.is_meta else t for n, t in module.state_dict().items()}
+    return {n: _tensor(module, n) if t.is_meta else t for n, t in module.state_dict().items()}
 
 
-def _kept(module: Any, name: str) -> Tensor:
+def _tensor(module: Any, name: str) -> Tensor:
     owner, _, own_name = name.rpartition(".")
-    hook = getattr(module.get_submodule(owner), "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        kept = getattr(one, "weights_map", None)
-        if kept is not None:
-            return kept[own_name]
-    raise LocogenError(f"the weight {name} is on the meta device: load the model's weights first")
+    return kept(module.get_submodule(owner), own_name, name)
 
 
 def _described(component: Any) -> str:

@@ -89,7 +89,7 @@ def _unit(features: Any) -> Array:
     import torch
 
     rows = getattr(features, "pooler_output", features)  # transformers 5 wraps them
-    return torch.nn.functional.normalize(rows.double(), dim=-1).cpu().numpy()
+    return torch.nn.functional.normalize(rows.cpu().double(), dim=-1).numpy()
 
 
 def _parts(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:

@@ -202,7 +202,7 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
     product = torch.empty(len(weight), right.shape[1], dtype=right.dtype, device=right.device)
     height = max(128, right.shape[1])
     for rows, part in zip(product.split(height), weight.split(height), strict=True):
-        torch.mm(part.to(right), right, out=rows)
+        torch.mm(doubled(part).to(right.device), right, out=rows)
     _check_finite(product, "weight")
     return product
 
@@ -211,7 +211,12 @@ def _rows(values: Tensor, name: str) -> Tensor:
     """A matrix in float64. Raises `LocogenError` for other shapes, no rows, and non-finite values."""
     _check_matrix(values, name)
     _check_finite(values, name)
-    return values.detach().double()
+    return doubled(values.detach())
+
+
+def doubled(values: Tensor) -> Tensor:
+    """In float64: on CUDA where it is, else on the CPU, since Apple's MPS has no float64."""
+    return (values if values.is_cuda else values.cpu()).double()
 
 
 def _check_matrix(values: Tensor, name: str) -> None:

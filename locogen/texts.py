@@ -157,5 +157,5 @@ def spoken_sana(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     usual = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
     told = "\n".join(usual)
     before = len(pipe.tokenizer.encode(told))
-    ids = pipe.tokenizer(told + prompt.lower().strip(), verbose=False).input_ids[before - 1 :][:299]
+    ids = pipe.tokenizer(told + prompt, verbose=False).input_ids[before - 1 :][:299]
     return (Spoken(tuple(ids), 1, len(ids), pipe.tokenizer),)

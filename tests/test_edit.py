@@ -1,5 +1,6 @@
 """Edits on a tiny Stable Diffusion: fit, apply, undo, save, share; and what they refuse."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -273,6 +274,44 @@ def test_an_interrupted_undo_goes_on_to_its_end(pipe, monkeypatch, at) -> None:
     assert not patches._KEPT[pipe.unet].originals
 
 
+def traced(nth: int, run) -> bool:
+    """Call `run` with Ctrl-C at the nth line that `_wear` and what it writes with execute; whether it came so far."""
+    lines = iter(range(nth + 1))
+
+    def trace(frame, event, _):
+        if frame.f_code not in (patches._wear.__code__, patches._write.__code__):
+            return None
+        if event == "line" and next(lines, None) == nth:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("undoing", [False, True])
+def test_wherever_an_interrupt_falls_the_originals_are_known(pipe, undoing) -> None:
+    edit = fit(pipe, layers=[2])
+    own = weights(pipe, edit)
+    for nth in itertools.count():
+        if undoing:
+            edit.apply_(pipe)
+        came = traced(nth, lambda: (edit.undo_ if undoing else edit.apply_)(pipe))
+        assert same(weights(pipe, edit), own) != patches.is_on(pipe.unet, edit._patch)
+        undo_all(pipe)
+        assert same(weights(pipe, edit), own)
+        if not came:
+            break
+    assert nth > 15
+
+
 def test_an_interrupt_before_the_first_write_keeps_no_stale_originals(pipe, monkeypatch) -> None:
     edit = fit(pipe)
     monkeypatch.setattr(patches, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -354,6 +393,8 @@ def test_refuses_a_model_it_was_not_made_for() -> None:
         edit.apply_(sibling)
     with edit.refit(sibling).applied(sibling):
         pass
+    with pytest.raises(LocogenError, match=r"float16 here, float32 where it was made, do not"):
+        edit.apply_(tiny.pipeline().to(torch.float16))
     wide = tiny.pipeline(block_out_channels=(16, 16, 16, 16))
     with pytest.raises(LocogenError, match=r"is \(16, 16\) here, .* made for \(8, 16\)"):
         fit(pipe, layers=[0]).apply_(wide)

@@ -255,6 +255,16 @@ def test_controls_are_every_other_place(pipe, edit) -> None:
     assert all(len(layers) == 2 and not set(layers) & {2, 3} for layers in drawn)
 
 
+def test_controls_leave_joined_layers_out() -> None:
+    """FLUX's last layers read text and picture by the same matrices, and cannot be edited."""
+    pipe = tiny.flux()
+    edit = fit_edit(pipe, STYLE, layers=[0], phrasings=[("a cat", "a dog")])
+    assert {name: e.layers for name, e in control_edits(pipe, edit, draws=0).items()} == {
+        "layer 1": (1,),
+        "all layers": (0, 1),
+    }
+
+
 def test_probes_from_concepts() -> None:
     probes = probes_for(STYLE, [OTHER])
     assert Probe("efficacy", "a dog in cat", "a dog in cat", ("a dog in cat", "a dog in ca", "a dog")) in probes

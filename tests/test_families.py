@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from locogen.errors import LocogenError
-from locogen.families import denoiser_of, encode, family_of, subject_positions
+from locogen.families import denoiser_of, encode, family_of, spoken, subject_positions
 from locogen.hooks import foreign_hooks, generators, intervene, record
 from locogen.layers import find_layers
 from locogen.plan import Intervention, with_riders
@@ -400,6 +400,15 @@ def test_words_are_found_where_they_are_heard(pipe):
     assert change[place] > 0.5 * change.max()
     with pytest.raises(LocogenError, match="does not hold"):
         subject_positions(pipe, one, "dog")
+
+
+@pytest.mark.parametrize("kind", ["if", "pixart-alpha", "pixart-sigma", "sana"])
+def test_capitals_are_heard_as_small_letters(kind):
+    """As these pipelines themselves hear them: T5 spells capitals in tokens of their own, and as many others."""
+    pipe = tiny.FAMILIES[kind]()
+    assert torch.equal(encode(pipe, [" A B Cat in b"]).states, encode(pipe, ["a b cat in b"]).states)
+    assert spoken(pipe, " A B Cat in b") == spoken(pipe, "a b cat in b")
+    assert subject_positions(pipe, "A B Cat in b", " Cat ") == subject_positions(pipe, "a b cat in b", "cat")
 
 
 def test_full_size_denoisers_on_the_meta_device():

@@ -20,7 +20,7 @@ from locogen.neurons import find_neurons
 from locogen.phrasings import Phrasing
 from locogen.plan import Concept, PromptPair
 from locogen.readings import Reader
-from locogen.runs import generate
+from locogen.runs import fingerprint, generate
 
 STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair("b in cat", "b")))
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
@@ -70,6 +70,34 @@ def test_applied_edits_show_and_leave_every_bit_as_found(pipe, tmp_path):
         edited = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
     assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(edited.pictures[0]))
     assert all(torch.equal(p, before[n]) for n, p in denoiser.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["sd", "if", "sd-3", "sana"])
+def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(name):
+    """As sequential offload keeps them; here the device is the CPU as well."""
+    from accelerate import cpu_offload
+
+    plain, kept = tiny.FAMILIES[name](), tiny.FAMILIES[name]()
+    for part in kept.components.values():
+        if isinstance(part, torch.nn.Module):
+            cpu_offload(part, torch.device("cpu"))
+    one, other = fit(plain, ridge=1e-3), fit(kept, ridge=1e-3)
+    assert one.digest == other.digest
+    assert all(torch.equal(change.change, other.changes[n].change) for n, change in one.changes.items())
+    before = fingerprint(kept)
+    with one.applied(plain), other.applied(kept):
+        seen = [np.asarray(generate(pipe, ["a cat in b"], **FAST).pictures[0]) for pipe in (plain, kept)]
+        assert fingerprint(kept) == fingerprint(plain) != before
+    assert np.array_equal(*seen) and fingerprint(kept) == before
+    zs = [find_neurons(pipe, STYLE, layers=[1], phrasings=PAIRS).table["z"] for pipe in (plain, kept)]
+    assert np.array_equal(*zs)
+
+
+def test_layers_that_read_the_same_share_what_is_kept_of_a_prompt(pipe, name):
+    """Or a thousand concepts would not fit in the memory."""
+    reader = Reader(pipe, find_layers(pipe)[:2])
+    assert all(reader.states("a cat", layer).dtype == torch.float64 for layer in reader.layers)
+    assert len(reader._read) == (2 if name in ("if", "sd-3", "flux") else 1)
 
 
 def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
@@ -191,4 +219,20 @@ def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):
         fit(tiny.pixart()).to_lora(tmp_path / "edit.safetensors")
     with pytest.raises(LocogenError, match="those of U-Nets"):
         fit(tiny.sana()).to_lora(tmp_path / "edit.safetensors", style="kohya")
+    with pytest.raises(LocogenError, match="style='diffusers', the default"):
+        fit(tiny.deepfloyd()).to_lora(tmp_path / "edit.safetensors", style="kohya")
     assert not list(tmp_path.iterdir())
+
+
+def test_kohyas_names_carry_the_map_beside_the_layers(tmp_path):
+    """As diffusers loads them: it drops names that it does not know, and says nothing."""
+    pipe = tiny.sdxl()
+    edit = fit(pipe, entry=True)
+    edit.to_lora(tmp_path / "edit.safetensors", style="kohya")
+    with edit.applied(pipe):
+        wanted = {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
+    pipe.load_lora_weights(str(tmp_path / "edit.safetensors"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert "add_embedding.linear_1.weight" in wanted
+    assert all(torch.allclose(pipe.unet.get_parameter(n), weight, atol=1e-5) for n, weight in wanted.items())

@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch.overrides import TorchFunctionMode
 
+from locogen import score
 from locogen.clamping import clamp
+from locogen.edit import fit_edit
 from locogen.errors import LocogenError
 from locogen.families import encode, end_position, family_of, subject_positions
 from locogen.layers import find_layers
@@ -22,6 +25,31 @@ LAYERS = (2, 3)
 @pytest.fixture(scope="module")
 def pipe():
     return tiny.pipeline()
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """As if the model were on a device without float64: only what came from `.cpu()` or was float64 is cast to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func == torch.Tensor.cpu or (func == torch.Tensor.to and args[0].dtype == torch.float64):
+            self.moved[id(made)] = made
+        elif func in (torch.Tensor.double, torch.Tensor.to) and made.dtype == torch.float64 != args[0].dtype:
+            assert id(args[0]) in self.moved
+        return made
+
+
+def test_float64_is_for_the_cpu(pipe):
+    """Apple's devices have none."""
+    with WithoutFloat64():
+        find_neurons(pipe, STYLE, layers=LAYERS)
+        with fit_edit(pipe, STYLE, layers=LAYERS, ordinary=["a dog"]).applied(pipe):
+            pass
+        score._unit(torch.ones(1, 2))
 
 
 def states(pipe, text):

@@ -15,8 +15,10 @@ from typing import Any
 import nbformat
 import pandas as pd
 import pytest
+import tiny
 import yaml
 
+import locogen
 from locogen.parameters import parameters_of
 from locogen.study import read_study, run_study
 
@@ -155,6 +157,13 @@ def test_figures_are_shown_in_one_way(path: Path) -> None:
         assert "plt.show" not in cell.source
         if re.search(r"plots\.plot_\w+\(", cell.source):
             assert "show(" in cell.source
+
+
+def test_the_sweep_of_edits_leaves_joined_layers_out() -> None:
+    (source,) = (c["source"] for c in cells(ROOT / "notebooks" / "edit_sweep.ipynb") if "starts = " in c["source"])
+    names: dict[str, Any] = {"loco": locogen, "pipe": tiny.flux(), "window": 2, "step": 1}
+    exec(source[: source.index("edits = {")].partition("\n")[2], names)
+    assert names["starts"] == [0]
 
 
 def test_every_study_is_in_order() -> None:
