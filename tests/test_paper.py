@@ -78,15 +78,18 @@ def test_it_runs_with_tiny_pipelines_in_place_of_the_checkpoints(
         STAND_INS.get(model, tiny.pipeline)().save_pretrained(cached(hub, model_entry(model).id))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     chosen = [next(r for r in runs if r.parameters["model"] == model) for model in MODELS]
+    of_sd = {r.parameters["concept"]: r for r in runs if r.parameters["model"] == "sd-1.5"}
+    chosen += [of_sd["sd/snoopy"], of_sd["sd/us-president"]]  # an object and a fact
     results = run_study(path, only=[run.slug for run in chosen], workers=1)
     for run in chosen:
         told = json.loads((results / run.slug / "result.json").read_text(encoding="utf-8"))
         model = run.parameters["model"]
         assert told["model"] == model
-        start = {"sd-xl": 45, "if-1": None}.get(model, 8)
+        start = {"sd-xl": 45, "if-1": None}.get(model, 8 if told["kind"] == "style" else 6)
         assert told["published"] == published_start(model, told["kind"]) == start
         page = json.loads((results / run.slug / "notebook.ipynb").read_text(encoding="utf-8"))
         shown = json.dumps(page["cells"], ensure_ascii=False)
-        assert (f"Published for a style in {model} (Basu et al. 2024): from layer {start}" in shown) == bool(start)
+        assert (f"Published for {told['kind']}s in {model} (Basu et al. 2024): from layer {start}" in shown) == bool(start)
     index = build(results).read_text(encoding="utf-8")
     assert index.count("published: from layer 8") == 3 and index.count("published: from layer 45") == 1
+    assert index.count("published: from layer 6") == 2
