@@ -89,7 +89,8 @@ def test_it_runs_with_tiny_pipelines_in_place_of_the_checkpoints(
         assert told["published"] == published_start(model, told["kind"]) == start
         page = json.loads((results / run.slug / "notebook.ipynb").read_text(encoding="utf-8"))
         shown = json.dumps(page["cells"], ensure_ascii=False)
-        assert (f"Published for {told['kind']}s in {model} (Basu et al. 2024): from layer {start}" in shown) == bool(start)
+        words = f"Published for {told['kind']}s in {model} (Basu et al. 2024): from layer {start}"
+        assert (words in shown) == bool(start)
     index = build(results).read_text(encoding="utf-8")
     assert index.count("published: from layer 8") == 3 and index.count("published: from layer 45") == 1
     assert index.count("published: from layer 6") == 2
