@@ -293,6 +293,7 @@ def traced(nth: int, run) -> bool:
         return True
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(True)  # an interrupt between the last line of `with no_grad` and its end leaves it off
     return False
 
 
