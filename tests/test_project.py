@@ -8,12 +8,14 @@ import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -82,6 +84,18 @@ def test_constraints_hold_elsewhere(name: str) -> None:
     assert "torchvision" not in pins
     assert not re.search(r"[@/\\]|\+", "\n".join(f"{name}{pin}" for name, pin in pins.items()))
     assert not re.search(r"^-|://|file:", read(name), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [NEWEST, OLDEST])
+def test_constraints_admit_the_first_python_of_the_project(project: dict[str, Any], name: str) -> None:
+    """A pin may ask for a patch release (3.11.5) that Debian's Python does not have; seen where it is installed."""
+    oldest_python = project["requires-python"].removeprefix(">=") + ".0"
+    pins = pinned(name)
+    for found in distributions():
+        pin = pins.get(canonicalize_name(found.name), "")
+        if f"=={found.version}" == pin and "Requires-Python" in found.metadata:
+            needs = SpecifierSet(found.metadata["Requires-Python"])
+            assert needs.contains(oldest_python), f"{found.name}{pin} needs Python {needs}, not {oldest_python}"
 
 
 def third_party(path: Path) -> set[str]:
