@@ -15,7 +15,7 @@ from locogen.layers import find_layers
 from locogen.plan import Concept, Pooled, distinct_seeds, sweep
 from locogen.raced import raced_run
 from locogen.racing import BUDGET, Rows, race
-from locogen.runs import Run, generate
+from locogen.runs import Run, generate, same_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,7 +81,8 @@ def localize(
         run = _measured(concepts, plans, judge, make, store)
         return run.with_table(run.table, **told)
     measured = lambda who, plans, shelf: _measured([concepts[i] for i in who], plans, judge, make, shelf)  # noqa: E731
-    run = raced_run([race(c, budget=budget, **asked) for c in concepts], measured, store)
+    with same_weights():
+        run = raced_run([race(c, budget=budget, **asked) for c in concepts], measured, store)
     return run.with_table(run.table, budget=budget, **told)
 
 

@@ -12,7 +12,9 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +32,8 @@ from locogen.plan import Intervention, Settings, distinct_seeds
 from locogen.store import PictureStore, Record, Writer, content_key
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
+
+_hashed: ContextVar[dict[int, str] | None] = ContextVar("weights hashed so far", default=None)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,7 +189,7 @@ def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
         )
     return {
         "format": PICTURE_FORMAT,
-        "weights": fingerprint(pipe),
+        "weights": _weights(pipe),
         "contexts": list(active_contexts(pipe)),
         "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],
         "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
@@ -199,6 +203,25 @@ def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
 
 def _plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in dict(config).items() if not k.startswith("_")}
+
+
+@contextmanager
+def same_weights() -> Iterator[None]:
+    """Within, `generate` hashes the weights of each pipeline once: for calls that come back to it and change none."""
+    before = _hashed.set({})
+    try:
+        yield
+    finally:
+        _hashed.reset(before)
+
+
+def _weights(pipe: Any) -> str:
+    known = _hashed.get()
+    if known is None:
+        return fingerprint(pipe)
+    if id(pipe) not in known:
+        known[id(pipe)] = fingerprint(pipe)
+    return known[id(pipe)]
 
 
 def fingerprint(pipe: Any) -> str:

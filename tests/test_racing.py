@@ -10,13 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import torch
 from test_localization import STYLE, planted
 
+from locogen import runs
 from locogen.effects import carrier, effect
 from locogen.errors import LocogenError
 from locogen.localization import localize
 from locogen.plan import Concept, PromptPair, sweep
 from locogen.racing import BUDGET, Race, _ordered_pairs, bound, looks, race, reach, run_races
+from locogen.runs import fingerprint
 from locogen.stats import split_seeds
 
 MEASURED = Path(__file__).parent / "benchmarks" / "race_effects.json"
@@ -144,6 +147,21 @@ def test_localize_races_with_the_pictures_of_the_whole_search(tmp_path):
     assert folder.is_dir()
     del raced
     assert not folder.exists()
+
+
+def test_a_race_hashes_the_weights_once_and_the_next_call_again(monkeypatch):
+    """Seconds a look for a large model; what changes between two calls is still noticed."""
+    pipe, hashed = tiny.pipeline(), []
+    monkeypatch.setattr(runs, "fingerprint", lambda of: (hashed.append(fingerprint(of)), hashed[-1])[1])
+    options = {"num_inference_steps": 1, "scorer": tiny.FakeScorer(), "progress": False}
+    asked = dict(window=2, seeds=range(4), search="race")
+    raced = localize(pipe, [STYLE], **asked, **options)
+    assert len(hashed) == 1
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(2)
+    again = localize(pipe, [STYLE], **asked, **options)
+    assert len(hashed) == 2 and hashed[0] != hashed[1]
+    assert set(again.table["image"]).isdisjoint(raced.table["image"])
 
 
 # --- the error rate ------------------------------------------------------------------------------
