@@ -260,7 +260,7 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
     measures = [m for m in ("efficacy", "specificity") if m in set(table["measure"])]
     if not rivals or len(rivals) == table["arm"].nunique() or len(measures) < 2:
         raise LocogenError(f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both measures")
-    parts = {key: part for key, part in table.groupby(["arm", "measure"], sort=False)}  # noqa: C416
+    parts = dict(iter(table.groupby(["arm", "measure"], sort=False)))
     lines = []
     for rival in rivals:
         estimate, below, above = 0.0, 0.0, 0.0

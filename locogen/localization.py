@@ -80,7 +80,10 @@ def localize(
         plans = [list(sweep(c, timesteps=spans, **asked)) for c in concepts]
         run = _measured(concepts, plans, judge, make, store)
         return run.with_table(run.table, **told)
-    measured = lambda who, plans, shelf: _measured([concepts[i] for i in who], plans, judge, make, shelf)  # noqa: E731
+
+    def measured(who: Sequence[int], plans: Sequence[Rows], shelf: Any) -> Run:
+        return _measured([concepts[i] for i in who], plans, judge, make, shelf)
+
     with same_weights():
         run = raced_run([race(c, budget=budget, **asked) for c in concepts], measured, store)
     return run.with_table(run.table, budget=budget, **told)

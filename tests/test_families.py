@@ -177,7 +177,10 @@ def read(pipe, rows, active):
     with intervene(pipe, active):
         for layer in find_layers(pipe):
             matrix = family_of(pipe).matrices(layer.module)["k"]
-            note = lambda module, args, output, index=layer.index: found.setdefault(index, output)  # noqa: E731
+
+            def note(module, args, output, index=layer.index):
+                found.setdefault(index, output)  # and nothing returned: that would be the layer's new output
+
             handles.append(matrix.register_forward_hook(note))
         try:
             pictures(pipe, rows, steps=2)

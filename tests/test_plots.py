@@ -71,10 +71,10 @@ def pictures(concepts: Sequence[str] = tuple(CONCEPTS)) -> pd.DataFrame:
     for concept in concepts:
         for seed, noise in ((0, -0.05), (1, 0.05)):  # the mean over seeds is what is shown
 
-            def add(role: str, start: Any, score: float, edit: Any = None, seed: int = seed) -> None:
-                rows.append(
-                    dict(concept=concept, role=role, start=start, seed=seed, edit=edit, clip_score=score)  # noqa: B023
-                )
+            def add(
+                role: str, start: Any, score: float, edit: Any = None, seed: int = seed, name: str = concept
+            ) -> None:
+                rows.append(dict(concept=name, role=role, start=start, seed=seed, edit=edit, clip_score=score))
 
             for start in range(WINDOWS):
                 add("window", start, 0.6 - estimate(concept, start) + noise)

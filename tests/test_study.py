@@ -352,7 +352,10 @@ def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, 
 def test_ctrl_c_before_an_end_was_noticed(write, kernel: Kernel, capsys, monkeypatch) -> None:
     """As on a busy machine: the run before is finished, though nobody has looked yet."""
     look = study.wait
-    blind = lambda futures, **how: (set(), look(futures, 0.01)) if "return_when" in how else look(futures, **how)  # noqa: E731
+
+    def blind(futures: Any, **how: Any) -> Any:
+        return (set(), look(futures, 0.01)) if "return_when" in how else look(futures, **how)
+
     monkeypatch.setattr(study, "wait", blind)
     path = write(TWO + '[[run]]\nconcept = "mini/cat"\n')
     kernel.interrupts = "mini/blueprint"

@@ -20,7 +20,7 @@ import pandas as pd
 
 import locogen as loco
 from locogen.plan import Concept, Intervention, PromptPair, sign_of, sweep
-from locogen.racing import BUDGET, race, run_races
+from locogen.racing import BUDGET, Rows, race, run_races
 from locogen.stats import split_seeds
 
 HERE = Path(__file__).resolve().parent
@@ -41,8 +41,10 @@ def raced(effects: Array, asked: dict[str, Any], **more: Any) -> tuple[int, int,
     def score(row: Intervention) -> float:
         return 0.0 if row.start is None else sign * effects[row.start, places[row.prompt], row.seed]
 
+    def measure(wanted: dict[int, Rows]) -> dict[int, Array]:
+        return {i: np.array([score(row) for row in rows]) for i, rows in wanted.items()}
+
     runners = [race(**asked, **more)]
-    measure = lambda wanted: {i: np.array([score(row) for row in rows]) for i, rows in wanted.items()}  # noqa: E731
     ((rows, said),) = run_races(runners, measure)
     told = pd.DataFrame(said).assign(start=[row.start for row in rows])
     return int(told.loc[told["verdict"] == "chosen", "start"].iloc[0]), len(rows), told
