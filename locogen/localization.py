@@ -75,24 +75,23 @@ def localize(
         batch_size=batch_size,
         progress=progress,
     )
+    measured = functools.partial(_measured, concepts, judge, make)
     told = {"window": width, "n_layers": count, "search": search}
     if search == "all":
         plans = [list(sweep(c, timesteps=spans, **asked)) for c in concepts]
-        run = _measured(concepts, plans, judge, make, store)
+        run = measured(range(len(concepts)), plans, store)
         return run.with_table(run.table, **told)
-
-    def measured(who: Sequence[int], plans: Sequence[Rows], shelf: Any) -> Run:
-        return _measured([concepts[i] for i in who], plans, judge, make, shelf)
-
     with same_weights():
         run = raced_run([race(c, budget=budget, **asked) for c in concepts], measured, store)
     return run.with_table(run.table, budget=budget, **told)
 
 
-def _measured(concepts: Sequence[Concept], plans: Sequence[Rows], judge: Scorer, make: Make, store: Any) -> Run:
-    """The pictures of one plan a concept, scored."""
+def _measured(
+    concepts: Sequence[Concept], judge: Scorer, make: Make, who: Sequence[int], plans: Sequence[Rows], store: Any
+) -> Run:
+    """The pictures of one plan for each of the concepts with the numbers `who`, scored."""
     run = make([row for plan in plans for row in plan], store=store)
-    table = run.table.assign(**_scored_against(concepts, plans))
+    table = run.table.assign(**_scored_against([concepts[i] for i in who], plans))
     return run.with_table(_ordered(table.assign(**_scores(run, table, judge))), **judge.settings)
 
 
