@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .catalog import concept, concepts, model_table
-    from .clamping import Selection, clamp
-    from .contribution import attention_contribution, contribution_effect
-    from .edit import Edit, fit_edit, undo_all
-    from .effects import carrier, effect
+    from .editing.edit import Edit, fit_edit, undo_all
+    from .editing.evaluation import Probe, compare, control_edits, evaluate, probes_for
+    from .editing.neurons import Neurons, find_neurons
     from .errors import LocogenError, UnsupportedModel
-    from .evaluation import Probe, compare, control_edits, evaluate, probes_for
-    from .hooks import generators, intervene, record
-    from .layers import Layer, find_layers
-    from .localization import localize
-    from .models import load
-    from .neurons import Neurons, find_neurons
-    from .pace import Pace, speed
+    from .interventions.clamping import Selection, clamp
+    from .interventions.prompts import generators, intervene, record
+    from .localization.attention import attention_contribution, contribution_effect
+    from .localization.causal_tracing import causal_trace
+    from .localization.comparison import Agreement, Located, agree, localizers, locate
+    from .localization.effects import carrier, effect
+    from .localization.localize import localize
+    from .localization.sample_size import plan_seeds
+    from .localization.trace_effects import trace_effect
+    from .models.layers import Layer, find_layers
+    from .models.load import load
+    from .pictures.runs import Run, generate
+    from .pictures.score import Scorer, scorer
+    from .pictures.speed import Pace, speed
     from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
-    from .plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
-    from .recovery import trace_effect
-    from .rivals import Agreement, Located, agree, localizers, locate
-    from .runs import Run, generate
-    from .score import Scorer, scorer
-    from .sizing import plan_seeds
-    from .trace import causal_trace
-    from .trace_plots import plot_trace
-    from .widgets import explore
+    from .views.localizer_plots import plot_trace
+    from .views.plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
+    from .views.widgets import explore
 
 __version__ = "0.1.0"
 
@@ -103,20 +103,20 @@ __all__ = [
 # module -> the public names it defines
 _PUBLIC = {
     "catalog": ("concept", "concepts", "model_table"),
-    "clamping": ("Selection", "clamp"),
-    "contribution": ("attention_contribution", "contribution_effect"),
-    "edit": ("Edit", "fit_edit", "undo_all"),
-    "effects": ("carrier", "effect"),
-    "evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
+    "interventions.clamping": ("Selection", "clamp"),
+    "localization.attention": ("attention_contribution", "contribution_effect"),
+    "editing.edit": ("Edit", "fit_edit", "undo_all"),
+    "localization.effects": ("carrier", "effect"),
+    "editing.evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
-    "hooks": ("generators", "intervene", "record"),
-    "layers": ("Layer", "find_layers"),
-    "localization": ("localize",),
-    "models": ("load",),
-    "neurons": ("Neurons", "find_neurons"),
-    "pace": ("Pace", "speed"),
+    "interventions.prompts": ("generators", "intervene", "record"),
+    "models.layers": ("Layer", "find_layers"),
+    "localization.localize": ("localize",),
+    "models.load": ("load",),
+    "editing.neurons": ("Neurons", "find_neurons"),
+    "pictures.speed": ("Pace", "speed"),
     "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
-    "plots": (
+    "views.plots": (
         "describe",
         "plot_curve",
         "plot_effect",
@@ -125,14 +125,14 @@ _PUBLIC = {
         "plot_strip",
         "plot_timesteps",
     ),
-    "recovery": ("trace_effect",),
-    "rivals": ("Agreement", "Located", "agree", "localizers", "locate"),
-    "runs": ("Run", "generate"),
-    "score": ("Scorer", "scorer"),
-    "sizing": ("plan_seeds",),
-    "trace": ("causal_trace",),
-    "trace_plots": ("plot_trace",),
-    "widgets": ("explore",),
+    "localization.trace_effects": ("trace_effect",),
+    "localization.comparison": ("Agreement", "Located", "agree", "localizers", "locate"),
+    "pictures.runs": ("Run", "generate"),
+    "pictures.score": ("Scorer", "scorer"),
+    "localization.sample_size": ("plan_seeds",),
+    "localization.causal_tracing": ("causal_trace",),
+    "views.localizer_plots": ("plot_trace",),
+    "views.widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: argparse.Namespace) -> int:
-    from locogen.study import StudyFailed, run_study
+    from locogen.studies.study import StudyFailed, run_study
 
     try:
         run_study(
@@ -109,7 +109,7 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _report(chosen: argparse.Namespace) -> int:
-    from locogen.report import build
+    from locogen.pages.build import build
 
     page = build(chosen.folder).resolve()
     print(page.as_uri())

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from locogen.worker import execute
+from locogen.studies.worker import execute
 
 WRONG = "import locogen as loco\n\nloco.concept('mini/neo')"
 REMEDY = "LocogenError: no concept 'mini/neo': did you mean 'mini/neon'"

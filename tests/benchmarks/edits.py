@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import locogen as loco
 from locogen import stats
-from locogen.evaluation import Probe, summary
+from locogen.editing.evaluation import Probe, summary
 from locogen.mini import world
 from locogen.phrasings import Phrasing, default_phrasings
 

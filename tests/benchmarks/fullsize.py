@@ -21,14 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import full
-import tiny
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from support import full, tiny
 
-from locogen.layers import find_layers
+from locogen.models.layers import find_layers
+from locogen.pictures.runs import generate
 from locogen.plan import Intervention
-from locogen.runs import generate
 
 
 def sd() -> StableDiffusionPipeline:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fullsize
 import speed as bench
-import tiny
 import torch
+from support import tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import locogen as loco

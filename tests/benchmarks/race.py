@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 
 import locogen as loco
+from locogen.localization.racing import BUDGET, Rows, race, run_races
 from locogen.plan import Concept, Intervention, PromptPair, sign_of, sweep
-from locogen.racing import BUDGET, Rows, race, run_races
 from locogen.stats import split_seeds
 
 HERE = Path(__file__).resolve().parent

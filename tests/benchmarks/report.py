@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from made_up import study
+from support.made_up import study
 
 from locogen import __version__
-from locogen.overview import index_page
-from locogen.report import build, gather
+from locogen.pages.build import build, gather
+from locogen.pages.index import index_page
 
 MODELS = ("mini", "mini-b")
 

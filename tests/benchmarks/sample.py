@@ -17,8 +17,8 @@ import pandas as pd
 from PIL import Image
 
 from locogen import carrier, describe, plot_effect
-from locogen.plots import plot_strip, strip_rows
-from locogen.report import build
+from locogen.pages.build import build
+from locogen.views.plots import plot_strip, strip_rows
 
 SOURCE, TARGET = Path("reports/mini"), Path("reports/sample")
 LIMIT = 3_000_000  # bytes in all

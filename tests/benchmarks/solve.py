@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locogen import solve
+from locogen.editing import closed_form as solve
 
 RIDGE = 0.01
 SHAPES = {  # (out, in) of the matrices edited, keys and values of each layer

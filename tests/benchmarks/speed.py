@@ -38,8 +38,8 @@ import numpy as np
 import torch
 
 import locogen as loco
+from locogen.pictures.runs import Run
 from locogen.plan import Concept, Intervention
-from locogen.runs import Run
 
 HERE = Path(__file__).resolve().parent
 ONE = {"num_images_per_prompt": 1}
@@ -188,7 +188,7 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
     print(pace, file=sys.stderr)
 
     def paced(name: str, **more: Any) -> None:
-        from locogen.pace import _done
+        from locogen.pictures.speed import _done
 
         with _done(pipe, pace.way):
             ours(name, **more)

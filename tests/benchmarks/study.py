@@ -23,9 +23,9 @@ import nbformat
 import papermill
 from nbformat.v4 import new_code_cell, new_notebook
 
-from locogen.kernel import silence
-from locogen.planning import read_study
-from locogen.worker import run_one
+from locogen.studies.kernel import silence
+from locogen.studies.planning import read_study
+from locogen.studies.worker import run_one
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PARAMETERS = 'number: int = 0  # which\nresults: str = ""  # tables'

@@ -1,0 +1,1 @@
+"""Which layers carry a concept: LocoGen's sweep and race, causal tracing, attention contribution."""

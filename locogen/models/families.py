@@ -1,0 +1,265 @@
+"""All that depends on a model's family: its denoiser, dummy inputs, prompt encoding, and where text enters.
+
+To add a family: one `Family` entry in `FAMILIES`, keyed by the pipeline's class name. Nothing else in locogen asks
+what kind of model it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from locogen.errors import LocogenError, UnsupportedModel
+from locogen.models import denoisers
+from locogen.models import text as texts
+from locogen.models.denoisers import Change, Hook
+from locogen.models.text import Encoded, Spoken, Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _nothing(pipe: Any) -> dict[str, Any]:
+    return {}
+
+
+def _lowered(words: str) -> str:
+    """What diffusers' `_text_preprocessing` makes of a prompt where the caption is not cleaned, locogen's own case."""
+    return words.lower().strip()
+
+
+def _given_time(pipe: Any, given: Any) -> Any:
+    return given
+
+
+@dataclass(frozen=True)
+class Family:
+    """What locogen must know of a family of pipelines.
+
+    `denoiser`: attribute of the pipeline; `built_as`: whether a bare denoiser is of this family;
+    `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass; `encode(pipe, prompts, guided)`: the
+    prompts' text, and the pipeline's own negative; `check(denoiser)` raises where an intervention would be wrong;
+    `spelled(words)`: what the pipeline makes of a prompt before its tokenizer; `spoken(pipe, spelled)`: where its
+    words stand in the states, one entry for each encoder with positions of its own;
+    `reader(pipe)`: the tokenizer that hears most of a prompt, and how many tokens; `matrices(layer.module)`: the
+    linear maps that read text, "k" and "v".
+
+    `heard(denoiser, states)`: what the layers hear of encoded states; `read(layer.module, heard)`: what the matrices
+    read of that. `pooled(denoiser, change)`: hooks that apply a change to the rows of the vector by which text enters
+    beside the layers; None where it does not. `evolves`: text changes from block to block, so that a target is heard
+    from its own run in the same batch (patching) and not from its encoding. `time(pipe, given)`: the scheduler's
+    timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes.
+
+    For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
+    where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
+    `entry_reads(denoiser, text, places)`, what it reads of a text.
+    """
+
+    name: str
+    denoiser: str
+    built_as: Callable[[Any], bool]
+    dummy_inputs: Callable[[Any], Mapping[str, Any]]
+    encode: Callable[[Any, Sequence[str], bool], Encoded]
+    check: Callable[[Any], None]
+    spoken: Callable[[Any, str], tuple[Spoken, ...]]
+    reader: Callable[[Any], tuple[Any, int]]
+    matrices: Callable[[Any], Mapping[str, Any]]
+    spelled: Callable[[str], str] = str
+    heard: Callable[[Any, Tensor], Tensor] = denoisers.same
+    read: Callable[[Any, Tensor], Tensor] = denoisers.same
+    pooled: Callable[[Any, Change], list[Hook]] | None = None
+    evolves: bool = False
+    time: Callable[[Any, Any], Any] = _given_time
+    options: Callable[[Any], dict[str, Any]] = _nothing
+    tokens: Literal["last_subject", "subject"] = "last_subject"
+    entry: str | None = None
+    entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
+
+
+def _reader(tokenizer: str, limit: int | None = None) -> Callable[[Any], tuple[Any, int]]:
+    def reader(pipe: Any) -> tuple[Any, int]:
+        found = getattr(pipe, tokenizer)
+        return found, limit or found.model_max_length
+
+    return reader
+
+
+def _sd3_reader(pipe: Any) -> tuple[Any, int]:
+    return (pipe.tokenizer, pipe.tokenizer_max_length) if pipe.text_encoder_3 is None else (pipe.tokenizer_3, 256)
+
+
+def _t5(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[Spoken, ...]]:
+    return lambda pipe, prompt: (texts.spoken_by(getattr(pipe, tokenizer), prompt, limit),)
+
+
+def _exact_size(pipe: Any) -> dict[str, Any]:
+    """Pictures of the checkpoint's own size, not resized; the negative comes encoded."""
+    side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
+    return {"negative_prompt": None, "use_resolution_binning": False, "height": side, "width": side}
+
+
+_SD = Family(
+    name="Stable Diffusion 1 and 2",
+    denoiser="unet",
+    built_as=denoisers.unet_with(None),
+    dummy_inputs=denoisers.unet_inputs,
+    encode=texts.encode_sd,
+    check=denoisers.check_seen_through,
+    spoken=texts.spoken_clip,
+    reader=_reader("tokenizer"),
+    matrices=denoisers.keys_and_values,
+)
+_PIXART = replace(
+    _SD,
+    name="PixArt-α",
+    denoiser="transformer",
+    built_as=denoisers.built_as("PixArtTransformer2DModel"),
+    dummy_inputs=denoisers.caption_inputs,
+    encode=texts.encode_masked,
+    spelled=_lowered,
+    spoken=_t5("tokenizer", 120),
+    reader=_reader("tokenizer", 120),
+    heard=denoisers.captioned,
+    options=_exact_size,
+    tokens="subject",
+)
+_SD3 = replace(
+    _SD,
+    name="Stable Diffusion 3",
+    denoiser="transformer",
+    built_as=denoisers.built_as("SD3Transformer2DModel"),
+    dummy_inputs=denoisers.joint_inputs,
+    encode=texts.encode_sd3,
+    spoken=texts.spoken_sd3,
+    reader=_sd3_reader,
+    matrices=denoisers.added_keys_and_values,
+    pooled=denoisers.pooled_projections,
+    evolves=True,
+    tokens="subject",
+    entry="context_embedder",
+    entry_reads=denoisers.embedder_entry,
+)
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": _SD,
+    "LatentConsistencyModelPipeline": replace(_SD, name="Latent Consistency", encode=texts.encode_lcm),
+    "StableDiffusionXLPipeline": replace(
+        _SD,
+        name="SD-XL",
+        built_as=denoisers.unet_with("text_time"),
+        encode=texts.encode_sdxl,
+        pooled=denoisers.added_text,
+        entry="add_embedding.linear_1",
+        entry_reads=denoisers.pooled_entry,
+    ),
+    "IFPipeline": replace(
+        _SD,
+        name="DeepFloyd IF",
+        built_as=denoisers.unet_with("text"),
+        encode=texts.encode_if,
+        spelled=_lowered,
+        spoken=_t5("tokenizer", 77),
+        reader=_reader("tokenizer", 77),
+        matrices=denoisers.added_keys_and_values,
+        heard=denoisers.projected,
+        read=denoisers.normed,
+        pooled=denoisers.pooled_inside,
+        tokens="subject",
+    ),
+    "StableDiffusion3Pipeline": _SD3,
+    "FluxPipeline": replace(
+        _SD3,
+        name="FLUX.1",
+        built_as=denoisers.built_as("FluxTransformer2DModel"),
+        encode=texts.encode_flux,
+        spoken=texts.spoken_flux,
+        reader=lambda pipe: (pipe.tokenizer_2, texts.flux_limit(pipe)),
+        time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
+    ),
+    "PixArtAlphaPipeline": _PIXART,
+    "PixArtSigmaPipeline": replace(
+        _PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300), reader=_reader("tokenizer", 300)
+    ),
+    "SanaPipeline": replace(
+        _PIXART,
+        name="Sana",
+        built_as=denoisers.built_as("SanaTransformer2DModel"),
+        spoken=texts.spoken_sana,
+        tokens="last_subject",
+        reader=_reader("tokenizer", 300),
+        time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
+    ),
+}
+
+
+def family_of(model: Any) -> Family:
+    """The family of a pipeline, or of a bare denoiser.
+
+    Raises `UnsupportedModel` with the supported pipelines for any other, `LocogenError` for a model whose current
+    state (feature cache, IP-Adapter) an intervention cannot see through.
+    """
+    family = FAMILIES.get(type(model).__name__)
+    family = family or next((one for one in FAMILIES.values() if one.built_as(model)), None)
+    if family is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their denoisers"
+        )
+    family.check(denoiser_of(model, family))
+    return family
+
+
+def denoiser_of(model: Any, family: Family | None = None) -> Any:
+    """The denoiser of a pipeline; a bare denoiser is its own."""
+    return getattr(model, (family or family_of(model)).denoiser, model)
+
+
+def encode(pipe: Any, prompts: Sequence[str]) -> Text:
+    """The text of prompts as the pipeline itself encodes it."""
+    import torch
+
+    with torch.no_grad():
+        return family_of(pipe).encode(pipe, prompts, False)[0]
+
+
+def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
+    """The text of prompts, and the pipeline's own negative for them; None where there is no such thing."""
+    import torch
+
+    with torch.no_grad():
+        return family_of(pipe).encode(pipe, prompts, True)
+
+
+def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
+    """The end of the prompt that the tokenizer's limit cuts off, empty where all of it is heard; and the limit."""
+    family = family_of(pipe)
+    tokenizer, limit = family.reader(pipe)
+    ids = tokenizer(family.spelled(prompt), truncation=False, verbose=False).input_ids
+    return tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip(), limit
+
+
+def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
+    """Where the subject's tokens stand in the encoded prompt, counted from 0, at its last occurrence.
+
+    `encoder`: which of several that lie one after another along the tokens (SD 3: the CLIPs, then T5). Raises
+    `LocogenError` where the prompt does not hold the subject, or is cut before its end.
+    """
+    told, spelled = spoken(pipe, prompt)[encoder], family_of(pipe).spelled(subject)
+    for words in (spelled, f" {spelled}"):  # tokenizers that spell a word otherwise behind a space
+        wanted = tuple(told.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
+        for start in range(len(told.ids) - len(wanted), -1, -1):
+            if wanted and told.ids[start : start + len(wanted)] == wanted:
+                return tuple(range(told.start + start, told.start + start + len(wanted)))
+    raise LocogenError(
+        f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
+    )
+
+
+def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+    """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
+    family = family_of(pipe)
+    return family.spoken(pipe, family.spelled(prompt))
+
+
+def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
+    """Where the encoded prompt ends: the position of its (first) end mark, or of its last word where there is none."""
+    return spoken(pipe, prompt)[encoder].end

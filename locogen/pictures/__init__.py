@@ -1,0 +1,1 @@
+"""Pictures of a plan: made in batches, kept in a store, scored."""

@@ -1,0 +1,1 @@
+"""Many runs from one TOML file: planned, executed by papermill, resumed."""

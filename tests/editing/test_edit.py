@@ -1,0 +1,608 @@
+"""Edits on a tiny Stable Diffusion: fit, apply, undo, save, share; and what they refuse."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+
+from locogen.editing import weights as patches
+from locogen.editing.edit import Edit, fit_edit, undo_all
+from locogen.errors import LocogenError
+from locogen.models.families import encode, end_position, subject_positions
+from locogen.phrasings import Phrasing, default_phrasings, exchanged
+from locogen.pictures import runs
+from locogen.plan import Concept, PromptPair
+
+STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"),))
+PAIRS = [("a cat", "a do"), ("the cat", "the do")]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny.pipeline()
+
+
+@pytest.fixture
+def pipe(shared):
+    before = {n: p.clone() for n, p in shared.unet.named_parameters()}
+    yield shared
+    left = [n for n, p in shared.unet.named_parameters() if not torch.equal(p, before[n])]
+    assert not left, f"the test left {left[:2]} changed"
+
+
+def fit(pipe, layers=(2, 3), pairs=PAIRS, **options) -> Edit:
+    return fit_edit(pipe, STYLE, layers=layers, phrasings=pairs, **options)
+
+
+def weights(pipe, edit: Edit) -> dict[str, torch.Tensor]:
+    return {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
+
+
+def same(one, two) -> bool:
+    return all(torch.equal(one[n], two[n]) for n in one)
+
+
+def state(pipe, prompt: str, place: int) -> torch.Tensor:
+    return encode(pipe, [prompt]).states[0][place].double()
+
+
+# --- what is fitted ------------------------------------------------------------------------------
+
+
+def test_a_small_ridge_sends_the_subject_where_its_target_goes(pipe) -> None:
+    edit = fit(pipe, ridge=1e-9)
+    for source, target in PAIRS:
+        x = state(pipe, source, subject_positions(pipe, source, "cat")[-1])
+        y = state(pipe, target, end_position(pipe, target) - 1)
+        for name, old in weights(pipe, edit).items():
+            new = old.double() + edit.changes[name].change
+            assert torch.allclose(x @ new.T, y @ old.double().T, atol=1e-5)
+            assert not torch.allclose(x @ old.double().T, y @ old.double().T, atol=1e-2)
+
+
+def test_keys_and_values_have_ridges_of_their_own(pipe) -> None:
+    plain, apart = fit(pipe), fit(pipe, ridge_v=100.0)
+    moved = {n: not torch.allclose(plain.changes[n].change, apart.changes[n].change) for n in plain.changes}
+    assert {n.rpartition(".to_")[2]: m for n, m in moved.items()} == {"k.weight": False, "v.weight": True}
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [("last_subject", 2), ("subject", 4), ("end", 2), ("all", 78)])
+def test_tokens_that_are_edited(pipe, tokens: str, rows: int) -> None:
+    """`ab` is two tokens of the tiny vocabulary, a prompt 40; the start mark is never edited."""
+    edit = fit(pipe, pairs=[("a ab", "a do"), ("the ab", "the do")], subject="ab", tokens=tokens)
+    assert all(c.rank == min(rows, *c.change.shape) for c in edit.changes.values())
+
+
+def test_null_space_leaves_the_preserved_prompt_alone(pipe) -> None:
+    x = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
+    loose, soft = fit(pipe), fit(pipe, preserve=["a dog"], preserve_weight=100.0)
+    exact = fit(pipe, preserve=["a dog"], null_space=True)
+    moved = [max(float((x @ c.change.T).norm()) for c in e.changes.values()) for e in (loose, soft, exact)]
+    assert moved[0] > 10 * moved[1] > 0
+    assert moved[2] < 1e-10
+
+
+def test_ordinary_captions_are_dear(pipe) -> None:
+    captions = ["a dog", "a do", "do a dog", "dog do"]
+    x = torch.stack([state(pipe, c, end_position(pipe, c)) for c in captions])
+    loose, dear = fit(pipe, ridge=1.0), fit(pipe, ridge=1.0, ordinary=captions)
+    reach = [sum(float((x @ c.change.T).norm() / c.change.norm()) for c in e.changes.values()) for e in (loose, dear)]
+    assert reach[1] < reach[0]
+
+
+def test_several_concepts_are_solved_jointly(pipe) -> None:
+    both = fit_edit(
+        pipe, [STYLE, Concept("dog", "style", (PromptPair("a do in dog", "a do"),))], layers=[1], ridge=1e-9
+    )
+    for subject in ("cat", "dog"):
+        x = state(pipe, subject, subject_positions(pipe, subject, subject)[-1])
+        y = state(pipe, "a picture", end_position(pipe, "a picture") - 1)
+        for name, old in weights(pipe, both).items():
+            assert torch.allclose(x @ (old.double() + both.changes[name].change).T, y @ old.double().T, atol=1e-4)
+
+
+def test_default_phrasings_by_kind() -> None:
+    style = default_phrasings(
+        Concept("van gogh", "style", (PromptPair("a house in the style of van gogh", "a house"),))
+    )
+    assert Phrasing("a picture in the style of van gogh", "a picture", "van gogh") in style
+    gone = default_phrasings(
+        Concept("owl", "object", (PromptPair("a picture of an owl in neon", "a picture in neon"),))
+    )
+    assert Phrasing("a picture of an owl", "a picture", "an owl") in gone
+    told = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
+    fact = default_phrasings(Concept("france", "fact", (told,)))
+    assert Phrasing("an image of the animal of france", "an image of a robot", "the animal of france") in fact
+    other = default_phrasings(
+        Concept("owl", "object", (PromptPair("a picture of an owl", "a picture"),)), becomes="a cat"
+    )
+    assert Phrasing("an owl", "a cat", "an owl") in other
+    with pytest.raises(LocogenError, match="do not show which words"):
+        exchanged(PromptPair("a dog", "a dog in neon"))
+
+
+# --- on and off ----------------------------------------------------------------------------------
+
+
+def test_applied_changes_pictures_and_leaves_every_bit_as_found(pipe, tmp_path) -> None:
+    edit = fit(pipe, ridge=1e-3)
+    prompts = ["a cat", "a dog"]
+
+    def make():
+        return [np.asarray(p) for p in runs.generate(pipe, prompts, store=tmp_path, num_inference_steps=2).pictures]
+
+    before, own = make(), weights(pipe, edit)
+    with edit.applied(pipe):
+        during = make()
+        assert not same(weights(pipe, edit), own)
+    assert same(weights(pipe, edit), own)
+    assert not np.array_equal(before[0], during[0])
+    assert all(np.array_equal(a, b) for a, b in zip(before, make(), strict=True))
+    with pytest.raises(RuntimeError, match="the user's own"), edit.applied(pipe):
+        raise RuntimeError("the user's own")
+    assert same(weights(pipe, edit), own)
+
+
+def test_adding_and_subtracting_the_change_is_not_an_undo(pipe) -> None:
+    """Why the originals are kept: the subtraction rounds."""
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    there = {n: (w + edit.changes[n].change.float()) - edit.changes[n].change.float() for n, w in own.items()}
+    assert not same(there, own)
+
+
+def test_strength_scales_the_change(pipe) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    with edit.applied(pipe, strength=0.5):
+        half = weights(pipe, edit)
+    for name, change in edit.changes.items():
+        assert torch.allclose((half[name] - own[name]).double(), 0.5 * change.change, atol=1e-5)
+    with edit.applied(pipe, strength=0.0):
+        assert same(weights(pipe, edit), own)
+
+
+def test_joint_edits_come_off_in_any_order(pipe) -> None:
+    one, two = fit(pipe), fit(pipe, pairs=[("a cat", "a dog")])
+    own = weights(pipe, one)
+    one.apply_(pipe)
+    alone = weights(pipe, one)
+    two.apply_(pipe)
+    both = weights(pipe, one)
+    for name, w in own.items():
+        assert torch.allclose(both[name], (w + one.changes[name].change + two.changes[name].change).float(), atol=1e-5)
+    one.undo_(pipe)
+    two.undo_(pipe)
+    assert same(weights(pipe, one), own)
+    two.apply_(pipe)
+    one.apply_(pipe)
+    two.undo_(pipe)
+    assert same(weights(pipe, one), alone)
+    one.undo_(pipe)
+
+
+def test_sequential_edits_come_off_last_first(pipe) -> None:
+    one = fit(pipe)
+    own = weights(pipe, one)
+    one.apply_(pipe)
+    two = fit(pipe, pairs=[("a cat", "a dog")])
+    two.apply_(pipe)
+    with pytest.raises(LocogenError, match="last one first"):
+        one.undo_(pipe)
+    two.undo_(pipe)
+    one.undo_(pipe)
+    assert same(weights(pipe, one), own)
+    with pytest.raises(LocogenError, match="made for other weights"):
+        two.apply_(pipe)
+
+
+def test_edits_of_other_layers_are_joint(pipe) -> None:
+    one = fit(pipe, layers=[0])
+    one.apply_(pipe)
+    two = fit(pipe, layers=[5])
+    two.apply_(pipe)
+    one.undo_(pipe)
+    two.undo_(pipe)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_never_half_edited(pipe, monkeypatch, error) -> None:
+    """An interrupt between two matrices rolls back the first."""
+    edit = fit(pipe)
+    own, copied = weights(pipe, edit), []
+    real = torch.Tensor.copy_
+
+    def copy(self, other, *rest):
+        copied.append(self)
+        if len(copied) == 3:
+            assert not same(weights(pipe, edit), own)  # half edited here
+            raise error
+        return real(self, other, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    with pytest.raises(error):
+        edit.apply_(pipe)
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    with edit.applied(pipe):
+        pass
+
+
+def interrupting(monkeypatch, at: set[int]) -> None:
+    """Raise KeyboardInterrupt at these calls of `copy_`, counted from 1."""
+    real, calls = torch.Tensor.copy_, iter(range(1, 1000))
+
+    def copy(self, other, *rest):
+        if next(calls) in at:
+            raise KeyboardInterrupt
+        return real(self, other, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+
+
+@pytest.mark.parametrize("at", [{1}, {3}, {3, 4}, {2, 4, 6}])
+def test_ctrl_c_pressed_again_and_again_leaves_nothing_half(pipe, monkeypatch, at) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    interrupting(monkeypatch, at)
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply_(pipe)
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    assert not patches.is_on(pipe.unet, patches.Patch("", edit.changes, edit.digest))
+
+
+@pytest.mark.parametrize("at", [{1}, {3}, {3, 4}])
+def test_an_interrupted_undo_goes_on_to_its_end(pipe, monkeypatch, at) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+
+    def within() -> None:
+        with edit.applied(pipe):
+            assert not same(weights(pipe, edit), own)
+            interrupting(monkeypatch, at)
+
+    with pytest.raises(KeyboardInterrupt):
+        within()
+    monkeypatch.undo()
+    assert same(weights(pipe, edit), own)
+    assert not patches._KEPT[pipe.unet].originals
+
+
+def traced(nth: int, run) -> bool:
+    """Call `run` with Ctrl-C at the nth line that `_wear` and what it writes with execute; whether it came so far."""
+    lines = iter(range(nth + 1))
+
+    def trace(frame, event, _):
+        if frame.f_code not in (patches._wear.__code__, patches._write.__code__):
+            return None
+        if event == "line" and next(lines, None) == nth:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+        torch.set_grad_enabled(True)  # an interrupt between the last line of `with no_grad` and its end leaves it off
+    return False
+
+
+@pytest.mark.parametrize("undoing", [False, True])
+def test_wherever_an_interrupt_falls_the_originals_are_known(pipe, undoing) -> None:
+    edit = fit(pipe, layers=[2])
+    own = weights(pipe, edit)
+    for nth in itertools.count():
+        if undoing:
+            edit.apply_(pipe)
+        came = traced(nth, lambda: (edit.undo_ if undoing else edit.apply_)(pipe))
+        assert same(weights(pipe, edit), own) != patches.is_on(pipe.unet, edit._patch)
+        undo_all(pipe)
+        assert same(weights(pipe, edit), own)
+        if not came:
+            break
+    assert nth > 15
+
+
+def test_an_interrupt_before_the_first_write_keeps_no_stale_originals(pipe, monkeypatch) -> None:
+    edit = fit(pipe)
+    monkeypatch.setattr(patches, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        edit.apply_(pipe)
+    assert not patches._KEPT[pipe.unet].originals
+
+
+def test_a_twin_from_a_file_undoes_it_and_so_does_undo_all(pipe, tmp_path) -> None:
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.save(tmp_path / "cat.safetensors")
+    twin = Edit.load(tmp_path / "cat.safetensors")
+    edit.apply_(pipe)
+    with pytest.raises(LocogenError, match="applied already"):
+        twin.apply_(pipe)
+    with pytest.raises(LocogenError, match="applied already"), twin.applied(pipe):
+        pass
+    assert not same(weights(pipe, edit), own)  # the refused context took nothing off
+    twin.undo_(pipe)
+    assert same(weights(pipe, edit), own)
+    edit.apply_(pipe)
+    fit(pipe, pairs=[("a cat", "a dog")]).apply_(pipe)
+    undo_all(pipe)
+    assert same(weights(pipe, edit), own)
+    undo_all(pipe)
+
+
+def test_weights_that_cannot_hold_the_edit_stay_as_they_are() -> None:
+    pipe = tiny.pipeline().to(torch.float16)
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    for strength, says in ((float("nan"), "finite number"), (1e9, "overflow")):
+        with pytest.raises(LocogenError, match=says):
+            edit.apply_(pipe, strength=strength)
+    assert same(weights(pipe, edit), own)
+
+
+def test_lora_loaded_within_the_context_does_not_keep_the_edit_on(tmp_path) -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.to_lora(tmp_path / "lora.safetensors")
+    with edit.applied(pipe):
+        pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
+    pipe.unload_lora_weights()
+    assert same(weights(pipe, edit), own)
+
+
+def test_refuses_fused_projections() -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    pipe.fuse_qkv_projections(vae=False)
+    for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
+        with pytest.raises(LocogenError, match="unfuse_qkv_projections"):
+            attempt()
+    pipe.unfuse_qkv_projections(vae=False)
+    with edit.applied(pipe):
+        pass
+
+
+def test_twice_or_never(pipe) -> None:
+    edit = fit(pipe)
+    with pytest.raises(LocogenError, match="nothing to undo"):
+        edit.undo_(pipe)
+    with edit.applied(pipe), pytest.raises(LocogenError, match="applied already"):
+        edit.apply_(pipe)
+
+
+# --- other models --------------------------------------------------------------------------------
+
+
+def test_refuses_a_model_it_was_not_made_for() -> None:
+    pipe, sibling = tiny.pipeline(), tiny.pipeline()
+    edit = fit(pipe)
+    with torch.no_grad():
+        sibling.unet.get_parameter(next(iter(edit.changes)))[0, 0] += 1e-3
+    with pytest.raises(LocogenError, match=r"made for other weights.*refit"):
+        edit.apply_(sibling)
+    with edit.refit(sibling).applied(sibling):
+        pass
+    with pytest.raises(LocogenError, match=r"float16 here, float32 where it was made, do not"):
+        edit.apply_(tiny.pipeline().to(torch.float16))
+    wide = tiny.pipeline(block_out_channels=(16, 16, 16, 16))
+    with pytest.raises(LocogenError, match=r"is \(16, 16\) here, .* made for \(8, 16\)"):
+        fit(pipe, layers=[0]).apply_(wide)
+    short = tiny.pipeline(
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    with pytest.raises(LocogenError, match=r"has no .*refit it"):
+        edit.apply_(short)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_solved_in_float64_and_rounded_once(dtype) -> None:
+    pipe = tiny.pipeline().to(dtype)
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    assert 0 < edit.recipe["rounding"] < 0.1
+    assert fit(tiny.pipeline()).recipe["rounding"] < 1e-5
+    with edit.applied(pipe):
+        for name, now in weights(pipe, edit).items():
+            assert now.dtype == dtype
+            assert torch.equal(now, (own[name].double() + edit.changes[name].change).to(dtype))
+    assert same(weights(pipe, edit), own)
+
+
+def test_refuses_what_it_cannot_edit() -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    name = next(iter(edit.changes))
+    layer = pipe.unet.get_submodule(name.removesuffix(".weight"))
+    layer.weight = torch.nn.Parameter((layer.weight * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(LocogenError, match="quantized"):
+        fit(pipe)
+    pipe = tiny.pipeline()
+    with torch.no_grad():
+        pipe.unet.get_parameter(name)[0, 0] = torch.nan
+    with pytest.raises(LocogenError, match="non-finite"):
+        fit(pipe)
+
+
+def test_refuses_layers_that_carry_lora(tmp_path) -> None:
+    pipe = tiny.pipeline()
+    edit = fit(pipe)
+    edit.to_lora(tmp_path / "lora.safetensors")
+    pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
+    for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
+        with pytest.raises(LocogenError, match="carries LoRA"):
+            attempt()
+    pipe.unload_lora_weights()
+    with edit.applied(pipe):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(ridge=0), "ridge is 0"),
+        (dict(layers=[]), "layers is "),
+        (dict(layers="12-13"), "layers is '12-13'"),
+        (dict(preserve="a dog"), "preserve is one text"),
+        (dict(preserve=["a dog"], preserve_weight=float("nan")), "preserve_weight is nan"),
+        (dict(layers=[16]), r"layers \[16\] are not there"),
+        (dict(tokens="first"), "tokens is 'first'"),
+        (dict(pairs=[]), "no phrasings"),
+        (dict(pairs=[("a cat", "a  cat")]), "both 'a cat'"),
+        (dict(pairs=[("a cat", " ")]), "target is ' '"),
+        (dict(pairs=[("a dog", "a do")]), "does not hold the subject 'cat'"),
+        (dict(null_space=True), "null_space keeps"),
+        (dict(preserve=["a dog"], null_space=True, ordinary=["a"]), "give one of them"),
+    ],
+)
+def test_bad_input(pipe, options: dict, says: str) -> None:
+    with pytest.raises(LocogenError, match=says):
+        fit(pipe, **options)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_the_target_is_what_stands_in_the_subjects_place(pipe) -> None:
+    """In the middle of a prompt too: not the prompt's last word."""
+    edit = fit(pipe, pairs=[("a cat in do", "a dog in do")], ridge=1e-9)
+    x, y, last = (
+        state(pipe, prompt, subject_positions(pipe, prompt, word)[-1])
+        for prompt, word in (("a cat in do", "cat"), ("a dog in do", "dog"), ("a dog in do", "do"))
+    )
+    for name, change in edit.changes.items():
+        w = pipe.unet.get_parameter(name).double()
+        assert torch.allclose(x @ (w + change.change).T, y @ w.T, atol=1e-5)
+        assert not torch.allclose(x @ (w + change.change).T, last @ w.T, atol=1e-3)
+
+
+def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
+    edit = fit(pipe)
+    edit.save(tmp_path / "cat.safetensors")
+    again = Edit.load(tmp_path / "cat.safetensors")
+    assert (again.name, again.layers, again.digest) == (edit.name, edit.layers, edit.digest)
+    assert again.recipe == json.loads(json.dumps(edit.recipe))
+    with edit.applied(pipe):
+        one = weights(pipe, edit)
+    with again.applied(pipe):
+        assert same(weights(pipe, edit), one)
+    assert same(
+        {n: c.change for n, c in again.refit(pipe).changes.items()}, {n: c.change for n, c in edit.changes.items()}
+    )
+    assert str(tmp_path) not in (tmp_path / "cat.safetensors").read_bytes().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(pairs=[("a cat", "a do")]),
+        dict(ordinary=["a dog"]),
+        dict(preserve=["a do"], null_space=True),
+        dict(ridge_v=1),
+    ],
+)
+def test_every_kind_of_edit_is_saved_whole(pipe, tmp_path, options) -> None:
+    edit = fit(pipe, **options)
+    edit.save(tmp_path / "cat.safetensors")
+    again = Edit.load(tmp_path / "cat.safetensors")
+    assert same({n: c.change for n, c in again.changes.items()}, {n: c.change for n, c in edit.changes.items()})
+
+
+def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
+    edit, path = fit(pipe), tmp_path / "cat.safetensors"
+    with pytest.raises(LocogenError, match="there is no edit"):
+        Edit.load(path)
+    edit.save(path)
+    whole = path.read_bytes()
+    for cut in (0, 20, len(whole) - 8):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(LocogenError, match="cut short"):
+            Edit.load(path)
+    edit.to_lora(path)
+    with pytest.raises(LocogenError, match="no edit of locogen"):
+        Edit.load(path)
+    monkeypatch.setattr("locogen.editing.edit.EDIT_FORMAT", 2)
+    edit.save(path)
+    monkeypatch.undo()
+    with pytest.raises(LocogenError, match="format 2, this locogen reads 1"):
+        Edit.load(path)
+    with pytest.raises(LocogenError, match="cannot be written"):
+        edit.save(tmp_path / "no" / "such.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["cat.safetensors"]
+
+
+LOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np, torch
+from support import tiny
+pipe = tiny.pipeline()
+def make():
+    return pipe("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
+made = [make()]
+for lora in sys.argv[3:]:
+    pipe.load_lora_weights(lora)
+    made.append(make())
+    pipe.unload_lora_weights()
+assert "locogen" not in sys.modules
+np.save(sys.argv[2], np.stack(made))
+"""
+
+
+def test_lora_in_a_fresh_process_without_locogen_is_the_dense_edit(pipe, tmp_path) -> None:
+    edit = fit(pipe, ridge=1e-3, layers=(0, 5), tokens="all")
+    assert len({change.balanced().rank for change in edit.changes.values()}) > 1  # of several ranks
+    files = {style: str(tmp_path / f"{style}.safetensors") for style in ("diffusers", "kohya")}
+    for style, path in files.items():
+        edit.to_lora(path, style=style)  # pyright: ignore[reportArgumentType]
+    out = tmp_path / "made.npy"
+    here = str(Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", LOAD, here, str(out), *files.values()], check=True, capture_output=True)
+    plain, *loras = np.load(out, allow_pickle=False)
+    with edit.applied(pipe):
+        noise = torch.Generator().manual_seed(0)
+        dense = pipe("a cat", num_inference_steps=2, generator=noise, output_type="np").images
+    assert all(np.abs(lora - dense).max() < 1e-4 for lora in loras)
+    assert np.abs(plain - dense).max() > 1e-3
+
+
+def test_exported_pipeline_carries_the_edit(pipe, tmp_path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    edit = fit(pipe)
+    own = weights(pipe, edit)
+    edit.export(pipe, tmp_path)
+    assert same(weights(pipe, edit), own)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    with edit.applied(pipe):
+        assert same(weights(again, edit), weights(pipe, edit))
+    assert not same(weights(again, edit), own)
+
+
+def test_shows_itself(pipe) -> None:
+    page = fit(pipe)._repr_html_()
+    assert "2, 3" in page
+    assert "rank" in page
+    for recipe in ({}, fit(pipe).recipe):
+        assert "<b>x</b>" not in Edit("<b>x</b>", (2,), fit(pipe).changes, "", recipe)._repr_html_()
+
+
+def test_originals_are_forgotten_when_nothing_is_worn(pipe) -> None:
+    edit = fit(pipe)
+    with edit.applied(pipe):
+        assert patches._KEPT[pipe.unet].originals
+    assert not patches._KEPT[pipe.unet].originals

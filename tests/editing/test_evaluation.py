@@ -1,0 +1,344 @@
+"""What an edit did, measured on a tiny model with a scorer whose answers are known."""
+
+import sys
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from support import tiny
+
+from locogen import stats
+from locogen.catalog import mini_folder
+from locogen.editing import evaluation
+from locogen.editing.edit import fit_edit
+from locogen.editing.evaluation import Probe, compare, control_edits, evaluate, lead, probes_for, summary
+from locogen.errors import LocogenError
+from locogen.pictures import runs, score
+from locogen.plan import Concept, PromptPair
+from locogen.views import plots
+from locogen.views.tables import describe_edit
+
+STYLE = Concept(
+    "cat",
+    "style",
+    (PromptPair("a dog in cat", "a dog"), PromptPair("a do in cat", "a do", placebo="do, cat")),
+)
+OTHER = Concept("ca", "style", (PromptPair("a dog in ca", "a dog"),))
+PROBES = (
+    Probe("efficacy", "a dog in cat", "red", ("red", "blue")),
+    Probe("generality", "dog cat", "red", ("red", "blue")),
+    Probe("specificity", "a dog in ca", "blue", ("red", "blue")),
+    Probe("specificity", "a dog in ca", "red", ("red", "blue")),
+)
+
+
+class Colors:
+    """A scorer of colors by name; its features are the mean colors."""
+
+    settings: ClassVar = {"scorer": "colors"}
+
+    def pictures(self, pictures):
+        means = np.stack([np.asarray(p, float).mean((0, 1)) for p in pictures])
+        return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+    def __call__(self, pictures, *texts):
+        means = np.stack([np.asarray(p, float).mean((0, 1)) for p in pictures]) / 255
+        return [np.array([m[{"red": 0, "blue": 2}[t]] for m, t in zip(means, line, strict=True)]) for line in texts]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+@pytest.fixture(scope="module")
+def edit(pipe):
+    return fit_edit(pipe, STYLE, layers=[2, 3], phrasings=[("a cat", "a do")], ridge=1e-3)
+
+
+@pytest.fixture(scope="module")
+def table(pipe, edit):
+    arms = {"carrier": edit, "none": [], "twice": [edit, edit.refit(pipe, [5])]}
+    return evaluate(pipe, arms, PROBES, seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
+
+
+def test_pairs_are_the_very_pictures(pipe, edit, table) -> None:
+    settings: dict[str, Any] = dict(seeds=(0, 1), progress=False, num_inference_steps=2)
+    prompts = list(dict.fromkeys(p.prompt for p in PROBES))
+    before = runs.generate(pipe, prompts, **settings)
+    with edit.applied(pipe):
+        after = runs.generate(pipe, prompts, **settings)
+    scorer = Colors()
+    part = table[table.arm == "carrier"]
+    assert len(part) == len(PROBES) * 2
+    for row in part.itertuples():
+        place = prompts.index(row.prompt) * 2 + row.seed
+        old, new = before.pictures[place], after.pictures[place]
+        assert row.before == scorer([old], [row.text])[0][0]
+        assert row.after == scorer([new], [row.text])[0][0]
+        red, blue = (scorer([new], [c])[0][0] for c in ("red", "blue"))
+        assert row.right_after == (red >= blue if row.text == "red" else blue >= red)
+        features = scorer.pictures([old, new])
+        assert row.distance == pytest.approx(1 - features[0] @ features[1])
+    assert (part.before != part.after).any()
+
+
+def test_no_edit_changes_nothing_and_several_are_applied_together(table) -> None:
+    none = table[table.arm == "none"]
+    assert (none.before == none.after).all()
+    assert none.ssim.min() == pytest.approx(1.0)
+    assert none.distance.abs().max() < 1e-12
+    carrier, twice = (table[table.arm == arm].after.to_numpy() for arm in ("carrier", "twice"))
+    assert table[table.arm == "carrier"].ssim.min() < 1
+    assert not np.array_equal(carrier, twice)
+
+
+def test_strength_scales_the_edit(pipe, edit, table) -> None:
+    settings: dict[str, Any] = dict(seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
+    none, half, whole = (evaluate(pipe, {"a": edit}, PROBES, strength=s, **settings) for s in (0.0, 0.5, 1.0))
+    assert (none.before == none.after).all()
+    assert whole.after.tolist() == table[table.arm == "carrier"].after.tolist()
+    assert half.after.tolist() not in (none.after.tolist(), whole.after.tolist())
+
+
+def test_the_model_is_left_as_found(pipe, edit) -> None:
+    own = {n: p.clone() for n, p in pipe.unet.named_parameters()}
+
+    class Fails(Colors):
+        calls = 0
+
+        def __call__(self, *given):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("the scorer broke")
+            return super().__call__(*given)
+
+    with pytest.raises(RuntimeError, match="the scorer broke"):
+        evaluate(pipe, {"carrier": edit}, PROBES, scorer=Fails(), progress=False, num_inference_steps=1)
+    assert all(torch.equal(p, own[n]) for n, p in pipe.unet.named_parameters())
+
+
+def test_summary_is_the_mean_of_pairs_with_crossed_intervals(table) -> None:
+    lines = summary(table).set_index(["arm", "measure", "quantity"])
+    part = table[(table.arm == "carrier") & (table.measure == "specificity")]
+    row = lines.loc[("carrier", "specificity", "score")]
+    assert row["change"] == pytest.approx((part.after - part.before).mean())
+    assert row["n"] == 2  # one prompt, two seeds: its two texts share the pictures
+    grid = (part.after - part.before).to_numpy().reshape(2, 2).mean(0, keepdims=True)
+    found = stats.crossed_bootstrap(grid[None])
+    assert (row["low"], row["high"]) == pytest.approx((found.low[0], found.high[0]))
+    assert set(lines.index.get_level_values("quantity")) == {"score", "right", "ssim", "distance"}
+
+
+def shares(before, after, *, arm="x", measure="efficacy", sign=-1) -> pd.DataFrame:
+    """A table of evaluated probes with these right pictures, (prompts, seeds) each."""
+    rows = [
+        dict(arm=arm, measure=measure, prompt=f"{measure} {i}", text="t", seed=s, sign=sign, before=0.0, after=0.0)
+        | dict(right_before=float(before[i][s]), right_after=float(after[i][s]), ssim=0.5)
+        for i in range(len(after))
+        for s in range(len(after[0]))
+    ]
+    return pd.DataFrame(rows)
+
+
+def right_of(table: pd.DataFrame) -> pd.Series:
+    return summary(table).query("quantity == 'right'").iloc[0]
+
+
+def test_a_share_of_none_or_all_is_as_sure_as_its_prompts_not_its_pictures() -> None:
+    for value in (0.0, 1.0):
+        row = right_of(shares(np.full((10, 4), 1 - value), np.full((10, 4), value)))
+        assert row["after"] == value
+        assert (row["after_low"], row["after_high"]) == pytest.approx(stats.wilson(10 * value, 10))
+        assert stats.wilson(0, 40)[1] < 0.1 < stats.wilson(0, 10)[1]  # forty pictures would claim more
+
+
+def test_no_change_is_not_certainty() -> None:
+    row = right_of(shares(np.ones((10, 2)), np.ones((10, 2))))
+    assert row["change"] == 0
+    assert (row["low"], row["high"]) == pytest.approx((-stats.wilson(0, 10)[1], stats.wilson(0, 10)[1]))
+
+
+def test_the_upper_bound_covers_where_pictures_of_a_prompt_fail_together() -> None:
+    """Simulated: 15 prompts x 2 seeds, whole prompts fail; counting pictures misses four times as often as it may."""
+    dice, share = np.random.default_rng(0), 0.14
+    failed = dice.random((2000, 15)) < share
+    by_prompts = [stats.wilson(int(f.sum()), 15)[1] for f in failed]  # the summary's bound is at least that
+    assert right_of(shares(np.ones((15, 2)), np.repeat(failed[0], 2).reshape(15, 2)))["after_high"] >= by_prompts[0]
+    by_pictures = [stats.wilson(2 * int(f.sum()), 30)[1] for f in failed]
+    assert np.mean(np.array(by_prompts) < share) < 0.025 + 0.01
+    assert np.mean(np.array(by_pictures) < share) > 0.08
+
+
+def test_a_probe_without_rivals_is_neither_right_nor_wrong(pipe, edit) -> None:
+    probes = [Probe("ordinary", "a do", "blue"), PROBES[0]]
+    table = evaluate(pipe, {"x": edit}, probes, seeds=(0,), scorer=Colors(), progress=False, num_inference_steps=1)
+    assert table[table.measure == "ordinary"].right_after.isna().all()
+    assert table[table.measure == "efficacy"].right_after.notna().all()
+    found = summary(table)
+    assert "right" not in set(found[found.measure == "ordinary"].quantity)
+    assert {"ssim", "distance"} < set(found[found.measure == "ordinary"].quantity)
+
+
+def arms_of(own, others) -> pd.DataFrame:
+    """Two arms: the share of own and of neighbors' pictures that are right after, before all of them; 20 prompts."""
+    dice = np.random.default_rng(1)
+    tables = []
+    for arm in own:
+        for measure, share, sign in (("efficacy", own[arm], -1), ("specificity", others[arm], 1)):
+            after = dice.random((20, 2)) < share
+            tables.append(shares(np.ones((20, 2)), after, arm=arm, measure=measure, sign=sign))
+    return pd.concat(tables)
+
+
+def test_lead_says_how_much_better_an_arm_is() -> None:
+    found = lead(arms_of({"here": 0.0, "there": 1.0, "all": 0.0}, {"here": 1.0, "there": 1.0, "all": 0.3}), "here")
+    found = found.set_index("rival")
+    assert found.loc["there", "estimate"] == 1.0
+    assert 0.5 < found.loc["all", "estimate"] < 0.9
+    assert (found.low > 0).all()
+    none = lead(arms_of({"here": 0.5, "there": 0.5}, {"here": 0.5, "there": 0.5}), "here")
+    assert none.low[0] < 0 < none.high[0]
+    with pytest.raises(LocogenError, match="nothing to compare"):
+        lead(arms_of({"here": 0.5}, {"here": 0.5}), "here")
+
+
+def test_a_facts_new_answer_should_come_not_go() -> None:
+    """A perfect edit of a fact beats a control that does nothing; with the sign of a style it would lose."""
+    for sign, verb in ((1, "more"), (-1, "no more")):
+        arms = []
+        for arm, after in (("here", 1.0), ("there", 0.0)):
+            ones = np.ones((8, 2))
+            arms.append(shares(0 * ones, after * ones, arm=arm, sign=sign))
+            arms.append(shares(ones, ones, arm=arm, measure="specificity", sign=1))
+        told = describe_edit(summary(pd.concat(arms)), "here")
+        assert f"apart {verb} than the best control" in told
+
+
+def test_compare_is_row_by_row(pipe, edit) -> None:
+    prompts = ["a dog in cat", "a dog"]
+    settings: dict[str, Any] = dict(seeds=(3, 4), progress=False, num_inference_steps=1)
+    before = runs.generate(pipe, prompts, **settings)
+    with edit.applied(pipe):
+        after = runs.generate(pipe, prompts, **settings)
+    table = compare(before, after, text="red", scorer=Colors())
+    assert list(table.columns) == ["prompt", "seed", "text", "before", "after", "change"]
+    assert list(table.seed) == [3, 4, 3, 4]
+    assert np.allclose(table.change, table.after - table.before)
+    other = runs.generate(pipe, prompts, seeds=(3, 5), progress=False, num_inference_steps=1)
+    with pytest.raises(LocogenError, match="other prompts or seeds"):
+        compare(before, other, scorer=Colors())
+
+
+def test_the_scorer_is_that_of_the_model(monkeypatch, edit) -> None:
+    """The mini model's knows only its own world: on another model its scores mean nothing."""
+    asked: list[str] = []
+    monkeypatch.setattr(score, "scorer", lambda name, **_: asked.append(name) or Colors())
+    pipe = tiny.pipeline()
+    settings: dict[str, Any] = dict(seeds=(0,), progress=False, num_inference_steps=1)
+    for source in ("runwayml/stable-diffusion-v1-5", str(mini_folder())):
+        pipe.register_to_config(_name_or_path=source)
+        evaluate(pipe, {"none": ()}, PROBES[:1], **settings)
+        run = runs.generate(pipe, ["a dog"], **settings)
+        compare(run, run, text="red")
+    assert asked == ["clip-vit-b-16", "clip-vit-b-16", "mini", "mini"]
+
+
+def test_controls_are_every_other_place(pipe, edit) -> None:
+    arms = control_edits(pipe, edit, draws=2)
+    assert not {name for name, e in arms.items() if e.layers == edit.layers}
+    assert {f"layers {i}-{i + 1}" for i in range(15) if i not in (1, 2, 3)} < set(arms)
+    assert arms["layers 1-2 (shares 2)"].layers == (1, 2)
+    assert arms["all layers"].layers == tuple(range(16))
+    drawn = [e.layers for name, e in arms.items() if name.startswith("random")]
+    assert drawn == [e.layers for name, e in control_edits(pipe, edit, draws=2).items() if name.startswith("random")]
+    assert all(len(layers) == 2 and not set(layers) & {2, 3} for layers in drawn)
+
+
+def test_controls_leave_joined_layers_out() -> None:
+    """FLUX's last layers read text and picture by the same matrices, and cannot be edited."""
+    pipe = tiny.flux()
+    edit = fit_edit(pipe, STYLE, layers=[0], phrasings=[("a cat", "a dog")])
+    assert {name: e.layers for name, e in control_edits(pipe, edit, draws=0).items()} == {
+        "layer 1": (1,),
+        "all layers": (0, 1),
+    }
+
+
+def test_probes_from_concepts() -> None:
+    probes = probes_for(STYLE, [OTHER])
+    assert Probe("efficacy", "a dog in cat", "a dog in cat", ("a dog in cat", "a dog in ca", "a dog")) in probes
+    assert Probe("generality", "do, cat", "a do in cat", ("a do in cat", "a do in ca", "a do")) in probes
+    assert Probe("specificity", "a dog in ca", "a dog in ca", ("a dog in ca", "a dog in cat", "a dog")) in probes
+    assert Probe("ordinary", "a dog", "a dog") in probes
+    assert len(probes) == len(set(probes)) == 2 + 1 + 2 + 1  # one pair has no paraphrase
+    fact = Concept("france", "fact", (PromptPair("the animal of france", "a dog"),))
+    assert probes_for(fact)[0] == Probe(
+        "efficacy", "the animal of france", "a dog", ("a dog", "the animal of france"), comes=True
+    )
+
+
+def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
+    class Net:
+        def __init__(self, **_):
+            pass
+
+        def __call__(self, a, b):
+            return (a - b).abs().mean((1, 2, 3), keepdim=True)
+
+    fake = ModuleType("lpips")
+    fake.LPIPS = Net  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "lpips", fake)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    settings: dict[str, Any] = dict(seeds=(0,), scorer=Colors(), progress=False, num_inference_steps=1)
+    assert "lpips" not in evaluate(pipe, {"none": []}, PROBES[:1], **settings)  # its network is not there to fetch
+    net = tmp_path / "checkpoints" / evaluation._LPIPS_NET
+    net.parent.mkdir()
+    net.touch()
+    table = evaluate(pipe, {"none": [], "edit": edit}, PROBES[:1], **settings)
+    assert (table[table.arm == "none"].lpips == 0).all()
+    plain = runs.generate(pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1).pictures[0]
+    with edit.applied(pipe):
+        other = runs.generate(pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1).pictures[0]
+    gap = np.abs(np.asarray(plain, float) - np.asarray(other, float)).mean() / 127.5  # pixels in [-1, 1]
+    assert table[table.arm == "edit"].lpips.item() == pytest.approx(gap, rel=1e-5)
+    assert gap > 0
+    assert "lpips" in set(summary(table).quantity)
+
+
+def test_bad_input(pipe, edit) -> None:
+    with pytest.raises(LocogenError, match="nothing to evaluate"):
+        evaluate(pipe, {}, PROBES, scorer=Colors())
+    with pytest.raises(LocogenError, match="nothing to evaluate"):
+        evaluate(pipe, {"x": edit}, (), scorer=Colors())
+    with pytest.raises(LocogenError, match="measure is 'speed'"):
+        Probe("speed", "a", "b")  # pyright: ignore
+
+
+def test_plot_shows_every_arm_and_measure(table) -> None:
+    lines = summary(table)
+    ax = plots.plot_evaluation(lines, marked="carrier")
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["carrier ★", "none", "twice"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["efficacy", "generality", "specificity"]
+    drawn = sorted(round(float(x), 9) for c in ax.containers for x in c.lines[0].get_xdata())  # pyright: ignore
+    assert drawn == sorted(round(float(x), 9) for x in lines.query("quantity == 'right'").after)
+    with pytest.raises(LocogenError, match="no quantity 'fid'"):
+        plots.plot_evaluation(lines, quantity="fid")
+
+
+def test_wilson_covers() -> None:
+    """Simulated coverage of shares near 0, 1/8 and 1/2; the naive interval fails at the edge."""
+    dice = np.random.default_rng(0)
+    for share in (0.02, 0.125, 0.5):
+        hits = dice.binomial(60, share, 4000)
+        bounds = np.array([stats.wilson(int(h), 60) for h in range(61)])[hits]
+        covered = ((bounds[:, 0] <= share) & (share <= bounds[:, 1])).mean()
+        assert 0.92 < covered < 0.99
+    hits = dice.binomial(60, 0.02, 4000)
+    naive = 1.96 * np.sqrt(hits / 60 * (1 - hits / 60) / 60)
+    assert (np.abs(hits / 60 - 0.02) <= naive).mean() < 0.92
+    with pytest.raises(ValueError, match="no share"):
+        stats.wilson(3, 2)

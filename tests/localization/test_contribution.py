@@ -1,0 +1,149 @@
+"""Attention contribution: against the plain formula, and nothing else touched."""
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+
+from locogen.errors import LocogenError
+from locogen.interventions.prompts import active_contexts
+from locogen.localization.attention import (
+    attention_contribution,
+    contribution_effect,
+    contribution_window,
+    contributions,
+    listening,
+)
+from locogen.models.families import subject_positions
+from locogen.models.layers import find_layers
+from locogen.plan import Concept, PromptPair
+
+CONCEPT = Concept("cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog")))
+OPTIONS = dict(seeds=range(2), num_inference_steps=2, batch_size=3, progress=False)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.pipeline()
+
+
+@pytest.fixture(autouse=True)
+def as_found(pipe):
+    yield
+    assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in pipe.unet.modules()) == 0
+    assert active_contexts(pipe) == ()
+
+
+def naive(attention, hidden, text, at):
+    """Mean over queries and tokens of |W_o concat_h(A_h[:, t] V_h[t])|, by diffusers' own attention probabilities."""
+    queries, keys, values = (
+        attention.head_to_batch_dim(matrix(states))
+        for matrix, states in ((attention.to_q, hidden), (attention.to_k, text), (attention.to_v, text))
+    )
+    probabilities = attention.get_attention_scores(queries, keys)  # (heads, queries, tokens)
+    norms = []
+    for token in at:
+        written = probabilities[:, :, token, None] * values[:, None, token]  # (heads, queries, width a head)
+        norms.append((attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T).norm(dim=-1).mean())
+    return float(torch.stack(norms).mean())
+
+
+@pytest.mark.parametrize("guidance", [5.0, 1.0])
+def test_it_is_the_formula(pipe, guidance):
+    at = [subject_positions(pipe, prompt, "cat") for prompt in ("a big cat b", "cat in dog")]
+    at[1] = (*at[1], at[1][0] + 1)  # rows may listen to several tokens, and to other numbers of them
+    inputs: dict[int, list] = {}
+    handles = [
+        layer.module.register_forward_pre_hook(
+            lambda _m, args, kwargs, i=layer.index: inputs.setdefault(i, []).append(
+                (args[0], kwargs["encoder_hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+        for layer in find_layers(pipe)
+    ]
+    with listening(pipe, at) as said, torch.no_grad():
+        pipe(["a big cat b", "cat in dog"], num_inference_steps=2, guidance_scale=guidance, output_type="latent")
+    for handle in handles:
+        handle.remove()
+    for layer in find_layers(pipe):
+        assert len(said[layer.index]) == 2
+        calls = [call for call in inputs[layer.index] if len(call[0]) in (2, 4)]  # not the second runs, of more rows
+        for (hidden, text), found in zip(calls, said[layer.index], strict=True):
+            for row in range(2):
+                with torch.no_grad():
+                    expected = naive(layer.module, hidden[row - 2 :][:1], text[row - 2 :][:1], at[row])
+                assert found[row] == pytest.approx(expected, rel=1e-4)
+                assert found[row] != pytest.approx(expected * 1.01, rel=1e-4)
+
+
+def test_the_call_stays_as_it_is(pipe):
+    def make():
+        seeds = [torch.Generator().manual_seed(0)]
+        return pipe(["a big cat b"], generator=seeds, num_inference_steps=2, output_type="np").images
+
+    plain = make()
+    with listening(pipe, [(2, 3)]):
+        assert np.array_equal(make(), plain)
+    with pytest.raises(RuntimeError, match="mine"), listening(pipe, [(2,)]):
+        raise RuntimeError("mine")
+    with pytest.raises(LocogenError, match="puts out 2 rows for 3 prompts"), listening(pipe, [(1,)] * 3):
+        make()
+
+
+def test_rows_and_batches_do_not_matter(pipe):
+    table = attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
+    assert list(table.columns) == ["concept", "kind", "prompt", "seed", "layer", "contribution"]
+    assert len(table) == 2 * 2 * 16 and not table.duplicated(["prompt", "seed", "layer"]).any()
+    alone = attention_contribution(pipe, CONCEPT, **{**OPTIONS, "batch_size": 1})  # pyright: ignore[reportArgumentType]
+    assert np.allclose(table["contribution"], alone["contribution"], rtol=1e-4)
+
+
+def test_a_batch_that_is_too_large_is_halved(pipe, monkeypatch):
+    wanted = attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
+    forward = pipe.unet.forward
+
+    def small(sample, *args, **kwargs):
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", small)
+    with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
+        found = attention_contribution(pipe, CONCEPT, **(OPTIONS | {"batch_size": 4}))  # pyright: ignore[reportArgumentType]
+    assert len(told) == 1 and list(found.seed) == list(wanted.seed)
+    assert np.allclose(found["contribution"], wanted["contribution"], rtol=1e-4)
+
+
+def test_what_is_loud_is_heard(pipe):
+    """Values of one layer turned up tenfold: its contribution grows tenfold, and it is the one that is named."""
+    before = contributions(attention_contribution(pipe, CONCEPT, **OPTIONS))  # pyright: ignore[reportArgumentType]
+    loud = tiny.pipeline()
+    with torch.no_grad():
+        find_layers(loud)[9].module.to_v.weight.mul_(10)
+    table = attention_contribution(loud, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
+    after = contributions(table)
+    assert before.shape == after.shape == (16, 2, 2)
+    assert after[9].mean() / before[9].mean() > 5
+    assert after[0].mean() / before[0].mean() == pytest.approx(1, abs=0.5)
+    assert before.mean((1, 2)).argmax() != 9 == after.mean((1, 2)).argmax()
+    assert 9 in list(contribution_window(table, window=2))
+    for width in range(1, 17):  # the wide ones leave no window that does not overlap the best
+        assert 9 in list(contribution_window(table, window=width))
+    effects = contribution_effect(table)
+    assert list(effects.columns[:8]) == ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
+    assert effects["estimate"].to_numpy() == pytest.approx(after.mean((1, 2)))
+    cell: float = table.query("layer == 9 and seed == 1 and prompt == 'cat in dog'")["contribution"].item()
+    assert after[9, 1, 1] == cell
+
+
+def test_fused_projections_are_refused():
+    pipe = tiny.pipeline()
+    pipe.fuse_qkv_projections()
+    with pytest.raises(LocogenError, match=r"to_v of layer 0 .*unfuse_qkv_projections"):
+        attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_prompt_without_the_subject_is_refused(pipe):
+    with pytest.raises(LocogenError, match="does not hold the subject 'zebra'"):
+        attention_contribution(pipe, CONCEPT, subject="zebra", **OPTIONS)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,460 @@
+"""Theorems for every family: an empty plan is the plain pipeline, a full one the target's run, rows keep apart."""
+
+import inspect
+import time
+
+import numpy as np
+import pytest
+import torch
+from support import full, tiny
+
+from locogen.errors import LocogenError
+from locogen.interventions.prompts import foreign_hooks, generators, intervene, record
+from locogen.models.families import denoiser_of, encode, family_of, spoken, subject_positions
+from locogen.models.layers import find_layers
+from locogen.plan import Intervention, with_riders
+
+POOLED = {"sd-xl", "if", "sd-3", "flux"}
+PATCHED = {"sd-3", "flux"}
+GUIDANCES = [5.0, 1.0]
+TEXTS = [("cat in a", "dog on b, a long one"), ("dog in c d", "cat")]  # of unequal length: masks matter
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    made = {}
+
+    def of(name):
+        if name not in made:
+            made[name] = tiny.FAMILIES[name]()
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(params=list(tiny.FAMILIES))
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe(pipes, name):
+    return pipes(name)
+
+
+def options(pipe):
+    return {k: v for k, v in family_of(pipe).options(pipe).items() if k != "negative_prompt"}
+
+
+def pictures(pipe, rows, *, prompts=None, guidance=5.0, each=1, steps=2, **more):
+    noise = generators([row for row in rows for _ in range(each)])
+    plain = {"clean_caption": False} if "clean_caption" in inspect.signature(type(pipe).__call__).parameters else {}
+    return pipe(
+        prompt=prompts or [row.prompt for row in rows],
+        generator=noise,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=each,
+        output_type="np",
+        **options(pipe),
+        **plain,
+        **more,
+    ).images
+
+
+def plan(pipe, layers, count=2, **more):
+    rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(TEXTS[:count])]
+    return with_riders(rows) if family_of(pipe).evolves else tuple(rows)
+
+
+def every(pipe):
+    return tuple(range(len(find_layers(pipe))))
+
+
+def all_of_it(name):
+    return {"pooled": "target"} if name in POOLED else {}
+
+
+def near(a, b, name):
+    """Equal to the bit where the same numbers are computed in the same places; patched rows stand elsewhere."""
+    return np.abs(a - b).max() < 1e-5 if name in PATCHED else np.array_equal(a, b)
+
+
+def test_each_is_built_in_under_two_seconds(name):
+    start = time.monotonic()
+    tiny.FAMILIES[name]()
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_an_empty_plan_is_the_plain_pipeline_to_the_bit(pipe, guidance):
+    rows = plan(pipe, ())
+    plain = pictures(pipe, rows, guidance=guidance)
+    with intervene(pipe, rows):
+        assert np.array_equal(pictures(pipe, rows, guidance=guidance), plain)
+    changed = plan(pipe, every(pipe)[1:])
+    with intervene(pipe, changed):  # the twin: a real intervention does change the pictures
+        assert np.abs(pictures(pipe, changed, guidance=guidance)[:2] - plain[:2]).max() > 1e-4
+
+
+@pytest.mark.parametrize("guidance", GUIDANCES)
+def test_all_layers_and_the_pooled_path_are_the_targets_own_run(pipe, name, guidance):
+    rows = plan(pipe, every(pipe), **all_of_it(name))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], guidance=guidance)
+    with intervene(pipe, rows):
+        assert near(pictures(pipe, rows, guidance=guidance), own, name)
+    short = plan(pipe, every(pipe)[:-1], **all_of_it(name))
+    with intervene(pipe, short):  # one layer short is another picture
+        assert np.abs(pictures(pipe, short, guidance=guidance)[:2] - own[:2]).max() > 1e-5
+
+
+def test_without_the_pooled_path_it_is_not(pipes):
+    """Why not: the pooled vector goes into every block beside the layers, and still tells the prompt."""
+    for name in sorted(POOLED):
+        pipe = pipes(name)
+        kept = plan(pipe, every(pipe))
+        own = pictures(pipe, kept, prompts=[row.target for row in kept])
+        with intervene(pipe, kept):
+            assert np.abs(pictures(pipe, kept)[:2] - own[:2]).max() > 1e-5, name
+        alone, plain = plan(pipe, (), pooled="target"), pictures(pipe, plan(pipe, ()))
+        with intervene(pipe, alone):  # and the pooled path alone already makes a difference
+            assert np.abs(pictures(pipe, alone)[:2] - plain[:2]).max() > 1e-5, name
+
+
+def test_no_pooled_path_is_said(pipes):
+    for name in sorted(set(tiny.FAMILIES) - POOLED):
+        pipe = pipes(name)
+        with pytest.raises(LocogenError, match="leave out pooled"), intervene(pipe, plan(pipe, (0,), pooled="target")):
+            pass
+
+
+def test_windows_in_one_batch_equal_separate_runs(pipe):
+    """As nearly as plain pictures made in a batch equal those made alone: sums in another order, nothing else."""
+    starts = every(pipe)[-5:]
+    count, rows = len(starts), [Intervention(*TEXTS[0], (start,), 7) for start in starts]
+    ride = with_riders(rows) if family_of(pipe).evolves else rows
+    sums = np.abs(pictures(pipe, ride)[0] - pictures(pipe, rows[:1])[0]).max()
+    with intervene(pipe, ride):
+        together = pictures(pipe, ride)[:count]
+    apart = []
+    for row in rows:
+        one = with_riders([row]) if family_of(pipe).evolves else [row]
+        with intervene(pipe, one):
+            apart.append(pictures(pipe, one)[0])
+    bound = 1e-5 + 4 * sums
+    assert bound < 1e-3
+    assert np.abs(together - np.stack(apart)).max() < bound
+    assert min(np.abs(apart[i] - apart[i + 1]).max() for i in range(count - 1)) > 10 * bound  # the twin: windows differ
+
+
+def test_only_the_windows_conditional_rows_change(pipe, name):
+    """Two layers hear the target, in the conditional half; the mask comes along. Patched ones: keys and values."""
+    chosen = (0, len(every(pipe)) - 1)
+    rows = plan(pipe, chosen)
+    plain = [Intervention(row.prompt, row.target, (), row.seed) for row in rows]
+    before, after = read(pipe, rows, plain), read(pipe, rows, rows)
+    negative = 0 if name in ("flux", "lcm") else len(rows)
+    own = [i for i in range(len(rows)) if rows[i].layers]
+    for index, was in before.items():
+        now = after[index]
+        assert torch.equal(was[:negative], now[:negative])
+        if index not in chosen and name not in PATCHED:
+            assert torch.equal(was, now)
+        elif index in chosen:
+            assert not torch.equal(was[negative:][own], now[negative:][own])
+    if name in PATCHED:  # in the window, rows read what the targets' own runs read; those runs are as they would be
+        riding = [i for i in range(len(rows)) if not rows[i].layers]
+        for index in chosen:
+            tokens = len(encode(pipe, ["cat"]).states[0])
+            assert torch.equal(after[index][negative:][own, :tokens], after[index][negative:][riding, :tokens])
+        assert torch.allclose(before[chosen[1]][negative:][riding], after[chosen[1]][negative:][riding], atol=1e-5)
+
+
+def read(pipe, rows, active):
+    """What the key matrix of each layer puts out in the first step."""
+    found, handles = {}, []
+    with intervene(pipe, active):
+        for layer in find_layers(pipe):
+            matrix = family_of(pipe).matrices(layer.module)["k"]
+
+            def note(module, args, output, index=layer.index):
+                found.setdefault(index, output)  # and nothing returned: that would be the layer's new output
+
+            handles.append(matrix.register_forward_hook(note))
+        try:
+            pictures(pipe, rows, steps=2)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", ["pixart-alpha", "pixart-sigma", "sana"])
+def test_masks_are_exchanged_with_the_text(pipes, name, monkeypatch):
+    """Bitwise equality with the target's own run needs it: without the mask it fails."""
+    from locogen.interventions import prompts as hooks
+
+    pipe = pipes(name)
+    rows = plan(pipe, every(pipe))
+    assert not torch.equal(*(encode(pipe, [text]).mask for text in TEXTS[0]))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    monkeypatch.setattr(
+        hooks._Told, "_unheard", lambda self, heard: self.call.made.setdefault("no", bias_of(self.call))
+    )
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows) - own).max() > 1e-5
+
+
+def bias_of(call):
+    mask = call.given["encoder_attention_mask"]
+    return (1 - mask.float()).unsqueeze(1) * -10000.0
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-xl", "if", "sd-3", "pixart-alpha", "flux"])
+def test_several_pictures_a_prompt_are_not_taken_for_guidance(pipes, name):
+    """Two pictures a prompt without guidance are as many rows as one with it."""
+    pipe = pipes(name)
+    rows = plan(pipe, every(pipe), **all_of_it(name))
+    for guidance in GUIDANCES:
+        own = pictures(pipe, rows, prompts=[row.target for row in rows], each=2, guidance=guidance)
+        with intervene(pipe, rows):
+            assert near(pictures(pipe, rows, each=2, guidance=guidance), own, name)
+
+
+def test_execution_order(pipe):
+    names = [layer.name for layer in find_layers(pipe)]
+    called, modules = [], dict(denoiser_of(pipe).named_modules())
+    handles = [modules[name].register_forward_hook(lambda *_, name=name: called.append(name)) for name in sorted(names)]
+    try:
+        pictures(pipe, plan(pipe, ()), steps=2)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert called == names * 2
+
+
+def test_what_is_recorded_is_the_text(pipe):
+    rows = plan(pipe, ())
+    with record(pipe) as heard:
+        pictures(pipe, rows, steps=2)
+    tokens = encode(pipe, ["cat"]).states.shape[1]
+    assert {states[0].shape[1] for states in heard.values()} == {tokens}
+
+
+def test_no_hook_of_the_pipelines_own_is_taken_for_a_strangers(pipe):
+    pictures(pipe, plan(pipe, ()))
+    assert foreign_hooks(pipe) == ()
+
+
+def test_fluxs_negative_call_is_untouched(pipes):
+    """With true guidance FLUX calls its denoiser a second time, for the negative prompt."""
+    pipe = pipes("flux")
+    rows = plan(pipe, every(pipe), pooled="target")
+    negative = {"negative_prompt": ["b c d"] * len(rows), "true_cfg_scale": 3.0}
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], **negative)
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows, **negative) - own).max() < 1e-5
+    without = pictures(pipe, rows, prompts=[row.target for row in rows])
+    assert np.abs(own - without).max() > 1e-4  # the twin: the negative call does something
+    with intervene(pipe, rows):  # texts that the user encoded, in whichever order
+        away = pipe.encode_prompt(negative["negative_prompt"])
+        near_by = pipe.encode_prompt([row.prompt for row in rows])
+        made = pipe(
+            prompt_embeds=near_by[0],
+            pooled_prompt_embeds=near_by[1],
+            negative_prompt_embeds=away[0],
+            negative_pooled_prompt_embeds=away[1],
+            true_cfg_scale=3.0,
+            generator=generators(rows),
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            output_type="np",
+        ).images
+    assert np.abs(made - own).max() < 1e-5
+
+
+def test_patching_needs_the_targets_own_runs(pipes):
+    for name in sorted(PATCHED):
+        pipe = pipes(name)
+        alone = [row for row in plan(pipe, (0,)) if row.layers]
+        with pytest.raises(LocogenError, match="with_riders"), intervene(pipe, alone):
+            pass
+
+
+def test_sd3s_call_with_skipped_layers_is_all_conditional(pipes):
+    pipe = pipes("sd-3")
+    rows = plan(pipe, every(pipe), pooled="target")
+    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 1.0}
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], **skip)
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows, **skip) - own).max() < 1e-5
+    assert np.abs(own - pictures(pipe, rows, prompts=[row.target for row in rows])).max() > 1e-4
+
+
+def test_sd_3_without_its_t5():
+    """As people load it to save memory: `text_encoder_3=None`, its tokens zeros."""
+    pipe = tiny.sd3()
+    whole = encode(pipe, ["cat"]).states
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    assert not torch.equal(encode(pipe, ["cat"]).states[:, 40:], whole[:, 40:])
+    rows = plan(pipe, every(pipe), pooled="target")
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert near(pictures(pipe, rows), own, "sd-3")
+    assert len(subject_positions(pipe, "a cat in b", "cat")) == 1
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd-xl"])
+def test_a_guidance_distilled_checkpoint_never_doubles(kind):
+    """LCM checkpoints are told the scale of guidance as a number, above 1 too."""
+    pipe = tiny.FAMILIES[kind](time_cond_proj_dim=8)
+    rows = plan(pipe, every(pipe), **all_of_it(kind))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows), record(pipe) as heard:
+        assert np.array_equal(pictures(pipe, rows), own)
+    assert len(heard[0][0]) == len(rows)
+
+
+def test_sd_2_has_other_heads_projections_and_predictions():
+    """What SD 2 has otherwise than SD 1: heads by block, linear projections, and a scheduler that predicts v."""
+    from diffusers import DDIMScheduler
+
+    heads = dict(attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
+    pipe = tiny.pipeline(**heads)
+    before = pictures(pipe, plan(pipe, ()))
+    pipe.scheduler = DDIMScheduler(steps_offset=1, clip_sample=False, prediction_type="v_prediction")
+    rows = plan(pipe, every(pipe))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert np.array_equal(pictures(pipe, rows), own)
+    with intervene(pipe, plan(pipe, every(pipe)[1:])):
+        assert not np.array_equal(pictures(pipe, rows), own)
+    assert not np.array_equal(before, pictures(pipe, plan(pipe, ())))  # the scheduler makes a difference
+
+
+@pytest.mark.parametrize("name", ["sd", "sd-xl", "sd-3"])
+def test_turbo_is_run_without_guidance(pipes, name):
+    """Distilled checkpoints are told a guidance of 0, and no row is a negative one."""
+    pipe = pipes(name)
+    rows = plan(pipe, every(pipe), **all_of_it(name))
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], guidance=0.0, steps=1)
+    with intervene(pipe, rows), record(pipe) as heard:
+        assert near(pictures(pipe, rows, guidance=0.0, steps=1), own, name)
+    assert len(heard[0][0]) == len(rows)
+
+
+def test_schnell_has_no_guidance_at_all():
+    pipe = tiny.flux(guidance_embeds=False)
+    rows = plan(pipe, every(pipe), pooled="target")
+    own = pictures(pipe, rows, prompts=[row.target for row in rows])
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows) - own).max() < 1e-5
+
+
+def test_steps_come_from_the_timestep(pipe, name):
+    """All layers and the pooled path, at some steps: equal to no step where none is left, and to all where all are."""
+    steps, full = 3, all_of_it(name)
+    none, whole = plan(pipe, ()), plan(pipe, every(pipe), **full)
+    plain = pictures(pipe, none, steps=steps)
+    with intervene(pipe, whole):
+        target = pictures(pipe, whole, steps=steps)
+    made = {}
+    for span in [(0, 0), (1, 2), (2, 2), (0, 2)]:
+        rows = plan(pipe, every(pipe), timesteps=span, **full)
+        with intervene(pipe, rows):
+            made[span] = pictures(pipe, rows, steps=steps)
+    assert np.array_equal(made[0, 2], target)
+    assert np.abs(made[2, 2][:2] - plain[:2]).max() < np.abs(target[:2] - plain[:2]).max()
+    for a, b in [((0, 0), (1, 2)), ((1, 2), (2, 2)), ((0, 0), (0, 2))]:
+        assert np.abs(made[a][:2] - made[b][:2]).max() > 1e-6
+    with pytest.raises(LocogenError, match="step 5 is not there"):
+        rows = plan(pipe, (0,), timesteps=(0, 5))
+        with intervene(pipe, rows):
+            pictures(pipe, rows, steps=steps)
+
+
+def test_a_scheduler_that_calls_twice_at_one_timestep_is_counted_once():
+    """PNDM's first step is two calls; (0, 0) must hold in both, and 4 calls must not make a fourth step."""
+    from diffusers import PNDMScheduler
+
+    pipe = tiny.pipeline()
+    pipe.scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    heard = {}
+    for span in [(0, 0), (2, 2)]:
+        rows = plan(pipe, (4,), timesteps=span)
+        with intervene(pipe, rows), record(pipe) as found:
+            pictures(pipe, rows, steps=3)
+        plain = encode(pipe, [row.prompt for row in rows]).states
+        heard[span] = [not torch.equal(states[2:], plain) for states in found[4]]
+    assert len(heard[0, 0]) == 4  # three steps, four calls
+    twice = pipe.scheduler.timesteps.tolist()
+    assert heard[0, 0] == [t == twice[0] for t in twice]
+    assert heard[2, 2] == [t == twice[-1] for t in twice]
+
+
+def test_words_are_found_where_they_are_heard(pipe):
+    """The states before a word do not hear it in a causal encoder; in T5 the word's own state is its first."""
+    one, other = "a cat in b", "a dog in b"
+    (place,) = subject_positions(pipe, one, "cat")
+    assert subject_positions(pipe, other, "dog") == (place,)
+    a, b = encode(pipe, [one]).states[0], encode(pipe, [other]).states[0]
+    change = (a - b).norm(dim=1)
+    assert change[place] > 0.5 * change.max()
+    with pytest.raises(LocogenError, match="does not hold"):
+        subject_positions(pipe, one, "dog")
+
+
+@pytest.mark.parametrize("kind", ["if", "pixart-alpha", "pixart-sigma", "sana"])
+def test_capitals_are_heard_as_small_letters(kind):
+    """As these pipelines themselves hear them: T5 spells capitals in tokens of their own, and as many others."""
+    pipe = tiny.FAMILIES[kind]()
+    assert torch.equal(encode(pipe, [" A B Cat in b"]).states, encode(pipe, ["a b cat in b"]).states)
+    assert spoken(pipe, " A B Cat in b") == spoken(pipe, "a b cat in b")
+    assert subject_positions(pipe, "A B Cat in b", " Cat ") == subject_positions(pipe, "a b cat in b", "cat")
+
+
+def test_full_size_denoisers_on_the_meta_device():
+    """As many layers as the papers count, where they put them; in transformers one for each block, in order."""
+    with torch.device("meta"):
+        made = {name: parts[0]() for name, parts in full.PARTS.items()}
+    found = {name: [layer.name for layer in find_layers(model)] for name, model in made.items()}
+    counts = {"sd": 16, "sd-2": 16, "sd-xl": 70, "if": 22, "sd-3": 24, "flux": 19 + 38, "pixart": 28, "sana": 20}
+    assert {name: len(names) for name, names in found.items()} == counts
+    assert found["sd"][8].startswith("up_blocks.1.attentions.1")
+    assert found["sd-xl"][45].startswith("up_blocks.0.attentions.1.transformer_blocks.1")
+    assert all(name.startswith("mid_block") for name in found["sd-xl"][24:34])
+    assert found["flux"][18:20] == ["transformer_blocks.18.attn", "single_transformer_blocks.0.attn"]
+
+
+def test_full_size_configurations_are_those_of_the_checkpoints():
+    """By the sizes that their cards and papers give, in billions; SD 1 and SD-XL to the weight."""
+    assert full.weights("sd")[0] == 859_520_964 and full.weights("sd-xl")[0] == 2_567_463_684
+    told = {"sd-2": 0.87, "if": 4.3, "sd-3": 2.0, "flux": 11.9, "pixart": 0.61, "sana": 1.6}
+    for name, billions in told.items():
+        assert full.weights(name)[0] / 1e9 == pytest.approx(billions, rel=0.02), name
+    for part, billions in {full.clip_l: 0.123, full.clip_g: 0.695, full.t5: 4.76, full.gemma: 2.61}.items():
+        with torch.device("meta"):
+            assert sum(w.numel() for w in part().parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_full_size_benchmark_runs_at_tiny_size(root, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "benchmarks"))
+    import fullsize
+
+    fullsize.main(["--tiny"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1:4] for row in rows[2:]] == [
+        [" sd ", " 16 ", " 16 × 16 "],
+        [" sd-xl ", " 8 ", " 16 × 16 "],
+    ]
+
+
+def test_the_benchmark_says_how_weights_fit_cards(root, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(root / "tests" / "benchmarks"))
+    import fullsize
+
+    assert [fullsize.way(4, 3, card) for card in (6, 5, 4)] == ["as it is", 'offload="model"', 'offload="sequential"']
+    fullsize.main(["--weights"])
+    table = {row.split("|")[1].strip(): row for row in capsys.readouterr().out.splitlines()[2:]}
+    assert list(table) == list(full.PARTS)
+    assert "| 2.1 | 1.7 | as it is |" in table["sd"] and 'offload="sequential" |' in table["flux"]

@@ -1,0 +1,260 @@
+"""What a study file asks for: products of lists, exclusions, defaults, names that stay, and what it will cost."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import papermill
+import pytest
+from test_study import write_notebook
+
+from locogen.errors import LocogenError
+from locogen.plan import sweep
+from locogen.studies.estimates import Costs, duration
+from locogen.studies.notebooks import parameters_of
+from locogen.studies.planning import Planned, read_study
+from locogen.studies.study import run_study
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[[str], list[Planned]]:
+    """The runs of a study written as text, beside a model and two notebooks, of which kinds.ipynb has no concept."""
+    (tmp_path / "own").mkdir()
+    write_notebook(tmp_path / "small.ipynb")
+    write_notebook(
+        tmp_path / "kinds.ipynb", parameters='model: str = "mini"  # a model\nkind: str = "style"  # of what'
+    )
+
+    def plan(text: str) -> list[Planned]:
+        (tmp_path / "study.toml").write_text(text, encoding="utf-8")
+        return list(read_study(tmp_path / "study.toml")[2])
+
+    return plan
+
+
+MATRIX = """
+notebook = "small.ipynb"
+models = ["mini", "./own"]
+concepts = ["mini/neon", "mini/owl"]
+[grid]
+seeds = [1, 2]
+scale = [0.5]
+[defaults]
+fast = true
+"""
+
+
+def test_runs_are_the_product_of_the_lists(plan) -> None:
+    runs = plan(MATRIX)
+    told = [(run.parameters["model"], run.parameters["concept"], run.parameters["seeds"]) for run in runs]
+    assert told == [(m, c, s) for m in ("mini", "./own") for c in ("mini/neon", "mini/owl") for s in (1, 2)]
+    assert all(run.parameters["scale"] == 0.5 and run.parameters["fast"] is True for run in runs)
+    assert [run.slug for run in runs][::3] == ["mini-neon-seeds-1-scale-0-5", "mini-owl-seeds-2-scale-0-5", *[
+        "own-mini-owl-seeds-1-scale-0-5"
+    ]]  # fmt: skip
+    assert runs[0].title == "neon, mini, seeds 1, scale 0.5" and runs[0].subject == "neon"
+    assert len({run.key for run in runs}) == len({run.slug for run in runs}) == 8
+
+
+def test_a_list_that_grows_renames_nothing(plan) -> None:
+    """So that a model more costs the runs of that model, and no other."""
+    before = {run.slug: run.key for run in plan(MATRIX.replace('"mini", "./own"', '"mini"').replace("[1, 2]", "[2]"))}
+    after = {run.slug: run.key for run in plan(MATRIX)}
+    assert len(before) == 2 and before.items() < after.items()
+
+
+def test_exclusions_leave_out_what_has_all_of_it(plan) -> None:
+    runs = plan(MATRIX + '[[exclude]]\nmodel = "./own"\nseeds = 2\n[[exclude]]\nconcept = ["mini/owl", "mini/cat"]\n')
+    left = [(run.parameters["model"], run.parameters["concept"], run.parameters["seeds"]) for run in runs]
+    assert left == [("mini", "mini/neon", 1), ("mini", "mini/neon", 2), ("./own", "mini/neon", 1)]
+
+
+def test_exclusions_know_defaults_of_the_notebook(plan) -> None:
+    runs = plan(MATRIX.replace("seeds = [1, 2]", 'store = ["", "x"]') + "[[exclude]]\nseeds = 4\nstore = 'x'\n")
+    assert [run.parameters["store"] for run in runs] == [""] * 4
+
+
+def test_each_notebook_takes_the_lists_that_it_knows(plan) -> None:
+    """One without a concept is run once a model, not once a concept."""
+    runs = plan(MATRIX.replace('notebook = "small.ipynb"', 'notebooks = ["small.ipynb", "kinds.ipynb"]'))
+    assert [run.slug for run in runs if run.notebook.stem == "kinds"] == ["kinds-mini-run", "kinds-own-run"]
+    assert runs[-1].parameters == {"model": "./own"} and len(runs) == 10
+    assert runs[0].slug.startswith("small-mini-neon")
+
+
+def test_run_tables_take_from_the_top_what_they_do_not_say(plan) -> None:
+    runs = plan(
+        'notebook = "small.ipynb"\nmodels = ["mini", "./own"]\n[defaults]\nseeds = 3\n'
+        '[[run]]\nconcepts = ["mini/neon", "mini/owl"]\n'
+        '[[run]]\nname = "wide"\nconcept = "mini/owl"\nmodel = "mini"\nseeds = 9\ngrid.scale = [1, 2]\n'
+    )
+    assert [run.slug for run in runs] == [
+        "mini-neon", "mini-owl", "own-mini-neon", "own-mini-owl", "wide-scale-1", "wide-scale-2"
+    ]  # fmt: skip
+    assert runs[0].parameters["seeds"] == 3 and runs[4].parameters == {
+        "model": "mini", "concept": "mini/owl", "seeds": 9, "scale": 1
+    }  # fmt: skip
+
+
+BAD = {
+    "list that is none": ('models = "mini"', r"models is 'mini': give a list"),
+    "empty list": ("concepts = []", r"concepts is \[\]: give a list"),
+    "value twice": ("[grid]\nseeds = [1, 1]", "seeds has a value twice"),
+    "both": ('model = "mini"\nmodels = ["mini"]', "both model and models"),
+    "grid that is none": ("grid = 3", "grid is not a table"),
+    "results that are no folder": ('results = 3\nconcepts = ["mini/neon"]', 'results is 3: give .* results = "out"'),
+    "misspelt grid": ("[grid]\nsedes = [1]", "no parameter 'sedes': did you mean 'seeds'"),
+    "grid of another type": ('[grid]\nseeds = [1, "2"]', "run 1: seeds is '2': small.ipynb takes a value of type int"),
+    "unknown model in a list": ('models = ["mini", "minni"]', "no model 'minni': did you mean 'mini'"),
+    "folder that is not there": ('models = ["./none"]', "there is no folder .*none to load a model from"),
+    "unknown concept in a list": ('concepts = ["mini/nen"]', "no concept 'mini/nen': did you mean 'mini/neon'"),
+    "list for a notebook without": ('notebook = "kinds.ipynb"\nconcepts = ["mini/neon"]', "no parameter 'concept'"),
+    "exclusion of nothing": ('concepts = ["mini/neon"]\n[[exclude]]\nseeds = 77', "exclude 1 leaves nothing out"),
+    "empty exclusion": ('concepts = ["mini/neon"]\n[[exclude]]', "exclude 1 leaves nothing out"),
+    "misspelt exclusion": ('concepts = ["mini/neon"]\n[[exclude]]\nsedes = 4', "exclude 1: no key 'sedes'"),
+    "exclusion of all": ('concepts = ["mini/neon"]\n[[exclude]]\nseeds = 4', "exclusions leave out all 1"),
+    "arranged": ('concepts = ["mini/neon"]\n[grid]\nresults = ["x"]', "results is set by the study itself"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_told(plan, tmp_path: Path, name: str) -> None:
+    text, words = BAD[name]
+    with pytest.raises(LocogenError, match=words) as caught:
+        plan(text if "notebook" in text else f'notebook = "small.ipynb"\n{text}')
+    assert str(tmp_path / "study.toml") in str(caught.value)
+
+
+NASTY = ["../x", "a/b", "a b", "A/B", "<script>", "x" * 300, "x" * 301, "ж" * 300, "日本", "...", "con"]
+
+
+def test_names_of_any_kind_stay_in_the_folder(plan, tmp_path: Path) -> None:
+    """Those that look alike as folders are told apart, the same way every time."""
+    lines = [f"[[run]]\nname = {json.dumps(name)}\nseeds = {n}" for n, name in enumerate(NASTY, 1)]
+    runs = plan('notebook = "small.ipynb"\n' + "\n".join(lines))
+    assert len({run.slug for run in runs}) == len(NASTY)
+    for run in runs:
+        assert run.folder.parent == tmp_path / "study" and run.folder.resolve().parent == tmp_path / "study"
+        assert not re.search(r'[\s/\\:*?"<>|.{}]', run.slug) and len(run.slug.encode()) <= 130
+    again = plan('notebook = "small.ipynb"\n' + "\n".join(lines))
+    assert [run.slug for run in again] == [run.slug for run in runs]
+
+
+def test_concepts_that_slug_alike(plan, tmp_path: Path) -> None:
+    one = 'name = "x"\nkind = "style"\nprompt = "a"\ntarget = "b"\n'
+    (tmp_path / "own.toml").write_text(f'["my/x y"]\n{one}["my/x-y"]\n{one}')
+    first, second = plan(
+        'notebook = "small.ipynb"\nconcepts = ["my/x y", "my/x-y"]\n[defaults]\nconcepts_file = "own.toml"\n'
+    )
+    assert first.slug == "my-x-y" and re.fullmatch(r"my-x-y-[0-9a-f]{6}", second.slug)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_parameters_are_read_as_papermill_reads_them(path: Path) -> None:
+    """Ours is the faster reader, papermill's the one that counts."""
+    theirs = papermill.inspect_notebook(str(path))
+    ours = parameters_of(path)
+    assert list(ours) == list(theirs)
+    for name, told in theirs.items():
+        for field in ("name", "inferred_type_name", "default", "help"):
+            assert ours[name][field] == told[field], (name, field)
+
+
+def test_parameters_of_all_kinds(tmp_path: Path) -> None:
+    source = 'a = 1\nb: list = [\n    1,\n]  # two # lines\nc: "str" = "x # y"\nd: int\nimport os'
+    told = parameters_of(write_notebook(tmp_path / "n.ipynb", parameters=source))
+    assert list(told) == ["a", "b", "c"], "no value, no parameter"
+    assert told["a"]["inferred_type_name"] == "None" and told["b"]["help"] == "two # lines"
+    assert told["c"]["default"] == '"x # y"' and told["c"]["help"] == ""
+    with pytest.raises(LocogenError, match="not plain Python"):
+        parameters_of(write_notebook(tmp_path / "m.ipynb", parameters="!ls\nx ="))
+
+
+# --- what it will cost ---------------------------------------------------------------------------
+
+
+def study(tmp_path: Path, text: str) -> tuple[Path, list[Planned]]:
+    path = tmp_path / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path, list(read_study(path)[2])
+
+
+SWEEPS = 'model = "mini"\nconcepts = ["mini/neon", "mini/owl"]\n[defaults]\nseeds = 3\nwindow = 4\nmax_prompts = 2\n'
+
+
+def finish(run: Planned, seconds: float, made: int, **more: Any) -> None:
+    """A result as a run leaves it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    told = {"key": run.key, "notebook": run.notebook.stem, "model": "mini", "parameters": dict(run.parameters)}
+    told |= {"seconds": seconds, "made": made, "pictures": made, **more}
+    (run.folder / "result.json").write_text(json.dumps(told))
+
+
+def test_pictures_of_a_sweep_are_counted(tmp_path: Path) -> None:
+    import locogen as loco
+
+    _, runs = study(tmp_path, SWEEPS)
+    pairs = loco.concept("mini/neon").pairs[:2]
+    rows = sweep(loco.Concept("neon", "style", pairs), n_layers=16, window=4, seeds=range(3))
+    assert [Costs(tmp_path).pictures(run) for run in runs] == [len(rows)] * 2
+
+
+@pytest.mark.parametrize("own", ["", 'seeds: str = "2"  # x', "seeds: int = 0  # none", "seeds: int = 2  # no concept"])
+def test_a_notebook_of_that_name_may_be_another(tmp_path: Path, own: str) -> None:
+    concept = "" if "no concept" in own else 'concept: str = "mini/neon"  # an id\n'
+    write_notebook(tmp_path / "localize.ipynb", parameters=f'model: str = "mini"  # a model\n{concept}{own}')
+    _, (run,) = study(tmp_path, '[[run]]\nnotebook = "./localize.ipynb"\nname = "x"\n')
+    assert run.notebook.parent == tmp_path
+    assert Costs(tmp_path).pictures(run) is None
+
+
+def test_seconds_come_from_the_runs_so_far(tmp_path: Path) -> None:
+    path, (neon, owl) = study(tmp_path, SWEEPS)
+    assert Costs(path.with_suffix("")).seconds(owl) is None
+    finish(neon, seconds=50.0, made=100)
+    costs = Costs(path.with_suffix(""))
+    count = costs.pictures(owl)
+    assert count and costs.seconds(owl) == pytest.approx(count / 2)
+    assert costs.left([owl, owl, owl], 2) == pytest.approx(1.5 * count / 2)
+    assert costs.left([owl], 2) == pytest.approx(count / 2), "one run is not faster for a second worker"
+    assert costs.left([], 2) == 0
+
+
+def test_pictures_that_were_there_say_nothing_about_time(tmp_path: Path) -> None:
+    path, (neon, owl) = study(tmp_path, SWEEPS)
+    finish(neon, seconds=3.0, made=0, pictures=100)
+    assert Costs(path.with_suffix("")).seconds(owl) is None
+
+
+def test_other_notebooks_cost_what_they_did(tmp_path: Path) -> None:
+    text = SWEEPS.replace('model = "mini"', 'model = "mini"\nnotebook = "edit"').replace("window = 4\n", "")
+    path, (neon, owl) = study(tmp_path, text)
+    assert Costs(path.with_suffix("")).pictures(owl) is None
+    finish(neon, seconds=20.0, made=40)
+    costs = Costs(path.with_suffix(""))
+    assert costs.pictures(owl) == 40 and costs.seconds(owl) == pytest.approx(20)
+
+
+def test_the_plan_says_all_of_it(tmp_path: Path, capsys) -> None:
+    path, (neon, owl) = study(tmp_path, SWEEPS)
+    run_study(path, dry_run=True)
+    fresh = capsys.readouterr().out
+    assert "no run like these has been timed yet" in fresh and "the store holds 0" in fresh
+    assert not path.with_suffix("").exists()
+    finish(neon, seconds=20.0, made=174)
+    (neon.folder.parent / "store").mkdir()
+    (neon.folder.parent / "store" / "a.png").write_bytes(b"")
+    run_study(path, dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("study: 2 runs, 1 to do") and lines[1] == "  neon  done"
+    assert lines[2] == "  owl   new  174 pictures, about 20 s"
+    assert lines[3] == "to make: 174 pictures; the store holds 1; about 20 s in one worker"
+    assert owl.state == "new"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0.4, 89, 150, 7500)] == ["0 s", "89 s", "2 min", "2 h 05 min"]
