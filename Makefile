@@ -20,7 +20,7 @@ help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
-	@echo "make bench     measure how fast it is: README's table, all figures in runs/bench/bench.json"
+	@echo "make bench     measure how fast it is: the table of reports/performance.md, all figures in runs/bench/bench.json"
 	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
 	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
 	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"

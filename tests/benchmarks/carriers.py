@@ -1,6 +1,6 @@
 """What the mini model carries where: every concept of the mini model, by the scoring CLIP and by the judge.
 
-`python tests/benchmarks/carriers.py` prints the table of the README and writes it to `runs/carriers/carriers.json`.
+`python tests/benchmarks/carriers.py` prints the table of reports/results.md and writes it to `runs/carriers/carriers.json`.
 Both scores look at the same pictures. The pictures are kept, so that a second call only counts.
 """
 

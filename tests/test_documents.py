@@ -1,0 +1,44 @@
+"""The documents: short where people land, and every file that they link is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *("README.md", "CHANGELOG.md", "reports/results.md", "reports/performance.md", "reports/studies.md"),
+    *("locogen/README.md", "locogen/models/README.md", "locogen/mini/README.md"),
+]
+
+
+def missing_links(text: str, folder: Path) -> list[str]:
+    """Relative links of a Markdown text that lead nowhere."""
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    relative = [target for target in targets if "://" not in target]
+    return [target for target in relative if not (folder / target).exists()]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name: str) -> None:
+    path = ROOT / name
+    assert not missing_links(path.read_text(encoding="utf-8"), path.parent)
+
+
+def test_a_link_to_nowhere_is_found() -> None:
+    assert missing_links("[a](no-such-file.md) [b](README.md#part) [c](https://x.org)", ROOT) == ["no-such-file.md"]
+
+
+def test_the_readme_is_short() -> None:
+    """People read the landing page to its end: details live in reports/ and next to the code."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1500
+
+
+@pytest.mark.parametrize("name", ["README.md", "reports/results.md", "reports/performance.md"])
+def test_commands_that_make_figures_are_there(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    scripts = re.findall(r"python (tests/\S+?\.py)", text)
+    assert scripts
+    assert not [script for script in scripts if not (ROOT / script).is_file()]
