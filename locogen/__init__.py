@@ -10,112 +10,33 @@ diffusers, transformers, pandas or seaborn, when it is first used.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .catalog import concept, concepts, model_table
-    from .editing.edit import Edit, fit_edit, undo_all
-    from .editing.evaluation import Probe, compare, control_edits, evaluate, probes_for
-    from .editing.neurons import Neurons, find_neurons
-    from .errors import LocogenError, UnsupportedModel
-    from .interventions.clamping import Selection, clamp
-    from .interventions.prompts import generators, intervene, record
-    from .localization.attention import attention_contribution, contribution_effect
-    from .localization.causal_tracing import causal_trace
-    from .localization.comparison import Agreement, Located, agree, localizers, locate
-    from .localization.effects import carrier, effect
-    from .localization.localize import localize
-    from .localization.sample_size import plan_seeds
-    from .localization.trace_effects import trace_effect
-    from .models.layers import Layer, find_layers
-    from .models.load import load
-    from .pictures.runs import Run, generate
-    from .pictures.score import Scorer, scorer
-    from .pictures.speed import Pace, speed
-    from .plan import Concept, Intervention, PromptPair, Settings, Window, sweep, with_riders
-    from .views.localizer_plots import plot_trace
-    from .views.plots import describe, plot_curve, plot_effect, plot_evaluation, plot_scores, plot_strip, plot_timesteps
-    from .views.widgets import explore
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Agreement",
-    "Concept",
-    "Edit",
-    "Intervention",
-    "Layer",
-    "Located",
-    "LocogenError",
-    "Neurons",
-    "Pace",
-    "Probe",
-    "PromptPair",
-    "Run",
-    "Scorer",
-    "Selection",
-    "Settings",
-    "UnsupportedModel",
-    "Window",
-    "agree",
-    "attention_contribution",
-    "carrier",
-    "causal_trace",
-    "clamp",
-    "compare",
-    "concept",
-    "concepts",
-    "contribution_effect",
-    "control_edits",
-    "describe",
-    "effect",
-    "evaluate",
-    "explore",
-    "find_layers",
-    "find_neurons",
-    "fit_edit",
-    "generate",
-    "generators",
-    "intervene",
-    "load",
-    "localize",
-    "localizers",
-    "locate",
-    "model_table",
-    "plan_seeds",
-    "plot_curve",
-    "plot_effect",
-    "plot_evaluation",
-    "plot_scores",
-    "plot_strip",
-    "plot_timesteps",
-    "plot_trace",
-    "probes_for",
-    "record",
-    "scorer",
-    "speed",
-    "sweep",
-    "trace_effect",
-    "undo_all",
-    "with_riders",
-]
-
-# module -> the public names it defines
+# Each public name by the module that defines it. `__init__.pyi` says the same to type checkers.
 _PUBLIC = {
-    "catalog": ("concept", "concepts", "model_table"),
-    "interventions.clamping": ("Selection", "clamp"),
-    "localization.attention": ("attention_contribution", "contribution_effect"),
-    "editing.edit": ("Edit", "fit_edit", "undo_all"),
-    "localization.effects": ("carrier", "effect"),
-    "editing.evaluation": ("Probe", "compare", "control_edits", "evaluate", "probes_for"),
     "errors": ("LocogenError", "UnsupportedModel"),
-    "interventions.prompts": ("generators", "intervene", "record"),
-    "models.layers": ("Layer", "find_layers"),
-    "localization.localize": ("localize",),
+    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "sweep", "Window", "with_riders"),
+    "catalog": ("concept", "concepts", "model_table"),
+    "models.layers": ("find_layers", "Layer"),
     "models.load": ("load",),
-    "editing.neurons": ("Neurons", "find_neurons"),
+    "interventions.clamping": ("clamp", "Selection"),
+    "interventions.prompts": ("generators", "intervene", "record"),
+    "pictures.runs": ("generate", "Run"),
+    "pictures.score": ("Scorer", "scorer"),
     "pictures.speed": ("Pace", "speed"),
-    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "Window", "sweep", "with_riders"),
+    "localization.attention": ("attention_contribution", "contribution_effect"),
+    "localization.causal_tracing": ("causal_trace",),
+    "localization.comparison": ("agree", "Agreement", "localizers", "locate", "Located"),
+    "localization.effects": ("carrier", "effect"),
+    "localization.localize": ("localize",),
+    "localization.sample_size": ("plan_seeds",),
+    "localization.trace_effects": ("trace_effect",),
+    "editing.edit": ("Edit", "fit_edit", "undo_all"),
+    "editing.evaluation": ("compare", "control_edits", "evaluate", "Probe", "probes_for"),
+    "editing.neurons": ("find_neurons", "Neurons"),
+    "views.localizer_plots": ("plot_trace",),
     "views.plots": (
         "describe",
         "plot_curve",
@@ -125,16 +46,11 @@ _PUBLIC = {
         "plot_strip",
         "plot_timesteps",
     ),
-    "localization.trace_effects": ("trace_effect",),
-    "localization.comparison": ("Agreement", "Located", "agree", "localizers", "locate"),
-    "pictures.runs": ("Run", "generate"),
-    "pictures.score": ("Scorer", "scorer"),
-    "localization.sample_size": ("plan_seeds",),
-    "localization.causal_tracing": ("causal_trace",),
-    "views.localizer_plots": ("plot_trace",),
     "views.widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

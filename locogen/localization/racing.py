@@ -16,7 +16,8 @@ comparisons are paired. What is bounded is how much of another window's effect t
 - all windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not all pairs of windows
   (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped, and what is said of the winner holds.
 
-tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model, and that of a plain bootstrap.
+tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model, and that of a
+plain bootstrap.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError, UnsupportedModel
-from locogen.models import denoisers
-from locogen.models import text as texts
+from locogen.models import denoisers, text as texts
 from locogen.models.denoisers import Change, Hook
 from locogen.models.text import Encoded, Spoken, Text
 

@@ -1,7 +1,8 @@
 """What the mini model carries where: every concept of the mini model, by the scoring CLIP and by the judge.
 
-`python tests/benchmarks/carriers.py` prints the table of reports/results.md and writes it to `runs/carriers/carriers.json`.
-Both scores look at the same pictures. The pictures are kept, so that a second call only counts.
+`python tests/benchmarks/carriers.py` prints the table of reports/results.md and writes it to
+`runs/carriers/carriers.json`. Both scores look at the same pictures. The pictures are
+kept, so that a second call only counts.
 """
 
 from __future__ import annotations

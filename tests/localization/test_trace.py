@@ -11,8 +11,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.corruption import Noise, corrupted_states, corrupting
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.interventions.states import DENOISER_PARTS, TEXT_PARTS, find_states, find_text_states, restoring
-from locogen.localization import causal_tracing as trace
-from locogen.localization import trace_effects as recovery
+from locogen.localization import causal_tracing as trace, trace_effects as recovery
 from locogen.localization.causal_tracing import Restoration, causal_trace
 from locogen.models.families import encode, end_position, subject_positions
 from locogen.models.layers import find_layers

@@ -25,8 +25,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from locogen import __main__
 from locogen.errors import LocogenError
 from locogen.files import publish
-from locogen.studies import kernel as kernels
-from locogen.studies import keys, study, worker
+from locogen.studies import kernel as kernels, keys, study, worker
 from locogen.studies.kernel import Failure
 from locogen.studies.notebooks import plain
 from locogen.studies.planning import read_study, slugify
