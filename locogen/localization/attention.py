@@ -151,10 +151,11 @@ class _Ear:
 
         count = len(self.tokens)
         rows = [first + row for row in range(count)] + [first + row for row, _ in self.cells]
+        picked_args = [_rows_of(value, rows, first + count) for value in args]
+        picked_kwargs = {name: _rows_of(value, rows, first + count) for name, value in kwargs.items()}
         self.kept, self.called = [None] * count + [at for _, at in self.cells], False
         try:
-            picked = {name: value[rows] if _by_row(value, first + count) else value for name, value in kwargs.items()}
-            out = module(*(value[rows] if _by_row(value, first + count) else value for value in args), **picked)
+            out = _in_float32(module, self.layer.name, picked_args, picked_kwargs)  # (rows + cells, queries, width)
         finally:
             self.kept = None
         if not self.called:
@@ -162,11 +163,52 @@ class _Ear:
                 f"to_v of layer {self.layer.index} ({self.layer.name}) is not called: unfuse the projections first, "
                 "pipe.unfuse_qkv_projections()"
             )
+        if out.ndim == 4:  # IF's layers put out a picture, (rows + cells, width, high, wide)
+            out = out.flatten(2).transpose(1, 2)
         out = out if out.is_cuda else out.cpu()  # Apple's MPS has no float64
         owner = torch.tensor([row for row, _ in self.cells], device=out.device)
         norms = (out[count:] - out[:count][owner]).double().norm(dim=-1).mean(-1)  # (cells,)
         total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(0, owner, norms)
         return (total.cpu() / torch.tensor([len(places) for places in self.tokens])).numpy()
+
+
+def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
+    """These rows of an argument that has one for each of the call's `count` rows; any other argument as it is."""
+    return value[rows] if _by_row(value, count) else value
+
+
+def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer puts out, computed in float32 where its weights have 16 bits.
+
+    A token's part is a small difference of two outputs that share the bias, and in some families the layer's input.
+    In 16 bits whatever is smaller than their last digit (bfloat16: 1/256 of them) is rounded away: the difference of
+    the rounded outputs is zero, and taking it in float32 afterwards cannot bring it back. So the layer itself is run
+    with its weights and inputs in float32; the module keeps its own.
+    """
+    import torch
+
+    narrow = {path: weight for path, weight in _tensors(module) if weight.is_floating_point() and weight.itemsize < 4}
+    if not narrow:
+        return module(*args, **kwargs)
+    if any(weight.itemsize < 2 or weight.is_meta for weight in narrow.values()):
+        raise LocogenError(
+            f"layer {name} keeps its weights in 8 bits or offloaded one by one: what a token writes is too small for "
+            "them. Load the model in float32, or without layerwise casting and with another offload"
+        )
+    wide = {path: weight.float() for path, weight in narrow.items()}
+    wide_kwargs = {name: _widened(value) for name, value in kwargs.items()}
+    return torch.func.functional_call(module, wide, tuple(_widened(value) for value in args), wide_kwargs)
+
+
+def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _widened(value: Any) -> Any:
+    """A tensor of 16 bits in float32; anything else as it is."""
+    is_narrow = hasattr(value, "is_floating_point") and value.is_floating_point() and value.itemsize < 4
+    return value.float() if is_narrow else value
 
 
 def _by_row(value: Any, count: int) -> bool:

@@ -14,7 +14,7 @@ from locogen.localization.attention import (
     contributions,
     listening,
 )
-from locogen.models.families import subject_positions
+from locogen.models.families import denoiser_of, subject_positions
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
 
@@ -147,3 +147,43 @@ def test_fused_projections_are_refused():
 def test_a_prompt_without_the_subject_is_refused(pipe):
     with pytest.raises(LocogenError, match="does not hold the subject 'zebra'"):
         attention_contribution(pipe, CONCEPT, subject="zebra", **OPTIONS)  # pyright: ignore[reportArgumentType]
+
+
+# --- half precision ------------------------------------------------------------------------------
+
+
+def quiet_text(pipe) -> None:
+    """Make what is read of the text small beside all else that the layers put out: their bias and their input."""
+    with torch.no_grad():
+        for layer in find_layers(pipe):
+            value = getattr(layer.module, "add_v_proj", None) or layer.module.to_v
+            for parameter in value.parameters():
+                parameter.mul_(2.0**-12)
+            layer.module.to_out[0].bias.add_(1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [tiny.pipeline, tiny.sdxl, tiny.deepfloyd, tiny.pixart])
+def test_small_contributions_are_not_rounded_away_in_half_precision(make, dtype):
+    """Where they are below the last digit of what the layer puts out: the difference of two rounded outputs is 0."""
+    wide, narrow = make(), make()
+    for pipe in (wide, narrow):
+        quiet_text(pipe)
+    denoiser = denoiser_of(wide)
+    denoiser.to(dtype).to(torch.float32)  # the same weights, rounded once
+    denoiser_of(narrow).to(dtype)
+    narrow.to(dtype)
+    one = Concept("cat", "object", (PromptPair("a cat b", "a b"),))
+    options = dict(seeds=[0], num_inference_steps=2, progress=False)
+    exact = attention_contribution(wide, one, **options)["contribution"].to_numpy()  # pyright: ignore[reportArgumentType]
+    half = attention_contribution(narrow, one, **options)["contribution"].to_numpy()  # pyright: ignore[reportArgumentType]
+    assert exact.max() < 0.01  # the layers put out about 1
+    assert half == pytest.approx(exact, rel=0.1)
+    assert all(value.dtype == dtype for value in denoiser_of(narrow).parameters())  # the layers keep their weights
+
+
+def test_weights_of_8_bits_are_refused():
+    pipe = tiny.pipeline()
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(LocogenError, match="8 bits"):
+        attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]
