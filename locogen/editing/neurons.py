@@ -14,7 +14,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
 from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
 from locogen.interventions.prompts import active_contexts
-from locogen.models.families import family_of
+from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import Layer, find_layers
 from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, exchanged, own_phrasings
@@ -178,11 +178,14 @@ def _outputs(module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, 
     import torch
 
     states = torch.stack([reader.states(prompt, layer) for prompt in prompts])  # (prompts, tokens, width)
+    dtype = next(module.parameters()).dtype
+    if dtype.itemsize < 2:  # how the weights are stored (float8, quantized): the states are not rounded to that
+        dtype = denoiser_of(reader.pipe).dtype
     with torch.no_grad():
-        found = module(states.to(stands_on(module), next(module.parameters()).dtype)).cpu().double()
-    if not torch.isfinite(found).all():
+        outputs = module(states.to(stands_on(module), dtype)).cpu().double()  # (prompts, tokens, channels)
+    if not torch.isfinite(outputs).all():
         raise LocogenError(f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32")
-    return found
+    return outputs
 
 
 def _heard(outputs: Tensor, places: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:

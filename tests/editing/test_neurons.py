@@ -196,3 +196,15 @@ def test_refuses_a_clamped_model_and_one_that_is_not_finite():
         find_layers(pipe)[2].module.to_v.weight[0, 0] = math.nan
     with pytest.raises(LocogenError, match="to_v of layer 2 puts out non-finite"):
         find_neurons(pipe, STYLE, layers=LAYERS)
+
+
+def test_states_are_not_rounded_to_the_type_in_which_weights_are_stored():
+    """Layerwise casting keeps weights in float8 and computes in float32: as if the weights alone were rounded."""
+    stored, rounded = tiny.pipeline(), tiny.pipeline()
+    stored.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with torch.no_grad():
+        for layer in find_layers(rounded):
+            for matrix in family_of(rounded).matrices(layer.module).values():
+                matrix.weight.copy_(matrix.weight.to(torch.float8_e4m3fn))
+    one, two = (find_neurons(pipe, STYLE, layers=LAYERS).table["z"] for pipe in (stored, rounded))
+    assert np.allclose(one, two, rtol=1e-5)
