@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 LORA_STYLES = ("diffusers", "kohya")
 _PARTS = ("up", "down")
-_KOHYA = {"add_embedding.linear_1": "label_emb.0.0"}  # diffusers drops its own name for it, and says nothing
 
 
 def write_edit(path: Path, told: Mapping[str, Any], changes: Mapping[str, LowRank]) -> None:
@@ -46,34 +45,43 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
         raise LocogenError(f"{path} is cut short or damaged ({error}): save the edit again") from None
 
 
-def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], style: str, denoiser: str) -> None:
-    """The changes as LoRA, in the names of diffusers (peft) or of kohya-style tools; factors balanced, in float32.
+def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], modules: Mapping[str, str], style: str) -> None:
+    """The changes as LoRA in float32, the factors of each balanced.
 
     All have one rank, padded with zeros: diffusers reads one alpha for all of a kohya-style file.
+
+    Args:
+        path: The file to write.
+        name: Of the edit, for the file's metadata.
+        changes: By the names of the weights.
+        modules: For each weight the name that its module has in the file.
+        style: "diffusers" or "kohya", which call the factors differently.
+
+    Raises:
+        LocogenError: An unknown style, or a place that cannot be written to.
     """
     from safetensors.torch import save_file
 
     if style not in LORA_STYLES:
-        raise LocogenError(f"style is {style!r}: take 'diffusers' or 'kohya'")
-    balanced = {name: change.balanced() for name, change in changes.items()}
-    rank = max(even.rank for even in balanced.values())
+        raise LocogenError(f"style is {style!r}: use 'diffusers' or 'kohya'")
+    balanced = {weight: change.balanced() for weight, change in changes.items()}
+    rank = max(change.rank for change in balanced.values())
     tensors: dict[str, Tensor] = {}
-    for key, even in balanced.items():
-        tensors |= _lora_tensors(key.removesuffix(".weight"), even, rank, style, denoiser)
+    for weight, change in balanced.items():
+        tensors |= _lora_tensors(modules[weight], change, rank, style)
     _written(path, lambda partial: save_file(tensors, partial, {"format": "pt", "locogen": name}))
 
 
-def _lora_tensors(module: str, change: LowRank, rank: int, style: str, denoiser: str) -> dict[str, Tensor]:
+def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[str, Tensor]:
     import torch
     from torch.nn.functional import pad
 
     up = pad(change.up.float(), (0, rank - change.rank)).contiguous()  # (out, rank)
     down = pad(change.down.float(), (0, 0, 0, rank - change.rank)).contiguous()  # (rank, in)
     if style == "diffusers":
-        return {f"{denoiser}.{module}.lora_B.weight": up, f"{denoiser}.{module}.lora_A.weight": down}
-    stem = "lora_unet_" + _KOHYA.get(module, module).replace(".", "_")
-    parts = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(float(rank))}
-    return {f"{stem}.{part}": value for part, value in parts.items()}
+        return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+    alpha = torch.tensor(float(rank))  # kohya's scale is alpha / rank
+    return {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down, f"{module}.alpha": alpha}
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,10 +1,17 @@
-"""Changes of a denoiser's weights that come off again: its originals are kept, and put back bit for bit."""
+"""Edits in the weights of a denoiser: applied as a whole or not at all, and removed bit for bit.
+
+Changing weights is a transaction. For each denoiser a frozen `_State` says which edits are applied, what the weights
+were before the first of them (`originals`), and what was written last (`written`, as hashes). Adding a change and
+subtracting it again would round twice; the originals are copied back instead. That is right only while the weights
+still are what was written, so each write compares first: a fused LoRA, training, or a conversion in between raises.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,164 +26,312 @@ if TYPE_CHECKING:
 
     from locogen.editing.closed_form import LowRank
 
+COMPILED = "_orig_mod"  # the attribute under which torch.compile keeps the module that it wraps
+SAME_DIRECTION = 0.999  # cosine from which a LoRA and an edit are taken for the same change; rounding costs 1e-3 less
+
 
 @dataclass(frozen=True, eq=False)
-class Patch:
-    """Named changes of weights, made for weights with that `digest` (see `digest_of`), and of these types if known."""
+class WeightChange:
+    """Low-rank changes of weights, by parameter name.
+
+    `digest`: of the weights that they were made for, see `digest_of`. `dtype`: the types of those weights, if known.
+    `hashed_as`: for names that entered the digest in another spelling, that spelling.
+    """
 
     name: str
     changes: Mapping[str, LowRank]
     digest: str
     dtype: tuple[str, ...] = ()
+    hashed_as: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def key(self) -> str:
-        """What tells it from other patches: one read from a file is the one that was written to it."""
-        factors = {f"{name} {part}": getattr(c, part) for name, c in self.changes.items() for part in ("up", "down")}
+        """Equal for equal changes: one that is read from a file is the one that was written to it."""
+        factors: dict[str, Tensor] = {}
+        for name, change in self.changes.items():
+            factors[f"{name} up"] = change.up
+            factors[f"{name} down"] = change.down
         return f"{self.digest} {digest_of(factors)}"
 
+    def was_made_for(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether these are, to the bit, the weights that the change was made for."""
+        return digest_of({self.hashed_as.get(name, name): weight for name, weight in weights.items()}) == self.digest
 
-@dataclass(eq=False)
-class _Worn:
-    """A patch in force. `stacked`: made for weights that other patches had changed, so they must stay under it."""
 
-    patch: Patch
+@dataclass(frozen=True, eq=False)
+class _Applied:
+    """A change in force. `stacked`: made for weights that earlier changes had altered, so those must stay."""
+
+    change: WeightChange
     strength: float
     stacked: bool
 
 
-@dataclass(eq=False)
-class _Wardrobe:
-    originals: dict[str, Tensor] = field(default_factory=dict)
-    worn: list[_Worn] = field(default_factory=list)
+@dataclass(frozen=True, eq=False)
+class _State:
+    """All that is known of one denoiser. Replaced as a whole, so that an interrupt never finds half of it."""
+
+    applied: tuple[_Applied, ...] = ()
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)  # name: digest of what was written last
 
 
-_KEPT: WeakKeyDictionary[Any, _Wardrobe] = WeakKeyDictionary()
+_STATES: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
 
 
-def weights_of(denoiser: Any, names: Iterable[str], *, under_lora: bool = False) -> dict[str, Tensor]:
-    """Parameters by name. Raises `LocogenError` for one that is missing, fused, quantized, or wrapped by LoRA.
-
-    `under_lora`: take the weight that LoRA wraps instead.
-    """
-    return {name: _weight_of(denoiser, name, under_lora) for name in names}
+def uncompiled(module: Any) -> Any:
+    """The module itself where `torch.compile` has wrapped it: both share their weights."""
+    return getattr(module, COMPILED, module)
 
 
-def _weight_of(denoiser: Any, name: str, under_lora: bool) -> Tensor:
+def plain_name(name: str) -> str:
+    """The name of a parameter or module without what `torch.compile` adds to it."""
+    return ".".join(part for part in name.split(".") if part != COMPILED)
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a weight stands: `module` is what its parent calls, `owner` the module that holds the weight itself."""
+
+    name: str
+    parent: Any
+    module: Any
+    owner: Any
+
+    @property
+    def path(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def carries_lora(self) -> bool:
+        """Peft puts its own module in the place of the one that it adapts."""
+        return self.owner is not self.module
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the parent computes with a copy in which several matrices are joined, and not with this weight."""
+        by_processor = "Fused" in type(getattr(self.parent, "processor", None)).__name__
+        by_itself = hasattr(self.parent, "unfuse_projections") and self.parent.fused_projections
+        return by_processor or bool(by_itself)
+
+
+def _place(denoiser: Any, name: str) -> _Place | None:
+    """Where the weight `name` stands; None where the denoiser has no such weight."""
     path = name.rpartition(".")[0]
     try:
         module = denoiser.get_submodule(path)
         parent = denoiser.get_submodule(path.rpartition(".")[0])
-        wrapped = hasattr(module, "base_layer")
-        owner = module.base_layer if wrapped else module
-        weight = owner.weight
     except AttributeError:
+        return None
+    owner = getattr(module, "base_layer", module)
+    return _Place(name, parent, module, owner) if hasattr(owner, "weight") else None
+
+
+def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Weights by name, to be edited.
+
+    Raises:
+        LocogenError: a weight is missing, wrapped by LoRA, fused with others, quantized, stored in float8, or
+            offloaded to the disk.
+    """
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        place = _place(denoiser, name)
+        if place is None:
+            raise LocogenError(
+                f"{type(uncompiled(denoiser)).__name__} has no {name}: the edit was made for another model; refit it"
+            )
+        if place.carries_lora:
+            raise LocogenError(
+                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) or unload it first"
+            )
+        if place.is_fused:
+            raise LocogenError(
+                f"{place.path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first"
+            )
+        weights[name] = _weight_at(place)
+        _check_type(name, weights[name])
+    return weights
+
+
+def _weight_at(place: _Place) -> Tensor:
+    """The weight where it is stored, so that writing to it changes the model."""
+    weight = place.owner.weight
+    if not weight.is_meta:
+        return weight
+    weight = kept(place.owner, "weight", place.name)
+    if kept(place.owner, "weight", place.name) is not weight:  # a fresh copy each time: writing would be lost
+        raise LocogenError(f"{place.name} is offloaded to the disk: load the model with another offload to edit it")
+    return weight
+
+
+def _check_type(name: str, weight: Tensor) -> None:
+    stored_as = str(weight.dtype).removeprefix("torch.")
+    if stored_as.startswith("float8"):
         raise LocogenError(
-            f"{type(denoiser).__name__} has no {name}: the edit was made for another model; refit it"
-        ) from None
-    if wrapped and not under_lora:
-        raise LocogenError(
-            f"{path} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) or unload it first"
+            f"{name} is stored as {stored_as} (layerwise casting): an edit needs weights of 16 bits or more; load the "
+            "model without enable_layerwise_casting, edit it there, and use the edit as LoRA here"
         )
-    if "Fused" in type(getattr(parent, "processor", None)).__name__ and not under_lora:
-        raise LocogenError(f"{path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first")
-    if weight.is_meta:
-        weight = kept(owner, "weight", name)
-        if kept(owner, "weight", name) is not weight:  # written to, it would change nothing
-            raise LocogenError(f"{name} is offloaded to the disk: load the model with another offload to edit it")
     if not weight.is_floating_point() or weight.ndim != 2:
         raise LocogenError(
-            f"{name} is stored as {str(weight.dtype).removeprefix('torch.')} of shape {tuple(weight.shape)}: "
-            "quantized weights cannot be edited in place; load the model unquantized, or use the edit as LoRA"
+            f"{name} is stored as {stored_as} of shape {tuple(weight.shape)}: quantized weights cannot be edited in "
+            "place; load the model unquantized, or use the edit as LoRA"
         )
-    return weight
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
     """A hash of names, shapes, types and bits."""
     import torch
 
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        told.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        told.update(weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return told.hexdigest()[:16]
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
-def put_on(denoiser: Any, patch: Patch, strength: float = 1.0) -> None:
-    """Add a patch, `strength` times its change, to the weights; all of it or, whatever interrupts, nothing.
+def _digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: digest_of({name: weight}) for name, weight in weights.items()}
 
-    Raises `LocogenError` when the patch is on already, when the weights are not those it was made for, and when they
-    cannot hold the sum.
+
+# --- applying and removing -----------------------------------------------------------------------
+
+
+def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> None:
+    """Add a change, `strength` times, to the weights: all of it or, whatever interrupts, nothing.
+
+    Raises:
+        LocogenError: the change is applied already; the weights are not those it was made for, cannot hold the sum,
+            or were changed by something else while another edit was applied.
     """
     if not math.isfinite(strength):
         raise LocogenError(f"strength is {strength}: give a finite number")
-    wardrobe = _KEPT.setdefault(denoiser, _Wardrobe())
-    if is_on(denoiser, patch):
-        raise LocogenError(f"the edit of {patch.name!r} is applied already: undo it first")
-    now = weights_of(denoiser, patch.changes)
-    _check_shapes(patch, now)
-    first = {name: wardrobe.originals.get(name, weight) for name, weight in now.items()}
-    if digest_of(first) == patch.digest:
-        stacked = False
-    elif digest_of(now) == patch.digest:
-        stacked = True
-    else:
-        raise LocogenError(_stranger(patch, now, bool(wardrobe.worn)))
-    _wear(denoiser, wardrobe, [*wardrobe.worn, _Worn(patch, float(strength), stacked)])
+    denoiser = uncompiled(denoiser)
+    state = _STATES.get(denoiser, _State())
+    if is_applied(denoiser, change):
+        raise LocogenError(f"the edit of {change.name!r} is applied already: undo it first")
+    if _own_lora(denoiser, change):
+        raise LocogenError(
+            f"the LoRA of the edit of {change.name!r} is loaded: with the edit it would be applied twice; use one of "
+            "them, for example after pipe.unload_lora_weights()"
+        )
+    weights = weights_of(denoiser, change.changes)
+    _check_shapes(change, weights)
+    _check_unchanged(state, weights)
+    bare = {name: state.originals.get(name, weight) for name, weight in weights.items()}
+    stacked = not change.was_made_for(bare)
+    if stacked and not change.was_made_for(weights):
+        raise LocogenError(_made_for_others(change, weights, bool(state.applied)))
+    _commit(denoiser, weights, (*state.applied, _Applied(change, float(strength), stacked)))
 
 
-def is_on(denoiser: Any, patch: Patch) -> bool:
-    """Whether the patch, or one that is equal to it, is on."""
-    return any(worn.patch.key == patch.key for worn in _KEPT.get(denoiser, _Wardrobe()).worn)
+def is_applied(denoiser: Any, change: WeightChange) -> bool:
+    """Whether the change, or one that is equal to it, is applied."""
+    return any(one.change.key == change.key for one in _STATES.get(uncompiled(denoiser), _State()).applied)
 
 
-def take_off(denoiser: Any, patch: Patch) -> None:
-    """Remove a patch, or one that is equal to it. What no other patch changes gets its original bits back.
+def remove_change(denoiser: Any, change: WeightChange) -> None:
+    """Remove a change, or one that is equal to it. What no other edit changes gets its original bits back.
 
-    Interrupted, it goes on to its end first. Raises `LocogenError` when the patch is not on, or when one put on later
-    was made for its result.
+    Interrupted, it is finished first. Warns where LoRA has applied the same change a second time.
+
+    Raises:
+        LocogenError: the change is not applied, one that was applied later was made for its result, or something else
+            has changed the weights since.
     """
-    wardrobe = _KEPT.get(denoiser, _Wardrobe())
-    place = next((i for i, worn in enumerate(wardrobe.worn) if worn.patch.key == patch.key), None)
+    denoiser = uncompiled(denoiser)
+    applied = _STATES.get(denoiser, _State()).applied
+    place = next((i for i, one in enumerate(applied) if one.change.key == change.key), None)
     if place is None:
-        raise LocogenError(f"the edit of {patch.name!r} is not applied to this model: there is nothing to undo")
-    over = [w.patch.name for w in wardrobe.worn[place + 1 :] if w.stacked and set(w.patch.changes) & set(patch.changes)]
-    if over:
-        raise LocogenError(f"{over[-1]!r} was fitted on top of {patch.name!r}: undo it first, last one first")
-    _wear(denoiser, wardrobe, wardrobe.worn[:place] + wardrobe.worn[place + 1 :])
+        raise LocogenError(
+            f"the edit of {change.name!r} is not applied to this model: there is nothing to undo (a copy of an edited "
+            "model keeps the edit; load the model again)"
+        )
+    for later in reversed(applied[place + 1 :]):
+        if later.stacked and set(later.change.changes) & set(change.changes):
+            raise LocogenError(
+                f"{later.change.name!r} was fitted on top of {change.name!r}: undo it first, last one first"
+            )
+    _remove(denoiser, change.changes, applied[:place] + applied[place + 1 :], overwrite=False)
 
 
-def take_all_off(denoiser: Any) -> None:
-    """Remove every patch: all weights get their original bits back."""
-    if denoiser in _KEPT:
-        _wear(denoiser, _KEPT[denoiser], [])
+def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
+    """Remove every change: all weights get their original bits back. Returns whether there was one.
+
+    `overwrite`: also where something else has changed the weights since; its changes to these weights are lost.
+
+    Raises:
+        LocogenError: something else has changed the weights, and `overwrite` is not set.
+    """
+    denoiser = uncompiled(denoiser)
+    state = _STATES.get(denoiser, _State())
+    if state.applied:
+        _remove(denoiser, state.originals, (), overwrite=overwrite)
+    return bool(state.applied)
 
 
-def _wear(denoiser: Any, wardrobe: _Wardrobe, worn: list[_Worn]) -> None:
-    """Set the weights to originals plus the sum of what is worn; what is interrupted ends with less worn, not more."""
-    names = dict.fromkeys(name for w in (*wardrobe.worn, *worn) for name in w.patch.changes)
-    adding = len(worn) > len(wardrobe.worn)
-    now = weights_of(denoiser, names, under_lora=not adding)
-    before = {name: weight.detach().clone() for name, weight in now.items()}
-    originals = {name: wardrobe.originals.get(name, value) for name, value in before.items()}
-    after = {name: _sum(originals[name], name, worn) for name in names}
-    was, needed = (wardrobe.worn, wardrobe.originals), _needed(originals, worn)
+def _remove(denoiser: Any, names: Iterable[str], left: tuple[_Applied, ...], *, overwrite: bool) -> None:
+    """Write the weights as they are with only the edits `left` applied."""
+    state = _STATES[denoiser]
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        place = _place(denoiser, name)
+        if place is None:
+            raise LocogenError(f"{name} is gone since it was edited: load the model again")
+        if place.is_fused:
+            raise LocogenError(
+                f"the projections of {place.path} were fused while it was edited, and the fused copy holds the edit: "
+                "call pipe.unfuse_qkv_projections(), then undo the edit; nothing is undone yet"
+            )
+        weights[name] = _weight_at(place)  # LoRA around the weight leaves the weight itself alone
+    if not overwrite:
+        _check_unchanged(state, weights)
+    for one in state.applied:
+        if one not in left and _own_lora(denoiser, one.change):
+            warnings.warn(
+                f"the edit of {one.change.name!r} was applied twice: its own LoRA is loaded as well; pictures made "
+                "with both have the change two times. Use one of them",
+                stacklevel=4,
+            )
+    _commit(denoiser, weights, left)
+
+
+def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applied, ...]) -> None:
+    """Set these weights to originals plus the edits in `applied`, as a transaction.
+
+    Interrupted while adding an edit, it goes back; while removing one, it goes forward: in the end there is less of
+    an edit, never half of it.
+    """
+    state = _STATES.get(denoiser, _State())
+    adding = len(applied) > len(state.applied)
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    originals = {**before, **state.originals}
+    after = {name: _sum(originals[name], name, applied) for name in weights}
+    final = _next_state(state, applied, originals, after)
     try:
-        if adding:  # told before the first write: wherever an interrupt falls, undoing knows the originals
-            wardrobe.originals = needed
-            wardrobe.worn = worn
-        _write(now, after)
-        wardrobe.worn, wardrobe.originals = worn, needed
+        if adding:  # known before the first write: wherever an interrupt falls, undoing finds the originals
+            _STATES[denoiser] = final
+        _write(weights, after)
+        _STATES[denoiser] = final
     except BaseException:
-        _write_on(now, before if adding else after)
-        wardrobe.worn, wardrobe.originals = was if adding else (worn, needed)
+        _write_to_the_end(weights, before if adding else after)
+        _STATES[denoiser] = state if adding else final
         raise
 
 
-def _needed(originals: dict[str, Tensor], worn: list[_Worn]) -> dict[str, Tensor]:
-    changed = {name for w in worn for name in w.patch.changes}
-    return {name: value for name, value in originals.items() if name in changed}
+def _next_state(
+    state: _State, applied: tuple[_Applied, ...], originals: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> _State:
+    edited = {name for one in applied for name in one.change.changes}
+    written = {**state.written, **_digests(after)}
+    return _State(
+        applied,
+        {name: value for name, value in originals.items() if name in edited},
+        {name: value for name, value in written.items() if name in edited},
+    )
 
 
 def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -187,7 +342,7 @@ def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
             weight.copy_(values[name])
 
 
-def _write_on(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _write_to_the_end(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Write all of them, begun again when Ctrl-C is pressed once more: a model is never left half edited."""
     while True:
         try:
@@ -196,38 +351,95 @@ def _write_on(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
             continue
 
 
-def _sum(original: Tensor, name: str, worn: Iterable[_Worn]) -> Tensor:
+def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
     """The original plus all changes of that weight, added in float64 and rounded once; the very original for none."""
-    changes = [(w.patch.changes[name], w.strength) for w in worn if name in w.patch.changes]
-    if not changes:
+    parts = [(one.change.changes[name], one.strength) for one in applied if name in one.change.changes]
+    if not parts:
         return original
-    total = doubled(original)
-    for change, strength in changes:
-        total = total + strength * (change.up.to(total) @ change.down.to(total))
+    total = doubled(original)  # (out, in)
+    for change, strength in parts:
+        total = total + strength * (change.up.to(total) @ change.down.to(total))  # (out, in)
     total = total.to(original.dtype).to(original.device)
     if not total.isfinite().all():
         raise LocogenError(
-            f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; take less "
+            f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; use less "
             "strength, or load the model in float32"
         )
     return total
 
 
-def _check_shapes(patch: Patch, weights: Mapping[str, Tensor]) -> None:
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
+    """Raise where an edited weight is no longer what was written: restoring it would mix two models."""
+    now = _digests({name: weight for name, weight in weights.items() if name in state.written})
+    changed = [name for name, digest in now.items() if digest != state.written[name]]
+    if not changed:
+        return
+    first = changed[0]
+    more = f" and {len(changed) - 1} more weights" if len(changed) > 1 else ""
+    edits = " + ".join(repr(one.change.name) for one in state.applied if first in one.change.changes)
+    raise LocogenError(
+        f"{first}{more} changed while the edit of {edits} was applied ({_difference(state, first, weights[first])}). "
+        "Nothing is undone, because putting the old weights back would mix two models. Take back what changed them "
+        "and undo the edit again, or call undo_all(pipe, overwrite=True): it restores the weights from before the edit "
+        "over the change. If other weights changed too, load the model again"
+    )
+
+
+def _difference(state: _State, name: str, weight: Tensor) -> str:
+    """What may have changed a weight, in words."""
+    original = state.originals[name]
+    if weight.dtype != original.dtype:
+        return " is now ".join(str(one.dtype).removeprefix("torch.") for one in (original, weight))
+    if weight.shape != original.shape:
+        return f"another layer of shape {tuple(weight.shape)} is in its place"
+    return "a LoRA was fused or unfused, the model was trained, or other weights were loaded"
+
+
+def _own_lora(denoiser: Any, change: WeightChange) -> bool:
+    """Whether LoRA is loaded that is the change itself, at whatever scale, on one of its weights."""
+    for name, own in change.changes.items():
+        place = _place(denoiser, name)
+        if place is None or not place.carries_lora:
+            continue
+        delta = doubled((own.up @ own.down).detach())  # (out, in)
+        for lora in _lora_deltas(place.module):
+            if lora.shape != delta.shape:
+                continue
+            cosine = (lora * delta).sum() / (lora.norm() * delta.norm()).clamp_min(1e-300)
+            if abs(float(cosine)) > SAME_DIRECTION:
+                return True
+    return False
+
+
+def _lora_deltas(module: Any) -> Iterator[Tensor]:
+    """What each active adapter of peft's adds to a weight, but for its scale, (out, in)."""
+    if getattr(module, "disable_adapters", False):
+        return
+    for adapter in getattr(module, "active_adapters", ()):
+        if adapter in getattr(module, "lora_A", {}):
+            up = doubled(module.lora_B[adapter].weight.detach())  # (out, rank)
+            down = doubled(module.lora_A[adapter].weight.detach())  # (rank, in)
+            yield up @ down
+
+
+def _check_shapes(change: WeightChange, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        made_for = (patch.changes[name].up.shape[0], patch.changes[name].down.shape[1])
+        made_for = (change.changes[name].up.shape[0], change.changes[name].down.shape[1])
         if tuple(weight.shape) != made_for:
             raise LocogenError(
-                f"{name} is {tuple(weight.shape)} here, the edit of {patch.name!r} was made for {made_for}: refit it"
+                f"{name} is {tuple(weight.shape)} here, the edit of {change.name!r} was made for {made_for}: refit it"
             )
 
 
-def _stranger(patch: Patch, weights: Mapping[str, Tensor], busy: bool) -> str:
+def _made_for_others(change: WeightChange, weights: Mapping[str, Tensor], busy: bool) -> str:
     kinds = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
     also = " (or other edits are in the way: undo them)" if busy else ""
-    made_for = f", {', '.join(patch.dtype)} where it was made," if patch.dtype else ","
+    made_for = f", {', '.join(change.dtype)} where it was made," if change.dtype else ","
     return (
-        f"the edit of {patch.name!r} was made for other weights: names and shapes agree, but the bits of "
+        f"the edit of {change.name!r} was made for other weights: names and shapes agree, but the bits of "
         f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here{made_for} do not{also}; make it "
         "anew with edit.refit(pipe)"
     )

@@ -159,6 +159,34 @@ def embedder_entry(denoiser: Any, text: Text, places: Sequence[int]) -> Tensor:
     return text.states[0, list(places)]
 
 
+def kohya_name_sd(unet: Any, module: str) -> str:
+    """What kohya's sd-scripts call a module of Stable Diffusion 1 and 2, whose U-Net has diffusers' names there."""
+    return "lora_unet_" + module.replace(".", "_")
+
+
+def kohya_name_sdxl(unet: Any, module: str) -> str:
+    """What kohya's sd-scripts call a module of SD-XL: there the U-Net has the names of the LDM code.
+
+    That code counts residual layers and what changes the resolution through all blocks of a side: the input's first
+    is `conv_in`, and each level ends with a downsampler. The attention stands behind the residual layer, at 1.
+    """
+    parts = module.split(".")
+    per_level = unet.config.layers_per_block
+    levels = len(unet.config.down_block_types)
+    counts = [per_level] * levels if isinstance(per_level, int) else list(per_level)
+    if parts[0] == "down_blocks" and parts[2] == "attentions":
+        earlier = sum(count + 1 for count in counts[: int(parts[1])])  # their downsamplers included
+        parts[:4] = ["input_blocks", str(1 + earlier + int(parts[3])), "1"]
+    elif parts[0] == "up_blocks" and parts[2] == "attentions":
+        earlier = sum(count + 1 for count in counts[::-1][: int(parts[1])])  # a level up has one layer more
+        parts[:4] = ["output_blocks", str(earlier + int(parts[3])), "1"]
+    elif parts[:3] == ["mid_block", "attentions", "0"]:
+        parts[:3] = ["middle_block", "1"]
+    elif module == "add_embedding.linear_1":
+        parts = ["label_emb", "0", "0"]
+    return kohya_name_sd(unet, ".".join(parts))
+
+
 def unet_with(addition: str | None) -> Callable[[Any], bool]:
     """Tells U-Nets by what else they are told; the class is one for all."""
     return lambda model: type(model).__name__ == "UNet2DConditionModel" and model.config.addition_embed_type == addition

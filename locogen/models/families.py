@@ -52,7 +52,8 @@ class Family:
 
     For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
     where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
-    `entry_reads(denoiser, text, places)`, what it reads of a text.
+    `entry_reads(denoiser, text, places)`, what it reads of a text; `kohya_name(denoiser, module)`: the name of a
+    module in LoRA files of kohya's tools, None where they have no such names.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Family:
     tokens: Literal["last_subject", "subject"] = "last_subject"
     entry: str | None = None
     entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
+    kohya_name: Callable[[Any, str], str] | None = None
 
 
 def _reader(tokenizer: str, limit: int | None = None) -> Callable[[Any], tuple[Any, int]]:
@@ -108,6 +110,7 @@ _SD = Family(
     spoken=texts.spoken_clip,
     reader=_reader("tokenizer"),
     matrices=denoisers.keys_and_values,
+    kohya_name=denoisers.kohya_name_sd,
 )
 _PIXART = replace(
     _SD,
@@ -122,6 +125,7 @@ _PIXART = replace(
     heard=denoisers.captioned,
     options=_exact_size,
     tokens="subject",
+    kohya_name=None,
 )
 _SD3 = replace(
     _SD,
@@ -138,6 +142,7 @@ _SD3 = replace(
     tokens="subject",
     entry="context_embedder",
     entry_reads=denoisers.embedder_entry,
+    kohya_name=None,
 )
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
@@ -150,6 +155,7 @@ FAMILIES: dict[str, Family] = {
         pooled=denoisers.added_text,
         entry="add_embedding.linear_1",
         entry_reads=denoisers.pooled_entry,
+        kohya_name=denoisers.kohya_name_sdxl,
     ),
     "IFPipeline": replace(
         _SD,
@@ -164,6 +170,7 @@ FAMILIES: dict[str, Family] = {
         read=denoisers.normed,
         pooled=denoisers.pooled_inside,
         tokens="subject",
+        kohya_name=None,
     ),
     "StableDiffusion3Pipeline": _SD3,
     "FluxPipeline": replace(
@@ -212,9 +219,24 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
     return getattr(model, (family or family_of(model)).denoiser, model)
 
 
+def check_encoders(pipe: Any) -> None:
+    """Raise `LocogenError` where the pipeline cannot read prompts, because a text encoder was left out of it."""
+    optional = {"text_encoder_3"}  # SD 3 is made to run without its T5
+    parts = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+    missing = [name for name in parts if getattr(pipe, name) is None and name not in optional]
+    if missing:
+        raise LocogenError(
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read prompts: load it with "
+            "its text encoders, or encode the prompts with a pipeline that has them: intervene(pipe, plan, targets=…) "
+            "takes the encoded targets, and the pipeline's own call takes prompt_embeds="
+        )
+
+
 def encode(pipe: Any, prompts: Sequence[str]) -> Text:
     """The text of prompts as the pipeline itself encodes it."""
     import torch
+
+    check_encoders(pipe)
 
     with torch.no_grad():
         return family_of(pipe).encode(pipe, prompts, False)[0]
@@ -224,6 +246,7 @@ def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
     """The text of prompts, and the pipeline's own negative for them; None where there is no such thing."""
     import torch
 
+    check_encoders(pipe)
     with torch.no_grad():
         return family_of(pipe).encode(pipe, prompts, True)
 
@@ -255,6 +278,7 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
 
 def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
+    check_encoders(pipe)
     family = family_of(pipe)
     return family.spoken(pipe, family.spelled(prompt))
 

@@ -44,6 +44,10 @@ def weights(pipe, edit: Edit) -> dict[str, torch.Tensor]:
     return {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
 
 
+def originals(pipe):
+    return patches._STATES.get(pipe.unet, patches._State()).originals
+
+
 def same(one, two) -> bool:
     return all(torch.equal(one[n], two[n]) for n in one)
 
@@ -255,7 +259,7 @@ def test_ctrl_c_pressed_again_and_again_leaves_nothing_half(pipe, monkeypatch, a
         edit.apply_(pipe)
     monkeypatch.undo()
     assert same(weights(pipe, edit), own)
-    assert not patches.is_on(pipe.unet, patches.Patch("", edit.changes, edit.digest))
+    assert not patches.is_applied(pipe.unet, patches.WeightChange("", edit.changes, edit.digest))
 
 
 @pytest.mark.parametrize("at", [{1}, {3}, {3, 4}])
@@ -272,15 +276,15 @@ def test_an_interrupted_undo_goes_on_to_its_end(pipe, monkeypatch, at) -> None:
         within()
     monkeypatch.undo()
     assert same(weights(pipe, edit), own)
-    assert not patches._KEPT[pipe.unet].originals
+    assert not originals(pipe)
 
 
 def traced(nth: int, run) -> bool:
-    """Call `run` with Ctrl-C at the nth line that `_wear` and what it writes with execute; whether it came so far."""
+    """Call `run` with Ctrl-C at the nth line that `_commit` and what it writes with execute; whether it came so far."""
     lines = iter(range(nth + 1))
 
     def trace(frame, event, _):
-        if frame.f_code not in (patches._wear.__code__, patches._write.__code__):
+        if frame.f_code not in (patches._commit.__code__, patches._write.__code__):
             return None
         if event == "line" and next(lines, None) == nth:
             raise KeyboardInterrupt
@@ -306,8 +310,8 @@ def test_wherever_an_interrupt_falls_the_originals_are_known(pipe, undoing) -> N
         if undoing:
             edit.apply_(pipe)
         came = traced(nth, lambda: (edit.undo_ if undoing else edit.apply_)(pipe))
-        assert same(weights(pipe, edit), own) != patches.is_on(pipe.unet, edit._patch)
-        undo_all(pipe)
+        assert same(weights(pipe, edit), own) != patches.is_applied(pipe.unet, edit._change)
+        patches.remove_all(pipe.unet)
         assert same(weights(pipe, edit), own)
         if not came:
             break
@@ -319,7 +323,7 @@ def test_an_interrupt_before_the_first_write_keeps_no_stale_originals(pipe, monk
     monkeypatch.setattr(patches, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         edit.apply_(pipe)
-    assert not patches._KEPT[pipe.unet].originals
+    assert not originals(pipe)
 
 
 def test_a_twin_from_a_file_undoes_it_and_so_does_undo_all(pipe, tmp_path) -> None:
@@ -339,7 +343,8 @@ def test_a_twin_from_a_file_undoes_it_and_so_does_undo_all(pipe, tmp_path) -> No
     fit(pipe, pairs=[("a cat", "a dog")]).apply_(pipe)
     undo_all(pipe)
     assert same(weights(pipe, edit), own)
-    undo_all(pipe)
+    with pytest.warns(UserWarning, match="nothing to undo"):
+        undo_all(pipe)
 
 
 def test_weights_that_cannot_hold_the_edit_stay_as_they_are() -> None:
@@ -357,7 +362,7 @@ def test_lora_loaded_within_the_context_does_not_keep_the_edit_on(tmp_path) -> N
     edit = fit(pipe)
     own = weights(pipe, edit)
     edit.to_lora(tmp_path / "lora.safetensors")
-    with edit.applied(pipe):
+    with pytest.warns(UserWarning, match=r"'cat' was applied twice"), edit.applied(pipe):
         pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
     pipe.unload_lora_weights()
     assert same(weights(pipe, edit), own)
@@ -440,12 +445,14 @@ def test_refuses_what_it_cannot_edit() -> None:
 
 def test_refuses_layers_that_carry_lora(tmp_path) -> None:
     pipe = tiny.pipeline()
-    edit = fit(pipe)
+    edit, other = fit(pipe), fit(pipe, pairs=[("a cat", "a dog in do")])
     edit.to_lora(tmp_path / "lora.safetensors")
     pipe.unet.load_lora_adapter(str(tmp_path / "lora.safetensors"), prefix="unet")
-    for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
+    for attempt in (lambda: fit(pipe), lambda: other.apply_(pipe)):
         with pytest.raises(LocogenError, match="carries LoRA"):
             attempt()
+    with pytest.raises(LocogenError, match=r"LoRA of the edit of 'cat' is loaded.*twice"):
+        edit.apply_(pipe)
     pipe.unload_lora_weights()
     with edit.applied(pipe):
         pass
@@ -604,5 +611,5 @@ def test_shows_itself(pipe) -> None:
 def test_originals_are_forgotten_when_nothing_is_worn(pipe) -> None:
     edit = fit(pipe)
     with edit.applied(pipe):
-        assert patches._KEPT[pipe.unet].originals
-    assert not patches._KEPT[pipe.unet].originals
+        assert originals(pipe)
+    assert not originals(pipe)
