@@ -259,22 +259,25 @@ def is_ours(function: Any) -> bool:
 # --- the parts of a pipeline ---------------------------------------------------------------------
 
 
-def describe_component(component: Any) -> Description:
-    """A component of a pipeline: the attributes of all its modules with its config, a tokenizer's whole vocabulary."""
+def describe_component(component: Any, skipped: Iterable[str] = ()) -> Description:
+    """A component of a pipeline: the attributes of all its modules with its config, a tokenizer's whole vocabulary.
+
+    `skipped` names attributes of a tokenizer that the pipeline sets in each call.
+    """
     description = Description()
     if hasattr(component, "get_vocab"):
-        _describe_tokenizer(description, component)
+        _describe_tokenizer(description, component, skipped)
     else:
         description.add("", component)
     return description
 
 
-def _describe_tokenizer(description: Description, tokenizer: Any) -> None:
+def _describe_tokenizer(description: Description, tokenizer: Any, skipped: Iterable[str]) -> None:
     """Its rules as they would be saved, but for the padding and truncation that each call sets."""
-    description.attributes("", tokenizer, ())
+    description.attributes("", tokenizer, skipped)
     description.add_class(type(tokenizer))
     description.lines.append(repr(sorted(tokenizer.get_vocab().items())))
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         rules = json.loads(backend.to_str())
         rules.pop("truncation", None)

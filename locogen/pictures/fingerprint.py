@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from locogen.models.families import family_of
 from locogen.models.offload import kept
 from locogen.pictures.description import Description, describe_component
 
@@ -64,12 +65,13 @@ def fingerprint(pipe: Any) -> str:
     Raises:
         LocogenError: For a weight on the meta device that nothing keeps.
     """
+    skipped = {"padding_side"} if family_of(pipe).sets_padding else set()
     digest = hashlib.sha256()
     for part, component in sorted(pipe.components.items()):
         if part == "scheduler":  # it stands in the key by itself
             continue
         digest.update(part.encode())
-        digest.update(digest_of(describe_component(component), component).encode())
+        digest.update(digest_of(describe_component(component, skipped), component).encode())
     return digest.hexdigest()[:16]
 
 
@@ -120,7 +122,8 @@ def _sha256(tensor: Tensor) -> str:
 
 def _plain(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a tensor consists of: itself, or of a quantized one the whole numbers and their scales."""
-    inner = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    inner = flatten()[0] if flatten is not None else ()
     if not inner:
         yield "", tensor
     for name in inner:
