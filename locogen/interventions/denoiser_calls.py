@@ -139,7 +139,7 @@ def _calls_so_far(scheduler: Any) -> int:
     """How often the scheduler has stepped in this call of its pipeline; -1 where it does not count."""
     if hasattr(scheduler, "step_index"):
         stepped = scheduler.step_index
-        return (scheduler.begin_index or 0) if stepped is None else stepped
+        return (getattr(scheduler, "begin_index", None) or 0) if stepped is None else stepped
     return getattr(scheduler, "counter", -1)
 
 

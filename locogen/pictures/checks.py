@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from locogen.plan import Intervention
 
 FLAGS = ("nsfw_content_detected", "nsfw_detected", "watermark_detected")  # of diffusers' outputs, one a picture
-MISFITS = (AttributeError, TypeError, ValueError, LookupError, ImportError, AssertionError, NotImplementedError)
+MISFITS = (AttributeError, TypeError, ValueError, LookupError, ImportError, AssertionError, RuntimeError)
 
 
 def check_scheduler(pipe: Any) -> None:
@@ -97,6 +97,8 @@ def scheduler_errors(pipe: Any) -> Iterator[None]:
 
 
 def _comes_from_scheduler(pipe: Any, error: Exception) -> bool:
+    if "memory" in str(error):
+        return False  # a smaller batch may help
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename.replace("\\", "/")
     return "/schedulers/" in innermost or type(pipe.scheduler).__name__ in str(error)
 
