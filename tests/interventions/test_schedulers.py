@@ -73,7 +73,13 @@ def check_theorems(pipe, layers):
     assert np.array_equal(alone[0], plain)
 
 
-@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - NOT_OF_THIS_KIND - WITH_A_TREE))
+def quick_or_slow(name):
+    """One of each kind always; the others where there is time."""
+    kinds = {"DDIMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"}
+    return pytest.param(name, marks=() if name in kinds else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", map(quick_or_slow, sorted(set(SCHEDULERS) - NOT_OF_THIS_KIND - WITH_A_TREE)))
 def test_every_scheduler_keeps_the_theorems(pipe, monkeypatch, name):
     monkeypatch.setattr(pipe, "scheduler", scheduler_of(pipe, name))
     check_theorems(pipe, tuple(range(16)))
