@@ -79,7 +79,10 @@ def quick_or_slow(name):
     return pytest.param(name, marks=() if name in kinds else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", map(quick_or_slow, sorted(set(SCHEDULERS) - NOT_OF_THIS_KIND - WITH_A_TREE)))
+FITTING = sorted(set(SCHEDULERS) - NOT_OF_THIS_KIND - WITH_A_TREE)
+
+
+@pytest.mark.parametrize("name", [quick_or_slow(name) for name in FITTING])
 def test_every_scheduler_keeps_the_theorems(pipe, monkeypatch, name):
     monkeypatch.setattr(pipe, "scheduler", scheduler_of(pipe, name))
     check_theorems(pipe, tuple(range(16)))
