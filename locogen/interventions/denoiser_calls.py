@@ -36,6 +36,7 @@ class Call:
     _prompts: Tensor | None = None
     _others: list[Tensor] = field(default_factory=list)
     _timestep: Any = None
+    _step: tuple[Any, Any, int] | None = None  # the last step that was looked up, and the call that it was for
 
     @property
     def states(self) -> Tensor:
@@ -48,22 +49,42 @@ class Call:
         return self.rows.start > 0
 
     def step(self) -> int:
-        """The denoising step, counted from 0 by distinct timesteps: PNDM calls the denoiser twice at one.
+        """The denoising step of this call, counted from 0, as the scheduler's order says: see `steps_of_calls`.
 
-        Raises `LocogenError` for a timestep that is none of the scheduler's.
+        Returns:
+            The step; looked up once in a call of the denoiser, since timesteps may lie on a card.
+
+        Raises:
+            LocogenError: For a timestep that is none of the scheduler's.
         """
+        if self._step is None or self._step[0] is not self.made or self._step[1] is not self._timestep:
+            step = steps_of_calls(self.pipe.scheduler)[self._position()]
+            self._step = (self.made, self._timestep, step)
+        return self._step[2]
+
+    def timesteps(self) -> list[float]:
+        """The timesteps at which the denoising steps begin, one a step, in order."""
+        scheduler = self.pipe.scheduler
+        steps = steps_of_calls(scheduler)
+        first_calls = [steps.index(step) for step in range(steps[-1] + 1)]
+        timesteps = scheduler.timesteps.tolist()
+        return [timesteps[call] for call in first_calls]
+
+    def _position(self) -> int:
+        """Which of the scheduler's timesteps this call is at: equal ones are told apart by the scheduler's count."""
         now = self.family.time(self.pipe, self._timestep)
         now = float(now.flatten()[0]) if hasattr(now, "flatten") else float(now)
-        near = min(enumerate(self.timesteps()), key=lambda known: abs(known[1] - now))
-        if abs(near[1] - now) > 1e-3 * max(1.0, abs(now)):
+        timesteps = self.pipe.scheduler.timesteps.tolist()
+        nearest = min(range(len(timesteps)), key=lambda position: abs(timesteps[position] - now))
+        tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
+        if abs(timesteps[nearest] - now) > tolerance:
             raise LocogenError(
                 f"timestep {now} is none of the scheduler's: the step is known in the pipeline's own call"
             )
-        return near[0]
-
-    def timesteps(self) -> list[float]:
-        """The scheduler's distinct timesteps, in order."""
-        return list(dict.fromkeys(self.pipe.scheduler.timesteps.tolist()))
+        counted = _calls_so_far(self.pipe.scheduler)
+        if 0 <= counted < len(timesteps) and abs(timesteps[counted] - now) <= tolerance:
+            return counted
+        return nearest
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call of the denoiser."""
@@ -83,6 +104,43 @@ class Call:
             self.rows = range(all_rows - count, all_rows)
         else:
             raise LocogenError(f"the denoiser is called with {all_rows} rows for {count} encoded prompts: unknown rows")
+
+
+def steps_of_calls(scheduler: Any) -> list[int]:
+    """The denoising step that each call of the denoiser belongs to, by the scheduler's order.
+
+    A scheduler of second order (Heun, KDPM2) calls the denoiser twice a step, but once in the last. PNDM repeats its
+    second timestep, or begins with steps of four calls (Runge-Kutta). All others call it once a step, at equal
+    timesteps too.
+
+    Args:
+        scheduler: One of diffusers', its timesteps set.
+
+    Returns:
+        One number for each of its timesteps, counted from 0; it rises by one at most.
+    """
+    calls = len(scheduler.timesteps)
+    order = getattr(scheduler, "order", 1)
+    if order > 1:
+        return [call // order for call in range(calls)]
+    surplus = calls - (scheduler.num_inference_steps or calls)
+    if surplus <= 0:
+        return list(range(calls))
+    runge_kutta_timesteps = getattr(scheduler, "prk_timesteps", None)
+    runge_kutta = 0 if runge_kutta_timesteps is None else len(runge_kutta_timesteps)
+    if runge_kutta:
+        first_steps = [call // 4 for call in range(runge_kutta)]
+        return first_steps + [call - surplus for call in range(runge_kutta, calls)]
+    distinct = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    return [distinct.index(timestep) for timestep in scheduler.timesteps.tolist()]
+
+
+def _calls_so_far(scheduler: Any) -> int:
+    """How often the scheduler has stepped in this call of its pipeline; -1 where it does not count."""
+    if hasattr(scheduler, "step_index"):
+        stepped = scheduler.step_index
+        return (getattr(scheduler, "begin_index", None) or 0) if stepped is None else stepped
+    return getattr(scheduler, "counter", -1)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from locogen.errors import LocogenError
 from locogen.localization.raced import raced_run
 from locogen.localization.racing import BUDGET, Rows, race
 from locogen.models.layers import find_layers
-from locogen.pictures.runs import Run, generate, same_weights
+from locogen.pictures.fingerprint import same_weights
+from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Pooled, distinct_seeds, sweep
 
 if TYPE_CHECKING:

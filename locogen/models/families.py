@@ -48,7 +48,8 @@ class Family:
     read of that. `pooled(denoiser, change)`: hooks that apply a change to the rows of the vector by which text enters
     beside the layers; None where it does not. `evolves`: text changes from block to block, so that a target is heard
     from its own run in the same batch (patching) and not from its encoding. `time(pipe, given)`: the scheduler's
-    timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes.
+    timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes. `sets_padding`:
+    encoding sets the tokenizer's padding side by itself, so that it is no setting of the model.
 
     For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
     where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
@@ -72,6 +73,7 @@ class Family:
     evolves: bool = False
     time: Callable[[Any, Any], Any] = _given_time
     options: Callable[[Any], dict[str, Any]] = _nothing
+    sets_padding: bool = False
     tokens: Literal["last_subject", "subject"] = "last_subject"
     entry: str | None = None
     entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
@@ -194,6 +196,7 @@ FAMILIES: dict[str, Family] = {
         tokens="last_subject",
         reader=_reader("tokenizer", 300),
         time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
+        sets_padding=True,
     ),
 }
 

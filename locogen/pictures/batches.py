@@ -11,6 +11,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene
 from locogen.models.families import encode_guided, family_of
 from locogen.models.text import Text
+from locogen.pictures.checks import check_flags, from_the_seed_alone, scheduler_errors
 from locogen.plan import Intervention, Settings, riders
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class Texts:
 
     def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
         prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-        found = {text: encode_guided(pipe, [text]) for text in prompts}
+        with from_the_seed_alone(pipe):
+            found = {text: encode_guided(pipe, [text]) for text in prompts}
         self.of = {text: own for text, (own, _) in found.items()}
         self.negative = next(iter(found.values()))[1]
 
@@ -112,16 +114,19 @@ def called(
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        return pipe(
-            **family_of(pipe).options(pipe),
-            **arguments,
-            generator=generators(rows),
-            num_inference_steps=chosen.num_inference_steps,
-            guidance_scale=chosen.guidance_scale,
-            output_type=output_type,
-        ).images
+        with from_the_seed_alone(pipe), scheduler_errors(pipe):
+            output = pipe(
+                **family_of(pipe).options(pipe),
+                **arguments,
+                generator=generators(rows),
+                num_inference_steps=chosen.num_inference_steps,
+                guidance_scale=chosen.guidance_scale,
+                output_type=output_type,
+            )
     finally:
         pipe.set_progress_bar_config(**bar)
+    check_flags(output, rows)
+    return output.images
 
 
 def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:

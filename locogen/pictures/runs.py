@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
 import io
 import platform
@@ -12,9 +11,7 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,20 +22,19 @@ import numpy as np
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.families import cut_words
-from locogen.models.offload import kept
 from locogen.pictures.batches import pictures_of
+from locogen.pictures.checks import check_scheduler
+from locogen.pictures.description import describe_pipeline, describe_scheduler, replaced_methods, torch_settings
+from locogen.pictures.fingerprint import digest_of, weights_of
 from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
 
 PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
 
-_hashed: ContextVar[dict[int, str] | None] = ContextVar("weights hashed so far", default=None)
-
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
-    from torch import Tensor
 
 
 class Pictures(Sequence["Image"]):
@@ -181,94 +177,42 @@ def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
 
 def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
     """Everything but the row that makes a picture: model, scheduler, settings, active contexts and versions."""
-    foreign = foreign_hooks(pipe)
+    check_scheduler(pipe)
+    foreign = (*foreign_hooks(pipe), *replaced_methods(pipe))
     if foreign:
         warnings.warn(
-            f"hooks that are not locogen's sit on {', '.join(foreign[:3])}: pictures are made afresh, none are reused",
+            f"hooks or methods that are not locogen's sit on {', '.join(foreign[:3])}: pictures are made afresh, "
+            "none are reused",
             stacklevel=3,
         )
+    if getattr(pipe, "safety_checker", None) is not None:
+        warnings.warn(
+            "the safety checker is on: it replaces pictures by black ones, and a run stops at the first of these. "
+            "Turn it off with pipe.safety_checker = None",
+            stacklevel=3,
+        )
+    device = pipe._execution_device.type
     return {
         "format": PICTURE_FORMAT,
-        "weights": _weights(pipe),
+        "weights": weights_of(pipe),
         "contexts": list(active_contexts(pipe)),
         "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],
-        "scheduler": {"class": type(pipe.scheduler).__name__, **_plain(pipe.scheduler.config)},
+        "pipeline": digest_of(describe_pipeline(pipe))[:16],
+        "scheduler": _scheduler(pipe.scheduler),
         **chosen.as_dict(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "device": pipe._execution_device.type,
+        "device": device,
+        "torch": torch_settings(device),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "python": platform.python_version(),
     }
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return {k: v for k, v in dict(config).items() if not k.startswith("_")}
-
-
-@contextmanager
-def same_weights() -> Iterator[None]:
-    """Within, `generate` hashes the weights of each pipeline once: for calls that come back to it and change none."""
-    before = _hashed.set({})
-    try:
-        yield
-    finally:
-        _hashed.reset(before)
-
-
-def _weights(pipe: Any) -> str:
-    known = _hashed.get()
-    if known is None:
-        return fingerprint(pipe)
-    if id(pipe) not in known:
-        known[id(pipe)] = fingerprint(pipe)
-    return known[id(pipe)]
-
-
-def fingerprint(pipe: Any) -> str:
-    """A hash of the model as it is now: weights, adapters and their scales, configs, processors, vocabulary."""
-    digest = hashlib.sha256()
-    for part, module in sorted(pipe.components.items()):
-        digest.update(f"{part} {_described(module)}".encode())
-        if not hasattr(module, "state_dict"):
-            continue
-        for name, tensor in _state(module).items():
-            digest.update(f"{part}.{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(_bytes(tensor))
-        for name, layer in module.named_modules():
-            if hasattr(layer, "lora_A"):
-                told = (layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged)
-                digest.update(f"{part}.{name} {told}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _state(module: Any) -> dict[str, Tensor]:
-    """A module's tensors; those that accelerate keeps off the device, from where it keeps them."""
-    return {n: _tensor(module, n) if t.is_meta else t for n, t in module.state_dict().items()}
-
-
-def _tensor(module: Any, name: str) -> Tensor:
-    owner, _, own_name = name.rpartition(".")
-    return kept(module.get_submodule(owner), own_name, name)
-
-
-def _described(component: Any) -> str:
-    """What a component's weights do not say: its config, its attention processors, FreeU, a tokenizer's vocabulary."""
-    config: Any = getattr(component, "config", {})
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    told: list[Any] = [sorted((k, str(v)) for k, v in config.items() if not k.startswith("_"))]
-    if hasattr(component, "attn_processors"):
-        told.append(sorted({type(processor).__name__ for processor in component.attn_processors.values()}))
-    for block in getattr(component, "up_blocks", ()):
-        told.append([getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")])
-    if hasattr(component, "get_vocab"):
-        told.append(sorted(component.get_vocab().items()))
-    return repr(told)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    import torch
-
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+def _scheduler(scheduler: Any) -> dict[str, Any]:
+    """Its class and config, to be read, and a hash of these and of all its other attributes."""
+    config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
+    state = digest_of(describe_scheduler(scheduler))[:16]
+    return {"class": type(scheduler).__name__, **config, "state": state}
 
 
 def _key(row: Intervention, common: dict[str, Any]) -> str:

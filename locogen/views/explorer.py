@@ -17,7 +17,8 @@ from locogen.localization.effects import carrier, effect
 from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.phrasings import default_phrasings
-from locogen.pictures.runs import Run, fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair, Window
 from locogen.views.tables import interval, missing, number, precision
 
@@ -162,7 +163,7 @@ class Explorer:
         names = ("num_inference_steps", "guidance_scale")
         settings = {name: self.run.settings[name] for name in names}
         made = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
-        for name in {"weights", "contexts", "scheduler", "dtype", "device"} - {besides}:
+        for name in {"weights", "contexts", "pipeline", "scheduler", "dtype", "device", "torch"} - {besides}:
             if made.settings[name] != self.run.settings[name]:
                 raise LocogenError(f"the model's {name} changed since the run: undo that, or call localize again")
         return list(made.pictures)

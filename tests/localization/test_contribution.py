@@ -108,7 +108,7 @@ def test_a_batch_that_is_too_large_is_halved(pipe, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(sample, *args, **kwargs)
 
-    monkeypatch.setattr(pipe.unet, "forward", small)
+    tiny.stand_in(monkeypatch, pipe.unet, small)
     with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
         found = attention_contribution(pipe, CONCEPT, **(OPTIONS | {"batch_size": 4}))  # pyright: ignore[reportArgumentType]
     assert len(told) == 1 and list(found.seed) == list(wanted.seed)

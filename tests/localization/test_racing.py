@@ -17,8 +17,8 @@ from locogen.errors import LocogenError
 from locogen.localization.effects import carrier, effect
 from locogen.localization.localize import localize
 from locogen.localization.racing import BUDGET, Race, _ordered_pairs, bound, looks, race, reach, run_races
-from locogen.pictures import runs
-from locogen.pictures.runs import fingerprint
+from locogen.pictures import fingerprint as fingerprints
+from locogen.pictures.fingerprint import fingerprint
 from locogen.plan import Concept, PromptPair, sweep
 from locogen.stats import split_seeds
 
@@ -152,7 +152,7 @@ def test_localize_races_with_the_pictures_of_the_whole_search(tmp_path):
 def test_a_race_hashes_the_weights_once_and_the_next_call_again(monkeypatch):
     """Seconds a look for a large model; what changes between two calls is still noticed."""
     pipe, hashed = tiny.pipeline(), []
-    monkeypatch.setattr(runs, "fingerprint", lambda of: (hashed.append(fingerprint(of)), hashed[-1])[1])
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda of: (hashed.append(fingerprint(of)), hashed[-1])[1])
     options = {"num_inference_steps": 1, "scorer": tiny.FakeScorer(), "progress": False}
     asked = dict(window=2, seeds=range(4), search="race")
     raced = localize(pipe, [STYLE], **asked, **options)

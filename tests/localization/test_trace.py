@@ -325,7 +325,7 @@ def test_a_batch_that_is_too_large_is_halved(pipe, run, monkeypatch):
         return causal_trace(pipe, one, parts=parts, seeds=[0], **(QUICK | {"batch_size": size}))  # pyright: ignore[reportArgumentType]
 
     wanted, limit = traced(4), 8
-    monkeypatch.setattr(pipe.unet, "forward", small)
+    tiny.stand_in(monkeypatch, pipe.unet, small)
     with pytest.warns(UserWarning, match="a batch of 8 does not fit the memory: going on with 4") as told:
         found = traced(8)
     assert len(told) == 1 and len(found) == len(wanted) == 1 + 1 + 16 + 2 * 3

@@ -19,7 +19,8 @@ from locogen.localization.localize import localize
 from locogen.models.families import denoiser_of, family_of, spoken, subject_positions
 from locogen.models.layers import find_layers
 from locogen.phrasings import Phrasing
-from locogen.pictures.runs import fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import generate
 from locogen.plan import Concept, PromptPair
 
 STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair("b in cat", "b")))

@@ -16,7 +16,8 @@ from locogen.models import load as models
 from locogen.models.families import encode
 from locogen.models.layers import find_layers
 from locogen.models.load import load
-from locogen.pictures.runs import fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import generate
 from locogen.plan import Intervention
 
 

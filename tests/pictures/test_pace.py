@@ -16,7 +16,8 @@ from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.load import load
 from locogen.pictures import speed as pace
-from locogen.pictures.runs import Run, fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import Run, generate
 from locogen.pictures.speed import Way, half_of, speed
 from locogen.plan import Intervention
 

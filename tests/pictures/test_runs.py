@@ -14,7 +14,8 @@ from support import tiny
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import intervene
-from locogen.pictures.runs import Run, fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair, sweep
 
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 4, "progress": False}
@@ -34,7 +35,7 @@ def calls(pipe, monkeypatch):
     """Rows that the denoiser is called with."""
     seen = []
     forward = pipe.unet.forward
-    monkeypatch.setattr(pipe.unet, "forward", lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1])
+    tiny.stand_in(monkeypatch, pipe.unet, lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1])
     return seen
 
 
@@ -238,7 +239,7 @@ def test_a_picture_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(pipe.unet, "forward", full)
+    tiny.stand_in(monkeypatch, pipe.unet, full)
     with (
         pytest.warns(UserWarning, match="does not fit"),
         pytest.raises(LocogenError, match=r"batch of 1 does not fit.*offload="),
@@ -259,7 +260,7 @@ def test_a_batch_that_is_too_large_is_halved(pipe, rows, monkeypatch, error):
         return forward(sample, *args, **kwargs)
 
     wanted = generate(pipe, rows, **(FAST | {"batch_size": 3}))
-    monkeypatch.setattr(pipe.unet, "forward", small)
+    tiny.stand_in(monkeypatch, pipe.unet, small)
     with pytest.warns(UserWarning, match="a batch of 6 does not fit the memory: going on with 3") as told:
         run = generate(pipe, rows, **(FAST | {"batch_size": 6}))
     assert len(told) == 1
@@ -272,7 +273,7 @@ def test_another_error_is_not_taken_for_too_little_memory(pipe, rows, monkeypatc
     def broken(*args, **kwargs):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(pipe.unet, "forward", broken)
+    tiny.stand_in(monkeypatch, pipe.unet, broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         generate(pipe, rows, **FAST)
 
@@ -328,7 +329,7 @@ def test_pictures_are_written_in_the_background_and_none_is_lost(pipe, rows, tmp
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(PictureStore, "put", slow)
-    monkeypatch.setattr(pipe.unet, "forward", broken)
+    tiny.stand_in(monkeypatch, pipe.unet, broken)
     with pytest.raises(RuntimeError, match="the third batch"):
         generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 2}))
     assert len(list(tmp_path.glob("*.png"))) == 4 and threading.main_thread() not in threads
@@ -346,7 +347,7 @@ def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypat
         seen.append(len(hidden_states))
         return forward(hidden_states=hidden_states, **kwargs)
 
-    monkeypatch.setattr(pipe.transformer, "forward", counting)
+    tiny.stand_in(monkeypatch, pipe.transformer, counting)
     runs = [generate(pipe, plan, **(options | {"batch_size": size})) for size in (1, 3, 8)]
     assert set(seen[1:]) == {4, 6, 16}  # after a dry run of one; guidance doubles 2, 3 and 8
     own = generate(pipe, [row.target for row in plan[::2]], seeds=(0, 1), **options)

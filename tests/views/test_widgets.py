@@ -20,7 +20,8 @@ from locogen.interventions.clamping import clamp
 from locogen.localization.effects import effect
 from locogen.localization.localize import localize
 from locogen.pages.cleaning import clean
-from locogen.pictures.runs import Run, fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair
 from locogen.views.explorer import Explorer, Look
 from locogen.views.widgets import ExplorerBox, explore

@@ -1,0 +1,389 @@
+"""The key knows all that moves a picture: whatever is changed, a store gives back no picture of before."""
+
+import copy
+import types
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from support import tiny
+from tokenizers import normalizers
+
+from locogen.models.layers import find_layers
+from locogen.pictures import fingerprint as fingerprints
+from locogen.pictures.description import describe_pipeline, describe_scheduler, replaced_methods, torch_settings
+from locogen.pictures.fingerprint import checksum, digest_of, fingerprint
+from locogen.pictures.runs import generate
+
+FAST = {"num_inference_steps": 1, "guidance_scale": 3.0, "batch_size": 1, "progress": False}
+
+
+class Loud:
+    """A processor with a setting: what attention puts out is multiplied."""
+
+    def __init__(self, scale):
+        self.settings = {"scales": [scale]}
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        return AttnProcessor()(attn, hidden_states, *args, **kwargs) * self.settings["scales"][0]
+
+
+class Louder(torch.nn.Module):
+    """The same with a tensor that is no weight of the model."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.inner = types.SimpleNamespace(scale=torch.tensor(scale))
+
+    def forward(self, attn, hidden_states, *args, **kwargs):
+        return AttnProcessor()(attn, hidden_states, *args, **kwargs) * self.inner.scale
+
+
+def same_name(scale):
+    """Two classes of one name, as when a notebook's cell is changed and run again."""
+
+    class Cell:
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return AttnProcessor()(attn, hidden_states, *args, **kwargs) * self.scale
+
+    Cell.scale = scale
+    return Cell()
+
+
+def closure(scale):
+    def processor(attn, hidden_states, *args, **kwargs):
+        return AttnProcessor()(attn, hidden_states, *args, **kwargs) * scale
+
+    return processor
+
+
+def processor(make, scale):
+    def change(pipe):
+        for layer in find_layers(pipe):
+            layer.module.processor = make(scale)
+
+    return change
+
+
+def unchanged(pipe):
+    pass
+
+
+def chunked(pipe):
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].set_chunk_feed_forward(1, 1)
+
+
+def another_backend(pipe):
+    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor._attention_backend = "native"
+
+
+def add_lora(pipe):
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), "one")
+
+
+def scaled_lora(pipe):
+    add_lora(pipe)
+    pipe.unet.set_adapters(["one"], [0.3])
+
+
+def disabled_lora(pipe):
+    add_lora(pipe)
+    pipe.unet.disable_adapters()
+
+
+def fused_lora(pipe):
+    add_lora(pipe)
+    pipe.unet.fuse_lora()
+
+
+def dropping(pipe):
+    pipe.unet.mid_block.resnets[0].dropout.p = 0.5
+    pipe.unet.train()
+
+
+def another_word(pipe):
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.add_tokens("<new>")
+
+
+def other_rules(pipe):
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("cat", "dog")
+
+
+def padded_left(pipe):
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    pipe.tokenizer.padding_side = "left"
+
+
+def other_position_ids(pipe):
+    pipe.text_encoder.embeddings.position_ids[0, 1] = 7
+
+
+def first_noise_rate(pipe):
+    pipe.scheduler.alphas_cumprod[1] *= 0.5  # at the one step of these tests
+
+
+MOVES = {  # each moves the picture
+    "a processor's scale": (processor(Loud, 1.0), processor(Loud, 3.0)),
+    "a processor's tensor": (processor(Louder, 1.0), processor(Louder, 3.0)),
+    "a class of the same name": (processor(same_name, 1.0), processor(same_name, 3.0)),
+    "what a function encloses": (processor(closure, 1.0), processor(closure, 3.0)),
+    "FreeU": (unchanged, lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 3.0, 3.0)),
+    "a LoRA's scale": (add_lora, scaled_lora),
+    "a LoRA switched off": (add_lora, disabled_lora),
+    "a buffer that is not saved": (unchanged, other_position_ids),
+    "a tokenizer's rules": (unchanged, other_rules),
+    "a tokenizer's side": (unchanged, padded_left),
+    "an attribute of the scheduler": (unchanged, first_noise_rate),
+    "a norm's epsilon": (unchanged, lambda pipe: setattr(pipe.unet.conv_norm_out, "eps", 1.0)),
+    "a VAE's scale": (unchanged, lambda pipe: pipe.vae.register_to_config(scaling_factor=0.05)),
+}
+STILL = {  # these move the last bits, or nothing in this model, but may move a picture of another
+    "attention slices": lambda pipe: pipe.unet.set_attention_slice("max"),
+    "chunked feed-forward": chunked,
+    "VAE tiles": lambda pipe: pipe.vae.enable_tiling(),
+    "VAE slices": lambda pipe: pipe.vae.enable_slicing(),
+    "upcast": lambda pipe: pipe.vae.register_to_config(force_upcast=False),
+    "a processor's class": lambda pipe: pipe.unet.set_attn_processor(SlicedAttnProcessor(1)),
+    "fused projections": lambda pipe: pipe.fuse_qkv_projections(),
+    "an attention backend": another_backend,
+    "training mode": lambda pipe: pipe.text_encoder.train(),
+    "eager attention": lambda pipe: pipe.text_encoder.set_attn_implementation("eager"),
+    "an added token": another_word,
+    "a merged LoRA": fused_lora,
+}
+IN_THE_PIPELINE = {
+    "its config": lambda pipe: pipe.register_to_config(requires_safety_checker=True),
+    "an attribute": lambda pipe: setattr(pipe, "vae_scale_factor", 4),
+    "compilation": lambda pipe: setattr(pipe.unet.mid_block, "_compiled_call_impl", pipe.unet.mid_block._call_impl),
+    "its image processor": lambda pipe: pipe.image_processor.register_to_config(do_normalize=False),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+}
+
+
+def key(pipe):
+    run = generate(pipe, ["cat in a"], **FAST)
+    return run.table["image"][0], np.asarray(run.pictures[0]).astype(int)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_the_picture_is_in_its_key(name):
+    """The twin: the picture does move, so the store would have given back a wrong one."""
+    before, after = MOVES[name]
+    pipe = tiny.pipeline()
+    before(pipe)
+    plain, picture = key(pipe)
+    pipe = tiny.pipeline()
+    after(pipe)
+    other, moved = key(pipe)
+    assert plain != other
+    assert (picture != moved).any()
+
+
+@pytest.mark.parametrize("name", STILL)
+def test_what_could_move_a_picture_is_in_its_key(name):
+    pipe = tiny.pipeline()
+    plain = fingerprint(pipe)
+    assert plain == fingerprint(tiny.pipeline()), "the twin: the same model has the same"
+    STILL[name](pipe)
+    assert fingerprint(pipe) != plain
+
+
+@pytest.mark.parametrize("name", IN_THE_PIPELINE)
+def test_the_pipelines_own_settings_are_in_the_key(name):
+    pipe = tiny.pipeline()
+    plain = digest_of(describe_pipeline(pipe))
+    assert plain == digest_of(describe_pipeline(tiny.pipeline()))
+    IN_THE_PIPELINE[name](pipe)
+    assert digest_of(describe_pipeline(pipe)) != plain
+
+
+def test_what_an_empty_prompt_is_for_sd_xl_is_in_the_key(tmp_path):
+    """The negative is all zeros or the encoding of nothing: other pictures, and the store keeps both."""
+    pipe = tiny.sdxl()
+    run = generate(pipe, ["cat in a"], store=tmp_path, **FAST)
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    other = generate(pipe, ["cat in a"], store=tmp_path, **FAST)
+    assert not np.array_equal(np.asarray(run.pictures[0]), np.asarray(other.pictures[0]))
+
+
+TORCH = {
+    "matrix products": lambda monkeypatch: monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+    "attention": lambda monkeypatch: monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False),
+    "TF32": lambda monkeypatch: monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False),
+    "algorithms": lambda monkeypatch: monkeypatch.setattr(torch.backends.cudnn, "benchmark", True),
+    "the default type": lambda monkeypatch: monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64),
+    "the environment": lambda monkeypatch: monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_what_torch_computes_with_is_in_the_key(name, monkeypatch):
+    plain = torch_settings("cpu")
+    TORCH[name](monkeypatch)
+    assert torch_settings("cpu") != plain
+
+
+def test_autocast_and_the_attention_backend_are_in_the_key():
+    from diffusers.models.attention_dispatch import attention_backend
+
+    plain = torch_settings("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch_settings("cpu") != plain
+    with attention_backend("_native_math"):
+        assert torch_settings("cpu") != plain
+    assert torch_settings("cpu") == plain
+
+
+@pytest.mark.parametrize("family", ["sd", "sd-xl", "if", "sd-3", "flux", "sana"])
+def test_a_call_changes_nothing_in_the_key(family):
+    """What a call leaves behind in the modules, the scheduler and the pipeline is none of its settings."""
+    pipe = tiny.FAMILIES[family]()
+    before = fingerprint(pipe), describe_pipeline(pipe).lines, describe_scheduler(pipe.scheduler).lines
+    run = generate(pipe, ["cat"], **FAST)
+    assert before == (fingerprint(pipe), describe_pipeline(pipe).lines, describe_scheduler(pipe.scheduler).lines)
+    assert run.settings["foreign"] == []
+
+
+def test_a_lora_that_is_gone_leaves_the_key_as_it_was():
+    pipe = tiny.pipeline()
+    plain = fingerprint(pipe)
+    add_lora(pipe)
+    assert fingerprint(pipe) != plain
+    pipe.unload_lora_weights()
+    assert fingerprint(pipe) == plain
+
+
+# --- what nobody can key -------------------------------------------------------------------------
+
+
+def patched(function):
+    """As packages for speed do: a function put in the place of a method."""
+    return lambda *args, **kwargs: function(*args, **kwargs)
+
+
+REPLACED = {
+    "unet.conv_in.forward": lambda pipe: (pipe.unet.conv_in, "forward"),
+    "unet.forward": lambda pipe: (type(pipe.unet), "forward"),
+    "vae.decode": lambda pipe: (pipe.vae, "decode"),
+    "scheduler.step": lambda pipe: (pipe.scheduler, "step"),
+    "pipe.prepare_latents": lambda pipe: (pipe, "prepare_latents"),
+    "torch.nn.functional.scaled_dot_product_attention": lambda pipe: (
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_replaced_methods_are_named(name, monkeypatch):
+    pipe = tiny.pipeline()
+    assert replaced_methods(pipe) == ()
+    owner, method = REPLACED[name](pipe)
+    monkeypatch.setattr(owner, method, patched(getattr(owner, method)))
+    assert name in replaced_methods(pipe)
+
+
+def test_replaced_methods_make_pictures_afresh(tmp_path, monkeypatch):
+    pipe = tiny.pipeline()
+    plain = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    forward = pipe.unet.conv_in.forward
+    monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda *args: 2 * forward(*args))
+    with pytest.warns(UserWarning, match=r"unet\.conv_in\.forward: pictures are made afresh"):
+        moved = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(moved.pictures[0]))
+
+
+def test_hooks_on_all_modules_are_named():
+    pipe = tiny.pipeline()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert replaced_methods(pipe) == ("every module (a global hook of torch)",)
+    finally:
+        handle.remove()
+
+
+# --- checksums -----------------------------------------------------------------------------------
+
+
+def one_element(tensor):
+    tensor.data[-1, 3] += 1e-30
+
+
+def all_signs(tensor):
+    tensor.data.neg_()
+
+
+def two_signs(tensor):
+    tensor.data[0, 1:4:2].neg_()
+
+
+def rows_exchanged(tensor):
+    tensor.data[:2] = tensor.data[:2].flip(0).clone()
+
+
+def elements_exchanged(tensor):
+    tensor.data[5, :2] = tensor.data[5, :2].flip(0).clone()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("change", [one_element, all_signs, two_signs, rows_exchanged, elements_exchanged])
+def test_a_checksum_notices_each_change(change, dtype):
+    torch.manual_seed(0)
+    values = torch.randn(300, 301)  # rows that are no multiple of 4 bytes
+    values[-1, 3] = 0
+    stored = values.to(dtype) if dtype.is_floating_point else (values * 30).to(dtype)
+    before, version = checksum(stored).item(), stored._version
+    assert checksum(stored.clone()).item() == before
+    changed = stored.to(torch.float64)
+    change(changed)
+    if change is one_element:
+        changed[-1, 3] = 1
+    stored.data.copy_(changed.to(dtype))
+    assert checksum(stored).item() != before
+    assert stored._version == version, "the twin: torch's own count does not notice"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_no_change_of_signs_goes_unseen(dtype):
+    """In 64 bits the highest bit of a word is lost to every even weight: signs are where a sum is weakest."""
+    torch.manual_seed(0)
+    values = torch.randn(40000).to(dtype)
+    seen = {checksum(values).item()}
+    for _ in range(200):
+        seen.add(checksum(torch.where(torch.rand(40000) < 0.5, values, -values)).item())
+    assert len(seen) == 201
+
+
+def test_weights_are_hashed_again_only_where_they_changed(monkeypatch):
+    pipe = tiny.pipeline()
+    torch.manual_seed(0)
+    pipe.unet.register_buffer("large", torch.randn(100, 100), persistent=False)
+    pipe.unet.larger = torch.nn.Parameter(torch.randn(200, 100))
+    plain = fingerprint(pipe)
+    hashed, sha256 = [], fingerprints._sha256
+    monkeypatch.setattr(fingerprints, "_sha256", lambda tensor: (hashed.append(tuple(tensor.shape)), sha256(tensor))[1])
+    monkeypatch.setattr(fingerprints, "_is_quick_to_hash", lambda tensor: tensor.numel() < 10000)
+    assert fingerprint(pipe) == plain
+    assert {(100, 100), (200, 100)}.isdisjoint(hashed)
+    for tensor in (pipe.unet.large, pipe.unet.larger):
+        fingerprint(pipe)
+        hashed.clear()
+        tensor.data[7, 7] += 1e-6
+        assert fingerprint(pipe) != plain
+        assert [shape for shape in hashed if np.prod(shape) >= 10000] == [tuple(tensor.shape)]
+        tensor.data[7, 7] -= 1e-6
+
+
+def test_the_fingerprint_is_that_of_the_tensors_not_of_the_checksums():
+    """Remembered or not, in whatever order: one model, one fingerprint."""
+    pipe = tiny.pipeline()
+    plain = fingerprint(pipe)
+    pipe.unet.conv_in.weight.data.add_(1)
+    edited = fingerprint(pipe)
+    fingerprints._digests.clear()
+    assert fingerprint(pipe) == edited != plain
