@@ -300,3 +300,38 @@ def test_a_t5_tokenizer_shipped_as_a_sentencepiece_model_alone_loads(tmp_path):
     ids = load(tmp_path).tokenizer("a cat").input_ids
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert ids == [*pieces.encode("a cat"), pieces.eos_id()]
+
+
+# --- devices -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "offload", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), None, r"weights \(0\.0 GB\) do not fit.*offload='model' or"),
+        (RuntimeError("CUDA error: out of memory"), "model", r"do not fit the memory of 'cuda'.*offload='sequential'"),
+        (AssertionError("Torch not compiled with CUDA enabled"), None, "'cuda' is not available.*use 'cpu'"),
+    ],
+)
+def test_weights_that_are_too_large_are_not_a_device_that_is_missing(original, monkeypatch, error, offload, words):
+    def full(*args):
+        raise error
+
+    monkeypatch.setattr("locogen.models.load._place", full)
+    with pytest.raises(LocogenError, match=words):
+        load(original, device="cuda", offload=offload)
+
+
+def test_float32_on_a_card_is_hinted_at_once(original, monkeypatch):
+    """On the CPU, in half precision, and for the small embedded model there is no hint."""
+    from locogen.models import load as module
+
+    monkeypatch.setattr(module, "_place", lambda *_: None)
+    module._hint_at_half_precision.cache_clear()
+    load(original)
+    load(original, device="cuda", dtype="float16")
+    load("mini", device="cuda")
+    with pytest.warns(UserWarning, match=r"float32 on 'cuda' takes twice the memory.*dtype='float16'") as hints:
+        load(original, device="cuda")
+        load(original, device="cuda")
+    assert len(hints) == 1 and hints[0].filename == __file__
