@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import hooked
 from locogen.interventions.prompts import _announced
-from locogen.interventions.states import find_text_states, text_encoders
-from locogen.models.families import encode, family_of
+from locogen.interventions.states import find_text_states
+from locogen.models.families import encode, family_of, text_encoders
+from locogen.models.offload import weight_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,15 +62,18 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
     Positions are those of the states that layers hear: Sana's encoder reads an instruction before them.
     Raises `LocogenError` for states that are not there, and when another number of prompts is encoded.
     """
+    from torch.nn import Embedding
+
     states, family = find_text_states(pipe), family_of(pipe)
     if any(not 0 <= place < len(states) for row in rows for place, _ in row):
         raise LocogenError(f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}")
     tokens = encode(pipe, [""]).states.shape[1]
     hooks: list[tuple[Any, Any]] = []
-    for encoder in text_encoders(pipe).values():
-        weight = encoder.get_input_embeddings().weight
+    for name, encoder in text_encoders(pipe).items():
+        weight = weight_of(encoder.get_input_embeddings(), f"{name}'s embeddings")
         for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
-            if getattr(module, "weight", None) is weight:
+            # Compared by memory: sequential offload gives each module a stand-in of its own.
+            if isinstance(module, Embedding) and weight_of(module, name).data_ptr() == weight.data_ptr():
                 hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows), tokens)))
     for place, state in enumerate(states):
         cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, before, following, hooked
 from locogen.interventions.prompts import _announced
-from locogen.models.families import denoiser_of, encode, family_of
+from locogen.models.families import denoiser_of, encode, family_of, text_encoders
+from locogen.models.offload import taken_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,8 @@ def find_states(pipe: Any) -> tuple[State, ...]:
     if denoiser in _FOUND:
         return _FOUND[denoiser]
     modules = {module: name for name, module in denoiser.named_modules() if _is_part(module)}
-    found = _observed(modules, lambda: denoiser(**family.dummy_inputs(denoiser)), _denoiser_part)
+    with taken_back(denoiser):
+        found = _observed(modules, lambda: denoiser(**family.dummy_inputs(denoiser)), _denoiser_part)
     if not found:
         raise LocogenError(f"{type(denoiser).__name__} has no part that causal tracing knows: {DENOISER_PARTS}")
     _FOUND[denoiser] = found
@@ -79,11 +81,6 @@ def find_text_states(pipe: Any) -> tuple[State, ...]:
         raise LocogenError("the text encoder has no self-attention and MLP that causal tracing knows (CLIP, T5)")
     _FOUND[first] = found
     return found
-
-
-def text_encoders(pipe: Any) -> dict[str, Any]:
-    """The pipeline's text encoders by their attribute."""
-    return {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part}
 
 
 def check_apart(pipe: Any, what: str) -> None:

@@ -14,6 +14,7 @@ from locogen.errors import LocogenError
 from locogen.localization.raced import raced_run
 from locogen.localization.racing import BUDGET, Rows, race
 from locogen.models.layers import find_layers
+from locogen.models.offload import resting_device
 from locogen.pictures.fingerprint import same_weights
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Pooled, distinct_seeds, sweep
@@ -112,7 +113,7 @@ def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
 
     if chosen is None:
         chosen = default_scorer(_source(pipe))
-    return scorer(chosen, device=pipe.device.type) if isinstance(chosen, str) else chosen
+    return scorer(chosen, device=resting_device(pipe)) if isinstance(chosen, str) else chosen
 
 
 def _source(pipe: Any) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models import denoisers, text as texts
 from locogen.models.denoisers import Change, Hook
+from locogen.models.offload import taken_back
 from locogen.models.text import Encoded, Spoken, Text
 
 if TYPE_CHECKING:
@@ -240,8 +241,7 @@ def encode(pipe: Any, prompts: Sequence[str]) -> Text:
     import torch
 
     check_encoders(pipe)
-
-    with torch.no_grad():
+    with torch.no_grad(), taken_back(*text_encoders(pipe).values()):
         return family_of(pipe).encode(pipe, prompts, False)[0]
 
 
@@ -250,8 +250,13 @@ def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
     import torch
 
     check_encoders(pipe)
-    with torch.no_grad():
+    with torch.no_grad(), taken_back(*text_encoders(pipe).values()):
         return family_of(pipe).encode(pipe, prompts, True)
+
+
+def text_encoders(pipe: Any) -> dict[str, Any]:
+    """The pipeline's text encoders by their attribute."""
+    return {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part}
 
 
 def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.models.families import Family, denoiser_of, family_of
+from locogen.models.offload import taken_back
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _dry_run(denoiser: Any, family: Family) -> tuple[Layer, ...]:
 
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in {*names, *blocks.values()}]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), taken_back(denoiser):
             denoiser(**family.dummy_inputs(denoiser))
     finally:
         for handle in handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
@@ -21,6 +22,43 @@ def stands_on(model: Any) -> Any:
     """Where weights of a model, or of a part, are to meet their inputs outside of a pipeline's call."""
     device = next(model.parameters()).device
     return computes_on(model) or device if device.type == "meta" else device
+
+
+def resting_device(pipe: Any) -> str:
+    """The type of device where a pipeline's weights are between its calls: "cpu" where they are offloaded.
+
+    Something that works beside the pipeline, such as a scorer, belongs there: offload is for cards that
+    have no room for more.
+    """
+    offloaded = any(computes_on(part) is not None for part in pipe.components.values() if hasattr(part, "modules"))
+    return "cpu" if offloaded else pipe.device.type
+
+
+@contextmanager
+def taken_back(*models: Any) -> Iterator[None]:
+    """After the context, whole parts that model offload brought to the device for it are off the device again.
+
+    Within a pipeline's call each part makes room for the next one, and in the end all go. A part that runs by
+    itself, outside of a call, would stay beside whatever runs next.
+    """
+    from accelerate.hooks import CpuOffload
+
+    brought = []
+    for model in models:
+        for hook in _hooks(model):
+            # Sequential offload has hooks of another class; a part on the device is in the middle of a call.
+            if isinstance(hook, CpuOffload) and next(model.parameters()).device != hook.execution_device:
+                brought.append((model, hook))
+    try:
+        yield
+    finally:
+        for model, hook in brought:
+            hook.init_hook(model)
+
+
+def weight_of(module: Any, path: str) -> Tensor:
+    """A module's weight, from where offload keeps it where it is not in the module itself."""
+    return kept(module, "weight", path) if module.weight.is_meta else module.weight
 
 
 def kept(module: Any, name: str, path: str) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene
 from locogen.models.families import encode_guided, family_of
+from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.text import Text
 from locogen.pictures.checks import check_flags, from_the_seed_alone, scheduler_errors
 from locogen.plan import Intervention, Settings, riders
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESERVE = 0.9  # of the free memory is used: allocators leave gaps
+SLICED_FROM = 256  # pixels a side from which pictures are decoded one by one: smaller ones take little memory at once
 
 
 def pictures_of(
@@ -48,7 +51,8 @@ def pictures_of(
     while start < len(plan):
         rows = _next(plan[start:], size, ridden)
         try:
-            made = _batch(pipe, rows, texts, size, chosen)
+            with memory.watching_decode(pipe):
+                made = _batch(pipe, rows, texts, size, chosen)
         except Exception as error:
             size = halved(pipe, error, size, smallest)
             memory.known = False
@@ -83,7 +87,8 @@ class Texts:
 
     def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
         prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-        with from_the_seed_alone(pipe):
+        too_small = f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
+        with from_the_seed_alone(pipe), memory_named(too_small):
             found = {text: encode_guided(pipe, [text]) for text in prompts}
         self.of = {text: own for text, (own, _) in found.items()}
         self.negative = next(iter(found.values()))[1]
@@ -114,7 +119,7 @@ def called(
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
-        with from_the_seed_alone(pipe), scheduler_errors(pipe):
+        with from_the_seed_alone(pipe), scheduler_errors(pipe), _decoding_in_slices(pipe):
             output = pipe(
                 **family_of(pipe).options(pipe),
                 **arguments,
@@ -129,12 +134,40 @@ def called(
     return output.images
 
 
+@contextmanager
+def _decoding_in_slices(pipe: Any) -> Iterator[None]:
+    """Within the context large pictures are decoded one by one, so that the decoder does not limit the batch.
+
+    A batch that the denoiser has room for can be several times what the decoder has room for: SD-XL's, in float32,
+    takes about 4 GB for each picture of 1024 pixels. Pictures differ from those decoded together by the order of
+    sums. Small pictures are decoded together, as the pipeline does it.
+    """
+    vae = _sliced_vae(pipe)
+    if vae is None or vae.use_slicing:
+        yield
+        return
+    vae.enable_slicing()
+    try:
+        yield
+    finally:
+        vae.disable_slicing()
+
+
+def _sliced_vae(pipe: Any) -> Any:
+    """The pipeline's VAE where its pictures are decoded one by one; None where there is no such VAE."""
+    vae: Any = getattr(pipe, "vae", None)
+    if not hasattr(vae, "use_slicing"):
+        return None
+    is_large = getattr(vae.config, "sample_size", SLICED_FROM) >= SLICED_FROM  # Sana's has no size of its own
+    return vae if is_large else None
+
+
 def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:
     """The batch size to go on with, where `error` says that the memory ran out; told in a warning.
 
     Raises the error itself where it says something else, and `LocogenError` where the smallest batch did not fit.
     """
-    if not _out_of_memory(error):
+    if not out_of_memory(error):
         raise error
     if size <= smallest:
         raise LocogenError(_too_large(pipe, size)) from error
@@ -143,26 +176,22 @@ def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:
     return half
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA has a class of its own for it; the CPU and Apple's GPUs only say so."""
-    import torch
-
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
-    )
+SMALLER = "load the model with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'"
 
 
 def _too_large(pipe: Any, size: int) -> str:
     return (
-        f"a batch of {size} does not fit the memory of {pipe._execution_device}: load the model with dtype='float16' "
-        "or 'bfloat16', with offload='model' or 'sequential', or call pipe.vae.enable_slicing() and "
+        f"a batch of {size} does not fit the memory of {pipe._execution_device}: {SMALLER}, or call "
         "pipe.vae.enable_tiling(); pictures made before are kept"
     )
 
 
 class _Memory:
-    """Of the GPU that the pipeline computes on; `known` is false where there is none."""
+    """Of the GPU that the pipeline computes on; `known` is false where there is none.
+
+    A batch has two peaks: the denoiser's grows with the batch, the decoder's does not, since it works on one
+    picture at a time. They are read apart, so that a large decoder does not make batches small.
+    """
 
     def __init__(self, pipe: Any) -> None:
         import torch
@@ -170,18 +199,40 @@ class _Memory:
         self.device = pipe._execution_device
         self.known = self.device.type == "cuda" and torch.cuda.is_available()
         self.before = 0
+        self.denoising: int | None = None  # bytes at the denoiser's peak, once the decoder has begun
         if self.known:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
+
+    @contextmanager
+    def watching_decode(self, pipe: Any) -> Iterator[None]:
+        """Within the context, the peak is read when the decoder begins; only while the size is to be found."""
+        vae = _sliced_vae(pipe)
+        if vae is None or not self.known:
+            yield
+            return
+        handle = vae.decoder.register_forward_pre_hook(self._begin_decoding)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _begin_decoding(self, *_: Any) -> None:
+        import torch
+
+        if self.denoising is None:
+            self.denoising = torch.cuda.max_memory_allocated(self.device) - self.before
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def fitting(self, made: int) -> int:
         """How many pictures fit, by what a batch of `made` took at its peak."""
         import torch
 
         self.known = False
-        taken = torch.cuda.max_memory_allocated(self.device) - self.before
+        last_peak = torch.cuda.max_memory_allocated(self.device) - self.before
+        growing = last_peak if self.denoising is None else self.denoising
         torch.cuda.empty_cache()
-        return int(RESERVE * torch.cuda.mem_get_info(self.device)[0] / max(taken / made, 1))
+        return int(RESERVE * torch.cuda.mem_get_info(self.device)[0] / max(growing / made, 1))
 
     def free(self) -> None:
         """Give what is cached back, so that a smaller batch finds it."""

@@ -30,7 +30,7 @@ from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
 
-PICTURE_FORMAT = 1  # raised when the way pictures are made here changes, so that none made before is taken
+PICTURE_FORMAT = 2  # raised when the way pictures are made here changes, so that none made before is taken
 
 if TYPE_CHECKING:
     import pandas as pd

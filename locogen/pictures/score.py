@@ -12,6 +12,7 @@ import numpy as np
 
 from locogen.catalog import entry_of, mini_folder, scorer_entry
 from locogen.errors import LocogenError
+from locogen.models.memory import memory_named, out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +50,20 @@ class Clip:
 
     def pictures(self, pictures: Sequence[Image]) -> Array:
         """Unit embeddings, (pictures, width)."""
-        return np.concatenate([self._pictures(part) for part in _parts(pictures, self.batch_size)])
+        size = self.batch_size
+        start = 0
+        embeddings = []
+        while start < len(pictures):
+            try:
+                embeddings.append(self._pictures(pictures[start : start + size]))
+            except Exception as error:
+                # The pictures are made by now: a full memory should not cost them.
+                if size == 1 or not out_of_memory(error):
+                    raise
+                size = size // 2
+                continue
+            start += size
+        return np.concatenate(embeddings)
 
     def texts(self, texts: Iterable[str]) -> dict[str, Array]:
         """The unit embedding of each distinct text, each read alone."""
@@ -92,16 +106,13 @@ def _unit(features: Any) -> Array:
     return torch.nn.functional.normalize(rows.cpu().double(), dim=-1).numpy()
 
 
-def _parts(rows: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
 def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = False) -> Clip:
     """A CLIP scorer: a name of the catalog, a folder, or a hub id.
 
     `mini` is the mini model's own scoring CLIP, which shares nothing with its generator but the tokenizer.
     Raises `LocogenError` when there is no such scorer, or its files cannot be had.
     """
+    from safetensors import SafetensorError
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
     where, revision = _source(name)
@@ -110,9 +121,12 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         model = CLIPModel.from_pretrained(where, dtype="float32", use_safetensors=True, **options)
         processor = CLIPImageProcessorPil.from_pretrained(where, **options)
         tokenizer = CLIPTokenizer.from_pretrained(where, **options)
-    except OSError as error:
-        remedy = f"fetch it with: hf download {where} --revision {revision}" if revision else "check the folder"
-        raise LocogenError(f"the scorer {name!r} is not to be had at {where}: {remedy}") from error
+    except (OSError, SafetensorError) as error:
+        if revision:
+            remedy = f"fetch it with: hf download {where} --revision {revision}"
+        else:
+            remedy = "check that the folder holds a CLIP with safetensors weights and its processor"
+        raise LocogenError(f"could not load the scorer {name!r} from {where}: {remedy}") from error
     told = {
         "scorer": name,
         "scorer_backbone": where if revision else "",
@@ -120,7 +134,9 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         "preprocessing": "PIL",
         "scale": 1.0,
     }
-    return Clip(model.to(device).eval(), processor, tokenizer, told)  # pyright: ignore[reportArgumentType]
+    with memory_named(f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"):
+        model.to(device)  # pyright: ignore[reportArgumentType]
+    return Clip(model.eval(), processor, tokenizer, told)
 
 
 def default_scorer(model: str) -> str:
@@ -137,8 +153,8 @@ def default_scorer(model: str) -> str:
 def _source(name: str) -> tuple[str, str | None]:
     if name == "mini":
         return str(mini_folder() / "scorer"), None
-    if Path(name).is_dir():
-        return name, None
+    if Path(name).expanduser().is_dir():
+        return str(Path(name).expanduser()), None
     if "/" in name:
         return name, "main"
     entry = scorer_entry(name)

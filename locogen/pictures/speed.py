@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import _announced, active_contexts
 from locogen.models.families import denoiser_of, family_of
-from locogen.pictures.batches import Texts, _batch, _out_of_memory
+from locogen.models.memory import out_of_memory
+from locogen.pictures.batches import Texts, _batch
 from locogen.plan import Intervention, Settings
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _by_size(pipe: Any, way: Way, most: int = SIZES[-1]) -> dict[int, float]:
         try:
             sizes[size] = _rate(pipe, way, size)
         except Exception as error:
-            if not sizes or not _out_of_memory(error):
+            if not sizes or not out_of_memory(error):
                 raise
             break
         if size / sizes[size] > LONG:

@@ -74,7 +74,8 @@ def test_neither_pickled_weights_nor_code_are_taken_from_a_folder(folder, tmp_pa
     if what == "nothing":  # the twin: a copy as it is loads
         assert type(load(place)).__name__ == "StableDiffusionPipeline"
     else:
-        with pytest.raises(LocogenError, match="safetensors weights"):
+        said = "pickled weights are refused" if what == "pickled weights" else "code from a checkpoint is not run"
+        with pytest.raises(LocogenError, match=said):
             load(place)
     assert not (tmp_path / "ran").exists()
 
@@ -100,7 +101,7 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
     load("sd-1.5")
     assert asked == [(*turn, True) for turn in turns[:2]]
     kept.clear()
-    with pytest.raises(LocogenError, match=r"'sd-1\.5' is not to be had.*hf download gone/model --revision 1a2b"):
+    with pytest.raises(LocogenError, match=r"'sd-1\.5'.*gone from the hub.*hf download gone/mirror$"):
         load("sd-1.5")
     asked.clear()
     with pytest.raises(LocogenError):
@@ -165,7 +166,7 @@ def test_offload_needs_a_device_and_says_so(folder):
     with pytest.raises(LocogenError, match="'model', 'sequential', or None"):
         load(folder, offload="disk")
     if not torch.cuda.is_available():
-        with pytest.raises(LocogenError, match="is not to be had"):
+        with pytest.raises(LocogenError, match="'cuda' is not available"):
             load(folder, offload="model")
 
 

@@ -63,7 +63,7 @@ def test_bad_input(judge, tmp_path):
         judge(pictures(2), ["cat"])
     with pytest.raises(LocogenError, match="clip-vit-b-16"):
         scorer("clip-vit-b16")
-    with pytest.raises(LocogenError, match="not to be had"):
+    with pytest.raises(LocogenError, match="could not load the scorer"):
         scorer(str(tmp_path))
 
 
@@ -76,3 +76,21 @@ def test_each_model_has_its_default(tmp_path):
         assert default_scorer(stranger) == "clip-vit-b-16"
     (tmp_path / "scorer").mkdir()  # a folder that locogen.mini.train has made
     assert default_scorer(str(tmp_path)) == str(tmp_path / "scorer")
+
+
+@pytest.mark.parametrize("limit", [5, 1])
+def test_pictures_are_scored_in_smaller_parts_where_the_memory_is_full(judge, monkeypatch, limit):
+    shown = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green", "black", "white", "gray")]
+    whole = judge.pictures(shown)
+    features = judge.model.get_image_features
+
+    def small(pixel_values):
+        if len(pixel_values) > limit:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+        return features(pixel_values=pixel_values)
+
+    monkeypatch.setattr(judge.model, "get_image_features", small)
+    assert np.abs(judge.pictures(shown) - whole).max() < 1e-5
+    monkeypatch.setattr(judge.model, "get_image_features", lambda **_: small(range(9)))
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        judge.pictures(shown)

@@ -169,3 +169,13 @@ def weights(name: str) -> list[int]:
     """How many weights each part of a family's checkpoint has, its denoiser first."""
     with torch.device("meta"):
         return [sum(weight.numel() for weight in part().parameters()) for part in PARTS[name]]
+
+
+@functools.cache
+def in_float32(name: str) -> list[int]:
+    """How many weights of each part transformers keeps in float32 where the rest is float16: T5's `wo`."""
+    with torch.device("meta"):
+        return [
+            sum(weight.numel() for key, weight in part().named_parameters() if part is t5 and ".wo." in key)
+            for part in PARTS[name]
+        ]

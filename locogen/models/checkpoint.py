@@ -1,0 +1,211 @@
+"""What lies in a checkpoint's folder: which weights each part has, and why a folder cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of: anything else is somebody's own code
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a part's weights
+
+# model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, model.fp16-00001-of-00002.safetensors,
+# and, as older versions wrote it, model-00001-of-00002.fp16.safetensors
+_WEIGHTS = re.compile(
+    rf"(?:{'|'.join(STEMS)})(?:\.(?P<variant>[\w.]+?))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(?P<old>\w+))?\.safetensors"
+)
+_POINTER = b"version https://git-lfs"  # how a file begins that stands for one that Git LFS did not fetch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a pipeline as `model_index.json` names it, and the files of its folder.
+
+    `library` and `kind` are where its class comes from. `variants` are the names of the variants that it has as
+    safetensors; `plain` is whether it has its weights without a variant.
+    """
+
+    name: str
+    library: str
+    kind: str
+    folder: Path
+    plain: bool
+    variants: tuple[str, ...]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a model: schedulers, tokenizers and image processors have no `config.json`."""
+        return (self.folder / "config.json").is_file()
+
+    @property
+    def only_variant(self) -> str | None:
+        """The variant to load where the part has no plain weights and just one variant."""
+        single = not self.plain and len(self.variants) == 1 and self.library in LIBRARIES
+        return self.variants[0] if single else None
+
+
+def model_index(folder: Path) -> Mapping[str, Any]:
+    """What `model_index.json` holds, or nothing where it is missing or damaged."""
+    try:
+        content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def parts_of(folder: Path) -> Iterator[Part]:
+    """The parts that `model_index.json` names, in its order, whether their folders exist or not."""
+    for name, entry in model_index(folder).items():
+        is_part = isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
+        if not is_part or entry[0] is None:
+            continue
+        place = folder / name
+        plain, variants = _weights_in(place)
+        yield Part(name, str(entry[0]), str(entry[1]), place, plain, variants)
+
+
+def _weights_in(folder: Path) -> tuple[bool, tuple[str, ...]]:
+    """Whether a folder has weights without a variant, and the variants that it has."""
+    plain = False
+    variants = set()
+    for file in folder.glob("*.safetensors"):
+        match = _WEIGHTS.fullmatch(file.name)
+        if match is None:
+            continue
+        variant = match["variant"] or match["old"]
+        if variant is None:
+            plain = True
+        else:
+            variants.add(variant)
+    return plain, tuple(sorted(variants))
+
+
+def complaint(folder: Path, left_out: Collection[str] = ()) -> str | None:
+    """Why a folder cannot be loaded.
+
+    Args:
+        folder: where the checkpoint lies.
+        left_out: the names of parts that nobody wants, whatever is wrong with them.
+
+    Returns:
+        The first problem, with its place and remedy; None where the files look right.
+    """
+    if not (folder / INDEX).is_file():
+        return _no_pipeline(folder)
+    index = model_index(folder)
+    if not index:
+        return f"{folder / INDEX} is damaged: fetch it again"
+    if not isinstance(index.get("_class_name"), str):
+        return (
+            f"{folder / INDEX} asks for a pipeline class of its own, {index.get('_class_name')}: "
+            "code from a checkpoint is not run; use one of diffusers' own pipelines"
+        )
+    for part in parts_of(folder):
+        problem = None if part.name in left_out else _problem(part)
+        if problem is not None:
+            return f"the part {part.name!r} of {folder} {problem}"
+    return None
+
+
+def _no_pipeline(folder: Path) -> str:
+    singles = sorted(folder.glob("*.safetensors"))
+    if (folder / "config.json").is_file():
+        return f"{folder} holds one part of a pipeline (config.json, no {INDEX}): give the folder of the whole pipeline"
+    if singles:
+        return f"{folder} has no {INDEX} but the single file {singles[0].name}: give the file itself, {singles[0]}"
+    pickled = _pickled_in(folder)
+    if pickled:
+        return f"{folder} holds {pickled[0]}: {pickled_remedy(folder / pickled[0])}"
+    return f"{folder} holds no pipeline in diffusers' format: {INDEX} next to the folders of its parts"
+
+
+def pickled_remedy(file: Path) -> str:
+    """Why pickled weights are refused, and how to convert them."""
+    if file.suffix == ".ckpt":
+        return (
+            "pickled weights are refused, since unpickling can run any code: get the .safetensors file of the same "
+            "checkpoint, or convert it where you trust its source"
+        )
+    return (
+        "pickled weights are refused, since unpickling can run any code: where you trust their source, convert them "
+        "once with diffusers, DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW), "
+        "and load NEW"
+    )
+
+
+def _pickled_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*") if file.suffix in PICKLED)
+
+
+def _problem(part: Part) -> str | None:
+    """What is wrong with one part, as the end of a sentence."""
+    if not part.folder.is_dir():
+        return f"is missing: fetch its folder again, or set it to [null, null] in {INDEX} where the pipeline allows it"
+    if part.library not in LIBRARIES and any(part.folder.glob("*.py")):
+        return f"is of a class of its own, {part.library}.{part.kind}: code from a checkpoint is not run"
+    for file in sorted(part.folder.glob("*.safetensors")):
+        problem = file_problem(file)
+        if problem is not None:
+            return problem
+    if not part.has_weights:
+        return None
+    return _missing_shard(part) or _missing_weights(part)
+
+
+def _missing_weights(part: Part) -> str | None:
+    if part.plain or part.only_variant is not None:
+        return None
+    if part.variants:
+        names = ", ".join(part.variants)
+        return f"has no plain weights and several variants ({names}): keep one of them in the folder"
+    pickled = _pickled_in(part.folder)
+    if pickled:
+        return f"has no safetensors weights, only {pickled[0]}: {pickled_remedy(part.folder / pickled[0])}"
+    return "has no safetensors weights: fetch them again"
+
+
+def _missing_shard(part: Part) -> str | None:
+    """The index of weights in several files names each of them."""
+    for index in sorted(part.folder.glob("*.safetensors.index*.json")):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError):
+            return f"has a damaged {index.name}: fetch it again"
+        missing = sorted(name for name in files if not (part.folder / name).is_file())
+        present = len(files) - len(missing)
+        # An index without any of its files is left over from another variant.
+        if missing and present:
+            return f"lacks {missing[0]}, one of {len(files)} files of its weights: fetch it again"
+    return None
+
+
+def file_problem(file: Path) -> str | None:
+    """Why a safetensors file cannot be read, as the end of a sentence; None where it is whole.
+
+    Read from the header alone: it says how many bytes must follow.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(len(_POINTER))
+        if start == _POINTER:
+            return f"has a Git LFS pointer in place of {file.name}: run git lfs pull in its folder, or fetch it again"
+        length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
+        if length + 8 > size:
+            return _cut_short(file, size)
+        stream.seek(8)
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return f"has a damaged file, {file.name}: fetch it again"
+    return None if 8 + length + max(ends, default=0) <= size else _cut_short(file, size)
+
+
+def _cut_short(file: Path, size: int) -> str:
+    return f"has a file that was cut short, {file.name} ({size} bytes): delete it and fetch it again"
