@@ -92,9 +92,9 @@ def test_every_context_acts_on_compiled_code(context, part):
         images = pictures(pipe, plan(pipe))
     for module in parts(compiled, part):
         compile_without_hooks(module)
-    with CONTEXTS[context](compiled) as found:
+    with CONTEXTS[context](compiled) as actual:
         assert np.array_equal(pictures(compiled, plan(compiled)), images)
-    assert str(found) == str(expected)  # what is read is the same, too
+    assert str(actual) == str(expected)  # what is read is the same, too
     with CONTEXTS[context](compiled):
         for module in parts(compiled, part):
             compile_without_hooks(module)  # within the context, and again

@@ -140,11 +140,11 @@ def test_the_store_keeps_another_pipelines_plain_picture_as_plain(pipe, tmp_path
     other = twin(pipe)
     options = dict(store=tmp_path, num_inference_steps=2, progress=False, batch_size=1)
     with intervene(pipe, plan()[:1]):
-        kept = np.asarray(generate(other, PROMPTS[:1], **options).pictures[0])
-    assert np.array_equal(kept, np.asarray(generate(other, PROMPTS[:1], **options).pictures[0]))
+        stored = np.asarray(generate(other, PROMPTS[:1], **options).pictures[0])
+    assert np.array_equal(stored, np.asarray(generate(other, PROMPTS[:1], **options).pictures[0]))
     assert len(list(tmp_path.rglob("*.png"))) == 1
     fresh = generate(other, PROMPTS[:1], **{**options, "store": None})
-    assert np.array_equal(kept, np.asarray(fresh.pictures[0]))
+    assert np.array_equal(stored, np.asarray(fresh.pictures[0]))
 
 
 def test_a_pipeline_that_is_called_in_another_thread_is_refused(pipe):
