@@ -24,11 +24,11 @@ from locogen.editing.weights import (
     plain_name,
     remove_all,
     remove_change,
-    uncompiled,
     weights_of,
 )
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import Reader
+from locogen.models.compilation import uncompiled_module
 from locogen.models.families import check_encoders, denoiser_of, family_of
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
@@ -237,8 +237,8 @@ def undo_all(pipe: Any, *, overwrite: bool = False) -> None:
     denoiser = denoiser_of(pipe)
     if not remove_all(denoiser, overwrite=overwrite):
         warnings.warn(
-            f"no edit is applied to this {type(uncompiled(denoiser)).__name__}: there was nothing to undo (a copy of "
-            "an edited model keeps the edit; load the model again)",
+            f"no edit is applied to this {type(uncompiled_module(denoiser)).__name__}: there was nothing "
+            "to undo (a copy of an edited model keeps the edit; load the model again)",
             stacklevel=2,
         )
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.editing.closed_form import doubled
 from locogen.errors import LocogenError
+from locogen.models.compilation import uncompiled_module
 from locogen.models.offload import kept
 
 if TYPE_CHECKING:
@@ -79,11 +80,6 @@ class _State:
 _STATES: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
 
 
-def uncompiled(module: Any) -> Any:
-    """The module itself where `torch.compile` has wrapped it: both share their weights."""
-    return getattr(module, COMPILED, module)
-
-
 def plain_name(name: str) -> str:
     """The name of a parameter or module without what `torch.compile` adds to it."""
     return ".".join(part for part in name.split(".") if part != COMPILED)
@@ -142,7 +138,8 @@ def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
         place = _place(denoiser, name)
         if place is None:
             raise LocogenError(
-                f"{type(uncompiled(denoiser)).__name__} has no {name}: the edit was made for another model; refit it"
+                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made for another "
+                "model; refit it"
             )
         if place.carries_lora:
             raise LocogenError(
@@ -209,7 +206,7 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
     """
     if not math.isfinite(strength):
         raise LocogenError(f"strength is {strength}: give a finite number")
-    denoiser = uncompiled(denoiser)
+    denoiser = uncompiled_module(denoiser)
     state = _STATES.get(denoiser, _State())
     if is_applied(denoiser, change):
         raise LocogenError(f"the edit of {change.name!r} is applied already: undo it first")
@@ -230,7 +227,7 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
 
 def is_applied(denoiser: Any, change: WeightChange) -> bool:
     """Whether the change, or one that is equal to it, is applied."""
-    return any(one.change.key == change.key for one in _STATES.get(uncompiled(denoiser), _State()).applied)
+    return any(one.change.key == change.key for one in _STATES.get(uncompiled_module(denoiser), _State()).applied)
 
 
 def remove_change(denoiser: Any, change: WeightChange) -> None:
@@ -242,7 +239,7 @@ def remove_change(denoiser: Any, change: WeightChange) -> None:
         LocogenError: the change is not applied, one that was applied later was made for its result, or something else
             has changed the weights since.
     """
-    denoiser = uncompiled(denoiser)
+    denoiser = uncompiled_module(denoiser)
     applied = _STATES.get(denoiser, _State()).applied
     place = next((i for i, one in enumerate(applied) if one.change.key == change.key), None)
     if place is None:
@@ -266,7 +263,7 @@ def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
     Raises:
         LocogenError: something else has changed the weights, and `overwrite` is not set.
     """
-    denoiser = uncompiled(denoiser)
+    denoiser = uncompiled_module(denoiser)
     state = _STATES.get(denoiser, _State())
     if state.applied:
         _remove(denoiser, state.originals, (), overwrite=overwrite)

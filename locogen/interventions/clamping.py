@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, before, following, hooked
-from locogen.interventions.prompts import _announced
+from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.models.families import Family, denoiser_of, family_of
+from locogen.models.hooks import Hook, after, before
 from locogen.models.layers import Layer, find_layers
 
 if TYPE_CHECKING:
@@ -105,20 +105,21 @@ def clamp(
     if not chosen:
         yield
         return
-    denoiser = denoiser_of(pipe, family)
-    means = [fill.cpu().double().numpy().tobytes() for fill in fills.values() if fill is not None]
-    told = repr((scale, moments, sorted(chosen.items()), hashlib.sha256(b"".join(means)).hexdigest()[:16]))
-    with following(pipe, family) as call:
-        clock = _Clock(call, layers, modules, moments)
-        hooks: list[tuple[Any, Any]] = [
-            (before(denoiser), clock.before),
-            (denoiser.register_forward_hook, clock.after),
-        ]
+
+    def hooks_for(call: Call) -> list[Hook]:
+        clock = _Clock(call, moments)
+        hooks = [before(denoiser_of(pipe, family), clock.note_step, "the denoiser")]
         for place, module in modules.items():
-            hook = _clamped(layers[place[0]], place, chosen[place], scale, fills[place], clock)
-            hooks.append((module.register_forward_hook, hook))
-        with hooked(hooks), _announced(pipe, family, f"clamp {told}"):
-            yield
+            layer = layers[place[0]]
+            change = _clamped(layer, place, chosen[place], scale, fills[place], clock)
+            label = f"to_{place[1]} of layer {layer.index} ({layer.name})"
+            hooks.append(after(module, change, label))
+        return hooks
+
+    means = [fill.cpu().double().numpy().tobytes() for fill in fills.values() if fill is not None]
+    digest = hashlib.sha256(b"".join(means)).hexdigest()[:16]
+    with on_denoiser(pipe, hooks_for, f"clamp {(scale, moments, sorted(chosen.items()), digest)!r}"):
+        yield
 
 
 def _scale(to: Any) -> float | None:
@@ -169,34 +170,20 @@ def _fill(selection: Selection, place: Place, scale: float | None) -> Tensor | N
 
 @dataclass(eq=False)
 class _Clock:
-    """Knows at each call of the denoiser whether its step is among the chosen ones, and who was called in it."""
+    """Knows at each call of the denoiser whether its step is among the chosen ones."""
 
     call: Call
-    layers: tuple[Layer, ...]
-    modules: Mapping[Place, Any]
     steps: tuple[int, ...] | None
     holds: bool = True
-    called: set[Place] = field(default_factory=set)
 
-    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """A pre-hook for the denoiser."""
-        self.called.clear()
-        for (index, name), matrix in self.modules.items():
-            if self.call.family.matrices(self.layers[index].module)[name] is not matrix:
-                raise LocogenError(f"to_{name} of layer {index} was exchanged while clamped: load LoRA before clamp")
-        if self.steps is not None:
-            last = len(self.call.timesteps()) - 1
-            if self.steps and self.steps[-1] > last:
-                raise LocogenError(f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}")
-            self.holds = self.call.step() in self.steps
-
-    def after(self, module: Any, args: Any, output: Any) -> None:
-        """A hook for the denoiser: a matrix that was not called would otherwise stay as it is, and nobody know."""
-        for index, name in sorted(set(self.modules) - self.called):
-            raise LocogenError(
-                f"to_{name} of layer {index} ({self.layers[index].name}) is not called, so it cannot be clamped: "
-                "where projections are fused, call pipe.unfuse_qkv_projections() first"
-            )
+        if self.steps is None:
+            return
+        last = len(self.call.timesteps()) - 1
+        if self.steps and self.steps[-1] > last:
+            raise LocogenError(f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}")
+        self.holds = self.call.step() in self.steps
 
 
 def _clamped(
@@ -209,9 +196,9 @@ def _clamped(
 ) -> Any:
     """A hook that changes some channels, in the conditional rows and text tokens of one matrix' output."""
 
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
-        clock.called.add(place)
-        call, tokens = clock.call, clock.call.states.shape[1]
+    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        call = clock.call
+        tokens = call.states.shape[1]
         if not clock.holds or not call.rows:
             return None
         if fill is not None and len(fill) != tokens:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import hooked
-from locogen.interventions.prompts import _announced
+from locogen.interventions.denoiser_calls import announced
+from locogen.interventions.encoding import on_text_encoders
 from locogen.interventions.states import find_text_states
-from locogen.models.families import encode, family_of, text_encoders
+from locogen.models.families import encode, text_encoders
+from locogen.models.hooks import Hook, after
 from locogen.models.offload import weight_of
 
 if TYPE_CHECKING:
@@ -64,29 +65,32 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
     """
     from torch.nn import Embedding
 
-    states, family = find_text_states(pipe), family_of(pipe)
+    states = find_text_states(pipe)
     if any(not 0 <= place < len(states) for row in rows for place, _ in row):
         raise LocogenError(f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}")
     tokens = encode(pipe, [""]).states.shape[1]
-    hooks: list[tuple[Any, Any]] = []
-    for name, encoder in text_encoders(pipe).items():
-        weight = weight_of(encoder.get_input_embeddings(), f"{name}'s embeddings")
+    hooks: list[Hook] = []
+    for part, encoder in text_encoders(pipe).items():
+        weight = weight_of(encoder.get_input_embeddings(), f"{part}'s embeddings")
         for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
             # Compared by memory: sequential offload gives each module a stand-in of its own.
-            if isinstance(module, Embedding) and weight_of(module, name).data_ptr() == weight.data_ptr():
-                hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows), tokens)))
+            if isinstance(module, Embedding) and weight_of(module, part).data_ptr() == weight.data_ptr():
+                change = _noisy(noise, weight, 1 + len(rows), tokens)
+                hooks.append(after(module, change, f"the token embedding of {part}"))
     for place, state in enumerate(states):
         cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]
         if cells:
-            hooks.append((state.module.register_forward_hook, _cleaned(cells, tokens)))
-    with hooked(hooks), _announced(pipe, family, f"corrupting {noise} {list(rows)}"):
+            label = f"{state.part} {state.index} ({state.name})"
+            hooks.append(after(state.module, _cleaned(cells, tokens), label))
+    label = f"corrupting {noise} {list(rows)}"
+    with on_text_encoders(pipe, text_encoders(pipe), hooks), announced(pipe, label):
         yield
 
 
 def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
     drawn = noise.drawn(weight)
 
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if len(output) != count:
             raise LocogenError(f"{len(output)} prompts are encoded within corrupting, which was given {count - 1} rows")
         ahead = output.shape[1] - tokens
@@ -100,7 +104,7 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
 def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
     """A hook that copies what the first row puts out at some tokens into other rows."""
 
-    def hook(module: Any, args: Any, output: Any) -> Any:
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         states = output[0] if isinstance(output, tuple) else output  # attention puts out its weights as well
         rows, places = (list(side) for side in zip(*cells, strict=True))
         tokens = [states.shape[1] - count + place for place in places]

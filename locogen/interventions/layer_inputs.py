@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import before, following, hooked
+from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.models.denoisers import same
 from locogen.models.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_positions
+from locogen.models.hooks import Hook, before
 from locogen.models.layers import Layer
 from locogen.models.offload import stands_on
 
@@ -73,25 +74,24 @@ class Reader:
 
         text, negative = encode_guided(self.pipe, [prompt])
         found: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
-        with following(self.pipe, self.family) as call:
 
-            def note(layer: Layer) -> Any:
-                def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-                    rows = args[0][list(call.rows), : call.states.shape[1]]
-                    found[layer.index].extend(rows.detach().cpu().double())
+        def noting(call: Call, layer: Layer) -> Hook:
+            def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+                rows = args[0][list(call.rows), : call.states.shape[1]]
+                found[layer.index].extend(rows.detach().cpu().double())
 
-                return hook
+            keys = self.family.matrices(layer.module)["k"]
+            return before(keys, note, f"to_k of layer {layer.index} ({layer.name})")
 
-            keys = [(layer, self.family.matrices(layer.module)["k"]) for layer in self.layers]
-            with hooked([(before(matrix), note(layer)) for layer, matrix in keys]):
-                self.pipe(
-                    **self.family.options(self.pipe),
-                    **text.arguments(),
-                    **({} if negative is None else negative.arguments("negative_")),
-                    generator=torch.Generator("cpu").manual_seed(0),
-                    num_inference_steps=STEPS,
-                    output_type="latent",
-                )
+        with on_denoiser(self.pipe, lambda call: [noting(call, one) for one in self.layers]):
+            self.pipe(
+                **self.family.options(self.pipe),
+                **text.arguments(),
+                **({} if negative is None else negative.arguments("negative_")),
+                generator=torch.Generator("cpu").manual_seed(0),
+                num_inference_steps=STEPS,
+                output_type="latent",
+            )
         return {index: torch.stack(states).mean(0) for index, states in found.items()}
 
     def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:

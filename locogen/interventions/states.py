@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, before, following, hooked
-from locogen.interventions.prompts import _announced
+from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.models.families import denoiser_of, encode, family_of, text_encoders
+from locogen.models.hooks import Hook, after, observed_calls
 from locogen.models.offload import taken_back
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ _TEXT_BLOCKS = {  # what CLIP and T5 call them in transformers
 }
 
 
-_FOUND: WeakKeyDictionary[Any, tuple[State, ...]] = WeakKeyDictionary()  # by denoiser, or first text encoder
-
-
 @dataclass(frozen=True)
 class State:
     """What one module puts out: the `index`-th of its `part` in execution order, `name` its path."""
@@ -42,6 +39,17 @@ class State:
     module: Any = field(repr=False, compare=False)
 
 
+@dataclass(frozen=True, eq=False)
+class _Remembered:
+    """The states of a model, and the modules among which they were looked for, with their names."""
+
+    candidates: Mapping[Any, str]
+    states: tuple[State, ...]
+
+
+_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()  # by denoiser, or first text encoder
+
+
 def find_states(pipe: Any) -> tuple[State, ...]:
     """The denoiser's states, all parts in one observed execution order; `index` counts within the part.
 
@@ -50,15 +58,17 @@ def find_states(pipe: Any) -> tuple[State, ...]:
     """
     family = family_of(pipe)
     denoiser = denoiser_of(pipe, family)
-    if denoiser in _FOUND:
-        return _FOUND[denoiser]
-    modules = {module: name for name, module in denoiser.named_modules() if _is_part(module)}
-    with taken_back(denoiser):
-        found = _observed(modules, lambda: denoiser(**family.dummy_inputs(denoiser)), _denoiser_part)
-    if not found:
+    candidates = {module: name for name, module in denoiser.named_modules() if _is_part(module)}
+    states = _remembered(denoiser, candidates)
+    if states is None:
+        with taken_back(denoiser):
+            calls = observed_calls(denoiser, candidates, lambda: denoiser(**family.dummy_inputs(denoiser)))
+        parts = {module: _denoiser_part(module, kwargs) for module, kwargs in calls.items()}
+        states = _numbered(parts, candidates)
+    if not states:
         raise LocogenError(f"{type(denoiser).__name__} has no part that causal tracing knows: {DENOISER_PARTS}")
-    _FOUND[denoiser] = found
-    return found
+    _REMEMBERED[denoiser] = _Remembered(candidates, states)
+    return states
 
 
 def find_text_states(pipe: Any) -> tuple[State, ...]:
@@ -68,19 +78,47 @@ def find_text_states(pipe: Any) -> tuple[State, ...]:
     """
     encoders = text_encoders(pipe)
     first = next(iter(encoders.values()))
-    if first in _FOUND:
-        return _FOUND[first]
-    modules = {
+    candidates = {
         module: f"{part}.{name}"
         for part, encoder in encoders.items()
         for name, module in encoder.named_modules()
         if name.rpartition(".")[2] in _TEXT_BLOCKS
     }
-    found = _observed(modules, lambda: encode(pipe, [""]), lambda name, *_: _TEXT_BLOCKS[name.rpartition(".")[2]])
-    if not found:
+    states = _remembered(first, candidates)
+    if states is None:
+        calls = _observed_in_encoders(list(encoders.values()), candidates, pipe)
+        parts = {module: _TEXT_BLOCKS[candidates[module].rpartition(".")[2]] for module in calls}
+        states = _numbered(parts, candidates)
+    if not states:
         raise LocogenError("the text encoder has no self-attention and MLP that causal tracing knows (CLIP, T5)")
-    _FOUND[first] = found
-    return found
+    _REMEMBERED[first] = _Remembered(candidates, states)
+    return states
+
+
+def _observed_in_encoders(encoders: Sequence[Any], candidates: Iterable[Any], pipe: Any) -> list[Any]:
+    """The modules of all encoders in the order in which encoding a prompt calls them."""
+    import torch
+
+    together = torch.nn.ModuleList(encoders)
+    return list(observed_calls(together, candidates, lambda: encode(pipe, [""])))
+
+
+def _remembered(model: Any, candidates: Mapping[Any, str]) -> tuple[State, ...] | None:
+    """States that were observed before, unless a module was exchanged since."""
+    remembered = _REMEMBERED.get(model)
+    if remembered is None or remembered.candidates != candidates:
+        return None
+    return remembered.states
+
+
+def _numbered(parts: Mapping[Any, str], names: Mapping[Any, str]) -> tuple[State, ...]:
+    """States of modules in the order in which they were called, each with its place among its part's."""
+    counts: Counter[str] = Counter()
+    states = []
+    for module, part in parts.items():
+        states.append(State(part, counts[part], names[module], module))
+        counts[part] += 1
+    return tuple(states)
 
 
 def check_apart(pipe: Any, what: str) -> None:
@@ -97,28 +135,10 @@ def _is_part(module: Any) -> bool:
     return type(module).__name__ in _BLOCKS or (hasattr(module, "to_k") and hasattr(module, "to_v"))
 
 
-def _denoiser_part(name: str, module: Any, kwargs: dict[str, Any]) -> str:
-    attention = "self-attention" if kwargs.get("encoder_hidden_states") is None else "cross-attention"
+def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
+    hears_itself = kwargs.get("encoder_hidden_states") is None
+    attention = "self-attention" if hears_itself else "cross-attention"
     return _BLOCKS.get(type(module).__name__, attention)
-
-
-def _observed(modules: dict[Any, str], call: Any, part_of: Any) -> tuple[State, ...]:
-    """States of the modules in the order in which `call` runs them."""
-    import torch
-
-    called: dict[Any, str] = {}
-
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        called.setdefault(module, part_of(modules[module], module, kwargs))
-
-    with hooked([(before(module), note) for module in modules]), torch.no_grad():
-        call()
-    counts: Counter[str] = Counter()
-    states = []
-    for module, part in called.items():
-        states.append(State(part, counts[part], modules[module], module))
-        counts[part] += 1
-    return tuple(states)
 
 
 @contextmanager
@@ -131,24 +151,30 @@ def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterato
 
     Raises `LocogenError` for states or rows that are not there, and for a call with another number of rows.
     """
-    family, states, count = family_of(pipe), find_states(pipe), len(rows)
-    for source, chosen in rows:
-        if not 0 <= source < count or any(not 0 <= s < len(states) for s in chosen):
-            raise LocogenError(f"row {source} or states {chosen} are not there: {count} rows, {len(states)} states")
-    with following(pipe, family) as call:
-        hooks: list[tuple[Any, Any]] = []
+    states = find_states(pipe)
+    count = len(rows)
+    for source, restored in rows:
+        beyond = [place for place in restored if not 0 <= place < len(states)]
+        if beyond or not 0 <= source < count:
+            raise LocogenError(f"row {source} or states {restored} are not there: {count} rows, {len(states)} states")
+
+    def hooks_for(call: Call) -> list[Hook]:
+        hooks = []
         for place, state in enumerate(states):
-            pairs = [(i, source) for i, (source, chosen) in enumerate(rows) if place in chosen]
+            pairs = [(i, source) for i, (source, restored) in enumerate(rows) if place in restored]
             if pairs:
-                hooks.append((state.module.register_forward_hook, _copying(state, pairs, count, call)))
-        with hooked(hooks), _announced(pipe, family, f"restoring {list(rows)}"):
-            yield
+                label = f"{state.part} {state.index} ({state.name})"
+                hooks.append(after(state.module, _copying(state, pairs, count, call), label))
+        return hooks
+
+    with on_denoiser(pipe, hooks_for, f"restoring {list(rows)}"):
+        yield
 
 
 def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: Call) -> Any:
     """A hook that puts one row's output in the place of another's, among the conditional rows."""
 
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
+    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         import torch
 
         if not call.rows:
@@ -157,7 +183,9 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
             raise LocogenError(
                 f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline with one prompt a row"
             )
-        into, source = (torch.tensor(side, device=output.device) + call.rows.start for side in zip(*pairs, strict=True))
-        return output.index_copy(0, into, output[source])
+        first = call.rows.start
+        into = torch.tensor([first + row for row, _ in pairs], device=output.device)
+        sources = torch.tensor([first + row for _, row in pairs], device=output.device)
+        return output.index_copy(0, into, output[sources])
 
     return hook

@@ -11,12 +11,12 @@ import numpy as np
 from locogen import stats
 from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, following, hooked
-from locogen.interventions.prompts import _announced
+from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.states import check_apart
 from locogen.localization.effects import _estimates
 from locogen.localization.localize import _source
 from locogen.models.families import family_of, subject_positions
+from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import subject_in
 from locogen.pictures.batches import Texts, called, halved
@@ -92,20 +92,21 @@ def listening(pipe: Any, tokens: Sequence[tuple[int, ...]]) -> Iterator[dict[int
     run again with the values of all tokens but one set to zero: what it then puts out beyond its output for no values
     at all is that token's part, whatever the attention's processor. The pictures stay as they are.
     """
-    family, layers = family_of(pipe), find_layers(pipe)
-    said: dict[int, list[Any]] = {layer.index: [] for layer in layers}
-    with following(pipe, family) as call:
-        hooks: list[tuple[Any, Any]] = []
+    family = family_of(pipe)
+    layers = find_layers(pipe)
+    contributions: dict[int, list[Any]] = {layer.index: [] for layer in layers}
+
+    def hooks_for(call: Call) -> list[Hook]:
+        hooks = []
         for layer in layers:
-            ear = _Ear(layer, tokens, said[layer.index], call)
-            hooks.append((family.matrices(layer.module)["v"].register_forward_hook, ear.silence()))
-            hooks.append((_after(layer.module), ear.listen()))
-        with hooked(hooks), _announced(pipe, family, "listening"):
-            yield said
+            ear = _Ear(layer, tokens, contributions[layer.index], call)
+            named = f"layer {layer.index} ({layer.name})"
+            hooks.append(after(family.matrices(layer.module)["v"], ear.silence(), f"to_v of {named}"))
+            hooks.append(after(layer.module, ear.listen(), named))
+        return hooks
 
-
-def _after(module: Any) -> Any:
-    return lambda hook: module.register_forward_hook(hook, with_kwargs=True)
+    with on_denoiser(pipe, hooks_for, "listening"):
+        yield contributions
 
 
 class _Ear:
@@ -120,7 +121,7 @@ class _Ear:
     def silence(self) -> Any:
         """A hook for the value matrix."""
 
-        def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
+        def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             if self.kept is None:
                 return None
             self.called = True

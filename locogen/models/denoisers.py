@@ -5,10 +5,11 @@ Small functions that `families.FAMILIES` puts together; none asks which pipeline
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError, UnsupportedModel
+from locogen.models.hooks import Hook, before
 from locogen.models.offload import computes_on
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from locogen.models.text import Text
 
 Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor that the denoiser is called with
-Hook = tuple[Callable[..., Any], Callable[..., Any]]  # what registers a hook, and the hook
+POOLED = "the pooled text"  # what messages call the path by which text enters beside the layers
 
 
 def same(denoiser: Any, states: Tensor) -> Tensor:
@@ -102,10 +103,11 @@ def added_text(denoiser: Any, change: Change) -> list[Hook]:
     """SD-XL is told the pooled vector beside the size."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        told = kwargs["added_cond_kwargs"]
-        return args, {**kwargs, "added_cond_kwargs": {**told, "text_embeds": change(told["text_embeds"])}}
+        conditions = kwargs["added_cond_kwargs"]
+        changed = {**conditions, "text_embeds": change(conditions["text_embeds"])}
+        return args, {**kwargs, "added_cond_kwargs": changed}
 
-    return [(_before(denoiser), hook)]
+    return [before(denoiser, hook, POOLED)]
 
 
 def pooled_projections(denoiser: Any, change: Change) -> list[Hook]:
@@ -114,7 +116,7 @@ def pooled_projections(denoiser: Any, change: Change) -> list[Hook]:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "pooled_projections": change(kwargs["pooled_projections"])}
 
-    return [(_before(denoiser), hook)]
+    return [before(denoiser, hook, POOLED)]
 
 
 def pooled_inside(unet: Any, change: Change) -> list[Hook]:
@@ -123,11 +125,16 @@ def pooled_inside(unet: Any, change: Change) -> list[Hook]:
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return (change(args[0]), *args[1:]), kwargs
 
-    return [(_before(unet.add_embedding), hook)]
+    return [before(unet.add_embedding, hook, POOLED)]
 
 
-def _before(module: Any) -> Callable[..., Any]:
-    return lambda hook: module.register_forward_pre_hook(hook, with_kwargs=True)
+def skipped_blocks(call: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the blocks that a call of the denoiser leaves out by itself: SD 3's guidance by skipped layers.
+
+    Args:
+        call: The keyword arguments of the call.
+    """
+    return tuple(f"transformer_blocks.{index}." for index in call.get("skip_layers") or ())
 
 
 def projected(unet: Any, states: Tensor) -> Tensor:

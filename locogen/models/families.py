@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models import denoisers, text as texts
-from locogen.models.denoisers import Change, Hook
+from locogen.models.compilation import uncompiled_module
+from locogen.models.denoisers import Change
+from locogen.models.hooks import Hook
 from locogen.models.offload import taken_back
 from locogen.models.text import Encoded, Spoken, Text
 
@@ -67,6 +69,7 @@ class Family:
     spoken: Callable[[Any, str], tuple[Spoken, ...]]
     reader: Callable[[Any], tuple[Any, int]]
     matrices: Callable[[Any], Mapping[str, Any]]
+    text_of: Callable[[tuple[Any, ...]], Text] = texts.states_of
     spelled: Callable[[str], str] = str
     heard: Callable[[Any, Tensor], Tensor] = denoisers.same
     read: Callable[[Any, Tensor], Tensor] = denoisers.same
@@ -122,6 +125,7 @@ _PIXART = replace(
     built_as=denoisers.built_as("PixArtTransformer2DModel"),
     dummy_inputs=denoisers.caption_inputs,
     encode=texts.encode_masked,
+    text_of=texts.masked_states_of,
     spelled=_lowered,
     spoken=_t5("tokenizer", 120),
     reader=_reader("tokenizer", 120),
@@ -137,6 +141,7 @@ _SD3 = replace(
     built_as=denoisers.built_as("SD3Transformer2DModel"),
     dummy_inputs=denoisers.joint_inputs,
     encode=texts.encode_sd3,
+    text_of=texts.pooled_states_of,
     spoken=texts.spoken_sd3,
     reader=_sd3_reader,
     matrices=denoisers.added_keys_and_values,
@@ -155,6 +160,7 @@ FAMILIES: dict[str, Family] = {
         name="SD-XL",
         built_as=denoisers.unet_with("text_time"),
         encode=texts.encode_sdxl,
+        text_of=texts.pooled_states_of,
         pooled=denoisers.added_text,
         entry="add_embedding.linear_1",
         entry_reads=denoisers.pooled_entry,
@@ -181,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         name="FLUX.1",
         built_as=denoisers.built_as("FluxTransformer2DModel"),
         encode=texts.encode_flux,
+        text_of=texts.flux_states_of,
         spoken=texts.spoken_flux,
         reader=lambda pipe: (pipe.tokenizer_2, texts.flux_limit(pipe)),
         time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
@@ -208,19 +215,22 @@ def family_of(model: Any) -> Family:
     Raises `UnsupportedModel` with the supported pipelines for any other, `LocogenError` for a model whose current
     state (feature cache, IP-Adapter) an intervention cannot see through.
     """
-    family = FAMILIES.get(type(model).__name__)
-    family = family or next((one for one in FAMILIES.values() if one.built_as(model)), None)
+    uncompiled = uncompiled_module(model)
+    family = FAMILIES.get(type(uncompiled).__name__)
+    if family is None:
+        family = next((one for one in FAMILIES.values() if one.built_as(uncompiled)), None)
     if family is None:
         raise UnsupportedModel(
-            f"{type(model).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their denoisers"
+            f"{type(uncompiled).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their denoisers"
         )
     family.check(denoiser_of(model, family))
     return family
 
 
 def denoiser_of(model: Any, family: Family | None = None) -> Any:
-    """The denoiser of a pipeline; a bare denoiser is its own."""
-    return getattr(model, (family or family_of(model)).denoiser, model)
+    """The denoiser of a pipeline, as it was before `torch.compile`; a bare denoiser is its own."""
+    family = family or family_of(model)
+    return uncompiled_module(getattr(model, family.denoiser, model))
 
 
 def check_encoders(pipe: Any) -> None:
@@ -256,7 +266,11 @@ def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
 
 def text_encoders(pipe: Any) -> dict[str, Any]:
     """The pipeline's text encoders by their attribute."""
-    return {name: part for name, part in pipe.components.items() if name.startswith("text_encoder") and part}
+    return {
+        name: uncompiled_module(part)
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and part is not None
+    }
 
 
 def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:

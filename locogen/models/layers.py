@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.models.families import Family, denoiser_of, family_of
+from locogen.models.hooks import observed_calls
 from locogen.models.offload import taken_back
 
 
@@ -24,49 +26,64 @@ class Layer:
     joined: bool = False
 
 
-_FOUND: WeakKeyDictionary[Any, tuple[Layer, ...]] = WeakKeyDictionary()
+@dataclass(frozen=True, eq=False)
+class _Remembered:
+    """The layers of a denoiser, and the modules among which they were looked for, by name."""
+
+    candidates: Mapping[str, Any]
+    layers: tuple[Layer, ...]
+
+
+_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()
 
 
 def _hears_text(module: Any) -> bool:
-    """Whether the module has the matrices that read text: `to_k`, `to_v`, or the added pair of joint attention."""
-    return (hasattr(module, "to_k") and hasattr(module, "to_v")) or hasattr(module, "add_k_proj")
+    """Whether it has the matrices that read text: `to_k`, `to_v`, or joint attention's added pair."""
+    has_keys_and_values = hasattr(module, "to_k") and hasattr(module, "to_v")
+    return has_keys_and_values or hasattr(module, "add_k_proj")
 
 
 def find_layers(model: Any) -> tuple[Layer, ...]:
     """The layers of a pipeline or denoiser that hear text, in observed execution order.
 
     By capability, not by class or name: modules with key and value matrices that a dry run calls with
-    `encoder_hidden_states`, or the only ones of a block that is called so. The dry run is the smallest forward pass;
-    it works on the meta device. Raises `UnsupportedModel` for an unknown family, `LocogenError` if no layer hears text.
+    `encoder_hidden_states`, or the only ones of a block that is called so. The dry run is the smallest
+    forward pass; it works on the meta device, and is repeated when a block was exchanged since.
+
+    Args:
+        model: A pipeline, or its denoiser; compiled or not.
+
+    Returns:
+        The layers, whose `index` is their place in this tuple.
+
+    Raises:
+        UnsupportedModel: The family is unknown.
+        LocogenError: No layer hears text.
     """
     family = family_of(model)
     denoiser = denoiser_of(model, family)
-    if denoiser not in _FOUND:
-        _FOUND[denoiser] = _dry_run(denoiser, family)
-    return _FOUND[denoiser]
+    candidates = {name: part for name, part in denoiser.named_modules() if _hears_text(part)}
+    remembered = _REMEMBERED.get(denoiser)
+    if remembered is None or remembered.candidates != candidates:
+        remembered = _Remembered(candidates, _observed_layers(denoiser, family, candidates))
+        _REMEMBERED[denoiser] = remembered
+    return remembered.layers
 
 
-def _dry_run(denoiser: Any, family: Family) -> tuple[Layer, ...]:
-    import torch
-
-    names = {module: name for name, module in denoiser.named_modules() if _hears_text(module)}
-    blocks = {module: denoiser.get_submodule(name.rpartition(".")[0]) for module, name in names.items()}
-    told: dict[Any, bool] = {}  # module: whether it was called with text, in the order of the calls
-
-    def note(module: Any, args: Any, kwargs: Any) -> None:
-        told.setdefault(module, kwargs.get("encoder_hidden_states") is not None)
-
-    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in {*names, *blocks.values()}]
-    try:
-        with torch.no_grad(), taken_back(denoiser):
-            denoiser(**family.dummy_inputs(denoiser))
-    finally:
-        for handle in handles:
-            handle.remove()
-    alone = {module for module in names if told.get(module)}
-    settled = {blocks[module] for module in alone}
-    joined = {module for module in names if told.get(blocks[module]) and blocks[module] not in settled}
-    called = [module for module in told if module in alone | joined]
-    if not called:
+def _observed_layers(denoiser: Any, family: Family, candidates: Mapping[str, Any]) -> tuple[Layer, ...]:
+    names = {module: name for name, module in candidates.items()}
+    blocks = {module: denoiser.get_submodule(name.rpartition(".")[0]) for name, module in candidates.items()}
+    with taken_back(denoiser):
+        calls = observed_calls(
+            denoiser,
+            [*names, *blocks.values()],
+            lambda: denoiser(**family.dummy_inputs(denoiser)),
+        )
+    with_text = {module for module, kwargs in calls.items() if kwargs.get("encoder_hidden_states") is not None}
+    # Where no attention of a block is called with text, but the block is, its attention hears both.
+    blocks_of_layers = {blocks[module] for module in names if module in with_text}
+    joined = {module for module in names if blocks[module] in with_text and blocks[module] not in blocks_of_layers}
+    in_order = [module for module in calls if module in names and (module in with_text or module in joined)]
+    if not in_order:
         raise LocogenError(f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image model?")
-    return tuple(Layer(index, names[m], m, m in joined) for index, m in enumerate(called))
+    return tuple(Layer(index, names[module], module, module in joined) for index, module in enumerate(in_order))

@@ -76,6 +76,26 @@ class Spoken:
 Encoded = tuple[Text, Text | None]  # the prompts, and the pipeline's own negative for them
 
 
+def states_of(returned: tuple[Any, ...]) -> Text:
+    """The prompts' text among what `encode_prompt` of Stable Diffusion, LCM and IF returns."""
+    return Text(returned[0])
+
+
+def pooled_states_of(returned: tuple[Any, ...]) -> Text:
+    """The prompts' text among what `encode_prompt` of SD-XL and SD 3 returns."""
+    return Text(returned[0], pooled=returned[2])
+
+
+def flux_states_of(returned: tuple[Any, ...]) -> Text:
+    """The prompts' text among what `encode_prompt` of FLUX returns."""
+    return Text(returned[0], pooled=returned[1])
+
+
+def masked_states_of(returned: tuple[Any, ...]) -> Text:
+    """The prompts' text among what `encode_prompt` of PixArt and Sana returns."""
+    return Text(returned[0], mask=returned[1])
+
+
 def encode_sd(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     """CLIP's last hidden states after its final norm."""
     states, negative = pipe.encode_prompt(list(prompts), pipe._execution_device, 1, guided)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen.interventions.denoiser_calls import MARK
+from locogen.models.compilation import is_compiled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,7 +253,8 @@ def is_ours(function: Any) -> bool:
     """Whether a function is locogen's own, put on a model within a context that announces itself."""
     inner = function.func if isinstance(function, functools.partial) else function
     names = getattr(inner, "__globals__", {})
-    return hasattr(function, MARK) or str(names.get("__name__", "")).startswith("locogen.")
+    home = names.get("__name__", type(inner).__module__)
+    return str(home).startswith("locogen.")
 
 
 # --- the parts of a pipeline ---------------------------------------------------------------------
@@ -296,9 +297,10 @@ def describe_pipeline(pipe: Any) -> Description:
     description.add("config", pipe.config)
     private = {name for name in vars(pipe) if name.startswith("_")}
     description.attributes("", pipe, {*pipe.components, *private})
-    for part, module in _modules(pipe):
-        if getattr(module, "_compiled_call_impl", None) is not None:
+    for part, component in pipe.components.items():
+        if hasattr(component, "named_modules") and is_compiled(component):
             description.lines.append(f"{part} is compiled")
+    for part, module in _modules(pipe):
         for name, tensor in module.named_parameters(recurse=False):
             if not tensor.is_contiguous():
                 description.lines.append(f"{part}.{name} has strides {tensor.stride()}")

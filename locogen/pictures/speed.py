@@ -11,8 +11,8 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError
-from locogen.interventions.prompts import _announced, active_contexts
-from locogen.models.families import denoiser_of, family_of
+from locogen.interventions.denoiser_calls import active_contexts, announced
+from locogen.models.families import denoiser_of
 from locogen.models.memory import out_of_memory
 from locogen.pictures.batches import Texts, _batch
 from locogen.plan import Intervention, Settings
@@ -202,7 +202,7 @@ def _done(pipe: Any, way: Way) -> Iterator[None]:
         if way.compiled:
             stack.enter_context(_compiled(denoiser_of(pipe)))
         if way != Way():
-            stack.enter_context(_announced(pipe, family_of(pipe), f"speed {way}"))
+            stack.enter_context(announced(pipe, f"speed {way}", all_pipelines=True))
         yield
 
 

@@ -139,10 +139,13 @@ def test_a_failing_hook_leaves_nothing(pipe):
 
 def test_other_prompts_are_not_taken_for_copies(pipe):
     rows = plan((1,), count=1)
-    with pytest.raises(LocogenError, match="3 different prompts, the plan has 1"), intervene(pipe, rows):
-        pipe(["cat", "dog", "a"], num_inference_steps=1, output_type="np")
+    with (
+        pytest.raises(LocogenError, match=r"prompt 0 of the call is 'dog'.*exactly the plan's prompts"),
+        intervene(pipe, rows),
+    ):
+        pipe(["cat in a", "dog", "a"], num_inference_steps=1, output_type="np")
     with intervene(pipe, rows):  # the twin: three pictures of one prompt are fine
-        pipe(["cat"] * 3, num_inference_steps=1, output_type="np")
+        pipe(["cat in a"] * 3, num_inference_steps=1, output_type="np")
 
 
 def test_models_that_cannot_be_seen_through_are_refused():

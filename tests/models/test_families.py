@@ -199,7 +199,7 @@ def test_masks_are_exchanged_with_the_text(pipes, name, monkeypatch):
     assert not torch.equal(*(encode(pipe, [text]).mask for text in TEXTS[0]))
     own = pictures(pipe, rows, prompts=[row.target for row in rows])
     monkeypatch.setattr(
-        hooks._Told, "_unheard", lambda self, heard: self.call.made.setdefault("no", bias_of(self.call))
+        hooks._Replaced, "_unheard", lambda self, heard: self.call.made.setdefault("no", bias_of(self.call))
     )
     with intervene(pipe, rows):
         assert np.abs(pictures(pipe, rows) - own).max() > 1e-5

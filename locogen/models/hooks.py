@@ -1,0 +1,136 @@
+"""Hooks on modules: registered here alone, acting only on the module that they were registered on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from locogen.errors import LocogenError
+from locogen.models.compilation import running_uncompiled
+
+_dry_run: ContextVar[bool] = ContextVar("a dry run is in progress", default=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """What is to run before or after a module.
+
+    Attributes:
+        module: The module.
+        function: Takes (module, args, kwargs), and the output as a fourth where it runs after the module.
+            Returns the changed (args, kwargs) or output, or None to leave them.
+        label: What error messages call it. Of hooks with one label, one has to fire in each call.
+        runs_after: Whether it runs after the module.
+    """
+
+    module: Any
+    function: Callable[..., Any]
+    label: str
+    runs_after: bool = False
+
+
+def before(module: Any, function: Callable[..., Any], label: str) -> Hook:
+    """A hook that runs before the module: see `Hook`."""
+    return Hook(module, function, label)
+
+
+def after(module: Any, function: Callable[..., Any], label: str) -> Hook:
+    """A hook that runs after the module: see `Hook`."""
+    return Hook(module, function, label, runs_after=True)
+
+
+class Registered:
+    """What stands in a module's table of hooks; a copy of it acts on nothing."""
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+
+    def __call__(self, module: Any, *call: Any) -> Any:
+        """Run the hook; raises `LocogenError` for a module that is not its own."""
+        if module is not self.hook.module:
+            raise LocogenError(_copied(self.hook.label))
+        return self.hook.function(module, *call)
+
+    def __reduce__(self) -> Any:
+        """Of a copied or pickled module: the copy is not locogen's, and `foreign_hooks` names it."""
+        return CopiedHook, (self.hook.label,)
+
+
+class CopiedHook:
+    """What stands in the table of hooks of a module that was copied while a context was open."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def __call__(self, *call: Any) -> Any:
+        """Raises `LocogenError`, always."""
+        raise LocogenError(_copied(self.label))
+
+
+def _copied(label: str) -> str:
+    return (
+        f"the hook on {label} was copied together with its model, within a locogen context: leave the context "
+        "before you copy the pipeline"
+    )
+
+
+@contextmanager
+def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Within the context, the hooks are in force.
+
+    Args:
+        hooks: Those of one module fire in the order in which they are listed.
+    """
+    handles = []
+    try:
+        for hook in hooks:
+            handles.append(_register(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _register(hook: Hook) -> Any:
+    if hook.runs_after:
+        return hook.module.register_forward_hook(Registered(hook), with_kwargs=True)
+    return hook.module.register_forward_pre_hook(Registered(hook), with_kwargs=True)
+
+
+def observed_calls(model: Any, modules: Iterable[Any], run: Callable[[], Any]) -> Mapping[Any, Mapping[str, Any]]:
+    """The modules that a dry run calls, in the order of their first calls, each with its keyword arguments.
+
+    Contexts that are open on the model let a dry run pass.
+
+    Args:
+        model: The denoiser or encoder that contains the modules.
+        modules: The modules to observe.
+        run: The dry run. It computes no gradients.
+    """
+    import torch
+
+    thread = threading.get_ident()
+    calls: dict[Any, Mapping[str, Any]] = {}
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:  # another thread may use the same model
+            calls.setdefault(module, kwargs)
+
+    hooks = [before(module, note, "a module of a dry run") for module in dict.fromkeys(modules)]
+    with running_uncompiled(model, [hook.module for hook in hooks]), hooked(hooks):
+        earlier = _dry_run.set(True)
+        try:
+            with torch.no_grad():
+                run()
+        finally:
+            _dry_run.reset(earlier)
+    return calls
+
+
+def is_dry_run() -> bool:
+    """Whether `observed_calls` is running a model now, in this thread."""
+    return _dry_run.get()
