@@ -31,11 +31,12 @@ class Call:
     family: Family
     given: dict[str, Any] = field(default_factory=dict)  # the denoiser's arguments
     rows: range = range(0)  # the conditional rows
-    made: dict[str, Tensor] = field(default_factory=dict)  # what was computed once for this call
+    made: dict[str, Any] = field(default_factory=dict)  # what was computed once for this call
     _encoded: list[Tensor] = field(default_factory=list)
     _prompts: Tensor | None = None
     _others: list[Tensor] = field(default_factory=list)
     _timestep: Any = None
+    _timesteps: tuple[Any, list[float]] | None = None  # the scheduler's tensor, and what it holds
 
     @property
     def states(self) -> Tensor:
@@ -52,6 +53,12 @@ class Call:
 
         Raises `LocogenError` for a timestep that is none of the scheduler's.
         """
+        # Asked by each hook and for each row, and reading a number off a device waits for it.
+        if "step" not in self.made:
+            self.made["step"] = self._observed_step()
+        return self.made["step"]
+
+    def _observed_step(self) -> int:
         now = self.family.time(self.pipe, self._timestep)
         now = float(now.flatten()[0]) if hasattr(now, "flatten") else float(now)
         near = min(enumerate(self.timesteps()), key=lambda known: abs(known[1] - now))
@@ -63,7 +70,10 @@ class Call:
 
     def timesteps(self) -> list[float]:
         """The scheduler's distinct timesteps, in order."""
-        return list(dict.fromkeys(self.pipe.scheduler.timesteps.tolist()))
+        tensor = self.pipe.scheduler.timesteps
+        if self._timesteps is None or self._timesteps[0] is not tensor:  # read once a call of the pipeline
+            self._timesteps = (tensor, list(dict.fromkeys(tensor.tolist())))
+        return self._timesteps[1]
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call of the denoiser."""

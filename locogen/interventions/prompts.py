@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import MARK, Call, before, following, hooked
+from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, encode, family_of
 from locogen.models.layers import Layer, find_layers
 from locogen.plan import Intervention, riders
@@ -128,12 +129,10 @@ class _Exchange:
 
     def places(self, chosen: Sequence[int]) -> Tensor:
         """Where rows of the plan stand in the call, all pictures of each."""
-        import torch
-
         rows = self.call.rows
         each = len(rows) // len(self.plan)
         found = [rows.start + i * each + k for i in chosen for k in range(each)]
-        return torch.tensor(found, device=self.call.states.device)
+        return index_on(self.call.states.device, found)
 
 
 class _Told(_Exchange):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, before, following, hooked
+from locogen.interventions.indices import index_on
 from locogen.interventions.prompts import _announced
 from locogen.models.families import denoiser_of, encode, family_of
 
@@ -152,15 +153,15 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
     """A hook that puts one row's output in the place of another's, among the conditional rows."""
 
     def hook(module: Any, args: Any, output: Tensor) -> Tensor | None:
-        import torch
-
         if not call.rows:
             return None
         if len(call.rows) != count or len(output) != call.rows.stop:
             raise LocogenError(
                 f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline with one prompt a row"
             )
-        into, source = (torch.tensor(side, device=output.device) + call.rows.start for side in zip(*pairs, strict=True))
-        return output.index_copy(0, into, output[source])
+        first = call.rows.start
+        into = index_on(output.device, [first + row for row, _ in pairs])
+        sources = index_on(output.device, [first + row for _, row in pairs])
+        return output.index_copy(0, into, output[sources])
 
     return hook
