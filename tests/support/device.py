@@ -212,9 +212,7 @@ class PretendedDevice(TorchFunctionMode):
         options.update(zip(("non_blocking", "copy"), values, strict=False))
         return device, options
 
-    def _check(
-        self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], there: list[Tensor]
-    ) -> None:
+    def _check(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], there: list[Tensor]) -> None:
         """Raise what torch raises, where a device would refuse the call."""
         if there and func in TO_NUMPY:
             raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
