@@ -264,6 +264,21 @@ def test_edits_and_texts_of_another_device_are_brought_along():
             pictures(pipe, plan)
 
 
+@pytest.mark.parametrize("name", ["if", pytest.param("sd", marks=pytest.mark.slow)])
+def test_weights_that_are_brought_layer_by_layer(name, tmp_path):
+    """With sequential offload parameters stand nowhere: the scorer goes where the pipeline computes."""
+    pipe = tiny.FAMILIES[name]()
+    with pretended():
+        pipe.enable_sequential_cpu_offload(device="cuda")
+        assert pipe.device.type == "meta"
+        options = SCORED | {"scorer": "mini", "num_inference_steps": 2}
+        localize(pipe, CONCEPT, window=len(find_layers(pipe)), **options)
+        edit = fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
+        evaluate(pipe, {"edit": edit}, [Probe("efficacy", "a cat in b", "a", ("a", "b"))], **options)
+        causal_trace(pipe, CONCEPT, parts=("text MLP",), **SCORED)
+        listened(pipe)
+
+
 # --- waits -----------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,7 @@ def evaluate(
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
     model = str(getattr(pipe.config, "_name_or_path", "") or "")
-    drawn, judge = distinct_seeds(seeds), _judge(scorer, model, pipe.device.type)
+    drawn, judge = distinct_seeds(seeds), _judge(scorer, model, pipe._execution_device.type)
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     rows = {(p, s): i for i, (p, s) in enumerate((p, s) for p in prompts for s in drawn)}
     index = [(probe, s, rows[probe.prompt, s]) for probe in probes for s in drawn]

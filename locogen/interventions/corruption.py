@@ -13,6 +13,7 @@ from locogen.interventions.denoiser_calls import hooked
 from locogen.interventions.prompts import _announced
 from locogen.interventions.states import find_text_states, text_encoders
 from locogen.models.families import encode, family_of
+from locogen.models.offload import kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,10 +68,13 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
     tokens = encode(pipe, [""]).states.shape[1]
     hooks: list[tuple[Any, Any]] = []
     for encoder in text_encoders(pipe).values():
-        weight = encoder.get_input_embeddings().weight
+        embedding = encoder.get_input_embeddings()
+        weight = embedding.weight
+        # Sequential offload leaves no values in the module.
+        values = kept(embedding, "weight", "the token embeddings") if weight.is_meta else weight
         for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
             if getattr(module, "weight", None) is weight:
-                hooks.append((module.register_forward_hook, _noisy(noise, weight, 1 + len(rows), tokens)))
+                hooks.append((module.register_forward_hook, _noisy(noise, values, 1 + len(rows), tokens)))
     for place, state in enumerate(states):
         cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]
         if cells:

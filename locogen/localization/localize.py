@@ -111,7 +111,7 @@ def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
 
     if chosen is None:
         chosen = default_scorer(_source(pipe))
-    return scorer(chosen, device=pipe.device.type) if isinstance(chosen, str) else chosen
+    return scorer(chosen, device=pipe._execution_device.type) if isinstance(chosen, str) else chosen
 
 
 def _source(pipe: Any) -> str:
