@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before
 from locogen.models.layers import Layer, find_layers
@@ -197,6 +198,7 @@ def _clamped(
     """A hook that changes some channels, in the conditional rows and text tokens of one matrix' output."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        nonlocal fill
         call = clock.call
         tokens = call.states.shape[1]
         if not clock.holds or not call.rows:
@@ -208,9 +210,10 @@ def _clamped(
             )
         changed = output.clone()
         rows = changed[call.rows.start :, : tokens if layer.joined else None]
-        chosen = list(channels)
+        chosen = index_on(output.device, channels)
         if fill is not None:
-            rows[..., chosen] = fill.to(rows)
+            fill = fill.to(rows.device)  # kept there for the steps to come
+            rows[..., chosen] = fill.to(rows.dtype)
         else:
             rows[..., chosen] = rows[..., chosen] * scale if scale else 0.0
         return changed

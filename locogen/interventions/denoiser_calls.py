@@ -25,6 +25,15 @@ REMEDY = (
 )
 
 
+@dataclass(frozen=True, eq=False)
+class _Schedule:
+    """What a scheduler says of a call of the pipeline: its timesteps, and the denoising step that each belongs to."""
+
+    tensor: Any
+    timesteps: list[float]
+    steps: list[int]
+
+
 @dataclass(eq=False)
 class Call:
     """Follows a pipeline: what its encoder returned tells which rows of the denoiser's call are conditional.
@@ -51,6 +60,7 @@ class Call:
     _encoded: list[Encoding] = field(default_factory=list)
     _others: list[Encoding] = field(default_factory=list)
     _timestep: Any = None
+    _read: _Schedule | None = None
     _step: tuple[Any, Any, int] | None = None  # the last step that was looked up, and the call that it was for
 
     @property
@@ -83,23 +93,28 @@ class Call:
             LocogenError: For a timestep that is none of the scheduler's.
         """
         if self._step is None or self._step[0] is not self.made or self._step[1] is not self._timestep:
-            step = steps_of_calls(self.pipe.scheduler)[self._position()]
+            step = self._schedule().steps[self._position()]
             self._step = (self.made, self._timestep, step)
         return self._step[2]
 
     def timesteps(self) -> list[float]:
         """The timesteps at which the denoising steps begin, one a step, in order."""
+        schedule = self._schedule()
+        first_calls = [schedule.steps.index(step) for step in range(schedule.steps[-1] + 1)]
+        return [schedule.timesteps[call] for call in first_calls]
+
+    def _schedule(self) -> _Schedule:
+        """The scheduler's timesteps, read once a call of the pipeline: to read them off a card is to wait for it."""
         scheduler = self.pipe.scheduler
-        steps = steps_of_calls(scheduler)
-        first_calls = [steps.index(step) for step in range(steps[-1] + 1)]
-        timesteps = scheduler.timesteps.tolist()
-        return [timesteps[call] for call in first_calls]
+        if self._read is None or self._read.tensor is not scheduler.timesteps:
+            self._read = _Schedule(scheduler.timesteps, scheduler.timesteps.tolist(), steps_of_calls(scheduler))
+        return self._read
 
     def _position(self) -> int:
         """Which of the scheduler's timesteps this call is at: equal ones are told apart by the scheduler's count."""
         now = self.family.time(self.pipe, self._timestep)
         now = float(now.flatten()[0]) if hasattr(now, "flatten") else float(now)
-        timesteps = self.pipe.scheduler.timesteps.tolist()
+        timesteps = self._schedule().timesteps
         nearest = min(range(len(timesteps)), key=lambda position: abs(timesteps[position] - now))
         tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
         if abs(timesteps[nearest] - now) > tolerance:

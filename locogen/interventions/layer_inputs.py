@@ -77,8 +77,8 @@ class Reader:
 
         def noting(call: Call, layer: Layer) -> Hook:
             def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-                rows = args[0][list(call.rows), : call.states.shape[1]]
-                found[layer.index].extend(rows.detach().cpu().double())
+                rows = args[0][call.rows.start : call.rows.stop, : call.states.shape[1]]
+                found[layer.index].extend(rows.detach().clone())
 
             keys = self.family.matrices(layer.module)["k"]
             return before(keys, note, f"to_k of layer {layer.index} ({layer.name})")
@@ -92,7 +92,7 @@ class Reader:
                 num_inference_steps=STEPS,
                 output_type="latent",
             )
-        return {index: torch.stack(states).mean(0) for index, states in found.items()}
+        return {index: torch.stack(states).cpu().double().mean(0) for index, states in found.items()}
 
     def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:
         """Which states are meant, in every encoder; without a subject, those of a prompt that should stay."""

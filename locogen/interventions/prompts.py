@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, active_contexts, on_denoiser
 from locogen.interventions.encoding import Encoding
+from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, Registered, after, before
 from locogen.models.layers import Layer, find_layers
@@ -206,12 +207,10 @@ class _Exchange:
 
     def places(self, plan_rows: Sequence[int]) -> Tensor:
         """Where rows of the plan stand in the call, all pictures of each: (places,)."""
-        import torch
-
         rows = self.call.rows
         each = len(rows) // len(self.plan)
         places = [rows.start + i * each + k for i in plan_rows for k in range(each)]
-        return torch.tensor(places, device=self.call.states.device)
+        return index_on(self.call.states.device, places)
 
 
 class _Replaced(_Exchange):

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.indices import index_on
 from locogen.models.families import denoiser_of, encode, family_of, text_encoders
 from locogen.models.hooks import Hook, after, observed_calls
 from locogen.models.offload import taken_back
@@ -175,8 +176,6 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
     """A hook that puts one row's output in the place of another's, among the conditional rows."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        import torch
-
         if not call.rows:
             return None
         if len(call.rows) != count or len(output) != call.rows.stop:
@@ -184,8 +183,8 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
                 f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline with one prompt a row"
             )
         first = call.rows.start
-        into = torch.tensor([first + row for row, _ in pairs], device=output.device)
-        sources = torch.tensor([first + row for _, row in pairs], device=output.device)
+        into = index_on(output.device, [first + row for row, _ in pairs])
+        sources = index_on(output.device, [first + row for _, row in pairs])
         return output.index_copy(0, into, output[sources])
 
     return hook

@@ -12,6 +12,7 @@ from locogen import stats
 from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
 from locogen.localization.effects import _estimates
 from locogen.localization.localize import _source
@@ -77,17 +78,24 @@ def attention_contribution(
 
 def _measured(pipe: Any, rows: Sequence[tuple[str, tuple[int, ...], int]], chosen: Settings) -> Any:
     """Contributions of one batch, (rows, layers)."""
+    import torch
+
     plan = [Intervention(prompt, prompt, (), seed) for prompt, _, seed in rows]
     told = Texts(pipe, plan).arguments([row.prompt for row in plan])
     with listening(pipe, [at for _, at, _ in rows]) as said:
         called(pipe, plan, told, chosen, output_type="latent")
-    return np.stack([np.mean(steps, 0) for steps in said.values()], axis=1)
+    by_layer = []
+    for steps in said.values():
+        on_device = torch.stack(steps)  # (calls, rows)
+        by_layer.append(np.mean(on_device.cpu().numpy(), axis=0))
+    return np.stack(by_layer, axis=1)
 
 
 @contextmanager
 def listening(pipe: Any, tokens: Sequence[tuple[int, ...]]) -> Iterator[dict[int, list[Any]]]:
     """Within the context, collect what some tokens write: {layer: [(rows,) at each call of the denoiser]}.
 
+    In float64, where the layer computes: to fetch a number from a device is to wait for it.
     `tokens[i]`: the positions listened to in row `i` of the pipeline call, which has one picture a prompt. The layer is
     run again with the values of all tokens but one set to zero: what it then puts out beyond its output for no values
     at all is that token's part, whatever the attention's processor. The pictures stay as they are.
@@ -167,15 +175,15 @@ class _Ear:
         if out.ndim == 4:  # IF's layers put out a picture, (rows + cells, width, high, wide)
             out = out.flatten(2).transpose(1, 2)
         out = out if out.is_cuda else out.cpu()  # Apple's MPS has no float64
-        owner = torch.tensor([row for row, _ in self.cells], device=out.device)
+        owner = index_on(out.device, [row for row, _ in self.cells])
         norms = (out[count:] - out[:count][owner]).double().norm(dim=-1).mean(-1)  # (cells,)
         total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(0, owner, norms)
-        return (total.cpu() / torch.tensor([len(places) for places in self.tokens])).numpy()
+        return total / index_on(out.device, [len(places) for places in self.tokens])  # (rows,)
 
 
 def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
     """These rows of an argument that has one for each of the call's `count` rows; any other argument as it is."""
-    return value[rows] if _by_row(value, count) else value
+    return value[index_on(value.device, rows)] if _by_row(value, count) else value
 
 
 def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:

@@ -266,10 +266,30 @@ def _compiled(denoiser: Any) -> Iterator[None]:
     """Region by region, so that one compilation serves all that are alike; hooks on other modules are untouched."""
     regions = [module for module in denoiser.modules() if type(module).__name__ in COMPILED]
     before = [module._compiled_call_impl for module in regions]
-    try:
-        for module in regions:
-            module.compile()
+    with _compilations_for(len(regions)):
+        try:
+            for module in regions:
+                module.compile()
+            yield
+        finally:
+            for module, compiled_call in zip(regions, before, strict=True):
+                module._compiled_call_impl = compiled_call
+
+
+@contextmanager
+def _compilations_for(regions: int) -> Iterator[None]:
+    """Let dynamo compile each region as often as it lets one function be compiled, 8 times by default.
+
+    It counts by function, and all regions of a class share one: Stable Diffusion 1.5 has 14 kinds of them by
+    their numbers of channels alone. What comes after the limit runs uncompiled, and only a log says so.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    each = max(1, regions)
+    limits = {
+        "recompile_limit": config.recompile_limit * each,
+        "accumulated_recompile_limit": config.accumulated_recompile_limit * each,
+    }
+    with config.patch(limits):
         yield
-    finally:
-        for module, own in zip(regions, before, strict=True):
-            module._compiled_call_impl = own

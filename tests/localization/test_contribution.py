@@ -77,6 +77,36 @@ def test_it_is_the_formula(pipe, guidance):
                 assert found[row] != pytest.approx(expected * 1.01, rel=1e-4)
 
 
+def test_layers_that_keep_the_pictures_shape_are_measured_over_their_channels():
+    """DeepFloyd's put out (rows, channels, height, width), and read text and picture in one attention."""
+    pipe = tiny.deepfloyd()
+    at = subject_positions(pipe, "a big cat b", "cat")
+    layer = find_layers(pipe)[0]
+    inputs = []
+
+    def note(module, args, kwargs):
+        if len(args[0]) == 1:  # not the second run, of more rows
+            inputs.append((args[0], kwargs["encoder_hidden_states"]))
+
+    handle = layer.module.register_forward_pre_hook(note, with_kwargs=True)
+    with listening(pipe, [at]) as said, torch.no_grad():
+        pipe("a big cat b", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    handle.remove()
+    (picture, text), attention = inputs[0], layer.module
+    with torch.no_grad():
+        text = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
+        picture = attention.group_norm(picture.flatten(2)).transpose(1, 2)
+        keys = torch.cat([attention.add_k_proj(text), attention.to_k(picture)], 1)
+        queries, keys, values = map(
+            attention.head_to_batch_dim, (attention.to_q(picture), keys, attention.add_v_proj(text))
+        )
+        probabilities = attention.get_attention_scores(queries, keys)  # (heads, queries, tokens)
+        written = probabilities[:, :, at[0], None] * values[:, None, at[0]]
+        expected = (attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T).norm(dim=-1).mean()
+    assert len(at) == 1 and said[layer.index][0].shape == (1,)
+    assert float(said[layer.index][0]) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_the_call_stays_as_it_is(pipe):
     def make():
         seeds = [torch.Generator().manual_seed(0)]

@@ -1,5 +1,6 @@
 """Faster ways: exact is exact, the others stay within their bounds, interventions are heard, and nothing is left."""
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -228,6 +229,34 @@ def test_compiled_regions_leave_the_hooks_be(pipe, rates):
         assert (pixels(generate(pipe, ROWS[2:], **FAST))[0] == target).all()
     assert not any(m._compiled_call_impl for m in pipe.unet.modules())
     assert (pixels(generate(pipe, ROWS, **FAST)) == plain).all()
+
+
+@pytest.mark.parametrize("raised", [True, False], ids=["raised", "as dynamo has it"])
+def test_every_kind_of_region_is_compiled(monkeypatch, raised):
+    """Also more kinds than dynamo compiles of one function; the twin leaves its limit as it is."""
+    from diffusers.models.attention import FeedForward
+
+    torch._dynamo.reset()
+    kinds = torch._dynamo.config.recompile_limit + 2
+    denoiser = torch.nn.ModuleList(FeedForward(width) for width in range(2, 2 + kinds))
+    compiled = []
+
+    def counting(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    plain_compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain_compile(self, backend=counting))
+    if not raised:
+        monkeypatch.setattr(pace, "_compilations_for", lambda regions: contextlib.nullcontext())
+    limit = torch._dynamo.config.recompile_limit
+    with torch.no_grad(), pace._compiled(denoiser):
+        for _ in range(2):
+            for width, region in enumerate(denoiser, 2):
+                region(torch.ones(1, width))
+    assert (len(compiled) >= kinds) == raised
+    assert torch._dynamo.config.recompile_limit == limit
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
