@@ -15,7 +15,7 @@ from locogen import stats
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.models.layers import find_layers
-from locogen.phrasings import exchanged
+from locogen.phrasings import phrase_in
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, PromptPair, distinct_seeds, windows
 
@@ -103,7 +103,7 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
 
 def _words(concept: Concept) -> str:
     """The words that stand for the concept in its prompts."""
-    return concept.name if concept.kind == "style" else exchanged(concept.pairs[0])[0]
+    return concept.name if concept.kind == "style" else phrase_in(concept, concept.pairs[0])
 
 
 def _among(pair: PromptPair, own: str, rivals: Iterable[str]) -> tuple[str, ...]:
