@@ -213,7 +213,7 @@ def put_in_place(source: str, target: str, subject: str) -> str | None:
     >>> put_in_place("a cat, on a hill", "a dog, in the sea", "cat")
     'dog'
     """
-    found = occurrences(source, subject)
+    found = occurrences(source, without_marks(subject))
     if not found:
         return None
     start, end = found[0]

@@ -262,7 +262,8 @@ def fit_edit(
 
     Options, see `Options`: `ridge` λ of keys (and of values, unless `ridge_v`): small follows the target, large
     keeps the weights. `tokens`, which states are edited (None: the family's, see below): "last_subject", where CLIP
-    gathers the subject (the published choice); "subject", each of its tokens, for names of many; "end", the state
+    gathers the subject (the published choice); "subject", each of its tokens, for names of many; both at every
+    occurrence, never at punctuation; "end", the state
     after the prompt, for text towers that gather there; "all", every position, padding included, against the target's
     same position (TIME's choice: strong, and harmful to neighbors, unless λ is large and they are preserved).
     `preserve`: prompts whose states should go where they went, weighted by `preserve_weight` (UCE); with `null_space`,

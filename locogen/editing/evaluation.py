@@ -79,7 +79,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
 
     Each is right where its own text scores highest among the same text with the neighbors of its kind in its place,
     and the text without the concept. A fact's text names the new answer, so there an edit should make it right. The
-    ordinary pictures are those of the pairs' targets. A pair without a paraphrase has no probe of generality.
+    ordinary pictures are those of the pairs' targets, but for empty ones. A pair without a paraphrase has no probe of
+    generality.
     """
     every = [concept, *others]
     names = {c.name: _words(c) for c in every}
@@ -89,7 +90,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
         for pair in c.pairs:
             text = pair.prompt if c is not concept else c.scored_text(pair)
             among = _among(pair, names[c.name], rivals) if c.kind != "fact" else (pair.target, pair.prompt)
-            asked: dict[str, Any] = dict(text=text, among=tuple(dict.fromkeys((text, *among))))
+            texts = dict.fromkeys((text, *among))
+            asked: dict[str, Any] = dict(text=text, among=tuple(rival for rival in texts if rival))
             if c is not concept:
                 found.append(Probe("specificity", pair.prompt, **asked))
                 continue
@@ -97,7 +99,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
             found.append(Probe("efficacy", pair.prompt, **asked, comes=comes))
             if pair.placebo:
                 found.append(Probe("generality", pair.placebo, **asked, comes=comes))
-            found.append(Probe("ordinary", pair.target, pair.target))
+            if pair.target:  # nothing can be scored against an empty text
+                found.append(Probe("ordinary", pair.target, pair.target))
     return tuple(dict.fromkeys(found))
 
 

@@ -108,7 +108,7 @@ class Reader:
             elif subject is not None:
                 for words in subject_occurrences(self.pipe, prompt, subject, encoder=number):
                     places += _picked(words, tokens)
-            elif tokens == "subject":
+            elif tokens == "subject" and encoder.ids:
                 places += range(encoder.start, encoder.start + len(encoder.ids))
             else:
                 places.append(encoder.last)

@@ -311,9 +311,8 @@ def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 
     family = family_of(pipe)
     whole = spoken(pipe, prompt)[encoder]
     text = family.spelled(prompt)
-    words = without_marks(family.spelled(subject))
-    spans = [_token_span(pipe, text, letters, encoder) for letters in occurrences(text, words)]
-    places = [range(*span) for span in spans if span is not None]
+    words = family.spelled(subject)
+    places = _token_spans(pipe, text, words, encoder) or _token_spans(pipe, text, without_marks(words), encoder)
     if not places:
         raise LocogenError(
             f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
@@ -330,19 +329,22 @@ def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 
     return tuple(whole.words(whole.start + token for token in tokens) for tokens in heard)
 
 
-def _token_span(pipe: Any, text: str, letters: tuple[int, int], encoder: int) -> tuple[int, int] | None:
-    """Which of a prompt's tokens some of its letters became; None where a token reaches beyond their end.
+def _token_spans(pipe: Any, text: str, words: str, encoder: int) -> list[range]:
+    """Which of a prompt's tokens some words became, at each occurrence.
 
-    The tokens of the text up to a letter are the first of the whole text's, where a token ends there.
+    The tokens of the text up to a letter are the first ones of the whole text's, where a token ends there. Where none
+    does, as inside a token of textual inversion, the words do not stand for themselves.
     """
-    family = family_of(pipe)
-    whole = family.spoken(pipe, text)[encoder].whole
-    before = family.spoken(pipe, text[: letters[0]].rstrip())[encoder].whole
-    through = family.spoken(pipe, text[: letters[1]])[encoder].whole
-    start = shared_length(before, whole)
-    if through != whole[: len(through)] or start >= len(through):
-        return None
-    return start, len(through)
+    spoken_by = family_of(pipe).spoken
+    whole = spoken_by(pipe, text)[encoder].whole
+    spans = []
+    for start, end in occurrences(text, words):
+        before = spoken_by(pipe, text[:start].rstrip())[encoder].whole
+        through = spoken_by(pipe, text[:end])[encoder].whole
+        first = shared_length(before, whole)
+        if first < len(through) and through == whole[: len(through)]:
+            spans.append(range(first, len(through)))
+    return spans
 
 
 def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
@@ -375,11 +377,17 @@ def check_phrasings(pipe: Any, phrasings: Iterable[Phrasing]) -> None:
 
 
 def _check_apart(pipe: Any, prompt: str, target: str) -> None:
-    if [one.ids for one in spoken(pipe, prompt)] == [one.ids for one in spoken(pipe, target)]:
+    if _ids(pipe, prompt) == _ids(pipe, target):
         raise LocogenError(
             f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them apart: take words that "
             "its tokenizer knows, within its limit"
         )
+
+
+def _ids(pipe: Any, prompt: str) -> list[tuple[int, ...]]:
+    """What every tokenizer makes of the prompt, as far as it is heard."""
+    encoders = _encoders(pipe, prompt)
+    return [one.ids for encoder in encoders for one in (encoder, encoder.beside) if one is not None]
 
 
 def _all_unknown(pipe: Any, words: str) -> bool:

@@ -58,7 +58,7 @@ def letters(pipe, prompt, subject, encoder=0):
     """What is written at each occurrence's positions."""
     heard = spoken(pipe, prompt)[encoder]
     found = subject_occurrences(pipe, prompt, subject, encoder=encoder)
-    return [heard.tokenizer.decode([heard.ids[at - heard.start] for at in words]).strip() for words in found]
+    return [heard.written(heard.ids[at - heard.start] for at in words) for words in found]
 
 
 # --- textual inversion ---------------------------------------------------------------------------
@@ -112,9 +112,18 @@ def test_a_token_that_one_encoder_of_two_knows_has_no_position():
         subject_positions(pipe, "cat <neon>", "cat")
     assert subject_positions(pipe, "a cat", "cat") == (2,)
     assert cut_words(pipe, "a <neon>")[0] == ""  # pictures of it are right, and are made
+    check_known(pipe, Concept("<neon>", "style", (PromptPair("a cat in <neon>", "a cat"),)))
+    with_inversion(pipe, token="<lit>", parts=("_2",), vectors=12)
+    assert "<lit>_11" in cut_words(pipe, "cat " * 30 + "<lit>")[0]  # of the second encoder alone
 
 
 # --- where words stand ---------------------------------------------------------------------------
+
+
+def test_a_name_inside_a_token_of_textual_inversion_is_not_its(inverted):
+    assert letters(inverted, "neon <neon>", "neon") == ["neon"]
+    with pytest.raises(LocogenError, match="does not hold"):
+        subject_positions(inverted, "a <neon>", "neon")
 
 
 @pytest.mark.parametrize(
