@@ -110,9 +110,9 @@ def shared_words(words: str, name: str) -> str | None:
     >>> shared_words("in the style of gogh", "vincent van gogh")
     'gogh'
     """
-    found = occurrences(words, name)
-    if found:
-        start, end = found[-1]
+    held = occurrences(words, name)
+    if held:
+        start, end = held[-1]
         return words[start:end]
     of_name = {_singular(word) for word in name.split()} - {*_ARTICLES, *_CONNECTIVES, "in"}
     spans = [match.span() for match in _WORD.finditer(words) if _singular(match.group()) in of_name]
@@ -195,10 +195,10 @@ def phrase_in(concept: Concept, pair: PromptPair) -> str:
     'an owl'
     """
     gone = exchanged(pair)[0]
-    found = occurrences(gone, subject_in(concept, pair))
-    if not found:
+    subjects = occurrences(gone, subject_in(concept, pair))
+    if not subjects:
         return gone
-    start, end = found[0]
+    start, end = subjects[0]
     if concept.kind == "fact" and pair.target:  # the words before the name ask for it: "the animal of" france
         return gone[:end]
     before = gone[:start].split()
@@ -213,10 +213,10 @@ def put_in_place(source: str, target: str, subject: str) -> str | None:
     >>> put_in_place("a cat, on a hill", "a dog, in the sea", "cat")
     'dog'
     """
-    found = occurrences(source, without_marks(subject))
-    if not found:
+    subjects = occurrences(source, without_marks(subject))
+    if not subjects:
         return None
-    start, end = found[0]
+    start, end = subjects[0]
     old = list(_WORD.finditer(source))
     new = list(_WORD.finditer(target))
     blocks = [

@@ -27,9 +27,12 @@ def sign_of(kind: str) -> int:
 
 def paraphrase(prompt: str, target: str = "") -> str:
     """The same prompt in other words, for the placebo: its opening exchanged, or one put in front; never the target."""
-    made = [other + prompt[len(opening) :] for opening, other in _OPENINGS if prompt.lower().startswith(opening)]
-    made += [f"an image of {prompt}", f"one image of {prompt}"]
-    return next(text for text in made if text != target)
+    texts = []
+    for opening, other in _OPENINGS:
+        if prompt.lower().startswith(opening):
+            texts.append(other + prompt[len(opening) :])
+    texts += [f"an image of {prompt}", f"one image of {prompt}"]
+    return next(text for text in texts if text != target)
 
 
 @dataclass(frozen=True)

@@ -134,11 +134,11 @@ def _rows(
     pipe: Any, prompt: str, subject: str, seed: int, parts: Sequence[str], noises: Sequence[tuple[float, int]]
 ) -> Iterator[Restoration]:
     """All rows of one prompt and seed; the noise is on every occurrence of the subject, and all are restored alike."""
-    found = subject_occurrences(pipe, prompt, subject)
-    every = tuple(place for words in found for place in words)
+    occurrences = subject_occurrences(pipe, prompt, subject)
+    every = tuple(place for words in occurrences for place in words)
     tokens = {
-        "first": [words[0] for words in found],
-        "last subject": [words[-1] for words in found],
+        "first": [words[0] for words in occurrences],
+        "last subject": [words[-1] for words in occurrences],
         "last": [end_position(pipe, prompt)],
     }
     yield Restoration(prompt, seed)

@@ -317,16 +317,16 @@ def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 
         raise LocogenError(
             f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
         )
-    heard = [tokens for tokens in places if tokens.stop <= len(whole.ids)]
-    if not heard:
+    uncut = [tokens for tokens in places if tokens.stop <= len(whole.ids)]
+    if not uncut:
         raise LocogenError(
             f"the prompt {prompt!r} is cut after {whole.limit} tokens, before the end of {subject!r}: make it shorter"
         )
-    if all(whole.ids[token] in whole.unknown for tokens in heard for token in tokens):
+    if all(whole.ids[token] in whole.unknown for tokens in uncut for token in tokens):
         raise LocogenError(
             f"the tokenizer knows no word of {subject!r}, so the model cannot hear it: take words that it knows"
         )
-    return tuple(whole.words(whole.start + token for token in tokens) for tokens in heard)
+    return tuple(whole.words(whole.start + token for token in tokens) for tokens in uncut)
 
 
 def _token_spans(pipe: Any, text: str, words: str, encoder: int) -> list[range]:

@@ -188,9 +188,10 @@ def spoken_by(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 
     ids = _tokens(tokenizer, _converted(pipe, tokenizer, prompt))
     marks = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
     words = tuple(ids[marks:-1])
-    heard = words[: limit - marks - 1]
+    count = limit - marks - 1  # the end mark has the last place
     start = offset + marks
-    return Spoken(heard, start, start + len(heard), tokenizer, words[len(heard) :], limit)
+    end = start + min(len(words), count)
+    return Spoken(words[:count], start, end, tokenizer, words[count:], limit)
 
 
 def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
@@ -230,5 +231,6 @@ def spoken_sana(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     instruction = "\n".join(usual)
     before = len(pipe.tokenizer.encode(instruction))
     words = tuple(_tokens(pipe.tokenizer, instruction + prompt)[before - 1 :])
-    heard = words[: SANA_LIMIT - 1]
-    return (Spoken(heard, 1, len(heard), pipe.tokenizer, words[len(heard) :], SANA_LIMIT),)
+    count = SANA_LIMIT - 1
+    end = min(len(words), count)
+    return (Spoken(words[:count], 1, end, pipe.tokenizer, words[count:], SANA_LIMIT),)
