@@ -1,13 +1,20 @@
-"""What an edit is fitted on: phrasings that name the concept, each with the one it should be heard as instead."""
+"""What an edit is fitted on: phrasings that name the concept, each with the one it should be heard as instead.
+
+Words are found in the text itself, by its letters; `models.families` says which tokens they become.
+"""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 
 from locogen.errors import LocogenError
 from locogen.plan import Concept, PromptPair
 
+# A template for a phrasing that names the concept {0}, and one for what it becomes: without {0}, or with {1} instead.
 _STYLED = (
     ("{0}", "a picture"),
     ("a picture in the style of {0}", "a picture"),
@@ -28,82 +35,199 @@ _GONE = (
     ("a photo of {0}", "a photo"),
 )
 
+_MARKS = (
+    r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："  # not <> and *, which tokens of textual inversion begin and end with
+)
+_WORD = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")  # a word, hyphens and apostrophes included; or one mark
+_EDGES = re.sub(r"\\", "", _MARKS) + "'`-–—"  # what is taken off the ends of words that are looked for
+_CONNECTIVES = ("of", "showing", "with")
+_ARTICLES = ("a", "an", "the")
+# Scripts that write words without spaces: there, a name is found inside a run of letters too.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
-@dataclass(frozen=True)
-class Phrasing:
-    """A source that names the concept by its `subject`, and the target it should be heard as."""
-
-    source: str
-    target: str
-    subject: str
-
-    @property
-    def instead(self) -> str | None:
-        """The target's words in the place of what it exchanges; None where it only leaves out, or only adds."""
-        try:
-            return exchanged(PromptPair(self.source, self.target))[1]
-        except LocogenError:
-            return None
+Span = tuple[int, int]  # from which letter of a text, to before which
 
 
-def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
-    """The default phrasings of a concept, by its kind (after LocoEdit's four for a style).
+# --- words in a text -----------------------------------------------------------------------------
 
-    Styles and objects go: the targets name a plain picture. A fact turns into what its first pair's target shows in
-    its place. `becomes`: words that the concept should turn into, for any kind. Raises `LocogenError` where a pair's
-    prompt and target do not show what is exchanged.
+
+def occurrences(text: str, words: str) -> tuple[Span, ...]:
+    """Where a text holds some words as words of their own, in capitals or small letters, whatever the white space.
+
+    A name inside another word is none ("cat" in "catalog", "cats", "concat"), one before an apostrophe or a hyphen is
+    ("van gogh's"). Scripts without spaces have no such bound.
+
+    Args:
+        text: A prompt.
+        words: What is looked for, such as a concept's name.
+
+    Returns:
+        The first letter of each occurrence and the one behind its last, from left to right.
+
+    >>> occurrences("A cat's catalog of cats, cat", "cat")
+    ((2, 5), (25, 28))
     """
-    if concept.kind == "style":
-        templates = _STYLED if becomes is None else tuple((s, s.replace("{0}", "{1}")) for s, _ in _STYLED)
-        subject = concept.name
-    else:
-        subject, instead = exchanged(concept.pairs[0])
-        becomes = becomes or (instead if concept.kind == "fact" else None)
-        templates = _GONE if becomes is None else _SHOWN
-    return tuple(Phrasing(s.format(subject), t.format(subject, becomes), subject) for s, t in templates)
+    parts = words.split()
+    if not parts:
+        return ()
+    spellings = {unicodedata.normalize(form, " ".join(parts)) for form in ("NFC", "NFD")} | {" ".join(parts)}
+    patterns = [r"\s+".join(re.escape(part) for part in spelling.split()) for spelling in sorted(spellings)]
+    matches = re.finditer("|".join(patterns), text, re.IGNORECASE)
+    return tuple(match.span() for match in matches if _stands_alone(text, *match.span()))
 
 
-def own_phrasings(pairs: Sequence[Phrasing | PromptPair | tuple[str, str]], subject: str) -> tuple[Phrasing, ...]:
-    """A user's phrasings, checked. Raises `LocogenError` for none, an empty text, or one equal to its target."""
-    found = []
-    for pair in pairs:
-        if not isinstance(pair, (Phrasing, PromptPair)):
-            pair = PromptPair(*pair)
-        if isinstance(pair, PromptPair):
-            pair = Phrasing(pair.prompt, pair.target, subject)
-        if not pair.source.strip() or not pair.target.strip() or not pair.subject.strip():
-            raise LocogenError(f"{pair} has an empty text: give source, target and subject words")
-        if pair.source.split() == pair.target.split():
-            raise LocogenError(f"source and target are both {pair.source!r}: the target says what it should become")
-        found.append(pair)
-    if not found:
-        raise LocogenError("there are no phrasings: give at least one pair of source and target")
-    return tuple(found)
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    return not _joined(text[start - 1 : start], text[start]) and not _joined(text[end - 1], text[end : end + 1])
+
+
+def _joined(left: str, right: str) -> bool:
+    """Whether two neighboring letters belong to one word."""
+    if not _is_letter(left) or not _is_letter(right):
+        return False
+    return not _UNSPACED.match(left) and not _UNSPACED.match(right)
+
+
+def _is_letter(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character or " ").startswith("M")
+
+
+def without_marks(words: str) -> str:
+    """The words without punctuation at their ends; themselves where they are nothing else.
+
+    >>> without_marks('"a cat",')
+    'a cat'
+    """
+    return words.strip().strip(_EDGES + " ") or words.strip()
+
+
+def shared_words(words: str, name: str) -> str | None:
+    """The part of some words that is the name, or from the first to the last word that it shares with it.
+
+    An article or a connective alone is nothing shared. Plurals count as their singular. None where nothing is shared.
+
+    >>> shared_words("in the style of gogh", "vincent van gogh")
+    'gogh'
+    """
+    held = occurrences(words, name)
+    if held:
+        start, end = held[-1]
+        return words[start:end]
+    of_name = {_singular(word) for word in name.split()} - {*_ARTICLES, *_CONNECTIVES, "in"}
+    spans = [match.span() for match in _WORD.finditer(words) if _singular(match.group()) in of_name]
+    return words[spans[0][0] : spans[-1][1]] if spans else None
+
+
+def _singular(word: str) -> str:
+    plain = re.sub(r"['’]s?$", "", word.casefold())
+    return plain.removesuffix("s")
+
+
+# --- what a pair exchanges -----------------------------------------------------------------------
 
 
 def exchanged(pair: PromptPair) -> tuple[str, str | None]:
     """The words of the prompt that its target exchanges, and those in their place (None: they are left out).
 
-    >>> exchanged(PromptPair("a picture of an owl in neon style", "a picture of a cat in neon style"))
+    Without punctuation at their ends. Raises `LocogenError` where no word of the prompt is exchanged.
+
+    >>> exchanged(PromptPair("a picture of an owl, in neon style", "a picture of a cat, in neon style"))
     ('an owl', 'a cat')
     """
-    prompt, target = pair.prompt.split(), pair.target.split()
-    head = _shared(prompt, target)
-    tail = _shared(prompt[head:][::-1], target[head:][::-1])
-    gone, come = prompt[head : len(prompt) - tail], target[head : len(target) - tail]
-    if gone[:1] and gone[0] in ("of", "showing", "with"):
-        gone = gone[1:]
-    if not gone:
+    prompt = list(_WORD.finditer(pair.prompt))
+    target = list(_WORD.finditer(pair.target))
+    head = shared_length(_texts(prompt), _texts(target))
+    tail = shared_length(_texts(prompt[head:])[::-1], _texts(target[head:])[::-1])
+    gone = without_marks(_joint(pair.prompt, prompt[head : len(prompt) - tail]))
+    come = without_marks(_joint(pair.target, target[head : len(target) - tail]))
+    first, _, rest = gone.partition(" ")
+    if first in _CONNECTIVES:
+        gone = rest.strip()
+    if not _has_letters(gone):
         raise LocogenError(
             f"{pair.prompt!r} and {pair.target!r} do not show which words are the concept: give phrasings= and subject="
         )
-    return " ".join(gone), " ".join(come) or None
+    return gone, come if _has_letters(come) else None
+
+
+def _texts(words: Sequence[re.Match[str]]) -> list[str]:
+    return [word.group() for word in words]
+
+
+def _joint(text: str, words: Sequence[re.Match[str]]) -> str:
+    """The text from the first to the last of some neighboring words, as it is written."""
+    return text[words[0].start() : words[-1].end()] if words else ""
+
+
+def _has_letters(words: str) -> bool:
+    """Whether there is more than punctuation; signs that textual inversion takes for its tokens are."""
+    return bool(words.strip(_EDGES + " "))
+
+
+def shared_length(one: Sequence[object], two: Sequence[object]) -> int:
+    """How many words, or tokens, two texts begin with in common."""
+    length = 0
+    for left, right in zip(one, two, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
 
 
 def subject_in(concept: Concept, pair: PromptPair) -> str:
-    """The words of a pair's prompt that are the concept: its name where the prompt has it, else what is exchanged."""
-    padded = f" {pair.prompt.lower()} "
-    return concept.name if f" {concept.name.lower()} " in padded else exchanged(pair)[0]
+    """The words of a pair's prompt that are the concept.
+
+    Its name where the prompt has it, else what the target exchanges, without what the name shares nothing with.
+    Raises `LocogenError` where the prompt has not the name and nothing is exchanged.
+    """
+    if occurrences(pair.prompt, concept.name):
+        return concept.name
+    gone = exchanged(pair)[0]
+    return shared_words(gone, concept.name) or gone
+
+
+def phrase_in(concept: Concept, pair: PromptPair) -> str:
+    """The words that name the concept in a sentence: `subject_in` with its article, for a fact what asks for it.
+
+    >>> owl = PromptPair("a picture of an owl on a hill", "a picture of a hill")
+    >>> phrase_in(Concept("owl", "object", (owl,)), owl)
+    'an owl'
+    """
+    gone = exchanged(pair)[0]
+    subjects = occurrences(gone, subject_in(concept, pair))
+    if not subjects:
+        return gone
+    start, end = subjects[0]
+    if concept.kind == "fact" and pair.target:  # the words before the name ask for it: "the animal of" france
+        return gone[:end]
+    before = gone[:start].split()
+    if before and before[-1].lower() in _ARTICLES:
+        start = gone.rindex(before[-1], 0, start)
+    return gone[start:end]
+
+
+def put_in_place(source: str, target: str, subject: str) -> str | None:
+    """The target's words in the place of the source's subject; None where there are none, or the subject stays.
+
+    >>> put_in_place("a cat, on a hill", "a dog, in the sea", "cat")
+    'dog'
+    """
+    subjects = occurrences(source, without_marks(subject))
+    if not subjects:
+        return None
+    start, end = subjects[0]
+    old = list(_WORD.finditer(source))
+    new = list(_WORD.finditer(target))
+    blocks = [
+        block
+        for block in SequenceMatcher(None, _texts(old), _texts(new), autojunk=False).get_opcodes()
+        if any(word.start() < end and start < word.end() for word in old[block[1] : block[2]])
+    ]
+    if not blocks or all(kind == "equal" for kind, *_ in blocks):
+        return None
+    come = without_marks(_joint(target, new[blocks[0][3] : blocks[-1][4]]))
+    return come if _has_letters(come) else None
 
 
 def shown_text(concept: Concept, pair: PromptPair) -> str:
@@ -115,9 +239,75 @@ def shown_text(concept: Concept, pair: PromptPair) -> str:
         return concept.scored_text(pair)
     if concept.answer is None:
         return pair.prompt
-    return pair.prompt.replace(exchanged(pair)[0], concept.answer)
+    return pair.prompt.replace(phrase_in(concept, pair), concept.answer)
 
 
-def _shared(one: Sequence[str], two: Sequence[str]) -> int:
-    """How many words two texts begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+# --- phrasings -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """A source that names the concept by its `subject`, and the target it should be heard as; "" for nothing."""
+
+    source: str
+    target: str
+    subject: str
+
+    @property
+    def instead(self) -> str | None:
+        """The target's words in the place of the subject; None where it only leaves out, or only adds."""
+        return put_in_place(self.source, self.target, self.subject)
+
+
+def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
+    """The default phrasings of a concept, by its kind (after LocoEdit's four for a style).
+
+    Args:
+        concept: Styles and objects go: the targets name a plain picture, or nothing ("") where those of the concept's
+            pairs are all empty. A fact turns into what its first pair's target shows in its place.
+        becomes: Words that the concept should turn into, for any kind; "": every target is empty.
+
+    Returns:
+        Sources and targets, each with the concept's name as subject where the source has it.
+
+    Raises:
+        LocogenError: Where a pair's prompt and target do not show what is exchanged.
+    """
+    if becomes is None and not any(pair.target for pair in concept.pairs):
+        becomes = ""
+    first = concept.pairs[0]
+    phrase = concept.name if concept.kind == "style" else phrase_in(concept, first)
+    if becomes is None and concept.kind == "fact":
+        becomes = put_in_place(first.prompt, first.target, phrase)
+    templates = _templates(concept, becomes)
+    subject = concept.name if occurrences(phrase, concept.name) else phrase
+    return tuple(Phrasing(old.format(phrase), new.format(phrase, becomes), subject) for old, new in templates)
+
+
+def _templates(concept: Concept, becomes: str | None) -> tuple[tuple[str, str], ...]:
+    gone = _STYLED if concept.kind == "style" else _GONE
+    if becomes is None:
+        return gone
+    if not becomes.strip():
+        return tuple((source, "") for source, _ in gone)
+    return tuple((source, source.replace("{0}", "{1}")) for source, _ in _STYLED) if gone is _STYLED else _SHOWN
+
+
+def own_phrasings(pairs: Sequence[Phrasing | PromptPair | tuple[str, str]], subject: str) -> tuple[Phrasing, ...]:
+    """A user's phrasings, checked. Raises `LocogenError` for none, an empty source, or one equal to its target."""
+    phrasings = [_own_phrasing(pair, subject) for pair in pairs]
+    if not phrasings:
+        raise LocogenError("there are no phrasings: give at least one pair of source and target")
+    return tuple(phrasings)
+
+
+def _own_phrasing(pair: Phrasing | PromptPair | tuple[str, str], subject: str) -> Phrasing:
+    if not isinstance(pair, (Phrasing, PromptPair)):
+        pair = PromptPair(*pair)
+    if isinstance(pair, PromptPair):
+        pair = Phrasing(pair.prompt, pair.target, subject)
+    if not pair.source.strip() or not pair.subject.strip() or pair.target.isspace():
+        raise LocogenError(f"{pair} has an empty text: give source and subject words; only a target may be ''")
+    if pair.source.split() == pair.target.split():
+        raise LocogenError(f"source and target are both {pair.source!r}: the target says what it should become")
+    return pair

@@ -27,17 +27,21 @@ def sign_of(kind: str) -> int:
 
 def paraphrase(prompt: str, target: str = "") -> str:
     """The same prompt in other words, for the placebo: its opening exchanged, or one put in front; never the target."""
-    made = [other + prompt[len(opening) :] for opening, other in _OPENINGS if prompt.lower().startswith(opening)]
-    return next(text for text in (*made, f"an image of {prompt}", f"one image of {prompt}") if text != target)
+    texts = []
+    for opening, other in _OPENINGS:
+        if prompt.lower().startswith(opening):
+            texts.append(other + prompt[len(opening) :])
+    texts += [f"an image of {prompt}", f"one image of {prompt}"]
+    return next(text for text in texts if text != target)
 
 
 @dataclass(frozen=True)
 class PromptPair:
     """A prompt that holds the concept and the target with it removed (style, object) or updated (fact).
 
-    `text` is what the pair's pictures are scored against; None leaves it to the concept. `placebo` is a paraphrase
-    of the prompt that keeps the concept; None derives one. Raises `LocogenError` when a text is empty or prompt
-    and target are equal.
+    The target may be empty (""), for layers that hear nothing of the prompt. `text` is what the pair's pictures are
+    scored against; None leaves it to the concept. `placebo` is a paraphrase of the prompt that keeps the concept;
+    None derives one. Raises `LocogenError` when another text is empty or prompt and target are equal.
     """
 
     prompt: str
@@ -47,15 +51,21 @@ class PromptPair:
 
     def __post_init__(self) -> None:
         for field in ("prompt", "target", "text", "placebo"):
-            value = getattr(self, field)
-            if value is None and field in ("text", "placebo"):
-                continue
-            if not isinstance(value, str) or not value.strip():
-                raise LocogenError(f"a prompt pair's {field} is {value!r}: give it a text")
+            self._check_text(field)
         if self.prompt.split() == self.target.split():
             raise LocogenError(f"prompt and target are both {self.prompt!r}: a target leaves the concept out")
         if self.placebo in (self.prompt, self.target):
             raise LocogenError(f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise")
+
+    def _check_text(self, field: str) -> None:
+        value = getattr(self, field)
+        if value is None and field in ("text", "placebo"):
+            return
+        if value == "" and field == "target":
+            return
+        if not isinstance(value, str) or not value.strip():
+            remedy = "give it a text, or '' for nothing" if field == "target" else "give it a text"
+            raise LocogenError(f"a prompt pair's {field} is {value!r}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -81,23 +91,36 @@ class Concept:
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if not self.pairs:
             raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
-        told = next((p for p in self.pairs if self.kind == "fact" and self.scored_text(p) == p.prompt), None)
-        if told:
-            raise LocogenError(
-                f"fact {self.name!r} is scored against its prompt {told.prompt!r}: a fact's text names the new answer"
-            )
+        if self.kind == "fact":
+            for pair in self.pairs:
+                self._check_answer(pair)
         prompts = [pair.prompt for pair in self.pairs]
         twice = next((p for p in prompts if prompts.count(p) > 1), None)
         if twice:
             raise LocogenError(f"concept {self.name!r} has the prompt {twice!r} twice: each prompt counts once")
+
+    def _check_answer(self, pair: PromptPair) -> None:
+        text = self.scored_text(pair)
+        if text == pair.prompt:
+            raise LocogenError(
+                f"fact {self.name!r} is scored against its prompt {text!r}: a fact's text names the new answer"
+            )
+        if not text:
+            raise LocogenError(
+                f"fact {self.name!r} has an empty target for {pair.prompt!r}, and no text to score its pictures "
+                "against: give text=, which names the new answer"
+            )
 
     def scored_text(self, pair: PromptPair) -> str:
         """What the pair's pictures are scored against."""
         return pair.text or self.text or (pair.target if self.kind == "fact" else pair.prompt)
 
     def content_text(self, pair: PromptPair) -> str | None:
-        """What should stay when a style or an object goes: the target. A fact replaces its content: None."""
-        return None if self.kind == "fact" else pair.target
+        """What should stay when a style or an object goes: the target. None for a fact, and where the target is empty.
+
+        A fact replaces its content, and an empty target says of nothing that it should stay.
+        """
+        return None if self.kind == "fact" else pair.target or None
 
     @property
     def sign(self) -> int:

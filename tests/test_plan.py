@@ -69,6 +69,8 @@ def test_windows_iterate_over_their_layers():
         (lambda: PromptPair("a", "a"), "both 'a'"),
         (lambda: PromptPair("", "a"), "prompt is ''"),
         (lambda: PromptPair("a", " "), "target is ' '"),
+        (lambda: PromptPair("a", None), "target is None"),  # pyright: ignore[reportArgumentType]
+        (lambda: Concept("c", "fact", (PromptPair("the king", ""),)), "no text to score its pictures against"),
         (lambda: PromptPair("a", "b", placebo="a"), "placebo 'a'"),
         (lambda: PromptPair("a  house", "a house "), "both"),
         (lambda: Concept("c", "fact", (PromptPair("the king", "the queen", text="the king"),)), "new answer"),
@@ -94,6 +96,21 @@ def test_bad_input_names_thing_and_remedy(make, said):
 def test_a_paraphrase_is_never_the_prompt(prompt):
     assert paraphrase(prompt) != prompt
     assert paraphrase(prompt, paraphrase(prompt)) not in (prompt, paraphrase(prompt))
+
+
+def test_an_empty_target_is_swept_like_any_other():
+    """Its placebo still holds the concept; nothing is said to stay."""
+    pair = PromptPair("a house in neon", "")
+    style = Concept("neon", "style", (pair, PAIR))
+    rows = [row for row in sweep(style, n_layers=3, seeds=(0,)) if row.prompt == pair.prompt]
+    assert {row.target for row in rows if row.role in ("baseline", "window", "insert", "ceiling")} == {""}
+    (placebo,) = (row.target for row in rows if row.role == "placebo")
+    assert placebo not in ("", pair.prompt) and "neon" in placebo
+    assert [style.content_text(each) for each in style.pairs] == [None, "a house"]
+    assert style.scored_text(pair) == pair.prompt
+    assert riders(rows)[0] == Intervention("", "", (), 0, "baseline")
+    fact = Concept("king", "fact", (PromptPair("the king", "", text="a queen"),))
+    assert fact.scored_text(fact.pairs[0]) == "a queen"
 
 
 def test_windows_are_swept_over_time_as_well():

@@ -6,7 +6,7 @@
     name = "ukiyo-e"
     kind = "style"                                    # style, object or fact
     prompt = "{} in the style of ukiyo-e"             # {} is filled in turn, one pair of prompts each
-    target = "{}"
+    target = "{}"                                     # "": nothing at all
     placebo = "{}, drawn as ukiyo-e"                  # optional: a paraphrase that keeps the concept
     text = "ukiyo-e"                                  # optional: what pictures are scored against
     fill = ["a house", "a boat", "a wave"]
@@ -333,7 +333,8 @@ def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
     if not isinstance(fills, list) or not fills or not all(isinstance(fill, str) for fill in fills):
         raise LocogenError('fill is not a list of texts: write fill = ["a cat", "a dog"]')
     for key, template in templates.items():
-        if "fill" in row and "{}" not in template:
+        is_empty_target = key == "target" and not template  # the same nothing for each prompt
+        if "fill" in row and "{}" not in template and not is_empty_target:
             raise LocogenError(f"{key} {template!r} has no {{}} to fill: put one in, or leave fill out")
         if "fill" not in row and "{}" in template:
             raise LocogenError(f'{key} {template!r} has a {{}} and there is no fill: add fill = ["…"]')

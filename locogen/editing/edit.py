@@ -29,7 +29,7 @@ from locogen.editing.weights import (
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import Reader
 from locogen.models.compilation import uncompiled_module
-from locogen.models.families import check_encoders, denoiser_of, family_of
+from locogen.models.families import check_encoders, check_phrasings, denoiser_of, family_of, warn_unheard
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
@@ -257,11 +257,13 @@ def fit_edit(
 
     `concept`: one, or several that are solved for jointly; its default phrasings are LocoEdit's by kind, or give
     your own as (source, target), with the `subject` words that they share (default: the concept's name). `becomes`:
-    what the concept turns into, "a cat"; without it styles and objects go. `layers`: a window, or any ints.
+    what the concept turns into, "a cat"; "" for nothing at all (as UCE and ESD erase); without it styles and objects
+    go. `layers`: a window, or any ints.
 
     Options, see `Options`: `ridge` λ of keys (and of values, unless `ridge_v`): small follows the target, large
     keeps the weights. `tokens`, which states are edited (None: the family's, see below): "last_subject", where CLIP
-    gathers the subject (the published choice); "subject", each of its tokens, for names of many; "end", the state
+    gathers the subject (the published choice); "subject", each of its tokens, for names of many; both at every
+    occurrence, never at punctuation; "end", the state
     after the prompt, for text towers that gather there; "all", every position, padding included, against the target's
     same position (TIME's choice: strong, and harmful to neighbors, unless λ is large and they are preserved).
     `preserve`: prompts whose states should go where they went, weighted by `preserve_weight` (UCE); with `null_space`,
@@ -297,6 +299,9 @@ def _fit(pipe: Any, name: str, phrasings: Sequence[Phrasing], layers: Iterable[i
     denoiser = denoiser_of(pipe)
     check_encoders(pipe)
     edited = _chosen(find_layers(pipe), layers)
+    check_phrasings(pipe, phrasings)
+    prompts = [text for phrasing in phrasings for text in (phrasing.source, phrasing.target)]
+    warn_unheard(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
     # The names of the model as it is saved: a compiled one is the same model, and its edits fit every other.
     paths = {module: plain_name(path) for path, module in denoiser.named_modules()}
     places: list[tuple[Layer | None, str, str]] = []  # layer (None: beside the layers), matrix, name of its weight

@@ -16,7 +16,7 @@ from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.models.layers import find_layers
 from locogen.models.offload import resting_device
-from locogen.phrasings import exchanged
+from locogen.phrasings import phrase_in
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, PromptPair, distinct_seeds, windows
 
@@ -80,7 +80,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
 
     Each is right where its own text scores highest among the same text with the neighbors of its kind in its place,
     and the text without the concept. A fact's text names the new answer, so there an edit should make it right. The
-    ordinary pictures are those of the pairs' targets. A pair without a paraphrase has no probe of generality.
+    ordinary pictures are those of the pairs' targets, but for empty ones. A pair without a paraphrase has no probe of
+    generality.
     """
     every = [concept, *others]
     names = {c.name: _words(c) for c in every}
@@ -90,7 +91,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
         for pair in c.pairs:
             text = pair.prompt if c is not concept else c.scored_text(pair)
             among = _among(pair, names[c.name], rivals) if c.kind != "fact" else (pair.target, pair.prompt)
-            asked: dict[str, Any] = dict(text=text, among=tuple(dict.fromkeys((text, *among))))
+            texts = dict.fromkeys((text, *among))
+            asked: dict[str, Any] = dict(text=text, among=tuple(rival for rival in texts if rival))
             if c is not concept:
                 found.append(Probe("specificity", pair.prompt, **asked))
                 continue
@@ -98,13 +100,14 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
             found.append(Probe("efficacy", pair.prompt, **asked, comes=comes))
             if pair.placebo:
                 found.append(Probe("generality", pair.placebo, **asked, comes=comes))
-            found.append(Probe("ordinary", pair.target, pair.target))
+            if pair.target:  # nothing can be scored against an empty text
+                found.append(Probe("ordinary", pair.target, pair.target))
     return tuple(dict.fromkeys(found))
 
 
 def _words(concept: Concept) -> str:
     """The words that stand for the concept in its prompts."""
-    return concept.name if concept.kind == "style" else exchanged(concept.pairs[0])[0]
+    return concept.name if concept.kind == "style" else phrase_in(concept, concept.pairs[0])
 
 
 def _among(pair: PromptPair, own: str, rivals: Iterable[str]) -> tuple[str, ...]:

@@ -14,10 +14,10 @@ from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
 from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
 from locogen.interventions.prompts import active_contexts
-from locogen.models.families import denoiser_of, family_of
+from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unheard
 from locogen.models.layers import Layer, find_layers
 from locogen.models.offload import stands_on
-from locogen.phrasings import Phrasing, exchanged, own_phrasings
+from locogen.phrasings import Phrasing, own_phrasings, subject_in
 from locogen.plan import Concept, PromptPair
 
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ def find_neurons(
         raise LocogenError("the model is clamped or intervened on: find neurons outside of these contexts")
     chosen = _chosen(find_layers(pipe), layers)
     reader = Reader(pipe, chosen)
-    asked = [_question(reader, phrasing, tokens) for phrasing in _phrasings(concept, phrasings, subject)]
+    told = _phrasings(concept, phrasings, subject)
+    check_phrasings(pipe, told)
+    warn_unheard(pipe, [text for phrasing in told for text in (phrasing.source, phrasing.target)])
+    asked = [_question(reader, phrasing, tokens) for phrasing in told]
     if len(asked) < 2:
         raise LocogenError(f"{concept.name!r} has {len(asked)} pair of prompts: a spread needs at least two")
     return _score(reader, concept.name, asked, tokens)
@@ -139,9 +142,9 @@ def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
 
 def _phrasings(concept: Concept, own: Sequence[Any] | None, subject: str | None) -> Sequence[Phrasing]:
     """Prompts with and without the concept: its pairs, whose subject follows from the kind, or the user's own."""
-    if own is not None or subject is not None or concept.kind == "style":
+    if own is not None or subject is not None:
         return own_phrasings(concept.pairs if own is None else own, subject or concept.name)
-    return [Phrasing(pair.prompt, pair.target, exchanged(pair)[0]) for pair in concept.pairs]
+    return [Phrasing(pair.prompt, pair.target, subject_in(concept, pair)) for pair in concept.pairs]
 
 
 def _question(reader: Reader, told: Phrasing, tokens: Tokens) -> _Question:

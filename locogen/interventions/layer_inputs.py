@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.models.denoisers import same
-from locogen.models.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_positions
+from locogen.models.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_occurrences
 from locogen.models.hooks import Hook, before
 from locogen.models.layers import Layer
 from locogen.models.offload import stands_on
@@ -95,16 +95,24 @@ class Reader:
         return {index: torch.stack(states).cpu().double().mean(0) for index, states in found.items()}
 
     def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:
-        """Which states are meant, in every encoder; without a subject, those of a prompt that should stay."""
-        found: list[int] = []
-        for number, told in enumerate(spoken(self.pipe, prompt)):
-            if tokens == "all":
-                continue
-            words = tuple(range(told.start, told.last + 1))
-            if subject is not None and tokens != "end":
-                words = subject_positions(self.pipe, prompt, subject, encoder=number)
-            found += [told.end] if tokens == "end" else words if tokens == "subject" else words[-1:]
-        return tuple(found) if tokens != "all" else self._every(prompt)
+        """Which states are meant, in every encoder and at every occurrence of the subject.
+
+        Without a subject, those of a prompt that should stay.
+        """
+        if tokens == "all":
+            return self._every(prompt)
+        places: list[int] = []
+        for number, encoder in enumerate(spoken(self.pipe, prompt)):
+            if tokens == "end":
+                places.append(encoder.end)
+            elif subject is not None:
+                for words in subject_occurrences(self.pipe, prompt, subject, encoder=number):
+                    places += _picked(words, tokens)
+            elif tokens == "subject" and encoder.ids:
+                places += range(encoder.start, encoder.start + len(encoder.ids))
+            else:
+                places.append(encoder.last)
+        return tuple(places)
 
     def _every(self, prompt: str) -> tuple[int, ...]:
         """All positions but the start mark; of masked text those that are heard."""
@@ -117,20 +125,27 @@ class Reader:
     ) -> tuple[list[int], list[int]]:
         """Positions in the source, and for each the position in the target that it should be heard as.
 
-        "all": the same one; "end": the end; else, encoder by encoder, the last of the words that the target has
-        `instead` of the subject, or of all its words where it has none.
+        "all": the same one; "end": the end; else, encoder by encoder and occurrence by occurrence, the last of the
+        words that the target has `instead` of the subject (its last ones, where it has them another number of times),
+        or of all its words where it has none.
         """
         if tokens in ("all", "end"):
             old, new = self.places(source, tokens), self.places(target, tokens)
             return list(old[: len(new)]), list(new[: len(old)])
-        old, new = [], []
-        for number, told in enumerate(spoken(self.pipe, target)):
-            words = subject_positions(self.pipe, source, subject, encoder=number)
-            words = words if tokens == "subject" else words[-1:]
-            old += words
-            other = subject_positions(self.pipe, target, instead, encoder=number)[-1] if instead else told.last
-            new += [other] * len(words)
-        return old, new
+        places: list[int] = []
+        heard_as: list[int] = []
+        for number, encoder in enumerate(spoken(self.pipe, target)):
+            subjects = subject_occurrences(self.pipe, source, subject, encoder=number)
+            others = [(encoder.last,)]
+            if instead:
+                others = subject_occurrences(self.pipe, target, instead, encoder=number)
+            if len(others) != len(subjects):
+                others = [others[-1]] * len(subjects)
+            for words, other in zip(subjects, others, strict=True):
+                edited = _picked(words, tokens)
+                places += edited
+                heard_as += [other[-1]] * len(edited)
+        return places, heard_as
 
     def entry(self, prompt: str, places: Sequence[int]) -> Tensor:
         """What the map beside the layers reads of the prompt, (rows, width), in float64."""
@@ -138,3 +153,8 @@ class Reader:
         if read is None:
             raise LocogenError(f"{self.family.name} hears text by its layers alone: leave out entry=True")
         return read(denoiser, self.text(prompt), places).cpu().double()
+
+
+def _picked(words: Sequence[int], tokens: Tokens) -> Sequence[int]:
+    """Those of a subject's positions that `tokens` means: all of them, or the last one."""
+    return words if tokens == "subject" else words[-1:]

@@ -16,7 +16,7 @@ from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
 from locogen.localization.effects import _estimates
 from locogen.localization.localize import _source
-from locogen.models.families import family_of, subject_positions
+from locogen.models.families import family_of, subject_occurrences, warn_unheard
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import subject_in
@@ -59,8 +59,12 @@ def attention_contribution(
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
     drawn = distinct_seeds(seeds)
-    told = [(pair.prompt, subject or subject_in(concept, pair)) for pair in concept.pairs]
-    rows = [(prompt, subject_positions(pipe, prompt, words), seed) for prompt, words in told for seed in drawn]
+    warn_unheard(pipe, (pair.prompt for pair in concept.pairs))
+    rows = []
+    for pair in concept.pairs:
+        occurrences = subject_occurrences(pipe, pair.prompt, subject or subject_in(concept, pair))
+        every = tuple(place for words in occurrences for place in words)
+        rows += [(pair.prompt, every, seed) for seed in drawn]
     found: list[Any] = []
     start, size = 0, batch_size
     with tqdm(total=len(rows), unit=" runs", desc="listening", disable=not progress, mininterval=0.5) as bar:

@@ -29,12 +29,12 @@ from locogen.interventions.states import (
     restoring,
 )
 from locogen.localization.localize import _ordered, _scorer, _scores, _source
-from locogen.models.families import end_position, subject_positions
+from locogen.models.families import end_position, subject_occurrences, warn_unheard
 from locogen.models.text import Text
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures.batches import Texts, called, halved
 from locogen.pictures.progress import beat
-from locogen.pictures.runs import Pictures, Run, _check_finite, _check_prompts, _circumstances, _key
+from locogen.pictures.runs import Pictures, Run, _check_finite, _circumstances, _key
 from locogen.pictures.store import PictureStore, Record, content_key
 from locogen.plan import Concept, Intervention, Settings, distinct_seeds
 
@@ -86,11 +86,13 @@ def causal_trace(
 ) -> Run:
     """Restore every state of the denoiser and the text encoder in turn, each in a picture of its own.
 
-    Noise of `noise_scale` times the embeddings' spread is put on the tokens of `subject` (default: the concept's name,
-    or the words that the target exchanges); each seed has `noises` of its own. Denoiser states are restored at every
-    step and every place of the picture; states of the text encoder, in each layer, at the subject's first and last
-    token and at the end mark ("last"). `parts`: which of `states.DENOISER_PARTS` and `TEXT_PARTS`. Pictures are scored
-    against what the prompt shows, a fact against its answer. Other arguments as in `localize`.
+    Noise of `noise_scale` times the embeddings' spread is put on the tokens of `subject` (default:
+    the concept's name, or the words that the target exchanges), wherever the prompt has it; each
+    seed has `noises` of its own. Denoiser states are restored at every step and every place of the
+    picture; states of the text encoder, in each layer, at the subject's first and last token, of
+    each occurrence alike, and at the end mark ("last"). `parts`: which of `states.DENOISER_PARTS`
+    and `TEXT_PARTS`. Pictures are scored against what the prompt shows, a fact against its answer.
+    Other arguments as in `localize`.
 
     Returns a `Run` whose table has the roles baseline, corrupted and restored; `trace_effect` makes the effects of it.
     `settings["generations"]` counts every row that went through the denoiser, clean ones that rode along included.
@@ -102,15 +104,15 @@ def causal_trace(
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
     wanted = _known_parts(parts)
+    warn_unheard(pipe, (pair.prompt for pair in concept.pairs))
     drawn, plan = distinct_seeds(seeds), []
     for pair in concept.pairs:
-        told = subject or subject_in(concept, pair)
+        words = subject or subject_in(concept, pair)
         for seed in drawn:
-            plan += _rows(pipe, pair.prompt, told, seed, wanted, [(noise_scale, k) for k in range(noises)])
+            plan += _rows(pipe, pair.prompt, words, seed, wanted, [(noise_scale, k) for k in range(noises)])
     if noises < 1 or batch_size < 2:
         raise LocogenError(f"noises={noises} and batch_size={batch_size}: give at least one noise, and two pictures")
     judge = _scorer(scorer, pipe)
-    _check_prompts(pipe, [Intervention(pair.prompt, pair.target) for pair in concept.pairs])
     run = _made(pipe, plan, chosen, store, progress)
     table = run.table.assign(**_described(concept, plan))
     scores = _scores(run, table.assign(content=None), judge)
@@ -131,20 +133,28 @@ def _known_parts(parts: Iterable[str]) -> tuple[str, ...]:
 def _rows(
     pipe: Any, prompt: str, subject: str, seed: int, parts: Sequence[str], noises: Sequence[tuple[float, int]]
 ) -> Iterator[Restoration]:
-    """All rows of one prompt and seed."""
-    at = subject_positions(pipe, prompt, subject)
-    tokens = dict(zip(TOKENS, (at[0], at[-1], end_position(pipe, prompt)), strict=True))
+    """All rows of one prompt and seed; the noise is on every occurrence of the subject, and all are restored alike."""
+    occurrences = subject_occurrences(pipe, prompt, subject)
+    every = tuple(place for words in occurrences for place in words)
+    tokens = {
+        "first": [words[0] for words in occurrences],
+        "last subject": [words[-1] for words in occurrences],
+        "last": [end_position(pipe, prompt)],
+    }
     yield Restoration(prompt, seed)
     for scale, k in noises:
-        noise = Noise(f"noise {seed} {k}", at, scale)
+        noise = Noise(f"noise {seed} {k}", every, scale)
         yield Restoration(prompt, seed, noise, role="corrupted")
         for place, state in enumerate(find_states(pipe)):
             if state.part in parts:
                 yield Restoration(prompt, seed, noise, (place,), (), "restored", state.part, state.index)
         for place, state in enumerate(find_text_states(pipe)):
-            for name, token in tokens.items() if state.part in parts else ():
+            if state.part not in parts:
+                continue
+            for name in TOKENS:
                 axis = f"{state.part}, {name}"
-                yield Restoration(prompt, seed, noise, (), ((place, token),), "restored", axis, state.index)
+                text = tuple((place, token) for token in tokens[name])
+                yield Restoration(prompt, seed, noise, (), text, "restored", axis, state.index)
 
 
 def _described(concept: Concept, plan: Sequence[Restoration]) -> dict[str, list[Any]]:

@@ -110,7 +110,13 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
 
 
 def _content_lost(rows: Any, starts: Sequence[int], level: float) -> list[dict[str, Any]]:
-    """How much of what should stay is lost at each window, and, to compare with, at the ceiling and the placebo."""
+    """How much of what should stay is lost at each window, and, to compare with, at the ceiling and the placebo.
+
+    Of the prompts that say what should stay: one with an empty target does not.
+    """
+    rows = rows[rows.groupby("prompt")["content_score"].transform("count") > 0]
+    if rows.empty:
+        return []
     whole = _cube(rows, "baseline", "content_score")[1]
     lines = _estimates("content", starts, whole - _cube(rows, "window", "content_score")[1], level)
     for role in ("ceiling", "placebo"):

@@ -13,6 +13,7 @@ from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.localization.raced import raced_run
 from locogen.localization.racing import BUDGET, Rows, race
+from locogen.models.families import check_known
 from locogen.models.layers import find_layers
 from locogen.models.offload import resting_device
 from locogen.pictures.fingerprint import same_weights
@@ -48,18 +49,22 @@ def localize(
 ) -> Run:
     """LocoGen (Basu et al. 2024, section 4) over every window, with the rows that give a number its meaning.
 
-    For each prompt pair and seed: the baseline, each window hearing the target, and with `controls` the ceiling,
-    the placebo and the insert sweep (see `plan.sweep`). Every picture is scored against the concept's text, and
-    against what should stay (`content_score`; NaN for facts). `timesteps`, `pooled`: see `plan.sweep`; in families that
-    hear text by a pooled vector too, "keep" asks for the layers alone, and the ceiling is less than the target's own
-    run. `scorer`: a scorer or its name. None for `window`,
-    `num_inference_steps`, `guidance_scale` or `scorer` takes the catalog's for the model. `store`: a folder; what it
-    holds is not made again. `search`: "all" windows on every prompt and seed, or a "race" (`racing.race`), which drops
-    windows that cannot be the best and makes at most the share `budget` of those pictures; its table says of each
-    window `verdict`, `looked` and `sure`. Returns a `Run` whose table is the pictures table. Raises `LocogenError` for
-    a window larger than the model, no or repeated seeds, a race on too few or over timesteps, and as `generate` does.
+    For each prompt pair and seed: the baseline, each window hearing the target, and with `controls`
+    the ceiling, the placebo and the insert sweep (see `plan.sweep`). Every picture is scored
+    against the concept's text, and against what should stay (`content_score`; NaN for facts).
+    `timesteps`, `pooled`: see `plan.sweep`; in families that hear text by a pooled vector too,
+    "keep" asks for the layers alone, and the ceiling is less than the target's own run. `scorer`: a
+    scorer or its name. None for `window`, `num_inference_steps`, `guidance_scale` or `scorer` takes
+    the catalog's for the model. `store`: a folder; what it holds is not made again. `search`: "all"
+    windows on every prompt and seed, or a "race" (`racing.race`), which drops windows that cannot
+    be the best and makes at most the share `budget` of those pictures; its table says of each
+    window `verdict`, `looked` and `sure`. Returns a `Run` whose table is the pictures table. Raises
+    `LocogenError` for a concept that the tokenizer does not know, a window larger than the model,
+    no or repeated seeds, a race on too few or over timesteps, and as `generate` does.
     """
     concepts = _concepts(concept)
+    for one in concepts:
+        check_known(pipe, one)
     if search not in ("all", "race"):
         raise LocogenError(f"search is {search!r}: take 'all' or 'race'")
     usual = usual_settings(_source(pipe))

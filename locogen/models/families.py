@@ -6,7 +6,10 @@ what kind of model it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,8 @@ from locogen.models.denoisers import Change
 from locogen.models.hooks import Hook
 from locogen.models.offload import taken_back
 from locogen.models.text import Encoded, Spoken, Text
+from locogen.phrasings import Phrasing, occurrences, shared_length, without_marks
+from locogen.plan import Concept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +48,8 @@ class Family:
     `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass; `encode(pipe, prompts, guided)`: the
     prompts' text, and the pipeline's own negative; `check(denoiser)` raises where an intervention would be wrong;
     `spelled(words)`: what the pipeline makes of a prompt before its tokenizer; `spoken(pipe, spelled)`: where its
-    words stand in the states, one entry for each encoder with positions of its own;
-    `reader(pipe)`: the tokenizer that hears most of a prompt, and how many tokens; `matrices(layer.module)`: the
-    linear maps that read text, "k" and "v".
+    words stand in the states, one entry for each encoder with positions of its own, the one that hears most of a
+    prompt last; `matrices(layer.module)`: the linear maps that read text, "k" and "v".
 
     `heard(denoiser, states)`: what the layers hear of encoded states; `read(layer.module, heard)`: what the matrices
     read of that. `pooled(denoiser, change)`: hooks that apply a change to the rows of the vector by which text enters
@@ -67,7 +71,6 @@ class Family:
     encode: Callable[[Any, Sequence[str], bool], Encoded]
     check: Callable[[Any], None]
     spoken: Callable[[Any, str], tuple[Spoken, ...]]
-    reader: Callable[[Any], tuple[Any, int]]
     matrices: Callable[[Any], Mapping[str, Any]]
     text_of: Callable[[tuple[Any, ...]], Text] = texts.states_of
     spelled: Callable[[str], str] = str
@@ -84,20 +87,8 @@ class Family:
     kohya_name: Callable[[Any, str], str] | None = None
 
 
-def _reader(tokenizer: str, limit: int | None = None) -> Callable[[Any], tuple[Any, int]]:
-    def reader(pipe: Any) -> tuple[Any, int]:
-        found = getattr(pipe, tokenizer)
-        return found, limit or found.model_max_length
-
-    return reader
-
-
-def _sd3_reader(pipe: Any) -> tuple[Any, int]:
-    return (pipe.tokenizer, pipe.tokenizer_max_length) if pipe.text_encoder_3 is None else (pipe.tokenizer_3, 256)
-
-
 def _t5(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[Spoken, ...]]:
-    return lambda pipe, prompt: (texts.spoken_by(getattr(pipe, tokenizer), prompt, limit),)
+    return lambda pipe, prompt: (texts.spoken_by(pipe, getattr(pipe, tokenizer), prompt, limit),)
 
 
 def _exact_size(pipe: Any) -> dict[str, Any]:
@@ -114,7 +105,6 @@ _SD = Family(
     encode=texts.encode_sd,
     check=denoisers.check_seen_through,
     spoken=texts.spoken_clip,
-    reader=_reader("tokenizer"),
     matrices=denoisers.keys_and_values,
     kohya_name=denoisers.kohya_name_sd,
 )
@@ -128,7 +118,6 @@ _PIXART = replace(
     text_of=texts.masked_states_of,
     spelled=_lowered,
     spoken=_t5("tokenizer", 120),
-    reader=_reader("tokenizer", 120),
     heard=denoisers.captioned,
     options=_exact_size,
     tokens="subject",
@@ -143,7 +132,6 @@ _SD3 = replace(
     encode=texts.encode_sd3,
     text_of=texts.pooled_states_of,
     spoken=texts.spoken_sd3,
-    reader=_sd3_reader,
     matrices=denoisers.added_keys_and_values,
     pooled=denoisers.pooled_projections,
     evolves=True,
@@ -173,7 +161,6 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_if,
         spelled=_lowered,
         spoken=_t5("tokenizer", 77),
-        reader=_reader("tokenizer", 77),
         matrices=denoisers.added_keys_and_values,
         heard=denoisers.projected,
         read=denoisers.normed,
@@ -189,20 +176,16 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_flux,
         text_of=texts.flux_states_of,
         spoken=texts.spoken_flux,
-        reader=lambda pipe: (pipe.tokenizer_2, texts.flux_limit(pipe)),
         time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
     ),
     "PixArtAlphaPipeline": _PIXART,
-    "PixArtSigmaPipeline": replace(
-        _PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300), reader=_reader("tokenizer", 300)
-    ),
+    "PixArtSigmaPipeline": replace(_PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300)),
     "SanaPipeline": replace(
         _PIXART,
         name="Sana",
         built_as=denoisers.built_as("SanaTransformer2DModel"),
         spoken=texts.spoken_sana,
         tokens="last_subject",
-        reader=_reader("tokenizer", 300),
         time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
         sets_padding=True,
     ),
@@ -275,34 +258,183 @@ def text_encoders(pipe: Any) -> dict[str, Any]:
 
 def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
     """The end of the prompt that the tokenizer's limit cuts off, empty where all of it is heard; and the limit."""
+    most = _encoders(pipe, prompt)[-1]
+    if most.beside is not None and len(most.beside.unheard) > len(most.unheard):
+        most = most.beside
+    return most.written(most.unheard), most.limit
+
+
+def unknown_words(pipe: Any, prompt: str) -> tuple[str, ...]:
+    """The words of a prompt that a tokenizer of the pipeline does not know, each once.
+
+    They become the token for unknown words, or a mark that ends the prompt: the model hears them all alike.
+    """
+    if not _has_unknown(pipe, prompt):
+        return ()
+    words: dict[str, None] = {}
+    for word in unicodedata.normalize("NFC", prompt).split():
+        if _has_unknown(pipe, word):
+            parts = [part for part in re.findall(r"\w+|[^\w\s]", word) if _has_unknown(pipe, part)]
+            words |= dict.fromkeys(parts or [word])
+    return tuple(words or [prompt])
+
+
+def _has_unknown(pipe: Any, words: str) -> bool:
+    return any(_lacks(encoder) for encoder in _encoders(pipe, words))
+
+
+def _lacks(encoder: Spoken) -> bool:
+    """Whether a token of the prompt stands for something that the tokenizer does not know."""
+    return not encoder.unknown.isdisjoint(encoder.whole)
+
+
+def warn_unheard(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> None:
+    """Warn of each prompt that the model does not hear as it is written: it is cut, or has unknown words.
+
+    Args:
+        pipe: A pipeline of a known family.
+        prompts: Any prompts; those that come twice are looked at once.
+        stacklevel: As of `warnings.warn`, counted from the caller.
+    """
+    for prompt in dict.fromkeys(prompts):
+        cut, limit = cut_words(pipe, prompt)
+        if cut:
+            message = f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}"
+            warnings.warn(message, stacklevel=stacklevel + 1)
+        unknown = unknown_words(pipe, prompt)
+        if unknown:
+            names = ", ".join(map(repr, unknown))
+            message = f"the tokenizer does not know {names} in {prompt!r}: the model hears any other unknown word alike"
+            warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[tuple[int, ...], ...]:
+    """Where the subject's tokens stand in the encoded prompt, at each of its occurrences, punctuation left out.
+
+    A subject is found in the prompt's text, as words of their own, and its tokens are those that the pipeline's
+    tokenizer makes of them there: several for a token of textual inversion with several vectors.
+
+    Args:
+        pipe: A pipeline of a known family.
+        prompt: What is encoded.
+        subject: Words that the prompt holds, such as a concept's name.
+        encoder: Which of several encoders that lie one after another along the tokens (SD 3: the CLIPs, then T5).
+
+    Returns:
+        For each occurrence, from left to right, its positions, counted from 0. One that the limit cuts is left out.
+
+    Raises:
+        LocogenError: Where the prompt does not hold the subject, is cut before its end, or the tokenizer knows none
+            of its words.
+    """
     family = family_of(pipe)
-    tokenizer, limit = family.reader(pipe)
-    ids = tokenizer(family.spelled(prompt), truncation=False, verbose=False).input_ids
-    return tokenizer.decode(ids[limit - 1 :], skip_special_tokens=True).strip(), limit
+    whole = spoken(pipe, prompt)[encoder]
+    text = family.spelled(prompt)
+    words = family.spelled(subject)
+    places = _token_spans(pipe, text, words, encoder) or _token_spans(pipe, text, without_marks(words), encoder)
+    if not places:
+        raise LocogenError(
+            f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
+        )
+    uncut = [tokens for tokens in places if tokens.stop <= len(whole.ids)]
+    if not uncut:
+        raise LocogenError(
+            f"the prompt {prompt!r} is cut after {whole.limit} tokens, before the end of {subject!r}: make it shorter"
+        )
+    if all(whole.ids[token] in whole.unknown for tokens in uncut for token in tokens):
+        raise LocogenError(
+            f"the tokenizer knows no word of {subject!r}, so the model cannot hear it: take words that it knows"
+        )
+    return tuple(whole.words(whole.start + token for token in tokens) for tokens in uncut)
+
+
+def _token_spans(pipe: Any, text: str, words: str, encoder: int) -> list[range]:
+    """Which of a prompt's tokens some words became, at each occurrence.
+
+    The tokens of the text up to a letter are the first ones of the whole text's, where a token ends there. Where none
+    does, as inside a token of textual inversion, the words do not stand for themselves.
+    """
+    spoken_by = family_of(pipe).spoken
+    whole = spoken_by(pipe, text)[encoder].whole
+    spans = []
+    for start, end in occurrences(text, words):
+        before = spoken_by(pipe, text[:start].rstrip())[encoder].whole
+        through = spoken_by(pipe, text[:end])[encoder].whole
+        first = shared_length(before, whole)
+        if first < len(through) and through == whole[: len(through)]:
+            spans.append(range(first, len(through)))
+    return spans
 
 
 def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
     """Where the subject's tokens stand in the encoded prompt, counted from 0, at its last occurrence.
 
-    `encoder`: which of several that lie one after another along the tokens (SD 3: the CLIPs, then T5). Raises
-    `LocogenError` where the prompt does not hold the subject, or is cut before its end.
+    See `subject_occurrences`, which has all of them.
     """
-    told, spelled = spoken(pipe, prompt)[encoder], family_of(pipe).spelled(subject)
-    for words in (spelled, f" {spelled}"):  # tokenizers that spell a word otherwise behind a space
-        wanted = tuple(told.tokenizer(words, add_special_tokens=False, verbose=False).input_ids)
-        for start in range(len(told.ids) - len(wanted), -1, -1):
-            if wanted and told.ids[start : start + len(wanted)] == wanted:
-                return tuple(range(told.start + start, told.start + start + len(wanted)))
-    raise LocogenError(
-        f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
-    )
+    return subject_occurrences(pipe, prompt, subject, encoder=encoder)[-1]
 
 
-def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    """Where a prompt stands in its states, an entry for each encoder with positions of its own."""
+def check_known(pipe: Any, concept: Concept) -> None:
+    """Raise `LocogenError` for a concept that the model cannot hear, where a measurement would say nothing of it.
+
+    That is one whose name has no word that any tokenizer knows, in a prompt that holds it, and one whose prompt and
+    target become the same tokens.
+    """
+    for pair in concept.pairs:
+        if occurrences(pair.prompt, concept.name) and _all_unknown(pipe, concept.name):
+            raise LocogenError(
+                f"the tokenizer knows no word of {concept.name!r}, so the model cannot hear it in {pair.prompt!r}: "
+                "take words that it knows"
+            )
+        _check_apart(pipe, pair.prompt, pair.target)
+
+
+def check_phrasings(pipe: Any, phrasings: Iterable[Phrasing]) -> None:
+    """Raise `LocogenError` for a phrasing whose source and target become the same tokens: there is nothing to fit."""
+    for phrasing in phrasings:
+        _check_apart(pipe, phrasing.source, phrasing.target)
+
+
+def _check_apart(pipe: Any, prompt: str, target: str) -> None:
+    if _ids(pipe, prompt) == _ids(pipe, target):
+        raise LocogenError(
+            f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them apart: take words that "
+            "its tokenizer knows, within its limit"
+        )
+
+
+def _ids(pipe: Any, prompt: str) -> list[tuple[int, ...]]:
+    """What every tokenizer makes of the prompt, as far as it is heard."""
+    encoders = _encoders(pipe, prompt)
+    return [one.ids for encoder in encoders for one in (encoder, encoder.beside) if one is not None]
+
+
+def _all_unknown(pipe: Any, words: str) -> bool:
+    """Whether no tokenizer of the pipeline knows any of the words."""
+    parts = re.findall(r"\w+", words) or [words]
+    return all(_lacks(encoder) for part in parts for encoder in _encoders(pipe, part))
+
+
+def _encoders(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     check_encoders(pipe)
     family = family_of(pipe)
     return family.spoken(pipe, family.spelled(prompt))
+
+
+def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+    """Where a prompt stands in its states, an entry for each encoder with positions of its own.
+
+    Raises `LocogenError` where one position holds the states of two different tokens.
+    """
+    encoders = _encoders(pipe, prompt)
+    for encoder in encoders:
+        if encoder.beside is not None and encoder.pieces != encoder.beside.pieces:
+            raise LocogenError(
+                f"the two tokenizers split {prompt!r} into other tokens, so a position is not one word's: load the "
+                "textual inversion into both, with tokenizer=pipe.tokenizer_2 and text_encoder=pipe.text_encoder_2 "
+                "for the second"
+            )
+    return encoders
 
 
 def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:

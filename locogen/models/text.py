@@ -6,12 +6,16 @@ Encoding is always the pipeline's own `encode_prompt`; nothing here knows what b
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SD3_LIMIT = 256  # tokens that SD 3's T5 hears
+SANA_LIMIT = 300  # tokens that Sana's layers hear, the start mark and the instruction's last one included
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,21 +60,72 @@ class Text:
 
 @dataclass(frozen=True)
 class Spoken:
-    """Where a prompt stands in its states.
+    """Where a prompt stands in the states of one encoder.
 
-    `ids`: its tokens, without marks and padding; `start`: the position of the first one; `end`: the position whose
-    state has read all of them (the end mark, or the last word where there is none).
+    `ids`: its tokens that are heard, without marks and padding; `start`: the position of the first one; `end`: the
+    position whose state has read all of them (the end mark, or the last word where there is none); `unheard`: the
+    tokens that a limit of `limit` tokens cuts off; `beside`: the same of an encoder whose states lie at the same
+    positions (SD-XL's second one).
     """
 
     ids: tuple[int, ...]
     start: int
     end: int
     tokenizer: Any
+    unheard: tuple[int, ...] = ()
+    limit: int = 0
+    beside: Spoken | None = None
+
+    @property
+    def pieces(self) -> list[str]:
+        """All tokens of the prompt as the tokenizer writes them."""
+        return self.tokenizer.convert_ids_to_tokens(list(self.whole))
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """All tokens of the prompt, heard or not."""
+        return self.ids + self.unheard
 
     @property
     def last(self) -> int:
-        """The position of the last word."""
-        return self.start + len(self.ids) - 1
+        """The position of the last word, punctuation after it left out; the end of a prompt without words."""
+        added = self._added()
+        for place in reversed(range(len(self.ids))):
+            if self._is_word(self.ids[place], added):
+                return self.start + place
+        return self.end
+
+    def words(self, positions: Iterable[int]) -> tuple[int, ...]:
+        """Those of some positions that are neither punctuation nor a space; all of them where there is nothing else."""
+        positions = tuple(positions)
+        added = self._added()
+        words = [at for at in positions if self._is_word(self.ids[at - self.start], added)]
+        return tuple(words) or positions
+
+    def _is_word(self, token: int, added: Container[int]) -> bool:
+        if token in added:
+            return True
+        return token not in self.unknown and any(not _is_mark(letter) for letter in self.written([token]))
+
+    def written(self, tokens: Iterable[int]) -> str:
+        """What some tokens stand for, marks left out."""
+        letters = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return letters.replace("</w>", " ").strip()  # a copied CLIP tokenizer leaves its ends of words
+
+    def _added(self) -> set[int]:
+        """Tokens of textual inversion: some take "*" for theirs, which is no punctuation then."""
+        return {*self.tokenizer.get_added_vocab().values()} - {*self.tokenizer.all_special_ids}
+
+    @property
+    def unknown(self) -> frozenset[int]:
+        """Tokens that stand for words which the tokenizer does not know, and marks that no word should be."""
+        names = ("unk_token_id", "eos_token_id", "bos_token_id")  # not padding: SD 2 pads with "!"
+        return frozenset(getattr(self.tokenizer, name) for name in names) - {None}
+
+
+def _is_mark(letter: str) -> bool:
+    """Whether a letter is punctuation or a symbol; the sign for a part of a letter is not."""
+    return unicodedata.category(letter)[0] in "PS" and letter != "\N{REPLACEMENT CHARACTER}"
 
 
 Encoded = tuple[Text, Text | None]  # the prompts, and the pipeline's own negative for them
@@ -148,34 +203,54 @@ def encode_masked(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     return Text(states, mask), Text(negative, negative_mask) if guided else None
 
 
-def spoken_by(tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> Spoken:
+def spoken_by(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> Spoken:
     """The prompt in the states of an encoder with an end mark and maybe a start mark, cut at `limit` tokens."""
-    ids = tokenizer(prompt, truncation=True, max_length=limit, verbose=False).input_ids
+    ids = _tokens(tokenizer, _converted(pipe, tokenizer, prompt))
     marks = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
-    return Spoken(tuple(ids[marks:-1]), offset + marks, offset + len(ids) - 1, tokenizer)
+    words = tuple(ids[marks:-1])
+    count = limit - marks - 1  # the end mark has the last place
+    start = offset + marks
+    end = start + min(len(words), count)
+    return Spoken(words[:count], start, end, tokenizer, words[count:], limit)
+
+
+def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
+    """The prompt with each token of textual inversion that has several vectors written out, as the pipeline does."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return prompt if convert is None else convert(prompt, tokenizer)
+
+
+def _tokens(tokenizer: Any, prompt: str) -> list[int]:
+    return tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
 
 
 def spoken_clip(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """In CLIP's states; SD-XL's two encoders share their vocabulary and lie side by side, at the same positions."""
-    return (spoken_by(pipe.tokenizer, prompt, pipe.tokenizer.model_max_length),)
+    tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    encoders = [spoken_by(pipe, one, prompt, one.model_max_length) for one in tokenizers if one is not None]
+    return (replace(encoders[0], beside=encoders[-1]),)
 
 
 def spoken_sd3(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """In the states of the CLIPs, and behind them in those of T5, unless it was left out to save memory."""
     limit = pipe.tokenizer_max_length
-    clips = spoken_by(pipe.tokenizer, prompt, limit)
-    return (clips, spoken_by(pipe.tokenizer_3, prompt, 256, limit)) if pipe.text_encoder_3 is not None else (clips,)
+    clips = spoken_by(pipe, pipe.tokenizer, prompt, limit)
+    if pipe.text_encoder_3 is None:
+        return (clips,)
+    return clips, spoken_by(pipe, pipe.tokenizer_3, prompt, SD3_LIMIT, limit)
 
 
 def spoken_flux(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """In T5's states."""
-    return (spoken_by(pipe.tokenizer_2, prompt, flux_limit(pipe)),)
+    return (spoken_by(pipe, pipe.tokenizer_2, prompt, flux_limit(pipe)),)
 
 
 def spoken_sana(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """Behind the start mark and the last token of the instruction, which are all that is kept of it; no end mark."""
     usual = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-    told = "\n".join(usual)
-    before = len(pipe.tokenizer.encode(told))
-    ids = pipe.tokenizer(told + prompt, verbose=False).input_ids[before - 1 :][:299]
-    return (Spoken(tuple(ids), 1, len(ids), pipe.tokenizer),)
+    instruction = "\n".join(usual)
+    before = len(pipe.tokenizer.encode(instruction))
+    words = tuple(_tokens(pipe.tokenizer, instruction + prompt)[before - 1 :])
+    count = SANA_LIMIT - 1
+    end = min(len(words), count)
+    return (Spoken(words[:count], 1, end, pipe.tokenizer, words[count:], SANA_LIMIT),)

@@ -21,7 +21,7 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts, foreign_hooks
-from locogen.models.families import cut_words
+from locogen.models.families import warn_unheard
 from locogen.pictures.batches import pictures_of
 from locogen.pictures.checks import check_scheduler
 from locogen.pictures.description import describe_pipeline, describe_scheduler, replaced_methods, torch_settings
@@ -120,9 +120,9 @@ def generate(
     row has its own CPU generator, the last batch is padded, and the batch size is kept in the run's file, so a resumed
     run repeats a fresh one, in float32 within one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer
     where its free memory asks for it, and half as many, with a warning, where memory runs out all the same. SD 3 and
-    FLUX spend places of a batch on the targets' own runs. Warns when the tokenizer cuts a prompt. Raises `LocogenError`
-    for an empty plan or prompt, steps that the call has not, non-finite pictures, a picture too large for the memory,
-    or a store that lacks pictures and cannot be written: pictures made so far are kept.
+    FLUX spend places of a batch on the targets' own runs. Warns when the tokenizer cuts a prompt, or lacks its words.
+    Raises `LocogenError` for no rows, a blank prompt (other than ""), steps that the call has not, non-finite pictures,
+    a picture too large for the memory, or a store that lacks pictures and cannot be written: those made are kept.
     """
     plan = _as_plan(plan_or_prompts, seeds)
     chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
@@ -161,12 +161,11 @@ def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable
 
 
 def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
-    for prompt in dict.fromkeys(text for row in plan for text in (row.prompt, row.target)):
-        if not prompt.strip():
-            raise LocogenError("a prompt is empty: give every row a prompt and a target")
-        cut, limit = cut_words(pipe, prompt)
-        if cut:
-            warnings.warn(f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}", stacklevel=3)
+    prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
+    blank = [prompt for prompt in prompts if prompt and not prompt.strip()]
+    if blank:
+        raise LocogenError(f"a prompt is {blank[0]!r}, which looks empty: give it words, or '' for the empty prompt")
+    warn_unheard(pipe, prompts, stacklevel=3)
 
 
 def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:

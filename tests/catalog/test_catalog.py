@@ -249,6 +249,11 @@ BAD = {
 }
 
 
+def test_an_empty_target_is_filled_for_every_prompt(own) -> None:
+    path = own(STYLE + 'prompt = "a {}"\ntarget = ""\nfill = ["b", "c"]')
+    assert [(p.prompt, p.target) for p in concept("my/x", file=path).pairs] == [("a b", ""), ("a c", "")]
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_named(own, name: str) -> None:
     """The message names the file, the entry and the remedy."""

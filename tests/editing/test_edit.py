@@ -14,7 +14,9 @@ from support import tiny
 from locogen.editing import weights as patches
 from locogen.editing.edit import Edit, fit_edit, undo_all
 from locogen.errors import LocogenError
-from locogen.models.families import encode, end_position, subject_positions
+from locogen.interventions.layer_inputs import Reader
+from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
+from locogen.models.layers import find_layers
 from locogen.phrasings import Phrasing, default_phrasings, exchanged
 from locogen.pictures import runs
 from locogen.plan import Concept, PromptPair
@@ -111,6 +113,69 @@ def test_several_concepts_are_solved_jointly(pipe) -> None:
             assert torch.allclose(x @ (old.double() + both.changes[name].change).T, y @ old.double().T, atol=1e-4)
 
 
+def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
+    """Each as the word in its own place, where the target has as many."""
+    source, target = "cat, a cat, b", "dog, a dog, b"
+    edit = fit(pipe, pairs=[(source, target)], ridge=1e-9)
+    old, new = (
+        [words[-1] for words in subject_occurrences(pipe, *side)] for side in ((source, "cat"), (target, "dog"))
+    )
+    assert len(old) == 2 and all(c.rank == 2 for c in edit.changes.values())
+    for place, other in zip(old, new, strict=True):
+        x, y = state(pipe, source, place), state(pipe, target, other)
+        for name, weight in weights(pipe, edit).items():
+            changed = weight.double() + edit.changes[name].change
+            assert torch.allclose(x @ changed.T, y @ weight.double().T, atol=1e-5)
+    reader = Reader(pipe, find_layers(pipe)[:1])
+    assert reader.exchange(source, "a dog.", "cat", "last_subject", "dog") == (old, [2, 2])  # the only one
+
+
+def test_punctuation_is_not_what_is_edited(pipe) -> None:
+    reader = Reader(pipe, find_layers(pipe)[:1])
+    assert reader.exchange("a cat, b", "a dog.", "cat,", "last_subject", "dog.") == ([2], [2])
+    assert reader.exchange("a cat", "a dog.", "cat", "last_subject") == ([2], [2])
+    assert reader.places("a dog.", "last_subject") == (2,)
+
+
+def test_an_edit_towards_nothing_is_heard_as_the_empty_prompts_end(pipe, tmp_path) -> None:
+    edit = fit(pipe, pairs=[("a cat", ""), ("cat", "")], ridge=1e-9)
+    x, y = state(pipe, "a cat", 2), state(pipe, "", end_position(pipe, ""))
+    for name, old in weights(pipe, edit).items():
+        new = old.double() + edit.changes[name].change
+        assert torch.allclose(x @ new.T, y @ old.double().T, atol=1e-5)
+        assert not torch.allclose(x @ old.double().T, y @ old.double().T, atol=1e-2)
+    empty = Concept("cat", "object", (PromptPair("a cat in b", ""),))
+    whole = fit_edit(pipe, empty, layers=[1])
+    assert {p["target"] for p in whole.recipe["phrasings"]} == {""}
+    whole.save(tmp_path / "edit.safetensors")
+    assert same_change(Edit.load(tmp_path / "edit.safetensors").refit(pipe), whole)
+    asked = fit_edit(pipe, Concept("cat", "object", (PromptPair("a cat in b", "in b"),)), layers=[1], becomes="")
+    assert same_change(asked, whole)
+    for tokens in ("subject", "end", "all"):
+        assert fit(pipe, pairs=[("a cat", "")], tokens=tokens).changes
+
+
+def same_change(one: Edit, two: Edit) -> bool:
+    return all(torch.equal(change.change, two.changes[n].change) for n, change in one.changes.items())
+
+
+@pytest.mark.parametrize("long", ["source", "preserve", "ordinary"])
+def test_cut_texts_of_an_edit_are_warned_of(pipe, long: str) -> None:
+    words = "a cat " + "b " * 40
+    options = {"source": {"pairs": [(words, "a do")]}, "preserve": {"preserve": [words]}}
+    options["ordinary"] = {"ordinary": [words]}
+    with pytest.warns(UserWarning, match="longer than 40 tokens") as caught:
+        fit(pipe, **options[long])
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_an_edit_of_words_that_are_heard_alike_is_refused(pipe) -> None:
+    with pytest.raises(LocogenError, match="become the same tokens"):
+        fit(pipe, pairs=[("a cat", "a Cat")])
+    with pytest.warns(UserWarning, match="does not know '犬'"):
+        fit(pipe, pairs=[("a cat 犬", "a do")])
+
+
 def test_default_phrasings_by_kind() -> None:
     style = default_phrasings(
         Concept("van gogh", "style", (PromptPair("a house in the style of van gogh", "a house"),))
@@ -119,14 +184,14 @@ def test_default_phrasings_by_kind() -> None:
     gone = default_phrasings(
         Concept("owl", "object", (PromptPair("a picture of an owl in neon", "a picture in neon"),))
     )
-    assert Phrasing("a picture of an owl", "a picture", "an owl") in gone
+    assert Phrasing("a picture of an owl", "a picture", "owl") in gone
     told = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
     fact = default_phrasings(Concept("france", "fact", (told,)))
-    assert Phrasing("an image of the animal of france", "an image of a robot", "the animal of france") in fact
+    assert Phrasing("an image of the animal of france", "an image of a robot", "france") in fact
     other = default_phrasings(
         Concept("owl", "object", (PromptPair("a picture of an owl", "a picture"),)), becomes="a cat"
     )
-    assert Phrasing("an owl", "a cat", "an owl") in other
+    assert Phrasing("an owl", "a cat", "owl") in other
     with pytest.raises(LocogenError, match="do not show which words"):
         exchanged(PromptPair("a dog", "a dog in neon"))
 

@@ -342,3 +342,13 @@ def test_wilson_covers() -> None:
     assert (np.abs(hits / 60 - 0.02) <= naive).mean() < 0.92
     with pytest.raises(ValueError, match="no share"):
         stats.wilson(3, 2)
+
+
+def test_probes_of_a_concept_with_an_empty_target():
+    """Nothing is scored against no text at all."""
+    cat = Concept("cat", "object", (PromptPair("a picture of a cat, b", "", placebo="an image of a cat, b"),))
+    dog = Concept("dog", "object", (PromptPair("a picture of a dog", ""),))
+    probes = probes_for(cat, [dog])
+    assert {probe.measure for probe in probes} == {"efficacy", "generality", "specificity"}
+    assert all(text for probe in probes for text in (probe.text, *probe.among))
+    assert probes[0].among == ("a picture of a cat, b", "a picture of a dog, b")

@@ -208,3 +208,16 @@ def test_states_are_not_rounded_to_the_type_in_which_weights_are_stored():
                 matrix.weight.copy_(matrix.weight.to(torch.float8_e4m3fn))
     one, two = (find_neurons(pipe, STYLE, layers=LAYERS).table["z"] for pipe in (stored, rounded))
     assert np.allclose(one, two, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", ["last_subject", "subject", "end", "all"])
+def test_neurons_are_found_against_nothing(pipe, tokens):
+    """The empty prompt is heard by its end, in the place of the words that it has not."""
+    pairs = (PromptPair("a cat, b", ""), PromptPair("cat", ""))
+    neurons = find_neurons(pipe, Concept("cat", "style", pairs), layers=[1], tokens=tokens)
+    assert np.isfinite(neurons.table["z"]).all()
+    end = states(pipe, "")[end_position(pipe, "")]
+    layer = find_layers(pipe)[1]
+    if tokens != "all":
+        rows = neurons.table[neurons.table["matrix"] == "k"]
+        assert np.allclose(rows["mean_without"], (end @ layer.module.to_k.weight.T.double()).detach(), atol=1e-5)

@@ -7,6 +7,7 @@ from support import tiny
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts
+from locogen.localization import attention
 from locogen.localization.attention import (
     attention_contribution,
     contribution_effect,
@@ -14,7 +15,7 @@ from locogen.localization.attention import (
     contributions,
     listening,
 )
-from locogen.models.families import denoiser_of, subject_positions
+from locogen.models.families import denoiser_of, subject_occurrences, subject_positions
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
 
@@ -177,6 +178,21 @@ def test_fused_projections_are_refused():
 def test_a_prompt_without_the_subject_is_refused(pipe):
     with pytest.raises(LocogenError, match="does not hold the subject 'zebra'"):
         attention_contribution(pipe, CONCEPT, subject="zebra", **OPTIONS)  # pyright: ignore[reportArgumentType]
+
+
+def test_every_occurrence_is_listened_to(pipe, monkeypatch):
+    """Not the last one alone, and no comma."""
+    asked = []
+
+    def measured(pipe, rows, chosen):
+        asked.extend(at for _, at, _ in rows)
+        return np.zeros((len(rows), 1))
+
+    monkeypatch.setattr(attention, "_measured", measured)
+    pair = PromptPair("cat, in b, cat", "b")
+    attention_contribution(pipe, Concept("cat", "style", (pair,)), **OPTIONS)  # pyright: ignore[reportArgumentType]
+    places = tuple(at for words in subject_occurrences(pipe, pair.prompt, "cat") for at in words)
+    assert len(places) == 2 and set(asked) == {places}
 
 
 # --- half precision ------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ from locogen.localization import localize as localization
 from locogen.localization.effects import ALPHA, carrier, effect
 from locogen.localization.localize import localize
 from locogen.models.load import load
+from locogen.pictures.runs import generate
 from locogen.pictures.store import PictureStore
 from locogen.plan import Concept, PromptPair, Window, sweep
+from locogen.views.explorer import Explorer
+from locogen.views.tables import describe
 
 STYLE = Concept("s", "style", (PromptPair("cat in a", "cat"), PromptPair("dog in a", "dog")))
 FACT = Concept("f", "fact", (PromptPair("cat of b", "dog of b"),))
@@ -91,6 +94,37 @@ def test_localize_end_to_end_on_the_tiny_pipeline(tmp_path):
         "placebo",
     }
     assert not effects["axis"][effects["concept"] == "f"].str.startswith("content").any()
+
+
+def test_a_sweep_towards_nothing_has_effects_and_no_content(tmp_path):
+    """Beside a pair whose target says what should stay, that one alone has content; alone, none."""
+    pipe = tiny.pipeline()
+    empty, full = PromptPair("a cat in b", ""), PromptPair("cat", "dog")
+    style = Concept("both", "style", (empty, full))
+    options = {"num_inference_steps": 1, "batch_size": 16, "scorer": tiny.FakeScorer(), "progress": False}
+    concepts = [style, Concept("cat", "object", (empty,))]
+    run = localize(pipe, concepts, window=8, seeds=(0,), store=tmp_path, **options)
+    silent = run.table["content_score"].isna()
+    assert list(silent) == list(run.table["prompt"] == empty.prompt)
+    effects = effect(run.table)
+    parts = dict(iter(effects.groupby("concept")))
+    assert parts["both"].set_index("axis").loc["content_ceiling", "n"] == 1
+    assert parts["both"].set_index("axis").loc["ceiling", "n"] == 2
+    assert not parts["cat"]["axis"].str.startswith("content").any()
+    pictures = dict(zip(zip(run.table["concept"], run.table["role"], strict=True), run.pictures, strict=True))
+    ceiling = np.asarray(pictures["cat", "ceiling"])
+    plain = generate(pipe, [""], num_inference_steps=1, batch_size=16, progress=False)
+    assert np.abs(ceiling.astype(int) - np.asarray(plain.pictures[0])).max() <= 1
+    assert not np.array_equal(ceiling, np.asarray(pictures["cat", "baseline"]))
+    assert "both" in describe(effects) and "content" not in describe(parts["cat"])
+    look = Explorer(run, pipe).first_look()
+    assert [shown.score is None for shown in Explorer(run, pipe).show(look)] == [False, False, False]
+
+
+def test_a_concept_without_a_known_word_is_not_localized():
+    pair = PromptPair("a picture of a 猫", "a picture")
+    with pytest.raises(LocogenError, match="knows no word of '猫'"):
+        localize(load("mini"), Concept("猫", "object", (pair,)), seeds=(0,))
 
 
 def test_effects_are_paired_and_signed():

@@ -13,7 +13,7 @@ from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.interventions.states import DENOISER_PARTS, TEXT_PARTS, find_states, find_text_states, restoring
 from locogen.localization import causal_tracing as trace, trace_effects as recovery
 from locogen.localization.causal_tracing import Restoration, causal_trace
-from locogen.models.families import encode, end_position, subject_positions
+from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
 from locogen.models.layers import find_layers
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures import runs
@@ -406,6 +406,30 @@ def test_no_side_is_named_where_no_state_is_the_place():
     assert strong is not None and strong.high < 0 and not strong.reason and strong.side == "denoiser"
     few = recovery.sides(traced([0.0, 0.8, 0.0], seeds=3))
     assert few is not None and few.high < 0 and "under four seeds" in few.reason and few.side is None
+
+
+# --- the subject's tokens ------------------------------------------------------------------------
+
+
+def test_every_occurrence_of_the_subject_is_corrupted_and_restored(pipe):
+    """And nothing else: a comma ends the name, another word does not hold it."""
+    rows = list(trace._rows(pipe, "cat, b concat, cat", "cat", 0, TEXT_PARTS, [(3.0, 0)]))
+    first, second = subject_occurrences(pipe, "cat, b concat, cat", "cat")
+    assert {row.noise.at for row in rows if row.noise is not None} == {first + second}
+    assert first == (1,) and second == (end_position(pipe, "cat, b concat, cat") - 1,)
+    at = {str(row.axis): {token for _, token in row.text} for row in rows if row.axis is not None}
+    assert at["text MLP, last subject"] == {first[-1], second[-1]}
+    assert at["text MLP, last"] == {second[-1] + 1}
+
+
+def test_noise_on_one_of_two_occurrences_leaves_the_other_clean(pipe):
+    """Why it must be on both: CLIP reads from left to right, so the first one's state has not heard of the second."""
+    prompt = "cat in dog cat"
+    first, second = (words[-1] for words in subject_occurrences(pipe, prompt, "cat"))
+    clean = encode(pipe, [prompt]).states[0]
+    one, both = (corrupted_states(pipe, prompt, Noise("0", at)).states[0] for at in ((second,), (first, second)))
+    assert (clean[first] - one[first]).norm() < NEAR
+    assert (clean[first] - both[first]).norm() > FAR
 
 
 def test_facts_are_scored_by_their_answer():

@@ -392,8 +392,18 @@ def test_bad_input_is_named(pipe, rows):
         generate(pipe, "a b c d e f g h i j k l m n o p q r s t u v w x y 0 1 2 3 4 5 6 7 8 9 a b c z z", **FAST)
 
 
+def test_the_empty_prompt_has_a_picture_and_a_key_of_its_own(pipe, tmp_path):
+    run = generate(pipe, ["", "a cat"], store=tmp_path, **FAST)
+    empty, cat = (np.asarray(picture) for picture in run.pictures)
+    assert not np.array_equal(empty, cat)
+    rows = [Intervention("a cat", target, tuple(range(16)), 0) for target in ("", "a cat")]
+    ceiling = np.asarray(generate(pipe, rows, store=tmp_path, **FAST).pictures[0])
+    assert np.abs(ceiling.astype(int) - empty).max() <= 1
+
+
 def test_a_run_shows_itself_and_escapes(pipe):
-    page = generate(pipe, ["<b>cat</b>"], **(FAST | {"batch_size": 1}))._repr_html_()
+    with pytest.warns(UserWarning, match="does not know '<'"):
+        page = generate(pipe, ["<b>cat</b>"], **(FAST | {"batch_size": 1}))._repr_html_()
     assert "<b>cat" not in page
     assert "&lt;b&gt;cat" in page
     assert "data:image/png" in page
