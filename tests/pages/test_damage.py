@@ -24,8 +24,7 @@ from test_report import Reader
 
 from locogen import files
 from locogen.files import CannotWrite
-from locogen.pages import build as building
-from locogen.pages import results as reading
+from locogen.pages import build as building, results as reading
 from locogen.pages.build import build
 from locogen.pages.html import shrink
 from locogen.pages.thumbnails import small_picture
