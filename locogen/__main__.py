@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from locogen import __version__
+from locogen.console import show_any_text
 from locogen.errors import LocogenError
 
 _ENGINES = """\
@@ -35,6 +36,7 @@ A scheduler runs whatever reaches its port: keep it inside a network that you tr
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 when runs failed, 2 for a mistake, 130 after Ctrl-C."""
+    show_any_text()
     chosen = _parser().parse_args(arguments)
     try:
         return chosen.command(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -12,6 +13,61 @@ from pathlib import Path
 from typing import Any
 
 from locogen.errors import LocogenError
+
+# How text of ours is read: editors on Windows put a byte-order mark before it.
+ENCODING = "utf-8-sig"
+
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full. Free some space there",
+    errno.EDQUOT: "your quota of that disk is used up. Free some space there",
+    errno.EROFS: "it is on a read-only file system. Copy it to a place that can be written",
+    errno.EACCES: "you may not write there. Change the folder's permissions (chmod u+w)",
+    errno.EPERM: "you may not write there. Change the folder's permissions (chmod u+w)",
+}
+
+
+class CannotWrite(LocogenError):
+    """A folder that takes no files: full, read-only or somebody else's."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Say where it was and what helps, when a folder takes no files.
+
+    Args:
+        folder: Where files are written, for the message.
+
+    Raises:
+        CannotWrite: The disk is full, or nobody may write there. Any other error passes by as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = _NO_ROOM.get(error.errno or 0)
+        if reason is None:
+            raise
+        file = f" ({error.filename})" if error.filename else ""
+        raise CannotWrite(
+            f'cannot write into {folder}{file}: {reason}, or choose another folder (results = "…" in the study\'s file)'
+        ) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and never through a link to somewhere else.
+
+    Args:
+        path: The file. A link of that name is replaced by the file.
+        content: All of it.
+
+    Raises:
+        CannotWrite: The folder takes no files.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with writing(path.parent):
+        part.unlink(missing_ok=True)  # of a killed process; or a link, which writing would follow
+        with part.open("xb") as stream:
+            stream.write(content)
+        os.replace(part, path)
 
 
 def publish(partial: Path, folder: Path) -> None:
@@ -42,7 +98,9 @@ def check_place(folder: Path) -> None:
 @contextlib.contextmanager
 def alone(results: Path) -> Iterator[None]:
     """Hold the results folder for this process, and clear what a killed one has left."""
-    with (results / ".lock").open("w") as lock:
+    with writing(results):
+        lock = (results / ".lock").open("a")  # a link of that name empties nothing
+    with lock:
         try:
             import fcntl
 
@@ -70,18 +128,17 @@ def clear(results: Path) -> None:
 def load_json(path: Path) -> dict[str, Any]:
     """A JSON file of ours; one that is damaged counts as empty, so its run is done again."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding=ENCODING))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write the file whole or not at all; numbers that JSON does not have (infinities, NaN) become null."""
     text = json.dumps(_strict(value), indent=1, ensure_ascii=False, default=str)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    # A lone half of a surrogate pair, as JSON can have it, is no text that can be written.
+    write_whole(path, (text + "\n").encode("utf-8", errors="replace"))
 
 
 def _strict(value: Any) -> Any:

@@ -1,7 +1,10 @@
 """What every test shares: nothing leaves the machine, nothing opens a window, two threads."""
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,9 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["JUPYTER_PLATFORM_DIRS"] = "1"
+if "LOCOGEN_CACHE" not in os.environ:  # hashes of one session, its workers included
+    os.environ["LOCOGEN_CACHE"] = tempfile.mkdtemp(prefix="loco-cache-")
+    atexit.register(shutil.rmtree, os.environ["LOCOGEN_CACHE"], ignore_errors=True)
 
 settings.register_profile("locogen", deadline=None, derandomize=True)  # a test fails today or never
 settings.load_profile("locogen")

@@ -80,7 +80,7 @@ def test_constraints_pin_what_is_needed(project: dict[str, Any], name: str) -> N
 def test_constraints_hold_elsewhere(name: str) -> None:
     """No local build, no path, no address: the file means the same on another machine."""
     pins = pinned(name)
-    assert pins["torch"] == "==2.13.0"
+    assert pins["torch"] == {NEWEST: "==2.13.0", OLDEST: "==2.6.0"}[name]
     assert "torchvision" not in pins
     assert not re.search(r"[@/\\]|\+", "\n".join(f"{name}{pin}" for name, pin in pins.items()))
     assert not re.search(r"^-|://|file:", read(name), flags=re.MULTILINE)
@@ -96,6 +96,21 @@ def test_constraints_admit_the_first_python_of_the_project(project: dict[str, An
         if f"=={found.version}" == pin and "Requires-Python" in found.metadata:
             needs = SpecifierSet(found.metadata["Requires-Python"])
             assert needs.contains(oldest_python), f"{found.name}{pin} needs Python {needs}, not {oldest_python}"
+
+
+def test_the_oldest_versions_are_those_of_gpu_machines(project: dict[str, Any]) -> None:
+    """What stands on rented machines and Colab is taken as it is: torch since 2.6 (as diffusers 0.42), pandas 2.2."""
+    bounds = {name: SpecifierSet(bound) for name, bound in requirements(project["dependencies"]).items()}
+    there = {"torch": "2.6.0", "pandas": "2.2.2", "numpy": "2.0.2", "matplotlib": "3.10.0", "pillow": "11.3.0"}
+    there |= {
+        "psutil": "5.9.5",
+        "rich": "13.9.4",
+        "scikit-image": "0.25.2",
+        "nbconvert": "7.16.6",
+        "accelerate": "1.6.0",
+    }
+    assert all(bounds[name].contains(version) for name, version in there.items())
+    assert not bounds["torch"].contains("2.5.1"), "the twin"
 
 
 def third_party(path: Path) -> set[str]:

@@ -37,6 +37,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError, unknown
+from locogen.files import ENCODING
 from locogen.plan import KINDS, Concept, PromptPair
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def mini_folder(name: str = "mini") -> Path:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file's content; `LocogenError` names the file and the line when it cannot be read."""
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding=ENCODING))
     except OSError as error:
         raise LocogenError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

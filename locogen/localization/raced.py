@@ -72,8 +72,11 @@ def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFra
     said: Any = swept.drop_duplicates("start").set_index("start")[["verdict", "looked", "sure"]]
     table = table.join(said, on="position")
     table.loc[table["axis"] != "layer", ["verdict", "looked", "sure"]] = None
-    order = table["position"].where(table["axis"] == "layer").argsort(kind="stable") if len(others) else table.index
-    return table.iloc[order].reset_index(drop=True)
+    if len(others):
+        # Windows in their order, then all other rows. Sorted by NumPy: pandas 2 gives missing values no place.
+        starts = table["position"].where(table["axis"] == "layer").to_numpy(float, na_value=np.nan)  # (rows,)
+        table = table.iloc[np.argsort(starts, kind="stable")]
+    return table.reset_index(drop=True)
 
 
 def _given_up(rows: Any, swept: Any, like: Any) -> pd.DataFrame:

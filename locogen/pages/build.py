@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,11 +16,23 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from locogen.files import ENCODING, CannotWrite, write_whole
 from locogen.pages.cleaning import arrange, clean
 from locogen.pages.html import Html, facts, html, link, page, shrink, table
 from locogen.pages.index import TABLES, comparison_page, data_links, index_page
 from locogen.pages.provenance import duration, study_page
-from locogen.pages.results import Entry, Finished, addresses, entries, read_json, read_runs, read_table, shown_pictures
+from locogen.pages.results import (
+    Entry,
+    Finished,
+    addresses,
+    damaged,
+    entries,
+    read_runs,
+    read_study_facts,
+    read_table,
+    reason_of,
+    shown_pictures,
+)  # fmt: skip
 from locogen.views.tables import describe, missing
 
 LARGE = 1_500_000  # bytes: a page above this is told about
@@ -42,11 +53,48 @@ def build(folder: Path | str) -> Path:
     """Make the pages of all runs in a results folder again, from what the runs left there; returns the index.
 
     A run that failed, or left something unreadable, is shown as failed with its error, and never hides the
-    others. Warns of figures without a description (alt text) and of pages above 1.5 MB. Raises `LocogenError`
-    where there is no run at all.
+    others. Warns of figures without a description (alt text) and of pages above 1.5 MB.
+
+    Args:
+        folder: The results folder of a study.
+
+    Returns:
+        The index page.
+
+    Raises:
+        LocogenError: There is no run at all, or the folder takes no files (`CannotWrite`).
     """
     folder = Path(folder)
-    runs, found, models, concepts = gather(folder)
+    runs = read_runs(folder)
+    try:
+        return _build(folder, runs)
+    except CannotWrite:
+        raise
+    except Exception:
+        # Some run has what nobody thought of. It is found by making each one's part of the pages alone.
+        proved = [_proved(run) for run in runs]
+        if proved == runs:
+            raise
+        return _build(folder, proved)
+
+
+def _proved(run: Finished) -> Finished:
+    """The run as it is, or as a damaged one where its part of the pages over many runs cannot be made."""
+    try:
+        found, models, concepts = gather([run])
+        index_page([run], found, models, concepts)
+        study_page([run], name="x")
+        comparison_page("x", found, by="concept", others=concepts)
+        comparison_page("x", found, by="model", others=models)
+    except CannotWrite:
+        raise
+    except Exception as error:
+        return damaged(run.folder, run.facts, error)
+    return run
+
+
+def _build(folder: Path, runs: Sequence[Finished]) -> Path:
+    found, models, concepts = gather(runs)
     marks = {run.folder: _mark(run) for run in runs}
     for run in runs:
         own = [entry for entry in found if entry.run is run]
@@ -59,19 +107,18 @@ def build(folder: Path | str) -> Path:
     for name, address in concepts.items():
         own = [entry for entry in found if entry.concept == name]
         _compare(folder / address, f"The concept {name}", own, models, marks, by="model")
-    title = str(read_json(folder / "study.json").get("title") or "") if (folder / "study.json").exists() else ""
+    title = read_study_facts(folder).get("title", "")
     _write(folder / "study.html", study_page(runs, name=folder.resolve().name, title=title))
     _forget(folder, {*models.values(), *concepts.values()})
     return _write(folder / "index.html", index_page(runs, found, models, concepts, title=title))
 
 
-def gather(folder: Path) -> tuple[list[Finished], list[Entry], dict[str, str], dict[str, str]]:
-    """What a results folder holds: its runs, their entries, and the addresses of the models' and concepts' pages."""
-    runs = read_runs(folder)
+def gather(runs: Sequence[Finished]) -> tuple[list[Entry], dict[str, str], dict[str, str]]:
+    """What runs say: their entries, and the addresses of the models' and concepts' pages."""
     found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
     models = addresses("model", list(dict.fromkeys(entry.run.model for entry in found)))
     concepts = addresses("concept", list(dict.fromkeys(entry.concept for entry in found)))
-    return runs, found, models, concepts
+    return found, models, concepts
 
 
 def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = "") -> str:
@@ -108,7 +155,7 @@ def _compare(
 def _forget(folder: Path, made: Collection[str]) -> None:
     """Take away the pages of models and concepts that are no longer there; ours only."""
     for path in folder.glob("*.html"):
-        if re.fullmatch(r"(model|concept)-.+\.html", path.name) and path.name not in made:
+        if re.fullmatch(r"(model|concept)-.+\.html", path.name) and path.name not in made and path.is_file():
             with path.open(encoding="utf-8", errors="replace") as stream:
                 if '<meta name="generator" content="locogen">' in stream.read(2000):
                     path.unlink()
@@ -124,12 +171,15 @@ def _write_pages(run: Finished, nav: Sequence[Html], mark: str) -> None:
         pages = {"index.html": run_page(run, notebook, code=False, nav=nav, source=source)}
         if notebook is not None:
             pages["code.html"] = run_page(run, notebook, code=True, nav=nav, source=source)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        reason = f"the notebook cannot be read: {type(error).__name__}: {error}"
+    except Exception as error:  # of one notebook; nbformat, nbconvert and Pillow raise what they like
+        reason = f"the notebook cannot be read: {reason_of(error)}"
         warnings.warn(f"{run.folder.name}: {reason}", stacklevel=3)
         pages = {"index.html": run_page(replace(run, error=run.error or reason), None, code=False, nav=nav)}
     for name, text in pages.items():
-        _write(run.folder / name, text)
+        try:
+            _write(run.folder / name, text)
+        except OSError as error:  # such as a folder of that name
+            warnings.warn(f"{run.folder.name}: {name} cannot be written: {reason_of(error)}", stacklevel=3)
         if len(text) > LARGE:
             warnings.warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB", stacklevel=3)
 
@@ -138,9 +188,16 @@ def _mark(run: Finished) -> str:
     """A hash of all that a run has left, and of the code that makes pages."""
     told = [_code(), run.error]
     for name in ("result.json", "error.json", *FILES):
-        if (run.folder / name).is_file():
-            told += [name, hashlib.sha256((run.folder / name).read_bytes()).hexdigest()]
+        told += [name, _content_hash(run.folder / name)]
     return _hashed(told)
+
+
+def _content_hash(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:  # it is not there, or not to be read
+        return str(error.strerror)
 
 
 def _hashed(*values: Any) -> str:
@@ -172,7 +229,7 @@ def _read_notebook(path: Path) -> Any:
 
     if not path.exists():
         return None
-    notebook = nbformat.read(path, as_version=4)
+    notebook = nbformat.reads(path.read_text(encoding=ENCODING), as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             if cell.get("execution_count") is not None:
@@ -227,7 +284,7 @@ def _tables(run: Finished) -> str:
             continue
         try:
             rows: Any = read_table(run.folder / f"{name}.csv")
-        except (OSError, ValueError):
+        except Exception:  # pandas raises what it likes
             continue
         if not len(rows) or len(rows) > MOST_ROWS:
             continue
@@ -257,7 +314,5 @@ def _footer(run: Finished) -> Html:
 
 def _write(path: Path, text: str) -> Path:
     """Write a page whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    write_whole(path, text.encode("utf-8", errors="replace"))
     return path

@@ -17,6 +17,7 @@ from importlib.resources import files
 from typing import Any
 
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+LARGEST_PICTURE = 50_000_000  # pixels; a file of a few kilobytes may claim more than the memory holds
 
 
 class Html(str):
@@ -145,12 +146,35 @@ def png_width(png: bytes) -> int:
     return int.from_bytes(png[16:20], "big") if png[:4] == b"\x89PNG" else 0
 
 
+def png_pixels(png: bytes) -> int:
+    """Pixels in all, from the head of a PNG; 0 for anything else."""
+    return png_width(png) * int.from_bytes(png[20:24], "big")
+
+
+def check_size(png: bytes) -> None:
+    """Raise `ValueError` for a PNG, of which the head will do, that would take too much memory to open."""
+    if png_pixels(png) > LARGEST_PICTURE:
+        height = int.from_bytes(png[20:24], "big")
+        raise ValueError(f"a picture of {png_width(png)} × {height} pixels is too large to be opened")
+
+
 def shrink(data: str) -> str:
-    """A base64 PNG in fewer bytes, without loss: no idle alpha, a palette where colors are few."""
+    """A base64 PNG in fewer bytes, without loss: no idle alpha, a palette where colors are few.
+
+    Args:
+        data: The PNG, in base64.
+
+    Returns:
+        It, or a smaller one that looks the same.
+
+    Raises:
+        ValueError: It is no base64, or too large a picture; for what is no PNG, Pillow's error.
+    """
     from PIL import Image
 
     raw = base64.b64decode(data)
-    image = Image.open(io.BytesIO(raw))
+    check_size(raw)
+    image = Image.open(io.BytesIO(raw), formats=["PNG"])
     if image.mode == "RGBA" and image.getchannel("A").getextrema() == (255, 255):
         image = image.convert("RGB")
     if image.mode == "RGB" and image.getcolors(256) is not None:

@@ -129,10 +129,10 @@ def _seeds(run: Finished) -> str:
     """The seeds that its pictures were made from, as a range where they are one; else what was asked for."""
     try:
         seeds = sorted({int(seed) for seed in read_table(run.folder / "pictures.csv")["seed"].dropna()})
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         asked = _group(run, "parameters").get("seeds")
         return "–" if asked is None else f"{asked} asked for"
-    if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
+    if len(seeds) > 2 and seeds[-1] - seeds[0] + 1 == len(seeds):
         return f"{seeds[0]}–{seeds[-1]}"
     return ", ".join(map(str, seeds)) or "–"
 

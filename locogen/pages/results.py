@@ -5,11 +5,10 @@ A run's folder holds `notebook.ipynb`, `pictures.csv`, `effects.csv` and `result
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from locogen.errors import LocogenError
+from locogen.files import ENCODING, write_whole, writing
 from locogen.plan import Window
 from locogen.studies.planning import slugify
+from locogen.studies.records import Record, read_record
 from locogen.views.tables import findings, rows_of, strip_rows
 
 if TYPE_CHECKING:
@@ -33,6 +34,13 @@ STATES = {  # in words, and the class they are shown with
     "failed": ("failed", "bad"),
 }
 KINDS = ("style", "object", "fact")
+
+TEXTS = ("method", "concept", "axis", "kind", "prompts", "prompt", "role", "image")  # columns
+_NEEDED = ("concept", "axis", "position", "estimate")  # of a table of effects
+_WHOLE = ("position", "width", "n")
+_DRAWN = ("position", "width", "estimate", "low", "high")
+_HIGHEST = 1e6  # of what is drawn: no score or layer comes near it
+_MOST_ROWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,7 @@ def read_runs(folder: Path | str) -> list[Finished]:
     if not folder.is_dir():
         raise LocogenError(f"there is no folder {folder}: make results first, with `python -m locogen run`")
     places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.is_symlink())
-    told = read_json(folder / "study.json").get("runs") if (folder / "study.json").exists() else []
-    order = [str(slug) for slug in told] if isinstance(told, list) else []
+    order = read_study_facts(folder).get("runs", [])
     runs = [read_run(place) for place in places if not place.name.startswith(".") and _is_run(place)]
     if not runs:
         raise LocogenError(f"{folder} holds no run: make some first, with `python -m locogen run`")
@@ -111,26 +118,57 @@ def read_runs(folder: Path | str) -> list[Finished]:
     return sorted(runs, key=rank)
 
 
+def read_study_facts(folder: Path) -> Mapping[str, Any]:
+    """What a results folder says of its study: title, order of the runs, base; empty where it says nothing."""
+    return read_record(folder / "study.json").facts
+
+
 def read_run(folder: Path) -> Finished:
-    """What a run left; one whose files are missing or unreadable comes back as failed."""
-    if not (folder / "result.json").exists():
-        if not (folder / "error.json").exists():
-            return Finished(folder, {}, "unfinished: it was stopped, or is still running")
-        told = _trusted(read_json(folder / "error.json"))
-        cell = told.get("cell") if isinstance(told.get("cell"), int) else None
-        return Finished(folder, told, str(told.get("error") or "it says nothing about its error"), cell=cell)
-    told = _trusted(read_json(folder / "result.json"))
-    if "error" in told:
-        return Finished(folder, {}, str(told["error"]))
-    if not told.get("carriers") and not (folder / "effects.csv").exists():
-        return Finished(folder, told)  # a notebook that localizes nothing: its finding is all there is to list
+    """What a run left; one whose files are missing or unreadable comes back as failed, whatever is in them."""
     try:
-        effects = read_table(folder / "effects.csv")
-        carriers = {str(c["concept"]): _window(c) for c in told["carriers"]}
-        found = findings(effects, carriers)
-    except (OSError, ValueError, KeyError, TypeError, LocogenError) as error:
-        return Finished(folder, told, f"its results cannot be read: {type(error).__name__}: {error}")
-    return Finished(folder, told, "", effects, carriers, found)
+        return _read(folder)
+    except Exception as error:  # of one run; the others are to be shown all the same
+        return damaged(folder, {}, error)
+
+
+def damaged(folder: Path, facts: Mapping[str, Any], error: Exception) -> Finished:
+    """A run that cannot be shown, with the reason; of what it says, only names are kept."""
+    names = ("title", "model", "concepts", "kind", "notebook")
+    known = {name: facts[name] for name in names if name in facts}
+    return Finished(folder, known, f"its results are damaged: {reason_of(error)}")
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line of text that a page can hold."""
+    text = f"{type(error).__name__}: {error}".encode("utf-8", errors="replace").decode("utf-8")
+    return " ".join(text.split())
+
+
+def _read(folder: Path) -> Finished:
+    if os.path.lexists(folder / "result.json"):
+        return _read_result(folder, read_record(folder / "result.json"))
+    if not os.path.lexists(folder / "error.json"):
+        return Finished(folder, {}, "unfinished: it was stopped, or is still running")
+    record = read_record(folder / "error.json")
+    error = record.facts.get("error") or record.damage or "it says nothing about its error"
+    return Finished(folder, record.facts, error, cell=record.facts.get("cell"))
+
+
+def _read_result(folder: Path, record: Record) -> Finished:
+    facts = record.facts
+    if record.damage:
+        return Finished(folder, facts, record.damage)
+    if "error" in facts:
+        return Finished(folder, {}, facts["error"])
+    if not facts.get("carriers") and not (folder / "effects.csv").exists():
+        return Finished(folder, facts)  # a notebook that localizes nothing: its finding is all there is to list
+    try:
+        effects = read_effects(folder / "effects.csv")
+        carriers = {row["concept"]: _window(row) for row in facts.get("carriers", [])}
+        rows = findings(effects, carriers)
+    except Exception as error:  # pandas raises what it likes
+        return Finished(folder, facts, f"its results cannot be read: {reason_of(error)}")
+    return Finished(folder, facts, "", effects, carriers, rows)
 
 
 def entries(runs: Iterable[Finished]) -> list[Entry]:
@@ -197,23 +235,28 @@ def shown_pictures(entry: Entry) -> dict[str, Path]:
         rows = rows[rows["marked"] | (rows["role"] != "window")]
         named = zip(rows["label"], rows["image"], strict=True)
         files = {str(label): _kept(entry.run, str(image)) for label, image in named}
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         return {}
     return {label: file for label, file in files.items() if file is not None}
 
 
 def _kept(run: Finished, image: str) -> Path | None:
-    """A picture in the run's `pictures/`, fetched from its store if need be; only the name of `image` counts."""
+    """A picture in the run's `pictures/`, fetched from its store if need be; only the name of `image` counts.
+
+    Links are not followed, neither to read nor to write: a results folder comes from anywhere.
+    """
     name = Path(image).name
     kept = run.folder / "pictures" / name
-    if not name.endswith(".png") or kept.is_file():
-        return kept if kept.is_file() else None
+    if kept.parent.is_symlink() or kept.is_symlink() or not name.endswith(".png"):
+        return None
+    if kept.is_file():
+        return kept
     for store in (run.folder.parent / "store", *_own_stores(run)):
-        if (store / name).is_file():
-            kept.parent.mkdir(exist_ok=True)
-            part = kept.with_name(f".{name}.part")
-            shutil.copyfile(store / name, part)
-            part.replace(kept)
+        source = store / name
+        if source.is_file() and not source.is_symlink():
+            with writing(run.folder):
+                kept.parent.mkdir(exist_ok=True)
+            write_whole(kept, source.read_bytes())
             return kept
     return None
 
@@ -224,8 +267,8 @@ def _own_stores(run: Finished) -> Iterator[Path]:
     So it has to be a picture store too, that is, to hold the record of a run.
     """
     results = run.folder.parent.absolute()
-    told = read_json(results / "study.json").get("base")
-    up = told if isinstance(told, str) and re.fullmatch(r"\.|\.\.(/\.\.)*", told) else ".."
+    place = read_study_facts(results).get("base", "")
+    up = place if re.fullmatch(r"\.|\.\.(/\.\.)*", place) else ".."
     base = Path(os.path.normpath(results / up)).resolve()
     own = run.facts.get("parameters", {}).get("store")
     store = (base / own).resolve() if isinstance(own, str) and own else base
@@ -248,30 +291,57 @@ def read_table(path: Path) -> pd.DataFrame:
     """A run's CSV. Only an empty cell is missing: a concept may be called "NA" or "1984"."""
     import pandas as pd
 
-    text: Any = dict.fromkeys(("method", "concept", "axis", "kind", "prompts", "prompt", "role", "image"), str)
-    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding="utf-8")
+    text: Any = dict.fromkeys(TEXTS, str)
+    return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""], encoding=ENCODING)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or one that says as its `error` why it cannot be read."""
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        return {"error": f"{path.name} cannot be read: {error}"}
-    return told if isinstance(told, dict) else {"error": f"{path.name} does not hold an object"}
+def read_effects(path: Path) -> pd.DataFrame:
+    """A run's table of effects, checked: what draws it may rely on the columns and on finite numbers.
+
+    Args:
+        path: `effects.csv`.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: A column is missing or does not hold what it should; also for what pandas cannot read.
+    """
+    table = read_table(path)
+    missing = [name for name in _NEEDED if name not in table]
+    if missing:
+        raise ValueError(f"{path.name} has no column {missing[0]}")
+    if len(table) > _MOST_ROWS:
+        raise ValueError(f"{path.name} has {len(table)} rows, and more than {_MOST_ROWS} are not shown")
+    for name in dict.fromkeys([*_DRAWN, *_WHOLE]):
+        if name in table:
+            _check_numbers(table[name], name)
+    windows: Any = table[table["axis"] == "layer"]
+    for name in _NEEDED:
+        if windows[name].isna().any():
+            raise ValueError(f"{path.name} has a window without {name}")
+    return table
 
 
-def _trusted(told: dict[str, Any]) -> dict[str, Any]:
-    """A result without the groups that are none: pages look into them by name."""
-    groups = ("settings", "parameters", "versions")
-    return {name: value for name, value in told.items() if name not in groups or isinstance(value, Mapping)}
+def _check_numbers(column: Any, name: str) -> None:
+    """Raise `ValueError` unless all that is not missing is a number of a size that can be drawn."""
+    import pandas as pd
+
+    present: Any = pd.to_numeric(column.dropna())
+    numbers = present.astype(float)  # (rows that have one,)
+    if pd.api.types.is_bool_dtype(column) or not (numbers.abs() <= _HIGHEST).all():
+        raise ValueError(f"the column {name} has a value that is no number up to {_HIGHEST:.0e}")
+    if name in _WHOLE and not ((numbers >= 0) & (numbers == numbers.round())).all():
+        raise ValueError(f"the column {name} has a value that is no whole number from 0 up")
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("result.json", "error.json", "notebook.ipynb"))
+    """Whether a folder has a file of a run; one that cannot be looked into may well be one."""
+    with contextlib.suppress(PermissionError):
+        return any(os.path.lexists(folder / name) for name in ("result.json", "error.json", "notebook.ipynb"))
+    return True
 
 
-def _window(told: Mapping[str, Any]) -> Window:
-    start = told.get("start")
-    reason = str(told.get("reason") or "")
-    return Window(None if start is None else int(start), int(told["width"]), reason)
+def _window(row: Mapping[str, Any]) -> Window:
+    reason = str(row.get("reason") or "")
+    return Window(row.get("start"), row.get("width", 1), reason)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locogen.pages.html import check_size
 from locogen.views.plots import plot_curve
 from locogen.views.tables import missing
 
@@ -60,9 +61,11 @@ def small_picture(file: Path, size: int) -> bytes | None:
     from PIL import Image
 
     try:
-        with Image.open(file, formats=["PNG"]) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError, SyntaxError):
+        with file.open("rb") as stream:
+            check_size(stream.read(24))
+            with Image.open(stream, formats=["PNG"]) as opened:
+                picture = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError):
         return None
     picture.thumbnail((size, size))
     picture.save(data := io.BytesIO(), "WEBP", quality=60)

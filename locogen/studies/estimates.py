@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from locogen.catalog import concept, model_entries
-from locogen.files import load_json
 from locogen.plan import Concept, PromptPair, sweep
 from locogen.studies.planning import Planned
+from locogen.studies.records import read_record
 
 
 class Costs:
@@ -24,7 +24,7 @@ class Costs:
         self.known: list[Mapping[str, Any]] = []
         self._sweeps: dict[str, int | None] = {}  # by the run's key
         for file in sorted(results.glob("*/result.json")):
-            self.add(load_json(file))
+            self.add(read_record(file).facts)
 
     def add(self, result: Mapping[str, Any]) -> None:
         """Take a finished run into account; one that found its pictures in the store says nothing about time."""

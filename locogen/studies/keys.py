@@ -13,6 +13,7 @@ from typing import Any
 from locogen import __version__
 from locogen.catalog import concept, mini_folder, model_entries, scorer_entry
 from locogen.errors import LocogenError
+from locogen.studies.digests import digest
 from locogen.studies.notebooks import defaults_of, source_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -93,9 +94,8 @@ def _commit(name: str, *, scores: bool) -> str:
 
 @functools.cache
 def _digest(file: Path, changed: int) -> str:
-    """Of a file's content; read again when it has `changed`, and not for every run of a study."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """Of a file's content; asked again when it has `changed`, and not for every run of a study."""
+    return digest(file)
 
 
 def versions() -> dict[str, str]:

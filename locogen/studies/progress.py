@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locogen.files import load_json
 from locogen.pictures.progress import heard
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned
+from locogen.studies.records import read_record
 from locogen.studies.worker import Outcome
 
 QUIET = 60.0  # seconds after which a log gets a line about what is at work
@@ -84,7 +84,7 @@ class Board:
         """A run has come to its end: its line."""
         self.left.pop(run.slug, None)
         if not outcome.error:
-            self.costs.add(load_json(run.folder / "result.json"))
+            self.costs.add(read_record(run.folder / "result.json").facts)
         self.end = self._end()
         state = "failed" if outcome.error else "done"
         rate = f" · {outcome.made} pictures, {outcome.made / outcome.seconds:.1f}/s" if outcome.made else ""

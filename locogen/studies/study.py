@@ -14,8 +14,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from locogen.console import show_any_text
 from locogen.errors import LocogenError, unknown
-from locogen.files import alone, clear, load_json, write_json
+from locogen.files import alone, clear, load_json, write_json, writing
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned, read_study
 
@@ -53,12 +54,14 @@ def run_study(
     """
     if workers is not None and workers < 1:
         raise LocogenError(f"workers is {workers}: give a whole number from 1 up")
+    show_any_text()
     title, results, runs = read_study(path)
     wanted = _selected(runs, only)
     if dry_run:
         _todo(title, results, wanted, force, retry_failed)
         return results
-    results.mkdir(parents=True, exist_ok=True)
+    with writing(results):
+        results.mkdir(parents=True, exist_ok=True)
     with alone(results):
         todo, costs = _todo(title, results, wanted, force, retry_failed)
         kept = {run.slug: _told(run) for run in wanted if run not in todo and run.state == "failed"}
@@ -186,9 +189,19 @@ def _go(results: Path, todo: list[Planned], board: Board, engine: Engine, keep_g
             board.say(f"interrupted\nleft: {', '.join(named)}. The same command goes on from here.")
         _stop(results, waiting)
         raise
-    if left:
+    if left and failed and not keep_going:
         board.say(f"stopped at the first failure; left: {', '.join(left)}. --keep-going runs them all the same.")
-    return failed
+        return failed
+    return failed | _lost(left)
+
+
+def _lost(left: Mapping[str, Planned]) -> dict[str, str]:
+    """Runs whose end nobody heard of, though nobody stopped them either: slug → error.
+
+    A Dask scheduler that goes away cancels all its futures. What was published before counts.
+    """
+    message = "not finished: Dask's scheduler or the way to it was lost. The same command runs it again"
+    return {slug: message for slug, run in left.items() if run.state != "done"}
 
 
 def _outcome(future: Future[Outcome], run: Planned, engine: Engine) -> Outcome:

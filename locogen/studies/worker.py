@@ -18,13 +18,14 @@ from queue import SimpleQueue
 from typing import Any
 
 from locogen.errors import LocogenError
-from locogen.files import load_json, publish, write_json
+from locogen.files import CannotWrite, load_json, publish, write_json, writing
 from locogen.pictures.progress import ASKED, heard
 from locogen.plan import Window
 from locogen.studies.kernel import Failure, execute
 from locogen.studies.keys import commits, versions
 from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned
+from locogen.studies.records import is_window
 
 _PATHS = ("concepts_file", "store", "model", "scorer")  # parameters that may be paths, from the study's folder
 _here = threading.local()  # the GPU of this thread
@@ -50,21 +51,29 @@ def run_one(run: Planned, threads: int | None = None) -> Outcome:
 
     Raises `LocogenError` where the study's folder is not to be seen, and what the disk raises.
     """
-    partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
-    try:
-        partial.mkdir()
-    except FileNotFoundError:
-        raise LocogenError(f"this worker sees no folder {partial.parent}: workers share it, at the same path") from None
+    partial = _working_folder(run)
     start = time.perf_counter()
     try:
-        error = execute(run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads))
-        return _publish(run, partial, error, time.perf_counter() - start)
-    except OSError:
+        with writing(partial.parent):
+            error = execute(run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads))
+            return _publish(run, partial, error, time.perf_counter() - start)
+    except (OSError, CannotWrite):
         if partial.is_dir():
             raise
         return Outcome("stopped", time.perf_counter() - start)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _working_folder(run: Planned) -> Path:
+    """A new folder for a run to work in, beside the one that it becomes."""
+    partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
+    try:
+        with writing(partial.parent):
+            partial.mkdir()
+    except FileNotFoundError:
+        raise LocogenError(f"this worker sees no folder {partial.parent}: workers share it, at the same path") from None
+    return partial
 
 
 def _environment(partial: Path, threads: int | None) -> dict[str, str]:
@@ -99,9 +108,9 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
 
 def give_up(run: Planned, message: str) -> Outcome:
     """Publish a run as failed that no worker lived to tell of."""
-    partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
-    partial.mkdir()
-    return _publish(run, partial, Failure(message), 0.0)
+    partial = _working_folder(run)
+    with writing(partial.parent):
+        return _publish(run, partial, Failure(message), 0.0)
 
 
 def first_line(message: str) -> str:
@@ -111,8 +120,11 @@ def first_line(message: str) -> str:
 
 def _places(found: Mapping[str, Any]) -> str:
     """The carriers, for the terminal."""
-    told = [str(Window(row.get("start"), row.get("width", 1))) for row in found.get("carriers", [])]
-    return ", ".join(told) or "executed"
+    rows = found.get("carriers")
+    if not isinstance(rows, list):  # of a notebook that is not ours
+        return "executed"
+    windows = [str(Window(row.get("start"), row.get("width", 1))) for row in rows if is_window(row)]
+    return ", ".join(windows) or "executed"
 
 
 def _about(run: Planned) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def test_a_store_of_its_own_is_one_in_the_studys_folder(tmp_path: Path, place: s
 def test_the_index_of_100_runs_is_under_1_mb(tmp_path: Path) -> None:
     """With pictures of pure noise, which no format makes small."""
     folder = study(tmp_path / "reports", MODELS, [f"concept {number}" for number in range(50)])
-    runs, found, models, concepts = gather(folder)
+    runs = read_runs(folder)
+    found, models, concepts = gather(runs)
     index = index_page(runs, found, models, concepts)
     single = sum(entry.row["start"] is not None for entry in found)
     assert index.count('class="run"') == 100 and index.count("image/webp") == 100 + single > 150

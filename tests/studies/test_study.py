@@ -24,7 +24,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from locogen import __main__
 from locogen.errors import LocogenError
-from locogen.files import publish
+from locogen.files import CannotWrite, publish
 from locogen.studies import kernel as kernels, keys, study, worker
 from locogen.studies.kernel import Failure
 from locogen.studies.notebooks import plain
@@ -385,7 +385,7 @@ def test_a_result_appears_whole(write, kernel: Kernel, monkeypatch) -> None:
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(worker, "write_json", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CannotWrite, match="the disk is full"):
         run_study(path, force=True)
     assert result(path, "neon") == before
     monkeypatch.undo()

@@ -294,7 +294,7 @@ def test_strip_draws_rows_and_frames_what_is_marked() -> None:
     assert shown == [0, 20, 40, 60, 80]
 
 
-@pytest.mark.parametrize("size, way", [(64, "nearest"), (512, "auto")])
+@pytest.mark.parametrize("size, way", [(64, "nearest"), (512, plt.rcParamsDefault["image.interpolation"])])
 def test_only_small_pictures_are_shown_pixel_by_pixel(size: int, way: str) -> None:
     (cell,) = plot_strip(patterns(1, size), ["one"]).axes
     assert cell.images[0].get_interpolation() == way

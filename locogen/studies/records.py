@@ -1,0 +1,166 @@
+"""What a run says of itself (`result.json`, `error.json`), read without trust: each key is checked, once, here.
+
+Results come from anywhere and any time: another version, another machine, an editor. What reads them afterwards may
+rely on the types below, and shows `damage` where there is some.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from locogen.files import ENCODING
+
+LARGEST_FILE = 20_000_000  # bytes
+LARGEST_NUMBER = 2**64  # the largest seed
+DEEPEST = 20  # tables within tables
+
+
+@dataclass(frozen=True)
+class Record:
+    """The keys of a file that are as they should be, and what is wrong with the others.
+
+    Attributes:
+        facts: Key → value. What was null is absent.
+        damage: In words; empty where all is well.
+    """
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    damage: str = ""
+
+
+def read_record(path: Path) -> Record:
+    """Read one of the JSON files that a run leaves.
+
+    Args:
+        path: `result.json`, `error.json`, or a study's `study.json`.
+
+    Returns:
+        What can be relied on, and what is damaged. Never raises for what is in the file.
+    """
+    try:
+        content = _parsed(path)
+    except (OSError, ValueError, RecursionError) as error:
+        return Record({}, f"{path.name} cannot be read: {_reason(error)}")
+    if not isinstance(content, dict):
+        return Record({}, f"{path.name} does not hold an object")
+    facts: dict[str, Any] = {}
+    complaints: list[str] = []
+    for name, value in content.items():
+        if value is None or not is_text(name):
+            continue
+        is_right, expected = _EXPECTED.get(name, (is_plain, "a plain value"))
+        if is_right(value):
+            facts[name] = value
+        else:
+            complaints.append(f"{name} is {_shown(value)}, not {expected}")
+    return Record(facts, f"{path.name} is damaged: {'; '.join(complaints)}" if complaints else "")
+
+
+def _parsed(path: Path) -> Any:
+    if not path.is_file():
+        raise OSError("it is not a file")  # nor wait for what a pipe has to say
+    if path.stat().st_size > LARGEST_FILE:
+        raise OSError(f"it is larger than {LARGEST_FILE // 1_000_000} MB")
+    return json.loads(path.read_text(encoding=ENCODING), parse_constant=_refuse)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    strerror = getattr(error, "strerror", None)  # without the path, which is this machine's
+    return str(strerror or error)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, and text that can be written."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of more than 4300 digits
+        text = f"a {type(value).__name__}"
+    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+# --- what the values should be -------------------------------------------------------------------
+
+
+def is_text(value: Any) -> bool:
+    """Whether it is text that a page can hold: JSON can have halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number that can be computed with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= LARGEST_NUMBER and math.isfinite(value)
+
+
+def is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether it is a text, a number, true, false, null, or lists and tables of these."""
+    if value is None or isinstance(value, bool) or is_text(value) or is_number(value):
+        return True
+    if depth >= DEEPEST:
+        return False
+    if isinstance(value, Mapping):
+        return all(is_text(name) and is_plain(inner, depth + 1) for name, inner in value.items())
+    return isinstance(value, list) and all(is_plain(inner, depth + 1) for inner in value)
+
+
+def _is_amount(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and _is_amount(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(is_text(inner) for inner in value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and is_plain(value)
+
+
+def _are_windows(value: Any) -> bool:
+    return isinstance(value, list) and all(is_window(inner) for inner in value)
+
+
+def is_window(value: Any) -> bool:
+    """Whether it is a carrier as a run writes one: concept, start (null: no single window), width, reason."""
+    if not isinstance(value, Mapping) or not is_text(value.get("concept")):
+        return False
+    start = value.get("start")
+    width = value.get("width", 1)
+    if not (start is None or _is_count(start)):
+        return False
+    return _is_count(width) and width > 0 and is_plain(value)
+
+
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("title", "model", "kind", "finding", "finished", "notebook", "key", "error", "base"),
+        (is_text, "a text"),
+    ),
+    **dict.fromkeys(("concepts", "runs"), (_are_texts, "a list of texts")),
+    **dict.fromkeys(("settings", "parameters", "versions", "commits"), (_is_table, "a table of plain values")),
+    **dict.fromkeys(("pictures", "made", "cell", "published"), (_is_count, "a whole number from 0 up")),
+    "seconds": (_is_amount, "a number from 0 up"),
+    "carriers": (_are_windows, "a list of windows, each with concept, start and width"),
+}
