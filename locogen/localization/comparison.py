@@ -22,7 +22,7 @@ from locogen.localization.effects import _cube, carrier, effect
 from locogen.localization.localize import localize
 from locogen.localization.trace_effects import LAYERS, best_state, layer_found, recovered, sides, trace_effect
 from locogen.plan import Concept, Window, sign_of
-from locogen.ranks import rank_correlation
+from locogen.stats import rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
