@@ -459,10 +459,12 @@ def cube(table: Any, value: str, by: Mapping[str, Sequence[Any]]) -> Array:
     """
     import pandas as pd
 
-    cells = pd.MultiIndex.from_product(list(by.values()), names=list(by))
-    column = table.set_index(list(by))[value]
-    values = column.reindex(cells).to_numpy(dtype=np.float64, na_value=np.nan)
-    return values.reshape([len(levels) for levels in by.values()])
+    values = np.full([len(levels) for levels in by.values()], np.nan)
+    places = np.array([pd.Index(levels).get_indexer(table[column]) for column, levels in by.items()])
+    inside = (places >= 0).all(0)  # (rows,); rows of other levels have no place
+    column = table[value].to_numpy(np.float64, na_value=np.nan)
+    values[tuple(places[:, inside])] = column[inside]
+    return values
 
 
 # --- resampling ----------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def _attention_contribution(
         effects=contribution_effect(table),
         layers=contributions(table),
         carrier=best,
-        generations=len(table) // table["layer"].nunique(),
+        generations=len(table) // len(set(table["layer"])),
         seconds=0.0,
         remark=best.reason,
     )

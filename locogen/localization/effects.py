@@ -87,6 +87,7 @@ class Scores:
         self.prompts = list(dict.fromkeys(rows["prompt"]))
         self.seeds = sorted(rows["seed"].unique())
         self.sign = sign_of(rows["kind"].iloc[0])
+        self.baseline = self.of("baseline")
 
     def has(self, role: str) -> bool:
         """Whether there are pictures of this role."""
@@ -128,7 +129,7 @@ class Scores:
 
     def effect_of(self, role: str, only: Mapping[str, int] | None = None) -> Array:
         """What a role's pictures do to the score, positive where they carry, (windows, prompts, seeds)."""
-        return self.sign * (self.of(role, only=only) - self.of("baseline"))
+        return self.sign * (self.of(role, only=only) - self.baseline)
 
     def content_lost(self, role: str) -> Array:
         """How much of the score of what should stay is lost, (windows, prompts, seeds)."""
@@ -158,7 +159,7 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
         concept=rows["concept"].iloc[0],
         kind=kind,
         width=width,
-        baseline=scores.of("baseline").mean(),
+        baseline=scores.baseline.mean(),
     )
 
 
