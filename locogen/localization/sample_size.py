@@ -55,7 +55,7 @@ def plan_seeds(run: Run, interval: float = 0.01, *, level: float = 0.95, assuran
         >>> table["width"] = table["role"].map({"window": 2})
         >>> plan_seeds(SimpleNamespace(table=table), 0.1)[["position", "seeds_now", "seeds"]]
            position  seeds_now  seeds
-        0         4          3     28
+        0         4          3     20
     """
     import pandas as pd
 
