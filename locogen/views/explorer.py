@@ -160,7 +160,7 @@ class Explorer:
     def _pictures(self, rows: Sequence[Intervention]) -> list[tuple[Image, float | None]]:
         """Of the unedited model: from the run, from memory, or made now, all missing ones in one batch."""
         keys = [_what_makes(row) for row in rows]
-        lacking = {}
+        lacking = {}  # several rows may ask for the same picture: it is made once
         for key, row in zip(keys, rows, strict=True):
             if key not in self._rows and key not in self._memory:
                 lacking[key] = row
@@ -180,13 +180,13 @@ class Explorer:
         """The baseline again, under an edit of the layers looked at, and with their neurons clamped."""
         row = Intervention(look.prompt, look.prompt, (), look.seed, "baseline")
         if look.strength:
-            key = replace(look, neurons=0)
+            key = replace(look, neurons=0)  # the edited picture does not depend on the clamp
             if key not in self._memory:
                 with self._edit(look).applied(self.pipe, look.strength):
                     (self._memory[key],) = self._make([row], besides="weights")
             yield Shown(f"edit of {look.window}, strength {look.strength:g}", self._memory[key])
         if look.neurons:
-            key = replace(look, strength=0.0)
+            key = replace(look, strength=0.0)  # nor the clamped one on the edit
             if key not in self._memory:
                 with clamp(self.pipe, self._neurons(look).top(look.neurons)):
                     (self._memory[key],) = self._make([row], besides="contexts")
@@ -198,6 +198,7 @@ class Explorer:
 
         `besides`: the one setting that may differ, because it is being changed.
         """
+        # Compared after the pictures are made: their settings are those that were in force.
         settings = {name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")}
         run = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
         for name in set(CIRCUMSTANCES) - {besides}:
@@ -211,6 +212,7 @@ class Explorer:
         return self.pipe
 
     def _edit(self, look: Look) -> Edit:
+        # Strength and seed do not change how an edit is fitted.
         key = ("edit", look.concept, look.window)
         if key not in self._memory:
             concept = self.concepts[look.concept]

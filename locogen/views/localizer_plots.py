@@ -24,6 +24,7 @@ def trace_matrix(effects: pd.DataFrame, *, text: bool) -> pd.DataFrame:
     Raises `LocogenError` for several concepts, or a trace without states of that side.
     """
     rows: Any = effects[effects["position"].notna()]
+    # Parts of the text encoder are named "text MLP, last" and the like.
     rows = rows[rows["axis"].str.startswith("text ") == text]
     if rows.empty or rows["concept"].nunique() != 1:
         side = "text encoder" if text else "denoiser"
@@ -68,7 +69,7 @@ def plot_trace(effects: pd.DataFrame, *, text: bool = False, ax: Axes | None = N
     ax.set_yticks([place + 0.5 for place in range(len(rows))], rows, rotation=0)
     ax.set(xlabel="layer, among those of its kind (execution order)", ylabel="")
     ax.tick_params(length=0)
-    values = matrix.to_numpy()
+    values = matrix.to_numpy()  # (parts, layers); NaN where a part has fewer layers
     row, column = np.unravel_index(np.nanargmax(values), values.shape)
     draw_star(ax, int(row), int(column))
     return ax
@@ -86,6 +87,7 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     for method, table in effects.items():
         on_layers = table["axis"].isin(["layer", "cross-attention"])
         rows: Any = table[on_layers].astype({"position": int})
+        # Methods measure in different units: only the shape of their profiles can be compared.
         largest = rows["estimate"].max() if len(rows) else 0
         if not largest > 0:
             raise LocogenError(f"{method} has no layer with a positive effect: there is no profile to draw")
@@ -114,6 +116,7 @@ def plot_profiles(effects: Mapping[str, pd.DataFrame], *, ax: Axes | None = None
         ax.errorbar(at, rows["value"], yerr=[below, above], label=str(method), **looks)
     last = int(table["at"].max() + 1)
     ax.set_xticks(range(0, last + 1, 1 if last <= 20 else 5))
+    # Wide intervals may leave the axes: the estimates count.
     bottom = max(-1.0, table["low"].min()) - 0.05
     top = min(2.5, table["high"].max()) + 0.05
     ax.set_ylim(bottom, top)

@@ -105,6 +105,7 @@ def _around_zero(matrix: pd.DataFrame) -> dict[str, float]:
     """The ends of a color scale that holds zero and every value."""
     low = min(0.0, matrix.min().min())
     high = max(0.0, matrix.max().max())
+    # A table of zeros needs some scale, too.
     return {"vmin": low, "vmax": high if high > low else 1.0}
 
 
@@ -205,6 +206,7 @@ def plot_curve(effects: pd.DataFrame, concept: str | None = None, *, ax: Axes | 
     if inserts:
         _series(ax, inserts, 0.07, "insert: what it brings alone", "s--", "#b35900")
     _bands(ax, by_axis)
+    # Every layer has a tick where they fit, every fifth where they do not.
     starts = sorted({int(row["position"]) for row in [*windows, *inserts]})
     step = 1 if len(starts) <= ANNOTATED_COLUMNS else 5
     ax.set_xticks(starts[::step])
@@ -212,6 +214,7 @@ def plot_curve(effects: pd.DataFrame, concept: str | None = None, *, ax: Axes | 
     ax.set_ylabel(CHANGE_LABEL)
     first_row = next(iter(by_axis.values()))[0]
     ax.set_title(plain_label(first_row["concept"], 60), loc="left", pad=24)
+    # The legend stands between title and axes, so that it hides no point.
     corner = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.2}
     ax.legend(ncols=2, frameon=False, fontsize=9, **corner)
     ax.spines[["top", "right"]].set_visible(False)
@@ -266,6 +269,7 @@ def plot_strip(
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
     inches = width * (zoom or 130 / width) / 100  # of a picture's width
+    # Some eleven letters of this size fit into an inch.
     texts = [plain_label(label, max(8, int(inches * 11))) for label in labels]
     if fig is None:
         fig = _strip_figure(texts, rows, columns, (inches, inches * height / width))
@@ -280,6 +284,7 @@ def _strip_figure(texts: Sequence[str], rows: int, columns: int, cell: tuple[flo
     """A figure with room for cells of this size (inches) and their labels."""
     import matplotlib.pyplot as plt
 
+    # Labels may have several lines: all cells get room for the longest one.
     lines = max(text.count("\n") + 1 for text in texts)
     wide = columns * (cell[0] + 0.12) + 0.1
     high = rows * (cell[1] + 0.2 + 0.15 * lines) + 0.1
@@ -287,6 +292,7 @@ def _strip_figure(texts: Sequence[str], rows: int, columns: int, cell: tuple[flo
 
 
 def _draw_cell(cell: Axes, picture: Image.Image, text: str, *, framed: bool) -> None:
+    # matplotlib would smooth a small picture into a blur.
     small = max(picture.size) <= SMALL_PICTURE
     cell.imshow(picture, interpolation="nearest" if small else None)
     cell.set(xticks=[], yticks=[])
@@ -296,6 +302,7 @@ def _draw_cell(cell: Axes, picture: Image.Image, text: str, *, framed: bool) -> 
         spine.set(visible=framed, linewidth=3, edgecolor="black")
 
 
+# Colors and marks differ both, for those who do not see the colors.
 _MEASURES = {
     "efficacy": ("o", "#b2182b"),
     "generality": ("s", "#e08214"),
@@ -355,7 +362,7 @@ def plot_evaluation(
         _draw_measure(ax, part, [arms.index(arm) + shift for arm in part["arm"]], measure)
     names = [f"{arm} ★" if arm == marked else arm for arm in arms]
     ax.set_yticks(range(len(arms)), [plain_label(name, 34) for name in names])
-    ax.set_ylim(len(arms) - 0.5, -0.5)
+    ax.set_ylim(len(arms) - 0.5, -0.5)  # the first arm on top
     ax.set_xlabel(_QUANTITIES.get(quantity, quantity))
     ax.grid(axis="x", alpha=0.3)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
@@ -366,6 +373,7 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
     """One measure of several arms, each at its height."""
     marker, color = _MEASURES[measure]
     after = part["after"].to_numpy(float)
+    # Errorbars take distances, and none below zero; without an interval there is no bar.
     below = (after - part["after_low"]).clip(lower=0).fillna(0)
     above = (part["after_high"] - after).clip(lower=0).fillna(0)
     if part["before"].notna().any():
@@ -378,7 +386,7 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:
     """Inches for a heatmap of this shape: room for the numbers in the cells, the names and the color bar."""
     rows, columns = matrix.shape
-    cell = 0.5 if columns <= ANNOTATED_COLUMNS else 0.17
+    cell = 0.5 if columns <= ANNOTATED_COLUMNS else 0.17  # inches; narrow ones hold no number
     return 2.4 + cell * columns, (1.3 if rows > 3 else 1.9) + 0.45 * rows
 
 
@@ -413,6 +421,7 @@ def draw_heatmap(matrix: pd.DataFrame, label: str, ax: Axes, **colors: Any) -> A
 
     plain = {"robust": False, "linewidths": 0.5, "linecolor": "white"}
     no_ticks = {"xticklabels": False, "yticklabels": False}
+    # `robust` would hide outliers: the largest effect is what is looked for.
     bar = _colorbar(matrix, label)
     numbers = _annotation(matrix)
     return sns.heatmap(matrix, ax=ax, cbar_kws=bar, **plain, **no_ticks, **colors, **numbers)
@@ -462,6 +471,7 @@ def _tick_places(columns: Sequence[Any], layer_names: Sequence[str] | None) -> l
 
 
 def _tick(column: Any, layer_names: Sequence[str] | None) -> str:
+    """The tick of one column: a number, a control's name, or a layer's name with its number."""
     if layer_names is None or not isinstance(column, int) or column >= len(layer_names):
         return str(column)
     return f"{layer_names[column]}  {column}".replace("$", r"\$")
@@ -471,6 +481,7 @@ def _mark(ax: Axes, row: int, column: int) -> None:
     """Outline one cell and put a star in its corner."""
     from matplotlib.patches import Rectangle
 
+    # Not clipped: at the edge of the heatmap half of the line would be cut off.
     outline = {"fill": False, "edgecolor": "black", "linewidth": 2.2, "clip_on": False, "zorder": 5}
     ax.add_patch(Rectangle((column, row), 1, 1, **outline))
     draw_star(ax, row, column)
@@ -484,6 +495,7 @@ def draw_star(ax: Axes, row: int, column: int) -> None:
 
 def _series(ax: Axes, rows: list[dict[str, Any]], shift: float, label: str, style: str, color: str) -> None:
     """Points with 95 % intervals, shifted so that two series do not hide each other."""
+    # Intervals are drawn as distances from the points.
     places = [int(row["position"]) + shift for row in rows]
     values = [float(row["estimate"]) for row in rows]
     below = [_distance(row, "low") for row in rows]
@@ -503,6 +515,7 @@ def _distance(row: dict[str, Any], end: str) -> float:
 def _band(ax: Axes, name: str, row: dict[str, Any], *, above: bool) -> None:
     """A horizontal band over the interval of a control, with its name at the right end."""
     color = {"ceiling": "#555555", "placebo": "#8a5a9e"}[name]
+    # The line styles differ as well, for those who do not see the colors.
     estimate = float(row["estimate"])
     if not missing(row["low"]) and not missing(row["high"]):
         ax.axhspan(float(row["low"]), float(row["high"]), color=color, alpha=0.15, linewidth=0)

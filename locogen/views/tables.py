@@ -30,6 +30,7 @@ def effect_matrix(effects: pd.DataFrame, *, axis: str = "layer") -> pd.DataFrame
     """
     rows = _along(effects, axis)
     matrix = rows.pivot(index="label", columns="position", values="estimate")
+    # `pivot` sorts concepts by name; the table's order is the one that was asked for.
     return matrix.reindex(index=rows["label"].unique()).astype(float)
 
 
@@ -43,6 +44,7 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     matrix = means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
     matrix.columns = [int(start) for start in matrix.columns]
     controls = {role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean() for role in CONTROLS}
+    # Sweeps without controls have a baseline only.
     present = {role: mean for role, mean in controls.items() if len(mean)}
     if present:
         matrix[GAP] = float("nan")
@@ -74,7 +76,7 @@ def _one_concept(concept: str | None, names: Sequence[str], caller: str) -> str:
     """The concept that was named, or the only one there is."""
     if concept is None and len(names) == 1:
         return names[0]
-    if concept not in names:
+    if concept is None or concept not in names:
         listed = ", ".join(names)
         raise LocogenError(f"{caller}() shows one concept, got {concept!r}: name one of {listed}")
     return concept
@@ -164,6 +166,7 @@ def _other_axes(effects: pd.DataFrame, part: Any) -> dict[tuple[str, int | None]
     """Estimates of the same concept and width on other axes than "layer", by axis and position."""
     same = (effects["concept"] == part["concept"].iloc[0]) & (effects["axis"] != "layer")
     others: Any = effects[same]
+    # A concept swept with several widths has other axes for each of them.
     if "width" in others and "width" in part:
         others = others[others["width"] == part["width"].iloc[0]]
     values: dict[tuple[str, int | None], float] = {}
@@ -217,6 +220,7 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     share = _share_of_ceiling(row)
     if short:
         return f"{label}: {place}, effect {amount}{share}."
+    # Without a carrier, the sentence does not claim that the window carries the concept.
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
     held_out = " on seeds not used to choose it" if row["fresh"] else ""
     rival = ""
@@ -237,6 +241,7 @@ def _change(row: Mapping[str, Any], digits: int) -> str:
     lowers = (row["kind"] == "fact") == (row["estimate"] < 0)
     verb = "lowers" if lowers else "raises"
     size = {name: row[name] for name in NUMBERS}
+    # The verb has the sign: the amount is positive, and its interval turns over.
     if row["estimate"] < 0:
         size = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
     return f"{verb} the CLIP-score by {number(size['estimate'], digits)}{interval(size, digits)}"
@@ -250,7 +255,7 @@ def _content(row: Mapping[str, Any]) -> str:
     changes = {}
     for axis, name in names.items():
         if not missing(row.get(axis)):
-            changes[name] = -row[axis]
+            changes[name] = -row[axis]  # the table has what is lost
     digits = precision(*changes.values())
     window, *controls = (name + _signed(change, digits) for name, change in changes.items())
     compared = f" ({', '.join(controls)})" if controls else ""
@@ -296,16 +301,15 @@ def missing(value: Any) -> bool:
 def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling: Any) -> Row:
     """One row of `findings`. `lines`: window start → its row of the effects table."""
     start = None if carrier is None else carrier.start
-    largest = max(lines, key=lambda place: lines[place]["estimate"])
-    at = largest if start is None else int(start)
+    at = _largest(lines) if start is None else int(start)
     if at not in lines:
         raise LocogenError(f"{label}: its carrier starts at layer {at}, which the effects table does not have")
     line = lines[at]
     width = int(line.get("width", 1)) if carrier is None else carrier.width
+    # A carrier is spoken of by what was measured on other seeds than those that chose it.
     fresh = start is not None and _chosen_apart(lines)
     names = HELD_OUT if fresh else NUMBERS
     estimate, low, high = (_float(line.get(name)) for name in names)
-    elsewhere = [other[names[0]] for place, other in lines.items() if abs(place - at) >= width]
     return {
         "label": label,
         "concept": line["concept"],
@@ -319,10 +323,21 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "high": high,
         "fresh": fresh,
         "share": _share(line.get("share"), estimate, ceiling),
-        "rival": max(elsewhere, default=float("nan")),
+        "rival": _best_elsewhere(lines, at, width, names[0]),
         "reason": "" if carrier is None else carrier.reason,
         "n": line.get("n"),
     }
+
+
+def _largest(lines: Mapping[int, Row]) -> int:
+    """Start of the window with the largest estimate."""
+    return max(lines, key=lambda start: lines[start]["estimate"])
+
+
+def _best_elsewhere(lines: Mapping[int, Row], at: int, width: int, name: str) -> float:
+    """The largest number among the windows that do not overlap the one at `at`; NaN without any."""
+    elsewhere = [line[name] for start, line in lines.items() if abs(start - at) >= width]
+    return max(elsewhere, default=float("nan"))
 
 
 def _float(value: Any) -> float:
@@ -352,6 +367,7 @@ def _along(effects: Any, axis: str) -> Any:
     if rows.empty:
         axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
         raise LocogenError(f"the effects table has no positions along {axis!r}: it has {axes}")
+    # The concept's name alone, unless it was measured in several ways.
     label = rows["concept"].astype(str)
     for column, word in (("method", ""), ("width", "width ")):
         if column in rows and rows.groupby("concept")[column].nunique().max() > 1:
@@ -398,6 +414,7 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     controls = rows[rows.index.get_level_values("arm") != arm]
     if not {"efficacy", "specificity"} <= set(measures) or controls.empty:
         return text
+    # The sign says which way is better: efficacy should fall (rise for facts), specificity stay.
     gained: Any = rows["change"] * rows["sign"]
     scores = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
     of_controls = scores.drop(arm)

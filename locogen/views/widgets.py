@@ -131,6 +131,7 @@ class ExplorerBox(ipywidgets.VBox):
         self.pictures = ipywidgets.HTML()
         rules = STYLE.format(name=self._name) + "".join(self._colors())
         style = ipywidgets.HTML(f"<style>{rules}</style>")
+        # On a narrow screen the controls stand below each other.
         wrap = ipywidgets.Layout(flex_flow="row wrap")
         controls = ipywidgets.HBox(self._controls(), layout=wrap)
         super().__init__([style, *self.cells.values(), controls, self.status, self.pictures])
@@ -178,6 +179,7 @@ class ExplorerBox(ipywidgets.VBox):
 
     def _row(self, name: str, place: int) -> Any:
         """One concept's row of the heatmap, a button a window."""
+        # All cells of a row have as many digits as tell them apart.
         cells = self.explorer.cells(name)
         digits = precision(*(cell["estimate"] for cell in cells.values()))
         options = []
@@ -207,7 +209,7 @@ class ExplorerBox(ipywidgets.VBox):
         for place, name in enumerate(self.explorer.concepts):
             for child, row in enumerate(self.explorer.cells(name).values(), 1):
                 color = palette(0.5 + row["estimate"] / largest / 2)
-                # Luminance after Rec. 709.
+                # Dark text on light cells: luminance after Rec. 709.
                 light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.45
                 ink = "#000" if light else "#fff"
                 button = f".{self._name}-{place} .widget-toggle-button:nth-of-type({child})"
@@ -232,6 +234,7 @@ class ExplorerBox(ipywidgets.VBox):
         if self._busy or start is None:
             return
         self._busy = True
+        # Another concept has other prompts: its first one is shown.
         if concept != self._concept:
             self._concept = concept
             self.prompt.options = [pair.prompt for pair in self.explorer.concepts[concept].pairs]
@@ -253,6 +256,7 @@ class ExplorerBox(ipywidgets.VBox):
             self.status.value = f"<p role='alert'><b>{escape(str(error))}</b></p>"
         finally:
             self._busy = False
+        # What is saved with the notebook follows what is seen.
         if self._displayed:
             update_display(HTML(self.twin()), display_id=self._name)
 
@@ -302,6 +306,7 @@ class ExplorerBox(ipywidgets.VBox):
     def _ipython_display_(self) -> None:
         """The live widget, and beside it its twin, which a style within the widget hides while that lives."""
         self._displayed = True
+        # Two outputs, for notebooks drop HTML beside a widget.
         display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
         display(HTML(self.twin()), display_id=self._name)
 
@@ -330,7 +335,7 @@ def _score(score: float | None, baseline: float | None) -> str:
 
 
 def _png(picture: Image) -> bytes:
-    small = picture.copy()
+    small = picture.copy()  # `thumbnail` changes the picture itself
     small.thumbnail((2 * PICTURE, 2 * PICTURE))
     png = io.BytesIO()
     small.save(png, "png")
