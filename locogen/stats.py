@@ -2,8 +2,8 @@
 
 Scores are (windows, prompts, seeds), in any unit; larger means "carries more of the concept" (the
 caller sets the sign). Prompts and seeds are *crossed*: pictures that share either are alike, and a
-bootstrap over single pictures gives intervals that are too narrow. So both are resampled separately:
-Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2), 2007, doi:10.1214/07-AOAS122.
+bootstrap over single pictures gives intervals that are too narrow. So both are resampled
+separately: Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2), 2007, doi:10.1214/07-AOAS122.
 tests/test_stats.py simulates coverage and error rates.
 
 Textbook tests come from scipy; only the crossed bootstrap and the max-t comparisons are our own.
@@ -31,8 +31,8 @@ TINY = 1e-150  # replaces a spread of zero, so that nothing is divided by zero
 class Interval:
     """Means and their intervals, one per leading index of the values, in the values' unit.
 
-    `prompts`, `seeds`: "random" (resampled: the interval speaks for others like them) or "fixed" (for
-    these only). Where both are fixed there is no interval: `low` and `high` are NaN.
+    `prompts`, `seeds`: "random" (resampled: the interval speaks for others like them) or "fixed"
+    (for these only). Where both are fixed there is no interval: `low` and `high` are NaN.
     """
 
     estimate: Array
@@ -46,8 +46,8 @@ class Interval:
 class Comparisons:
     """Differences of means tested together, one entry per comparison, in the values' unit.
 
-    The lower bounds `low` hold all together with probability 1 - alpha; `p_value` is adjusted for the
-    family; low > 0 exactly where p_value <= alpha. `prompts`, `seeds`, NaN: as in `Interval`.
+    The lower bounds `low` hold all together with probability 1 - alpha; `p_value` is adjusted for
+    the family; low > 0 exactly where p_value <= alpha. `prompts`, `seeds`, NaN: as in `Interval`.
     """
 
     estimate: Array
@@ -88,11 +88,12 @@ def crossed_bootstrap(
         draws: Number of bootstrap resamples.
         level: Coverage of the interval.
         seed: Seed of the resampling; the same seed gives the same interval.
-        prompts: "random" (resample prompts), "fixed" (only seeds are resampled), or None: random from
-            six prompts on. A single seed counts as fixed.
+        prompts: "random" (resample prompts), "fixed" (only seeds are resampled), or None: random
+            from six prompts on. A single seed counts as fixed.
 
     Returns:
-        Estimates and bounds of shape (...). The interval of a window does not depend on other windows.
+        Estimates and bounds of shape (...). The interval of a window does not depend on other
+        windows.
 
     Raises:
         ValueError: For a wrong shape, values that are not finite (with their place), or one prompt
@@ -111,8 +112,8 @@ def crossed_bootstrap(
     low = high = np.full_like(estimate, np.nan)
     if "random" in factors:
         # Owen's draws alone are too narrow for few prompts or seeds, so they give the shape only.
-        # Their width comes from var(prompt means)/P + var(seed means)/S, which like Owen's is on the
-        # safe side when prompts and seeds interact. Dividing by sqrt(chi2/df), with df by
+        # Their width comes from var(prompt means)/P + var(seed means)/S, which like Owen's is on
+        # the safe side when prompts and seeds interact. Dividing by sqrt(chi2/df), with df by
         # Satterthwaite, makes it Student's t interval if the draws were normal.
         variance, freedom = _variance(x, factors)
         deviations = _deviations(x, draws, seed, factors)  # (draws, windows)
@@ -138,8 +139,8 @@ def simultaneous_lead(
 ) -> Lead:
     """Compare one window with its rivals, paired and corrected for the number of comparisons.
 
-    The family-wise error rate is controlled: whatever the true means, the probability that *any* lower
-    bound of the family lies above its true difference is at most `alpha`.
+    The family-wise error rate is controlled: whatever the true means, the probability that *any*
+    lower bound of the family lies above its true difference is at most `alpha`.
 
     Args:
         values: Scores, (windows, prompts, seeds).
@@ -148,8 +149,8 @@ def simultaneous_lead(
         apart: Distance from which two windows do not overlap: the number of layers in a window.
         chosen_here: Whether the candidate was picked by looking at these values. Then the family is
             every ordered pair of windows `apart`; otherwise it is the candidate's own rivals. Other
-            seeds of the same prompts (`split_seeds`) are other data only for these prompts: for them
-            pass prompts="fixed".
+            seeds of the same prompts (`split_seeds`) are other data only for these prompts: for
+            them pass prompts="fixed".
         alpha: Family-wise error rate.
         draws: Number of bootstrap resamples.
         seed: Seed of the resampling.
@@ -159,7 +160,8 @@ def simultaneous_lead(
         The lead over the best rival, with a simultaneous lower bound and an adjusted p-value.
 
     Raises:
-        ValueError: As `crossed_bootstrap`, and for no rival, an unknown one, or the candidate itself.
+        ValueError: As `crossed_bootstrap`, and for no rival, an unknown one, or the candidate
+            itself.
     """
     x = _checked(values, "values")
     opponents = _opponents(len(x), candidate, rivals, apart)
@@ -327,8 +329,8 @@ def student_quantile(tail: float, freedom: float) -> float:
 def false_discovery(p_values: ArrayLike) -> Array:
     """p-values adjusted for how many there are, (d,) -> (d,).
 
-    Benjamini & Hochberg, J. R. Stat. Soc. B 57, 1995: of all entries called at adjusted p <= q, at most
-    the share q is expected to be false, for tests that are independent or depend positively.
+    Benjamini & Hochberg, J. R. Stat. Soc. B 57, 1995: of all entries called at adjusted p <= q, at
+    most the share q is expected to be false, for tests that are independent or depend positively.
     """
     from scipy.stats import false_discovery_control
 
@@ -341,8 +343,8 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     It keeps its coverage for shares of 0 and 1.
 
     Args:
-        hits: Number of successes. Trials must be independent: for several pictures of one prompt give
-            prompts as `count`, and a `hits` that is not whole.
+        hits: Number of successes. Trials must be independent: for several pictures of one prompt
+            give prompts as `count`, and a `hits` that is not whole.
         count: Number of trials.
         level: Coverage of the interval.
 
@@ -388,8 +390,8 @@ def rank_correlation(
         seed: Seed of the resampling.
 
     Returns:
-        The correlation, NaN where a profile is flat; its bounds are NaN for one seed and fewer than six
-        prompts.
+        The correlation, NaN where a profile is flat; its bounds are NaN for one seed and fewer than
+        six prompts.
 
     Raises:
         ValueError: For different numbers of layers, or fewer than three.
@@ -452,10 +454,12 @@ def cube(table: Any, value: str, by: Mapping[str, Sequence[Any]]) -> Array:
     Args:
         table: A pandas table with at most one row for each combination of levels.
         value: The column to take.
-        by: Column -> its levels, in the order of the axis, as in {"prompt": prompts, "seed": seeds}.
+        by: Column -> its levels, in the order of the axis, as in {"prompt": prompts, "seed":
+            seeds}.
 
     Returns:
-        An array of shape (levels of the first column, levels of the second, ...); NaN for missing rows.
+        An array of shape (levels of the first column, levels of the second, ...); NaN for missing
+        rows.
     """
     import pandas as pd
 

@@ -75,8 +75,8 @@ class Located:
 class Agreement(NamedTuple):
     """How far two localizers agree on one concept: one row of a table.
 
-    `correlation`: Spearman's, over the layers, with its 95 % interval; `same`: whether the layers they
-    name overlap, None if one of them names none.
+    `correlation`: Spearman's, over the layers, with its 95 % interval; `same`: whether the layers
+    they name overlap, None if one of them names none.
     """
 
     concept: str
@@ -133,7 +133,8 @@ def locate(
         num_inference_steps: Denoising steps; None: the catalog's number for this model.
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
         batch_size: Pictures made at once.
-        scorer: A scorer or its name; None: the catalog's for this model. Not every localizer scores.
+        scorer: A scorer or its name; None: the catalog's for this model. Not every localizer
+            scores.
         store: Folder for the pictures; None: a temporary folder.
         progress: Whether to show a progress bar.
 
@@ -166,8 +167,8 @@ def agree(first: Located, second: Located) -> Agreement:
 
     Args:
         first: The answer of one localizer, from `locate`.
-        second: The answer of another, on the same concept. If one moved windows and the other looked at
-            single layers, these are averaged over the windows.
+        second: The answer of another, on the same concept. If one moved windows and the other
+            looked at single layers, these are averaged over the windows.
 
     Returns:
         One row of a table: `pandas.DataFrame([agree(a, b), agree(a, c)])`.

@@ -38,14 +38,14 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     - "layer": the window gets the target prompt.
     - "timesteps": it gets it from `first_timestep` to `last_timestep` only.
     - "insert": only the window gets the prompt; what it restores of the ceiling's loss.
-    - "content": how much of what should stay is lost; "content_ceiling" and "content_placebo" are the
-      same for the controls.
+    - "content": how much of what should stay is lost; "content_ceiling" and "content_placebo" are
+      the same for the controls.
     - "ceiling": every layer gets the target. "placebo": every layer gets a paraphrase.
 
     Args:
         table: The pictures table of `localize`, of one concept or several.
-        level: Coverage of the intervals. With fewer than six prompts they speak for these prompts only
-            (column `prompts` is "fixed").
+        level: Coverage of the intervals. With fewer than six prompts they speak for these prompts
+            only (column `prompts` is "fixed").
 
     Returns:
         One row an estimate: method, concept, axis, position (first layer), estimate, low, high, n
@@ -257,8 +257,8 @@ def carrier_evidence(
         starts: First layer of each window; None: 0, 1, 2, ...
 
     Returns:
-        One dictionary a window: choose, fresh (with fresh_low, fresh_high), p_any, share, and for the
-        best window lead, lead_low, p_lead (NaN for others, and where every window overlaps it).
+        One dictionary a window: choose, fresh (with fresh_low, fresh_high), p_any, share, and for
+        the best window lead, lead_low, p_lead (NaN for others, and where every window overlaps it).
     """
     # Some seeds select the window, the others are held out for its estimate. Both share their
     # prompts, so the held-out estimate takes prompts as fixed (see `stats.simultaneous_lead`). With
@@ -308,11 +308,11 @@ def _p_any(effects: Array, placebo: Array | None) -> Array:
 def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFrame:
     """The effects table of one concept's race.
 
-    The winner and its rival have all pictures and are judged as in an exhaustive search. Of the other
-    windows there is the `estimate` on the `n` pairs they had, without an interval: which pairs they had
-    depends on how they did. Every window says how it left the race (`verdict`), after how many pairs
-    (`looked`), and `sure`: the share of any other window's effect that the winner's reaches at least,
-    with 95 % confidence (`racing.Race.sure`).
+    The winner and its rival have all pictures and are judged as in an exhaustive search. Of the
+    other windows there is the `estimate` on the `n` pairs they had, without an interval: which
+    pairs they had depends on how they did. Every window says how it left the race (`verdict`),
+    after how many pairs (`looked`), and `sure`: the share of any other window's effect that the
+    winner's reaches at least, with 95 % confidence (`racing.Race.sure`).
 
     Args:
         rows: The concept's pictures table.
@@ -395,17 +395,18 @@ def race_note(layers: pd.DataFrame) -> str:
 def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     """Decide which window carries the concept, if one does.
 
-    The window with the largest estimate on the selection seeds (`choose`) is accepted if the ceiling has
-    an effect, the window does more than the placebo (`p_any` <= 0.05), and its effect on the held-out
-    seeds is at least `min_share` of the ceiling's.
+    The window with the largest estimate on the selection seeds (`choose`) is accepted if the
+    ceiling has an effect, the window does more than the placebo (`p_any` <= 0.05), and its effect
+    on the held-out seeds is at least `min_share` of the ceiling's.
 
     Args:
         effects: The effects table of one concept, from `effect`.
         min_share: Smallest share of the ceiling's effect, 0 to 1.
 
     Returns:
-        The window; its `reason` says whether its lead over other places is established. If no window is
-        accepted, a `Window` without start whose reason says why, and where to look instead.
+        The window; its `reason` says whether its lead over other places is established. If no
+        window is accepted, a `Window` without start whose reason says why, and where to look
+        instead.
 
     Raises:
         LocogenError: If the table has several concepts.

@@ -54,28 +54,28 @@ def localize(
 ) -> Run:
     """Find where a concept is: generate with every window of layers replaced, and score the pictures.
 
-    LocoGen (Basu et al. 2024, section 4). For each prompt pair and seed it makes the baseline, a picture
-    for each window that gets the target prompt, and the controls. Every picture is scored against the
-    concept's text, and against what should stay (`content_score`; NaN for facts).
+    LocoGen (Basu et al. 2024, section 4). For each prompt pair and seed it makes the baseline, a
+    picture for each window that gets the target prompt, and the controls. Every picture is scored
+    against the concept's text, and against what should stay (`content_score`; NaN for facts).
 
     Args:
         pipe: A diffusers pipeline, as from `load`.
         concept: What to look for, or several concepts with different names.
-        window: Number of neighboring layers that get the target together; None: the catalog's number
-            for this model.
+        window: Number of neighboring layers that get the target together; None: the catalog's
+            number for this model.
         seeds: Random seeds; every prompt is made with each of them.
         num_inference_steps: Denoising steps; None: the catalog's number for this model.
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
         batch_size: Pictures made at once.
         scorer: A scorer or its name (see `scorer`); None: the catalog's for this model.
-        controls: Whether to make the ceiling (every layer gets the target), the placebo (a paraphrase)
-            and the insert of each window (only the window gets the prompt).
-        timesteps: Spans (first, last) of denoising steps, counted from 0. Each window is also made with
-            its target given during each span alone.
-        pooled: For families that also take a pooled text vector: "keep" (layers alone; the ceiling then
-            is less than the target's own picture) or "target".
-        search: "all": every window on every prompt and seed. "race": drop windows as soon as they cannot
-            be the best (see `racing`); the table then has `verdict`, `looked` and `sure`.
+        controls: Whether to make the ceiling (every layer gets the target), the placebo (a
+            paraphrase) and the insert of each window (only the window gets the prompt).
+        timesteps: Spans (first, last) of denoising steps, counted from 0. Each window is also made
+            with its target given during each span alone.
+        pooled: For families that also take a pooled text vector: "keep" (layers alone; the ceiling
+            then is less than the target's own picture) or "target".
+        search: "all": every window on every prompt and seed. "race": drop windows as soon as they
+            cannot be the best (see `racing`); the table then has `verdict`, `looked` and `sure`.
         budget: Largest share of the exhaustive search's pictures that a race makes.
         store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
         progress: Whether to show a progress bar.
@@ -84,8 +84,8 @@ def localize(
         A `Run`: its pictures, its plan, and the pictures table, one row an image.
 
     Raises:
-        LocogenError: For a window larger than the model, no or repeated seeds, a race with too few seeds
-            or with timesteps, and as `generate` does.
+        LocogenError: For a window larger than the model, no or repeated seeds, a race with too few
+            seeds or with timesteps, and as `generate` does.
 
     Example:
         >>> pipe = load("mini")

@@ -4,26 +4,26 @@ Rows come out and scores go in: no model, no pictures here.
 
 All windows start on a few (prompt, seed) pairs; those that can no longer be the best are dropped.
 Windows share prompt and seed (common random numbers), and the baseline of the pair is subtracted (a
-control variate), so all comparisons are paired. What is bounded is how much of another window's effect
-the leader reaches at least:
+control variate), so all comparisons are paired. What is bounded is how much of another window's
+effect the leader reaches at least:
 
-- One comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*: over
-  pairs, these differences are about normal; any variances, any correlation between windows; and pairs
-  count as separate draws, which they are for the concept's own prompts where a seed does not move all
-  its pairs' differences alike. So the result speaks for these prompts (others may have another best
-  window), and seeds take turns. Bounds that know only a range (empirical Bernstein, betting; Waudby-Smith
-  & Ramdas, J. R. Stat. Soc. B 86, 2024) need no assumption, and cannot drop anything before
-  log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the same way that often.
-  That is more pairs than a race should take.
-- All looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the simplest
-  of the alpha spending functions of Lan & DeMets, Biometrika 70, 1983), so repeated looks cost nothing
-  further.
-- All windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not all
-  pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped, and what
-  is said about the winner holds.
+- One comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*:
+  over pairs, these differences are about normal; any variances, any correlation between windows;
+  and pairs count as separate draws, which they are for the concept's own prompts where a seed does
+  not move all its pairs' differences alike. So the result speaks for these prompts (others may have
+  another best window), and seeds take turns. Bounds that know only a range (empirical Bernstein,
+  betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need no assumption, and cannot drop
+  anything before log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the
+  same way that often. That is more pairs than a race should take.
+- All looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the
+  simplest of the alpha spending functions of Lan & DeMets, Biometrika 70, 1983), so repeated looks
+  cost nothing further.
+- All windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not
+  all pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped,
+  and what is said about the winner holds.
 
-tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model, and
-that of a plain bootstrap.
+tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model,
+and that of a plain bootstrap.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ def ahead(leader: Array, other: Array, tail: float) -> bool:
 def reach(leader: Array, other: Array, tail: float) -> float:
     """The share r of the other's mean that the leader's reaches at least, 0 to 1.
 
-    `leader`, `other`: effects on the same pairs, (pairs,). 1 means that the other is not the best; 0
-    that nothing can be said.
+    `leader`, `other`: effects on the same pairs, (pairs,). 1 means that the other is not the best;
+    0 that nothing can be said.
     """
     if bound(leader, tail) <= 0:
         return 0.0
     if ahead(leader, other, tail):
         return 1.0
-    # The largest r for which the bound of `leader - r * other` is positive, by bisection. The bound is
-    # concave in r, so it is positive from 0 up to there and nowhere beyond, and r is wrong only where
-    # the bound at the true share is: one event, with probability at most `tail`.
+    # The largest r for which the bound of `leader - r * other` is positive, by bisection. The bound
+    # is concave in r, so it is positive from 0 up to there and nowhere beyond, and r is wrong only
+    # where the bound at the true share is: one event, with probability at most `tail`.
     low = 0.0
     high = 1.0
     for _ in range(20):
@@ -110,8 +110,9 @@ def reach(leader: Array, other: Array, tail: float) -> float:
 class Race:
     """The state of a race.
 
-    `effects`: (windows, pairs), NaN where not looked. `left`: window → (how, after how many pairs), where
-    how is "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the budget).
+    `effects`: (windows, pairs), NaN where not looked. `left`: window → (how, after how many pairs),
+    where how is "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the
+    budget).
     """
 
     windows: int
@@ -185,9 +186,9 @@ def race(
 ) -> Generator[Rows, Array, Raced]:
     """The race of one concept, as a generator: yields rows to make, is sent their scores.
 
-    Windows race on the seeds that serve to choose (`stats.split_seeds`). The winner, and the best window
-    that does not overlap it, are then made for all pairs, and with `controls` the ceiling, the placebo
-    and the winner's insert.
+    Windows race on the seeds that serve to choose (`stats.split_seeds`). The winner, and the best
+    window that does not overlap it, are then made for all pairs, and with `controls` the ceiling,
+    the placebo and the winner's insert.
 
     Args:
         concept: What to look for.
@@ -200,8 +201,8 @@ def race(
         alpha: Error probability of the whole race.
 
     Returns:
-        All rows, in the order of the sweep, and a verdict on each: `verdict` (chosen, stayed, dropped,
-        cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
+        All rows, in the order of the sweep, and a verdict on each: `verdict` (chosen, stayed,
+        dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
 
     Raises:
         LocogenError: For fewer than four seeds, or a budget that is too small.
@@ -248,8 +249,8 @@ def _rows_of_look(cells: Cells, pairs: Sequence[Pair], windows: Sequence[int]) -
 def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
     """Pairs of the seeds that choose, and of the held-out seeds.
 
-    Seeds come in turn, each with its prompts shuffled: any few pairs are a fair draw, of different seeds
-    and different prompts as far as possible.
+    Seeds come in turn, each with its prompts shuffled: any few pairs are a fair draw, of different
+    seeds and different prompts as far as possible.
     """
     if len(seeds) < 4:
         raise LocogenError(f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}")

@@ -28,18 +28,18 @@ def plan_seeds(run: Run, interval: float = 0.01, *, level: float = 0.95, assuran
 
     Args:
         run: A first run of `localize`, with at least two seeds.
-        interval: Half the width of the interval between `low` and `high` in `effect`, in units of the
-            score.
+        interval: Half the width of the interval between `low` and `high` in `effect`, in units of
+            the score.
         level: Coverage of the interval.
-        assurance: Probability that the interval to come is that narrow. Few first seeds say little about
-            the spread, and then more are asked for (Kupper & Hafner, Am. Stat. 43, 1989).
+        assurance: Probability that the interval to come is that narrow. Few first seeds say little
+            about the spread, and then more are asked for (Kupper & Hafner, Am. Stat. 43, 1989).
 
     Returns:
-        One row a concept: concept, position (of the window), prompts, seeds_now, half_width (now), seeds
-        (needed), pictures (of that many seeds, the window and its baseline), limit (the half-width with
-        endless seeds). With fewer than six prompts the interval speaks for these prompts; from six on it
-        speaks for others like them, and if their spread alone is too large, `seeds` is NA: more prompts
-        are needed.
+        One row a concept: concept, position (of the window), prompts, seeds_now, half_width (now),
+        seeds (needed), pictures (of that many seeds, the window and its baseline), limit (the
+        half-width with endless seeds). With fewer than six prompts the interval speaks for these
+        prompts; from six on it speaks for others like them, and if their spread alone is too large,
+        `seeds` is NA: more prompts are needed.
 
     Raises:
         LocogenError: For one seed, a width that is not positive, or a level outside 0 to 1.

@@ -1,8 +1,8 @@
 """What causal tracing found: how much of the score each restored state brings back.
 
 In the words of causal mediation analysis, what restoring one state brings back is its average
-*indirect effect*, and what restoring everything would bring back is the *total effect*: the score of
-the clean picture minus that of the corrupted one (Meng et al. 2022, arXiv 2202.05262).
+*indirect effect*, and what restoring everything would bring back is the *total effect*: the score
+of the clean picture minus that of the corrupted one (Meng et al. 2022, arXiv 2202.05262).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ TOTAL = "ceiling"  # the axis of the total effect, named as in LocoGen's effects
 class BestState(NamedTuple):
     """The state with the largest indirect effect: chosen on some seeds, measured on the others.
 
-    `share`: of the total effect; `p_value`: of "no state brings anything back", corrected for all states;
-    `reason`: why it is not the one place, if it is not; empty where it is.
+    `share`: of the total effect; `p_value`: of "no state brings anything back", corrected for all
+    states; `reason`: why it is not the one place, if it is not; empty where it is.
     """
 
     axis: str
@@ -47,8 +47,8 @@ class Sides(NamedTuple):
     """The best state of the text encoder and of the denoiser, and by how much the first brings back more.
 
     Each is chosen on some seeds, the difference measured on the others, for these prompts (paired,
-    95 %). `reason`: why no side is named: even the best of both is not the one place (`best_state`), or
-    seeds are too few; else empty.
+    95 %). `reason`: why no side is named: even the best of both is not the one place
+    (`best_state`), or seeds are too few; else empty.
     """
 
     text: str
@@ -71,8 +71,8 @@ class Sides(NamedTuple):
 def recovered(table: pd.DataFrame) -> dict[str, Array]:
     """Indirect effects by part, (states, prompts, seeds): score restored minus score corrupted.
 
-    Averaged over the noises of a seed. The key "ceiling", (1, prompts, seeds), is the total effect: score
-    clean minus score corrupted.
+    Averaged over the noises of a seed. The key "ceiling", (1, prompts, seeds), is the total effect:
+    score clean minus score corrupted.
 
     Raises:
         LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
@@ -120,9 +120,9 @@ def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         level: Coverage of the intervals.
 
     Returns:
-        One row a state: `axis` is the part of the model, `position` its layer; other columns are those of
-        `effect`. The axis "ceiling" is the total effect (what the noise took), `share` is of it, and
-        `p_any` is of "brings nothing back", corrected for the states of its axis.
+        One row a state: `axis` is the part of the model, `position` its layer; other columns are
+        those of `effect`. The axis "ceiling" is the total effect (what the noise took), `share` is
+        of it, and `p_any` is of "brings nothing back", corrected for the states of its axis.
 
     Raises:
         LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
@@ -170,7 +170,8 @@ def best_state(table: pd.DataFrame) -> BestState:
     """The state of any part with the largest indirect effect, and whether it is the one place.
 
     It is if the noise does something, the state brings something back (p <= 0.05, corrected for all
-    states), and that is at least half of the total effect. Raises `LocogenError` as `recovered` does.
+    states), and that is at least half of the total effect. Raises `LocogenError` as `recovered`
+    does.
     """
     cubes = recovered(table)
     total = cubes.pop(TOTAL)

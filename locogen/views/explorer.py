@@ -34,8 +34,8 @@ CIRCUMSTANCES = ("weights", "contexts", "pipeline", "scheduler", "dtype", "devic
 class Look:
     """What to look at: one prompt and seed, the layers `first` to `last`, and what is done to them besides.
 
-    `strength`: how much of an edit of these layers is applied, 0 for none; `neurons`: how many of each of their
-    matrices are clamped, 0 for none.
+    `strength`: how much of an edit of these layers is applied, 0 for none; `neurons`: how many of
+    each of their matrices are clamped, 0 for none.
     """
 
     concept: str
@@ -63,9 +63,9 @@ class Shown(NamedTuple):
 class Explorer:
     """Answers looks at a run of `localize`: from its pictures, or with `pipe` by making missing ones.
 
-    `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in memory,
-    none is written. Raises `LocogenError` for a run without scores, and for a model that has changed
-    since the run.
+    `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in
+    memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
+    has changed since the run.
     """
 
     def __init__(self, run: Run, pipe: Any = None, options: Mapping[str, Any] | None = None) -> None:
@@ -141,7 +141,8 @@ class Explorer:
     def show(self, look: Look) -> Iterator[Shown]:
         """The baseline, the window and the ceiling of the look; then edited and clamped, each when it is made.
 
-        Raises `LocogenError` for pictures that the run does not have if there is no model to make them.
+        Raises `LocogenError` for pictures that the run does not have if there is no model to make
+        them.
         """
         pair = self.pair(look)
         common: Any = {"prompt": pair.prompt, "target": pair.target, "seed": look.seed}

@@ -78,8 +78,8 @@ def plot_trace(effects: pd.DataFrame, *, text: bool = False, ax: Axes | None = N
 def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Each localizer's estimates by layer, divided by its largest, so that they can be drawn together.
 
-    A long table: `method at value low high`; `at` is the middle of a window. Raises `LocogenError` for a
-    table without layers, or without any positive estimate.
+    A long table: `method at value low high`; `at` is the middle of a window. Raises `LocogenError`
+    for a table without layers, or without any positive estimate.
     """
     import pandas as pd
 

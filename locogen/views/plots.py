@@ -1,7 +1,7 @@
 """Tables in, matplotlib `Axes` out: heatmaps, curves and strips of pictures, and the same in a sentence.
 
-Each plot draws what a small function of `locogen.views.tables` computes, so that what is drawn can be
-tested. Nothing here needs torch or a model: saved tables are enough.
+Each plot draws what a small function of `locogen.views.tables` computes, so that what is drawn can
+be tested. Nothing here needs torch or a model: saved tables are enough.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def plot_effect(
         effects: The effects table, from `effect`. Positive means "carries the concept".
         axis: "layer" (what replacing the window takes away), "insert" (what it brings alone) or
             "content" (how much of what should stay is lost).
-        carriers: Concept → `Window`, or one `Window` for a table of one concept; its cell is outlined and
-            starred. None: no cell is.
+        carriers: Concept → `Window`, or one `Window` for a table of one concept; its cell is
+            outlined and starred. None: no cell is.
         layer_names: Names for the ticks, in execution order; None: numbers.
         ax: Where to draw; None: a new figure.
 
@@ -119,8 +119,8 @@ def plot_timesteps(
     """Draw a heatmap of one concept's windows by when they get the target: spans of steps × window starts.
 
     Args:
-        effects: The effects table of a `localize` with `timesteps`. Positive means "carries the concept
-            then". Steps count from 0, the noisiest.
+        effects: The effects table of a `localize` with `timesteps`. Positive means "carries the
+            concept then". Steps count from 0, the noisiest.
         concept: Its name; None: the only one in the table.
         layer_names: Names for the ticks, in execution order; None: numbers.
         ax: Where to draw; None: a new figure.
@@ -247,7 +247,8 @@ def plot_strip(
         labels: One for each picture.
         columns: Pictures in a row; None: up to eight.
         marked: Indices of the pictures that are framed and starred.
-        zoom: Pixels of the figure for one of the picture, at 100 per inch; None: pictures are 130 wide.
+        zoom: Pixels of the figure for one of the picture, at 100 per inch; None: pictures are 130
+            wide.
         fig: Where to draw; None: a new figure.
 
     Returns:
@@ -327,8 +328,8 @@ def plot_evaluation(
 ) -> Axes:
     """Draw what each arm of an evaluation did: filled marks after, hollow ones before, with intervals.
 
-    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer), specificity
-    stay.
+    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer),
+    specificity stay.
 
     Args:
         summary: From `locogen.editing.evaluation.summary`.

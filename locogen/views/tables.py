@@ -1,6 +1,7 @@
 """What plots and pages say, computed from saved tables: matrices to draw, findings as rows and sentences.
 
-The tables are those of `locogen.localization`: pictures (a row an image) and effects (a row an estimate).
+The tables are those of `locogen.localization`: pictures (a row an image) and effects (a row an
+estimate).
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def _place(row: Row) -> int:
 def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
     """The rows to show as a strip: of the first prompt and seed, the baseline, each window, the ceiling.
 
-    In addition to the table's columns: `label`, and `marked`, whether the row's window is the carrier's.
+    In addition to the table's columns: `label`, and `marked`, whether the row's window is the
+    carrier's.
     """
     is_first = (table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())
     first: Any = table[is_first]
@@ -141,11 +143,11 @@ def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "lay
 def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
     """What the table says about each concept, one row each: the numbers behind `describe` and the report.
 
-    Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at (the
-    window spoken of: the carrier, or else the largest effect), width, estimate, low, high, fresh
-    (measured on seeds not used to choose the window), share (of the ceiling), rival (the largest effect
-    that does not overlap), reason, n, content (how much of what should stay is lost there),
-    content_ceiling, content_placebo.
+    Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
+    (the window spoken of: the carrier, or else the largest effect), width, estimate, low, high,
+    fresh (measured on seeds not used to choose the window), share (of the ceiling), rival (the
+    largest effect that does not overlap), reason, n, content (how much of what should stay is lost
+    there), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
     windows = _by_concept(carriers, list(layers["concept"].unique()))
@@ -186,8 +188,8 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
 
     Args:
         effects: The effects table, from `effect`.
-        carriers: Concept → `Window`, or one `Window` for a table of one concept; None: the window with
-            the largest effect is described, without calling it the carrier.
+        carriers: Concept → `Window`, or one `Window` for a table of one concept; None: the window
+            with the largest effect is described, without calling it the carrier.
         short: Whether to leave out intervals and rivals.
 
     Returns:

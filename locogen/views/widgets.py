@@ -58,16 +58,17 @@ def explore(
 ) -> ExplorerBox:
     """Look at a run of `localize` by hand: its heatmap as buttons, and under it the pictures of a choice.
 
-    Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at some
-    strength, or clamp some of their neurons. All of it works by keyboard. Nothing is written, and the
-    model is left as it was. In a saved notebook and in exported pages, where no widget runs, the last view
-    stays.
+    Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at
+    some strength, or clamp some of their neurons. All of it works by keyboard. Nothing is written,
+    and the model is left as it was. In a saved notebook and in exported pages, where no widget
+    runs, the last view stays.
 
     Args:
         run: A run of `localize`. Its own pictures are shown at once.
-        pipe: The pipeline that makes other pictures; None: the run's own, if it still exists. Without
-            any, only the run's own pictures can be looked at.
-        phrasings: How edits are fitted: as in `fit_edit`, like all arguments below. None: its default.
+        pipe: The pipeline that makes other pictures; None: the run's own, if it still exists.
+            Without any, only the run's own pictures can be looked at.
+        phrasings: How edits are fitted: as in `fit_edit`, like all arguments below. None: its
+            default.
         subject: The words that the phrasings share.
         becomes: What the concept turns into.
         ridge: λ of the keys, and of the values.
