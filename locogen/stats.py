@@ -284,10 +284,10 @@ def welch_z(a: ArrayLike, b: ArrayLike) -> Array:
 
 
 def welch_p(a: ArrayLike, b: ArrayLike) -> Array:
-    """Two-sided p-value of each column's `welch_z`, (d,): Student's t with Welch's degrees of freedom.
+    """Two-sided p-value of each column's `welch_z`, (d,), by Student's t.
 
-    The normal distribution would give p-values that are too small for few rows. 1 where a column
-    varies in neither.
+    With Welch's degrees of freedom: the normal distribution would give p-values that are too small
+    for few rows. 1 where a column varies in neither.
 
     Raises:
         ValueError: As `welch_z`.
@@ -377,7 +377,7 @@ class Correlation(NamedTuple):
 def rank_correlation(
     one: ArrayLike, two: ArrayLike, *, draws: int = 2000, level: float = 0.95, seed: int = 0
 ) -> Correlation:
-    """Spearman's correlation over layers of two profiles, each the mean of (layers, prompts, seeds).
+    """Spearman's correlation over layers of two profiles, with its interval.
 
     Prompts and seeds are resampled as in `crossed_bootstrap`, the same ones for both profiles where
     both have equally many.
@@ -417,7 +417,7 @@ def rank_correlation(
 
 
 def _resampled(values: Array, draws: int, seed: int) -> Array:
-    """Profiles of resampled prompts and seeds, (draws, layers), as wide as in `crossed_bootstrap`."""
+    """Resampled profiles, (draws, layers), as wide as in `crossed_bootstrap`."""
     factors = _factors(values, None)
     means = values.mean((1, 2))  # (layers,)
     if "random" not in factors:
@@ -524,7 +524,7 @@ def _factors(x: Array, prompts: str | None) -> tuple[str, str]:
 
 
 def _deviations(x: Array, draws: int, seed: int, factors: tuple[str, str]) -> Array:
-    """Resampled minus actual means, (draws, windows); every window sees the same prompts and seeds."""
+    """Resampled minus actual means, (draws, windows); the same draws for every window."""
     dice = np.random.default_rng(seed)  # prompts first: the order is part of every published number
     prompt_weights = _weights(x.shape[1], draws, factors[0], dice)  # (draws, prompts)
     seed_weights = _weights(x.shape[2], draws, factors[1], dice)  # (draws, seeds)
@@ -534,7 +534,7 @@ def _deviations(x: Array, draws: int, seed: int, factors: tuple[str, str]) -> Ar
 
 
 def _weights(count: int, draws: int, how: str, dice: np.random.Generator) -> Array:
-    """How often each of `count` is drawn, as shares, (draws, count); equal ones where it is fixed."""
+    """How often each of `count` is drawn, as shares, (draws, count); equal if fixed."""
     equal = np.full(count, 1 / count)
     if how == "fixed":
         return np.tile(equal, (draws, 1))
@@ -542,7 +542,7 @@ def _weights(count: int, draws: int, how: str, dice: np.random.Generator) -> Arr
 
 
 def _variance(x: Array, factors: tuple[str, str]) -> tuple[Array, Array]:
-    """Variances of the means and their degrees of freedom; last, those of the average, (windows + 1,).
+    """Variances of means, their degrees of freedom; last, of the average, (windows + 1,).
 
     Degrees of freedom after Satterthwaite (1946).
     """

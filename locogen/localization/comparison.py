@@ -1,4 +1,4 @@
-"""Localizers compared: on the same concept, prompts, seeds and settings, what each says and costs."""
+"""Localizers compared: on the same concept and settings, what each says and costs."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def locate(
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Located:
-    """Ask one localizer where a concept is; the same arguments give answers that `agree` can compare.
+    """Ask one localizer where a concept is; `agree` compares two answers.
 
     Args:
         pipe: A diffusers pipeline, as from `load`.
@@ -163,7 +163,7 @@ def locate(
 
 
 def agree(first: Located, second: Located) -> Agreement:
-    """Measure how far two localizers agree: rank correlation of the layers, the same carrier, the cost.
+    """Measure how far two localizers agree: rank correlation, same carrier, cost.
 
     Args:
         first: The answer of one localizer, from `locate`.
@@ -212,7 +212,7 @@ def agree(first: Located, second: Located) -> Agreement:
 
 
 def _windowed(values: Array, count: int) -> Array:
-    """Means over windows of neighboring layers, so that `count` are left, (count, prompts, seeds)."""
+    """Means over windows of neighbors, so that `count` are left, (count, prompts, seeds)."""
     width = len(values) - count + 1
     return np.stack([values[start : start + width].mean(0) for start in range(count)])
 
@@ -284,7 +284,7 @@ def _attention_contribution(
 
 
 class _Localizer(NamedTuple):
-    """A localizer: `ask` runs it, `asks` is its question in words, `generations` the pictures it takes."""
+    """A localizer: `ask` runs it; its question and the pictures it takes, in words."""
 
     ask: Callable[..., Located]
     asks: str

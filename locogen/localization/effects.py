@@ -128,7 +128,7 @@ class Scores:
         return values
 
     def effect_of(self, role: str, only: Mapping[str, int] | None = None) -> Array:
-        """What a role's pictures do to the score, positive where they carry, (windows, prompts, seeds)."""
+        """What a role does to the score, positive if it carries, (windows, prompts, seeds)."""
         return self.sign * (self.of(role, only=only) - self.baseline)
 
     def content_lost(self, role: str) -> Array:
@@ -226,7 +226,7 @@ def effects_table(
     width: int,
     baseline: float | None = None,
 ) -> pd.DataFrame:
-    """The lines of one concept as an effects table; the columns that all methods share come first."""
+    """The lines of one concept as an effects table; columns of all methods come first."""
     import pandas as pd
 
     common = {"method": method, "concept": concept, "kind": kind, "width": width}
@@ -246,7 +246,7 @@ def carrier_evidence(
     level: float,
     starts: Sequence[int] | None = None,
 ) -> list[Line]:
-    """What a carrier is decided by, for each window: selection, held-out estimate, lead, share, p-value.
+    """What a carrier is decided by, for each window.
 
     Args:
         effects: Effects of the windows, (windows, prompts, seeds).
@@ -365,7 +365,7 @@ def _partly_measured(rows: Any, swept: Any, finalist: Any) -> pd.DataFrame:
 
 
 def race_note(layers: pd.DataFrame) -> str:
-    """What the race did not look at and how sure it is, in words, from the layer axis of its effects."""
+    """What a race did not look at and how sure it is, in words, from its layer axis."""
     counts: Any = layers["n"]
     pairs = int(counts.max())
     partial = counts[counts < pairs].astype(int)

@@ -52,7 +52,7 @@ def localize(
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
-    """Find where a concept is: generate with every window of layers replaced, and score the pictures.
+    """Find where a concept is: replace each window of layers, and score the pictures.
 
     LocoGen (Basu et al. 2024, section 4). For each prompt pair and seed it makes the baseline, a
     picture for each window that gets the target prompt, and the controls. Every picture is scored
@@ -131,7 +131,7 @@ def _or_usual(value: Any, usual: Any) -> Any:
 
 @dataclass(frozen=True)
 class _ScoredPictures:
-    """Makes and scores the rows of plans, always with the same pipeline, scorer, settings and store."""
+    """Makes and scores the rows of plans, always with the same pipeline and settings."""
 
     pipe: Any
     concepts: Sequence[Concept]
@@ -214,7 +214,7 @@ def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
 
 
 def scorer_for(pipe: Any, scorer: Scorer | str | None) -> Scorer:
-    """The scorer, loaded onto the pipeline's device if it is a name; None: the model's default one."""
+    """The scorer, loaded onto the pipeline's device if it is a name; None: the default."""
     from locogen.pictures import score
 
     if scorer is None:

@@ -51,7 +51,7 @@ Raced = tuple[Rows, list[dict[str, Any]]]  # the rows, and the verdict on each
 
 
 def looks(pairs: int) -> tuple[int, ...]:
-    """Numbers of pairs at which a race decides: 3, then a third more each time (4, 6, 8, 11, ...), then all."""
+    """Numbers of pairs at which a race decides: 3, a third more each time, then all."""
     numbers = [min(FIRST_LOOK, pairs)]
     while numbers[-1] < pairs:
         third_more = math.ceil(numbers[-1] * 4 / 3)
@@ -78,7 +78,7 @@ def bound(values: Array, tail: float) -> float:
 
 
 def ahead(leader: Array, other: Array, tail: float) -> bool:
-    """Whether the leader has an effect, and a larger one than the other, which therefore is not the best."""
+    """Whether the leader has an effect, and a larger one: then the other is not the best."""
     return bound(leader, tail) > 0 and bound(leader - other, tail) > 0
 
 
@@ -139,7 +139,7 @@ class Race:
 
     @property
     def sure(self) -> float:
-        """With probability 1 - alpha the leader reaches at least this share of any other window's effect."""
+        """Share of any other window's effect that the leader reaches, at confidence 1 - alpha."""
         winner, *others = self.alive
         leader = self.effects[winner]  # (pairs,)
         rivals = [(window, self.seen) for window in others]
@@ -313,7 +313,7 @@ def _next_look(state: Race, allowed: int, pairs: int) -> int:
 def _rows_of_race(
     state: Race, cells: Cells, pairs: Sequence[Pair], always: Sequence[str], width: int
 ) -> set[Intervention]:
-    """All rows of the race: those looked at, and the winner, its rival and the controls on every pair."""
+    """All rows of the race: those looked at; finalists and controls on every pair."""
     winner = state.alive[0]
     rows = set()
     for pair in pairs:
@@ -337,7 +337,7 @@ def _finalists(state: Race, width: int) -> list[int]:
 
 
 def _verdict(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
-    """The columns that a race adds to a row of the pictures table; empty for baseline and controls."""
+    """The columns that a race adds to a row; empty for baseline and controls."""
     if row.start is None:
         return {"verdict": None, "looked": None, "sure": None}
     verdict, looked = state.verdict(row.start)

@@ -1,4 +1,4 @@
-"""How many seeds a question takes: the sample size for an interval of a given half-width, from a first run."""
+"""Sample size: how many seeds an interval of a given half-width takes, from a first run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = np.ndarray[Any, Any]
 
 
 def plan_seeds(run: Run, interval: float = 0.01, *, level: float = 0.95, assurance: float = 0.8) -> pd.DataFrame:
-    """Plan how many seeds make the effect of each concept's best window known to within ± `interval`.
+    """Plan how many seeds measure each concept's best window to within ± `interval`.
 
     Args:
         run: A first run of `localize`, with at least two seeds.
@@ -50,7 +50,7 @@ def plan_seeds(run: Run, interval: float = 0.01, *, level: float = 0.95, assuran
         >>> scores = {"baseline": [0.6, 0.6, 0.6], "window": [0.1, 0.2, 0.3]}
         >>> rows = [(role, seed, scores[role][seed]) for role in scores for seed in range(3)]
         >>> table = pd.DataFrame(rows, columns=["role", "seed", "clip_score"])
-        >>> table = table.assign(concept="neon", kind="style", prompt="a neon cat", content_score=0.5)
+        >>> table = table.assign(concept="neon", kind="style", prompt="a cat", content_score=0.5)
         >>> table["start"] = table["role"].map({"window": 4})
         >>> table["width"] = table["role"].map({"window": 2})
         >>> plan_seeds(SimpleNamespace(table=table), 0.1)[["position", "seeds_now", "seeds"]]
@@ -127,14 +127,14 @@ def _needed(values: Array, interval: float, level: float, assurance: float) -> t
 
 
 class _Spread:
-    """The variances behind an interval: of prompt means, of seed means, and the rest (a two-way layout).
+    """The variances behind an interval: of prompt means, of seed means, and the rest.
 
-    What is not known about them is drawn once: variance * freedom / chi2(freedom), their fiducial
-    distribution.
+    A two-way layout. What is not known about the variances is drawn once: variance * freedom /
+    chi2(freedom), their fiducial distribution.
     """
 
     def __init__(self, values: Array, random: bool) -> None:
-        """`values`: effects of one window, (prompts, seeds); `random`: whether prompts are resampled."""
+        """`values`: effects, (prompts, seeds); `random`: whether prompts are resampled."""
         self.prompts, self.pilot = values.shape
         self.random = random
         self.prompt_freedom = max(1, self.prompts - 1)

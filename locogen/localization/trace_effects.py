@@ -44,7 +44,7 @@ class BestState(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """The best state of the text encoder and of the denoiser, and by how much the first brings back more.
+    """The best states of text encoder and denoiser, and how much more the first brings back.
 
     Each is chosen on some seeds, the difference measured on the others, for these prompts (paired,
     95 %). `reason`: why no side is named: even the best of both is not the one place
@@ -60,7 +60,7 @@ class Sides(NamedTuple):
 
     @property
     def side(self) -> str | None:
-        """`"text encoder"` or `"denoiser"`; None where the interval holds zero, or no state is the place."""
+        """The side with the better state; None if the interval holds zero or there is a `reason`."""
         if self.reason:
             return None
         if self.low > 0:
@@ -94,7 +94,7 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
 
 
 def _indirect_effects(rows: Any) -> Any:
-    """The restored rows with their `gain` over the corrupted picture of the same prompt, seed and noise."""
+    """The restored rows with their `gain` over the corrupted picture of the same noise."""
     import pandas as pd
 
     condition = ["prompt", "seed", "noise"]
@@ -231,7 +231,7 @@ def layer_found(effects: pd.DataFrame) -> Window:
 
 
 def sides(table: pd.DataFrame) -> Sides | None:
-    """Which side brings back more, by its best state; None if the trace has states of one side only."""
+    """Which side brings back more, by its best state; None if only one side was traced."""
     cubes = recovered(table)
     del cubes[TOTAL]
     text = {axis: cube for axis, cube in cubes.items() if axis.startswith("text ")}

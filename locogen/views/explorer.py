@@ -32,7 +32,7 @@ CIRCUMSTANCES = ("weights", "contexts", "pipeline", "scheduler", "dtype", "devic
 
 @dataclass(frozen=True)
 class Look:
-    """What to look at: one prompt and seed, the layers `first` to `last`, and what is done to them besides.
+    """What to look at: a prompt, a seed, layers `first` to `last`, and what is done to them.
 
     `strength`: how much of an edit of these layers is applied, 0 for none; `neurons`: how many of
     each of their matrices are clamped, 0 for none.
@@ -61,7 +61,7 @@ class Shown(NamedTuple):
 
 
 class Explorer:
-    """Answers looks at a run of `localize`: from its pictures, or with `pipe` by making missing ones.
+    """Answers looks at a run of `localize`, with `pipe` also for missing pictures.
 
     `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in
     memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
@@ -139,7 +139,7 @@ class Explorer:
         return f"{look.concept}, {look.window}: effect {effect}{share}, n = {count}.{starred}"
 
     def show(self, look: Look) -> Iterator[Shown]:
-        """The baseline, the window and the ceiling of the look; then edited and clamped, each when it is made.
+        """The baseline, the window and the ceiling of the look; then edited and clamped.
 
         Raises `LocogenError` for pictures that the run does not have if there is no model to make
         them.
@@ -159,7 +159,7 @@ class Explorer:
         yield from self._changed(look)
 
     def _pictures(self, rows: Sequence[Intervention]) -> list[tuple[Image, float | None]]:
-        """Of the unedited model: from the run, from memory, or made now, all missing ones in one batch."""
+        """Of the unedited model; all that are missing are made in one batch."""
         keys = [_what_makes(row) for row in rows]
         lacking = {}  # several rows may ask for the same picture: it is made once
         for key, row in zip(keys, rows, strict=True):
@@ -178,7 +178,7 @@ class Explorer:
         return self.run.pictures[place], float(self.run.table["clip_score"].iloc[place])
 
     def _changed(self, look: Look) -> Iterator[Shown]:
-        """The baseline again, under an edit of the layers looked at, and with their neurons clamped."""
+        """The baseline under an edit of the layers looked at, and with their neurons clamped."""
         row = Intervention(look.prompt, look.prompt, (), look.seed, "baseline")
         if look.strength:
             key = replace(look, neurons=0)  # the edited picture does not depend on the clamp

@@ -1,4 +1,4 @@
-"""Plots for other localizers than LocoGen: the heatmap of a causal trace, profiles of several localizers."""
+"""Plots for other localizers than LocoGen: a causal trace, profiles of several."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STYLES = (("o-", "#0173b2"), ("s--", "#b35900"), ("^:", "#4a7d3c"), ("D-.", "#8a
 
 
 def trace_matrix(effects: pd.DataFrame, *, text: bool) -> pd.DataFrame:
-    """Estimates of one concept's causal trace, (parts, layers): of the text encoder, or of the denoiser.
+    """Estimates of one concept's causal trace, (parts, layers), of one side of the model.
 
     Raises `LocogenError` for several concepts, or a trace without states of that side.
     """
@@ -76,7 +76,7 @@ def plot_trace(effects: pd.DataFrame, *, text: bool = False, ax: Axes | None = N
 
 
 def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Each localizer's estimates by layer, divided by its largest, so that they can be drawn together.
+    """Each localizer's estimates by layer, divided by its largest one.
 
     A long table: `method at value low high`; `at` is the middle of a window. Raises `LocogenError`
     for a table without layers, or without any positive estimate.
@@ -103,7 +103,7 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def plot_profiles(effects: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
-    """What several localizers say about each layer, relative to their largest effect, with 95 % intervals."""
+    """Draw several localizers' effects by layer, each divided by its largest one."""
     table: Any = profiles(effects)
     ax = axes_for(ax, (7.5, 3.8))
     ax.axhline(0, color="0.35", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Tables in, matplotlib `Axes` out: heatmaps, curves and strips of pictures, and the same in a sentence.
+"""Tables in, matplotlib `Axes` out: heatmaps, curves and strips of pictures.
 
 Each plot draws what a small function of `locogen.views.tables` computes, so that what is drawn can
 be tested. Nothing here needs torch or a model: saved tables are enough.
@@ -60,7 +60,7 @@ def plot_effect(
     layer_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a heatmap of the effect of each window, concepts × window starts, on one scale around zero.
+    """Draw a heatmap of the effect of each window, concepts × window starts.
 
     Args:
         effects: The effects table, from `effect`. Positive means "carries the concept".
@@ -116,7 +116,7 @@ def plot_timesteps(
     layer_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw a heatmap of one concept's windows by when they get the target: spans of steps × window starts.
+    """Draw when the windows of one concept carry it: spans of steps × window starts.
 
     Args:
         effects: The effects table of a `localize` with `timesteps`. Positive means "carries the
@@ -133,8 +133,8 @@ def plot_timesteps(
 
     Example:
         >>> import pandas as pd
-        >>> spans = [{"first_timestep": 0, "last_timestep": 5}, {"first_timestep": 6, "last_timestep": 9}]
-        >>> effects = pd.DataFrame(spans).assign(concept="neon", axis="timesteps", position=3)
+        >>> spans = pd.DataFrame({"first_timestep": [0, 6], "last_timestep": [5, 9]})
+        >>> effects = spans.assign(concept="neon", axis="timesteps", position=3)
         >>> ax = plot_timesteps(effects.assign(estimate=[0.1, 0.4]))
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['steps 0-5', 'steps 6-9']
@@ -162,8 +162,8 @@ def plot_scores(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     Example:
         >>> import pandas as pd
         >>> rows = [("baseline", None, 0.6), ("window", 3, 0.5), ("window", 4, 0.2)]
-        >>> table = pd.DataFrame(rows, columns=["role", "start", "clip_score"]).assign(concept="neon")
-        >>> ax = plot_scores(table)
+        >>> table = pd.DataFrame(rows, columns=["role", "start", "clip_score"])
+        >>> ax = plot_scores(table.assign(concept="neon"))
         >>> [text.get_text() for text in ax.get_xticklabels()]
         ['3', '4', '', 'baseline']
     """
@@ -326,7 +326,7 @@ def plot_evaluation(
     marked: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw what each arm of an evaluation did: filled marks after, hollow ones before, with intervals.
+    """Draw what each arm of an evaluation did: filled marks after, hollow ones before.
 
     One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer),
     specificity stay.
@@ -346,7 +346,8 @@ def plot_evaluation(
     Example:
         >>> import pandas as pd
         >>> arm = {"quantity": "right", "arm": "layers 8-9", "measure": "efficacy", "before": 0.9}
-        >>> ax = plot_evaluation(pd.DataFrame([arm | {"after": 0.1, "after_low": 0.0, "after_high": 0.3}]))
+        >>> arm |= {"after": 0.1, "after_low": 0.0, "after_high": 0.3}
+        >>> ax = plot_evaluation(pd.DataFrame([arm]))
         >>> [text.get_text() for text in ax.get_yticklabels()]
         ['layers 8-9']
     """
@@ -385,14 +386,14 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
 
 
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:
-    """Inches for a heatmap of this shape: room for the numbers in the cells, the names and the color bar."""
+    """Inches for a heatmap of this shape, with its numbers, names and color bar."""
     rows, columns = matrix.shape
     cell = 0.5 if columns <= ANNOTATED_COLUMNS else 0.17  # inches; narrow ones hold no number
     return 2.4 + cell * columns, (1.3 if rows > 3 else 1.9) + 0.45 * rows
 
 
 def plain_label(text: Any, width: int = 26) -> str:
-    """A label as it is written: wrapped, cut after three lines, with dollars that start no formula."""
+    """A label as it is written: wrapped, cut after three lines; dollars start no formula."""
     lines = []
     for line in str(text).splitlines():
         lines += textwrap.wrap(line, width)
@@ -461,7 +462,7 @@ def _finish(ax: Axes, matrix: pd.DataFrame, names: list[str], layer_names: Seque
 
 
 def _tick_places(columns: Sequence[Any], layer_names: Sequence[str] | None) -> list[int]:
-    """Which columns get a tick: all, or, where there are many, every fifth layer and the controls."""
+    """Which columns get a tick: all; of many, every fifth layer and the controls."""
     if len(columns) <= ANNOTATED_COLUMNS or layer_names is not None:
         return list(range(len(columns)))
     places = []

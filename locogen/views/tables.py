@@ -1,4 +1,4 @@
-"""What plots and pages say, computed from saved tables: matrices to draw, findings as rows and sentences.
+"""What plots and pages say, computed from saved tables: matrices, findings, sentences.
 
 The tables are those of `locogen.localization`: pictures (a row an image) and effects (a row an
 estimate).
@@ -55,7 +55,7 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
-    """Estimates of one concept's windows by when they got the target, (spans of steps, window starts)."""
+    """Estimates of one concept's windows by time, (spans of steps, window starts)."""
     rows: Any = effects[effects["axis"] == "timesteps"]
     names = list(dict.fromkeys(rows["concept"]))
     if not names:
@@ -105,7 +105,7 @@ def _place(row: Row) -> int:
 
 
 def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
-    """The rows to show as a strip: of the first prompt and seed, the baseline, each window, the ceiling.
+    """The rows to show as a strip: baseline, windows and ceiling of one prompt and seed.
 
     In addition to the table's columns: `label`, and `marked`, whether the row's window is the
     carrier's.
@@ -126,7 +126,7 @@ def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
 
 
 def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer") -> dict[str, int | None]:
-    """Row of `effect_matrix` → start of its carrier window; None where there is no single window."""
+    """Row of `effect_matrix` → start of its carrier; None: no single window."""
     rows = _along(effects, axis)
     windows = _by_concept(carriers, list(rows["concept"].unique()))
     cells: dict[str, int | None] = {}
@@ -141,7 +141,7 @@ def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "lay
 
 
 def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
-    """What the table says about each concept, one row each: the numbers behind `describe` and the report.
+    """What the table says about each concept, one row each: the numbers behind `describe`.
 
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
     (the window spoken of: the carrier, or else the largest effect), width, estimate, low, high,
@@ -178,13 +178,13 @@ def _other_axes(effects: pd.DataFrame, part: Any) -> dict[tuple[str, int | None]
 
 
 def rows_of(effects: pd.DataFrame, label: str) -> pd.DataFrame:
-    """The effects of the windows that one row of `findings` speaks of, in the order of the layers."""
+    """The windows that one row of `findings` speaks of, in the order of the layers."""
     rows = _along(effects, "layer")
     return rows[rows["label"] == label].sort_values("position")
 
 
 def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = False) -> str:
-    """Put the findings in plain words, one sentence a concept: alt text for figures, the start of a page.
+    """Put the findings in plain words, one sentence a concept, as for alt texts.
 
     Args:
         effects: The effects table, from `effect`.
@@ -356,7 +356,7 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
 
 
 def _chosen_apart(lines: Mapping[int, Row]) -> bool:
-    """Whether `fresh` comes from other seeds than `choose`: with few seeds both are the same number."""
+    """Whether `fresh` comes from other seeds than `choose`; few seeds serve for both."""
     pairs: list[tuple[Any, Any]] = [(line.get("choose"), line.get("fresh")) for line in lines.values()]
     if any(missing(choose) or missing(fresh) for choose, fresh in pairs):
         return False
@@ -364,7 +364,7 @@ def _chosen_apart(lines: Mapping[int, Row]) -> bool:
 
 
 def _along(effects: Any, axis: str) -> Any:
-    """The rows of one axis, with whole positions and a `label` that tells methods and widths apart."""
+    """The rows of one axis, with a `label` that tells methods and widths apart."""
     rows = effects[(effects["axis"] == axis) & effects["position"].notna()].astype({"position": int})
     if rows.empty:
         axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
@@ -400,7 +400,7 @@ def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Win
 
 
 def describe_edit(summary: pd.DataFrame, arm: str) -> str:
-    """What one arm of `locogen.editing.evaluation.summary` did, in a sentence, and the best of the others."""
+    """What one arm of an evaluation's `summary` did, and the best of the others, in words."""
     rows = summary[summary["quantity"] == "right"].set_index(["arm", "measure"])
     measures = {measure: rows.loc[(arm, measure)] for name, measure in rows.index if name == arm}
     words = {

@@ -56,7 +56,7 @@ def explore(
     ordinary: Iterable[str] | None = None,
     entry: bool | None = None,
 ) -> ExplorerBox:
-    """Look at a run of `localize` by hand: its heatmap as buttons, and under it the pictures of a choice.
+    """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
 
     Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at
     some strength, or clamp some of their neurons. All of it works by keyboard. Nothing is written,
@@ -200,7 +200,7 @@ class ExplorerBox(ipywidgets.VBox):
         return row
 
     def _colors(self) -> Iterator[str]:
-        """The heatmap's colors, one scale around zero for all concepts, with text that can be read."""
+        """The heatmap's colors, one scale around zero for all concepts; readable text."""
         import seaborn as sns
         from matplotlib.colors import to_hex
 
@@ -305,7 +305,7 @@ class ExplorerBox(ipywidgets.VBox):
         return f"<p>{_image(png.getvalue(), alt, width)}</p>"
 
     def _ipython_display_(self) -> None:
-        """The live widget, and beside it its twin, which a style within the widget hides while that lives."""
+        """The live widget and its twin, which a style in the widget hides while that lives."""
         self._displayed = True
         # Two outputs, for notebooks drop HTML beside a widget.
         display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
