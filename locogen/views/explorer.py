@@ -202,7 +202,7 @@ class Explorer:
         # Compared after the pictures are made: their settings are those that were in force.
         settings = {name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")}
         run = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
-        for name in set(CIRCUMSTANCES) - {besides}:
+        for name in sorted(set(CIRCUMSTANCES) - {besides}):
             if run.settings[name] != self.run.settings[name]:
                 raise LocogenError(f"the model's {name} changed since the run: undo that, or call localize again")
         return list(run.pictures)
