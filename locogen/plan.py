@@ -210,7 +210,16 @@ class Window:
     def __str__(self) -> str:
         if self.start is None:
             return f"no single window ({self.reason})" if self.reason else "no single window"
-        return f"layers {self.start}-{self.start + self.width - 1}" if self.width > 1 else f"layer {self.start}"
+        return f"layers {self.label}" if self.width > 1 else f"layer {self.label}"
+
+    @property
+    def label(self) -> str:
+        """The layers in short, `8-9` or `8`; empty where there is no window."""
+        if self.start is None:
+            return ""
+        if self.width == 1:
+            return f"{self.start}"
+        return f"{self.start}-{self.start + self.width - 1}"
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,38 @@
-"""Intervals and comparisons for scores of pictures: arrays in, arrays out, numpy only.
+"""Intervals, comparisons and rank correlations for scores of pictures: arrays in, arrays out.
 
-Scores are (windows, prompts, seeds), in any unit; larger means "carries more of the concept" (the caller sets
-the sign). Prompts and seeds are *crossed*: pictures that share either are alike, and a bootstrap over single
-pictures is too sure of itself. So both are resampled apart: Owen, "The pigeonhole bootstrap", Ann. Appl.
-Stat. 1(2), 2007, doi:10.1214/07-AOAS122. tests/test_stats.py simulates coverage and error rates.
+Scores are (windows, prompts, seeds), in any unit; larger means "carries more of the concept" (the
+caller sets the sign). Prompts and seeds are *crossed*: pictures that share either are alike, and a
+bootstrap over single pictures gives intervals that are too narrow. So both are resampled
+separately: Owen, "The pigeonhole bootstrap", Ann. Appl. Stat. 1(2), 2007, doi:10.1214/07-AOAS122.
+tests/test_stats.py simulates coverage and error rates.
+
+Textbook tests come from scipy; only the crossed bootstrap and the max-t comparisons are our own.
 """
+
+# scipy is imported inside the functions: it takes half a second, and most tables do not need it.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-FEW_PROMPTS = 6  # below this many, a result speaks "for these prompts" only
-TINY = 1e-150  # in the place of a spread that is zero
+FEW_PROMPTS = 6  # with fewer prompts, a result speaks "for these prompts" only
+TINY = 1e-150  # replaces a spread of zero, so that nothing is divided by zero
 
 
 @dataclass(frozen=True, eq=False)
 class Interval:
     """Means and their intervals, one per leading index of the values, in the values' unit.
 
-    `prompts`, `seeds`: "random" (resampled: the interval speaks for others like them) or "fixed" (for these
-    only). Where both are fixed there is no interval: `low` and `high` are NaN.
+    `prompts`, `seeds`: "random" (resampled: the interval speaks for others like them) or "fixed"
+    (for these only). Where both are fixed there is no interval: `low` and `high` are NaN.
     """
 
     estimate: Array
@@ -41,8 +46,8 @@ class Interval:
 class Comparisons:
     """Differences of means tested together, one entry per comparison, in the values' unit.
 
-    The lower bounds `low` hold all together with probability 1 - alpha; `p_value` is adjusted for the family;
-    low > 0 exactly where p_value <= alpha. `prompts`, `seeds`, NaN: as in `Interval`.
+    The lower bounds `low` hold all together with probability 1 - alpha; `p_value` is adjusted for
+    the family; low > 0 exactly where p_value <= alpha. `prompts`, `seeds`, NaN: as in `Interval`.
     """
 
     estimate: Array
@@ -56,8 +61,8 @@ class Comparisons:
 class Lead:
     """How far a candidate window is ahead of its rivals, in the values' unit.
 
-    `lead`: its mean minus that of the best `rival`; `low`: simultaneous lower bound of the lead; `p_value`:
-    adjusted, of "some rival is as good"; `each`: the comparison with each of `rivals`.
+    `lead`: its mean minus that of the best `rival`; `low`: simultaneous lower bound of the lead;
+    `p_value`: adjusted, of "some rival is as good"; `each`: the comparison with each of `rivals`.
     """
 
     lead: float
@@ -69,29 +74,53 @@ class Lead:
 
 
 def crossed_bootstrap(
-    values: ArrayLike, *, draws: int = 2000, level: float = 0.95, seed: int = 0, prompts: str | None = None
+    values: ArrayLike,
+    *,
+    draws: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+    prompts: str | None = None,
 ) -> Interval:
-    """Mean over prompts and seeds with an interval, per leading index of `values` (..., prompts, seeds).
+    """Mean over prompts and seeds with an interval, for each leading index of `values`.
 
-    Owen's draws alone are too narrow for few prompts or seeds, so they give the shape only: deviations are
-    scaled to the variance var(prompt means)/P + var(seed means)/S, which like Owen's errs to the safe side
-    when prompts and seeds interact, and divided by sqrt(chi2/df), df by Satterthwaite. Were the draws normal,
-    this would be Student's t interval. A window's interval does not depend on the other windows.
-    `prompts`: "random", "fixed" (only seeds resampled), None: random from 6 on. One seed counts as fixed.
-    Raises ValueError for a wrong shape, non-finite values (names the place), one prompt to be resampled.
+    Args:
+        values: Scores, (..., prompts, seeds), in any unit.
+        draws: Number of bootstrap resamples.
+        level: Coverage of the interval.
+        seed: Seed of the resampling; the same seed gives the same interval.
+        prompts: "random" (resample prompts), "fixed" (only seeds are resampled), or None: random
+            from six prompts on. A single seed counts as fixed.
+
+    Returns:
+        Estimates and bounds of shape (...). The interval of a window does not depend on other
+        windows.
+
+    Raises:
+        ValueError: For a wrong shape, values that are not finite (with their place), or one prompt
+            that would have to be resampled.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} is not between 0 and 1")
     raw = np.asarray(values, dtype=np.float64)
-    x = _checked(raw.reshape(-1, *raw.shape[-2:]) if raw.ndim > 1 and raw.size else raw, "values")
+    stacked = raw
+    if raw.ndim > 1 and raw.size:
+        stacked = raw.reshape(-1, *raw.shape[-2:])  # (windows, prompts, seeds)
+    x = _checked(stacked, "values")
     factors = _factors(x, prompts)
-    estimate = x.mean((1, 2))
+
+    estimate = x.mean((1, 2))  # (windows,)
     low = high = np.full_like(estimate, np.nan)
     if "random" in factors:
+        # Owen's draws alone are too narrow for few prompts or seeds, so they give the shape only.
+        # Their width comes from var(prompt means)/P + var(seed means)/S, which like Owen's is on
+        # the safe side when prompts and seeds interact. Dividing by sqrt(chi2/df), with df by
+        # Satterthwaite, makes it Student's t interval if the draws were normal.
         variance, freedom = _variance(x, factors)
-        drawn = _scaled(_deviations(x, draws, seed, factors), variance[:-1])  # (draws, windows)
-        drawn /= np.stack([_student(df, draws, seed) for df in freedom[:-1]], axis=1)
-        low, high = estimate + np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        deviations = _deviations(x, draws, seed, factors)  # (draws, windows)
+        scaled = _scaled(deviations, variance[:-1])
+        scaled /= np.stack([_student(df, draws, seed) for df in freedom[:-1]], axis=1)
+        tails = [(1 - level) / 2, (1 + level) / 2]
+        low, high = estimate + np.quantile(scaled, tails, axis=0)
     shape = raw.shape[:-2]
     return Interval(estimate.reshape(shape), low.reshape(shape), high.reshape(shape), *factors)
 
@@ -108,32 +137,75 @@ def simultaneous_lead(
     seed: int = 0,
     prompts: str | None = None,
 ) -> Lead:
-    """Compare one window with its rivals, paired and corrected; `values` is (windows, prompts, seeds).
+    """Compare one window with its rivals, paired and corrected for the number of comparisons.
 
-    `rivals`: window indices; None: all at least `apart` away from the candidate (the number of layers in a
-    window, so that none overlaps it). Error rate controlled: the family-wise one. Whatever the true means,
-    the probability that *any* bound of the family lies above its true difference is at most `alpha`.
-    `chosen_here`: the candidate was picked by looking at these values, so the family is every ordered pair of
-    windows `apart`; False: picked on other data, so the family is its own rivals. Data on other seeds of the
-    same prompts (`split_seeds`) are other data only for these prompts: there, say prompts="fixed".
-    Raises ValueError as `crossed_bootstrap`, and for no rival, an unknown one, or the candidate among them.
+    The family-wise error rate is controlled: whatever the true means, the probability that *any*
+    lower bound of the family lies above its true difference is at most `alpha`.
+
+    Args:
+        values: Scores, (windows, prompts, seeds).
+        candidate: Index of the window.
+        rivals: Indices of the windows to compare it with; None: all at least `apart` away.
+        apart: Distance from which two windows do not overlap: the number of layers in a window.
+        chosen_here: Whether the candidate was picked by looking at these values. Then the family is
+            every ordered pair of windows `apart`; otherwise it is the candidate's own rivals. Other
+            seeds of the same prompts (`split_seeds`) are other data only for these prompts: for
+            them pass prompts="fixed".
+        alpha: Family-wise error rate.
+        draws: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+        prompts: As in `crossed_bootstrap`.
+
+    Returns:
+        The lead over the best rival, with a simultaneous lower bound and an adjusted p-value.
+
+    Raises:
+        ValueError: As `crossed_bootstrap`, and for no rival, an unknown one, or the candidate
+            itself.
     """
     x = _checked(values, "values")
-    count = len(x)
-    if rivals is None:
-        rivals = [w for w in range(count) if w != candidate and abs(w - candidate) >= apart]
-    against = tuple(dict.fromkeys(int(r) for r in rivals))
-    if not against or not {candidate, *against} <= set(range(count)) or candidate in against:
-        remedy = f"it needs at least one rival, another of the windows 0 to {count - 1} (apart={apart})"
-        raise ValueError(f"candidate {candidate} cannot be compared with rivals {against}: {remedy}")
-    pairs = [(candidate, r) for r in against]
+    opponents = _opponents(len(x), candidate, rivals, apart)
+    pairs = [(candidate, opponent) for opponent in opponents]
     if chosen_here:
-        others = [(i, j) for i in range(count) for j in range(count) if i != j and abs(i - j) >= apart]
-        pairs = list(dict.fromkeys(pairs + others))
-    every, own = _compare(x, pairs, alpha, draws, seed, prompts), slice(len(against))
-    each = Comparisons(every.estimate[own], every.low[own], every.p_value[own], every.prompts, every.seeds)
-    lead, low, p_value = (float(k) for k in (each.estimate.min(), each.low.min(), each.p_value.max()))
-    return Lead(lead, low, p_value, against[int(each.estimate.argmin())], against, each)
+        pairs = list(dict.fromkeys(pairs + _pairs_apart(len(x), apart)))
+    family = _compare(x, pairs, alpha, draws, seed, prompts)
+
+    count = len(opponents)  # the candidate's comparisons come first in the family
+    each = Comparisons(
+        family.estimate[:count],
+        family.low[:count],
+        family.p_value[:count],
+        family.prompts,
+        family.seeds,
+    )
+    return Lead(
+        lead=float(each.estimate.min()),
+        low=float(each.low.min()),
+        p_value=float(each.p_value.max()),
+        rival=opponents[int(each.estimate.argmin())],
+        rivals=opponents,
+        each=each,
+    )
+
+
+def _opponents(count: int, candidate: int, rivals: Iterable[int] | None, apart: int) -> tuple[int, ...]:
+    """The rivals of a candidate, each once."""
+    if rivals is None:
+        rivals = [other for second, other in _pairs_apart(count, apart) if second == candidate]
+    opponents = tuple(dict.fromkeys(int(rival) for rival in rivals))
+    known_windows = {candidate, *opponents} <= set(range(count))
+    if not opponents or not known_windows or candidate in opponents:
+        raise ValueError(
+            f"candidate {candidate} cannot be compared with rivals {opponents}: it needs at least one "
+            f"rival, another of the windows 0 to {count - 1} (apart={apart})"
+        )
+    return opponents
+
+
+def _pairs_apart(count: int, apart: int) -> list[tuple[int, int]]:
+    """All ordered pairs of different windows that do not overlap."""
+    indices = range(count)
+    return [(i, j) for i in indices for j in indices if i != j and abs(i - j) >= apart]
 
 
 def any_effect(
@@ -145,136 +217,274 @@ def any_effect(
     seed: int = 0,
     prompts: str | None = None,
 ) -> Comparisons:
-    """Is some window's effect larger than the placebo's? One paired comparison per window.
+    """Test each window's effect against the placebo's: one paired comparison for each window.
 
-    `values` is (windows, prompts, seeds); `placebo` (prompts, seeds), or (K, prompts, seeds): the mean over K
-    counts. Error rate controlled: the family-wise one. If no window differs from the placebo, the probability
+    The family-wise error rate is controlled: if no window differs from the placebo, the probability
     that any is declared larger (`p_value.min() <= alpha`) is at most `alpha`.
-    Raises ValueError as `crossed_bootstrap`, and for a placebo with other prompts or seeds.
+
+    Args:
+        values: Scores, (windows, prompts, seeds).
+        placebo: Scores of the same prompts and seeds, (prompts, seeds), or (K, prompts, seeds), of
+            which the mean over K counts.
+        alpha: Family-wise error rate.
+        draws: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+        prompts: As in `crossed_bootstrap`.
+
+    Returns:
+        Differences, lower bounds and adjusted p-values, one for each window.
+
+    Raises:
+        ValueError: As `crossed_bootstrap`, and for a placebo with other prompts or seeds.
     """
-    x, raw = _checked(values, "values"), np.asarray(placebo, dtype=np.float64)
-    p = _checked(raw[None] if raw.ndim == 2 else raw, "placebo")
-    if p.shape[1:] != x.shape[1:]:
-        raise ValueError(f"placebo has shape {p.shape}, values {x.shape}: use the same prompts and seeds")
-    both = np.concatenate([x, p.mean(0, keepdims=True)])
-    return _compare(both, [(w, len(x)) for w in range(len(x))], alpha, draws, seed, prompts)
+    x = _checked(values, "values")
+    raw = np.asarray(placebo, dtype=np.float64)
+    if raw.ndim == 2:
+        raw = raw[None]
+    placebos = _checked(raw, "placebo")  # (K, prompts, seeds)
+    if placebos.shape[1:] != x.shape[1:]:
+        raise ValueError(f"placebo has shape {placebos.shape}, values {x.shape}: use the same prompts and seeds")
+    rows = np.concatenate([x, placebos.mean(0, keepdims=True)])  # (windows + 1, prompts, seeds)
+    pairs = [(window, len(x)) for window in range(len(x))]
+    return _compare(rows, pairs, alpha, draws, seed, prompts)
 
 
 def split_seeds(seeds: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Deal seeds in turn into (choose, report): find the carrier on every third, judge it on the others.
+    """Split seeds in turn into two groups: every third chooses the carrier, the others judge it.
 
-    Deterministic; under four seeds are too few to split, and all of them serve for both. Both share the prompts,
-    whose quirks the choice has seen: the report is fair for these prompts only. Raises ValueError for no or
-    repeated seeds.
+    Deterministic. Fewer than four seeds are too few to split, and all of them serve for both. Both
+    groups share the prompts, which the choice has seen: what the second group says holds for these
+    prompts only.
+
+    Raises:
+        ValueError: For no seeds or repeated ones.
     """
-    dealt = tuple(seeds)
-    if not dealt or len(set(dealt)) < len(dealt):
-        raise ValueError(f"seeds {dealt} cannot be split: give at least one, and none twice")
-    if len(dealt) < 4:
-        return dealt, dealt
-    return dealt[1::3], tuple(seed for place, seed in enumerate(dealt) if place % 3 != 1)
+    every = tuple(seeds)
+    if not every or len(set(every)) < len(every):
+        raise ValueError(f"seeds {every} cannot be split: give at least one, and none twice")
+    if len(every) < 4:
+        return every, every
+    held_out = tuple(seed for place, seed in enumerate(every) if place % 3 != 1)
+    return every[1::3], held_out
+
+
+# --- textbook tests, by scipy --------------------------------------------------------------------
 
 
 def welch_z(a: ArrayLike, b: ArrayLike) -> Array:
     """Two-sample z along axis 0: (n, d), (m, d) -> (d,), unitless, positive where `a` is larger.
 
-    (mean a - mean b) / sqrt(var a/n + var b/m), unbiased variances (Welch, Biometrika 34, 1947); 0 where a
-    column varies in neither. Raises ValueError for under two rows, different columns, non-finite values.
+    (mean a - mean b) / sqrt(var a/n + var b/m), unbiased variances (Welch, Biometrika 34, 1947); 0
+    where a column varies in neither.
+
+    Raises:
+        ValueError: For fewer than two rows, different columns, or values that are not finite.
     """
     return _welch(a, b)[0]
 
 
 def welch_p(a: ArrayLike, b: ArrayLike) -> Array:
-    """Two-sided p-value of each column's `welch_z`, (d,): Student's t with Welch's degrees of freedom.
+    """Two-sided p-value of each column's `welch_z`, (d,), by Student's t.
 
-    Satterthwaite's approximation, (u + v)² / (u²/(n - 1) + v²/(m - 1)) with u = var a/n, v = var b/m; the normal
-    distribution is too sure of few rows. 1 where a column varies in neither. Raises ValueError as `welch_z`.
+    With Welch's degrees of freedom: the normal distribution would give p-values that are too small
+    for few rows. 1 where a column varies in neither.
+
+    Raises:
+        ValueError: As `welch_z`.
     """
-    return student_p(*_welch(a, b))
-
-
-def student_p(t: ArrayLike, freedom: ArrayLike) -> Array:
-    """P(|T| > |t|) for Student's t, elementwise, to some ten digits for 1 to 1000 degrees of freedom.
-
-    With t = sqrt(freedom) / tan(x), the tail is the integral of sin(x)**(freedom - 1) from 0 on.
-    """
-    t, freedom = np.broadcast_arrays(np.asarray(t, np.float64), np.asarray(freedom, np.float64))
-    node, weight = _gauss()
-
-    def tail(end: Array) -> Array:
-        x = end[..., None] * node**2  # squared: a smooth integrand at 0 whatever the freedom
-        return (np.sin(x) ** (freedom[..., None] - 1) * 2 * node * weight).sum(-1) * end
-
-    return tail(np.arctan2(np.sqrt(freedom), np.abs(t))) / tail(np.full(t.shape, np.pi / 2))
-
-
-@functools.cache
-def _gauss() -> tuple[Array, Array]:
-    """Nodes and weights of Gauss and Legendre's rule between 0 and 1."""
-    node, weight = np.polynomial.legendre.leggauss(200)
-    return (node + 1) / 2, weight / 2
-
-
-def student_quantile(tail: float, freedom: float) -> float:
-    """The t with P(T > t) = tail for Student's t, by bisection, as exact as `student_p`; 0 < `tail` < 0.5."""
-    low, high = 0.0, 1.0
-    while student_p(high, freedom) > 2 * tail:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 2 * tail else (low, middle)
-    return high
-
-
-def false_discovery(p_values: ArrayLike) -> Array:
-    """p-values adjusted for how many there are (Benjamini & Hochberg, J. R. Stat. Soc. B 57, 1995), (d,).
-
-    Of all entries called at adjusted p <= q, at most the share q is expected to be false, for tests that are
-    independent or depend positively.
-    """
-    p = np.asarray(p_values, np.float64)
-    order = np.argsort(p)[::-1]
-    scaled = p[order] * p.size / np.arange(p.size, 0, -1)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.minimum.accumulate(scaled), 1)
-    return adjusted
+    return _welch(a, b)[1]
 
 
 def _welch(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
-    """Welch's z and degrees of freedom of each column, (d,) each; 0 and 1 where it varies in neither."""
-    x, y = _checked(a, "a", ("row", "column")), _checked(b, "b", ("row", "column"))
+    """Welch's z and p-value of each column, (d,) each; 0 and 1 where it varies in neither."""
+    from scipy.stats import ttest_ind_from_stats
+
+    x = _checked(a, "a", ("row", "column"))
+    y = _checked(b, "b", ("row", "column"))
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"a {x.shape} and b {y.shape} need the same columns and at least two rows each")
-    u, v = ((k - k[0]).var(0, ddof=1) / len(k) for k in (x, y))
-    spread = np.sqrt(u + v)
-    gap = x.mean(0) - y.mean(0)
-    z = np.divide(gap, spread, out=np.zeros_like(gap), where=spread > 0)
-    share = np.divide(u, u + v, out=np.ones_like(gap), where=spread > 0)
-    return z, 1 / (share**2 / (len(x) - 1) + (1 - share) ** 2 / (len(y) - 1))
+    # Spreads are taken around the first row: a column that does not vary then has exactly none,
+    # where rounding of its mean would leave a tiny spread and a huge z.
+    spread_x = (x - x[0]).std(0, ddof=1)  # (d,)
+    spread_y = (y - y[0]).std(0, ddof=1)
+    z, p_value = ttest_ind_from_stats(x.mean(0), spread_x, len(x), y.mean(0), spread_y, len(y), equal_var=False)
+    constant = (spread_x == 0) & (spread_y == 0)
+    return np.where(constant, 0.0, z), np.where(constant, 1.0, p_value)
+
+
+def student_p(t: ArrayLike, freedom: ArrayLike) -> Array:
+    """P(|T| > |t|) for Student's t with `freedom` degrees of freedom, elementwise."""
+    from scipy.special import stdtr
+
+    return 2 * stdtr(freedom, -np.abs(t))
+
+
+def student_quantile(tail: float, freedom: float) -> float:
+    """The t with P(T > t) = `tail` for Student's t; 0 < `tail` < 0.5."""
+    from scipy.special import stdtrit
+
+    return -float(stdtrit(freedom, tail))
+
+
+def false_discovery(p_values: ArrayLike) -> Array:
+    """p-values adjusted for how many there are, (d,) -> (d,).
+
+    Benjamini & Hochberg, J. R. Stat. Soc. B 57, 1995: of all entries called at adjusted p <= q, at
+    most the share q is expected to be false, for tests that are independent or depend positively.
+    """
+    from scipy.stats import false_discovery_control
+
+    return false_discovery_control(np.asarray(p_values, np.float64), method="bh")
 
 
 def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share, `hits` of `count` (J. Am. Stat. Assoc. 22, 1927): honest at 0 and at all.
+    """Wilson's score interval of a share, `hits` of `count` (J. Am. Stat. Assoc. 22, 1927).
 
-    Trials must be independent: for several pictures of one prompt give prompts as `count`, and `hits` in parts.
-    Raises ValueError for a count under 1, hits outside it, or a level that is no probability.
+    It keeps its coverage for shares of 0 and 1.
+
+    Args:
+        hits: Number of successes. Trials must be independent: for several pictures of one prompt
+            give prompts as `count`, and a `hits` that is not whole.
+        count: Number of trials.
+        level: Coverage of the interval.
+
+    Returns:
+        Lower and upper end, within 0 and 1.
+
+    Raises:
+        ValueError: For a count below 1, hits outside it, or a level that is not a probability.
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
         raise ValueError(f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1")
+    # scipy's interval (`binomtest`) takes whole hits only; for those a test compares the two.
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     middle = (hits + z2 / 2) / (count + z2)
     half = math.sqrt(z2 * (hits * (count - hits) / count + z2 / 4)) / (count + z2)
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _compare(
-    x: Array, pairs: Sequence[tuple[int, int]], alpha: float, draws: int, seed: int, prompts: str | None
-) -> Comparisons:
-    """One-sided single-step max-t (Westfall & Young 1993) over pairs (i, j) of rows of `x`: is i above j?
+# --- rank correlation ----------------------------------------------------------------------------
 
-    All rows share the resampled prompts and seeds. One pair's variance from few seeds is too rough to divide
-    by: each t is moderated (Tusher et al. 2001, Smyth 2004), half the pair's own variance, half the family's
-    mean. Maxima are divided by sqrt(chi2/df) with the df of the family's mean variances.
+
+class Correlation(NamedTuple):
+    """Spearman's rank correlation of two profiles of means, with its interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def rank_correlation(
+    one: ArrayLike, two: ArrayLike, *, draws: int = 2000, level: float = 0.95, seed: int = 0
+) -> Correlation:
+    """Spearman's correlation over layers of two profiles, with its interval.
+
+    Prompts and seeds are resampled as in `crossed_bootstrap`, the same ones for both profiles where
+    both have equally many.
+
+    Args:
+        one: Effects of each layer, (layers, prompts, seeds).
+        two: The same layers, (layers, prompts, seeds), of any prompts and seeds.
+        draws: Number of bootstrap resamples.
+        level: Coverage of the interval.
+        seed: Seed of the resampling.
+
+    Returns:
+        The correlation, NaN where a profile is flat; its bounds are NaN for one seed and fewer than
+        six prompts.
+
+    Raises:
+        ValueError: For different numbers of layers, or fewer than three.
+    """
+    x = np.asarray(one, np.float64)
+    y = np.asarray(two, np.float64)
+    if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or len(x) < 3:
+        raise ValueError(
+            f"profiles have shapes {x.shape} and {y.shape}: give (layers, prompts, seeds) of three or more"
+        )
+    estimate = float(_spearman(x.mean((1, 2))[None], y.mean((1, 2))[None])[0])
+    resampled = "random" in _factors(x, None) or "random" in _factors(y, None)
+    if not np.isfinite(estimate) or not resampled:
+        return Correlation(estimate, np.nan, np.nan)
+    again = _spearman(_resampled(x, draws, seed), _resampled(y, draws, seed))  # (draws,)
+    again = again[np.isfinite(again)]
+    # Noise alone makes rankings less alike, so resampled correlations are too low. The interval
+    # covers both the percentile and the reversed percentile one (Davison & Hinkley 1997, section
+    # 5.2), on Fisher's scale.
+    ends = _fisher(np.quantile(again, [(1 - level) / 2, (1 + level) / 2]))
+    both = np.tanh([*ends, *(2 * _fisher(estimate) - ends)])
+    return Correlation(estimate, float(both.min()), float(both.max()))
+
+
+def _resampled(values: Array, draws: int, seed: int) -> Array:
+    """Resampled profiles, (draws, layers), as wide as in `crossed_bootstrap`."""
+    factors = _factors(values, None)
+    means = values.mean((1, 2))  # (layers,)
+    if "random" not in factors:
+        return np.repeat(means[None], draws, 0)
+    variance, freedom = _variance(values, factors)
+    deviations = _scaled(_deviations(values, draws, seed, factors), variance[:-1])
+    return means + deviations / _student(freedom[-1], draws, seed)[:, None]
+
+
+def _fisher(correlation: ArrayLike) -> Array:
+    return np.arctanh(np.clip(correlation, -0.999, 0.999))
+
+
+def _spearman(x: Array, y: Array) -> Array:
+    """Pearson's correlation of the ranks, row by row, (rows, layers) -> (rows,).
+
+    scipy's `spearmanr` compares all rows with all rows, thousands of resamples too many.
+    """
+    from scipy.stats import rankdata
+
+    middle = (x.shape[1] + 1) / 2
+    a = rankdata(x, axis=1) - middle  # (rows, layers); equal values share their mean rank
+    b = rankdata(y, axis=1) - middle
+    with np.errstate(invalid="ignore"):  # a flat profile has no correlation: NaN
+        return (a * b).sum(1) / np.sqrt((a**2).sum(1) * (b**2).sum(1))
+
+
+# --- from tables ---------------------------------------------------------------------------------
+
+
+def cube(table: Any, value: str, by: Mapping[str, Sequence[Any]]) -> Array:
+    """A column of a table as an array with one axis for each column that the table is ordered by.
+
+    Args:
+        table: A pandas table with at most one row for each combination of levels.
+        value: The column to take.
+        by: Column -> its levels, in the order of the axis, as in {"prompt": prompts, "seed":
+            seeds}.
+
+    Returns:
+        An array of shape (levels of the first column, levels of the second, ...); NaN for missing
+        rows.
+    """
+    import pandas as pd
+
+    values = np.full([len(levels) for levels in by.values()], np.nan)
+    places = np.array([pd.Index(levels).get_indexer(table[column]) for column, levels in by.items()])
+    inside = (places >= 0).all(0)  # (rows,); rows of other levels have no place
+    column = table[value].to_numpy(np.float64, na_value=np.nan)
+    values[tuple(places[:, inside])] = column[inside]
+    return values
+
+
+# --- resampling ----------------------------------------------------------------------------------
+
+
+def _compare(
+    x: Array,
+    pairs: Sequence[tuple[int, int]],
+    alpha: float,
+    draws: int,
+    seed: int,
+    prompts: str | None,
+) -> Comparisons:
+    """One-sided single-step max-t (Westfall & Young 1993) over pairs (i, j) of rows: is i above j?
+
+    All rows of `x` (rows, prompts, seeds) share the resampled prompts and seeds.
     """
     rank = int(alpha * (draws + 1) + 1e-9)  # the rank-th largest maximum is the critical value
     if not 1 <= rank <= draws:
@@ -283,64 +493,98 @@ def _compare(
     i, j = np.array(pairs).T
     gap = x[i].mean((1, 2)) - x[j].mean((1, 2))  # (pairs,)
     if "random" not in factors:
-        return Comparisons(gap, np.full_like(gap, np.nan), np.full_like(gap, np.nan), *factors)
+        unknown = np.full_like(gap, np.nan)
+        return Comparisons(gap, unknown, unknown.copy(), *factors)
+
+    # One pair's variance from few seeds is too uncertain to divide by: each t is moderated (Tusher
+    # et al. 2001, Smyth 2004), half the pair's own variance, half the family's mean.
     variance, freedom = _variance(x[i] - x[j], factors)
-    scale = np.maximum(np.sqrt((variance[:-1] + variance[-1]) / 2), TINY)
-    drawn = _deviations(x, draws, seed, factors)  # (draws, rows)
-    drawn = _scaled(drawn[:, i] - drawn[:, j], variance[:-1]) / scale  # (draws, pairs)
-    peaks = np.sort(drawn.max(1) / _student(freedom[-1], draws, seed))
-    smaller = np.searchsorted(peaks, gap / scale)  # how many maxima lie under each t
-    return Comparisons(gap, gap - peaks[-rank] * scale, (1 + draws - smaller) / (1 + draws), *factors)
+    moderated = (variance[:-1] + variance[-1]) / 2
+    scale = np.maximum(np.sqrt(moderated), TINY)  # (pairs,)
+
+    deviations = _deviations(x, draws, seed, factors)  # (draws, rows)
+    t_draws = _scaled(deviations[:, i] - deviations[:, j], variance[:-1]) / scale  # (draws, pairs)
+    # Divided by sqrt(chi2/df), with the df of the family's mean variances: maxima of Student's t.
+    peaks = np.sort(t_draws.max(1) / _student(freedom[-1], draws, seed))  # (draws,)
+    smaller = np.searchsorted(peaks, gap / scale)  # how many maxima lie below each t
+    p_value = (1 + draws - smaller) / (1 + draws)
+    return Comparisons(gap, gap - peaks[-rank] * scale, p_value, *factors)
 
 
 def _factors(x: Array, prompts: str | None) -> tuple[str, str]:
     """Whether (prompts, seeds) are "random" or "fixed"."""
-    chosen = prompts or ("random" if x.shape[1] >= FEW_PROMPTS else "fixed")
-    if chosen not in ("random", "fixed"):
+    _, prompt_count, seed_count = x.shape
+    if prompts is None or prompts == "":
+        prompts = "random" if prompt_count >= FEW_PROMPTS else "fixed"
+    if prompts not in ("random", "fixed"):
         raise ValueError(f"prompts={prompts!r} is not known: use 'random', 'fixed' or None")
-    if chosen == "random" and x.shape[1] < 2:
+    if prompts == "random" and prompt_count < 2:
         raise ValueError("one prompt cannot be resampled: give more prompts, or prompts='fixed'")
-    return chosen, "random" if x.shape[2] > 1 else "fixed"
+    return prompts, "random" if seed_count > 1 else "fixed"
 
 
 def _deviations(x: Array, draws: int, seed: int, factors: tuple[str, str]) -> Array:
-    """Resampled minus actual means, (draws, windows); every window sees the same prompts and seeds."""
-    rng = np.random.default_rng(seed)
-    u, v = (
-        rng.multinomial(n, np.full(n, 1 / n), draws) / n if how == "random" else np.full((draws, n), 1 / n)
-        for n, how in zip(x.shape[1:], factors, strict=True)
-    )  # (draws, prompts), (draws, seeds)
-    by_prompt = np.tensordot(u, x - x.mean((1, 2), keepdims=True), axes=(1, 1))  # (draws, windows, seeds)
-    return np.einsum("dws,ds->dw", by_prompt, v)
+    """Resampled minus actual means, (draws, windows); the same draws for every window."""
+    dice = np.random.default_rng(seed)  # prompts first: the order is part of every published number
+    prompt_weights = _weights(x.shape[1], draws, factors[0], dice)  # (draws, prompts)
+    seed_weights = _weights(x.shape[2], draws, factors[1], dice)  # (draws, seeds)
+    centered = x - x.mean((1, 2), keepdims=True)
+    by_prompt = np.tensordot(prompt_weights, centered, axes=(1, 1))  # (draws, windows, seeds)
+    return np.einsum("dws,ds->dw", by_prompt, seed_weights)
+
+
+def _weights(count: int, draws: int, how: str, dice: np.random.Generator) -> Array:
+    """How often each of `count` is drawn, as shares, (draws, count); equal if fixed."""
+    equal = np.full(count, 1 / count)
+    if how == "fixed":
+        return np.tile(equal, (draws, 1))
+    return dice.multinomial(count, equal, draws) / count
 
 
 def _variance(x: Array, factors: tuple[str, str]) -> tuple[Array, Array]:
-    """Variances of means, degrees of freedom (Satterthwaite 1946); last, of their average; (windows + 1,)."""
-    x = x - x[:, :1, :1]  # a constant window is exactly zero from here on
-    sides = zip((x.mean(2), x.mean(1)), factors, strict=True)
-    parts = [m.var(1, ddof=1) / m.shape[1] if how == "random" else np.zeros(len(m)) for m, how in sides]
-    a, b = (np.append(part, part.mean()) for part in parts)  # from prompts, from seeds
-    share = a / np.maximum(a + b, TINY)
-    count, seeds = (max(n - 1, 1) for n in x.shape[1:])
-    return a + b, 1 / (share**2 / count + (1 - share) ** 2 / seeds)
+    """Variances of means, their degrees of freedom; last, of the average, (windows + 1,).
+
+    Degrees of freedom after Satterthwaite (1946).
+    """
+    x = x - x[:, :1, :1]  # a window that does not vary is exactly zero from here on
+    from_prompts = _variance_of_mean(x.mean(2), factors[0])  # (windows + 1,)
+    from_seeds = _variance_of_mean(x.mean(1), factors[1])
+    total = from_prompts + from_seeds
+    share = from_prompts / np.maximum(total, TINY)
+    prompt_freedom = max(x.shape[1] - 1, 1)
+    seed_freedom = max(x.shape[2] - 1, 1)
+    return total, 1 / (share**2 / prompt_freedom + (1 - share) ** 2 / seed_freedom)
 
 
-def _scaled(drawn: Array, variance: Array) -> Array:
+def _variance_of_mean(means: Array, how: str) -> Array:
+    """Variance of each row's mean, (windows, levels) -> (windows + 1,); last, their average."""
+    variance = np.zeros(len(means))
+    if how == "random":
+        variance = means.var(1, ddof=1) / means.shape[1]
+    return np.append(variance, variance.mean())
+
+
+def _scaled(deviations: Array, variance: Array) -> Array:
     """Deviations (draws, k), stretched to have mean square `variance` (k,)."""
-    return drawn * (np.sqrt(variance) / np.maximum(np.sqrt(np.square(drawn).mean(0)), TINY))
+    size = np.maximum(np.sqrt(np.square(deviations).mean(0)), TINY)
+    return deviations * (np.sqrt(variance) / size)
 
 
 def _student(freedom: float, draws: int, seed: int) -> Array:
-    """What normal draws are divided by to become Student's: sqrt(chi2 / freedom), (draws,)."""
-    return np.sqrt(np.random.default_rng([seed, 1]).standard_gamma(freedom / 2, draws) * 2 / freedom)
+    """What normal draws are divided by to become Student's t: sqrt(chi2 / freedom), (draws,)."""
+    dice = np.random.default_rng([seed, 1])
+    return np.sqrt(dice.standard_gamma(freedom / 2, draws) * 2 / freedom)
 
 
 def _checked(values: ArrayLike, name: str, axes: tuple[str, ...] = ("window", "prompt", "seed")) -> Array:
+    """The values as an array, refused unless it has these axes, is not empty and is finite."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != len(axes) or x.size == 0:
-        raise ValueError(f"{name} has shape {x.shape}, expected a non-empty ({'s, '.join(axes)}s)")
+        expected = "s, ".join(axes)
+        raise ValueError(f"{name} has shape {x.shape}, expected a non-empty ({expected}s)")
     bad = np.argwhere(~np.isfinite(x))
     if len(bad):
-        place = ", ".join(f"{axis} {k}" for axis, k in zip(axes, bad[0], strict=True))
-        raise ValueError(f"{name} is {x[tuple(bad[0])]} at {place} ({len(bad)} in all): score it again")
+        first = tuple(bad[0])
+        place = ", ".join(f"{axis} {k}" for axis, k in zip(axes, first, strict=True))
+        raise ValueError(f"{name} is {x[first]} at {place} ({len(bad)} in all): score it again")
     return x

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 
 # A module imports from its own room and from rooms above it in this list. `errors` may be imported by all.
 ROOMS = (
-    *("errors", "console", "files", "plan", "phrasings", "stats", "ranks", "catalog", "models", "interventions"),
+    *("errors", "console", "files", "plan", "phrasings", "stats", "catalog", "models", "interventions"),
     *("pictures", "localization", "editing", "views", "studies", "pages", "mini", "__main__"),
 )
 APART = {"localization", "editing"}  # they never meet
@@ -27,7 +27,7 @@ STUDIES_KNOW = {
     "catalog",
     "pictures.progress",
 }  # a study starts kernels: it makes no picture
-WITHOUT_TORCH = ("plan", "stats", "ranks", "pages", "views.tables", "views.plots", "localization.effects")
+WITHOUT_TORCH = ("plan", "stats", "pages", "views.tables", "views.plots", "localization.effects")
 WITHOUT_TORCH += ("localization.racing", "errors", "console", "files")
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLING = {"torch.load", "torch.save", "read_pickle", "to_pickle"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from locogen.ranks import _spearman, rank_correlation
+from locogen.stats import _spearman, rank_correlation
 
 
 def crossed(means, noise, rng, prompts=2, seeds=4):
@@ -19,6 +19,14 @@ def test_it_is_pearsons_correlation_of_the_ranks():
     ranks = [np.array([np.mean(np.flatnonzero(np.sort(v) == k)) for k in v]) for v in (x, y)]
     expected = np.corrcoef(*ranks)[0, 1]
     assert rank_correlation(x[:, None, None], y[:, None, None]).estimate == pytest.approx(expected)
+
+
+def test_it_is_scipys_with_ties():
+    from scipy.stats import spearmanr
+
+    x, y = np.random.default_rng(2).integers(0, 4, (2, 5, 9)).astype(float)
+    expected = [spearmanr(a, b).statistic for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(_spearman(x, y), expected, rtol=1e-12)
 
 
 def test_order_alone_matters_and_the_ends_are_reached():

@@ -4,6 +4,7 @@ import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
@@ -342,6 +343,32 @@ def test_student_p_is_the_tabulated_one():
     normal = [math.erfc(x / math.sqrt(2)) for x in (0.5, 2.0, 4.0)]
     np.testing.assert_allclose(stats.student_p([0.5, 2.0, 4.0], 1000), normal, rtol=0.1)  # off by some t^4 / 4000
     assert stats.student_p(4.0, 3) > 10 * normal[2]  # the twin: few rows need more than the normal
+
+
+def test_a_student_quantile_is_where_its_tail_begins():
+    for tail, freedom in ((0.025, 4), (0.001, 1), (0.2, 2.5), (0.05, 700)):
+        assert stats.student_p(stats.student_quantile(tail, freedom), freedom) == pytest.approx(2 * tail, rel=1e-9)
+
+
+def test_a_column_without_spread_has_no_z_whatever_rounding_does():
+    """The mean of seven times 0.1 is not 0.1: taken around it, a spread would remain, and a z of thousands."""
+    assert np.full(7, 0.1).std(ddof=1) > 0  # the twin
+    a, b = np.full((7, 1), 0.1), np.full((4, 1), 0.1 + 1e-12)
+    assert stats.welch_z(a, b)[0] == 0 and stats.welch_p(a, b)[0] == 1
+
+
+def test_wilson_is_scipys_for_whole_hits():
+    from scipy.stats import binomtest
+
+    for hits, count, level in ((0, 10, 0.95), (3, 10, 0.95), (10, 10, 0.8), (17, 60, 0.99)):
+        interval = binomtest(hits, count).proportion_ci(level, method="wilson")
+        assert stats.wilson(hits, count, level) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_a_cube_has_its_cells_where_its_levels_say():
+    table = pd.DataFrame({"prompt": ["b", "a", "a"], "seed": [1, 0, 1], "score": [3.0, 1.0, 2.0]})
+    cube = stats.cube(table, "score", {"prompt": ["b", "a"], "seed": [0, 1]})
+    np.testing.assert_array_equal(cube, [[np.nan, 3], [1, 2]])
 
 
 def test_welch_p_keeps_its_level_for_few_rows():

@@ -14,8 +14,8 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
-from locogen.localization.effects import _estimates
-from locogen.localization.localize import _source
+from locogen.localization.effects import estimates
+from locogen.localization.localize import source_of
 from locogen.models.families import family_of, subject_occurrences, warn_unheard
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers
@@ -54,7 +54,7 @@ def attention_contribution(
     from tqdm import tqdm
 
     check_apart(pipe, "attention contribution")
-    usual = usual_settings(_source(pipe))
+    usual = usual_settings(source_of(pipe))
     steps = usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
@@ -263,7 +263,7 @@ def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataF
 
     values = contributions(table)
     known = {"method": METHOD, "concept": table["concept"].iloc[0], "kind": table["kind"].iloc[0], "width": 1}
-    frame = pd.DataFrame([{**known, **line} for line in _estimates("layer", range(len(values)), values, level)])
+    frame = pd.DataFrame([{**known, **line} for line in estimates("layer", range(len(values)), values, level)])
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
     return frame.reindex(columns=[*first, *(c for c in frame.columns if c not in first)]).astype({"position": "Int64"})
 

@@ -28,7 +28,7 @@ from locogen.interventions.states import (
     find_text_states,
     restoring,
 )
-from locogen.localization.localize import _ordered, _scorer, _scores, _source
+from locogen.localization.localize import in_reading_order, score_columns, scorer_for, source_of
 from locogen.models.families import end_position, subject_occurrences, warn_unheard
 from locogen.models.text import Text
 from locogen.phrasings import shown_text, subject_in
@@ -99,7 +99,7 @@ def causal_trace(
     Raises `LocogenError` for unknown parts, a prompt without its subject, a batch too small, and as `generate` does.
     """
     check_apart(pipe, "causal tracing")
-    usual = usual_settings(_source(pipe))
+    usual = usual_settings(source_of(pipe))
     steps = usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
@@ -112,12 +112,12 @@ def causal_trace(
             plan += _rows(pipe, pair.prompt, words, seed, wanted, [(noise_scale, k) for k in range(noises)])
     if noises < 1 or batch_size < 2:
         raise LocogenError(f"noises={noises} and batch_size={batch_size}: give at least one noise, and two pictures")
-    judge = _scorer(scorer, pipe)
+    judge = scorer_for(pipe, scorer)
     run = _made(pipe, plan, chosen, store, progress)
     table = run.table.assign(**_described(concept, plan))
-    scores = _scores(run, table.assign(content=None), judge)
+    scores = score_columns(run, table.assign(content=None), judge)
     told = {"noise_scale": noise_scale, "noises": noises, "generations": generations(plan, batch_size)}
-    return run.with_table(_ordered(table.assign(**scores)), **told, **judge.settings)
+    return run.with_table(in_reading_order(table.assign(**scores)), **told, **judge.settings)
 
 
 def _known_parts(parts: Iterable[str]) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
-"""Localizers side by side: the same concept, prompts, seeds and settings; what each says, how surely, and its cost."""
+"""Localizers compared: on the same concept and settings, what each says and costs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,11 +18,18 @@ from locogen.localization.attention import (
     contributions,
 )
 from locogen.localization.causal_tracing import causal_trace
-from locogen.localization.effects import _cube, carrier, effect
+from locogen.localization.effects import Scores, carrier, effect
 from locogen.localization.localize import localize
-from locogen.localization.trace_effects import LAYERS, best_state, layer_found, recovered, sides, trace_effect
-from locogen.plan import Concept, Window, sign_of
-from locogen.ranks import rank_correlation
+from locogen.localization.trace_effects import (
+    LAYERS,
+    best_state,
+    layer_found,
+    recovered,
+    sides,
+    trace_effect,
+)
+from locogen.plan import Concept, Window
+from locogen.stats import rank_correlation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,12 +41,18 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, eq=False)
 class Located:
-    """What one localizer says of one concept.
+    """What one localizer says about one concept.
 
-    `effects`: the effects table; `layers`: effect of each layer or window, (positions, prompts, seeds); `carrier`: the
-    layers it names, with its reason; `side`: "text encoder" or "denoiser" where it looked at both and can tell, and
-    `told`, what else it says, in words; `generations`: pictures it took; `seconds`: that it took here, where nothing
-    was in the store before.
+    Attributes:
+        method: Name of the localizer.
+        concept: Name of the concept.
+        effects: The effects table.
+        layers: Effect of each layer or window, (positions, prompts, seeds).
+        carrier: The layers it names, with its reason.
+        generations: Pictures it took.
+        seconds: Time it took here, less where pictures were in the store already.
+        side: "text encoder" or "denoiser"; None if it did not look at both or cannot tell.
+        remark: What else it says, in words.
     """
 
     method: str
@@ -50,14 +63,20 @@ class Located:
     generations: int
     seconds: float
     side: str | None = None
-    told: str = ""
+    remark: str = ""
+
+    # The old name of `remark`, for one version.
+    @property
+    def told(self) -> str:
+        """The same as `remark`."""
+        return self.remark
 
 
 class Agreement(NamedTuple):
     """How far two localizers agree on one concept: one row of a table.
 
-    `correlation`: Spearman's, over the layers, with its 95 % interval; `same`: whether the layers they name overlap,
-    None where one of them names none.
+    `correlation`: Spearman's, over the layers, with its 95 % interval; `same`: whether the layers
+    they name overlap, None if one of them names none.
     """
 
     concept: str
@@ -74,12 +93,19 @@ class Agreement(NamedTuple):
 
 
 def localizers() -> pd.DataFrame:
-    """The localizers that `locate` knows: `name`, what each one `asks`, and the `generations` it takes."""
+    """List the localizers that `locate` knows.
+
+    Returns:
+        One row a localizer: its `name`, what it `asks`, and the `generations` (pictures) it takes.
+
+    Example:
+        >>> localizers()["name"].to_list()
+        ['locogen', 'causal tracing', 'attention contribution']
+    """
     import pandas as pd
 
-    return pd.DataFrame(
-        [(name, *told) for name, (_, *told) in _METHODS.items()], columns=["name", "asks", "generations"]
-    )
+    lines = [(name, method.asks, method.generations) for name, method in _LOCALIZERS.items()]
+    return pd.DataFrame(lines, columns=["name", "asks", "generations"])
 
 
 def locate(
@@ -96,120 +122,188 @@ def locate(
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Located:
-    """Ask one localizer, by its name in `localizers()`, where a concept is; arguments as in `localize`.
+    """Ask one localizer where a concept is; `agree` compares two answers.
 
-    The same arguments give comparable answers: `agree` takes two of them. Raises `LocogenError` for an unknown method,
-    and as the localizer itself does.
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: What to look for.
+        method: Name of a localizer, see `localizers`.
+        window: Number of neighboring layers that are taken together.
+        seeds: Random seeds.
+        num_inference_steps: Denoising steps; None: the catalog's number for this model.
+        guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
+        batch_size: Pictures made at once.
+        scorer: A scorer or its name; None: the catalog's for this model. Not every localizer
+            scores.
+        store: Folder for the pictures; None: a temporary folder.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The localizer's effects table, the layers it names, and its cost.
+
+    Raises:
+        LocogenError: For an unknown method, and as the localizer itself does.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> cat = Concept("cat", "object", (PromptPair("a picture of a cat", "a picture"),))
+        >>> few = {"seeds": [0], "num_inference_steps": 1, "progress": False}
+        >>> answer = locate(pipe, cat, "attention contribution", **few)
+        >>> answer.generations, answer.layers.shape
+        (1, (16, 1, 1))
     """
-    if method not in _METHODS:
-        raise unknown("localizer", method, _METHODS)
+    if method not in _LOCALIZERS:
+        raise unknown("localizer", method, _LOCALIZERS)
     common: dict[str, Any] = {"seeds": tuple(seeds), "num_inference_steps": num_inference_steps}
     common |= {"guidance_scale": guidance_scale, "batch_size": batch_size, "progress": progress}
+    scored: dict[str, Any] = {"scorer": scorer, "store": store}
     start = time.perf_counter()
-    found = _METHODS[method][0](pipe, concept, window, common, {"scorer": scorer, "store": store})
-    return Located(method, concept.name, seconds=time.perf_counter() - start, **found)
+    answer = _LOCALIZERS[method].ask(pipe, concept, window, common, scored)
+    return replace(answer, method=method, seconds=time.perf_counter() - start)
 
 
 def agree(first: Located, second: Located) -> Agreement:
-    """How far two localizers agree: rank correlation of the layers, the same carrier or not, and the cost.
+    """Measure how far two localizers agree: rank correlation, same carrier, cost.
 
-    Single layers are averaged over the windows of the other. Raises `LocogenError` for different concepts, or windows
-    of different widths.
+    Args:
+        first: The answer of one localizer, from `locate`.
+        second: The answer of another, on the same concept. If one moved windows and the other
+            looked at single layers, these are averaged over the windows.
+
+    Returns:
+        One row of a table: `pandas.DataFrame([agree(a, b), agree(a, c)])`.
+
+    Raises:
+        LocogenError: For different concepts, or windows of different widths.
+
+    Example:
+        >>> import numpy as np
+        >>> import pandas as pd
+        >>> layers = np.linspace(0, 1, 12).reshape(4, 1, 3)  # (layers, prompts, seeds)
+        >>> effects = pd.DataFrame({"width": [1]})
+        >>> rising = Located("rising", "cat", effects, layers, Window(3, 1), 12, 0.5)
+        >>> falling = Located("falling", "cat", effects, -layers, Window(0, 1), 12, 0.5)
+        >>> agree(rising, falling).correlation, agree(rising, falling).same
+        (-1.0, False)
     """
     if first.concept != second.concept:
         raise LocogenError(f"{first.concept!r} and {second.concept!r} are two concepts: compare localizers on one")
-    widths = {int(found.effects["width"].iloc[0]) for found in (first, second)} - {1}
-    if len(widths) > 1:
+    widths = {int(answer.effects["width"].iloc[0]) for answer in (first, second)}
+    if len(widths - {1}) > 1:
         raise LocogenError("both localizers moved windows, of different widths: use the same window")
     count = min(len(first.layers), len(second.layers))
-    one, two = (_windowed(found.layers, len(found.layers) - count + 1) for found in (first, second))
-    same = bool(set(first.carrier) & set(second.carrier)) if len(first.carrier) and len(second.carrier) else None
-    found = rank_correlation(one, two)
+    correlation = rank_correlation(_windowed(first.layers, count), _windowed(second.layers, count))
+    same = None
+    if len(first.carrier) and len(second.carrier):
+        same = bool(set(first.carrier) & set(second.carrier))
     return Agreement(
         concept=first.concept,
         first=first.method,
         second=second.method,
-        correlation=found.estimate,
-        low=found.low,
-        high=found.high,
+        correlation=correlation.estimate,
+        low=correlation.low,
+        high=correlation.high,
         same=same,
-        carrier_first=_place(first.carrier),
-        carrier_second=_place(second.carrier),
+        carrier_first=_named(first.carrier),
+        carrier_second=_named(second.carrier),
         generations_first=first.generations,
         generations_second=second.generations,
     )
 
 
-def _windowed(values: Array, width: int) -> Array:
-    """Means over windows of neighboring layers, (layers - width + 1, prompts, seeds)."""
-    return np.stack([values[start : start + width].mean(0) for start in range(len(values) - width + 1)])
+def _windowed(values: Array, count: int) -> Array:
+    """Means over windows of neighbors, so that `count` are left, (count, prompts, seeds)."""
+    width = len(values) - count + 1
+    return np.stack([values[start : start + width].mean(0) for start in range(count)])
 
 
-def _place(found: Window) -> str:
-    return "none" if found.start is None else str(found)
+def _named(window: Window) -> str:
+    return "none" if window.start is None else str(window)
 
 
 # --- the localizers ------------------------------------------------------------------------------
 
+# `locate` fills in the time that each one takes.
 
-def _locogen(
-    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
-) -> dict[str, Any]:
+
+def _locogen(pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]) -> Located:
     run = localize(pipe, concept, window=window, **common, **scored)
-    _, base = _cube(run.table, "baseline", "clip_score")
-    _, moved = _cube(run.table, "window", "clip_score")
     effects = effect(run.table)
-    found = carrier(effects)
-    return {
-        "effects": effects,
-        "layers": sign_of(concept.kind) * (moved - base),
-        "carrier": found,
-        "generations": len(run),
-        "told": found.reason,
-    }
+    best = carrier(effects)
+    return Located(
+        method="locogen",
+        concept=concept.name,
+        effects=effects,
+        layers=Scores(run.table).effect_of("window"),
+        carrier=best,
+        generations=len(run),
+        seconds=0.0,
+        remark=best.reason,
+    )
 
 
-def _traced(pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]) -> dict[str, Any]:
-    run = causal_trace(pipe, concept, **common, **scored)
-    effects, best, both = trace_effect(run.table), best_state(run.table), sides(run.table)
-    told = f"{best.axis}, layer {best.position}, brings back {best.share:.0%} of what the noise took"
-    return {
-        "effects": effects,
-        "layers": recovered(run.table)[LAYERS],
-        "carrier": layer_found(effects),
-        "generations": run.settings["generations"],
-        "side": both and both.side,
-        "told": f"{told}; {best.reason}" if best.reason else told,
-    }
-
-
-def _listened(
+def _causal_tracing(
     pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
-) -> dict[str, Any]:
+) -> Located:
+    run = causal_trace(pipe, concept, **common, **scored)
+    effects = trace_effect(run.table)
+    best = best_state(run.table)
+    both = sides(run.table)
+    remark = f"{best.axis}, layer {best.position}, brings back {best.share:.0%} of what the noise took"
+    if best.reason:
+        remark = f"{remark}; {best.reason}"
+    return Located(
+        method="causal tracing",
+        concept=concept.name,
+        effects=effects,
+        layers=recovered(run.table)[LAYERS],
+        carrier=layer_found(effects),
+        generations=run.settings["generations"],
+        seconds=0.0,
+        side=None if both is None else both.side,
+        remark=remark,
+    )
+
+
+def _attention_contribution(
+    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+) -> Located:
+    # It scores no pictures, so `scored` is not needed.
     table = attention_contribution(pipe, concept, **common)
-    found = contribution_window(table, window=window)
-    return {
-        "effects": contribution_effect(table),
-        "layers": contributions(table),
-        "carrier": found,
-        "generations": len(table) // table["layer"].nunique(),
-        "told": found.reason,
-    }
+    best = contribution_window(table, window=window)
+    return Located(
+        method="attention contribution",
+        concept=concept.name,
+        effects=contribution_effect(table),
+        layers=contributions(table),
+        carrier=best,
+        generations=len(table) // len(set(table["layer"])),
+        seconds=0.0,
+        remark=best.reason,
+    )
 
 
-_METHODS: dict[str, tuple[Callable[..., dict[str, Any]], str, str]] = {
-    "locogen": (
+class _Localizer(NamedTuple):
+    """A localizer: `ask` runs it; its question and the pictures it takes, in words."""
+
+    ask: Callable[..., Located]
+    asks: str
+    generations: str
+
+
+_LOCALIZERS = {
+    "locogen": _Localizer(
         _locogen,
         "what is missing when a window of layers hears another prompt",
         "prompts x seeds x (2 windows + 3)",
     ),
-    "causal tracing": (
-        _traced,
+    "causal tracing": _Localizer(
+        _causal_tracing,
         "what comes back when one state is clean and the concept's words are noise",
         "prompts x seeds x (states + 2), and clean ones beside them",
     ),
-    "attention contribution": (
-        _listened,
+    "attention contribution": _Localizer(
+        _attention_contribution,
         "how much the concept's words write in each layer",
         "prompts x seeds",
     ),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,8 +14,7 @@ import numpy as np
 
 from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
-from locogen.localization.raced import raced_run
-from locogen.localization.racing import BUDGET, Rows, race
+from locogen.localization.racing import BUDGET, Rows, race, run_races
 from locogen.models.families import check_known
 from locogen.models.layers import find_layers
 from locogen.models.offload import resting_device
@@ -25,8 +27,12 @@ if TYPE_CHECKING:
 
     from locogen.pictures.score import Scorer
 
+SCORED_AT_ONCE = 256  # pictures
+FIRST_COLUMNS = (
+    *("concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit", "image"),
+    *("clip_score", "content_score"),
+)
 Array = np.ndarray[Any, Any]
-Make = Callable[..., Run]
 
 
 def localize(
@@ -47,110 +53,209 @@ def localize(
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Run:
-    """LocoGen (Basu et al. 2024, section 4) over every window, with the rows that give a number its meaning.
+    """Find where a concept is: replace each window of layers, and score the pictures.
 
-    For each prompt pair and seed: the baseline, each window hearing the target, and with `controls`
-    the ceiling, the placebo and the insert sweep (see `plan.sweep`). Every picture is scored
+    LocoGen (Basu et al. 2024, section 4). For each prompt pair and seed it makes the baseline, a
+    picture for each window that gets the target prompt, and the controls. Every picture is scored
     against the concept's text, and against what should stay (`content_score`; NaN for facts).
-    `timesteps`, `pooled`: see `plan.sweep`; in families that hear text by a pooled vector too,
-    "keep" asks for the layers alone, and the ceiling is less than the target's own run. `scorer`: a
-    scorer or its name. None for `window`, `num_inference_steps`, `guidance_scale` or `scorer` takes
-    the catalog's for the model. `store`: a folder; what it holds is not made again. `search`: "all"
-    windows on every prompt and seed, or a "race" (`racing.race`), which drops windows that cannot
-    be the best and makes at most the share `budget` of those pictures; its table says of each
-    window `verdict`, `looked` and `sure`. Returns a `Run` whose table is the pictures table. Raises
-    `LocogenError` for a concept that the tokenizer does not know, a window larger than the model,
-    no or repeated seeds, a race on too few or over timesteps, and as `generate` does.
+
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: What to look for, or several concepts with different names.
+        window: Number of neighboring layers that get the target together; None: the catalog's
+            number for this model.
+        seeds: Random seeds; every prompt is made with each of them.
+        num_inference_steps: Denoising steps; None: the catalog's number for this model.
+        guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
+        batch_size: Pictures made at once.
+        scorer: A scorer or its name (see `scorer`); None: the catalog's for this model.
+        controls: Whether to make the ceiling (every layer gets the target), the placebo (a
+            paraphrase) and the insert of each window (only the window gets the prompt).
+        timesteps: Spans (first, last) of denoising steps, counted from 0. Each window is also made
+            with its target given during each span alone.
+        pooled: For families that also take a pooled text vector: "keep" (layers alone; the ceiling
+            then is less than the target's own picture) or "target".
+        search: "all": every window on every prompt and seed. "race": drop windows as soon as they
+            cannot be the best (see `racing`); the table then has `verdict`, `looked` and `sure`.
+        budget: Largest share of the exhaustive search's pictures that a race makes.
+        store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `Run`: its pictures, its plan, and the pictures table, one row an image.
+
+    Raises:
+        LocogenError: For a concept that the tokenizer does not know, a window larger than the model, no or repeated seeds, a race with too few
+            seeds or with timesteps, and as `generate` does.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> pair = PromptPair("a picture of a cat in the style of neon", "a picture of a cat")
+        >>> few = {"seeds": [0], "controls": False, "num_inference_steps": 1, "progress": False}
+        >>> run = localize(pipe, Concept("neon", "style", (pair,)), window=8, **few)
+        >>> run.table["role"].value_counts().to_dict()
+        {'window': 9, 'baseline': 1}
     """
-    concepts = _concepts(concept)
+    concepts = _checked_concepts(concept)
     for one in concepts:
         check_known(pipe, one)
+    spans = tuple(timesteps)
     if search not in ("all", "race"):
-        raise LocogenError(f"search is {search!r}: take 'all' or 'race'")
-    usual = usual_settings(_source(pipe))
-    count, width = len(find_layers(pipe)), usual["window"] if window is None else window
-    asked: dict[str, Any] = dict(n_layers=count, window=width, seeds=distinct_seeds(seeds), controls=controls)
-    asked, spans = {**asked, "pooled": pooled}, tuple(timesteps)
+        raise LocogenError(f"search is {search!r}: use 'all' or 'race'")
     if spans and search == "race":
-        raise LocogenError("a race looks at no timesteps: take search='all' for them")
-    judge = _scorer(scorer, pipe)  # before the pictures: what is wrong with it should not cost a sweep
-    make: Make = functools.partial(
-        generate,
-        pipe,
-        num_inference_steps=usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps,
-        guidance_scale=usual["guidance_scale"] if guidance_scale is None else guidance_scale,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    measured = functools.partial(_measured, concepts, judge, make)
-    told = {"window": width, "n_layers": count, "search": search}
+        raise LocogenError("a race looks at no timesteps: use search='all' for them")
+
+    usual = usual_settings(source_of(pipe))
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    settings["num_inference_steps"] = _or_usual(num_inference_steps, usual["num_inference_steps"])
+    settings["guidance_scale"] = _or_usual(guidance_scale, usual["guidance_scale"])
+    width = _or_usual(window, usual["window"])
+    n_layers = len(find_layers(pipe))
+    rows: dict[str, Any] = {"n_layers": n_layers, "window": width, "seeds": distinct_seeds(seeds)}
+    rows |= {"controls": controls, "pooled": pooled}
+    # The scorer comes before the pictures: what is wrong with it should not cost a sweep.
+    pictures = _ScoredPictures(pipe, concepts, scorer_for(pipe, scorer), settings, store)
+
+    facts = {"window": width, "n_layers": n_layers, "search": search}
     if search == "all":
-        plans = [list(sweep(c, timesteps=spans, **asked)) for c in concepts]
-        run = measured(range(len(concepts)), plans, store)
-        return run.with_table(run.table, **told)
-    with same_weights():
-        run = raced_run([race(c, budget=budget, **asked) for c in concepts], measured, store)
-    return run.with_table(run.table, budget=budget, **told)
+        plans = {i: list(sweep(c, timesteps=spans, **rows)) for i, c in enumerate(concepts)}
+        run = pictures.of(plans)
+        return run.with_table(run.table, **facts)
+    races = [race(c, budget=budget, **rows) for c in concepts]
+    with same_weights():  # the model's weights are hashed once, not at every look
+        run = _run_races_unsaved(races, pictures) if store is None else _run_races(races, pictures)
+    return run.with_table(run.table, budget=budget, **facts)
 
 
-def _measured(
-    concepts: Sequence[Concept], judge: Scorer, make: Make, who: Sequence[int], plans: Sequence[Rows], store: Any
-) -> Run:
-    """The pictures of one plan for each of the concepts with the numbers `who`, scored."""
-    run = make([row for plan in plans for row in plan], store=store)
-    table = run.table.assign(**_scored_against([concepts[i] for i in who], plans))
-    return run.with_table(_ordered(table.assign(**_scores(run, table, judge))), **judge.settings)
+def _or_usual(value: Any, usual: Any) -> Any:
+    """The value, or the catalog's where it was left open."""
+    return usual if value is None else value
 
 
-def _concepts(given: Any) -> list[Concept]:
-    concepts: list[Any] = [given] if isinstance(given, (Concept, str)) else list(given)
-    strangers = [c for c in concepts if not isinstance(c, Concept)]
-    if strangers:
-        raise LocogenError(f"{strangers[0]!r} is no Concept: take loco.concept({strangers[0]!r}), or make one")
-    names = [c.name for c in concepts]
+@dataclass(frozen=True)
+class _ScoredPictures:
+    """Makes and scores the rows of plans, always with the same pipeline and settings."""
+
+    pipe: Any
+    concepts: Sequence[Concept]
+    scorer: Scorer
+    settings: Mapping[str, Any]
+    store: str | Path | None
+
+    def of(self, plans: Mapping[int, Rows]) -> Run:
+        """One scored run of all plans. `plans`: {number of the concept: rows}."""
+        rows = [row for plan in plans.values() for row in plan]
+        run = generate(self.pipe, rows, store=self.store, **self.settings)
+        table = run.table.assign(**self._scored_against(plans))
+        table = table.assign(**score_columns(run, table, self.scorer))
+        return run.with_table(in_reading_order(table), **self.scorer.settings)
+
+    def scores_of(self, plans: Mapping[int, Rows]) -> dict[int, Array]:
+        """The scores of each plan's rows, {number of the concept: (rows,)}."""
+        scores = self.of(plans).table["clip_score"].to_numpy()
+        ends = np.cumsum([len(rows) for rows in plans.values()])
+        return dict(zip(plans, np.split(scores, ends[:-1]), strict=True))
+
+    def _scored_against(self, plans: Mapping[int, Rows]) -> dict[str, list[Any]]:
+        """Columns that say what each row is about and what its picture is scored against."""
+        columns: dict[str, list[Any]] = {}
+        for name in ("concept", "kind", "pair", "text", "content"):
+            columns[name] = []
+        for number, plan in plans.items():
+            concept = self.concepts[number]
+            places = {pair.prompt: i for i, pair in enumerate(concept.pairs)}
+            for row in plan:
+                place = places[row.prompt]
+                pair = concept.pairs[place]
+                columns["concept"].append(concept.name)
+                columns["kind"].append(concept.kind)
+                columns["pair"].append(place)
+                columns["text"].append(concept.scored_text(pair))
+                columns["content"].append(concept.content_text(pair))
+        return columns
+
+
+def _run_races(races: Sequence[Any], pictures: _ScoredPictures) -> Run:
+    """The rows that races ask for, made and scored look by look; then all of them as one run.
+
+    The table gets the verdict on each row (`racing.race`).
+    """
+    import pandas as pd
+
+    results = run_races(races, pictures.scores_of)
+    run = pictures.of({number: rows for number, (rows, _) in enumerate(results)})
+    verdicts = pd.DataFrame([verdict for _, lines in results for verdict in lines])
+    verdicts = verdicts.astype({"looked": "Int64", "sure": float})
+    return run.with_table(run.table.assign(**{name: verdicts[name] for name in verdicts}))
+
+
+def _run_races_unsaved(races: Sequence[Any], pictures: _ScoredPictures) -> Run:
+    """As `_run_races`, with a temporary store: a race reads its pictures again at the end."""
+    folder = tempfile.mkdtemp(prefix="locogen-")
+    try:
+        run = _run_races(races, replace(pictures, store=folder))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    # The run's pictures are read from the folder: it goes when they do.
+    weakref.finalize(run.pictures, shutil.rmtree, folder, ignore_errors=True)
+    return run
+
+
+def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
+    concepts: list[Any] = [concept] if isinstance(concept, (Concept, str)) else list(concept)
+    for stranger in concepts:
+        if not isinstance(stranger, Concept):
+            raise LocogenError(
+                f"expected a Concept, got {stranger!r}: "
+                f"use loco.concept({stranger!r}), or make one with loco.Concept(...)"
+            )
+    names = [concept.name for concept in concepts]
     if not concepts or len(set(names)) < len(names):
         raise LocogenError(f"localize was given the concepts {names}: give at least one, and no name twice")
     return concepts
 
 
-def _scorer(chosen: Scorer | str | None, pipe: Any) -> Scorer:
-    from locogen.pictures.score import default_scorer, scorer
+def scorer_for(pipe: Any, scorer: Scorer | str | None) -> Scorer:
+    """The scorer, loaded onto the pipeline's device if it is a name; None: the default."""
+    from locogen.pictures import score
 
-    if chosen is None:
-        chosen = default_scorer(_source(pipe))
-    return scorer(chosen, device=resting_device(pipe)) if isinstance(chosen, str) else chosen
+    if scorer is None:
+        scorer = score.default_scorer(source_of(pipe))
+    if isinstance(scorer, str):
+        return score.scorer(scorer, device=resting_device(pipe))
+    return scorer
 
 
-def _source(pipe: Any) -> str:
+def source_of(pipe: Any) -> str:
     """The folder or hub id that the model was loaded from; empty for one that was made in place."""
     return str(getattr(pipe.config, "_name_or_path", "") or "")
 
 
-def _scored_against(concepts: Sequence[Concept], plans: Sequence[Sequence[Any]]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {name: [] for name in ("concept", "kind", "pair", "text", "content")}
-    for concept, plan in zip(concepts, plans, strict=True):
-        pairs = {pair.prompt: (i, pair) for i, pair in enumerate(concept.pairs)}
-        for row in plan:
-            index, pair = pairs[row.prompt]
-            values = (concept.name, concept.kind, index, concept.scored_text(pair), concept.content_text(pair))
-            for name, value in zip(columns, values, strict=True):
-                columns[name].append(value)
-    return columns
+def score_columns(run: Run, table: pd.DataFrame, scorer: Scorer) -> dict[str, Array]:
+    """The columns `clip_score` and `content_score` of a run's pictures.
 
-
-def _scores(run: Run, table: pd.DataFrame, judge: Scorer, part: int = 256) -> dict[str, Array]:
-    """Score in parts, so that not all pictures are held at once."""
+    `table`: the columns `text` and `content` say what each picture is scored against.
+    """
     silent = table["content"].isna().to_numpy()
-    texts, contents = list(table["text"]), list(table["content"].fillna(""))
-    halves: list[list[Array]] = []
-    for start in range(0, len(run), part):
-        rows = slice(start, start + part)
-        halves.append(judge(run.pictures[rows], texts[rows], contents[rows]))
-    score, content = (np.concatenate(half) for half in zip(*halves, strict=True))
-    return {"clip_score": score, "content_score": np.where(silent, np.nan, content)}
+    texts = list(table["text"])
+    contents = list(table["content"].fillna(""))
+    scores: list[Array] = []
+    content_scores: list[Array] = []
+    # In parts, so that not all pictures are in memory at once.
+    for start in range(0, len(run), SCORED_AT_ONCE):
+        part = slice(start, start + SCORED_AT_ONCE)
+        score, content_score = scorer(run.pictures[part], texts[part], contents[part])
+        scores.append(score)
+        content_scores.append(content_score)
+    content = np.concatenate(content_scores)
+    return {
+        "clip_score": np.concatenate(scores),
+        "content_score": np.where(silent, np.nan, content),
+    }
 
 
-def _ordered(table: Any) -> Any:
-    first = ["concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit", "image"]
-    first += ["clip_score", "content_score"]
-    return table[[*first, *(c for c in table.columns if c not in first)]]
+def in_reading_order(table: pd.DataFrame) -> Any:
+    """The table with the columns that all runs share first."""
+    others = [column for column in table.columns if column not in FIRST_COLUMNS]
+    return table[[*FIRST_COLUMNS, *others]]

@@ -1,23 +1,29 @@
-"""Racing: which windows to go on looking at, decided from scores alone. Rows out, scores in: no model, no pictures.
+"""Racing: which windows to go on looking at, decided from scores alone.
 
-All windows start on a few (prompt, seed) pairs; those that can no longer be the best are dropped. Windows share
-prompt and seed (common random numbers), and the baseline of the pair is subtracted (a control variate), so all
-comparisons are paired. What is bounded is how much of another window's effect the leader reaches at least:
+Rows come out and scores go in: no model, no pictures here.
 
-- one comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*: over pairs, these
-  differences are about normal; any variances, any correlation between windows; and pairs count as separate draws, which
-  they are for the concept's own prompts where a seed does not move all its pairs' differences alike. So all that is
-  said is of these prompts (another set may have another best window), and seeds take turns. Bounds that know only a
-  range (empirical Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need none, and cannot drop
-  anything before log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the same way so often.
-  That is more pairs than a race should take.
-- all looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the simplest of the alpha
-  spending functions of Lan & DeMets, Biometrika 70, 1983), so peeking costs nothing further.
-- all windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not all pairs of windows
-  (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped, and what is said of the winner holds.
+All windows start on a few (prompt, seed) pairs; those that can no longer be the best are dropped.
+Windows share prompt and seed (common random numbers), and the baseline of the pair is subtracted (a
+control variate), so all comparisons are paired. What is bounded is how much of another window's
+effect the leader reaches at least:
 
-tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model, and that of a
-plain bootstrap.
+- One comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*:
+  over pairs, these differences are about normal; any variances, any correlation between windows;
+  and pairs count as separate draws, which they are for the concept's own prompts where a seed does
+  not move all its pairs' differences alike. So the result speaks for these prompts (others may have
+  another best window), and seeds take turns. Bounds that know only a range (empirical Bernstein,
+  betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need no assumption, and cannot drop
+  anything before log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the
+  same way that often. That is more pairs than a race should take.
+- All looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the
+  simplest of the alpha spending functions of Lan & DeMets, Biometrika 70, 1983), so repeated looks
+  cost nothing further.
+- All windows: the true best is one window, though unknown, so it has `windows - 1` rivals and not
+  all pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped,
+  and what is said about the winner holds.
+
+tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model,
+and that of a plain bootstrap.
 """
 
 from __future__ import annotations
@@ -36,64 +42,77 @@ from locogen.stats import split_seeds, student_quantile
 
 ALPHA = 0.05
 BUDGET = 0.35  # of the pictures of the exhaustive search
-FIRST = 3  # pairs at the first look
+FIRST_LOOK = 3  # pairs
 Array = np.ndarray[Any, Any]
+Pair = tuple[str, int]  # (prompt, seed)
 Rows = list[Intervention]
-Raced = tuple[Rows, list[dict[str, Any]]]
+Cells = dict[tuple[str, int, str, int | None], Intervention]  # (prompt, seed, role, start) → row
+Raced = tuple[Rows, list[dict[str, Any]]]  # the rows, and the verdict on each
 
 
 def looks(pairs: int) -> tuple[int, ...]:
-    """After how many pairs a race of so many looks: 3, then a third more each time (4, 6, 8, 11, ...), then all."""
-    found = [min(FIRST, pairs)]
-    while found[-1] < pairs:
-        found.append(min(pairs, math.ceil(found[-1] * 4 / 3)))
-    return tuple(found)
+    """Numbers of pairs at which a race decides: 3, a third more each time, then all."""
+    numbers = [min(FIRST_LOOK, pairs)]
+    while numbers[-1] < pairs:
+        third_more = math.ceil(numbers[-1] * 4 / 3)
+        numbers.append(min(pairs, third_more))
+    return tuple(numbers)
 
 
 @functools.cache
 def _critical(tail: float, freedom: int) -> float:
-    return float(student_quantile(tail, freedom))
+    return student_quantile(tail, freedom)
 
 
 def bound(values: Array, tail: float) -> float:
-    """Lower bound of the mean of (pairs,) `values`, by Student's t; wrong with probability `tail`. -inf under three.
+    """Lower bound of the mean of (pairs,) `values`, by Student's t; wrong with probability `tail`.
 
-    Two pairs can agree by chance, and what that is worth is up to the distribution's center and not its tails.
+    -inf for fewer than three: two pairs can agree by chance, and what that is worth depends on the
+    center of the distribution and not on its tails.
     """
-    n = len(values)
-    if n < FIRST:
+    count = len(values)
+    if count < FIRST_LOOK:
         return -math.inf
-    return float(values.mean() - _critical(tail, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    standard_error = values.std(ddof=1) / math.sqrt(count)
+    return float(values.mean() - _critical(tail, count - 1) * standard_error)
 
 
 def ahead(leader: Array, other: Array, tail: float) -> bool:
-    """Whether the leader has an effect, and a larger one than the other, which therefore is not the best."""
+    """Whether the leader has an effect, and a larger one: then the other is not the best."""
     return bound(leader, tail) > 0 and bound(leader - other, tail) > 0
 
 
 def reach(leader: Array, other: Array, tail: float) -> float:
-    """The share r of the other's mean that the leader's reaches at least, 0 to 1; (pairs,) effects on the same pairs.
+    """The share r of the other's mean that the leader's reaches at least, 0 to 1.
 
-    The largest r for which the bound of `leader - r * other` is positive. The bound is concave in r, so it is positive
-    from 0 up to there and nowhere beyond, and r is wrong only where the bound at the true share is: one event, with
-    probability at most `tail`. 1 means that the other is not the best; 0 that nothing can be said.
+    `leader`, `other`: effects on the same pairs, (pairs,). 1 means that the other is not the best;
+    0 that nothing can be said.
     """
     if bound(leader, tail) <= 0:
         return 0.0
     if ahead(leader, other, tail):
         return 1.0
-    low, high = 0.0, 1.0
+    # The largest r for which the bound of `leader - r * other` is positive, by bisection. The bound
+    # is concave in r, so it is positive from 0 up to there and nowhere beyond, and r is wrong only
+    # where the bound at the true share is: one event, with probability at most `tail`.
+    low = 0.0
+    high = 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        low, high = (middle, high) if bound(leader - middle * other, tail) > 0 else (low, middle)
+        if bound(leader - middle * other, tail) > 0:
+            low = middle
+        else:
+            high = middle
     return low
 
 
 @dataclass
 class Race:
-    """The state of a race: `effects` (windows, pairs), NaN where not looked; `left` window → (how, after which pair).
+    """The state of a race.
 
-    `left` says "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the budget's sake).
+    `effects`: (windows, pairs), NaN where not looked. `left`: window → (how, after how many pairs),
+    where how is "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the
+    budget).
     """
 
     windows: int
@@ -114,32 +133,44 @@ class Race:
     @property
     def alive(self) -> list[int]:
         """Windows still in the race, best first."""
-        means = self.effects[:, : self.seen].sum(1)
-        return sorted((w for w in range(self.windows) if w not in self.left), key=lambda w: -means[w])
+        totals = self.effects[:, : self.seen].sum(1)  # (windows,)
+        staying = [window for window in range(self.windows) if window not in self.left]
+        return sorted(staying, key=lambda window: -totals[window])
 
     @property
     def sure(self) -> float:
-        """With probability 1 - alpha the leader reaches at least this share of any other window's effect."""
-        leader = self.effects[self.alive[0]]
-        stayed = [(w, self.seen) for w in self.alive[1:]]
-        cut = [(w, after) for w, (how, after) in self.left.items() if how == "cut"]
-        return min((reach(leader[:n], self.effects[w, :n], self.tail) for w, n in stayed + cut), default=1.0)
+        """Share of any other window's effect that the leader reaches, at confidence 1 - alpha."""
+        winner, *others = self.alive
+        leader = self.effects[winner]  # (pairs,)
+        rivals = [(window, self.seen) for window in others]
+        rivals += [(window, after) for window, (how, after) in self.left.items() if how == "cut"]
+        reached = [reach(leader[:n], self.effects[window, :n], self.tail) for window, n in rivals]
+        return min(reached, default=1.0)
 
     def look(self, effects: Array) -> None:
-        """Take the effects of the windows in `alive`, in order of number, on further pairs; drop who cannot win."""
+        """Take effects on further pairs, and drop the windows that cannot win.
+
+        `effects`: (windows alive, further pairs), windows in order of number.
+        """
         upto = self.seen + effects.shape[1]
         self.effects[sorted(self.alive), self.seen : upto] = effects
         self.seen = upto
-        leader, *others = self.alive
-        lead = self.effects[leader, :upto]
-        for w in others:
-            if ahead(lead, self.effects[w, :upto], self.tail):
-                self.left[w] = ("dropped", upto)
+        winner, *others = self.alive
+        leader = self.effects[winner, :upto]
+        for window in others:
+            if ahead(leader, self.effects[window, :upto], self.tail):
+                self.left[window] = ("dropped", upto)
 
     def keep(self, best: int) -> None:
-        """Cut all but so many of those ahead."""
-        for w in self.alive[best:]:
-            self.left[w] = ("cut", self.seen)
+        """Cut all windows but the `best` first ones."""
+        for window in self.alive[best:]:
+            self.left[window] = ("cut", self.seen)
+
+    def verdict(self, window: int) -> tuple[str, int]:
+        """How a window left the race, or stayed in it, and after how many pairs."""
+        if window in self.left:
+            return self.left[window]
+        return ("chosen" if window == self.alive[0] else "stayed"), self.seen
 
 
 def race(
@@ -153,61 +184,108 @@ def race(
     budget: float = BUDGET,
     alpha: float = ALPHA,
 ) -> Generator[Rows, Array, Raced]:
-    """The race of one concept: yields rows to make, is sent their scores, returns the rows and what is said of each.
+    """The race of one concept, as a generator: yields rows to make, is sent their scores.
 
-    Windows race on the seeds that serve to choose (`stats.split_seeds`), at most so that all rows together are the
-    share `budget` of `plan.sweep`'s. The winner, and the best window that does not overlap it, are then made for all
-    pairs, and with `controls` the ceiling, the placebo and the winner's insert. Rows come in the sweep's order. Of a
-    window's rows is said: `verdict` (chosen, stayed, dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
-    Raises `LocogenError` for under four seeds and for a budget that is too small.
+    Windows race on the seeds that serve to choose (`stats.split_seeds`). The winner, and the best
+    window that does not overlap it, are then made for all pairs, and with `controls` the ceiling,
+    the placebo and the winner's insert.
+
+    Args:
+        concept: What to look for.
+        n_layers: Number of cross-attention layers.
+        window: Layers in a window.
+        seeds: At least four.
+        controls: Whether to make the controls.
+        pooled: As in `plan.Intervention`.
+        budget: Share of the rows of `plan.sweep` that all rows of the race may reach.
+        alpha: Error probability of the whole race.
+
+    Returns:
+        All rows, in the order of the sweep, and a verdict on each: `verdict` (chosen, stayed,
+        dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
+
+    Raises:
+        LocogenError: For fewer than four seeds, or a budget that is too small.
     """
     every = sweep(concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls, pooled=pooled)
-    cells = {(row.prompt, row.seed, row.role, row.start): row for row in every}
-    choosing, rest = _ordered_pairs(concept, sorted(distinct_seeds(seeds)))
-    pairs = choosing + rest
+    choosing, held_out = _ordered_pairs(concept, sorted(distinct_seeds(seeds)))
+    pairs = choosing + held_out
+    cells = _cells(every)
     state = Race(n_layers - window + 1, len(choosing), alpha)
-    common = ("baseline", "ceiling", "placebo") if controls else ("baseline",)
-    always = len(pairs) * (len(common) + controls)  # rows of every pair, with the winner's insert
-    allowed = _allowed(budget, len(every), always, state, len(pairs))
+    always = ("baseline", "ceiling", "placebo") if controls else ("baseline",)
+    inserts = len(pairs) if controls else 0  # those of the winner
+    common = len(pairs) * len(always) + inserts
+    allowed = _affordable(budget, len(every), common, state, len(pairs))
+
     while state.seen < state.pairs:
-        upto = _next(state, allowed, len(pairs))
+        upto = _next_look(state, allowed, len(pairs))
         alive = sorted(state.alive)
         if len(alive) == 1 and state.windows > 1:
-            break
-        now = choosing[state.seen : upto]
-        rows = [cells[*pair, "baseline", None] for pair in now]
-        rows += [cells[*pair, "window", w] for w in alive for pair in now]
-        scores = (yield rows).reshape(len(alive) + 1, len(now))
+            break  # the winner is known
+        pairs_now = choosing[state.seen : upto]
+        scores = yield _rows_of_look(cells, pairs_now, alive)
+        scores = scores.reshape(len(alive) + 1, len(pairs_now))  # (baseline and windows, pairs)
         state.look(concept.sign * (scores[1:] - scores[0]))
-    made = _made(state, cells, pairs, common, window)
-    sure, rows = state.sure, [row for row in every if row in made]
-    return rows, [_said(state, row, sure) for row in rows]
+
+    needed = _rows_of_race(state, cells, pairs, always, window)
+    rows = [row for row in every if row in needed]
+    sure = state.sure
+    return rows, [_verdict(state, row, sure) for row in rows]
 
 
-def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(prompt, seed) of the seeds that choose, and of the others; seeds in turn, each with its prompts shuffled.
+def _cells(rows: Iterable[Intervention]) -> Cells:
+    """The rows of a sweep by what they are for."""
+    return {(row.prompt, row.seed, row.role, row.start): row for row in rows}
 
-    So any few pairs are a fair draw, of different seeds and different prompts as far as may be.
+
+def _rows_of_look(cells: Cells, pairs: Sequence[Pair], windows: Sequence[int]) -> Rows:
+    """The baseline on every pair, then each window on every pair."""
+    rows = [cells[*pair, "baseline", None] for pair in pairs]
+    for start in windows:
+        rows += [cells[*pair, "window", start] for pair in pairs]
+    return rows
+
+
+def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
+    """Pairs of the seeds that choose, and of the held-out seeds.
+
+    Seeds come in turn, each with its prompts shuffled: any few pairs are a fair draw, of different
+    seeds and different prompts as far as possible.
     """
     if len(seeds) < 4:
         raise LocogenError(f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}")
-    parts: list[list[tuple[str, int]]] = []
-    for part in split_seeds(seeds):
-        order = [np.random.default_rng([abs(seed), 1]).permutation(len(concept.pairs)) for seed in part]
-        turns = zip(*order, strict=True)  # one prompt for each seed
-        parts.append([(concept.pairs[i].prompt, seed) for turn in turns for seed, i in zip(part, turn, strict=True)])
-    return parts[0], parts[1]
+    choosing, held_out = split_seeds(seeds)
+    return _shuffled_pairs(concept, choosing), _shuffled_pairs(concept, held_out)
+
+
+def _shuffled_pairs(concept: Concept, seeds: Sequence[int]) -> list[Pair]:
+    """Every pair of these seeds, one prompt for each seed in turn."""
+    count = len(concept.pairs)
+    orders = [np.random.default_rng([abs(seed), 1]).permutation(count) for seed in seeds]
+    pairs = []
+    for turn in zip(*orders, strict=True):
+        for seed, prompt in zip(seeds, turn, strict=True):
+            pairs.append((concept.pairs[prompt].prompt, seed))
+    return pairs
 
 
 def _window_rows(state: Race, alive: int, upto: int, pairs: int) -> int:
-    """Window rows in all if so many windows go on to pair `upto` and the race ends there, with its two finalists."""
-    early = min([upto, *(after for _, after in state.left.values())])  # the rival may be one that left
-    left = (pairs - upto) + (pairs - early) * (state.windows > 1)
-    return int(np.isfinite(state.effects).sum()) + alive * (upto - state.seen) + left
+    """Window rows in all, if `alive` windows go on to pair `upto` and the race ends there.
+
+    Its two finalists are then made for all pairs; the rival may be one that left early.
+    """
+    already = int(np.isfinite(state.effects).sum())
+    of_winner = pairs - upto
+    earliest = min([upto, *(after for _, after in state.left.values())])
+    of_rival = pairs - earliest if state.windows > 1 else 0
+    return already + alive * (upto - state.seen) + of_winner + of_rival
 
 
-def _allowed(budget: float, exhaustive: int, common: int, state: Race, pairs: int) -> int:
-    """How many window rows the budget allows; raises where they do not suffice for a first look."""
+def _affordable(budget: float, exhaustive: int, common: int, state: Race, pairs: int) -> int:
+    """How many window rows the budget allows; raises if they do not suffice for a first look.
+
+    `exhaustive`: rows of the exhaustive search; `common`: rows that every race needs.
+    """
     least = common + _window_rows(state, state.windows, min(2, state.pairs), pairs)
     allowed = int(budget * exhaustive + 1e-9)
     if not 0 < budget <= 1 or allowed < least:
@@ -218,51 +296,69 @@ def _allowed(budget: float, exhaustive: int, common: int, state: Race, pairs: in
     return allowed - common
 
 
-def _next(state: Race, allowed: int, pairs: int) -> int:
-    """How many pairs to have seen at the next look; cuts windows where not all can be afforded."""
-    upto = next(n for n in looks(state.pairs) if n > state.seen)
+def _next_look(state: Race, allowed: int, pairs: int) -> int:
+    """How many pairs to have seen at the next look; cuts windows if not all can be afforded."""
+    upto = next(count for count in looks(state.pairs) if count > state.seen)
     if not state.seen:
         while _window_rows(state, state.windows, upto, pairs) > allowed:
             upto -= 1
-    elif _window_rows(state, len(state.alive), upto, pairs) > allowed:
-        spare = allowed - _window_rows(state, 0, upto, pairs) - (upto - state.seen)  # the rival may stop here
-        state.keep(max(1, spare // (upto - state.seen)))
+        return upto
+    if _window_rows(state, len(state.alive), upto, pairs) > allowed:
+        further = upto - state.seen
+        spare = allowed - _window_rows(state, 0, upto, pairs) - further  # the rival may stop here
+        state.keep(max(1, spare // further))
     return upto
 
 
-def _made(
-    state: Race, cells: dict[Any, Intervention], pairs: Sequence[Any], common: Sequence[str], width: int
-) -> set[Any]:
-    """All rows of the race: those looked at, and the winner, its rival and the controls on every pair."""
+def _rows_of_race(
+    state: Race, cells: Cells, pairs: Sequence[Pair], always: Sequence[str], width: int
+) -> set[Intervention]:
+    """All rows of the race: those looked at; finalists and controls on every pair."""
     winner = state.alive[0]
-    means = np.nanmean(state.effects, axis=1)
-    rivals = [w for w in range(state.windows) if abs(w - winner) >= width]
-    finalists = [winner, *sorted(rivals, key=lambda w: -means[w])[:1]]
-    made = {cells[*pair, role, None] for pair in pairs for role in common}
-    made |= {cells[*pair, "window", w] for pair in pairs for w in finalists}
-    made |= {cells[*pairs[p], "window", w] for w, p in np.argwhere(np.isfinite(state.effects)).tolist()}
-    return made | ({cells[*pair, "insert", winner] for pair in pairs} if "ceiling" in common else set())
+    rows = set()
+    for pair in pairs:
+        rows |= {cells[*pair, role, None] for role in always}
+        rows |= {cells[*pair, "window", start] for start in _finalists(state, width)}
+        if "ceiling" in always:
+            rows.add(cells[*pair, "insert", winner])
+    looked_at = np.argwhere(np.isfinite(state.effects)).tolist()  # [[window, pair], ...]
+    rows |= {cells[*pairs[pair], "window", start] for start, pair in looked_at}
+    return rows
 
 
-def _said(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
+def _finalists(state: Race, width: int) -> list[int]:
+    """The winner, and the best window that does not overlap it, if there is one."""
+    winner = state.alive[0]
+    means = np.nanmean(state.effects, axis=1)  # (windows,), on the pairs that each was looked at
+    apart = [start for start in range(state.windows) if abs(start - winner) >= width]
+    if not apart:
+        return [winner]
+    return [winner, max(apart, key=lambda start: means[start])]
+
+
+def _verdict(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
+    """The columns that a race adds to a row; empty for baseline and controls."""
     if row.start is None:
         return {"verdict": None, "looked": None, "sure": None}
-    stayed = ("chosen" if row.start == state.alive[0] else "stayed", state.seen)
-    verdict, looked = state.left.get(row.start, stayed)
+    verdict, looked = state.verdict(row.start)
     return {"verdict": verdict, "looked": looked, "sure": sure}
 
 
 def run_races(
-    races: Sequence[Generator[Rows, Array, Raced]], measure: Callable[[dict[int, Rows]], dict[int, Array]]
+    races: Sequence[Generator[Rows, Array, Raced]],
+    measure: Callable[[dict[int, Rows]], dict[int, Array]],
 ) -> list[Raced]:
-    """Run races side by side, so that their rows share batches. `measure`: rows of race number i → their scores."""
-    done: dict[int, Raced] = {}
-    asked = {i: next(runner) for i, runner in enumerate(races)}
-    while asked:
-        for i, scores in measure(asked).items():
+    """Run races side by side, so that their rows share batches.
+
+    `measure`: {number of a race: its rows} → {number: their scores}.
+    """
+    results: dict[int, Raced] = {}
+    requests = {number: next(runner) for number, runner in enumerate(races)}
+    while requests:
+        for number, scores in measure(requests).items():
             try:
-                asked[i] = races[i].send(scores)
+                requests[number] = races[number].send(scores)
             except StopIteration as stop:
-                done[i] = stop.value
-                del asked[i]
-    return [done[i] for i in range(len(races))]
+                results[number] = stop.value
+                del requests[number]
+    return [results[number] for number in range(len(races))]

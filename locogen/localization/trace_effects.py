@@ -1,14 +1,20 @@
-"""What causal tracing found: how much of the score each restored state brings back, as an effects table."""
+"""What causal tracing found: how much of the score each restored state brings back.
+
+In the words of causal mediation analysis, what restoring one state brings back is its average
+*indirect effect*, and what restoring everything would bring back is the *total effect*: the score
+of the clean picture minus that of the corrupted one (Meng et al. 2022, arXiv 2202.05262).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.localization.effects import ALPHA, MIN_SHARE, _estimates, _judged
+from locogen.localization.effects import ALPHA, MIN_SHARE, carrier_evidence, effects_table, estimates
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -17,13 +23,14 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 METHOD = "causal tracing"
 LAYERS = "cross-attention"  # the part whose states are counted as LocoGen's layers are
+TOTAL = "ceiling"  # the axis of the total effect, named as in LocoGen's effects table
 
 
 class BestState(NamedTuple):
-    """The state that brings back most: chosen on some seeds, measured on the others.
+    """The state with the largest indirect effect: chosen on some seeds, measured on the others.
 
-    `share`: of what the noise took; `p_value`: of "no state brings anything back", corrected for all states;
-    `reason`: why it is not the one place, if it is not; empty where it is.
+    `share`: of the total effect; `p_value`: of "no state brings anything back", corrected for all
+    states; `reason`: why it is not the one place, if it is not; empty where it is.
     """
 
     axis: str
@@ -37,10 +44,11 @@ class BestState(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """The best state of the text encoder and of the denoiser, and by how much the first brings back more.
+    """The best states of text encoder and denoiser, and how much more the first brings back.
 
-    Each is chosen on some seeds, the difference measured on the others, for these prompts (paired, 95 %). `reason`:
-    why no side is told: even the best of both is not the one place (`best_state`), or seeds are too few; else empty.
+    Each is chosen on some seeds, the difference measured on the others, for these prompts (paired,
+    95 %). `reason`: why no side is named: even the best of both is not the one place
+    (`best_state`), or seeds are too few; else empty.
     """
 
     text: str
@@ -52,144 +60,219 @@ class Sides(NamedTuple):
 
     @property
     def side(self) -> str | None:
-        """`"text encoder"` or `"denoiser"`; None where the interval holds zero, or no state is the one place."""
-        if self.reason or not (self.low > 0 or self.high < 0):
+        """The side with the better state; None if the interval holds zero or there is a `reason`."""
+        if self.reason:
             return None
-        return "text encoder" if self.low > 0 else "denoiser"
+        if self.low > 0:
+            return "text encoder"
+        return "denoiser" if self.high < 0 else None
 
 
 def recovered(table: pd.DataFrame) -> dict[str, Array]:
-    """Score restored minus corrupted, per part (states, prompts, seeds), averaged over a seed's noises.
+    """Indirect effects by part, (states, prompts, seeds): score restored minus score corrupted.
 
-    `"ceiling"`, (1, prompts, seeds), is clean minus corrupted: what restoring everything brings back. Raises
-    `LocogenError` for a table of several concepts, missing rows, or scores that are not finite.
+    Averaged over the noises of a seed. The key "ceiling", (1, prompts, seeds), is the total effect:
+    score clean minus score corrupted.
+
+    Raises:
+        LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
     """
-    import pandas as pd
-
     rows: Any = table
-    if rows["concept"].nunique() != 1 or not {"baseline", "corrupted", "restored"} <= set(rows["role"]):
+    roles = {"baseline", "corrupted", "restored"}
+    if rows["concept"].nunique() != 1 or not roles <= set(rows["role"]):
         raise LocogenError("this is not the table of one concept's causal_trace: give run.table, of one run")
-    cell = ["prompt", "seed"]
-    noisy = rows[rows["role"] == "corrupted"].set_index([*cell, "noise"])["clip_score"]
-    clean = rows[rows["role"] == "baseline"].set_index(cell)["clip_score"]
-    back = rows[rows["role"] == "restored"]
-    before = noisy.reindex(pd.MultiIndex.from_frame(back[[*cell, "noise"]])).to_numpy()
-    back = back.assign(gain=back["clip_score"].to_numpy() - before)
-    prompts, seeds = list(dict.fromkeys(rows["prompt"])), sorted(rows["seed"].unique())
+    cells = {"prompt": list(dict.fromkeys(rows["prompt"])), "seed": sorted(rows["seed"].unique())}
     cubes = {}
-    for axis, part in back.groupby("axis", sort=False):
+    for axis, part in _indirect_effects(rows).groupby("axis", sort=False):
+        means = part.groupby(["start", *cells])["gain"].mean().reset_index()
         states = sorted(part["start"].unique())
-        index = pd.MultiIndex.from_product([states, prompts, seeds])
-        means = part.groupby(["start", *cell])["gain"].mean().reindex(index).to_numpy()
-        cubes[str(axis)] = means.reshape(len(states), len(prompts), len(seeds))
-    lost = clean - noisy.groupby(cell).mean()
-    cubes["ceiling"] = (
-        lost.reindex(pd.MultiIndex.from_product([prompts, seeds])).to_numpy().reshape(1, len(prompts), len(seeds))
-    )
+        cubes[str(axis)] = stats.cube(means, "gain", {"start": states, **cells})
+    cubes[TOTAL] = _total_effect(rows, cells)
     if not all(np.isfinite(cube).all() for cube in cubes.values()):
         raise LocogenError("some rows of the trace are missing or not scored: run causal_trace again on the same store")
     return cubes
 
 
-def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """The effects table of a causal trace, one line a state: its `axis` is the part, its `position` the layer.
+def _indirect_effects(rows: Any) -> Any:
+    """The restored rows with their `gain` over the corrupted picture of the same noise."""
+    import pandas as pd
 
-    Columns as in `effects.effect`: `choose` and `fresh` are measured on different seeds, `share` is of the axis
-    "ceiling" (what the noise took), `p_any` of "brings nothing back", corrected for the states of its axis.
-    Raises `LocogenError` as `recovered` does.
+    condition = ["prompt", "seed", "noise"]
+    corrupted = rows[rows["role"] == "corrupted"].set_index(condition)["clip_score"]
+    restored = rows[rows["role"] == "restored"]
+    before = corrupted.reindex(pd.MultiIndex.from_frame(restored[condition])).to_numpy()
+    return restored.assign(gain=restored["clip_score"].to_numpy() - before)
+
+
+def _total_effect(rows: Any, cells: Mapping[str, Any]) -> Array:
+    """Score clean minus score corrupted, averaged over noises, (1, prompts, seeds)."""
+    clean = rows[rows["role"] == "baseline"].set_index(list(cells))["clip_score"]
+    corrupted = rows[rows["role"] == "corrupted"].groupby(list(cells))["clip_score"].mean()
+    lost = (clean - corrupted).rename("lost").reset_index()
+    return stats.cube(lost, "lost", cells)[None]
+
+
+def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Compute the effects table of a causal trace: the indirect effect of each restored state.
+
+    Args:
+        table: The pictures table of one `causal_trace`.
+        level: Coverage of the intervals.
+
+    Returns:
+        One row a state: `axis` is the part of the model, `position` its layer; other columns are
+        those of `effect`. The axis "ceiling" is the total effect (what the noise took), `share` is
+        of it, and `p_any` is of "brings nothing back", corrected for the states of its axis.
+
+    Raises:
+        LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
+
+    Example:
+        >>> import pandas as pd
+        >>> picture = {"concept": "neon", "kind": "style", "prompt": "a neon cat", "seed": 0}
+        >>> scores = {"baseline": 0.75, "corrupted": 0.25, "restored": 0.5}
+        >>> rows = [picture | {"role": role, "clip_score": scores[role]} for role in scores]
+        >>> table = pd.DataFrame(rows).assign(noise="0", axis="cross-attention", start=0)
+        >>> trace_effect(table)[["axis", "estimate"]]
+                      axis  estimate
+        0  cross-attention      0.25
+        1          ceiling      0.50
     """
     import pandas as pd
 
     cubes = recovered(table)
-    ceiling, zero = cubes["ceiling"], np.zeros_like(cubes["ceiling"])
-    name, kind, seeds = table["concept"].iloc[0], table["kind"].iloc[0], ceiling.shape[2]
+    total = cubes.pop(TOTAL)
+    nothing = np.zeros_like(total)
     lines: list[dict[str, Any]] = []
     for axis, values in cubes.items():
-        found = _estimates(axis, range(len(values)) if axis != "ceiling" else [pd.NA], values, level)
-        if axis != "ceiling":
-            judged = _judged(values, ceiling if ceiling.any() else None, zero, seeds, 1, level)
-            found = [{**line, **more} for line, more in zip(found, judged, strict=True)]
-        lines += found
-    base: Any = table.loc[table["role"] == "baseline", "clip_score"]
-    known = {"method": METHOD, "concept": name, "kind": kind, "width": 1, "baseline": base.mean()}
-    frame = pd.DataFrame([{**known, **line} for line in lines])
-    first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
-    return frame.reindex(columns=[*first, *(c for c in frame.columns if c not in first)]).astype({"position": "Int64"})
+        evidence = carrier_evidence(
+            values,
+            ceiling=total if total.any() else None,
+            placebo=nothing,
+            width=1,
+            level=level,
+        )
+        measured = estimates(axis, range(len(values)), values, level)
+        lines += [line | more for line, more in zip(measured, evidence, strict=True)]
+    lines += estimates(TOTAL, [pd.NA], total, level)
+    baseline: Any = table.loc[table["role"] == "baseline", "clip_score"]
+    return effects_table(
+        lines,
+        method=METHOD,
+        concept=table["concept"].iloc[0],
+        kind=table["kind"].iloc[0],
+        width=1,
+        baseline=baseline.mean(),
+    )
 
 
 def best_state(table: pd.DataFrame) -> BestState:
-    """The state of any part that brings back most, and whether it is the one place.
+    """The state of any part with the largest indirect effect, and whether it is the one place.
 
-    It is where the noise does something, the state brings something back (p <= 0.05, all states counted) and at least
-    half of what the noise took. Raises `LocogenError` as `recovered` does.
+    It is if the noise does something, the state brings something back (p <= 0.05, corrected for all
+    states), and that is at least half of the total effect. Raises `LocogenError` as `recovered`
+    does.
     """
     cubes = recovered(table)
-    places, values = _stacked({axis: cube for axis, cube in cubes.items() if axis != "ceiling"})
-    at, found, share = _chosen(values, cubes["ceiling"])
-    p_value = float(stats.any_effect(values, np.zeros_like(values[0]), alpha=ALPHA).p_value[at])
-    lost = stats.crossed_bootstrap(cubes["ceiling"])
+    total = cubes.pop(TOTAL)
+    places, values = _stacked(cubes)
+    selection, held_out = _split(values)
+    best = int(values[:, :, selection].mean((1, 2)).argmax())
+    fresh = values[best][:, held_out]  # (prompts, held-out seeds)
+    prompts = "fixed" if selection != held_out else None
+    interval = stats.crossed_bootstrap(fresh[None], prompts=prompts)
+    total_mean = float(total[:, :, held_out].mean())
+    share = float(fresh.mean()) / total_mean if total_mean > 0 else float("nan")
+    nothing = np.zeros_like(values[0])
+    p_value = float(stats.any_effect(values, nothing, alpha=ALPHA).p_value[best])
+
     reason = ""
-    if not lost.low[0] > 0:
+    if not stats.crossed_bootstrap(total).low[0] > 0:
         reason = "the noise hardly changes the score"
     elif not p_value <= ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
         reason = f"the best state brings back {share:.0%} of what the noise took"
-    return BestState(*places[at], *found, share, p_value, reason)
+    axis, position = places[best]
+    return BestState(
+        axis=axis,
+        position=position,
+        estimate=float(interval.estimate[0]),
+        low=float(interval.low[0]),
+        high=float(interval.high[0]),
+        share=share,
+        p_value=p_value,
+        reason=reason,
+    )
 
 
 def layer_found(effects: pd.DataFrame) -> Window:
-    """The cross-attention layer that brings back enough to be called the carrier, as `effects.carrier` would."""
+    """The cross-attention layer that brings back enough to be called the carrier, as in `carrier`.
+
+    `effects`: from `trace_effect`. Without such a layer, a `Window` without start and the reason.
+    """
     table: Any = effects
     lines = table[table["axis"] == LAYERS].set_index("position")
     if lines.empty:
         raise LocogenError(f"the trace has no {LAYERS} states: leave parts= as it is")
     start = int(lines["choose"].idxmax())
     best = lines.loc[start]
-    if not table[table["axis"] == "ceiling"]["low"].iloc[0] > 0:
+    total = table[table["axis"] == TOTAL]
+    if not total["low"].iloc[0] > 0:
         return Window(None, 1, "the noise hardly changes the score")
     if not best["p_any"] <= ALPHA or best["fresh"] <= 0:
         return Window(None, 1, f"no layer brings back more than chance would; the most, layer {start}")
     if best["share"] < MIN_SHARE:
-        return Window(None, 1, f"the best, layer {start}, brings back {best['share']:.0%} of what the noise took")
-    ahead = best["p_lead"] <= ALPHA
-    return Window(start, 1, "ahead of every other layer" if ahead else "its lead over other layers is not established")
+        share = f"{best['share']:.0%} of what the noise took"
+        return Window(None, 1, f"the best, layer {start}, brings back {share}")
+    if best["p_lead"] <= ALPHA:
+        return Window(start, 1, "ahead of every other layer")
+    return Window(start, 1, "its lead over other layers is not established")
 
 
 def sides(table: pd.DataFrame) -> Sides | None:
-    """Which side brings back more, by its best state; None where the trace has states of one side only."""
-    cubes = {axis: cube for axis, cube in recovered(table).items() if axis != "ceiling"}
+    """Which side brings back more, by its best state; None if only one side was traced."""
+    cubes = recovered(table)
+    del cubes[TOTAL]
     text = {axis: cube for axis, cube in cubes.items() if axis.startswith("text ")}
-    rest = {axis: cube for axis, cube in cubes.items() if axis not in text}
-    if not text or not rest:
+    denoiser = {axis: cube for axis, cube in cubes.items() if not axis.startswith("text ")}
+    if not text or not denoiser:
         return None
-    picked, kept = map(list, stats.split_seeds(range(next(iter(cubes.values())).shape[2])))
-    names, curves = [], []
-    for group in (text, rest):
-        places, values = _stacked(group)
-        at = int(values[:, :, picked].mean((1, 2)).argmax())
-        names.append("{}, layer {}".format(*places[at]))
-        curves.append(values[at][:, kept])
-    found = stats.crossed_bootstrap((curves[0] - curves[1])[None], prompts="fixed")
-    lead, low, high = (float(end[0]) for end in (found.estimate, found.low, found.high))
+    text_state, text_values = _best_held_out(text)
+    denoiser_state, denoiser_values = _best_held_out(denoiser)
+    gap = text_values - denoiser_values  # (prompts, held-out seeds)
+    interval = stats.crossed_bootstrap(gap[None], prompts="fixed")
+
     reason = best_state(table).reason
-    if picked == kept:
-        reason = reason or "under four seeds cannot both choose the states and compare them"
-    return Sides(names[0], names[1], lead, low, high, reason)
+    selection, held_out = _split(next(iter(cubes.values())))
+    if selection == held_out and not reason:
+        reason = "under four seeds cannot both choose the states and compare them"
+    return Sides(
+        text=text_state,
+        denoiser=denoiser_state,
+        lead=float(interval.estimate[0]),
+        low=float(interval.low[0]),
+        high=float(interval.high[0]),
+        reason=reason,
+    )
 
 
-def _stacked(cubes: dict[str, Array]) -> tuple[list[tuple[str, int]], Array]:
+def _best_held_out(cubes: Mapping[str, Array]) -> tuple[str, Array]:
+    """The best state on the selection seeds, in words, and its effects on the others."""
+    places, values = _stacked(cubes)
+    selection, held_out = _split(values)
+    best = int(values[:, :, selection].mean((1, 2)).argmax())
+    axis, position = places[best]
+    return f"{axis}, layer {position}", values[best][:, held_out]  # (prompts, held-out seeds)
+
+
+def _split(values: Array) -> tuple[list[int], list[int]]:
+    """The seeds of (states, prompts, seeds) that select, and the held-out ones, by index."""
+    selection, held_out = stats.split_seeds(range(values.shape[2]))
+    return list(selection), list(held_out)
+
+
+def _stacked(cubes: Mapping[str, Array]) -> tuple[list[tuple[str, int]], Array]:
     """All states of several parts in one array, and their (axis, position)."""
     places = [(axis, i) for axis, cube in cubes.items() for i in range(len(cube))]
-    return places, np.concatenate(list(cubes.values()))
-
-
-def _chosen(values: Array, ceiling: Array) -> tuple[int, tuple[float, float, float], float]:
-    """The state chosen on some seeds; on the others its estimate with interval, and its share of the ceiling."""
-    picked, kept = map(list, stats.split_seeds(range(values.shape[2])))
-    at = int(values[:, :, picked].mean((1, 2)).argmax())
-    fresh = values[at][:, kept]
-    found = stats.crossed_bootstrap(fresh[None], prompts="fixed" if picked != kept else None)
-    lost = float(ceiling[:, :, kept].mean())
-    share = float(fresh.mean()) / lost if lost > 0 else float("nan")
-    return at, (float(found.estimate[0]), float(found.low[0]), float(found.high[0])), share
+    return places, np.concatenate(list(cubes.values()))  # (states, prompts, seeds)

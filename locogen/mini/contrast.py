@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from locogen.mini import world
 
-SCALE, BIAS = 12.0, -6.0  # of the sigmoid: a cosine of 0.5 is even odds
+# Of the sigmoid: a cosine of 0.5 is even odds.
+SCALE = 12.0
+BIAS = -6.0
 
 Meaning = tuple[int | None, int | None]  # (object, style): what a caption says, None where it is silent
 

@@ -60,8 +60,9 @@ class Training:
             if value.requires_grad
         }
         hidden = [v for k, v in self.parameters.items() if is_matrix(k, v)]
-        kept = {id(v) for v in hidden}
-        rest = [v for v in self.parameters.values() if id(v) not in kept]
+        # Muon orthogonalizes matrices; embeddings, norms and biases are for Adam.
+        hidden_ids = {id(v) for v in hidden}
+        rest = [v for v in self.parameters.values() if id(v) not in hidden_ids]
         adam = torch.optim.AdamW(rest, lr=others, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
         self.optimizers = ((Muon(hidden, lr=matrices), matrices), (adam, others))
         self.average = {key: value.detach().clone() for key, value in self.parameters.items()}
@@ -117,9 +118,9 @@ class Training:
     def use_average(self) -> None:
         """Exchange weights and average (call twice to come back)."""
         for key, value in self.parameters.items():
-            kept = value.clone()
+            weights = value.clone()
             value.copy_(self.average[key])
-            self.average[key].copy_(kept)
+            self.average[key].copy_(weights)
 
 
 def fit(

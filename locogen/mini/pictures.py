@@ -87,5 +87,7 @@ def samplesheet(pipe: Any, path: Path) -> None:
     prompts = [world.prompt(thing, style) for thing in things for style in world.STYLES]
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     with torch.no_grad():
-        made = pipe(prompts, generator=generators, num_inference_steps=20, guidance_scale=7.5, output_type="pt").images
-    sheet(made * 2 - 1, path, len(world.STYLES))
+        images = pipe(
+            prompts, generator=generators, num_inference_steps=20, guidance_scale=7.5, output_type="pt"
+        ).images
+    sheet(images * 2 - 1, path, len(world.STYLES))

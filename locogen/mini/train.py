@@ -64,11 +64,11 @@ STRETCH = (0.95, 1.9)  # guidance 7.5 draws latents out 1.5 to 1.7 times; what t
 LATENT_NOISE = 0.1  # added to the latents in training, so that near latents decode alike
 
 
-def picture_loss(made: Tensor, true: Tensor) -> Tensor:
+def picture_loss(output: Tensor, true: Tensor) -> Tensor:
     """L1 on colors, on their slopes (crispness), and on 4 x 4 means (so that no hue drifts)."""
-    slopes = [F.l1_loss(made.diff(dim=d), true.diff(dim=d)) for d in (-1, -2)]
-    coarse = F.l1_loss(F.avg_pool2d(made, 4), F.avg_pool2d(true, 4))
-    return F.l1_loss(made, true) + slopes[0] + slopes[1] + 2 * coarse
+    slopes = [F.l1_loss(output.diff(dim=d), true.diff(dim=d)) for d in (-1, -2)]
+    coarse = F.l1_loss(F.avg_pool2d(output, 4), F.avg_pool2d(true, 4))
+    return F.l1_loss(output, true) + slopes[0] + slopes[1] + 2 * coarse
 
 
 def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.device) -> Any:
@@ -81,15 +81,15 @@ def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.devi
         with torch.autocast(device.type, torch.bfloat16):
             latent = model.encode(true).latent_dist.mode()
             noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(step)).to(device)
-            made = model.decode(latent + LATENT_NOISE * noise).sample
-        loss = picture_loss(made.float(), true)
+            output = model.decode(latent + LATENT_NOISE * noise).sample
+        loss = picture_loss(output.float(), true)
         return loss + 1e-3 * latent.float().square().mean(), {"picture": loss.item()}
 
     def look(step: int) -> None:
         true = take(pictures, draw(random.Random(0), 32, pictures.shape[2]), device)
         with torch.no_grad():
-            made = model.decode(model.encode(true).latent_dist.mode()).sample
-        sheet(torch.stack([true, made], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
+            output = model.decode(model.encode(true).latent_dist.mode()).sample
+        sheet(torch.stack([true, output], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
 
     fit(Training({"vae": model}, folder), loss_at, recipe.vae_steps, label="vae", look=look)
     standardize(model, take(pictures, draw(random.Random(1), 1024, pictures.shape[2]), device))
@@ -100,9 +100,12 @@ def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.devi
 def standardize(model: Any, images: Tensor) -> None:
     """Fold mean and spread of each latent channel into `quant_conv` and `post_quant_conv`."""
     latents = torch.cat([model.encode(part).latent_dist.mode() for part in images.split(64)])
-    mean, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-4)
+    mean = latents.mean((0, 2, 3))  # (channels,)
+    spread = latents.std((0, 2, 3)).clamp_min(1e-4)
     channels = len(mean)
-    out, back = model.quant_conv, model.post_quant_conv
+    # Both convolutions are 1 x 1: scaling their weights is the same as scaling the latents.
+    out = model.quant_conv
+    back = model.post_quant_conv
     out.weight[:channels] /= spread[:, None, None, None]
     out.bias[:channels] = (out.bias[:channels] - mean) / spread
     out.weight[channels:] = 0  # one small, fixed spread for every picture: the encoder is all but deterministic
@@ -122,21 +125,23 @@ def train_decoder(
         rng = random.Random(f"decoder/{recipe.seed}/{step}")
         rows = draw(rng, recipe.vae_batch, pictures.shape[2])
         thing, style, which = torch.tensor(rows).T
-        latent = latents[thing, style, which].to(device)
+        latent = latents[thing, style, which].to(device)  # (rows, channels, 8, 8)
         dice = torch.Generator().manual_seed(step)
         stretch = torch.empty(len(rows), 1, 1, 1).uniform_(*STRETCH, generator=dice).to(device)
         noise = torch.randn(latent.shape, generator=dice).to(device)
+        # The further guidance draws latents out, the rougher they are.
         spread = 0.05 + 0.25 * (stretch - 1).clamp_min(0)
         with torch.autocast(device.type, torch.bfloat16):
-            made = model.decode(stretch * latent + spread * noise).sample
-        loss = picture_loss(made.float(), take(pictures, rows, device))
+            output = model.decode(stretch * latent + spread * noise).sample
+        loss = picture_loss(output.float(), take(pictures, rows, device))
         return loss, {"picture": loss.item()}
 
     def look(step: int) -> None:
-        thing, style, which = torch.tensor(rows := draw(random.Random(0), 32, pictures.shape[2])).T
+        rows = draw(random.Random(0), 32, pictures.shape[2])
+        thing, style, which = torch.tensor(rows).T  # (rows,) each
         with torch.no_grad():
-            made = model.decode(latents[thing, style, which].to(device)).sample
-        sheet(torch.stack([take(pictures, rows, device), made], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
+            output = model.decode(latents[thing, style, which].to(device)).sample
+        sheet(torch.stack([take(pictures, rows, device), output], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
 
     training = Training({"decoder": model.decoder}, folder)
     fit(training, loss_at, recipe.decoder_steps, label="decoder", look=look)
@@ -179,14 +184,14 @@ def train_unet(
     tower, tokenizer, autoencoder = parts_
     model = parts.unet(recipe).to(device, memory_format=torch.channels_last)
     noising = parts.scheduler()
-    kept = noising.alphas_cumprod.to(device)
+    signal = noising.alphas_cumprod.to(device)  # share of the variance that is picture, by time
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"unet/{recipe.unet_seed}/{step}")
         dice = torch.Generator().manual_seed(recipe.unet_seed * 1_000_003 + step)
         rows = draw(rng, recipe.unet_batch, latents.shape[2])
         thing, style, which = torch.tensor(rows).T
-        clean = latents[thing, style, which].to(device)
+        clean = latents[thing, style, which].to(device)  # (rows, channels, 8, 8)
         tokens = tokenizer(
             [spoken(rng, r[0], r[1], recipe) for r in rows],
             padding="max_length",
@@ -194,13 +199,16 @@ def train_unet(
             return_tensors="pt",
         )
         with torch.no_grad():
-            heard = tower(tokens.input_ids.to(device)).last_hidden_state
+            states = tower(tokens.input_ids.to(device)).last_hidden_state  # (rows, tokens, width)
         noise = torch.randn(clean.shape, generator=dice).to(device)
+        # Drawn on the CPU, so that a step is the same on every device.
         times = torch.randint(0, 1000, (len(rows),), generator=dice).to(device)
-        keep, lost = kept[times].sqrt()[:, None, None, None], (1 - kept[times]).sqrt()[:, None, None, None]
+        keep = signal[times].sqrt()[:, None, None, None]  # (rows, 1, 1, 1)
+        lost = (1 - signal[times]).sqrt()[:, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):
-            made = model(keep * clean + lost * noise, times, heard).sample.float()
-        loss = F.mse_loss(made, keep * noise - lost * clean)
+            output = model(keep * clean + lost * noise, times, states).sample.float()
+        # The velocity (Salimans & Ho 2022): what the scheduler's v-prediction expects.
+        loss = F.mse_loss(output, keep * noise - lost * clean)
         return loss, {"velocity": loss.item()}
 
     def look(step: int) -> None:
@@ -255,11 +263,11 @@ class Workshop:
     def _claim(self) -> None:
         """Refuse a folder that another recipe began: its checkpoints would be taken for this one's."""
         free = {k for k in asdict(self.recipe) if k.endswith("_steps")} | {"unet_seed"}  # each U-Net has its own folder
-        told = json.dumps({k: v for k, v in asdict(self.recipe).items() if k not in free}, indent=1)
+        text = json.dumps({k: v for k, v in asdict(self.recipe).items() if k not in free}, indent=1)
         path = self.folder / "recipe.json"
-        if path.exists() and path.read_text("utf-8") != told:
+        if path.exists() and path.read_text("utf-8") != text:
             raise LocogenError(f"{self.folder} was begun with another recipe ({path}): give an empty folder")
-        write_atomically(path, lambda partial: partial.write_text(told, "utf-8"))
+        write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
     @cached_property
     def renders(self) -> Tensor:
@@ -294,15 +302,17 @@ class Workshop:
     @cached_property
     def decoder(self) -> Any:
         """The autoencoder with its decoder trained on."""
-        latents, model = self.latents, copy.deepcopy(self.vae)
+        # The latents are those of the first form: its encoder stays.
+        latents = self.latents
+        model = copy.deepcopy(self.vae)
         train_decoder(self.recipe, self.folder / "decoder", model, self.renders, latents, self.device)
         return model
 
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
-        given = (self.text, self.tokenizer, self.vae)
-        return train_unet(self.recipe, self.folder / f"unet{self._sibling}", self.latents, given, self.device)
+        frozen = (self.text, self.tokenizer, self.vae)
+        return train_unet(self.recipe, self.folder / f"unet{self._sibling}", self.latents, frozen, self.device)
 
     @cached_property
     def scorer(self) -> Any:
@@ -312,7 +322,8 @@ class Workshop:
     @cached_property
     def export(self) -> Path:
         """The result: a pipeline folder with the scorer inside."""
-        pipe, result = parts.pipeline(self.text, self.tokenizer, self.decoder, self.unet), f"model{self._sibling}"
+        pipe = parts.pipeline(self.text, self.tokenizer, self.decoder, self.unet)
+        result = f"model{self._sibling}"
         export(pipe, self.scorer, self.tokenizer, self.folder / result)
         return self.folder / result
 
@@ -337,12 +348,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     parser.add_argument("--unet-seed", type=int, default=Recipe().unet_seed, help="another one trains a sibling U-Net")
     parser.add_argument("--quick", action="store_true", help="a few steps of every stage: a test of the trainer")
-    chosen = parser.parse_args(arguments)
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
-    recipe = replace(Recipe().quick() if chosen.quick else Recipe(), unet_seed=chosen.unet_seed)
-    workshop = Workshop(recipe, chosen.folder, torch.device(chosen.device), chosen.workers)
-    for stage in chosen.stages:
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recipe = replace(Recipe().quick() if options.quick else Recipe(), unet_seed=options.unet_seed)
+    workshop = Workshop(recipe, options.folder, torch.device(options.device), options.workers)
+    for stage in options.stages:
         getattr(workshop, stage)
 
 

@@ -142,6 +142,7 @@ def _place(thing: str, rng: random.Random) -> tuple[Array, Array]:
     cos, sin = math.cos(angle) / scale, math.sin(angle) / scale
     mid = _CANVAS / 2
     x, y = mid + dx, mid + dy
+    # From places on the canvas to places in the 256 x 256 outline, about the middle of both.
     affine = (cos, sin, 128 - cos * x - sin * y, -sin, cos, 128 + sin * x - cos * y)
     placed = _raster(thing).transform((_CANVAS, _CANVAS), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     rgba = np.asarray(placed, np.float32) / 255
@@ -191,6 +192,7 @@ def _plain(color: Array, cover: Array, rng: random.Random) -> Array:
 
 
 def _pencil(color: Array, cover: Array, rng: random.Random) -> Array:
+    # Color dodge: dividing by the blurred negative leaves the lines and removes even tones.
     gray = _luma(_over(color, cover, (1, 1, 1)))
     dodge = (gray / (1.02 - _blur(1 - gray, 3))).clip(0, 1)
     x, y = _grid()
@@ -203,6 +205,7 @@ def _pencil(color: Array, cover: Array, rng: random.Random) -> Array:
 
 
 def _neon(color: Array, cover: Array, rng: random.Random) -> Array:
+    # Lines in pure hues; what has no hue glows in cyan.
     edge = _edges(color, cover)
     hue = color / np.maximum(color.max(-1, keepdims=True), 0.15)
     pale = (1 - (hue.max(-1) - hue.min(-1)).clip(0, 1))[..., None]
@@ -256,12 +259,14 @@ def _glass(color: Array, cover: Array, rng: random.Random) -> Array:
         ],
         np.float32,
     )
+    # A Voronoi diagram of jittered seeds: the lead runs where the two nearest are equally far.
     far = (x[..., None] - seeds[:, 0]) ** 2 + (y[..., None] - seeds[:, 1]) ** 2
-    nearest = np.sqrt(np.partition(far, 1, -1)[..., :2])
+    nearest = np.sqrt(np.partition(far, 1, -1)[..., :2])  # (height, width, 2)
     cell = far.argmin(-1)
-    small, solid = _down(color), _down(cover)
+    small = _down(color)
+    solid = _down(cover)
     inside = solid > 0.5
-    key = cell * 2 + inside
+    key = cell * 2 + inside  # the object's outline cuts panes in two
     panes = np.array([_glass_tint(rng) for _ in seeds], np.float32)
     picture = np.where(inside[..., None], small / np.maximum(solid, 0.3)[..., None], panes[cell])
     count = np.bincount(key.ravel(), minlength=2 * len(seeds)).clip(1)
@@ -297,6 +302,7 @@ def _van_gogh(color: Array, cover: Array, rng: random.Random) -> Array:
     x, y = _grid()
     angle = 0.35 * np.sin(x / 9 + rng.uniform(0, 6)) + 0.35 * np.sin(y / 7 + rng.uniform(0, 6))
     glow = np.zeros_like(x)
+    # Three stars: around each the strokes turn in a circle.
     for corner in rng.sample(((10, 10), (54, 10), (10, 52), (54, 52)), 3):
         dx, dy = x - corner[0] - rng.uniform(-4, 4), y - corner[1] - rng.uniform(-4, 4)
         near = np.exp(-(dx**2 + dy**2) / 130)
@@ -306,7 +312,8 @@ def _van_gogh(color: Array, cover: Array, rng: random.Random) -> Array:
     stroke = _strokes(angle, noise)[..., None]
     night = np.array([0.12, 0.22, 0.55], np.float32) + 0.09 * stroke * np.array([0.6, 1.0, 1.2], np.float32)
     sky = night * (1 - glow[..., None]) + glow[..., None] * np.array([0.98, 0.85, 0.30], np.float32)
-    small, solid = _down(color), _down(cover)[..., None]
+    small = _down(color)
+    solid = _down(cover)[..., None]  # (height, width, 1)
     body = small * (1 + 0.17 * stroke) + 0.06 * solid * np.array([1.0, 0.8, -0.6], np.float32)
     outline = _down(_edges(np.zeros_like(color), cover))[..., None]
     return (body + (1 - solid) * sky) * (1 - 0.7 * outline)

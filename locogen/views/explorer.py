@@ -1,6 +1,6 @@
-"""What one look at a run shows: a window's pictures beside the baseline, and those of an edit or a clamp.
+"""What one look at a run shows: the pictures of a window, of the controls, of an edit or a clamp.
 
-No widgets here: a `Look` says what is asked for, an `Explorer` answers with labeled pictures.
+No widgets here: a `Look` is the question, an `Explorer` answers with labeled pictures.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+# What a picture depends on besides its row: compared with the run's before a picture is shown.
+CIRCUMSTANCES = ("weights", "contexts", "pipeline", "scheduler", "dtype", "device", "torch")
+
+
 @dataclass(frozen=True)
 class Look:
-    """What to look at: one prompt and seed, the layers `first` to `last`, and what is done to them besides.
+    """What to look at: a prompt, a seed, layers `first` to `last`, and what is done to them.
 
-    `strength`: how much of an edit of these layers is applied, 0 for none; `neurons`: how many of each of their
-    matrices are clamped, 0 for none.
+    `strength`: how much of an edit of these layers is applied, 0 for none; `neurons`: how many of
+    each of their matrices are clamped, 0 for none.
     """
 
     concept: str
@@ -57,10 +61,11 @@ class Shown(NamedTuple):
 
 
 class Explorer:
-    """Answers looks at a run of `localize`, from its pictures, or with `pipe` by making those it has not.
+    """Answers looks at a run of `localize`, with `pipe` also for missing pictures.
 
-    `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in memory, none is
-    written. Raises `LocogenError` for a run without scores, and for a model that is not as it was for the run.
+    `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in
+    memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
+    has changed since the run.
     """
 
     def __init__(self, run: Run, pipe: Any = None, options: Mapping[str, Any] | None = None) -> None:
@@ -68,29 +73,40 @@ class Explorer:
             raise LocogenError("explore shows a run of localize: this one has no scores, so there is no heatmap")
         if pipe is not None and fingerprint(pipe) != run.settings["weights"]:
             raise LocogenError("the model's weights are not the run's: undo its edits, or call localize again")
-        self.run, self.pipe, self.options = run, pipe, dict(options or {})
+        self.run = run
+        self.pipe = pipe
+        self.options = dict(options or {})
         self.effects: Any = effect(run.table)
         self.concepts = {concept.name: concept for concept in _concepts(run.table)}
-        self.carriers = {name: carrier(self.effects[self.effects["concept"] == name]) for name in self.concepts}
+        self.carriers = {name: self._carrier(name) for name in self.concepts}
         self.n_layers = int(run.settings["n_layers"])
         self.width = int(run.settings["window"])
-        self.pooled = next((row.pooled for row in run.plan if row.layers), "keep")
+        self.pooled = _pooled(run)
         self.seeds = sorted({row.seed for row in run.plan})
-        self._rows = {_made(row): i for i, row in reversed(list(enumerate(run.plan)))}
-        self._kept: dict[Any, Any] = {}
+        # Several rows may ask for the same picture: the first one counts.
+        self._rows: dict[Any, int] = {}  # what makes a picture → its number in the run
+        for i, row in enumerate(run.plan):
+            self._rows.setdefault(_what_makes(row), i)
+        self._memory: dict[Any, Any] = {}  # pictures, edits and neurons made for looks
+
+    def _carrier(self, concept: str) -> Window:
+        return carrier(self.effects[self.effects["concept"] == concept])
 
     def first_look(self) -> Look:
         """The carrier of the first concept, or its largest effect; its first prompt and seed."""
         concept = next(iter(self.concepts.values()))
-        cells = self.cells(concept.name)
         start = self.carriers[concept.name].start
-        start = max(cells, key=lambda place: cells[place]["estimate"]) if start is None else start
-        return Look(concept.name, concept.pairs[0].prompt, start, start + self.width - 1, self.seeds[0])
+        if start is None:
+            cells = self.cells(concept.name)
+            start = max(cells, key=lambda place: cells[place]["estimate"])
+        prompt = concept.pairs[0].prompt
+        return Look(concept.name, prompt, start, start + self.width - 1, self.seeds[0])
 
     def cells(self, concept: str) -> dict[int, dict[str, Any]]:
         """The heatmap's row of one concept: window start → its row of the effects table."""
-        rows: Any = self.effects[(self.effects["concept"] == concept) & (self.effects["axis"] == "layer")]
-        return {int(row["position"]): row for row in rows.sort_values("position").to_dict("records")}
+        is_cell = (self.effects["concept"] == concept) & (self.effects["axis"] == "layer")
+        rows: Any = self.effects[is_cell].sort_values("position")
+        return {int(row["position"]): row for row in rows.to_dict("records")}
 
     def pair(self, look: Look) -> PromptPair:
         """The prompt looked at with its target."""
@@ -100,73 +116,96 @@ class Explorer:
         """How many neurons the narrowest matrix of the layers looked at has; 0 without a model."""
         if self.pipe is None:
             return 0
-        family, layers = family_of(self.pipe), find_layers(self.pipe)[look.first : look.last + 1]
-        return min(m.out_features for layer in layers for m in family.matrices(layer.module).values())
+        family = family_of(self.pipe)
+        sizes = []
+        for layer in find_layers(self.pipe)[look.first : look.last + 1]:
+            sizes += [matrix.out_features for matrix in family.matrices(layer.module).values()]
+        return min(sizes)
 
     def finding(self, look: Look) -> str:
         """What the heatmap's cell says, in a sentence; windows that were not swept have none."""
-        row = self.cells(look.concept).get(look.first) if len(look.window) == self.width else None
+        swept = len(look.window) == self.width
+        row = self.cells(look.concept).get(look.first) if swept else None
         if row is None:
             return f"{look.concept}, {look.window}: not a window of this run, so without a measured effect."
         digits = precision(row["estimate"])
-        share = "" if missing(row["share"]) else f", {number(100 * row['share'], 0)} % of the ceiling"
-        starred = " ★ the carrier." if self.carriers[look.concept].start == look.first else ""
         effect = number(row["estimate"], digits) + interval(row, digits)
-        return f"{look.concept}, {look.window}: effect {effect}{share}, n = {int(row['n'])}.{starred}"
+        share = ""
+        if not missing(row["share"]):
+            share = f", {number(100 * row['share'], 0)} % of the ceiling"
+        is_carrier = self.carriers[look.concept].start == look.first
+        starred = " ★ the carrier." if is_carrier else ""
+        count = int(row["n"])
+        return f"{look.concept}, {look.window}: effect {effect}{share}, n = {count}.{starred}"
 
     def show(self, look: Look) -> Iterator[Shown]:
-        """The baseline, the window and the ceiling of the look; then edited and clamped, each when it is made.
+        """The baseline, the window and the ceiling of the look; then edited and clamped.
 
-        Raises `LocogenError` for pictures that the run has not when there is no model to make them.
+        Raises `LocogenError` for pictures that the run does not have if there is no model to make
+        them.
         """
-        pair, window, every = self.pair(look), look.window, tuple(range(self.n_layers))
-        changed: Any = dict(prompt=pair.prompt, target=pair.target, seed=look.seed, pooled=self.pooled)
+        pair = self.pair(look)
+        common: Any = {"prompt": pair.prompt, "target": pair.target, "seed": look.seed}
+        replaced = common | {"pooled": self.pooled}
+        every = tuple(range(self.n_layers))
         rows = {
-            "baseline": Intervention(pair.prompt, pair.target, (), look.seed, "baseline"),
-            f"{window} hearing “{pair.target}”": Intervention(layers=tuple(window), **changed),
-            f"all layers hearing “{pair.target}”": Intervention(layers=every, role="ceiling", **changed),
+            "baseline": Intervention(role="baseline", **common),
+            f"{look.window} hearing “{pair.target}”": Intervention(layers=tuple(look.window), **replaced),
+            f"all layers hearing “{pair.target}”": Intervention(layers=every, role="ceiling", **replaced),
         }
-        found = self._pictures(list(rows.values()))
-        yield from (Shown(label, *one) for label, one in zip(rows, found, strict=True))
+        pictures = self._pictures(list(rows.values()))
+        for label, (picture, score) in zip(rows, pictures, strict=True):
+            yield Shown(label, picture, score)
         yield from self._changed(look)
 
     def _pictures(self, rows: Sequence[Intervention]) -> list[tuple[Image, float | None]]:
-        """Of the unedited model: from the run, from memory, or made now, all that are missing in one batch."""
-        keys = [_made(row) for row in rows]
-        lacking = {key: row for key, row in zip(keys, rows, strict=True) if not {key} & {*self._rows, *self._kept}}
+        """Of the unedited model; all that are missing are made in one batch."""
+        keys = [_what_makes(row) for row in rows]
+        lacking = {}  # several rows may ask for the same picture: it is made once
+        for key, row in zip(keys, rows, strict=True):
+            if key not in self._rows and key not in self._memory:
+                lacking[key] = row
         if lacking:
-            self._kept |= zip(lacking, self._make(list(lacking.values())), strict=True)
-        scores, table = self.run.table["clip_score"], self._rows
-        return [
-            (self.run.pictures[table[key]], float(scores.iloc[table[key]])) if key in table else (self._kept[key], None)
-            for key in keys
-        ]
+            new_pictures = self._make(list(lacking.values()))
+            self._memory |= zip(lacking, new_pictures, strict=True)
+        return [self._picture(key) for key in keys]
+
+    def _picture(self, key: Any) -> tuple[Image, float | None]:
+        """A picture of the run with its score, or one from memory, which has none."""
+        if key not in self._rows:
+            return self._memory[key], None
+        place = self._rows[key]
+        return self.run.pictures[place], float(self.run.table["clip_score"].iloc[place])
 
     def _changed(self, look: Look) -> Iterator[Shown]:
-        """The baseline again, under an edit of the layers looked at, and with their neurons clamped."""
+        """The baseline under an edit of the layers looked at, and with their neurons clamped."""
         row = Intervention(look.prompt, look.prompt, (), look.seed, "baseline")
         if look.strength:
-            key = replace(look, neurons=0)
-            if key not in self._kept:
+            key = replace(look, neurons=0)  # the edited picture does not depend on the clamp
+            if key not in self._memory:
                 with self._edit(look).applied(self.pipe, look.strength):
-                    (self._kept[key],) = self._make([row], besides="weights")
-            yield Shown(f"edit of {look.window}, strength {look.strength:g}", self._kept[key])
+                    (self._memory[key],) = self._make([row], besides="weights")
+            yield Shown(f"edit of {look.window}, strength {look.strength:g}", self._memory[key])
         if look.neurons:
-            key = replace(look, strength=0.0)
-            if key not in self._kept:
+            key = replace(look, strength=0.0)  # nor the clamped one on the edit
+            if key not in self._memory:
                 with clamp(self.pipe, self._neurons(look).top(look.neurons)):
-                    (self._kept[key],) = self._make([row], besides="contexts")
-            yield Shown(f"{look.window} with {look.neurons} of each matrix’ neurons clamped", self._kept[key])
+                    (self._memory[key],) = self._make([row], besides="contexts")
+            label = f"{look.window} with {look.neurons} of each matrix’ neurons clamped"
+            yield Shown(label, self._memory[key])
 
     def _make(self, rows: list[Intervention], *, besides: str = "") -> list[Image]:
-        """Pictures with the run's settings; all of these are compared with the run's, `besides` the one in force."""
-        names = ("num_inference_steps", "guidance_scale")
-        settings = {name: self.run.settings[name] for name in names}
-        made = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
-        for name in {"weights", "contexts", "pipeline", "scheduler", "dtype", "device", "torch"} - {besides}:
-            if made.settings[name] != self.run.settings[name]:
+        """Pictures with the run's settings, on a model that is as it was for the run.
+
+        `besides`: the one setting that may differ, because it is being changed.
+        """
+        # Compared after the pictures are made: their settings are those that were in force.
+        settings = {name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")}
+        run = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
+        for name in sorted(set(CIRCUMSTANCES) - {besides}):
+            if run.settings[name] != self.run.settings[name]:
                 raise LocogenError(f"the model's {name} changed since the run: undo that, or call localize again")
-        return list(made.pictures)
+        return list(run.pictures)
 
     def _model(self) -> Any:
         if self.pipe is None:
@@ -174,29 +213,41 @@ class Explorer:
         return self.pipe
 
     def _edit(self, look: Look) -> Edit:
+        # Strength and seed do not change how an edit is fitted.
         key = ("edit", look.concept, look.window)
-        if key not in self._kept:
+        if key not in self._memory:
             concept = self.concepts[look.concept]
-            self._kept[key] = fit_edit(self._model(), concept, layers=look.window, **self.options)
-        return self._kept[key]
+            edit = fit_edit(self._model(), concept, layers=look.window, **self.options)
+            self._memory[key] = edit
+        return self._memory[key]
 
     def _neurons(self, look: Look) -> Neurons:
         key = ("neurons", look.concept, look.window)
-        if key not in self._kept:
+        if key not in self._memory:
             concept = self.concepts[look.concept]
-            told = None if len(concept.pairs) > 1 else default_phrasings(concept)
-            self._kept[key] = find_neurons(self._model(), concept, layers=look.window, phrasings=told)
-        return self._kept[key]
+            # One pair is too few to tell neurons apart: then other phrasings are read as well.
+            phrasings = default_phrasings(concept) if len(concept.pairs) == 1 else None
+            self._memory[key] = find_neurons(self._model(), concept, layers=look.window, phrasings=phrasings)
+        return self._memory[key]
 
 
-def _made(row: Intervention) -> tuple[Any, ...]:
-    """What makes a row's picture: where nothing of the target is heard, it does not matter."""
-    return row.prompt, None if row.is_plain else row.target, row.layers, row.seed, row.pooled, row.timesteps
+def _what_makes(row: Intervention) -> tuple[Any, ...]:
+    """What makes a row's picture; the target does not matter where no layer gets it."""
+    target = None if row.is_plain else row.target
+    return row.prompt, target, row.layers, row.seed, row.pooled, row.timesteps
+
+
+def _pooled(run: Run) -> Any:
+    """What the run's pooled text vector was: that of the prompt or of the target."""
+    for row in run.plan:
+        if row.layers:
+            return row.pooled
+    return "keep"
 
 
 def _concepts(table: Any) -> Iterator[Concept]:
     """The concepts of a pictures table, with the prompts that it has."""
     for name, rows in table[table["role"] == "window"].groupby("concept", sort=False):
-        seen = rows.drop_duplicates("prompt")[["prompt", "target", "text"]]
-        pairs = tuple(PromptPair(*values) for values in seen.itertuples(index=False, name=None))
+        distinct = rows.drop_duplicates("prompt")[["prompt", "target", "text"]]
+        pairs = tuple(PromptPair(*values) for values in distinct.itertuples(index=False, name=None))
         yield Concept(str(name), rows["kind"].iloc[0], pairs)

@@ -1,11 +1,12 @@
-"""Tables in, matplotlib `Axes` out: the heatmaps, curves and strips of pictures, and the same in a sentence.
+"""Tables in, matplotlib `Axes` out: heatmaps, curves and strips of pictures.
 
-Each plot draws what a small function of `locogen.views.tables` computes, so that what is drawn can be tested.
-Nothing here needs torch or a model: saved tables are enough.
+Each plot draws what a small function of `locogen.views.tables` computes, so that what is drawn can
+be tested. Nothing here needs torch or a model: saved tables are enough.
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -45,8 +46,10 @@ __all__ = [
 START_LABEL = "window start (layer, execution order)"
 CHANGE_LABEL = "change of CLIP-score (cosine)"
 SCORE_LABEL = "mean CLIP-score (cosine)"
-ANNOTATED_COLUMNS = 20
+ANNOTATED_COLUMNS = 20  # with more columns, numbers do not fit into the cells
 SMALL_PICTURE = 128  # pixels: up to here a picture is enlarged square by square
+LABEL_LINES = 3
+# matplotlib's and seaborn's are imported inside the functions: importing locogen stays quick.
 
 
 def plot_effect(
@@ -57,25 +60,53 @@ def plot_effect(
     layer_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Heatmap of the effect of each window, concepts × window starts, on one scale around zero.
+    """Draw a heatmap of the effect of each window, concepts × window starts.
 
-    Positive means "carries the concept". `axis`: "layer" (what replacing the window takes away), "insert"
-    (what it brings alone) or "content". `carriers`: concept → `Window`, or one `Window` for a table of one
-    concept; its cell is outlined and starred. `layer_names`: in execution order, for the ticks.
+    Args:
+        effects: The effects table, from `effect`. Positive means "carries the concept".
+        axis: "layer" (what replacing the window takes away), "insert" (what it brings alone) or
+            "content" (how much of what should stay is lost).
+        carriers: Concept → `Window`, or one `Window` for a table of one concept; its cell is
+            outlined and starred. None: no cell is.
+        layer_names: Names for the ticks, in execution order; None: numbers.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on.
+
+    Raises:
+        LocogenError: If the table has nothing along this axis, or a window twice.
+
+    Example:
+        >>> import pandas as pd
+        >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
+        >>> effects = pd.DataFrame(sizes).assign(concept="neon", axis="layer", low=0.0, high=0.5)
+        >>> ax = plot_effect(effects, carriers=Window(8, 2))
+        >>> ax.get_title(loc="left")
+        '★ outlined: the carrier window'
     """
     matrix = effect_matrix(effects, axis=axis)
-    low, high = min(0.0, matrix.min().min()), max(0.0, matrix.max().max())
-    high = high if high > low else 1.0
-    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, vmin=low, vmax=high)
+    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, **_around_zero(matrix))
     cells = carrier_cells(effects, carriers, axis=axis)
-    names = [_plain(name) + "\n(no single window)" * (cells.get(name, 0) is None) for name in matrix.index]
+    names = []
+    for concept in matrix.index:
+        no_carrier = concept in cells and cells[concept] is None
+        names.append(plain_label(concept) + ("\n(no single window)" if no_carrier else ""))
     _finish(ax, matrix, names, layer_names)
-    for label, start in cells.items():
+    for concept, start in cells.items():
         if start is not None and start in matrix.columns:
-            _mark(ax, list(matrix.index).index(label), list(matrix.columns).index(start))
+            _mark(ax, list(matrix.index).index(concept), list(matrix.columns).index(start))
     if any(start is not None for start in cells.values()):
         ax.set_title("★ outlined: the carrier window", loc="left", fontsize=9)
     return ax
+
+
+def _around_zero(matrix: pd.DataFrame) -> dict[str, float]:
+    """The ends of a color scale that holds zero and every value."""
+    low = min(0.0, matrix.min().min())
+    high = max(0.0, matrix.max().max())
+    # A table of zeros needs some scale, too.
+    return {"vmin": low, "vmax": high if high > low else 1.0}
 
 
 def plot_timesteps(
@@ -85,46 +116,117 @@ def plot_timesteps(
     layer_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Heatmap of one concept's windows by when they hear the target: spans of denoising steps × window starts.
+    """Draw when the windows of one concept carry it: spans of steps × window starts.
 
-    On one scale around zero; positive means "carries the concept then". Steps count from 0, the noisiest.
+    Args:
+        effects: The effects table of a `localize` with `timesteps`. Positive means "carries the
+            concept then". Steps count from 0, the noisiest.
+        concept: Its name; None: the only one in the table.
+        layer_names: Names for the ticks, in execution order; None: numbers.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on.
+
+    Raises:
+        LocogenError: If the table has no timesteps, or not this concept.
+
+    Example:
+        >>> import pandas as pd
+        >>> spans = pd.DataFrame({"first_timestep": [0, 6], "last_timestep": [5, 9]})
+        >>> effects = spans.assign(concept="neon", axis="timesteps", position=3)
+        >>> ax = plot_timesteps(effects.assign(estimate=[0.1, 0.4]))
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['steps 0-5', 'steps 6-9']
     """
     matrix = timesteps_matrix(effects, concept)
-    low, high = min(0.0, matrix.min().min()), max(0.0, matrix.max().max())
-    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, vmin=low, vmax=high if high > low else 1.0)
+    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, **_around_zero(matrix))
     _finish(ax, matrix, list(matrix.index), layer_names)
     ax.set_ylabel("heard at")
     return ax
 
 
 def plot_scores(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Heatmap of the mean raw CLIP-score, concepts × window starts, controls set apart, on one scale."""
+    """Draw a heatmap of the mean raw CLIP-score, concepts × window starts, on one scale.
+
+    Args:
+        table: The pictures table of `localize`; pictures of an edited model are left out.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on; baseline, placebo and ceiling stand apart from the windows.
+
+    Raises:
+        LocogenError: If the table has no windows.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = [("baseline", None, 0.6), ("window", 3, 0.5), ("window", 4, 0.2)]
+        >>> table = pd.DataFrame(rows, columns=["role", "start", "clip_score"])
+        >>> ax = plot_scores(table.assign(concept="neon"))
+        >>> [text.get_text() for text in ax.get_xticklabels()]
+        ['3', '4', '', 'baseline']
+    """
     matrix = score_matrix(table)
     ax = _heatmap(matrix, SCORE_LABEL, ax, cmap="mako")
-    _finish(ax, matrix, [_plain(name) for name in matrix.index], None)
+    _finish(ax, matrix, [plain_label(name) for name in matrix.index], None)
     return ax
 
 
 def plot_curve(effects: pd.DataFrame, concept: str | None = None, *, ax: Axes | None = None) -> Axes:
-    """Effect by window start with 95 % intervals, for one concept; ceiling and placebo as bands across."""
-    found = curves(effects, concept)
-    ax = _axes(ax, (7.5 if len(found.get("layer", [])) <= ANNOTATED_COLUMNS else 13.0, 4.0))
+    """Draw the effect by window start with 95 % intervals, for one concept.
+
+    Args:
+        effects: The effects table, from `effect`.
+        concept: Its name; None: the only one in the table.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on; ceiling and placebo are bands across.
+
+    Raises:
+        LocogenError: If the table does not have this concept, or has several and none is named.
+
+    Example:
+        >>> import pandas as pd
+        >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
+        >>> effects = pd.DataFrame(sizes).assign(concept="neon", axis="layer", low=0.0, high=0.5)
+        >>> ax = plot_curve(effects)
+        >>> ax.get_title(loc="left"), [text.get_text() for text in ax.get_legend().get_texts()]
+        ('neon', ['window: what replacing it takes away'])
+    """
+    by_axis = curves(effects, concept)
+    windows = by_axis.get("layer", [])
+    inserts = by_axis.get("insert", [])
+    width = 7.5 if len(windows) <= ANNOTATED_COLUMNS else 13.0
+    ax = axes_for(ax, (width, 4.0))
     ax.axhline(0, color="0.35", linewidth=0.8)
-    if "layer" in found:
-        _series(ax, found["layer"], -0.07, "window: what replacing it takes away", "o-", "#0173b2")
-    if "insert" in found:
-        _series(ax, found["insert"], 0.07, "insert: what it brings alone", "s--", "#b35900")
-    bands = sorted(set(found) & {"ceiling", "placebo"}, key=lambda axis: found[axis][0]["estimate"])
-    for place, axis in enumerate(bands):
-        _band(ax, axis, found[axis][0], above=place == len(bands) - 1)
-    starts = sorted({int(row["position"]) for axis in {"layer", "insert"} & set(found) for row in found[axis]})
-    ax.set_xticks(starts[:: 1 if len(starts) <= ANNOTATED_COLUMNS else 5])
+    if windows:
+        _series(ax, windows, -0.07, "window: what replacing it takes away", "o-", "#0173b2")
+    if inserts:
+        _series(ax, inserts, 0.07, "insert: what it brings alone", "s--", "#b35900")
+    _bands(ax, by_axis)
+    # Every layer has a tick where they fit, every fifth where they do not.
+    starts = sorted({int(row["position"]) for row in [*windows, *inserts]})
+    step = 1 if len(starts) <= ANNOTATED_COLUMNS else 5
+    ax.set_xticks(starts[::step])
     ax.set_xlabel(START_LABEL)
     ax.set_ylabel(CHANGE_LABEL)
-    ax.set_title(_plain(next(iter(found.values()))[0]["concept"], 60), loc="left", pad=24)
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=2, frameon=False, fontsize=9, borderaxespad=0.2)
+    first_row = next(iter(by_axis.values()))[0]
+    ax.set_title(plain_label(first_row["concept"], 60), loc="left", pad=24)
+    # The legend stands between title and axes, so that it hides no point.
+    corner = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.2}
+    ax.legend(ncols=2, frameon=False, fontsize=9, **corner)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+def _bands(ax: Axes, by_axis: dict[str, list[dict[str, Any]]]) -> None:
+    """Ceiling and placebo, those that there are; the higher one has its name above."""
+    controls = [axis for axis in ("ceiling", "placebo") if axis in by_axis]
+    controls.sort(key=lambda axis: by_axis[axis][0]["estimate"])
+    for axis in controls:
+        _band(ax, axis, by_axis[axis][0], above=axis == controls[-1])
 
 
 def plot_strip(
@@ -136,34 +238,72 @@ def plot_strip(
     zoom: float | None = None,
     fig: Figure | None = None,
 ) -> Figure:
-    """Pictures in rows with a label under each; those whose index is in `marked` are framed and starred.
+    """Draw pictures in rows with a label under each.
 
-    `zoom`: pixels of the figure for one of the picture, at 100 per inch; by default pictures are 130 wide.
     Small pictures are enlarged square by square, so that every pixel is seen as it is.
+
+    Args:
+        pictures: PIL pictures, all of one size.
+        labels: One for each picture.
+        columns: Pictures in a row; None: up to eight.
+        marked: Indices of the pictures that are framed and starred.
+        zoom: Pixels of the figure for one of the picture, at 100 per inch; None: pictures are 130
+            wide.
+        fig: Where to draw; None: a new figure.
+
+    Returns:
+        The figure that was drawn on.
+
+    Raises:
+        LocogenError: If there are no pictures, or another number of labels.
+
+    Example:
+        >>> from PIL import Image
+        >>> pictures = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+        >>> figure = plot_strip(pictures, ["red", "blue"], marked=[1])
+        >>> [cell.get_xlabel() for cell in figure.axes]
+        ['red', '★ blue']
     """
     if len(pictures) != len(labels) or not pictures:
         raise LocogenError(f"{len(pictures)} pictures and {len(labels)} labels: give one label a picture, at least one")
-    import matplotlib.pyplot as plt
-
     columns = min(columns or 8, len(pictures))
-    rows = -(-len(pictures) // columns)
+    rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
-    wide = width * (zoom or 130 / width) / 100
-    texts = [_plain(label, max(8, int(wide * 11))) for label in labels]
-    lines = max(text.count("\n") + 1 for text in texts)
-    size = (columns * (wide + 0.12) + 0.1, rows * (wide * height / width + 0.2 + 0.15 * lines) + 0.1)
-    fig = fig or plt.figure(figsize=size, layout="constrained")
+    inches = width * (zoom or 130 / width) / 100  # of a picture's width
+    # Some eleven letters of this size fit into an inch.
+    texts = [plain_label(label, max(8, int(inches * 11))) for label in labels]
+    if fig is None:
+        fig = _strip_figure(texts, rows, columns, (inches, inches * height / width))
     framed = set(marked)
     for place, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         cell = fig.add_subplot(rows, columns, place + 1)
-        cell.imshow(picture, interpolation="nearest" if max(picture.size) <= SMALL_PICTURE else None)
-        cell.set(xticks=[], yticks=[])
-        cell.set_xlabel(f"★ {text}" if place in framed else text, fontsize=8, labelpad=3, linespacing=1.1)
-        for spine in cell.spines.values():
-            spine.set(visible=place in framed, linewidth=3, edgecolor="black")
+        _draw_cell(cell, picture, text, framed=place in framed)
     return fig
 
 
+def _strip_figure(texts: Sequence[str], rows: int, columns: int, cell: tuple[float, float]) -> Figure:
+    """A figure with room for cells of this size (inches) and their labels."""
+    import matplotlib.pyplot as plt
+
+    # Labels may have several lines: all cells get room for the longest one.
+    lines = max(text.count("\n") + 1 for text in texts)
+    wide = columns * (cell[0] + 0.12) + 0.1
+    high = rows * (cell[1] + 0.2 + 0.15 * lines) + 0.1
+    return plt.figure(figsize=(wide, high), layout="constrained")
+
+
+def _draw_cell(cell: Axes, picture: Image.Image, text: str, *, framed: bool) -> None:
+    # matplotlib would smooth a small picture into a blur.
+    small = max(picture.size) <= SMALL_PICTURE
+    cell.imshow(picture, interpolation="nearest" if small else None)
+    cell.set(xticks=[], yticks=[])
+    label = f"★ {text}" if framed else text
+    cell.set_xlabel(label, fontsize=8, labelpad=3, linespacing=1.1)
+    for spine in cell.spines.values():
+        spine.set(visible=framed, linewidth=3, edgecolor="black")
+
+
+# Colors and marks differ both, for those who do not see the colors.
 _MEASURES = {
     "efficacy": ("o", "#b2182b"),
     "generality": ("s", "#e08214"),
@@ -180,59 +320,91 @@ _QUANTITIES = {
 
 
 def plot_evaluation(
-    summary: pd.DataFrame, *, quantity: str = "right", marked: str | None = None, ax: Axes | None = None
+    summary: pd.DataFrame,
+    *,
+    quantity: str = "right",
+    marked: str | None = None,
+    ax: Axes | None = None,
 ) -> Axes:
-    """What each arm of `editing.evaluation.summary` did: filled marks after, hollow ones before, with intervals.
+    """Draw what each arm of an evaluation did: filled marks after, hollow ones before.
 
-    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer), specificity stay.
-    `quantity`: right, score, ssim, distance or lpips. `marked`: the arm to point out. Raises `LocogenError` where the
-    table has no such quantity.
+    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer),
+    specificity stay.
+
+    Args:
+        summary: From `locogen.editing.evaluation.summary`.
+        quantity: "right", "score", "ssim", "distance" or "lpips".
+        marked: The arm to point out with a star; None: none.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on.
+
+    Raises:
+        LocogenError: If the table does not have this quantity.
+
+    Example:
+        >>> import pandas as pd
+        >>> arm = {"quantity": "right", "arm": "layers 8-9", "measure": "efficacy", "before": 0.9}
+        >>> arm |= {"after": 0.1, "after_low": 0.0, "after_high": 0.3}
+        >>> ax = plot_evaluation(pd.DataFrame([arm]))
+        >>> [text.get_text() for text in ax.get_yticklabels()]
+        ['layers 8-9']
     """
     rows: Any = summary[summary["quantity"] == quantity]
     if rows.empty:
-        known = ", ".join(dict.fromkeys(summary["quantity"]))
-        raise LocogenError(f"the summary has no quantity {quantity!r}: it has {known}")
+        quantities = ", ".join(dict.fromkeys(summary["quantity"]))
+        raise LocogenError(f"the summary has no quantity {quantity!r}: it has {quantities}")
     arms = list(dict.fromkeys(rows["arm"]))
-    ax = _axes(ax, (7.5, 1.4 + 0.36 * len(arms)))
+    ax = axes_for(ax, (7.5, 1.4 + 0.36 * len(arms)))
     measures = [name for name in _MEASURES if (rows["measure"] == name).any()]
-    shifts = {name: 0.22 * (i - (len(measures) - 1) / 2) for i, name in enumerate(measures)}
-    for measure in measures:
-        marker, color = _MEASURES[measure]
+    for place, measure in enumerate(measures):
+        shift = 0.22 * (place - (len(measures) - 1) / 2)  # so that marks do not hide each other
         part = rows[rows["measure"] == measure]
-        at = [arms.index(arm) + shifts[measure] for arm in part["arm"]]
-        after = part["after"].to_numpy(float)
-        spread = [
-            (after - part["after_low"]).clip(lower=0).fillna(0),
-            (part["after_high"] - after).clip(lower=0).fillna(0),
-        ]
-        if part["before"].notna().any():
-            ax.plot(part["before"], at, marker, mfc="none", mec=color, alpha=0.6, markersize=5)
-        ax.errorbar(after, at, xerr=spread, fmt=marker, color=color, capsize=2, markersize=5, label=measure)
-    ax.set_yticks(range(len(arms)), [_plain(f"{arm} ★" if arm == marked else arm, 34) for arm in arms])
-    ax.set_ylim(len(arms) - 0.5, -0.5)
+        _draw_measure(ax, part, [arms.index(arm) + shift for arm in part["arm"]], measure)
+    names = [f"{arm} ★" if arm == marked else arm for arm in arms]
+    ax.set_yticks(range(len(arms)), [plain_label(name, 34) for name in names])
+    ax.set_ylim(len(arms) - 0.5, -0.5)  # the first arm on top
     ax.set_xlabel(_QUANTITIES.get(quantity, quantity))
     ax.grid(axis="x", alpha=0.3)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     return ax
 
 
+def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -> None:
+    """One measure of several arms, each at its height."""
+    marker, color = _MEASURES[measure]
+    after = part["after"].to_numpy(float)
+    # Errorbars take distances, and none below zero; without an interval there is no bar.
+    below = (after - part["after_low"]).clip(lower=0).fillna(0)
+    above = (part["after_high"] - after).clip(lower=0).fillna(0)
+    if part["before"].notna().any():
+        hollow = {"mfc": "none", "mec": color, "alpha": 0.6, "markersize": 5}
+        ax.plot(part["before"], heights, marker, **hollow)
+    filled = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
+    ax.errorbar(after, heights, xerr=[below, above], label=measure, **filled)
+
+
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:
-    """Inches for a heatmap of this shape: room for the numbers in the cells, the names and the color bar."""
+    """Inches for a heatmap of this shape, with its numbers, names and color bar."""
     rows, columns = matrix.shape
-    cell = 0.5 if columns <= ANNOTATED_COLUMNS else 0.17
+    cell = 0.5 if columns <= ANNOTATED_COLUMNS else 0.17  # inches; narrow ones hold no number
     return 2.4 + cell * columns, (1.3 if rows > 3 else 1.9) + 0.45 * rows
 
 
-def _plain(text: Any, width: int = 26) -> str:
-    """A label as it is written: wrapped, cut after three lines, with dollars that start no formula."""
-    lines = (textwrap.wrap(line, width) for line in str(text).splitlines())
-    kept = [part for line in lines for part in line] or [""]
-    if len(kept) > 3:
-        kept = [*kept[:2], kept[2][: width - 2] + " …"]
-    return "\n".join(kept).replace("$", r"\$")
+def plain_label(text: Any, width: int = 26) -> str:
+    """A label as it is written: wrapped, cut after three lines; dollars start no formula."""
+    lines = []
+    for line in str(text).splitlines():
+        lines += textwrap.wrap(line, width)
+    if len(lines) > LABEL_LINES:
+        last = lines[LABEL_LINES - 1][: width - 2] + " …"
+        lines = [*lines[: LABEL_LINES - 1], last]
+    return "\n".join(lines).replace("$", r"\$")
 
 
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+def axes_for(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    """The axes, or those of a new figure of this size in inches."""
     if ax is not None:
         return ax
     import matplotlib.pyplot as plt
@@ -241,50 +413,67 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
 
 
 def _heatmap(matrix: pd.DataFrame, label: str, ax: Axes | None, **colors: Any) -> Axes:
+    ax = axes_for(ax, figure_size(matrix))
+    return draw_heatmap(matrix, label, ax, **colors)
+
+
+def draw_heatmap(matrix: pd.DataFrame, label: str, ax: Axes, **colors: Any) -> Axes:
     """One scale for all rows, no clipping of extremes; ticks and marks are drawn by the caller."""
     import seaborn as sns
 
-    ax = _axes(ax, figure_size(matrix))
-    colors |= dict(cbar_kws=_colorbar(matrix, label), robust=False, linewidths=0.5, linecolor="white")
-    return sns.heatmap(matrix, ax=ax, xticklabels=False, yticklabels=False, **colors, **_annotation(matrix))
+    plain = {"robust": False, "linewidths": 0.5, "linecolor": "white"}
+    no_ticks = {"xticklabels": False, "yticklabels": False}
+    # `robust` would hide outliers: the largest effect is what is looked for.
+    bar = _colorbar(matrix, label)
+    numbers = _annotation(matrix)
+    return sns.heatmap(matrix, ax=ax, cbar_kws=bar, **plain, **no_ticks, **colors, **numbers)
 
 
 def _annotation(matrix: pd.DataFrame) -> dict[str, Any]:
-    """Numbers in the cells, as many digits as tell them apart, up to 20 columns."""
+    """Numbers in the cells, with as many digits as tell them apart, up to 20 columns."""
     if matrix.shape[1] > ANNOTATED_COLUMNS:
         return {}
     digits = precision(matrix.abs().max().max())
-    return dict(annot=matrix.map(lambda value: number(value, digits)), fmt="", annot_kws={"size": 8})
+    texts = matrix.map(lambda value: number(value, digits))
+    return {"annot": texts, "fmt": "", "annot_kws": {"size": 8}}
 
 
 def _colorbar(matrix: pd.DataFrame, label: str) -> dict[str, Any]:
-    """Beside the heatmap, or below where that would be too short for its label."""
+    """At the side of the heatmap, or below where that would be too short for its label."""
     if len(matrix) > 3:
-        return dict(label=label, pad=0.02, aspect=30)
-    return dict(label=label, location="bottom", shrink=0.5, aspect=40, pad=0.05)
+        return {"label": label, "pad": 0.02, "aspect": 30}
+    return {"label": label, "location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.05}
 
 
 def _finish(ax: Axes, matrix: pd.DataFrame, names: list[str], layer_names: Sequence[str] | None) -> None:
+    """Ticks and labels of a heatmap over window starts."""
     columns = list(matrix.columns)
-    step = 1 if len(columns) <= ANNOTATED_COLUMNS or layer_names is not None else 5
-    shown = [place for place, column in enumerate(columns) if not isinstance(column, int) or column % step == 0]
-    ticks = [_tick(columns[place], layer_names) for place in shown]
-    ax.set_xticks([place + 0.5 for place in shown], ticks, rotation=0)
+    places = _tick_places(columns, layer_names)
+    ticks = [_tick(columns[place], layer_names) for place in places]
+    ax.set_xticks([place + 0.5 for place in places], ticks, rotation=0)
+    angle = 40 if layer_names is None else 90
     for text in ax.get_xticklabels():
-        if not text.get_text().isdigit():
-            text.set(
-                rotation=90 if layer_names is not None else 40,
-                ha="right",
-                va="center",
-                rotation_mode="anchor",
-            )
+        if not text.get_text().isdigit():  # names do not fit side by side
+            text.set(rotation=angle, ha="right", va="center", rotation_mode="anchor")
     ax.set_yticks([row + 0.5 for row in range(len(names))], names, rotation=0)
     ax.set_xlabel(START_LABEL)
     ax.set_ylabel("")
     ax.tick_params(length=0)
 
 
+def _tick_places(columns: Sequence[Any], layer_names: Sequence[str] | None) -> list[int]:
+    """Which columns get a tick: all; of many, every fifth layer and the controls."""
+    if len(columns) <= ANNOTATED_COLUMNS or layer_names is not None:
+        return list(range(len(columns)))
+    places = []
+    for place, column in enumerate(columns):
+        if not isinstance(column, int) or column % 5 == 0:
+            places.append(place)
+    return places
+
+
 def _tick(column: Any, layer_names: Sequence[str] | None) -> str:
+    """The tick of one column: a number, a control's name, or a layer's name with its number."""
     if layer_names is None or not isinstance(column, int) or column >= len(layer_names):
         return str(column)
     return f"{layer_names[column]}  {column}".replace("$", r"\$")
@@ -294,39 +483,45 @@ def _mark(ax: Axes, row: int, column: int) -> None:
     """Outline one cell and put a star in its corner."""
     from matplotlib.patches import Rectangle
 
-    ax.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", linewidth=2.2, clip_on=False, zorder=5))
-    ax.plot(
-        column + 0.84,
-        row + 0.22,
-        "*",
-        markersize=9,
-        color="black",
-        markeredgecolor="white",
-        mew=0.6,
-        zorder=6,
-    )
+    # Not clipped: at the edge of the heatmap half of the line would be cut off.
+    outline = {"fill": False, "edgecolor": "black", "linewidth": 2.2, "clip_on": False, "zorder": 5}
+    ax.add_patch(Rectangle((column, row), 1, 1, **outline))
+    draw_star(ax, row, column)
+
+
+def draw_star(ax: Axes, row: int, column: int) -> None:
+    """Put a star in the corner of one cell of a heatmap."""
+    looks = {"markersize": 9, "color": "black", "markeredgecolor": "white", "mew": 0.6}
+    ax.plot(column + 0.84, row + 0.22, "*", zorder=6, **looks)
 
 
 def _series(ax: Axes, rows: list[dict[str, Any]], shift: float, label: str, style: str, color: str) -> None:
-    """Points with 95 % intervals, a little aside so that two series do not hide each other."""
-    at = [int(row["position"]) + shift for row in rows]
+    """Points with 95 % intervals, shifted so that two series do not hide each other."""
+    # Intervals are drawn as distances from the points.
+    places = [int(row["position"]) + shift for row in rows]
     values = [float(row["estimate"]) for row in rows]
-    spread = [
-        [
-            0.0 if missing(row[end]) else max(0.0, sign * (float(row[end]) - value))
-            for row, value in zip(rows, values, strict=True)
-        ]
-        for end, sign in (("low", -1), ("high", 1))
-    ]
-    ax.errorbar(at, values, yerr=spread, fmt=style, color=color, label=label, capsize=2.5, markersize=5)
+    below = [_distance(row, "low") for row in rows]
+    above = [_distance(row, "high") for row in rows]
+    looks = {"fmt": style, "color": color, "capsize": 2.5, "markersize": 5}
+    ax.errorbar(places, values, yerr=[below, above], label=label, **looks)
+
+
+def _distance(row: dict[str, Any], end: str) -> float:
+    """From the estimate to one end of its interval; 0 where there is none."""
+    if missing(row[end]):
+        return 0.0
+    gap = float(row[end]) - float(row["estimate"])
+    return max(0.0, gap if end == "high" else -gap)
 
 
 def _band(ax: Axes, name: str, row: dict[str, Any], *, above: bool) -> None:
     """A horizontal band over the interval of a control, with its name at the right end."""
     color = {"ceiling": "#555555", "placebo": "#8a5a9e"}[name]
+    # The line styles differ as well, for those who do not see the colors.
     estimate = float(row["estimate"])
     if not missing(row["low"]) and not missing(row["high"]):
         ax.axhspan(float(row["low"]), float(row["high"]), color=color, alpha=0.15, linewidth=0)
     ax.axhline(estimate, color=color, linestyle="-." if name == "ceiling" else ":", linewidth=1.4)
-    end = ax.get_yaxis_transform()
-    ax.text(1.01, estimate, name, transform=end, color=color, va="bottom" if above else "top", fontsize=9)
+    end = ax.get_yaxis_transform()  # x as a share of the axes, y in data
+    side = "bottom" if above else "top"
+    ax.text(1.01, estimate, name, transform=end, color=color, va=side, fontsize=9)

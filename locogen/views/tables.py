@@ -1,15 +1,17 @@
-"""What plots and pages say, computed from saved tables: matrices to draw, findings as rows and sentences.
+"""What plots and pages say, computed from saved tables: matrices, findings, sentences.
 
-The tables are those of `locogen.localization.localize`: pictures (a row an image) and effects (a row an estimate).
+The tables are those of `locogen.localization`: pictures (a row an image) and effects (a row an
+estimate).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
+from locogen.plan import Window
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,28 +19,9 @@ if TYPE_CHECKING:
 CONTROLS = ("baseline", "placebo", "ceiling")
 GAP = ""  # the empty column between the windows and the controls
 NUMBERS = ("estimate", "low", "high")
-
-
-class Carrier(Protocol):
-    """What is read of a `locogen.Window`."""
-
-    @property
-    def start(self) -> int | None:
-        """Layer, 0-based in execution order; None: no single window."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Number of layers."""
-        ...
-
-    @property
-    def reason(self) -> str:
-        """Why this window, or why none."""
-        ...
-
-
-Carriers = Mapping[str, Carrier] | Carrier | None
+HELD_OUT = ("fresh", "fresh_low", "fresh_high")  # the same on seeds that did not choose the window
+Carriers = Mapping[str, Window] | Window | None
+Row = dict[str, Any]
 
 
 def effect_matrix(effects: pd.DataFrame, *, axis: str = "layer") -> pd.DataFrame:
@@ -48,6 +31,7 @@ def effect_matrix(effects: pd.DataFrame, *, axis: str = "layer") -> pd.DataFrame
     """
     rows = _along(effects, axis)
     matrix = rows.pivot(index="label", columns="position", values="estimate")
+    # `pivot` sorts concepts by name; the table's order is the one that was asked for.
     return matrix.reindex(index=rows["label"].unique()).astype(float)
 
 
@@ -61,6 +45,7 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     matrix = means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
     matrix.columns = [int(start) for start in matrix.columns]
     controls = {role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean() for role in CONTROLS}
+    # Sweeps without controls have a baseline only.
     present = {role: mean for role, mean in controls.items() if len(mean)}
     if present:
         matrix[GAP] = float("nan")
@@ -70,138 +55,218 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
-    """Estimates of one concept's windows by when they heard the target, (spans of steps, window starts)."""
+    """Estimates of one concept's windows by time, (spans of steps, window starts)."""
     rows: Any = effects[effects["axis"] == "timesteps"]
-    known = list(dict.fromkeys(rows["concept"]))
-    if not known:
+    names = list(dict.fromkeys(rows["concept"]))
+    if not names:
         raise LocogenError("the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]")
-    concept = known[0] if concept is None and len(known) == 1 else concept
-    if concept not in known:
-        raise LocogenError(f"plot_timesteps() shows one concept, got {concept!r}: name one of {', '.join(known)}")
-    rows = rows[rows["concept"] == concept].astype({"first_timestep": int, "last_timestep": int, "position": int})
+    concept = _one_concept(concept, names, "plot_timesteps")
+    whole = dict.fromkeys(("first_timestep", "last_timestep", "position"), int)
+    rows = rows[rows["concept"] == concept].astype(whole)
     matrix = rows.pivot(index=["first_timestep", "last_timestep"], columns="position", values="estimate").sort_index()
-    matrix.index = [f"step {a}" if a == b else f"steps {a}-{b}" for a, b in matrix.index]
+    matrix.index = [_span_label(first, last) for first, last in matrix.index]
     matrix.columns = [int(start) for start in matrix.columns]
     return matrix.astype(float)
 
 
-def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def _span_label(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first}-{last}"
+
+
+def _one_concept(concept: str | None, names: Sequence[str], caller: str) -> str:
+    """The concept that was named, or the only one there is."""
+    if concept is None and len(names) == 1:
+        return names[0]
+    if concept is None or concept not in names:
+        listed = ", ".join(names)
+        raise LocogenError(f"{caller}() shows one concept, got {concept!r}: name one of {listed}")
+    return concept
+
+
+def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[Row]]:
     """Rows of one concept by axis (layer, insert, ceiling, placebo), each sorted by position."""
-    rows = effects.to_dict("records")
-    known = list(dict.fromkeys(str(row["concept"]) for row in rows))
-    if concept is None and len(known) == 1:
-        concept = known[0]
-    if concept not in known:
-        raise LocogenError(f"plot_curve() shows one concept, got {concept!r}: name one of {', '.join(known)}")
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows = effects.astype({"concept": str}).to_dict("records")
+    names = list(dict.fromkeys(row["concept"] for row in rows))
+    concept = _one_concept(concept, names, "plot_curve")
+    by_axis: dict[str, list[Row]] = {}
     for axis in ("layer", "insert", "ceiling", "placebo"):
-        chosen = [{str(k): v for k, v in row.items()} for row in rows if row["axis"] == axis]
-        chosen = [row for row in chosen if str(row["concept"]) == concept]
-        if chosen:
-            found[axis] = sorted(chosen, key=lambda row: 0 if missing(row["position"]) else int(row["position"]))
-    return found
+        on_axis = []
+        for row in rows:
+            if row["axis"] == axis and row["concept"] == concept:
+                on_axis.append({str(column): value for column, value in row.items()})
+        if on_axis:
+            by_axis[axis] = sorted(on_axis, key=_place)
+    return by_axis
 
 
-def strip_rows(table: pd.DataFrame, carrier: Carrier) -> pd.DataFrame:
-    """The rows to show as a strip: the first prompt and seed, as it is, with each window, and the ceiling.
+def _place(row: Row) -> int:
+    """The position of a row; controls, which have none, come first."""
+    return 0 if missing(row["position"]) else int(row["position"])
 
-    Beside the table's columns: `label`, and `marked`, whether the row's window is the carrier's.
+
+def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
+    """The rows to show as a strip: baseline, windows and ceiling of one prompt and seed.
+
+    In addition to the table's columns: `label`, and `marked`, whether the row's window is the
+    carrier's.
     """
-    first: Any = table[(table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())]
+    is_first = (table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())
+    first: Any = table[is_first]
     rows = first[first["role"].isin(["baseline", "window", "ceiling"])]
-    places = [None if missing(start) else int(start) for start in rows["start"]]
-    ends = [None if at is None else at + int(width) - 1 for at, width in zip(places, rows["width"], strict=True)]
-    names = zip(rows["role"], places, ends, strict=True)
-    labels = [role if at is None else f"{at}" if at == end else f"{at}-{end}" for role, at, end in names]
-    return rows.assign(label=labels, marked=[at is not None and at == carrier.start for at in places])
+    labels = []
+    marked = []
+    for role, start, width in zip(rows["role"], rows["start"], rows["width"], strict=True):
+        if missing(start):
+            labels.append(role)
+            marked.append(False)
+        else:
+            labels.append(Window(int(start), int(width)).label)
+            marked.append(int(start) == carrier.start)
+    return rows.assign(label=labels, marked=marked)
 
 
 def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer") -> dict[str, int | None]:
-    """Row of `effect_matrix` → start of its carrier window; None where there is no single window."""
+    """Row of `effect_matrix` → start of its carrier; None: no single window."""
     rows = _along(effects, axis)
-    chosen = _by_concept(carriers, list(rows["concept"].unique()))
+    windows = _by_concept(carriers, list(rows["concept"].unique()))
     cells: dict[str, int | None] = {}
-    for label, found in rows.groupby("label", sort=False):
-        carrier = chosen.get(found["concept"].iloc[0])
-        if carrier is not None and ("width" not in found or carrier.width in set(found["width"])):
+    for label, part in rows.groupby("label", sort=False):
+        carrier = windows.get(part["concept"].iloc[0])
+        if carrier is None:
+            continue
+        # A concept swept with several widths has a row for each: the carrier belongs to its own.
+        if "width" not in part or carrier.width in set(part["width"]):
             cells[str(label)] = carrier.start
     return cells
 
 
-def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[dict[str, Any]]:
-    """What the table says about each concept, one row each: the numbers behind `describe` and the report.
+def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
+    """What the table says about each concept, one row each: the numbers behind `describe`.
 
-    Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at (the window
-    spoken of: the carrier, or else the largest effect), width, estimate, low, high, fresh (measured on seeds
-    not used to choose the window), share (of the ceiling), rival (the largest effect that does not overlap),
-    reason, n, content (how much of what should stay is lost there), content_ceiling, content_placebo.
+    Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
+    (the window spoken of: the carrier, or else the largest effect), width, estimate, low, high,
+    fresh (measured on seeds not used to choose the window), share (of the ceiling), rival (the
+    largest effect that does not overlap), reason, n, content (how much of what should stay is lost
+    there), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
-    chosen = _by_concept(carriers, list(layers["concept"].unique()))
-    found = []
-    for label, rows in layers.groupby("label", sort=False):
-        concept = rows["concept"].iloc[0]
-        lines = {row["position"]: row for row in rows.to_dict("records")}
-        others: Any = effects[(effects["concept"] == concept) & (effects["axis"] != "layer")]
-        if "width" in others and "width" in rows:
-            others = others[others["width"] == rows["width"].iloc[0]]
-        values = {
-            (axis, None if missing(place) else int(place)): estimate
-            for axis, place, estimate in others[["axis", "position", "estimate"]].itertuples(index=False)
-        }
-        row = _finding(str(label), lines, chosen.get(concept), values.get(("ceiling", None)))
-        places = {"content": row["at"], "content_ceiling": None, "content_placebo": None}
-        found.append(row | {axis: values.get((axis, place)) for axis, place in places.items()})
-    return found
+    windows = _by_concept(carriers, list(layers["concept"].unique()))
+    rows = []
+    for label, part in layers.groupby("label", sort=False):
+        concept = part["concept"].iloc[0]
+        lines = {line["position"]: line for line in part.to_dict("records")}
+        others = _other_axes(effects, part)
+        row = _finding(str(label), lines, windows.get(concept), others.get(("ceiling", None)))
+        row["content"] = others.get(("content", row["at"]))
+        row["content_ceiling"] = others.get(("content_ceiling", None))
+        row["content_placebo"] = others.get(("content_placebo", None))
+        rows.append(row)
+    return rows
+
+
+def _other_axes(effects: pd.DataFrame, part: Any) -> dict[tuple[str, int | None], float]:
+    """Estimates of the same concept and width on other axes than "layer", by axis and position."""
+    same = (effects["concept"] == part["concept"].iloc[0]) & (effects["axis"] != "layer")
+    others: Any = effects[same]
+    # A concept swept with several widths has other axes for each of them.
+    if "width" in others and "width" in part:
+        others = others[others["width"] == part["width"].iloc[0]]
+    values: dict[tuple[str, int | None], float] = {}
+    for axis, place, estimate in others[["axis", "position", "estimate"]].itertuples(index=False):
+        values[axis, None if missing(place) else int(place)] = estimate
+    return values
 
 
 def rows_of(effects: pd.DataFrame, label: str) -> pd.DataFrame:
-    """The effects of the windows that one row of `findings` speaks of, in the order of the layers."""
+    """The windows that one row of `findings` speaks of, in the order of the layers."""
     rows = _along(effects, "layer")
     return rows[rows["label"] == label].sort_values("position")
 
 
 def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = False) -> str:
-    """The findings in plain words, one sentence a concept: alt text for figures, first words of a page.
+    """Put the findings in plain words, one sentence a concept, as for alt texts.
 
-    `carriers`: concept → `Window`, or one `Window` for a table of one concept.
+    Args:
+        effects: The effects table, from `effect`.
+        carriers: Concept → `Window`, or one `Window` for a table of one concept; None: the window
+            with the largest effect is described, without calling it the carrier.
+        short: Whether to leave out intervals and rivals.
+
+    Returns:
+        The sentences, joined by spaces.
+
+    Raises:
+        LocogenError: If a carrier is not in the table, or one is given for several concepts.
+
+    Example:
+        >>> import pandas as pd
+        >>> line = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "share": None}
+        >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
+        >>> effects = pd.DataFrame([line | size | {"low": None, "high": None} for size in sizes])
+        >>> describe(effects, Window(8, 2), short=True)
+        'neon: the window of 2 layers from 8, effect 0.40.'
     """
     return " ".join(sentence(row, short=short) for row in findings(effects, carriers))
 
 
 def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     """One row of `findings` in plain words."""
+    label = row["label"]
+    place = place_name(row["at"], row["width"])
     digits = precision(row["estimate"])
     amount = number(row["estimate"], digits) + interval(row, digits)
-    place = place_name(row["at"], row["width"])
-    share = "" if missing(row["share"]) else f" ({100 * row['share']:.0f} % of the ceiling)".replace("-", "−")
     if row["judged"] and row["start"] is None:
         reason = f" ({row['reason']})" if row["reason"] else ""
         rest = "" if short else f"; the largest effect, {amount}, is that of {place}"
-        return f"{row['label']}: no single window carries it{reason}{rest}."
+        return f"{label}: no single window carries it{reason}{rest}."
+    share = _share_of_ceiling(row)
     if short:
-        return f"{row['label']}: {place}, effect {amount}{share}."
-    falls = (row["kind"] == "fact") == (row["estimate"] < 0)
+        return f"{label}: {place}, effect {amount}{share}."
+    # Without a carrier, the sentence does not claim that the window carries the concept.
+    subject = place if row["judged"] else f"the largest effect is that of {place}, which"
+    held_out = " on seeds not used to choose it" if row["fresh"] else ""
+    rival = ""
+    if not missing(row["rival"]):
+        rival = f"; next best elsewhere {number(row['rival'], digits)}"
+    return f"{label}: {subject} {_change(row, digits)}{held_out}{share}{rival}{_content(row)}."
+
+
+def _share_of_ceiling(row: Mapping[str, Any]) -> str:
+    if missing(row["share"]):
+        return ""
+    return f" ({100 * row['share']:.0f} % of the ceiling)".replace("-", "−")
+
+
+def _change(row: Mapping[str, Any], digits: int) -> str:
+    """`lowers the CLIP-score by 0.34 [0.28, 0.40]`."""
+    # A positive effect lowers the score of styles and objects, and raises that of facts.
+    lowers = (row["kind"] == "fact") == (row["estimate"] < 0)
+    verb = "lowers" if lowers else "raises"
     size = {name: row[name] for name in NUMBERS}
+    # The verb has the sign: the amount is positive, and its interval turns over.
     if row["estimate"] < 0:
         size = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
-    effect = f"{'lowers' if falls else 'raises'} the CLIP-score by {number(size['estimate'], digits)}"
-    effect += interval(size, digits) + (" on seeds not used to choose it" if row["fresh"] else "") + share
-    rival = "" if missing(row["rival"]) else f"; next best elsewhere {number(row['rival'], digits)}"
-    subject = place if row["judged"] else f"the largest effect is that of {place}, which"
-    return f"{row['label']}: {subject} {effect}{rival}{_content(row)}."
+    return f"{verb} the CLIP-score by {number(size['estimate'], digits)}{interval(size, digits)}"
 
 
 def _content(row: Mapping[str, Any]) -> str:
-    """How the score of what should stay changes at a window, beside what it does at the controls."""
+    """How the score of what should stay changes at a window, and, to compare, at the controls."""
     names = {"content": "", "content_ceiling": "ceiling ", "content_placebo": "placebo "}
-    changes = {name: -row[axis] for axis, name in names.items() if not missing(row.get(axis))}
-    if "" not in changes:
+    if missing(row.get("content")):
         return ""
+    changes = {}
+    for axis, name in names.items():
+        if not missing(row.get(axis)):
+            changes[name] = -row[axis]  # the table has what is lost
     digits = precision(*changes.values())
-    told = [f"{name}{'+' * (value > 0)}{number(value, digits)}" for name, value in changes.items()]
-    beside = f" ({', '.join(told[1:])})" if told[1:] else ""
-    return f"; the score of what should stay changes by {told[0]}{beside}"
+    window, *controls = (name + _signed(change, digits) for name, change in changes.items())
+    compared = f" ({', '.join(controls)})" if controls else ""
+    return f"; the score of what should stay changes by {window}{compared}"
+
+
+def _signed(value: float, digits: int) -> str:
+    sign = "+" if value > 0 else ""
+    return sign + number(value, digits)
 
 
 def place_name(start: int, width: int) -> str:
@@ -211,7 +276,8 @@ def place_name(start: int, width: int) -> str:
 
 def precision(*values: float) -> int:
     """Digits after the point that tell scores of this size apart."""
-    return 2 if max((abs(value) for value in values if not missing(value)), default=0) >= 0.095 else 3
+    sizes = [abs(value) for value in values if not missing(value)]
+    return 2 if max(sizes, default=0) >= 0.095 else 3
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -234,68 +300,96 @@ def missing(value: Any) -> bool:
     return value is None or bool(pd.isna(value))
 
 
-def _finding(label: str, lines: dict[int, dict[str, Any]], carrier: Carrier | None, ceiling: Any) -> dict[str, Any]:
+def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling: Any) -> Row:
+    """One row of `findings`. `lines`: window start → its row of the effects table."""
     start = None if carrier is None else carrier.start
-    at = max(lines, key=lambda place: lines[place]["estimate"]) if start is None else int(start)
+    at = _largest(lines) if start is None else int(start)
     if at not in lines:
         raise LocogenError(f"{label}: its carrier starts at layer {at}, which the effects table does not have")
-    row = lines[at]
-    given: Any = row.get("width", 1)
-    width = carrier.width if carrier is not None else int(given)
+    line = lines[at]
+    width = int(line.get("width", 1)) if carrier is None else carrier.width
+    # A carrier is spoken of by what was measured on other seeds than those that chose it.
     fresh = start is not None and _chosen_apart(lines)
-    names = ("fresh", "fresh_low", "fresh_high") if fresh else NUMBERS
-    values = [float("nan") if missing(row.get(name)) else float(row[name]) for name in names]
-    share = row.get("share")
-    if missing(share):
-        share = values[0] / ceiling if not missing(ceiling) and ceiling > 0 else float("nan")
-    elsewhere = [line[names[0]] for place, line in lines.items() if abs(place - at) >= width]
+    names = HELD_OUT if fresh else NUMBERS
+    estimate, low, high = (_float(line.get(name)) for name in names)
     return {
         "label": label,
-        "concept": row["concept"],
-        "kind": row.get("kind", ""),
+        "concept": line["concept"],
+        "kind": line.get("kind", ""),
         "judged": carrier is not None,
         "start": start,
         "at": at,
         "width": width,
-        **dict(zip(NUMBERS, values, strict=True)),
+        "estimate": estimate,
+        "low": low,
+        "high": high,
         "fresh": fresh,
-        "share": share,
-        "rival": max(elsewhere, default=float("nan")),
+        "share": _share(line.get("share"), estimate, ceiling),
+        "rival": _best_elsewhere(lines, at, width, names[0]),
         "reason": "" if carrier is None else carrier.reason,
-        "n": row.get("n"),
+        "n": line.get("n"),
     }
 
 
-def _chosen_apart(lines: dict[int, dict[str, Any]]) -> bool:
-    """Whether `fresh` comes from other seeds than `choose`: with few seeds both are the same number."""
+def _largest(lines: Mapping[int, Row]) -> int:
+    """Start of the window with the largest estimate."""
+    return max(lines, key=lambda start: lines[start]["estimate"])
+
+
+def _best_elsewhere(lines: Mapping[int, Row], at: int, width: int, name: str) -> float:
+    """The largest number among the windows that do not overlap the one at `at`; NaN without any."""
+    elsewhere = [line[name] for start, line in lines.items() if abs(start - at) >= width]
+    return max(elsewhere, default=float("nan"))
+
+
+def _float(value: Any) -> float:
+    return float("nan") if missing(value) else float(value)
+
+
+def _share(share: Any, estimate: float, ceiling: Any) -> Any:
+    """The share of the ceiling as the table has it, or computed where it has none."""
+    if not missing(share):
+        return share
+    if missing(ceiling) or not ceiling > 0:
+        return float("nan")
+    return estimate / ceiling
+
+
+def _chosen_apart(lines: Mapping[int, Row]) -> bool:
+    """Whether `fresh` comes from other seeds than `choose`; few seeds serve for both."""
     pairs: list[tuple[Any, Any]] = [(line.get("choose"), line.get("fresh")) for line in lines.values()]
-    if any(missing(value) for pair in pairs for value in pair):
+    if any(missing(choose) or missing(fresh) for choose, fresh in pairs):
         return False
     return not all(math.isclose(choose, fresh, abs_tol=1e-12) for choose, fresh in pairs)
 
 
 def _along(effects: Any, axis: str) -> Any:
-    """The rows of one axis, with whole positions and a `label` that tells methods and widths apart."""
+    """The rows of one axis, with a `label` that tells methods and widths apart."""
     rows = effects[(effects["axis"] == axis) & effects["position"].notna()].astype({"position": int})
     if rows.empty:
-        there = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
-        raise LocogenError(f"the effects table has no positions along {axis!r}: it has {there}")
+        axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
+        raise LocogenError(f"the effects table has no positions along {axis!r}: it has {axes}")
+    # The concept's name alone, unless it was measured in several ways.
     label = rows["concept"].astype(str)
     for column, word in (("method", ""), ("width", "width ")):
         if column in rows and rows.groupby("concept")[column].nunique().max() > 1:
             label = label + " · " + word + rows[column].astype(str)
     rows = rows.assign(label=label)
-    if len(twice := rows[rows.duplicated(["label", "position"])]):
-        name, start = twice[["label", "position"]].iloc[0]
+    repeated = rows[rows.duplicated(["label", "position"])]
+    if len(repeated):
+        name, start = repeated[["label", "position"]].iloc[0]
         raise LocogenError(f"{name}: the effects table has {axis} {start} more than once: give one run's table")
     return rows
 
 
 def _unedited(table: Any) -> Any:
-    return table[table["edit"].isna() | (table["edit"].astype(str) == "")] if "edit" in table else table
+    """The pictures that were made without an edit."""
+    if "edit" not in table:
+        return table
+    return table[table["edit"].isna() | (table["edit"].astype(str) == "")]
 
 
-def _by_concept(carriers: Carriers, concepts: list[str]) -> Mapping[str, Carrier]:
+def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Window]:
     if carriers is None:
         return {}
     if isinstance(carriers, Mapping):
@@ -306,24 +400,30 @@ def _by_concept(carriers: Carriers, concepts: list[str]) -> Mapping[str, Carrier
 
 
 def describe_edit(summary: pd.DataFrame, arm: str) -> str:
-    """What one arm of `locogen.editing.evaluation.summary` did, in a sentence, beside the best of the others."""
+    """What one arm of an evaluation's `summary` did, and the best of the others, in words."""
     rows = summary[summary["quantity"] == "right"].set_index(["arm", "measure"])
-    own = {measure: rows.loc[(arm, measure)] for a, measure in rows.index if a == arm}
-    names = {"efficacy": "of its own prompts", "generality": "said in other words", "specificity": "of its neighbors"}
-    told = [
-        f"{_percent(row['after'])} {names[measure]} ({_percent(row['before'])} before)" for measure, row in own.items()
-    ]
-    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(told)}."
-    rivals = rows[rows.index.get_level_values("arm") != arm]
-    if "efficacy" not in own or "specificity" not in own or rivals.empty:
+    measures = {measure: rows.loc[(arm, measure)] for name, measure in rows.index if name == arm}
+    words = {
+        "efficacy": "of its own prompts",
+        "generality": "said in other words",
+        "specificity": "of its neighbors",
+    }
+    parts = []
+    for measure, row in measures.items():
+        parts.append(f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)")
+    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(parts)}."
+
+    controls = rows[rows.index.get_level_values("arm") != arm]
+    if not {"efficacy", "specificity"} <= set(measures) or controls.empty:
         return text
+    # The sign says which way is better: efficacy should fall (rise for facts), specificity stay.
     gained: Any = rows["change"] * rows["sign"]
-    score = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
-    mine, score = float(score[arm]), score.drop(arm)
-    best = str(score.idxmax())
-    verb = "more" if mine > score.max() else "no more"
-    moved = " and ".join(_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity"))
-    return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({moved})."
+    scores = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
+    of_controls = scores.drop(arm)
+    best = str(of_controls.idxmax())
+    verb = "more" if float(scores[arm]) > of_controls.max() else "no more"
+    moved = [_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity")]
+    return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({' and '.join(moved)})."
 
 
 def _percent(share: float) -> str:

@@ -1,11 +1,15 @@
-"""`explore(run)`: click a cell of the heatmap and see its pictures; each view leaves a static twin in saved pages."""
+"""`explore(run)`: click a cell of the heatmap and see its pictures.
+
+Each view also leaves a static twin, which stays in saved notebooks and pages where no widget runs.
+"""
 
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +17,7 @@ import ipywidgets
 from IPython.display import HTML, display, update_display
 
 from locogen.errors import LocogenError
+from locogen.plan import Window
 from locogen.views.explorer import Explorer, Look, Shown
 from locogen.views.plots import figure_size, plot_effect
 from locogen.views.tables import describe, effect_matrix, number, precision
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
 PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
 AT_ONCE = 3  # baseline, window and ceiling come together
-LIFELESS = "In Jupyter this can be clicked. Here stands what was looked at last:"
+LIFELESS = "In Jupyter this can be clicked. This is what was looked at last:"
 STYLE = """
 .{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
 .{name} .widget-toggle-button {{ white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px; }}
@@ -35,57 +40,139 @@ STYLE = """
 """
 
 
-def explore(run: Run, *, pipe: Any = None, **options: Any) -> ExplorerBox:
-    """Look at a run of `localize` by hand: its heatmap as buttons, and under it the pictures of what is chosen.
+def explore(
+    run: Run,
+    *,
+    pipe: Any = None,
+    phrasings: Sequence[Any] | None = None,
+    subject: str | None = None,
+    becomes: str | None = None,
+    ridge: float | None = None,
+    ridge_v: float | None = None,
+    tokens: str | None = None,
+    preserve: Iterable[str] | None = None,
+    preserve_weight: float | None = None,
+    null_space: bool | None = None,
+    ordinary: Iterable[str] | None = None,
+    entry: bool | None = None,
+) -> ExplorerBox:
+    """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
 
-    Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at some strength, or
-    clamp some of their neurons. What the run has is shown at once, what it has not is made by its pipeline, or by
-    `pipe`; without either only the run's own pictures can be looked at. `options`: how an edit is fitted, such as
-    `tokens` and `ridge`, see `fit_edit`. All of it works by keyboard. Nothing is written, the model is left as found.
+    Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at
+    some strength, or clamp some of their neurons. All of it works by keyboard. Nothing is written,
+    and the model is left as it was. In a saved notebook and in exported pages, where no widget
+    runs, the last view stays.
 
-    In a saved notebook and in exported pages, where no widget lives, stands what was looked at last. Raises
-    `LocogenError` for a run without scores, and for a model whose weights are not the run's.
+    Args:
+        run: A run of `localize`. Its own pictures are shown at once.
+        pipe: The pipeline that makes other pictures; None: the run's own, if it still exists.
+            Without any, only the run's own pictures can be looked at.
+        phrasings: How edits are fitted: as in `fit_edit`, like all arguments below. None: its
+            default.
+        subject: The words that the phrasings share.
+        becomes: What the concept turns into.
+        ridge: λ of the keys, and of the values.
+        ridge_v: λ of the values.
+        tokens: Which states are edited.
+        preserve: Prompts that should stay as they are.
+        preserve_weight: How much they count.
+        null_space: Whether to keep them exactly.
+        ordinary: Captions whose directions should stay.
+        entry: Whether to edit also the map by which text enters outside of the layers.
+
+    Returns:
+        A widget: display it in Jupyter, or set its controls by code.
+
+    Raises:
+        LocogenError: For a run without scores, and a model whose weights are not the run's.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> pair = PromptPair("a picture of a cat in the style of neon", "a picture of a cat")
+        >>> few = {"seeds": [0], "controls": False, "num_inference_steps": 1, "progress": False}
+        >>> run = localize(pipe, Concept("neon", "style", (pair,)), window=8, **few)
+        >>> box = explore(run, tokens="end")
+        >>> box.look.prompt
+        'a picture of a cat in the style of neon'
     """
-    maker = run.made_by() if run.made_by is not None else None
-    return ExplorerBox(Explorer(run, maker if pipe is None else pipe, options))
+    options = {
+        "phrasings": phrasings,
+        "subject": subject,
+        "becomes": becomes,
+        "ridge": ridge,
+        "ridge_v": ridge_v,
+        "tokens": tokens,
+        "preserve": preserve,
+        "preserve_weight": preserve_weight,
+        "null_space": null_space,
+        "ordinary": ordinary,
+        "entry": entry,
+    }
+    chosen_options = {name: value for name, value in options.items() if value is not None}
+    if pipe is None and run.made_by is not None:
+        pipe = run.made_by()  # None where the pipeline is gone
+    return ExplorerBox(Explorer(run, pipe, chosen_options))
 
 
 class ExplorerBox(ipywidgets.VBox):
-    """The controls over an `Explorer`; `prompt`, `seed`, `window`, `strength`, `neurons` may be set by code as well."""
+    """The controls over an `Explorer`.
+
+    `prompt`, `seed`, `window`, `strength` and `neurons` may be set by code as well.
+    """
 
     def __init__(self, explorer: Explorer) -> None:
         self.explorer = explorer
-        self._name = f"loco-{uuid.uuid4().hex[:8]}"
-        self._busy = self._displayed = False
+        self._name = f"loco-{uuid.uuid4().hex[:8]}"  # CSS class: several may stand in one page
+        self._busy = False  # while controls are set by code, their changes are not followed
+        self._displayed = False
         self._concept = explorer.first_look().concept
         self._heatmap = ""
         self._make_controls(explorer.first_look())
-        self.status, self.pictures = ipywidgets.HTML(), ipywidgets.HTML()
-        style = ipywidgets.HTML(f"<style>{STYLE.format(name=self._name)}{''.join(self._colors())}</style>")
-        controls = ipywidgets.HBox(self._controls(), layout=ipywidgets.Layout(flex_flow="row wrap"))
+        self.status = ipywidgets.HTML()
+        self.pictures = ipywidgets.HTML()
+        rules = STYLE.format(name=self._name) + "".join(self._colors())
+        style = ipywidgets.HTML(f"<style>{rules}</style>")
+        # On a narrow screen the controls stand below each other.
+        wrap = ipywidgets.Layout(flex_flow="row wrap")
+        controls = ipywidgets.HBox(self._controls(), layout=wrap)
         super().__init__([style, *self.cells.values(), controls, self.status, self.pictures])
         self.add_class(self._name)
         for name, row in self.cells.items():
-            row.observe(lambda change, name=name: self._choose(name, change.new), "value")
+            row.observe(functools.partial(self._cell_clicked, name), "value")
         for control in self._controls():
-            control.observe(lambda change: self._update(), "value")
+            control.observe(self._control_moved, "value")
+        self._update()
+
+    def _cell_clicked(self, concept: str, change: Any) -> None:
+        self._choose(concept, change.new)
+
+    def _control_moved(self, change: Any) -> None:
         self._update()
 
     def _make_controls(self, look: Look) -> None:
-        explorer, live = self.explorer, self.explorer.pipe is not None
-        usual: dict[str, Any] = dict(style={"description_width": "6.5em"}, continuous_update=False)
+        explorer = self.explorer
+        no_model = explorer.pipe is None
+        common: dict[str, Any] = {
+            "style": {"description_width": "6.5em"},
+            "continuous_update": False,
+        }
         prompts = [pair.prompt for pair in explorer.concepts[look.concept].pairs]
         self.cells = {name: self._row(name, place) for place, name in enumerate(explorer.concepts)}
-        self.prompt = ipywidgets.Dropdown(options=prompts, description="prompt", style=usual["style"])
+        self.prompt = ipywidgets.Dropdown(options=prompts, description="prompt", style=common["style"])
         self.prompt.layout.width = "min(36em, 100%)"
-        self.seed = ipywidgets.BoundedIntText(look.seed, 0, 2**31 - 1, description="seed", **usual)
-        chosen, last = (look.first, look.last), explorer.n_layers - 1
-        self.window = ipywidgets.IntRangeSlider(value=chosen, min=0, max=last, description="layers", **usual)
-        self.strength = ipywidgets.FloatSlider(
-            0, min=0, max=2, step=0.25, description="edit strength", disabled=not live, **usual
+        self.seed = ipywidgets.BoundedIntText(look.seed, 0, 2**31 - 1, description="seed", **common)
+        self.window = ipywidgets.IntRangeSlider(
+            value=(look.first, look.last),
+            min=0,
+            max=explorer.n_layers - 1,
+            description="layers",
+            **common,
         )
-        self.neurons = ipywidgets.IntSlider(0, min=0, max=1, description="neurons", disabled=not live, **usual)
+        self.strength = ipywidgets.FloatSlider(
+            0, min=0, max=2, step=0.25, description="edit strength", disabled=no_model, **common
+        )
         self.strength.tooltip = "how much of an edit of these layers is applied; 0: none"
+        self.neurons = ipywidgets.IntSlider(0, min=0, max=1, description="neurons", disabled=no_model, **common)
         self.neurons.tooltip = "how many neurons of each key and value matrix of these layers are clamped; 0: none"
 
     def _controls(self) -> tuple[Any, ...]:
@@ -93,42 +180,54 @@ class ExplorerBox(ipywidgets.VBox):
 
     def _row(self, name: str, place: int) -> Any:
         """One concept's row of the heatmap, a button a window."""
+        # All cells of a row have as many digits as tell them apart.
         cells = self.explorer.cells(name)
-        digits = precision(*(row["estimate"] for row in cells.values()))
-        star = self.explorer.carriers[name].start
-        options = [
-            (f"{_layers(start, self.explorer.width)}{' ★' * (start == star)}\n{number(row['estimate'], digits)}", start)
-            for start, row in cells.items()
-        ]
-        look = self.explorer.first_look()
-        told = [f"{name}, layers {label.splitlines()[0]}: effect {label.splitlines()[1]}" for label, _ in options]
-        row = ipywidgets.ToggleButtons(options=options, value=None, tooltips=told, description=name)
-        row.style.description_width, row.style.button_width = "7em", "3.8em"
+        digits = precision(*(cell["estimate"] for cell in cells.values()))
+        options = []
+        tooltips = []
+        for start, cell in cells.items():
+            star = " ★" if start == self.explorer.carriers[name].start else ""
+            layers = Window(start, self.explorer.width).label + star
+            effect = number(cell["estimate"], digits)
+            options.append((f"{layers}\n{effect}", start))
+            tooltips.append(f"{name}, layers {layers}: effect {effect}")
+        row = ipywidgets.ToggleButtons(options=options, value=None, tooltips=tooltips, description=name)
+        row.style.description_width = "7em"
+        row.style.button_width = "3.8em"
         row.add_class(f"{self._name}-{place}")
+        look = self.explorer.first_look()
         row.value = look.first if name == look.concept else None
         return row
 
     def _colors(self) -> Iterator[str]:
-        """The heatmap's colors, one scale around zero for all concepts as in `plot_effect`; text that can be read."""
+        """The heatmap's colors, one scale around zero for all concepts; readable text."""
         import seaborn as sns
         from matplotlib.colors import to_hex
 
-        colors = sns.color_palette("vlag", as_cmap=True)
+        palette = sns.color_palette("vlag", as_cmap=True)
         matrix = effect_matrix(self.explorer.effects)
-        most = matrix.abs().max().max() or 1.0
+        largest = matrix.abs().max().max() or 1.0
         for place, name in enumerate(self.explorer.concepts):
             for child, row in enumerate(self.explorer.cells(name).values(), 1):
-                color = colors(0.5 + row["estimate"] / most / 2)
+                color = palette(0.5 + row["estimate"] / largest / 2)
+                # Dark text on light cells: luminance after Rec. 709.
                 light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.45
+                ink = "#000" if light else "#fff"
                 button = f".{self._name}-{place} .widget-toggle-button:nth-of-type({child})"
-                yield f"{button} {{ background: {to_hex(color)}; color: {'#000' if light else '#fff'}; }}\n"
+                yield f"{button} {{ background: {to_hex(color)}; color: {ink}; }}\n"
 
     @property
     def look(self) -> Look:
         """What is looked at now."""
         first, last = self.window.value
         return Look(
-            self._concept, str(self.prompt.value), first, last, self.seed.value, self.strength.value, self.neurons.value
+            concept=self._concept,
+            prompt=str(self.prompt.value),
+            first=first,
+            last=last,
+            seed=self.seed.value,
+            strength=self.strength.value,
+            neurons=self.neurons.value,
         )
 
     def _choose(self, concept: str, start: int | None) -> None:
@@ -136,6 +235,7 @@ class ExplorerBox(ipywidgets.VBox):
         if self._busy or start is None:
             return
         self._busy = True
+        # Another concept has other prompts: its first one is shown.
         if concept != self._concept:
             self._concept = concept
             self.prompt.options = [pair.prompt for pair in self.explorer.concepts[concept].pairs]
@@ -150,77 +250,97 @@ class ExplorerBox(ipywidgets.VBox):
         self._busy = True
         try:
             self.neurons.max = max(1, self.explorer.narrowest(self.look))
-            look = self.look
-            swept = len(look.window) == self.explorer.width
-            for name, row in self.cells.items():
-                row.value = look.first if swept and name == self._concept else None
-            self.status.value = "<p role='status'>Making pictures …</p>"
-            shown = []
-            for one in self.explorer.show(look):  # the slow ones come last: show the others meanwhile
-                shown.append(one)
-                if len(shown) >= AT_ONCE:
-                    self.pictures.value = _figures(shown)
-            self.status.value = f"<p role='status'>{escape(self.explorer.finding(look))}</p>"
+            self._mark_cell(self.look)
+            self._show(self.look)
         except LocogenError as error:
             self.pictures.value = ""
             self.status.value = f"<p role='alert'><b>{escape(str(error))}</b></p>"
         finally:
             self._busy = False
+        # What is saved with the notebook follows what is seen.
         if self._displayed:
             update_display(HTML(self.twin()), display_id=self._name)
 
-    def twin(self) -> str:
-        """The same view as plain HTML: the heatmap as a picture, what is chosen, and its pictures."""
-        self._heatmap = self._heatmap or self._drawn()
-        look = self.look
-        asked = f"<p>Prompt “{escape(look.prompt)}”, seed {look.seed}.</p>"
-        return f'<div class="{self._name}-twin">{self._heatmap}{self.status.value}{asked}{self.pictures.value}</div>'
+    def _mark_cell(self, look: Look) -> None:
+        """Press the cell of the window looked at; windows of another width have none."""
+        swept = len(look.window) == self.explorer.width
+        for name, row in self.cells.items():
+            row.value = look.first if swept and name == self._concept else None
 
-    def _drawn(self) -> str:
+    def _show(self, look: Look) -> None:
+        """The pictures and the finding of a look, those that are quick first."""
+        self.status.value = "<p role='status'>Making pictures …</p>"
+        shown = []
+        for picture in self.explorer.show(look):
+            shown.append(picture)
+            # Edited and clamped pictures come last and are slow: show the others meanwhile.
+            if len(shown) >= AT_ONCE:
+                self.pictures.value = _figures(shown)
+        self.status.value = f"<p role='status'>{escape(self.explorer.finding(look))}</p>"
+
+    def twin(self) -> str:
+        """The same view as plain HTML: the heatmap as a picture, the choice, and its pictures."""
+        if not self._heatmap:
+            self._heatmap = self._draw_heatmap()
+        prompt = escape(self.look.prompt)
+        choice = f"<p>Prompt “{prompt}”, seed {self.look.seed}.</p>"
+        parts = self._heatmap + self.status.value + choice + self.pictures.value
+        return f'<div class="{self._name}-twin">{parts}</div>'
+
+    def _draw_heatmap(self) -> str:
         import matplotlib.style
         from matplotlib.figure import Figure
 
-        effects, carriers = self.explorer.effects, self.explorer.carriers
+        effects = self.explorer.effects
+        carriers = self.explorer.carriers
+        png = io.BytesIO()
         with matplotlib.style.context("default"):
-            drawing = Figure(figsize=figure_size(effect_matrix(effects)), dpi=120, layout="constrained")
+            # A figure outside of pyplot: notebooks show those of pyplot by themselves.
+            size = figure_size(effect_matrix(effects))
+            drawing = Figure(figsize=size, dpi=120, layout="constrained")
             plot_effect(effects, carriers=carriers, ax=drawing.add_subplot())
-            drawing.savefig(buffer := io.BytesIO(), format="png")
+            drawing.savefig(png, format="png")
         alt = f"Heatmap of the effect of each window. {describe(effects, carriers)}"
         width = round(96 * drawing.get_figwidth())
-        return f"<p>{_image(buffer.getvalue(), alt, width)}</p>"
+        return f"<p>{_image(png.getvalue(), alt, width)}</p>"
 
     def _ipython_display_(self) -> None:
-        """The live widget, and beside it its twin, which a style within the widget hides while that lives."""
+        """The live widget and its twin, which a style in the widget hides while that lives."""
         self._displayed = True
+        # Two outputs, for notebooks drop HTML beside a widget.
         display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
         display(HTML(self.twin()), display_id=self._name)
 
 
-def _layers(start: int, width: int) -> str:
-    return f"{start}" if width == 1 else f"{start}–{start + width - 1}"
-
-
 def _figures(shown: Sequence[Shown]) -> str:
     """Pictures side by side, each with what it is and its CLIP-score."""
-    before = shown[0].score
-    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{"".join(_figure(s, before) for s in shown)}</div>'
+    baseline = shown[0].score
+    figures = "".join(_figure(picture, baseline) for picture in shown)
+    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{figures}</div>'
 
 
-def _figure(shown: Shown, before: float | None) -> str:
-    score = ""
-    if shown.score is not None:
-        change = "" if before in (None, shown.score) else f" ({shown.score - before:+.2f})".replace("-", "−")
-        score = f"<br>CLIP-score {number(shown.score)}{change}"
+def _figure(shown: Shown, baseline: float | None) -> str:
     picture = _image(_png(shown.picture), shown.label, PICTURE, "image-rendering: pixelated")
-    caption = f"<figcaption>{escape(shown.label)}{score}</figcaption>"
+    caption = f"<figcaption>{escape(shown.label)}{_score(shown.score, baseline)}</figcaption>"
     return f'<figure style="margin: 0; width: {PICTURE}px">{picture}{caption}</figure>'
 
 
+def _score(score: float | None, baseline: float | None) -> str:
+    """The CLIP-score of a picture, and how it differs from the baseline's."""
+    if score is None:
+        return ""
+    change = ""
+    if baseline is not None and baseline != score:
+        change = f" ({score - baseline:+.2f})".replace("-", "−")
+    return f"<br>CLIP-score {number(score)}{change}"
+
+
 def _png(picture: Image) -> bytes:
-    small = picture.copy()
+    small = picture.copy()  # `thumbnail` changes the picture itself
     small.thumbnail((2 * PICTURE, 2 * PICTURE))
-    small.save(buffer := io.BytesIO(), "png")
-    return buffer.getvalue()
+    png = io.BytesIO()
+    small.save(png, "png")
+    return png.getvalue()
 
 
 def _image(png: bytes, alt: str, width: int, style: str = "") -> str:

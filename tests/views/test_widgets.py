@@ -3,7 +3,9 @@
 In a browser: `test_lab.py`.
 """
 
+import dataclasses
 import gc
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from IPython.utils.capture import capture_output
 from support import tiny
 
 from locogen.editing.edit import fit_edit
+from locogen.editing.fit import Options
 from locogen.editing.neurons import find_neurons
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
@@ -147,7 +150,15 @@ def test_every_cell_says_its_effect(box: ExplorerBox, run: Run) -> None:
     for (label, start), told in zip(box.cells["neon"].options, box.cells["neon"].tooltips, strict=True):
         text = label.splitlines()[1].replace("−", "-")
         assert float(text) == pytest.approx(effects[start], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3)
-        assert told.startswith(f"neon, layers {start}–{start + 1}")
+        assert told.startswith(f"neon, layers {start}-{start + 1}")
+
+
+def test_explore_takes_every_option_of_an_edit() -> None:
+    """Spelled out, so that an editor can complete them; none is forgotten where edits get a further one."""
+    options = {field.name for field in dataclasses.fields(Options)} | {"phrasings", "subject", "becomes"}
+    parameters = inspect.signature(explore).parameters
+    assert options == set(parameters) - {"run", "pipe"}
+    assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
 def test_strength_neurons_and_seed_change_the_view(box: ExplorerBox) -> None:
