@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="locogen", description="Find, show and edit where text-to-image models keep what they know."
+        prog="locogen",
+        description="Find, show and edit where text-to-image models keep what they know.",
     )
     parser.add_argument("--version", action="version", version=f"locogen {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -65,18 +66,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("study", type=Path, metavar="STUDY.toml")
     run.add_argument("--force", action="store_true", help="run what is finished again")
-    run.add_argument("--only", action="append", metavar="SLUG", help="only this run (may be given several times)")
-    run.add_argument("--dry-run", action="store_true", help="check everything and print the plan, start nothing")
+    run.add_argument(
+        "--only", action="append", metavar="SLUG", help="only this run (may be given several times)"
+    )
+    run.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the plan, start nothing"
+    )
     run.add_argument("--retry", choices=["failed"], help="run again what failed before")
-    run.add_argument("--keep-going", action="store_true", help="after a failure too; else what has begun is finished")
-    run.add_argument("--engine", choices=["serial", "processes", "dask"], help="see below; default: processes")
-    run.add_argument("--workers", type=int, metavar="N", help="runs at once; default: as many as fit the machine")
-    run.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler; its workers do the runs")
+    run.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="after a failure too; else what has begun is finished",
+    )
+    run.add_argument(
+        "--engine", choices=["serial", "processes", "dask"], help="see below; default: processes"
+    )
+    run.add_argument(
+        "--workers", type=int, metavar="N", help="runs at once; default: as many as fit the machine"
+    )
+    run.add_argument(
+        "--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler; its workers do the runs"
+    )
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="make the pages of a study's results")
     report.add_argument("folder", type=Path, metavar="DIR")
-    report.add_argument("--open", action="store_true", help="show them in a browser, where there is a display")
+    report.add_argument(
+        "--open", action="store_true", help="show them in a browser, where there is a display"
+    )
     report.set_defaults(command=_report)
 
     models = commands.add_parser("models", help="list the models that locogen knows by name")
@@ -84,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
     concepts = commands.add_parser("concepts", help="list the concepts that locogen knows by id")
     concepts.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
-    concepts.add_argument("--file", type=Path, metavar="OWN.toml", help="and those of a file of your own")
+    concepts.add_argument(
+        "--file", type=Path, metavar="OWN.toml", help="and those of a file of your own"
+    )
     concepts.set_defaults(command=_concepts)
     return parser
 
@@ -147,10 +166,15 @@ def _concepts(chosen: argparse.Namespace) -> int:
 
 def _show(rows: Sequence[Sequence[object]]) -> None:
     """Print rows as columns of text, the first row being their names."""
-    told = [["yes" if cell is True else "no" if cell is False else str(cell) for cell in row] for row in rows]
+    told = [
+        ["yes" if cell is True else "no" if cell is False else str(cell) for cell in row]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*told, strict=True)]
     for row in told:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
 
 
 if __name__ == "__main__":

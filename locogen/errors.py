@@ -18,7 +18,11 @@ class LocogenError(Exception):
         shell = get_ipython()
         if shell is not None and shell.InteractiveTB.mode == "Verbose":
             return shell.InteractiveTB.structured_traceback(type(self), self, self.__traceback__)
-        frames = [at for at in traceback.walk_tb(self.__traceback__) if at[0].f_globals.get("__name__") == "__main__"]
+        frames = [
+            at
+            for at in traceback.walk_tb(self.__traceback__)
+            if at[0].f_globals.get("__name__") == "__main__"
+        ]
         at = [
             f"in line {line} of the cell: {linecache.getline(f.f_code.co_filename, line).strip()}"
             for f, line in frames[-1:]
@@ -34,5 +38,9 @@ def unknown(thing: str, name: str, known: Iterable[str]) -> LocogenError:
     """An error for a name that is not there, with the nearest ones that are."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(choices)}"
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"there are: {', '.join(choices)}"
+    )
     return LocogenError(f"no {thing} {name!r}: {hint}")

@@ -86,7 +86,9 @@ def publish(partial: Path, folder: Path) -> None:
 
 def check_place(folder: Path) -> None:
     """Raise `LocogenError` where a run's folder would take the place of something that no run has made."""
-    if not os.path.lexists(folder) or any((folder / name).is_file() for name in ("result.json", "error.json")):
+    if not os.path.lexists(folder) or any(
+        (folder / name).is_file() for name in ("result.json", "error.json")
+    ):
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise LocogenError(
@@ -108,7 +110,9 @@ def alone(results: Path) -> Iterator[None]:
         except ImportError:  # Windows has no such lock
             pass
         except OSError:
-            raise LocogenError(f"another locogen is at work in {results}: wait for it, or stop it") from None
+            raise LocogenError(
+                f"another locogen is at work in {results}: wait for it, or stop it"
+            ) from None
         for old in results.glob(".old-*"):
             if not (folder := results / old.name.removeprefix(".old-")).exists():
                 os.replace(old, folder)
@@ -121,7 +125,9 @@ def clear(results: Path) -> None:
     for left in (*results.glob(".partial-*"), *results.glob(".old-*"), *results.glob(".gone-*")):
         gone = left.with_name(f".gone-{left.name.lstrip('.')}")
         with contextlib.suppress(OSError):
-            os.replace(left, gone)  # in one step: a kernel that still writes cannot keep the folder alive
+            os.replace(
+                left, gone
+            )  # in one step: a kernel that still writes cannot keep the folder alive
         shutil.rmtree(gone, ignore_errors=True)
 
 

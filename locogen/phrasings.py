@@ -35,11 +35,13 @@ _GONE = (
     ("a photo of {0}", "a photo"),
 )
 
-_MARKS = (
-    r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："  # not <> and *, which tokens of textual inversion begin and end with
-)
-_WORD = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")  # a word, hyphens and apostrophes included; or one mark
-_EDGES = re.sub(r"\\", "", _MARKS) + "'`-–—"  # what is taken off the ends of words that are looked for
+_MARKS = r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："  # not <> and *, which tokens of textual inversion begin and end with
+_WORD = re.compile(
+    rf"[^\s{_MARKS}]+|[{_MARKS}]"
+)  # a word, hyphens and apostrophes included; or one mark
+_EDGES = (
+    re.sub(r"\\", "", _MARKS) + "'`-–—"
+)  # what is taken off the ends of words that are looked for
 _CONNECTIVES = ("of", "showing", "with")
 _ARTICLES = ("a", "an", "the")
 # Scripts that write words without spaces: there, a name is found inside a run of letters too.
@@ -72,14 +74,20 @@ def occurrences(text: str, words: str) -> tuple[Span, ...]:
     parts = words.split()
     if not parts:
         return ()
-    spellings = {unicodedata.normalize(form, " ".join(parts)) for form in ("NFC", "NFD")} | {" ".join(parts)}
-    patterns = [r"\s+".join(re.escape(part) for part in spelling.split()) for spelling in sorted(spellings)]
+    spellings = {unicodedata.normalize(form, " ".join(parts)) for form in ("NFC", "NFD")} | {
+        " ".join(parts)
+    }
+    patterns = [
+        r"\s+".join(re.escape(part) for part in spelling.split()) for spelling in sorted(spellings)
+    ]
     matches = re.finditer("|".join(patterns), text, re.IGNORECASE)
     return tuple(match.span() for match in matches if _stands_alone(text, *match.span()))
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    return not _joined(text[start - 1 : start], text[start]) and not _joined(text[end - 1], text[end : end + 1])
+    return not _joined(text[start - 1 : start], text[start]) and not _joined(
+        text[end - 1], text[end : end + 1]
+    )
 
 
 def _joined(left: str, right: str) -> bool:
@@ -90,7 +98,11 @@ def _joined(left: str, right: str) -> bool:
 
 
 def _is_letter(character: str) -> bool:
-    return character.isalnum() or character == "_" or unicodedata.category(character or " ").startswith("M")
+    return (
+        character.isalnum()
+        or character == "_"
+        or unicodedata.category(character or " ").startswith("M")
+    )
 
 
 def without_marks(words: str) -> str:
@@ -199,7 +211,9 @@ def phrase_in(concept: Concept, pair: PromptPair) -> str:
     if not subjects:
         return gone
     start, end = subjects[0]
-    if concept.kind == "fact" and pair.target:  # the words before the name ask for it: "the animal of" france
+    if (
+        concept.kind == "fact" and pair.target
+    ):  # the words before the name ask for it: "the animal of" france
         return gone[:end]
     before = gone[:start].split()
     if before and before[-1].lower() in _ARTICLES:
@@ -281,7 +295,9 @@ def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phr
         becomes = put_in_place(first.prompt, first.target, phrase)
     templates = _templates(concept, becomes)
     subject = concept.name if occurrences(phrase, concept.name) else phrase
-    return tuple(Phrasing(old.format(phrase), new.format(phrase, becomes), subject) for old, new in templates)
+    return tuple(
+        Phrasing(old.format(phrase), new.format(phrase, becomes), subject) for old, new in templates
+    )
 
 
 def _templates(concept: Concept, becomes: str | None) -> tuple[tuple[str, str], ...]:
@@ -290,10 +306,16 @@ def _templates(concept: Concept, becomes: str | None) -> tuple[tuple[str, str], 
         return gone
     if not becomes.strip():
         return tuple((source, "") for source, _ in gone)
-    return tuple((source, source.replace("{0}", "{1}")) for source, _ in _STYLED) if gone is _STYLED else _SHOWN
+    return (
+        tuple((source, source.replace("{0}", "{1}")) for source, _ in _STYLED)
+        if gone is _STYLED
+        else _SHOWN
+    )
 
 
-def own_phrasings(pairs: Sequence[Phrasing | PromptPair | tuple[str, str]], subject: str) -> tuple[Phrasing, ...]:
+def own_phrasings(
+    pairs: Sequence[Phrasing | PromptPair | tuple[str, str]], subject: str
+) -> tuple[Phrasing, ...]:
     """A user's phrasings, checked. Raises `LocogenError` for none, an empty source, or one equal to its target."""
     phrasings = [_own_phrasing(pair, subject) for pair in pairs]
     if not phrasings:
@@ -307,7 +329,11 @@ def _own_phrasing(pair: Phrasing | PromptPair | tuple[str, str], subject: str) -
     if isinstance(pair, PromptPair):
         pair = Phrasing(pair.prompt, pair.target, subject)
     if not pair.source.strip() or not pair.subject.strip() or pair.target.isspace():
-        raise LocogenError(f"{pair} has an empty text: give source and subject words; only a target may be ''")
+        raise LocogenError(
+            f"{pair} has an empty text: give source and subject words; only a target may be ''"
+        )
     if pair.source.split() == pair.target.split():
-        raise LocogenError(f"source and target are both {pair.source!r}: the target says what it should become")
+        raise LocogenError(
+            f"source and target are both {pair.source!r}: the target says what it should become"
+        )
     return pair

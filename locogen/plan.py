@@ -53,9 +53,13 @@ class PromptPair:
         for field in ("prompt", "target", "text", "placebo"):
             self._check_text(field)
         if self.prompt.split() == self.target.split():
-            raise LocogenError(f"prompt and target are both {self.prompt!r}: a target leaves the concept out")
+            raise LocogenError(
+                f"prompt and target are both {self.prompt!r}: a target leaves the concept out"
+            )
         if self.placebo in (self.prompt, self.target):
-            raise LocogenError(f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise")
+            raise LocogenError(
+                f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise"
+            )
 
     def _check_text(self, field: str) -> None:
         value = getattr(self, field)
@@ -87,7 +91,9 @@ class Concept:
         if not isinstance(self.name, str) or not self.name.strip():
             raise LocogenError(f"a concept is named {self.name!r}: give it a name")
         if self.kind not in KINDS:
-            raise LocogenError(f"concept {self.name!r} is of kind {self.kind!r}: take one of {', '.join(KINDS)}")
+            raise LocogenError(
+                f"concept {self.name!r} is of kind {self.kind!r}: take one of {', '.join(KINDS)}"
+            )
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if not self.pairs:
             raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
@@ -97,7 +103,9 @@ class Concept:
         prompts = [pair.prompt for pair in self.pairs]
         twice = next((p for p in prompts if prompts.count(p) > 1), None)
         if twice:
-            raise LocogenError(f"concept {self.name!r} has the prompt {twice!r} twice: each prompt counts once")
+            raise LocogenError(
+                f"concept {self.name!r} has the prompt {twice!r} twice: each prompt counts once"
+            )
 
     def _check_answer(self, pair: PromptPair) -> None:
         text = self.scored_text(pair)
@@ -157,7 +165,9 @@ class Intervention:
             raise LocogenError(f"pooled is {self.pooled!r}: take 'keep' or 'target'")
         for field in ("prompt", "target"):
             if not isinstance(getattr(self, field), str):
-                raise LocogenError(f"an intervention's {field} is {getattr(self, field)!r}: give it a text")
+                raise LocogenError(
+                    f"an intervention's {field} is {getattr(self, field)!r}: give it a text"
+                )
 
     @property
     def is_plain(self) -> bool:
@@ -171,7 +181,9 @@ def _span(given: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         first, last = 0, -1
     if not 0 <= first <= last:
-        raise LocogenError(f"timesteps is {given!r}: give the first and the last denoising step, counted from 0")
+        raise LocogenError(
+            f"timesteps is {given!r}: give the first and the last denoising step, counted from 0"
+        )
     return first, last
 
 
@@ -182,7 +194,11 @@ def riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
     """
     there = {(row.prompt, row.seed) for row in plan if row.is_plain}
     needed = dict.fromkeys((row.target, row.seed) for row in plan if not row.is_plain)
-    return tuple(Intervention(text, text, (), seed, "baseline") for text, seed in needed if (text, seed) not in there)
+    return tuple(
+        Intervention(text, text, (), seed, "baseline")
+        for text, seed in needed
+        if (text, seed) not in there
+    )
 
 
 def with_riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
@@ -236,7 +252,9 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise LocogenError(f"{field} is {value!r}: give it a whole number from 1 up")
         if not self.guidance_scale >= 0:
-            raise LocogenError(f"guidance_scale is {self.guidance_scale!r}: give it a number from 0 up (1 is off)")
+            raise LocogenError(
+                f"guidance_scale is {self.guidance_scale!r}: give it a number from 0 up (1 is off)"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the store's `run-….json` and the tables."""
@@ -248,7 +266,9 @@ def windows(n_layers: int, window: int) -> tuple[Window, ...]:
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise LocogenError(f"window is {window!r}: give the number of layers, from 1 up")
     if window > n_layers:
-        raise LocogenError(f"a window of {window} layers does not fit a model of {n_layers}: take at most {n_layers}")
+        raise LocogenError(
+            f"a window of {window} layers does not fit a model of {n_layers}: take at most {n_layers}"
+        )
     return tuple(Window(start, window) for start in range(n_layers - window + 1))
 
 
@@ -274,7 +294,10 @@ def sweep(
     spans = tuple(dict.fromkeys(_span(given) for given in timesteps))
     drawn = distinct_seeds(seeds)
     found = (
-        r for pair in concept.pairs for seed in drawn for r in _rows(pair, seed, places, n_layers, controls, spans)
+        r
+        for pair in concept.pairs
+        for seed in drawn
+        for r in _rows(pair, seed, places, n_layers, controls, spans)
     )
     return tuple(row if row.role == "baseline" else replace(row, pooled=pooled) for row in found)
 
@@ -284,7 +307,9 @@ def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     try:
         drawn = tuple(int(seed) for seed in seeds)
     except TypeError:
-        raise LocogenError(f"seeds is {seeds!r}: give several whole numbers, such as range(4)") from None
+        raise LocogenError(
+            f"seeds is {seeds!r}: give several whole numbers, such as range(4)"
+        ) from None
     if not drawn:
         raise LocogenError("there are no seeds: give at least one, such as seeds=range(4)")
     if len(set(drawn)) < len(drawn):
@@ -307,7 +332,9 @@ def _rows(
         yield Intervention(prompt, target, tuple(place), seed, "window", place.start, place.width)
     for span in spans:
         for place in places:
-            yield Intervention(prompt, target, tuple(place), seed, "timesteps", place.start, place.width, span)
+            yield Intervention(
+                prompt, target, tuple(place), seed, "timesteps", place.start, place.width, span
+            )
     if not controls:
         return
     for place in places:

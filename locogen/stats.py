@@ -188,7 +188,9 @@ def simultaneous_lead(
     )
 
 
-def _opponents(count: int, candidate: int, rivals: Iterable[int] | None, apart: int) -> tuple[int, ...]:
+def _opponents(
+    count: int, candidate: int, rivals: Iterable[int] | None, apart: int
+) -> tuple[int, ...]:
     """The rivals of a candidate, each once."""
     if rivals is None:
         rivals = [other for second, other in _pairs_apart(count, apart) if second == candidate]
@@ -243,7 +245,9 @@ def any_effect(
         raw = raw[None]
     placebos = _checked(raw, "placebo")  # (K, prompts, seeds)
     if placebos.shape[1:] != x.shape[1:]:
-        raise ValueError(f"placebo has shape {placebos.shape}, values {x.shape}: use the same prompts and seeds")
+        raise ValueError(
+            f"placebo has shape {placebos.shape}, values {x.shape}: use the same prompts and seeds"
+        )
     rows = np.concatenate([x, placebos.mean(0, keepdims=True)])  # (windows + 1, prompts, seeds)
     pairs = [(window, len(x)) for window in range(len(x))]
     return _compare(rows, pairs, alpha, draws, seed, prompts)
@@ -302,12 +306,16 @@ def _welch(a: ArrayLike, b: ArrayLike) -> tuple[Array, Array]:
     x = _checked(a, "a", ("row", "column"))
     y = _checked(b, "b", ("row", "column"))
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"a {x.shape} and b {y.shape} need the same columns and at least two rows each")
+        raise ValueError(
+            f"a {x.shape} and b {y.shape} need the same columns and at least two rows each"
+        )
     # Spreads are taken around the first row: a column that does not vary then has exactly none,
     # where rounding of its mean would leave a tiny spread and a huge z.
     spread_x = (x - x[0]).std(0, ddof=1)  # (d,)
     spread_y = (y - y[0]).std(0, ddof=1)
-    z, p_value = ttest_ind_from_stats(x.mean(0), spread_x, len(x), y.mean(0), spread_y, len(y), equal_var=False)
+    z, p_value = ttest_ind_from_stats(
+        x.mean(0), spread_x, len(x), y.mean(0), spread_y, len(y), equal_var=False
+    )
     constant = (spread_x == 0) & (spread_y == 0)
     return np.where(constant, 0.0, z), np.where(constant, 1.0, p_value)
 
@@ -355,7 +363,9 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
         ValueError: For a count below 1, hits outside it, or a level that is not a probability.
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
-        raise ValueError(f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1")
+        raise ValueError(
+            f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1"
+        )
     # scipy's interval (`binomtest`) takes whole hits only; for those a test compares the two.
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
     middle = (hits + z2 / 2) / (count + z2)
@@ -464,7 +474,9 @@ def cube(table: Any, value: str, by: Mapping[str, Sequence[Any]]) -> Array:
     import pandas as pd
 
     values = np.full([len(levels) for levels in by.values()], np.nan)
-    places = np.array([pd.Index(levels).get_indexer(table[column]) for column, levels in by.items()])
+    places = np.array(
+        [pd.Index(levels).get_indexer(table[column]) for column, levels in by.items()]
+    )
     inside = (places >= 0).all(0)  # (rows,); rows of other levels have no place
     column = table[value].to_numpy(np.float64, na_value=np.nan)
     values[tuple(places[:, inside])] = column[inside]
@@ -488,7 +500,9 @@ def _compare(
     """
     rank = int(alpha * (draws + 1) + 1e-9)  # the rank-th largest maximum is the critical value
     if not 1 <= rank <= draws:
-        raise ValueError(f"alpha={alpha} is not between 0 and 1, or draws={draws} are fewer than 1 / alpha")
+        raise ValueError(
+            f"alpha={alpha} is not between 0 and 1, or draws={draws} are fewer than 1 / alpha"
+        )
     factors = _factors(x, prompts)
     i, j = np.array(pairs).T
     gap = x[i].mean((1, 2)) - x[j].mean((1, 2))  # (pairs,)
@@ -576,7 +590,9 @@ def _student(freedom: float, draws: int, seed: int) -> Array:
     return np.sqrt(dice.standard_gamma(freedom / 2, draws) * 2 / freedom)
 
 
-def _checked(values: ArrayLike, name: str, axes: tuple[str, ...] = ("window", "prompt", "seed")) -> Array:
+def _checked(
+    values: ArrayLike, name: str, axes: tuple[str, ...] = ("window", "prompt", "seed")
+) -> Array:
     """The values as an array, refused unless it has these axes, is not empty and is finite."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != len(axes) or x.size == 0:

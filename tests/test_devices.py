@@ -35,8 +35,12 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "prog
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
 EVOLVING = ("sd-3", "flux")  # no localizer but locogen's own
 ALIKE = ("lcm", "pixart-sigma")  # what locogen does is what it does with "sd" and "pixart-alpha"
-FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in tiny.FAMILIES]
-WAIT_ALIKE = [pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "sd-xl", "sd-3", "flux", "sana")]
+FAMILIES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in tiny.FAMILIES
+]
+WAIT_ALIKE = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "sd-xl", "sd-3", "flux", "sana")
+]
 pytestmark = [
     # diffusers', of SD-XL's decoder in half precision; the CPU's, of norms within autocast
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),
@@ -57,7 +61,9 @@ def neurons_of(pipe):
 
 @functools.cache
 def edit_of(pipe):
-    return fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS, entry=family_of(pipe).entry is not None)
+    return fit_edit(
+        pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS, entry=family_of(pipe).entry is not None
+    )
 
 
 def rows(pipe, layers=(0, 1), **more):
@@ -174,7 +180,11 @@ def test_nor_in_half_precision(name):
     pipe = on_device(name, dtype=torch.bfloat16)
     with pretended():
         plan = rows(pipe)
-        with edit_of(pipe).applied(pipe), clamp(pipe, neurons_of(pipe).top(8)), intervene(pipe, plan):
+        with (
+            edit_of(pipe).applied(pipe),
+            clamp(pipe, neurons_of(pipe).top(8)),
+            intervene(pipe, plan),
+        ):
             assert len(pictures(pipe, plan)) == len(plan)
 
 
@@ -274,7 +284,9 @@ def test_weights_that_are_brought_layer_by_layer(name, tmp_path):
         options = SCORED | {"scorer": "mini", "num_inference_steps": 2}
         localize(pipe, CONCEPT, window=len(find_layers(pipe)), **options)
         edit = fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
-        evaluate(pipe, {"edit": edit}, [Probe("efficacy", "a cat in b", "a", ("a", "b"))], **options)
+        evaluate(
+            pipe, {"edit": edit}, [Probe("efficacy", "a cat in b", "a", ("a", "b"))], **options
+        )
         causal_trace(pipe, CONCEPT, parts=("text MLP",), **SCORED)
         listened(pipe)
 
@@ -286,7 +298,11 @@ def contexts_of(pipe):
     """Every context that has hooks in the denoiser, as functions that open it, with the plan that it goes with."""
     layers = tuple(range(len(find_layers(pipe))))
     selection = neurons_of(pipe).top(8)
-    plain, all_layers, early = rows(pipe, ()), rows(pipe, layers), rows(pipe, layers, timesteps=(0, 0))
+    plain, all_layers, early = (
+        rows(pipe, ()),
+        rows(pipe, layers),
+        rows(pipe, layers, timesteps=(0, 0)),
+    )
     opened = {
         "intervene": (lambda: intervene(pipe, all_layers), all_layers),
         "in time": (lambda: intervene(pipe, early), early),
@@ -331,7 +347,10 @@ def test_a_hook_that_waits_is_counted():
     """The twin: what each layer would cost."""
     pipe = on_device("sd")
     layers = find_layers(pipe)
-    handles = [layer.module.register_forward_hook(lambda *call: bool(call[2].isnan().any())) for layer in layers]
+    handles = [
+        layer.module.register_forward_hook(lambda *call: bool(call[2].isnan().any()))
+        for layer in layers
+    ]
     with pretended() as device:
         listened_to = waits_a_step(device, pipe, nullcontext, rows(pipe, ()))
         for handle in handles:
@@ -374,7 +393,11 @@ def test_what_a_device_takes_is_taken():
     here = torch.arange(6.0).reshape(2, 3)
     with pretended():
         there = here.to("cuda", torch.float16)
-        assert there.device == torch.device("cuda:0") and there.is_cuda and there.dtype == torch.float16
+        assert (
+            there.device == torch.device("cuda:0")
+            and there.is_cuda
+            and there.dtype == torch.float16
+        )
         assert here.device.type == "cpu" and there.cpu().device.type == "cpu"
         there = there.float()
         taken = [
@@ -391,7 +414,13 @@ def test_what_a_device_takes_is_taken():
         ]
         assert all(tensor.device.type == "cuda" and is_there(tensor) for tensor in taken)
         there[:1] = here[:1]  # to a slice it is copied
-        back = [there.cpu(), there.to("cpu"), there.to(here), torch.zeros_like(there, device="cpu"), here[:1]]
+        back = [
+            there.cpu(),
+            there.to("cpu"),
+            there.to(here),
+            torch.zeros_like(there, device="cpu"),
+            here[:1],
+        ]
         assert not any(is_there(tensor) for tensor in back)
         assert np.array_equal(there.cpu().numpy(), here.numpy())
 
@@ -431,4 +460,6 @@ def test_waits_are_counted():
         ]
         assert [count(call) for call in never] == [0] * len(never)
         there.tolist()
-        assert device.waits[-1].function == "tolist" and "test_devices.py" in device.waits[-1].caller
+        assert (
+            device.waits[-1].function == "tolist" and "test_devices.py" in device.waits[-1].caller
+        )

@@ -22,7 +22,15 @@ MISSING = {
     *("concept", "concepts", "model_table", "find_layers", "load"),  # catalog, models
     *("clamp", "generators", "intervene", "record"),  # interventions
     *("generate", "scorer", "speed"),  # pictures
-    *("compare", "control_edits", "evaluate", "find_neurons", "fit_edit", "probes_for", "undo_all"),  # editing
+    *(
+        "compare",
+        "control_edits",
+        "evaluate",
+        "find_neurons",
+        "fit_edit",
+        "probes_for",
+        "undo_all",
+    ),  # editing
     *("sweep", "with_riders"),  # plan
 }
 
@@ -46,7 +54,9 @@ def complaints(function: Callable[..., Any]) -> Iterator[str]:
     summary = parts[""].splitlines()[0] if parts[""] else ""
     if not summary.endswith((".", ":")):
         yield "no summary line"
-    described = [line.split(":")[0].strip() for line in parts.get("Args", "").splitlines() if ":" in line]
+    described = [
+        line.split(":")[0].strip() for line in parts.get("Args", "").splitlines() if ":" in line
+    ]
     for name in inspect.signature(function).parameters:
         if name not in described:
             yield f"Args: says nothing about {name}"
@@ -69,12 +79,16 @@ def shared_load(name: str) -> Any:
     return locogen.load(name)
 
 
-@pytest.mark.parametrize("name", [name for name in FUNCTIONS if ">>>" in (getattr(locogen, name).__doc__ or "")])
+@pytest.mark.parametrize(
+    "name", [name for name in FUNCTIONS if ">>>" in (getattr(locogen, name).__doc__ or "")]
+)
 def test_its_example_runs(name: str) -> None:
     names = {public: getattr(locogen, public) for public in locogen.__all__} | {"load": shared_load}
     output: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
-    for example in doctest.DocTestFinder(recurse=False).find(getattr(locogen, name), name, globs=names):
+    for example in doctest.DocTestFinder(recurse=False).find(
+        getattr(locogen, name), name, globs=names
+    ):
         runner.run(example, out=output.append)
     assert not runner.failures, "".join(output)
     assert runner.tries
@@ -89,7 +103,11 @@ def test_the_check_can_fail() -> None:
         """
         return first + second
 
-    assert list(complaints(bare)) == ["Args: says nothing about second", "no Returns:", "no Example: with >>>"]
+    assert list(complaints(bare)) == [
+        "Args: says nothing about second",
+        "no Returns:",
+        "no Example: with >>>",
+    ]
 
 
 def test_missing_names_are_public() -> None:

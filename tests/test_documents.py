@@ -7,7 +7,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
-    *("README.md", "CHANGELOG.md", "reports/results.md", "reports/performance.md", "reports/studies.md"),
+    *(
+        "README.md",
+        "CHANGELOG.md",
+        "reports/results.md",
+        "reports/performance.md",
+        "reports/studies.md",
+    ),
     *("locogen/README.md", "locogen/models/README.md", "locogen/mini/README.md"),
 ]
 
@@ -26,7 +32,9 @@ def test_links_lead_somewhere(name: str) -> None:
 
 
 def test_a_link_to_nowhere_is_found() -> None:
-    assert missing_links("[a](no-such-file.md) [b](README.md#part) [c](https://x.org)", ROOT) == ["no-such-file.md"]
+    assert missing_links("[a](no-such-file.md) [b](README.md#part) [c](https://x.org)", ROOT) == [
+        "no-such-file.md"
+    ]
 
 
 def test_the_readme_is_short() -> None:

@@ -15,7 +15,17 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 
 # A module imports from its own room and from rooms above it in this list. `errors` may be imported by all.
 ROOMS = (
-    *("errors", "console", "files", "plan", "phrasings", "stats", "catalog", "models", "interventions"),
+    *(
+        "errors",
+        "console",
+        "files",
+        "plan",
+        "phrasings",
+        "stats",
+        "catalog",
+        "models",
+        "interventions",
+    ),
     *("pictures", "localization", "editing", "views", "studies", "pages", "mini", "__main__"),
 )
 APART = {"localization", "editing"}  # they never meet
@@ -51,7 +61,9 @@ def imported(tree: ast.Module, module: str, is_package: bool = False) -> Iterato
 
     `from a import b` gives `a.b`: whether b is a module or not does not matter to the rules.
     """
-    package = ["locogen", *module.split(".")] if is_package else ["locogen", *module.split(".")[:-1]]
+    package = (
+        ["locogen", *module.split(".")] if is_package else ["locogen", *module.split(".")[:-1]]
+    )
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -137,7 +149,9 @@ def no_pickle(module: str, tree: ast.Module, text: str) -> Iterator[str]:
         if name.split(".")[0] in PICKLERS:
             yield f"{module}:{line} imports {name}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and (ast.unparse(node) in PICKLING or node.attr in PICKLING):
+        if isinstance(node, ast.Attribute) and (
+            ast.unparse(node) in PICKLING or node.attr in PICKLING
+        ):
             yield f"{module}:{node.lineno} uses {ast.unparse(node)}"
         allowed = isinstance(node, ast.keyword) and node.arg == "allow_pickle"
         if allowed and ast.unparse(node.value) != "False":
@@ -162,7 +176,11 @@ TWINS: list[tuple[Rule, str, str]] = [  # the rule, a module, a source for it th
     (arrows, "localization.localize", "import locogen as loco"),
     (arrows, "nowhere", ""),
     (studies_make_no_pictures, "studies.study", "from locogen.pictures.runs import generate"),
-    (studies_make_no_pictures, "studies.worker", "def f():\n    from locogen.editing.edit import Edit"),
+    (
+        studies_make_no_pictures,
+        "studies.worker",
+        "def f():\n    from locogen.editing.edit import Edit",
+    ),
     (no_torch, "views.plots", "def f():\n    import torch"),
     (no_torch, "stats", "from torch import nn"),
     (plan_is_plain, "plan", "import numpy as np"),

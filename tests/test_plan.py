@@ -70,10 +70,16 @@ def test_windows_iterate_over_their_layers():
         (lambda: PromptPair("", "a"), "prompt is ''"),
         (lambda: PromptPair("a", " "), "target is ' '"),
         (lambda: PromptPair("a", None), "target is None"),  # pyright: ignore[reportArgumentType]
-        (lambda: Concept("c", "fact", (PromptPair("the king", ""),)), "no text to score its pictures against"),
+        (
+            lambda: Concept("c", "fact", (PromptPair("the king", ""),)),
+            "no text to score its pictures against",
+        ),
         (lambda: PromptPair("a", "b", placebo="a"), "placebo 'a'"),
         (lambda: PromptPair("a  house", "a house "), "both"),
-        (lambda: Concept("c", "fact", (PromptPair("the king", "the queen", text="the king"),)), "new answer"),
+        (
+            lambda: Concept("c", "fact", (PromptPair("the king", "the queen", text="the king"),)),
+            "new answer",
+        ),
         (lambda: sweep(STYLE, n_layers=4, seeds=4), "several whole numbers"),
         (lambda: Concept("c", "color", (PAIR,)), "style, object, fact"),
         (lambda: Concept("c", "style", ()), "no prompt pairs"),
@@ -103,7 +109,9 @@ def test_an_empty_target_is_swept_like_any_other():
     pair = PromptPair("a house in neon", "")
     style = Concept("neon", "style", (pair, PAIR))
     rows = [row for row in sweep(style, n_layers=3, seeds=(0,)) if row.prompt == pair.prompt]
-    assert {row.target for row in rows if row.role in ("baseline", "window", "insert", "ceiling")} == {""}
+    assert {
+        row.target for row in rows if row.role in ("baseline", "window", "insert", "ceiling")
+    } == {""}
     (placebo,) = (row.target for row in rows if row.role == "placebo")
     assert placebo not in ("", pair.prompt) and "neon" in placebo
     assert [style.content_text(each) for each in style.pairs] == [None, "a house"]
@@ -117,7 +125,9 @@ def test_windows_are_swept_over_time_as_well():
     spans = [(0, 1), (2, 4)]
     rows = sweep(STYLE, n_layers=4, window=2, seeds=(0,), timesteps=spans, pooled="target")
     timed = [row for row in rows if row.role == "timesteps"]
-    assert [(row.timesteps, row.start) for row in timed] == [(span, start) for span in spans for start in range(3)]
+    assert [(row.timesteps, row.start) for row in timed] == [
+        (span, start) for span in spans for start in range(3)
+    ]
     assert {row.layers for row in timed} == {(0, 1), (1, 2), (2, 3)}
     assert len(rows) - len(timed) == len(sweep(STYLE, n_layers=4, window=2, seeds=(0,)))
     assert {row.pooled for row in rows if row.role == "baseline"} == {"keep"}

@@ -23,7 +23,12 @@ import locogen
 
 ROOT = Path(__file__).resolve().parent.parent
 CONDA_NAMES = {"pytorch": "torch"}  # what conda-forge calls by another name
-IMPORT_NAMES = {"scikit-image": "skimage", "pillow": "PIL", "resvg-py": "resvg_py", "pyyaml": "yaml"}
+IMPORT_NAMES = {
+    "scikit-image": "skimage",
+    "pillow": "PIL",
+    "resvg-py": "resvg_py",
+    "pyyaml": "yaml",
+}
 HEAVY = ("torch", "diffusers", "transformers", "pandas", "seaborn", "matplotlib", "numpy")
 
 
@@ -34,7 +39,9 @@ def read(name: str) -> str:
 def requirements(lines: list[str]) -> dict[str, str]:
     """Canonical name → version bounds."""
     parsed = [Requirement(line) for line in lines]
-    return {canonicalize_name(requirement.name): str(requirement.specifier) for requirement in parsed}
+    return {
+        canonicalize_name(requirement.name): str(requirement.specifier) for requirement in parsed
+    }
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,9 @@ NEWEST, OLDEST = "constraints.txt", "constraints-oldest.txt"
 
 
 def pinned(name: str) -> dict[str, str]:
-    return requirements([line for line in read(name).splitlines() if line and not line.startswith("#")])
+    return requirements(
+        [line for line in read(name).splitlines() if line and not line.startswith("#")]
+    )
 
 
 # Dependencies
@@ -66,14 +75,18 @@ def test_conda_environment_names_the_same(project: dict[str, Any]) -> None:
 def test_constraints_pin_what_is_needed(project: dict[str, Any], name: str) -> None:
     pins, extras = pinned(name), project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["train"], *extras["dask"]]
-    needed += [line for line in project["optional-dependencies"]["dev"] if not line.startswith("locogen")]
+    needed += [
+        line for line in project["optional-dependencies"]["dev"] if not line.startswith("locogen")
+    ]
     for requirement in map(Requirement, needed):
         pin = pins.get(canonicalize_name(requirement.name), "")
         assert pin.startswith("=="), f"{requirement.name} is not pinned in {name}"
         assert requirement.specifier.contains(pin[2:]), f"{requirement} excludes the pin {pin}"
         if name == OLDEST:
             (bound,) = [part for part in requirement.specifier if part.operator == ">="]
-            assert Version(bound.version) == Version(pin[2:]), f"{requirement} admits older than {name} has: {pin}"
+            assert Version(bound.version) == Version(pin[2:]), (
+                f"{requirement} admits older than {name} has: {pin}"
+            )
 
 
 @pytest.mark.parametrize("name", [NEWEST, OLDEST])
@@ -87,7 +100,9 @@ def test_constraints_hold_elsewhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [NEWEST, OLDEST])
-def test_constraints_admit_the_first_python_of_the_project(project: dict[str, Any], name: str) -> None:
+def test_constraints_admit_the_first_python_of_the_project(
+    project: dict[str, Any], name: str
+) -> None:
     """A pin may ask for a patch release (3.11.5) that Debian's Python does not have; seen where it is installed."""
     oldest_python = project["requires-python"].removeprefix(">=") + ".0"
     pins = pinned(name)
@@ -95,13 +110,23 @@ def test_constraints_admit_the_first_python_of_the_project(project: dict[str, An
         pin = pins.get(canonicalize_name(found.name), "")
         if f"=={found.version}" == pin and "Requires-Python" in found.metadata:
             needs = SpecifierSet(found.metadata["Requires-Python"])
-            assert needs.contains(oldest_python), f"{found.name}{pin} needs Python {needs}, not {oldest_python}"
+            assert needs.contains(oldest_python), (
+                f"{found.name}{pin} needs Python {needs}, not {oldest_python}"
+            )
 
 
 def test_the_oldest_versions_are_those_of_gpu_machines(project: dict[str, Any]) -> None:
     """What stands on rented machines and Colab is taken as it is: torch since 2.6 (as diffusers 0.42), pandas 2.2."""
-    bounds = {name: SpecifierSet(bound) for name, bound in requirements(project["dependencies"]).items()}
-    there = {"torch": "2.6.0", "pandas": "2.2.2", "numpy": "2.0.2", "matplotlib": "3.10.0", "pillow": "11.3.0"}
+    bounds = {
+        name: SpecifierSet(bound) for name, bound in requirements(project["dependencies"]).items()
+    }
+    there = {
+        "torch": "2.6.0",
+        "pandas": "2.2.2",
+        "numpy": "2.0.2",
+        "matplotlib": "3.10.0",
+        "pillow": "11.3.0",
+    }
     there |= {
         "psutil": "5.9.5",
         "rich": "13.9.4",
@@ -130,7 +155,9 @@ def test_every_import_is_declared(project: dict[str, Any]) -> None:
     train = {**core, **requirements(project["optional-dependencies"]["train"])}
     dask = {**core, **requirements(project["optional-dependencies"]["dask"])}
     for path in sorted((ROOT / "locogen").rglob("*.py")):
-        listed = train if path.parent.name == "mini" else dask if path.name == "engines.py" else core
+        listed = (
+            train if path.parent.name == "mini" else dask if path.name == "engines.py" else core
+        )
         # distributed is Dask's own part, named by dask[distributed].
         declared = {"distributed"} if "dask" in listed else set()
         declared |= {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in listed}
@@ -138,9 +165,19 @@ def test_every_import_is_declared(project: dict[str, Any]) -> None:
         undeclared = (
             third_party(path)
             - declared
-            - {"IPython", "nbformat", "nbclient", "jupyter_client", "jupyter_core", "traitlets", "huggingface_hub"}
+            - {
+                "IPython",
+                "nbformat",
+                "nbclient",
+                "jupyter_client",
+                "jupyter_core",
+                "traitlets",
+                "huggingface_hub",
+            }
         )
-        assert not undeclared, f"{path.relative_to(ROOT)} imports {undeclared}, absent from pyproject.toml"
+        assert not undeclared, (
+            f"{path.relative_to(ROOT)} imports {undeclared}, absent from pyproject.toml"
+        )
 
 
 # The lazy package

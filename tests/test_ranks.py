@@ -36,7 +36,9 @@ def test_order_alone_matters_and_the_ends_are_reached():
         assert found.estimate == pytest.approx(expected)
         assert found.low <= found.estimate + 0.002 and found.high >= found.estimate - 0.002
     assert np.isnan(rank_correlation(x, np.zeros_like(x)).estimate)
-    assert np.isnan(rank_correlation(x[:, :, :1], x[:, :, :1]).low), "one seed, two prompts: nothing to resample"
+    assert np.isnan(rank_correlation(x[:, :, :1], x[:, :, :1]).low), (
+        "one seed, two prompts: nothing to resample"
+    )
     for wrong in (x[:3], x[0], x[:2]):
         with pytest.raises(ValueError, match="three or more"):
             rank_correlation(x if len(wrong) != 2 else wrong, wrong)

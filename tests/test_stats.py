@@ -13,7 +13,9 @@ from locogen import stats
 
 ALPHA = 0.05
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(1, 5))
-SCORES = SHAPES.flatmap(lambda shape: hnp.arrays(float, shape, elements=st.integers(-50, 50).map(lambda k: k / 50)))
+SCORES = SHAPES.flatmap(
+    lambda shape: hnp.arrays(float, shape, elements=st.integers(-50, 50).map(lambda k: k / 50))
+)
 
 
 def slack(rate: float, trials: int) -> float:
@@ -49,7 +51,9 @@ def interval(values, **kwargs):
 @given(SCORES, st.floats(-10, 10), st.floats(0.01, 100))
 def test_an_interval_moves_and_stretches_with_the_scores(x, shift, scale):
     moved = interval(shift + scale * x, draws=100)
-    np.testing.assert_allclose(moved, shift + scale * interval(x, draws=100), atol=1e-6 * (1 + scale))
+    np.testing.assert_allclose(
+        moved, shift + scale * interval(x, draws=100), atol=1e-6 * (1 + scale)
+    )
 
 
 @given(SCORES)
@@ -68,7 +72,9 @@ def test_the_order_of_prompts_and_seeds_does_not_matter(axis):
     x = crossed(rng, (5, 9, 5))
     here, there = interval(x, draws=20_000), interval(rng.permutation(x, axis=axis), draws=20_000)
     np.testing.assert_allclose(there[1], here[1], atol=1e-12)
-    np.testing.assert_allclose(there, here, atol=0.05 * float((here[2] - here[0]).max()))  # other draws
+    np.testing.assert_allclose(
+        there, here, atol=0.05 * float((here[2] - here[0]).max())
+    )  # other draws
 
 
 def test_a_higher_level_is_wider_and_the_same_seed_the_same():
@@ -89,7 +95,11 @@ def test_constant_scores_have_no_width(shape):
 def test_the_result_says_what_it_speaks_for():
     def said(p, s, **kwargs):
         result = stats.crossed_bootstrap(crossed(np.random.default_rng(3), (2, p, s)), **kwargs)
-        assert np.isnan(result.low).all() == np.isnan(result.high).all() == (result.prompts == result.seeds == "fixed")
+        assert (
+            np.isnan(result.low).all()
+            == np.isnan(result.high).all()
+            == (result.prompts == result.seeds == "fixed")
+        )
         return result.prompts, result.seeds
 
     assert said(6, 4) == ("random", "random")
@@ -138,20 +148,29 @@ def test_a_bootstrap_over_single_pictures_covers_far_too_little(prompts, seeds):
     x = crossed(rng, (n, prompts, seeds))
     weights = rng.multinomial(cells, np.full(cells, 1 / cells), 500) / cells
     low, high = np.quantile(x.reshape(n, cells) @ weights.T, [0.025, 0.975], axis=1)
-    assert covered(low, high) < 0.85 < 0.95 - slack(0.95, n) < covered(*interval(x, draws=1000)[[0, 2]])
+    assert (
+        covered(low, high)
+        < 0.85
+        < 0.95 - slack(0.95, n)
+        < covered(*interval(x, draws=1000)[[0, 2]])
+    )
 
 
 def test_bare_percentiles_of_owens_draws_cover_too_little():
     rng, n = np.random.default_rng(7), 2000
     x = crossed(rng, (n, 6, 4), prompts=0.2, seeds=1.0, rest=0.5)
     u, v = (rng.multinomial(k, np.full(k, 1 / k), 500) / k for k in (6, 4))
-    low, high = np.quantile(np.einsum("dp,nps,ds->nd", u, x, v, optimize=True), [0.025, 0.975], axis=1)
+    low, high = np.quantile(
+        np.einsum("dp,nps,ds->nd", u, x, v, optimize=True), [0.025, 0.975], axis=1
+    )
     assert covered(low, high) < 0.9
 
 
 @pytest.mark.parametrize("seeds", [2, 4, 8])
 def test_coverage_for_these_prompts(seeds):
-    x = crossed(np.random.default_rng(8), (2000, 3, seeds), prompts=0.0) + np.array([[0.0], [3.0], [9.0]])
+    x = crossed(np.random.default_rng(8), (2000, 3, seeds), prompts=0.0) + np.array(
+        [[0.0], [3.0], [9.0]]
+    )
     low, _, high = interval(x, draws=1000)
     assert covered(low, high, truth=4.0) > 0.95 - 2 * slack(0.95, len(x))
 
@@ -166,7 +185,9 @@ def alone(x, i, j):
 
 @pytest.mark.parametrize(("prompts", "seeds"), [(8, 4), (4, 4), (12, 2)])
 def test_false_alarms_when_all_windows_are_equal(prompts, seeds):
-    part = 1.0 if prompts >= stats.FEW_PROMPTS else 0.0  # equal "for these prompts" means equal in each
+    part = (
+        1.0 if prompts >= stats.FEW_PROMPTS else 0.0
+    )  # equal "for these prompts" means equal in each
     rng, trials = np.random.default_rng(9), 250
     corrected, twin = 0, 0
     for _ in range(trials):
@@ -187,7 +208,9 @@ def test_false_alarms_when_two_windows_tie_for_the_lead():
         x[2:] -= 10.0
         best = int(x.mean((1, 2)).argmax())
         found["corrected"] += stats.simultaneous_lead(x, best, draws=400).p_value <= ALPHA
-        found["elsewhere"] += stats.simultaneous_lead(x, 0, chosen_here=False, draws=400).p_value <= ALPHA
+        found["elsewhere"] += (
+            stats.simultaneous_lead(x, 0, chosen_here=False, draws=400).p_value <= ALPHA
+        )
         found["twin"] += bool(alone(x, best, [r for r in range(5) if r != best]).all())
     assert found["corrected"] / trials <= ALPHA + slack(ALPHA, trials)
     assert found["elsewhere"] / trials <= ALPHA + slack(ALPHA, trials)
@@ -230,12 +253,19 @@ def test_a_real_carrier_is_found(prompts, seeds):
     assert covers / trials >= 0.95 - slack(0.95, trials)
 
 
-@given(SHAPES.filter(lambda s: s[0] > 1).flatmap(lambda s: hnp.arrays(float, s, elements=st.integers(-5, 5))))
+@given(
+    SHAPES.filter(lambda s: s[0] > 1).flatmap(
+        lambda s: hnp.arrays(float, s, elements=st.integers(-5, 5))
+    )
+)
 def test_what_a_lead_is_made_of(x):
     best = int(x.mean((1, 2)).argmax())
     lead = stats.simultaneous_lead(x, best, draws=200)
     others = np.delete(x.mean((1, 2)), best)
-    assert lead.lead == pytest.approx(x.mean((1, 2))[best] - others.max(), abs=1e-12) and lead.lead >= 0
+    assert (
+        lead.lead == pytest.approx(x.mean((1, 2))[best] - others.max(), abs=1e-12)
+        and lead.lead >= 0
+    )
     assert x.mean((1, 2))[lead.rival] == pytest.approx(others.max())
     assert lead.rivals == tuple(w for w in range(len(x)) if w != best)
     if lead.each.prompts == lead.each.seeds == "fixed":
@@ -269,7 +299,9 @@ def test_a_lead_without_any_spread_is_certain():
 def test_choosing_and_testing_on_the_same_pictures_costs_something():
     x = sweep(np.random.default_rng(14), 8, 4)
     same, other = (stats.simultaneous_lead(x, 4, chosen_here=here) for here in (True, False))
-    assert (same.each.low < other.each.low).all() and (same.each.p_value >= other.each.p_value).all()
+    assert (same.each.low < other.each.low).all() and (
+        same.each.p_value >= other.each.p_value
+    ).all()
 
 
 # ---- any effect beyond the placebo
@@ -334,20 +366,32 @@ def test_welch_z_column_by_column():
 
 def test_student_p_is_the_tabulated_one():
     """Critical values of printed tables, closed forms at 1 and 2 degrees of freedom, the normal limit."""
-    tabulated = [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (3.169, 10, 0.01), (2.042, 30, 0.05)]
+    tabulated = [
+        (12.706, 1, 0.05),
+        (4.303, 2, 0.05),
+        (2.776, 4, 0.05),
+        (3.169, 10, 0.01),
+        (2.042, 30, 0.05),
+    ]
     for t, freedom, p in tabulated:
         assert stats.student_p(t, freedom) == pytest.approx(p, rel=1e-3)
     t = np.array([0.0, 0.3, -2.0, 50.0])
-    np.testing.assert_allclose(stats.student_p(t, 1), 1 - 2 * np.arctan(np.abs(t)) / np.pi, rtol=1e-10)
+    np.testing.assert_allclose(
+        stats.student_p(t, 1), 1 - 2 * np.arctan(np.abs(t)) / np.pi, rtol=1e-10
+    )
     np.testing.assert_allclose(stats.student_p(t, 2), 1 - np.abs(t) / np.sqrt(2 + t**2), rtol=1e-9)
     normal = [math.erfc(x / math.sqrt(2)) for x in (0.5, 2.0, 4.0)]
-    np.testing.assert_allclose(stats.student_p([0.5, 2.0, 4.0], 1000), normal, rtol=0.1)  # off by some t^4 / 4000
+    np.testing.assert_allclose(
+        stats.student_p([0.5, 2.0, 4.0], 1000), normal, rtol=0.1
+    )  # off by some t^4 / 4000
     assert stats.student_p(4.0, 3) > 10 * normal[2]  # the twin: few rows need more than the normal
 
 
 def test_a_student_quantile_is_where_its_tail_begins():
     for tail, freedom in ((0.025, 4), (0.001, 1), (0.2, 2.5), (0.05, 700)):
-        assert stats.student_p(stats.student_quantile(tail, freedom), freedom) == pytest.approx(2 * tail, rel=1e-9)
+        assert stats.student_p(stats.student_quantile(tail, freedom), freedom) == pytest.approx(
+            2 * tail, rel=1e-9
+        )
 
 
 def test_a_column_without_spread_has_no_z_whatever_rounding_does():
@@ -362,7 +406,9 @@ def test_wilson_is_scipys_for_whole_hits():
 
     for hits, count, level in ((0, 10, 0.95), (3, 10, 0.95), (10, 10, 0.8), (17, 60, 0.99)):
         interval = binomtest(hits, count).proportion_ci(level, method="wilson")
-        assert stats.wilson(hits, count, level) == pytest.approx((interval.low, interval.high), abs=1e-12)
+        assert stats.wilson(hits, count, level) == pytest.approx(
+            (interval.low, interval.high), abs=1e-12
+        )
 
 
 def test_a_cube_has_its_cells_where_its_levels_say():
@@ -381,7 +427,9 @@ def test_welch_p_keeps_its_level_for_few_rows():
 
 
 def test_false_discovery_by_hand():
-    np.testing.assert_allclose(stats.false_discovery([0.01, 0.04, 0.03, 0.5]), [0.04, 0.16 / 3, 0.16 / 3, 0.5])
+    np.testing.assert_allclose(
+        stats.false_discovery([0.01, 0.04, 0.03, 0.5]), [0.04, 0.16 / 3, 0.16 / 3, 0.5]
+    )
     assert (stats.false_discovery([0.9, 1.0]) <= 1).all()
     found = stats.false_discovery(np.random.default_rng(6).uniform(size=(1000)))
     assert found.min() > 0.01  # where nothing is to be found
@@ -405,22 +453,37 @@ HOLE = np.where(np.arange(48).reshape(2, 6, 4) == 33, np.nan, 1.0)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: stats.crossed_bootstrap(HOLE), r"values is nan at window 1, prompt 2, seed 1 \(1 in all\)"),
-        (lambda: stats.crossed_bootstrap(HOLE * np.inf), r"window 0, prompt 0, seed 0 \(48 in all\)"),
+        (
+            lambda: stats.crossed_bootstrap(HOLE),
+            r"values is nan at window 1, prompt 2, seed 1 \(1 in all\)",
+        ),
+        (
+            lambda: stats.crossed_bootstrap(HOLE * np.inf),
+            r"window 0, prompt 0, seed 0 \(48 in all\)",
+        ),
         (
             lambda: stats.crossed_bootstrap(np.ones(4)),
             r"shape \(4,\), expected a non-empty \(windows, prompts, seeds\)",
         ),
         (lambda: stats.crossed_bootstrap(np.ones((2, 0, 4))), "non-empty"),
-        (lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), level=95), "level=95 is not between 0 and 1"),
-        (lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), prompts="few"), "use 'random', 'fixed' or None"),
+        (
+            lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), level=95),
+            "level=95 is not between 0 and 1",
+        ),
+        (
+            lambda: stats.crossed_bootstrap(np.ones((2, 6, 4)), prompts="few"),
+            "use 'random', 'fixed' or None",
+        ),
         (
             lambda: stats.crossed_bootstrap(np.ones((2, 1, 4)), prompts="random"),
             "one prompt cannot be resampled",
         ),
         (lambda: stats.simultaneous_lead(HOLE, 0), "window 1, prompt 2, seed 1"),
         (lambda: stats.simultaneous_lead(np.ones((6, 4)), 0), "expected a non-empty"),
-        (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, apart=3), r"at least one rival.*apart=3"),
+        (
+            lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, apart=3),
+            r"at least one rival.*apart=3",
+        ),
         (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 1, [0, 1]), "cannot be compared"),
         (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), -1, [0]), "windows 0 to 2"),
         (lambda: stats.simultaneous_lead(np.ones((3, 6, 4)), 0, [3]), "windows 0 to 2"),
@@ -436,12 +499,18 @@ HOLE = np.where(np.arange(48).reshape(2, 6, 4) == 33, np.nan, 1.0)
             lambda: stats.any_effect(np.ones((2, 6, 4)), HOLE[1]),
             "placebo is nan at window 0, prompt 2, seed 1",
         ),
-        (lambda: stats.any_effect(np.ones((2, 6, 4)), np.ones((4, 6))), "the same prompts and seeds"),
+        (
+            lambda: stats.any_effect(np.ones((2, 6, 4)), np.ones((4, 6))),
+            "the same prompts and seeds",
+        ),
         (lambda: stats.split_seeds([]), "at least one"),
         (lambda: stats.split_seeds([3, 4, 3]), "none twice"),
         (lambda: stats.welch_z(np.ones((1, 3)), np.ones((4, 3))), "at least two rows"),
         (lambda: stats.welch_z(np.ones((4, 3)), np.ones((4, 2))), "same columns"),
-        (lambda: stats.welch_z(np.full((4, 3), np.nan), np.ones((4, 3))), "a is nan at row 0, column 0"),
+        (
+            lambda: stats.welch_z(np.full((4, 3), np.nan), np.ones((4, 3))),
+            "a is nan at row 0, column 0",
+        ),
     ],
 )
 def test_errors_name_the_place_and_the_remedy(call, message):

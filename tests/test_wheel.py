@@ -18,9 +18,15 @@ SHIPPED = {"", ".py", ".typed", ".toml", ".json", ".safetensors", ".txt", ".md",
 
 def files(folder: Path) -> set[str]:
     """What a folder of the checkout holds that the wheel must hold, relative to it."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix in SHIPPED)
+    found = (
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix in SHIPPED
+    )
     hidden = ("__pycache__", ".")
-    return {path.as_posix() for path in found if not any(part.startswith(hidden) for part in path.parts)}
+    return {
+        path.as_posix() for path in found if not any(part.startswith(hidden) for part in path.parts)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,9 @@ def wheel(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the checkout, so that nothing is left in it."""
     source = tmp_path_factory.mktemp("source")
     for name in ("locogen", "notebooks"):
-        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copytree(
+            root / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(root / name, source)
     out = tmp_path_factory.mktemp("wheel")
@@ -55,10 +63,16 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(elsewhere: Path, folder: Path, *command: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHON")
+    }
     program, *arguments = command
     result = subprocess.run(
-        [elsewhere / program, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [elsewhere / program, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -69,7 +83,11 @@ def test_the_wheel_holds_everything(wheel: Path, root: Path) -> None:
         held = set(archive.namelist())
     expected = {f"locogen/{name}" for name in files(root / "locogen")}
     expected |= {f"locogen/notebooks/{name}" for name in files(root / "notebooks")}
-    assert {"locogen/py.typed", "locogen/catalog/models.toml", "locogen/notebooks/localize.ipynb"} <= expected
+    assert {
+        "locogen/py.typed",
+        "locogen/catalog/models.toml",
+        "locogen/notebooks/localize.ipynb",
+    } <= expected
     assert not expected - held
     assert not {name for name in held if name.startswith(("tests/", "reports/", "notebooks/"))}
 

@@ -106,7 +106,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise LocogenError(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise LocogenError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise LocogenError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise LocogenError(f"{path} is not valid TOML: {error}") from None
 
@@ -141,16 +143,22 @@ def _own_models(path: Path) -> dict[str, Any]:
     known = [field.name for field in fields(ModelEntry) if field.name not in ("name", "embedded")]
     found = read_toml(path).get("models", {})
     if not found:
-        raise LocogenError(f"{path} has no models: begin an entry with a line such as [models.my-model]")
+        raise LocogenError(
+            f"{path} has no models: begin an entry with a line such as [models.my-model]"
+        )
     for name, row in found.items():
         for key in row:
             if key not in known:
                 raise LocogenError(f"{path}: model {name!r}: {unknown('key', key, known)}")
         missing = [key for key in ("id", "family") if not isinstance(row.get(key), str)]
         if missing:
-            raise LocogenError(f'{path}: model {name!r}: {missing[0]} is missing: add a line {missing[0]} = "…"')
+            raise LocogenError(
+                f'{path}: model {name!r}: {missing[0]} is missing: add a line {missing[0]} = "…"'
+            )
         if name in _models()["models"]:
-            raise LocogenError(f"{path}: model {name!r} is one of the catalog's own: give yours another name")
+            raise LocogenError(
+                f"{path}: model {name!r} is one of the catalog's own: give yours another name"
+            )
     return found
 
 
@@ -162,7 +170,10 @@ def model_entries(file: str | Path | None = None) -> tuple[ModelEntry, ...]:
 
 def entry_of(source: str) -> ModelEntry | None:
     """The catalog's entry of a model by the folder or hub id it was loaded from; None for a model it has not."""
-    places = ((entry, (entry.id, *entry.mirrors, str(entry.folder or entry.id))) for entry in model_entries())
+    places = (
+        (entry, (entry.id, *entry.mirrors, str(entry.folder or entry.id)))
+        for entry in model_entries()
+    )
     return next((entry for entry, known in places if source in known), None) or _LOADED.get(source)
 
 
@@ -180,7 +191,9 @@ def usual_settings(source: str) -> dict[str, Any]:
     found: Any = entry_of(source)
     if found is None:
         return {"window": 2, "num_inference_steps": 20, "guidance_scale": 7.5}
-    return {name: getattr(found, name) for name in ("window", "num_inference_steps", "guidance_scale")}
+    return {
+        name: getattr(found, name) for name in ("window", "num_inference_steps", "guidance_scale")
+    }
 
 
 def scorer_entry(name: str) -> ScorerEntry:
@@ -200,9 +213,20 @@ def model_table(file: str | Path | None = None) -> DataFrame:
     """
     import pandas as pd
 
-    columns = ["name", "supported", "id", "family", "size", "layers", "window", "num_inference_steps"]
+    columns = [
+        "name",
+        "supported",
+        "id",
+        "family",
+        "size",
+        "layers",
+        "window",
+        "num_inference_steps",
+    ]
     columns += ["guidance_scale", "scorer", "license", "gated"]
-    return pd.DataFrame([{key: getattr(entry, key) for key in columns} for entry in model_entries(file)])
+    return pd.DataFrame(
+        [{key: getattr(entry, key) for key in columns} for entry in model_entries(file)]
+    )
 
 
 # --- concepts ------------------------------------------------------------------------------------
@@ -237,7 +261,14 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
 
     suited = None if model is None else {"any", model, model_entry(model).concepts}
     rows = [
-        (id, entry.model, entry.concept.name, entry.concept.kind, len(entry.concept.pairs), entry.note)
+        (
+            id,
+            entry.model,
+            entry.concept.name,
+            entry.concept.kind,
+            len(entry.concept.pairs),
+            entry.note,
+        )
         for id, entry in _all(file).items()
         if suited is None or entry.model in suited
     ]
@@ -255,7 +286,9 @@ def _all(file: str | Path | None) -> Mapping[str, _Entry]:
     own = _entries(Path(file))
     taken = next((id for id in own if id in _built_in()), None)
     if taken:
-        raise LocogenError(f"{file}: concept {taken!r} is one of the catalog's own: give yours another id")
+        raise LocogenError(
+            f"{file}: concept {taken!r} is one of the catalog's own: give yours another id"
+        )
     return {**_built_in(), **own}
 
 
@@ -282,7 +315,11 @@ def _entry(row: Any) -> _Entry:
     if row["kind"] not in KINDS:
         raise LocogenError(f"kind is {row['kind']!r}: take one of {', '.join(KINDS)}")
     model = row.get("model", "any")
-    groups = {"any", *(entry["concepts"] for entry in _models()["models"].values()), *_models()["models"]}
+    groups = {
+        "any",
+        *(entry["concepts"] for entry in _models()["models"].values()),
+        *_models()["models"],
+    }
     if model not in groups:
         raise unknown("model", model, groups)
     if "pairs" in row:
@@ -311,7 +348,9 @@ def _explicit(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
         raise LocogenError(f"it has both pairs and {clash}: keep one form, pairs or a template")
     pairs = row["pairs"]
     if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
-        raise LocogenError('pairs is not a list of tables: write pairs = [{ prompt = "…", target = "…" }]')
+        raise LocogenError(
+            'pairs is not a list of tables: write pairs = [{ prompt = "…", target = "…" }]'
+        )
     for pair in pairs:
         _check_keys(pair, _PAIR, needed=("prompt", "target"))
     return tuple(PromptPair(**pair) for pair in pairs)
@@ -336,9 +375,14 @@ def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
     for key, template in templates.items():
         is_empty_target = key == "target" and not template  # the same nothing for each prompt
         if "fill" in row and "{}" not in template and not is_empty_target:
-            raise LocogenError(f"{key} {template!r} has no {{}} to fill: put one in, or leave fill out")
+            raise LocogenError(
+                f"{key} {template!r} has no {{}} to fill: put one in, or leave fill out"
+            )
         if "fill" not in row and "{}" in template:
-            raise LocogenError(f'{key} {template!r} has a {{}} and there is no fill: add fill = ["…"]')
+            raise LocogenError(
+                f'{key} {template!r} has a {{}} and there is no fill: add fill = ["…"]'
+            )
     return tuple(
-        PromptPair(**{key: template.replace("{}", fill) for key, template in templates.items()}) for fill in fills
+        PromptPair(**{key: template.replace("{}", fill) for key, template in templates.items()})
+        for fill in fills
     )

@@ -48,7 +48,11 @@ class LowRank:
         right, core_right = torch.linalg.qr(self.down.T)
         u, sizes, v = torch.linalg.svd(core_left @ core_right.T)
         count = min(u.shape[1], v.shape[0])
-        kept = int((sizes > sizes.max() * torch.finfo(sizes.dtype).eps * count).sum()) if len(sizes) else 0
+        kept = (
+            int((sizes > sizes.max() * torch.finfo(sizes.dtype).eps * count).sum())
+            if len(sizes)
+            else 0
+        )
         kept = max(kept, 1)
         half = sizes[:kept].sqrt()
         return LowRank(left @ u[:, :kept] * half, (half[:, None] * v[:kept]) @ right.T)
@@ -77,7 +81,9 @@ class Covariance:
         Raises `LocogenError` where no row was added.
         """
         if not self.count:
-            raise LocogenError("the covariance has no rows yet: add the text states of some ordinary prompts")
+            raise LocogenError(
+                "the covariance has no rows yet: add the text states of some ordinary prompts"
+            )
         mean = self.total / self.count
         even = torch.eye(len(mean), dtype=torch.float64) * mean.trace() / len(mean)
         return (1 - shrinkage) * mean + shrinkage * even
@@ -115,7 +121,11 @@ def reader(
     if covariance is None and len(every) <= s.shape[1]:
         gram = every @ every.T + ridge * torch.eye(len(every), dtype=s.dtype, device=s.device)
         return _solve(gram, every)[: len(s)]  # (S Sᵀ + λ I)⁻¹ S, rows of the sources
-    penalty = torch.eye(s.shape[1], dtype=s.dtype, device=s.device) if covariance is None else covariance.to(s)
+    penalty = (
+        torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
+        if covariance is None
+        else covariance.to(s)
+    )
     return _solve(every.T @ every + ridge * penalty, s.T).T  # S (SᵀS + λ C)⁻¹
 
 
@@ -128,12 +138,18 @@ def null_space_reader(source: Tensor, preserve: Tensor, *, ridge: float) -> Tens
     """
     s, kept = _rows(source, "source"), _rows(preserve, "preserve")
     _, sizes, basis = torch.linalg.svd(kept, full_matrices=False)
-    basis = basis[sizes > sizes.max() * max(kept.shape) * torch.finfo(kept.dtype).eps] if len(kept) else basis
+    basis = (
+        basis[sizes > sizes.max() * max(kept.shape) * torch.finfo(kept.dtype).eps]
+        if len(kept)
+        else basis
+    )
     free = s
     for _ in range(2):  # twice is enough: what rounding leaves of the preserved rows goes too
         free = free - (free @ basis.T) @ basis
     if (free.norm(dim=1) < 1e-9 * s.norm(dim=1)).any():
-        raise LocogenError("the preserved rows span a source: nothing could change. Preserve fewer prompts")
+        raise LocogenError(
+            "the preserved rows span a source: nothing could change. Preserve fewer prompts"
+        )
     down = reader(free, ridge=ridge)
     return down - (down @ basis.T) @ basis
 
@@ -153,7 +169,13 @@ def ridge_update(
     LocoEdit's closed form (Basu et al. 2024) exactly, in float64, as factors of rank n. Raises
     `LocogenError` as `reader`, and for shapes that do not fit.
     """
-    down = reader(source, ridge=ridge, preserve=preserve, preserve_weight=preserve_weight, covariance=covariance)
+    down = reader(
+        source,
+        ridge=ridge,
+        preserve=preserve,
+        preserve_weight=preserve_weight,
+        covariance=covariance,
+    )
     return update(weight, source, target, down)
 
 
@@ -162,7 +184,9 @@ def update(weight: Tensor, source: Tensor, target: Tensor, down: Tensor) -> LowR
     return updates([weight], source, target, down)[0]
 
 
-def updates(weights: Sequence[Tensor], source: Tensor, target: Tensor, down: Tensor) -> list[LowRank]:
+def updates(
+    weights: Sequence[Tensor], source: Tensor, target: Tensor, down: Tensor
+) -> list[LowRank]:
     """The changes of several matrices that read the same rows: what they share is computed once.
 
     With more rows than a matrix is high or wide, its change is smaller than the factors, and stands beside an
@@ -178,7 +202,9 @@ def updates(weights: Sequence[Tensor], source: Tensor, target: Tensor, down: Ten
     crowded = [len(s) > min(weight.shape) for weight in weights]
     pull = step @ down if any(crowded) else step
     return [
-        _whole(_product(weight.detach(), pull)) if many else LowRank(_product(weight.detach(), step), down)
+        _whole(_product(weight.detach(), pull))
+        if many
+        else LowRank(_product(weight.detach(), step), down)
         for weight, many in zip(weights, crowded, strict=True)
     ]
 
@@ -221,7 +247,9 @@ def doubled(values: Tensor) -> Tensor:
 
 def _check_matrix(values: Tensor, name: str) -> None:
     if values.ndim != 2 or not values.is_floating_point():
-        raise LocogenError(f"{name} is {values.dtype} of shape {tuple(values.shape)}: give a floating-point matrix")
+        raise LocogenError(
+            f"{name} is {values.dtype} of shape {tuple(values.shape)}: give a floating-point matrix"
+        )
 
 
 def _check_finite(values: Tensor, name: str) -> None:
@@ -233,5 +261,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve a positive definite system by Cholesky's factorization."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
-        raise LocogenError("the system has no unique answer: raise ridge, or the covariance's shrinkage")
+        raise LocogenError(
+            "the system has no unique answer: raise ridge, or the covariance's shrinkage"
+        )
     return torch.cholesky_solve(right, factor)

@@ -29,7 +29,13 @@ from locogen.editing.weights import (
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import Reader
 from locogen.models.compilation import uncompiled_module
-from locogen.models.families import check_encoders, check_phrasings, denoiser_of, family_of, warn_unheard
+from locogen.models.families import (
+    check_encoders,
+    check_phrasings,
+    denoiser_of,
+    family_of,
+    warn_unheard,
+)
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
@@ -56,7 +62,9 @@ class Edit:
     @cached_property
     def _change(self) -> WeightChange:
         kinds = tuple(self.recipe.get("dtype", ()))
-        return WeightChange(self.name, self.changes, self.digest, kinds, self.recipe.get("hashed_as", {}))
+        return WeightChange(
+            self.name, self.changes, self.digest, kinds, self.recipe.get("hashed_as", {})
+        )
 
     @contextmanager
     def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:
@@ -69,8 +77,12 @@ class Edit:
         Raises:
             LocogenError: On entering as `apply_`, on leaving as `undo_`; the model then stays as it is.
         """
-        denoiser = denoiser_of(pipe)  # the one of now: the pipeline may have another one when the context is left
-        outer = is_applied(denoiser, self._change)  # then applying raises, and what is applied stays applied
+        denoiser = denoiser_of(
+            pipe
+        )  # the one of now: the pipeline may have another one when the context is left
+        outer = is_applied(
+            denoiser, self._change
+        )  # then applying raises, and what is applied stays applied
         try:
             apply_change(denoiser, self._change, strength)
             yield
@@ -111,11 +123,22 @@ class Edit:
         """The same recipe on another model, or for other layers."""
         recipe = self.recipe
         told = [Phrasing(**p) for p in recipe["phrasings"]]
-        return _fit(pipe, self.name, told, self.layers if layers is None else layers, Options(**recipe["options"]))
+        return _fit(
+            pipe,
+            self.name,
+            told,
+            self.layers if layers is None else layers,
+            Options(**recipe["options"]),
+        )
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: factors in float64, everything else as metadata."""
-        told = {"format": EDIT_FORMAT, "name": self.name, "layers": list(self.layers), "digest": self.digest}
+        told = {
+            "format": EDIT_FORMAT,
+            "name": self.name,
+            "layers": list(self.layers),
+            "digest": self.digest,
+        }
         write_edit(Path(path), told | {"recipe": dict(self.recipe)}, self.changes)
 
     @classmethod
@@ -130,14 +153,22 @@ class Edit:
         """
         record, changes = read_edit(Path(path))
         if record.get("format") != EDIT_FORMAT:
-            raise LocogenError(f"{path} is an edit of format {record.get('format')}, this locogen reads {EDIT_FORMAT}")
+            raise LocogenError(
+                f"{path} is an edit of format {record.get('format')}, this locogen reads {EDIT_FORMAT}"
+            )
         try:
-            edit = cls(record["name"], tuple(record["layers"]), changes, record["digest"], record["recipe"])
+            edit = cls(
+                record["name"], tuple(record["layers"]), changes, record["digest"], record["recipe"]
+            )
         except KeyError as error:
-            raise LocogenError(f"{path} lacks {error}: it is no whole edit; save it again") from None
+            raise LocogenError(
+                f"{path} lacks {error}: it is no whole edit; save it again"
+            ) from None
         return _with_plain_names(edit)
 
-    def to_lora(self, path: str | Path, *, style: Literal["diffusers", "kohya"] = "diffusers") -> None:
+    def to_lora(
+        self, path: str | Path, *, style: Literal["diffusers", "kohya"] = "diffusers"
+    ) -> None:
         """Write the edit as a LoRA that any tool loads: `pipe.load_lora_weights(path)`.
 
         The change has rank n by its algebra, so nothing is approximated: the factors are balanced, then rounded to
@@ -160,7 +191,9 @@ class Edit:
         """
         denoiser = self.recipe.get("denoiser", "unet")
         if not self.recipe.get("loads_lora", True):
-            raise LocogenError("this model's pipeline loads no LoRA: share the edit's own file, or export() the model")
+            raise LocogenError(
+                "this model's pipeline loads no LoRA: share the edit's own file, or export() the model"
+            )
         modules = {name: f"{denoiser}.{name.removesuffix('.weight')}" for name in self.changes}
         if style == "kohya":
             modules = self._kohya_names()
@@ -190,17 +223,25 @@ class Edit:
         return Path(folder)
 
     def _repr_html_(self) -> str:
-        size = sum(t.numel() * t.element_size() for c in self.changes.values() for t in (c.up, c.down))
+        size = sum(
+            t.numel() * t.element_size() for c in self.changes.values() for t in (c.up, c.down)
+        )
         told = {
             "layers": ", ".join(map(str, self.layers)),
             "matrices": len(self.changes),
             "rank": max(c.rank for c in self.changes.values()),
-            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most" if self.recipe else "",
-            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change" if self.recipe else "",
+            "relative change": f"{max(self.recipe['relative_change'].values()):.3f} at most"
+            if self.recipe
+            else "",
+            "lost to rounding": f"{self.recipe['rounding']:.1e} of the change"
+            if self.recipe
+            else "",
             "size": f"{size / 1024:.0f} KB",
             "made for": self.recipe.get("model", ""),
         }
-        rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in told.items())
+        rows = "".join(
+            f"<tr><th>{escape(k)}</th><td>{escape(str(v))}</td></tr>" for k, v in told.items()
+        )
         return f"<p><b>Edit</b> of {escape(self.name)}</p><table>{rows}</table>"
 
 
@@ -215,7 +256,9 @@ def _with_plain_names(edit: Edit) -> Edit:
     recipe = dict(edit.recipe)
     recipe["hashed_as"] = raw_names
     if "relative_change" in recipe:
-        recipe["relative_change"] = {plain_name(name): size for name, size in recipe["relative_change"].items()}
+        recipe["relative_change"] = {
+            plain_name(name): size for name, size in recipe["relative_change"].items()
+        }
     changes = {name: edit.changes[raw] for name, raw in raw_names.items()}
     return replace(edit, changes=changes, recipe=recipe)
 
@@ -289,12 +332,16 @@ def fit_edit(
         if phrasings is None
         else own_phrasings(phrasings, subject or concepts[0].name)
     )
-    chosen = {name: value for name, value in options.items() if name != "tokens" or value is not None}
+    chosen = {
+        name: value for name, value in options.items() if name != "tokens" or value is not None
+    }
     chosen.setdefault("tokens", family_of(pipe).tokens)
     return _fit(pipe, " + ".join(c.name for c in concepts), told, layers, Options(**chosen))
 
 
-def _fit(pipe: Any, name: str, phrasings: Sequence[Phrasing], layers: Iterable[int], options: Options) -> Edit:
+def _fit(
+    pipe: Any, name: str, phrasings: Sequence[Phrasing], layers: Iterable[int], options: Options
+) -> Edit:
     family = family_of(pipe)
     denoiser = denoiser_of(pipe)
     check_encoders(pipe)
@@ -304,29 +351,40 @@ def _fit(pipe: Any, name: str, phrasings: Sequence[Phrasing], layers: Iterable[i
     warn_unheard(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
     # The names of the model as it is saved: a compiled one is the same model, and its edits fit every other.
     paths = {module: plain_name(path) for path, module in denoiser.named_modules()}
-    places: list[tuple[Layer | None, str, str]] = []  # layer (None: beside the layers), matrix, name of its weight
+    places: list[
+        tuple[Layer | None, str, str]
+    ] = []  # layer (None: beside the layers), matrix, name of its weight
     for layer in edited:
         for matrix, module in family.matrices(layer.module).items():
             places.append((layer, matrix, f"{paths[module]}.weight"))
     if options.entry:
         if family.entry is None:
-            raise LocogenError(f"{family.name} has no map beside its layers that could be edited: leave out entry=True")
+            raise LocogenError(
+                f"{family.name} has no map beside its layers that could be edited: leave out entry=True"
+            )
         places.append((None, "k", f"{family.entry}.weight"))
     weights = weights_of(denoiser, [weight_name for _, _, weight_name in places])
     first = next(iter(weights.values()))
     fit = Fit(Reader(pipe, edited), phrasings, options, first.device if first.is_cuda else "cpu")
-    changes = {weight_name: fit.change(weights[weight_name], layer, matrix) for layer, matrix, weight_name in places}
+    changes = {
+        weight_name: fit.change(weights[weight_name], layer, matrix)
+        for layer, matrix, weight_name in places
+    }
     recipe = _recipe(pipe, phrasings, options, weights, changes)
     recipe["denoiser"] = family.denoiser
     recipe["loads_lora"] = hasattr(pipe, "load_lora_weights")
     if family.kohya_name is not None:
-        recipe["kohya_names"] = {n: family.kohya_name(denoiser, n.removesuffix(".weight")) for n in changes}
+        recipe["kohya_names"] = {
+            n: family.kohya_name(denoiser, n.removesuffix(".weight")) for n in changes
+        }
     return Edit(name, tuple(layer.index for layer in edited), changes, digest_of(weights), recipe)
 
 
 def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
     if isinstance(layers, str) or not (wanted := tuple(dict.fromkeys(int(i) for i in layers))):
-        raise LocogenError(f"layers is {layers!r}: give a window or the numbers of some of find_layers(pipe)")
+        raise LocogenError(
+            f"layers is {layers!r}: give a window or the numbers of some of find_layers(pipe)"
+        )
     beyond = [i for i in wanted if not 0 <= i < len(found)]
     if beyond:
         raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
@@ -356,11 +414,14 @@ def _recipe(
         "phrasings": [vars(p) for p in told],
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()},
         "model": _model_name(pipe),
-        "revision": getattr(getattr(getattr(pipe, "text_encoder", None), "config", None), "_commit_hash", None),
+        "revision": getattr(
+            getattr(getattr(pipe, "text_encoder", None), "config", None), "_commit_hash", None
+        ),
         "dtype": sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()}),
         "relative_change": relative,
         "rounding": lost,
-        "versions": {"locogen": __version__} | {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "versions": {"locogen": __version__}
+        | {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
 
 

@@ -29,7 +29,9 @@ Measure = Literal["efficacy", "generality", "specificity", "ordinary"]
 MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary")
 Array = np.ndarray[Any, Any]
 _BOUNDS = (("ssim", -1.0, 1.0), ("distance", 0.0, 2.0), ("lpips", 0.0, np.inf))
-_LPIPS_NET = "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS is trained on
+_LPIPS_NET = (
+    "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS is trained on
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ class Probe:
         return 1 if self.comes or self.measure in ("specificity", "ordinary") else -1
 
 
-def compare(before: Run, after: Run, *, text: str | None = None, scorer: Scorer | str | None = None) -> pd.DataFrame:
+def compare(
+    before: Run, after: Run, *, text: str | None = None, scorer: Scorer | str | None = None
+) -> pd.DataFrame:
     """Two runs of the same prompts and seeds, row by row: prompt, seed, text, before, after, change (raw cosines).
 
     `text`: what both are scored against; None: each row's own prompt. `scorer`: None is the catalog's for the model
@@ -90,7 +94,11 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
         rivals = [names[o.name] for o in every if o.kind == c.kind and o is not c]
         for pair in c.pairs:
             text = pair.prompt if c is not concept else c.scored_text(pair)
-            among = _among(pair, names[c.name], rivals) if c.kind != "fact" else (pair.target, pair.prompt)
+            among = (
+                _among(pair, names[c.name], rivals)
+                if c.kind != "fact"
+                else (pair.target, pair.prompt)
+            )
             texts = dict.fromkeys((text, *among))
             asked: dict[str, Any] = dict(text=text, among=tuple(rival for rival in texts if rival))
             if c is not concept:
@@ -127,12 +135,18 @@ def control_edits(pipe: Any, edit: Edit, *, draws: int = 3, seed: int = 0) -> di
     places = {}
     for window in [w for w in windows(len(found), width) if set(w) <= set(apart)]:
         shared = sorted(set(window) & set(edit.layers))
-        places[f"{window} (shares {', '.join(map(str, shared))})" if shared else str(window)] = tuple(window)
+        places[f"{window} (shares {', '.join(map(str, shared))})" if shared else str(window)] = (
+            tuple(window)
+        )
     for _ in range(draws if len(free) >= width else 0):
         drawn = tuple(sorted(dice.sample(free, width)))
         places.setdefault(f"random layers {', '.join(map(str, drawn))}", drawn)
     places["all layers"] = tuple(apart)
-    return {name: edit.refit(pipe, layers) for name, layers in places.items() if set(layers) != set(edit.layers)}
+    return {
+        name: edit.refit(pipe, layers)
+        for name, layers in places.items()
+        if set(layers) != set(edit.layers)
+    }
 
 
 def evaluate(
@@ -178,7 +192,9 @@ def evaluate(
     frames = []
     for arm, edits in arms.items():
         several = [edits] if isinstance(edits, Edit) else list(edits)
-        new, after, right = _under(pipe, several, strength, look) if several else (old, before, right_before)
+        new, after, right = (
+            _under(pipe, several, strength, look) if several else (old, before, right_before)
+        )
         likeness = _likeness(old, new, features, _features(judge, new))
         measured = dict(before=before, after=after, right_before=right_before, right_after=right)
         measured |= {name: values[[i for *_, i in index]] for name, values in likeness.items()}
@@ -218,10 +234,17 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     lines: list[dict[str, Any]] = []
     for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):  # pyright: ignore
         told = dict(arm=arm, measure=measure, sign=int(part["sign"].iloc[0]))
-        for quantity, old, new in (("score", "before", "after"), ("right", "right_before", "right_after")):
+        for quantity, old, new in (
+            ("score", "before", "after"),
+            ("right", "right_before", "right_after"),
+        ):
             if bool(part[new].notna().to_numpy().all()):
                 share = quantity == "right"
-                lines.append(told | dict(quantity=quantity) | _paired(_grid(part, old), _grid(part, new), level, share))
+                lines.append(
+                    told
+                    | dict(quantity=quantity)
+                    | _paired(_grid(part, old), _grid(part, new), level, share)
+                )
         for quantity, least, most in [bounds for bounds in _BOUNDS if bounds[0] in part]:
             values = _grid(part, quantity)
             found = stats.crossed_bootstrap(values[None], level=level)
@@ -263,14 +286,18 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
     rivals = [a for a in table["arm"].unique() if a != arm]
     measures = [m for m in ("efficacy", "specificity") if m in set(table["measure"])]
     if not rivals or len(rivals) == table["arm"].nunique() or len(measures) < 2:
-        raise LocogenError(f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both measures")
+        raise LocogenError(
+            f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both measures"
+        )
     parts = dict(iter(table.groupby(["arm", "measure"], sort=False)))
     lines = []
     for rival in rivals:
         estimate, below, above = 0.0, 0.0, 0.0
         for measure in measures:
             own, other = parts[arm, measure], parts[rival, measure]
-            gap = int(own["sign"].iloc[0]) * (_grid(own, "right_after") - _grid(other, "right_after"))
+            gap = int(own["sign"].iloc[0]) * (
+                _grid(own, "right_after") - _grid(other, "right_after")
+            )
             found = stats.crossed_bootstrap(gap[None], level=1 - (1 - level) / len(rivals))
             none = stats.wilson(0, len(gap), level)[1] if not gap.any() else 0.0
             estimate += found.estimate[0]
@@ -282,7 +309,9 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
 
 def _grid(part: pd.DataFrame, column: str) -> Array:
     """(prompts, seeds) of one column; probes that share a prompt share its pictures, and are averaged."""
-    return part.pivot_table(index="prompt", columns="seed", values=column, sort=False).to_numpy(float)
+    return part.pivot_table(index="prompt", columns="seed", values=column, sort=False).to_numpy(
+        float
+    )
 
 
 def _judge(chosen: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
@@ -293,12 +322,16 @@ def _judge(chosen: Scorer | str | None, model: str, device: str = "cpu") -> Scor
     return scorer(chosen, device=device) if isinstance(chosen, str) else chosen
 
 
-def _measured(judge: Scorer, pictures: Sequence[Any], index: Sequence[tuple[Probe, int, int]]) -> tuple[Array, Array]:
+def _measured(
+    judge: Scorer, pictures: Sequence[Any], index: Sequence[tuple[Probe, int, int]]
+) -> tuple[Array, Array]:
     """Scores against the probes' own texts, and whether each is the highest among its rivals."""
     seen = [pictures[i] for *_, i in index]
     longest = max(len(probe.among) for probe, *_ in index)
     lines = [[probe.text for probe, *_ in index]]
-    lines += [[(*probe.among, *[probe.text] * longest)[k] for probe, *_ in index] for k in range(longest)]
+    lines += [
+        [(*probe.among, *[probe.text] * longest)[k] for probe, *_ in index] for k in range(longest)
+    ]
     own, *others = judge(seen, *lines)
     alone = np.array([not probe.among for probe, *_ in index])
     highest = np.max(others, axis=0) if others else own
@@ -309,13 +342,19 @@ def _features(judge: Any, pictures: Sequence[Any]) -> Array | None:
     return judge.pictures(pictures) if hasattr(judge, "pictures") else None
 
 
-def _likeness(old: Sequence[Any], new: Sequence[Any], was: Array | None, now: Array | None) -> dict[str, Array]:
+def _likeness(
+    old: Sequence[Any], new: Sequence[Any], was: Array | None, now: Array | None
+) -> dict[str, Array]:
     """How alike the pictures of one prompt and seed stayed."""
     from skimage.metrics import structural_similarity
 
     pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(old, new, strict=True)]
     size = min(7, *(side - 1 + side % 2 for side in pairs[0][0].shape[:2]))
-    columns = {"ssim": np.array([structural_similarity(a, b, channel_axis=-1, win_size=size) for a, b in pairs])}
+    columns = {
+        "ssim": np.array(
+            [structural_similarity(a, b, channel_axis=-1, win_size=size) for a, b in pairs]
+        )
+    }
     if was is not None and now is not None:
         columns["distance"] = 1 - np.einsum("id,id->i", was, now)
     perceived = _lpips(pairs)
@@ -330,11 +369,19 @@ def _lpips(pairs: Sequence[tuple[Array, Array]]) -> Array | None:
         return None
     import torch
 
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_NET).exists():  # it would be fetched, unasked
+    if not (
+        Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_NET
+    ).exists():  # it would be fetched, unasked
         return None
     net = lpips.LPIPS(net="alex", verbose=False)
-    sides = [torch.from_numpy(np.stack([p[k] for p in pairs])).permute(0, 3, 1, 2) / 127.5 - 1 for k in (0, 1)]
+    sides = [
+        torch.from_numpy(np.stack([p[k] for p in pairs])).permute(0, 3, 1, 2) / 127.5 - 1
+        for k in (0, 1)
+    ]
     with torch.no_grad():
         return np.concatenate(
-            [net(a, b).reshape(-1).numpy() for a, b in zip(*(s.split(32) for s in sides), strict=True)]
+            [
+                net(a, b).reshape(-1).numpy()
+                for a, b in zip(*(s.split(32) for s in sides), strict=True)
+            ]
         )

@@ -23,7 +23,11 @@ def write_edit(path: Path, told: Mapping[str, Any], changes: Mapping[str, LowRan
     from safetensors.torch import save_file
 
     # Keys and values share a factor, which the format refuses to hold twice.
-    tensors = {f"{n}/{part}": getattr(c, part).contiguous().clone() for n, c in changes.items() for part in _PARTS}
+    tensors = {
+        f"{n}/{part}": getattr(c, part).contiguous().clone()
+        for n, c in changes.items()
+        for part in _PARTS
+    }
     _written(path, lambda partial: save_file(tensors, partial, {"locogen_edit": json.dumps(told)}))
 
 
@@ -40,12 +44,18 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
     except FileNotFoundError:
         raise LocogenError(f"there is no edit {path}: give the file that Edit.save wrote") from None
     except KeyError:
-        raise LocogenError(f"{path} is no edit of locogen's: give the file that Edit.save wrote") from None
+        raise LocogenError(
+            f"{path} is no edit of locogen's: give the file that Edit.save wrote"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise LocogenError(f"{path} is cut short or damaged ({error}): save the edit again") from None
+        raise LocogenError(
+            f"{path} is cut short or damaged ({error}): save the edit again"
+        ) from None
 
 
-def write_lora(path: Path, name: str, changes: Mapping[str, LowRank], modules: Mapping[str, str], style: str) -> None:
+def write_lora(
+    path: Path, name: str, changes: Mapping[str, LowRank], modules: Mapping[str, str], style: str
+) -> None:
     """The changes as LoRA in float32, the factors of each balanced.
 
     All have one rank, padded with zeros: diffusers reads one alpha for all of a kohya-style file.
@@ -81,7 +91,11 @@ def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[s
     if style == "diffusers":
         return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
     alpha = torch.tensor(float(rank))  # kohya's scale is alpha / rank
-    return {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down, f"{module}.alpha": alpha}
+    return {
+        f"{module}.lora_up.weight": up,
+        f"{module}.lora_down.weight": down,
+        f"{module}.alpha": alpha,
+    }
 
 
 def _written(path: Path, write: Callable[[Path], object]) -> None:

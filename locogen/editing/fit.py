@@ -34,14 +34,22 @@ class Options:
         if self.tokens not in TOKENS:
             raise LocogenError(f"tokens is {self.tokens!r}: take one of {', '.join(TOKENS)}")
         if self.null_space and not self.preserve:
-            raise LocogenError("null_space keeps the preserved prompts exactly: give preserve= some prompts")
+            raise LocogenError(
+                "null_space keeps the preserved prompts exactly: give preserve= some prompts"
+            )
         if self.null_space and self.ordinary:
-            raise LocogenError("null_space and ordinary are two ways to keep the rest: give one of them")
+            raise LocogenError(
+                "null_space and ordinary are two ways to keep the rest: give one of them"
+            )
         if not 0 < self.preserve_weight < math.inf:
-            raise LocogenError(f"preserve_weight is {self.preserve_weight}: give a finite number above 0")
+            raise LocogenError(
+                f"preserve_weight is {self.preserve_weight}: give a finite number above 0"
+            )
         for name in ("preserve", "ordinary"):
             if isinstance(getattr(self, name), str):
-                raise LocogenError(f"{name} is one text, {getattr(self, name)!r}: give a list of prompts")
+                raise LocogenError(
+                    f"{name} is one text, {getattr(self, name)!r}: give a list of prompts"
+                )
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
@@ -58,7 +66,11 @@ class Fit:
 
     def change(self, weight: Tensor, layer: Layer | None, matrix: str) -> solve.LowRank:
         """The change of one matrix that reads what the layer reads; None: of the map beside the layers."""
-        ridge = self.options.ridge_v if matrix == "v" and self.options.ridge_v is not None else self.options.ridge
+        ridge = (
+            self.options.ridge_v
+            if matrix == "v" and self.options.ridge_v is not None
+            else self.options.ridge
+        )
         source, target = self.rows(layer)
         key = (self.reader.key(layer), ridge)
         if key not in self._downs:
@@ -76,7 +88,12 @@ class Fit:
             for phrasing in self.told:
                 words = (phrasing.source, phrasing.target, phrasing.subject)
                 old, new = self.reader.exchange(*words, self.options.tokens, phrasing.instead)
-                found.append((self._read(phrasing.source, old, layer), self._read(phrasing.target, new, layer)))
+                found.append(
+                    (
+                        self._read(phrasing.source, old, layer),
+                        self._read(phrasing.target, new, layer),
+                    )
+                )
             source, target = zip(*found, strict=True)
             self._rows[key] = torch.cat(source).to(self.device), torch.cat(target).to(self.device)
         return self._rows[key]
@@ -91,13 +108,17 @@ class Fit:
         import torch
 
         options = self.options
-        kept = [self._read(p, self.reader.places(p, options.tokens), layer) for p in options.preserve]
+        kept = [
+            self._read(p, self.reader.places(p, options.tokens), layer) for p in options.preserve
+        ]
         preserve = torch.cat(kept).to(source) if kept else None
         if options.null_space and preserve is not None:
             return solve.null_space_reader(source, preserve, ridge=ridge)
         covariance = self._ordinary(layer).to(source) if options.ordinary else None
         weight = options.preserve_weight
-        return solve.reader(source, ridge=ridge, preserve=preserve, preserve_weight=weight, covariance=covariance)
+        return solve.reader(
+            source, ridge=ridge, preserve=preserve, preserve_weight=weight, covariance=covariance
+        )
 
     def _ordinary(self, layer: Layer | None) -> Tensor:
         """The covariance of what is read of ordinary captions, start mark and padding left out, (width, width)."""

@@ -50,17 +50,25 @@ class Neurons:
 
         `matrices`: "k", "v" or both. Raises `LocogenError` where a matrix has not so many.
         """
-        order = {place: np.argsort(-rows["z"].abs().to_numpy(), kind="stable") for place, rows in self._by_place()}
+        order = {
+            place: np.argsort(-rows["z"].abs().to_numpy(), kind="stable")
+            for place, rows in self._by_place()
+        }
         return self._select(k, matrices, order)
 
     def random(self, k: int, seed: int = 0, *, matrices: Iterable[str] = MATRICES) -> Selection:
         """As many neurons of each matrix, drawn from all of them: what `top` is compared with."""
         rng = np.random.default_rng(seed)
-        return self._select(k, matrices, {place: rng.permutation(len(rows)) for place, rows in self._by_place()})
+        return self._select(
+            k, matrices, {place: rng.permutation(len(rows)) for place, rows in self._by_place()}
+        )
 
     def _by_place(self) -> list[tuple[Place, pd.DataFrame]]:
         table: Any = self.table
-        return [(place, table[(table.layer == place[0]) & (table.matrix == place[1])]) for place in self.without]
+        return [
+            (place, table[(table.layer == place[0]) & (table.matrix == place[1])])
+            for place in self.without
+        ]
 
     def _select(self, k: int, matrices: Iterable[str], order: Mapping[Place, Any]) -> Selection:
         wanted = set(matrices)
@@ -68,15 +76,23 @@ class Neurons:
             raise LocogenError(f"matrices {sorted(wanted)}: take 'k', 'v', or both")
         narrow = min(map(len, order.values()))
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k <= narrow:
-            raise LocogenError(f"k is {k!r}: give how many neurons a matrix, a whole number from 0 to {narrow}")
-        channels = {place: tuple(map(int, found[:k])) for place, found in order.items() if place[1] in wanted}
+            raise LocogenError(
+                f"k is {k!r}: give how many neurons a matrix, a whole number from 0 to {narrow}"
+            )
+        channels = {
+            place: tuple(map(int, found[:k]))
+            for place, found in order.items()
+            if place[1] in wanted
+        }
         return Selection(channels, {place: self.without[place] for place in channels})
 
     def _repr_html_(self) -> str:
         table: Any = self.table
         sure = int((table["p_value"] <= 0.05).sum())
         told = " · ".join(f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items())
-        head = table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)._repr_html_()
+        head = (
+            table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)._repr_html_()
+        )
         return f"<p><b>Neurons</b> of {escape(self.concept)}: {sure} of {len(self)} at p ≤ 0.05</p><p>{told}</p>{head}"
 
 
@@ -118,7 +134,9 @@ def find_neurons(
     if tokens not in TOKENS:
         raise LocogenError(f"tokens is {tokens!r}: take one of {', '.join(TOKENS)}")
     if active_contexts(pipe):
-        raise LocogenError("the model is clamped or intervened on: find neurons outside of these contexts")
+        raise LocogenError(
+            "the model is clamped or intervened on: find neurons outside of these contexts"
+        )
     chosen = _chosen(find_layers(pipe), layers)
     reader = Reader(pipe, chosen)
     told = _phrasings(concept, phrasings, subject)
@@ -126,21 +144,27 @@ def find_neurons(
     warn_unheard(pipe, [text for phrasing in told for text in (phrasing.source, phrasing.target)])
     asked = [_question(reader, phrasing, tokens) for phrasing in told]
     if len(asked) < 2:
-        raise LocogenError(f"{concept.name!r} has {len(asked)} pair of prompts: a spread needs at least two")
+        raise LocogenError(
+            f"{concept.name!r} has {len(asked)} pair of prompts: a spread needs at least two"
+        )
     return _score(reader, concept.name, asked, tokens)
 
 
 def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
     wanted = list(dict.fromkeys(int(i) for i in layers))
     if not wanted:
-        raise LocogenError("there are no layers to search: give a window or some of find_layers(pipe)")
+        raise LocogenError(
+            "there are no layers to search: give a window or some of find_layers(pipe)"
+        )
     beyond = [i for i in wanted if not 0 <= i < len(found)]
     if beyond:
         raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
     return [found[i] for i in wanted]
 
 
-def _phrasings(concept: Concept, own: Sequence[Any] | None, subject: str | None) -> Sequence[Phrasing]:
+def _phrasings(
+    concept: Concept, own: Sequence[Any] | None, subject: str | None
+) -> Sequence[Phrasing]:
     """Prompts with and without the concept: its pairs, whose subject follows from the kind, or the user's own."""
     if own is not None or subject is not None:
         return own_phrasings(concept.pairs if own is None else own, subject or concept.name)
@@ -150,9 +174,15 @@ def _phrasings(concept: Concept, own: Sequence[Any] | None, subject: str | None)
 def _question(reader: Reader, told: Phrasing, tokens: Tokens) -> _Question:
     source, target = told.source, told.target
     if tokens in ("all", "end"):
-        return _Question(source, target, reader.places(source, tokens), reader.places(target, tokens))
+        return _Question(
+            source, target, reader.places(source, tokens), reader.places(target, tokens)
+        )
     instead = told.instead
-    other = reader.places(target, "last_subject", instead) if instead else reader.places(target, "last_subject")
+    other = (
+        reader.places(target, "last_subject", instead)
+        if instead
+        else reader.places(target, "last_subject")
+    )
     return _Question(source, target, reader.places(source, tokens, told.subject), other)
 
 
@@ -162,32 +192,53 @@ def _score(reader: Reader, name: str, asked: Sequence[_Question], tokens: Tokens
     parts, without = [], {}
     for layer in reader.layers:
         for matrix, module in reader.family.matrices(layer.module).items():
-            a = _outputs(module, reader, [q.source for q in asked], layer, matrix)  # (prompts, tokens, channels)
+            a = _outputs(
+                module, reader, [q.source for q in asked], layer, matrix
+            )  # (prompts, tokens, channels)
             b = _outputs(module, reader, [q.target for q in asked], layer, matrix)
             x = _heard(a, [q.at_source for q in asked])  # (prompts, channels)
             y = _heard(b, [q.at_target for q in asked])
             without[layer.index, matrix] = b.mean(0).float().cpu()
-            part = {"layer": layer.index, "matrix": matrix, "channel": range(x.shape[1]), "z": stats.welch_z(x, y)}
+            part = {
+                "layer": layer.index,
+                "matrix": matrix,
+                "channel": range(x.shape[1]),
+                "z": stats.welch_z(x, y),
+            }
             means = {"mean_with": x.mean(0), "mean_without": y.mean(0)}
             parts.append(pd.DataFrame(part | means | {"p_value": stats.welch_p(x, y)}))
     table = pd.concat(parts, ignore_index=True)
     table["p_value"] = stats.false_discovery(table["p_value"].to_numpy())
-    told = {"pairs": len(asked), "tokens": tokens, "p_value": "Welch t, Benjamini-Hochberg over all neurons"}
+    told = {
+        "pairs": len(asked),
+        "tokens": tokens,
+        "p_value": "Welch t, Benjamini-Hochberg over all neurons",
+    }
     return Neurons(name, table, without, told)
 
 
-def _outputs(module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, matrix: str) -> Tensor:
+def _outputs(
+    module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, matrix: str
+) -> Tensor:
     """What a matrix puts out, adapters included, in float64."""
     import torch
 
-    states = torch.stack([reader.states(prompt, layer) for prompt in prompts])  # (prompts, tokens, width)
+    states = torch.stack(
+        [reader.states(prompt, layer) for prompt in prompts]
+    )  # (prompts, tokens, width)
     dtype = next(module.parameters()).dtype
-    if dtype.itemsize < 2:  # how the weights are stored (float8, quantized): the states are not rounded to that
+    if (
+        dtype.itemsize < 2
+    ):  # how the weights are stored (float8, quantized): the states are not rounded to that
         dtype = denoiser_of(reader.pipe).dtype
     with torch.no_grad():
-        outputs = module(states.to(stands_on(module), dtype)).cpu().double()  # (prompts, tokens, channels)
+        outputs = (
+            module(states.to(stands_on(module), dtype)).cpu().double()
+        )  # (prompts, tokens, channels)
     if not torch.isfinite(outputs).all():
-        raise LocogenError(f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32")
+        raise LocogenError(
+            f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32"
+        )
     return outputs
 
 

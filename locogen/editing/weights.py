@@ -56,7 +56,10 @@ class WeightChange:
 
     def was_made_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether these are, to the bit, the weights that the change was made for."""
-        return digest_of({self.hashed_as.get(name, name): weight for name, weight in weights.items()}) == self.digest
+        return (
+            digest_of({self.hashed_as.get(name, name): weight for name, weight in weights.items()})
+            == self.digest
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,9 @@ class _State:
 
     applied: tuple[_Applied, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    written: Mapping[str, str] = field(default_factory=dict)  # name: digest of what was written last
+    written: Mapping[str, str] = field(
+        default_factory=dict
+    )  # name: digest of what was written last
 
 
 _STATES: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
@@ -160,8 +165,12 @@ def _weight_at(place: _Place) -> Tensor:
     if not weight.is_meta:
         return weight
     weight = kept(place.owner, "weight", place.name)
-    if kept(place.owner, "weight", place.name) is not weight:  # a fresh copy each time: writing would be lost
-        raise LocogenError(f"{place.name} is offloaded to the disk: load the model with another offload to edit it")
+    if (
+        kept(place.owner, "weight", place.name) is not weight
+    ):  # a fresh copy each time: writing would be lost
+        raise LocogenError(
+            f"{place.name} is offloaded to the disk: load the model with another offload to edit it"
+        )
     return weight
 
 
@@ -227,7 +236,10 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
 
 def is_applied(denoiser: Any, change: WeightChange) -> bool:
     """Whether the change, or one that is equal to it, is applied."""
-    return any(one.change.key == change.key for one in _STATES.get(uncompiled_module(denoiser), _State()).applied)
+    return any(
+        one.change.key == change.key
+        for one in _STATES.get(uncompiled_module(denoiser), _State()).applied
+    )
 
 
 def remove_change(denoiser: Any, change: WeightChange) -> None:
@@ -270,7 +282,9 @@ def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
     return bool(state.applied)
 
 
-def _remove(denoiser: Any, names: Iterable[str], left: tuple[_Applied, ...], *, overwrite: bool) -> None:
+def _remove(
+    denoiser: Any, names: Iterable[str], left: tuple[_Applied, ...], *, overwrite: bool
+) -> None:
     """Write the weights as they are with only the edits `left` applied."""
     state = _STATES[denoiser]
     weights: dict[str, Tensor] = {}
@@ -309,7 +323,9 @@ def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applie
     after = {name: _sum(originals[name], name, applied) for name in weights}
     final = _next_state(state, applied, originals, after)
     try:
-        if adding:  # known before the first write: wherever an interrupt falls, undoing finds the originals
+        if (
+            adding
+        ):  # known before the first write: wherever an interrupt falls, undoing finds the originals
             _STATES[denoiser] = final
         _write(weights, after)
         _STATES[denoiser] = final
@@ -320,7 +336,10 @@ def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applie
 
 
 def _next_state(
-    state: _State, applied: tuple[_Applied, ...], originals: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    state: _State,
+    applied: tuple[_Applied, ...],
+    originals: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
 ) -> _State:
     edited = {name for one in applied for name in one.change.changes}
     written = {**state.written, **_digests(after)}
@@ -350,7 +369,9 @@ def _write_to_the_end(weights: Mapping[str, Tensor], values: Mapping[str, Tensor
 
 def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
     """The original plus all changes of that weight, added in float64 and rounded once; the very original for none."""
-    parts = [(one.change.changes[name], one.strength) for one in applied if name in one.change.changes]
+    parts = [
+        (one.change.changes[name], one.strength) for one in applied if name in one.change.changes
+    ]
     if not parts:
         return original
     total = doubled(original)  # (out, in)
@@ -376,7 +397,9 @@ def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
         return
     first = changed[0]
     more = f" and {len(changed) - 1} more weights" if len(changed) > 1 else ""
-    edits = " + ".join(repr(one.change.name) for one in state.applied if first in one.change.changes)
+    edits = " + ".join(
+        repr(one.change.name) for one in state.applied if first in one.change.changes
+    )
     raise LocogenError(
         f"{first}{more} changed while the edit of {edits} was applied ({_difference(state, first, weights[first])}). "
         "Nothing is undone, because putting the old weights back would mix two models. Take back what changed them "

@@ -69,7 +69,9 @@ class Selection:
             mine, theirs = self.channels[place], other.channels[place]
             widths = {s.without[place].shape[1] for s in (self, other) if place in s.without}
             if len(widths) != 1:
-                raise LocogenError(f"{place} has {sorted(widths) or 'unknown'} channels: compare neurons of one model")
+                raise LocogenError(
+                    f"{place} has {sorted(widths) or 'unknown'} channels: compare neurons of one model"
+                )
             shared += len(set(mine) & set(theirs))
             expected += len(mine) * len(theirs) / widths.pop()
         every = len(self) + len(other)
@@ -78,14 +80,21 @@ class Selection:
         return Overlap(shared, expected, shared / (every - shared), expected / (every - expected))
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{i}</th><td>{m}</td><td>{len(c)}</td></tr>" for (i, m), c in self.channels.items())
+        rows = "".join(
+            f"<tr><th>{i}</th><td>{m}</td><td>{len(c)}</td></tr>"
+            for (i, m), c in self.channels.items()
+        )
         head = "<tr><th>layer</th><th>matrix</th><th>neurons</th></tr>"
         return f"<p><b>Selection</b> of {len(self)} neurons</p><table>{head}{rows}</table>"
 
 
 @contextmanager
 def clamp(
-    pipe: Any, selection: Selection, *, to: Literal["mean", "zero"] | float = "mean", steps: Iterable[int] | None = None
+    pipe: Any,
+    selection: Selection,
+    *,
+    to: Literal["mean", "zero"] | float = "mean",
+    steps: Iterable[int] | None = None,
 ) -> Iterator[None]:
     """Within the context, the selected neurons do not say what they would, in every call of the pipeline.
 
@@ -101,7 +110,9 @@ def clamp(
     family, layers = family_of(pipe), find_layers(pipe)
     scale, moments = _scale(to), _steps(steps)
     chosen = {place: channels for place, channels in selection.channels.items() if channels}
-    modules = {place: _matrix(family, layers, place, channels) for place, channels in chosen.items()}
+    modules = {
+        place: _matrix(family, layers, place, channels) for place, channels in chosen.items()
+    }
     fills = {place: _fill(selection, place, scale) for place in chosen}
     if not chosen:
         yield
@@ -119,7 +130,9 @@ def clamp(
 
     means = [fill.cpu().double().numpy().tobytes() for fill in fills.values() if fill is not None]
     digest = hashlib.sha256(b"".join(means)).hexdigest()[:16]
-    with on_denoiser(pipe, hooks_for, f"clamp {(scale, moments, sorted(chosen.items()), digest)!r}"):
+    with on_denoiser(
+        pipe, hooks_for, f"clamp {(scale, moments, sorted(chosen.items()), digest)!r}"
+    ):
         yield
 
 
@@ -140,23 +153,33 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
     try:
         chosen = tuple(sorted({int(step) for step in steps}))
     except (TypeError, ValueError):
-        raise LocogenError(f"steps is {steps!r}: give several whole numbers, such as range(5)") from None
+        raise LocogenError(
+            f"steps is {steps!r}: give several whole numbers, such as range(5)"
+        ) from None
     if chosen and chosen[0] < 0:
         raise LocogenError(f"steps {chosen} are counted from 0, the first one")
     return chosen
 
 
-def _matrix(family: Family, layers: tuple[Layer, ...], place: Place, channels: tuple[int, ...]) -> Any:
+def _matrix(
+    family: Family, layers: tuple[Layer, ...], place: Place, channels: tuple[int, ...]
+) -> Any:
     """The module whose channels these are. Raises `LocogenError` where the model has it not, or never calls it."""
     index, name = place
     if not 0 <= index < len(layers):
-        raise LocogenError(f"layer {index} of the selection is not there: the model has 0 to {len(layers) - 1}")
+        raise LocogenError(
+            f"layer {index} of the selection is not there: the model has 0 to {len(layers) - 1}"
+        )
     matrices = family.matrices(layers[index].module)
     if name not in matrices:
-        raise LocogenError(f"layer {index} has no matrix {name!r}: take one of {', '.join(matrices)}")
+        raise LocogenError(
+            f"layer {index} has no matrix {name!r}: take one of {', '.join(matrices)}"
+        )
     width = matrices[name].out_features
     if channels[-1] >= width:
-        raise LocogenError(f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to {width - 1}")
+        raise LocogenError(
+            f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to {width - 1}"
+        )
     return matrices[name]
 
 
@@ -165,7 +188,9 @@ def _fill(selection: Selection, place: Place, scale: float | None) -> Tensor | N
     if scale is not None:
         return None
     if place not in selection.without:
-        raise LocogenError(f"the selection has no means for {place}: take it from find_neurons, or clamp to='zero'")
+        raise LocogenError(
+            f"the selection has no means for {place}: take it from find_neurons, or clamp to='zero'"
+        )
     return selection.without[place][:, list(selection.channels[place])]
 
 
@@ -183,7 +208,9 @@ class _Clock:
             return
         last = len(self.call.timesteps()) - 1
         if self.steps and self.steps[-1] > last:
-            raise LocogenError(f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}")
+            raise LocogenError(
+                f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}"
+            )
         self.holds = self.call.step() in self.steps
 
 

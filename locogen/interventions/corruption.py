@@ -41,11 +41,15 @@ class Noise:
         import torch
 
         seed = int.from_bytes(hashlib.sha256(self.seed.encode()).digest()[:7])
-        drawn = torch.randn((len(self.at), embeddings.shape[1]), generator=torch.Generator().manual_seed(seed))
+        drawn = torch.randn(
+            (len(self.at), embeddings.shape[1]), generator=torch.Generator().manual_seed(seed)
+        )
         return drawn * self.scale * embeddings.detach().float().std().cpu()
 
 
-def corrupted_states(pipe: Any, prompt: str, noise: Noise, restored: Sequence[Restored] = ()) -> Text:
+def corrupted_states(
+    pipe: Any, prompt: str, noise: Noise, restored: Sequence[Restored] = ()
+) -> Text:
     """The text of the corrupted prompt, and again with each of `restored`: 1 + restored rows.
 
     The clean prompt is encoded in the same batch, and states are taken from its row: so a row whose noise is zero, or
@@ -67,14 +71,21 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
 
     states = find_text_states(pipe)
     if any(not 0 <= place < len(states) for row in rows for place, _ in row):
-        raise LocogenError(f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}")
+        raise LocogenError(
+            f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}"
+        )
     tokens = encode(pipe, [""]).states.shape[1]
     hooks: list[Hook] = []
     for part, encoder in text_encoders(pipe).items():
         weight = weight_of(encoder.get_input_embeddings(), f"{part}'s embeddings")
-        for module in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
+        for (
+            module
+        ) in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
             # Compared by memory: sequential offload gives each module a stand-in of its own.
-            if isinstance(module, Embedding) and weight_of(module, part).data_ptr() == weight.data_ptr():
+            if (
+                isinstance(module, Embedding)
+                and weight_of(module, part).data_ptr() == weight.data_ptr()
+            ):
                 change = _noisy(noise, weight, 1 + len(rows), tokens)
                 hooks.append(after(module, change, f"the token embedding of {part}"))
     for place, state in enumerate(states):
@@ -92,7 +103,9 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
 
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if len(output) != count:
-            raise LocogenError(f"{len(output)} prompts are encoded within corrupting, which was given {count - 1} rows")
+            raise LocogenError(
+                f"{len(output)} prompts are encoded within corrupting, which was given {count - 1} rows"
+            )
         ahead = output.shape[1] - tokens
         changed = output.clone()
         changed[1:, [ahead + at for at in noise.at]] += drawn.to(output)
@@ -105,7 +118,9 @@ def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
     """A hook that copies what the first row puts out at some tokens into other rows."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        states = output[0] if isinstance(output, tuple) else output  # attention puts out its weights as well
+        states = (
+            output[0] if isinstance(output, tuple) else output
+        )  # attention puts out its weights as well
         rows, places = (list(side) for side in zip(*cells, strict=True))
         tokens = [states.shape[1] - count + place for place in places]
         changed = states.clone()

@@ -61,7 +61,9 @@ class Call:
     _others: list[Encoding] = field(default_factory=list)
     _timestep: Any = None
     _read: _Schedule | None = None
-    _step: tuple[Any, Any, int] | None = None  # the last step that was looked up, and the call that it was for
+    _step: tuple[Any, Any, int] | None = (
+        None  # the last step that was looked up, and the call that it was for
+    )
 
     @property
     def states(self) -> Tensor:
@@ -92,7 +94,11 @@ class Call:
         Raises:
             LocogenError: For a timestep that is none of the scheduler's.
         """
-        if self._step is None or self._step[0] is not self.made or self._step[1] is not self._timestep:
+        if (
+            self._step is None
+            or self._step[0] is not self.made
+            or self._step[1] is not self._timestep
+        ):
             step = self._schedule().steps[self._position()]
             self._step = (self.made, self._timestep, step)
         return self._step[2]
@@ -107,7 +113,9 @@ class Call:
         """The scheduler's timesteps, read once a call of the pipeline: to read them off a card is to wait for it."""
         scheduler = self.pipe.scheduler
         if self._read is None or self._read.tensor is not scheduler.timesteps:
-            self._read = _Schedule(scheduler.timesteps, scheduler.timesteps.tolist(), steps_of_calls(scheduler))
+            self._read = _Schedule(
+                scheduler.timesteps, scheduler.timesteps.tolist(), steps_of_calls(scheduler)
+            )
         return self._read
 
     def _position(self) -> int:
@@ -145,7 +153,9 @@ class Call:
         elif here:
             self._in_progress = False
             if caller is None and not is_dry_run():
-                raise LocogenError("the denoiser is called by itself: within this context call the pipeline, pipe(…)")
+                raise LocogenError(
+                    "the denoiser is called by itself: within this context call the pipeline, pipe(…)"
+                )
 
     def end(self) -> None:
         """Take note of the end of a call of the denoiser."""
@@ -187,11 +197,15 @@ class Call:
             return range(0)
         if all_rows in (count, 2 * count):
             return range(all_rows - count, all_rows)
-        raise LocogenError(f"the denoiser is called with {all_rows} rows for {count} encoded prompts: unknown rows")
+        raise LocogenError(
+            f"the denoiser is called with {all_rows} rows for {count} encoded prompts: unknown rows"
+        )
 
 
 @contextmanager
-def on_denoiser(pipe: Any, hooks_for: Callable[[Call], Iterable[Hook]], label: str | None = None) -> Iterator[Call]:
+def on_denoiser(
+    pipe: Any, hooks_for: Callable[[Call], Iterable[Hook]], label: str | None = None
+) -> Iterator[Call]:
     """Follow the denoiser's calls with hooks that act in the pipeline's own calls alone.
 
     Args:
@@ -306,7 +320,9 @@ class _Watch:
         self.fired.clear()
         for hook, name in self.names.items():
             if _submodule(self.denoiser, name) is not hook.module:
-                raise LocogenError(f"{hook.label} was exchanged while a locogen context was open: {REMEDY}")
+                raise LocogenError(
+                    f"{hook.label} was exchanged while a locogen context was open: {REMEDY}"
+                )
 
     def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if not self.call.in_progress:
@@ -314,7 +330,9 @@ class _Watch:
         skipped = skipped_blocks(self.call.given)
         for hook, name in self.names.items():
             if hook.label not in self.fired and not name.startswith(skipped):
-                raise LocogenError(f"{hook.label} was not called, so nothing could be changed or read there: {REMEDY}")
+                raise LocogenError(
+                    f"{hook.label} was not called, so nothing could be changed or read there: {REMEDY}"
+                )
         self.call.end()
 
 

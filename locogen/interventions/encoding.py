@@ -139,7 +139,9 @@ def _put_back(pipe: Any, instance_attribute: Any) -> None:
 
 
 @contextmanager
-def on_text_encoders(pipe: Any, encoders: Mapping[str, Any], hooks: Sequence[Hook]) -> Iterator[None]:
+def on_text_encoders(
+    pipe: Any, encoders: Mapping[str, Any], hooks: Sequence[Hook]
+) -> Iterator[None]:
     """Within the context, hooks on the text encoders act whenever this pipeline encodes prompts in this thread.
 
     Args:

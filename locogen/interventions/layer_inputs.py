@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.models.denoisers import same
-from locogen.models.families import Family, denoiser_of, encode, encode_guided, family_of, spoken, subject_occurrences
+from locogen.models.families import (
+    Family,
+    denoiser_of,
+    encode,
+    encode_guided,
+    family_of,
+    spoken,
+    subject_occurrences,
+)
 from locogen.models.hooks import Hook, before
 from locogen.models.layers import Layer
 from locogen.models.offload import stands_on
@@ -35,7 +43,9 @@ class Reader:
     pipe: Any
     layers: Sequence[Layer]
     _texts: dict[str, Text] = field(default_factory=dict)
-    _read: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by prompt and key, as exact as it was made
+    _read: dict[tuple[str, int], Tensor] = field(
+        default_factory=dict
+    )  # by prompt and key, as exact as it was made
 
     @property
     def family(self) -> Family:
@@ -64,10 +74,18 @@ class Reader:
     def _from_text(self, prompt: str) -> dict[int, Tensor]:
         import torch
 
-        denoiser, distinct = denoiser_of(self.pipe, self.family), {self.key(layer): layer for layer in self.layers}
+        denoiser, distinct = (
+            denoiser_of(self.pipe, self.family),
+            {self.key(layer): layer for layer in self.layers},
+        )
         with torch.no_grad():
-            heard = self.family.heard(denoiser, self.text(prompt).states.to(stands_on(denoiser), denoiser.dtype))
-            return {key: self.family.read(layer.module, heard)[0].cpu() for key, layer in distinct.items()}
+            heard = self.family.heard(
+                denoiser, self.text(prompt).states.to(stands_on(denoiser), denoiser.dtype)
+            )
+            return {
+                key: self.family.read(layer.module, heard)[0].cpu()
+                for key, layer in distinct.items()
+            }
 
     def _from_a_run(self, prompt: str) -> dict[int, Tensor]:
         import torch
@@ -92,7 +110,9 @@ class Reader:
                 num_inference_steps=STEPS,
                 output_type="latent",
             )
-        return {index: torch.stack(states).cpu().double().mean(0) for index, states in found.items()}
+        return {
+            index: torch.stack(states).cpu().double().mean(0) for index, states in found.items()
+        }
 
     def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:
         """Which states are meant, in every encoder and at every occurrence of the subject.
@@ -151,7 +171,9 @@ class Reader:
         """What the map beside the layers reads of the prompt, (rows, width), in float64."""
         read, denoiser = self.family.entry_reads, denoiser_of(self.pipe, self.family)
         if read is None:
-            raise LocogenError(f"{self.family.name} hears text by its layers alone: leave out entry=True")
+            raise LocogenError(
+                f"{self.family.name} hears text by its layers alone: leave out entry=True"
+            )
         return read(denoiser, self.text(prompt), places).cpu().double()
 
 

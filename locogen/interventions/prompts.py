@@ -33,7 +33,9 @@ HALF_TOLERANCE = 3e-2
 
 
 @contextmanager
-def intervene(pipe: Any, plan: Sequence[Intervention], *, targets: Text | None = None) -> Iterator[None]:
+def intervene(
+    pipe: Any, plan: Sequence[Intervention], *, targets: Text | None = None
+) -> Iterator[None]:
     """Within the context, row `i` of a pipeline call follows `plan[i]`: its layers hear its target.
 
     The call itself stays the user's: `pipe([row.prompt for row in plan], ...)` with the plan's prompts in
@@ -115,9 +117,13 @@ def _check_plan(rows: Sequence[Intervention], count: int, family: Family) -> Non
     for row in rows:
         beyond = [i for i in row.layers if not 0 <= i < count]
         if beyond:
-            raise LocogenError(f"layers {beyond} of {row.prompt!r} are not there: the model has 0 to {count - 1}")
+            raise LocogenError(
+                f"layers {beyond} of {row.prompt!r} are not there: the model has 0 to {count - 1}"
+            )
         if row.pooled == "target" and family.pooled is None:
-            raise LocogenError(f"{family.name} hears text by its layers alone: leave out pooled='target'")
+            raise LocogenError(
+                f"{family.name} hears text by its layers alone: leave out pooled='target'"
+            )
     missing = riders(rows) if family.evolves else ()
     if missing:
         raise LocogenError(
@@ -133,7 +139,9 @@ class _Exchange:
     call: Call
     plan: Sequence[Intervention]
     targets: Text | None  # one row a row of the plan, as the caller encoded them
-    text: Text | None = None  # the targets' text as this call encodes it, its rows those of the call
+    text: Text | None = (
+        None  # the targets' text as this call encodes it, its rows those of the call
+    )
 
     def encode(self, encoding: Encoding) -> None:
         """Take note of an encoding within `pipe(…)`, where targets can be encoded in the same way."""
@@ -202,7 +210,9 @@ class _Exchange:
             return True
         first, last = row.timesteps
         if last >= len(self.call.timesteps()):
-            raise LocogenError(f"step {last} is not there: the call has 0 to {len(self.call.timesteps()) - 1}")
+            raise LocogenError(
+                f"step {last} is not there: the call has 0 to {len(self.call.timesteps()) - 1}"
+            )
         return first <= self.call.step() <= last
 
     def places(self, plan_rows: Sequence[int]) -> Tensor:
@@ -245,7 +255,9 @@ class _Replaced(_Exchange):
         return self.call.family.text_of(encoding.again(**changes))
 
     def at(self, layer: Layer) -> list[Hook]:
-        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        def hook(
+            module: Any, args: Any, kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Any]] | None:
             import torch
 
             rows = self.rows_now(layer.index)
@@ -253,7 +265,9 @@ class _Replaced(_Exchange):
                 return None
             heard = kwargs.get("encoder_hidden_states")
             if not isinstance(heard, torch.Tensor):
-                raise LocogenError(f"layer {layer.index} ({layer.name}) hears {type(heard).__name__}, not one tensor")
+                raise LocogenError(
+                    f"layer {layer.index} ({layer.name}) hears {type(heard).__name__}, not one tensor"
+                )
             places = self.places(rows).to(heard.device)
             changed = {**kwargs, "encoder_hidden_states": _moved(heard, self._heard(), places)}
             if self._text().mask is not None and kwargs.get("attention_mask") is not None:
@@ -341,10 +355,15 @@ class _Patched(_Exchange):
 
     def at(self, layer: Layer) -> list[Hook]:
         if getattr(layer.module, "fused_projections", False):
-            raise LocogenError("the model's projections are fused: call its unfuse_qkv_projections() first")
+            raise LocogenError(
+                "the model's projections are fused: call its unfuse_qkv_projections() first"
+            )
         matrices = self.call.family.matrices(layer.module)
         patch = self._patch(layer)
-        return [after(matrix, patch, f"to_{name} of {_named(layer)}") for name, matrix in matrices.items()]
+        return [
+            after(matrix, patch, f"to_{name} of {_named(layer)}")
+            for name, matrix in matrices.items()
+        ]
 
     def _patch(self, layer: Layer) -> Callable[..., Tensor | None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
@@ -447,7 +466,9 @@ def foreign_hooks(pipe: Any) -> tuple[str, ...]:
     """
     foreign = []
     for part, component in pipe.components.items():
-        for name, module in component.named_modules() if hasattr(component, "named_modules") else ():
+        for name, module in (
+            component.named_modules() if hasattr(component, "named_modules") else ()
+        ):
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if any(_is_foreign(hook, module) for hook in hooks):
                 foreign.append(f"{part}.{name}")

@@ -48,7 +48,9 @@ class _Remembered:
     states: tuple[State, ...]
 
 
-_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()  # by denoiser, or first text encoder
+_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = (
+    WeakKeyDictionary()
+)  # by denoiser, or first text encoder
 
 
 def find_states(pipe: Any) -> tuple[State, ...]:
@@ -63,11 +65,15 @@ def find_states(pipe: Any) -> tuple[State, ...]:
     states = _remembered(denoiser, candidates)
     if states is None:
         with taken_back(denoiser):
-            calls = observed_calls(denoiser, candidates, lambda: denoiser(**family.dummy_inputs(denoiser)))
+            calls = observed_calls(
+                denoiser, candidates, lambda: denoiser(**family.dummy_inputs(denoiser))
+            )
         parts = {module: _denoiser_part(module, kwargs) for module, kwargs in calls.items()}
         states = _numbered(parts, candidates)
     if not states:
-        raise LocogenError(f"{type(denoiser).__name__} has no part that causal tracing knows: {DENOISER_PARTS}")
+        raise LocogenError(
+            f"{type(denoiser).__name__} has no part that causal tracing knows: {DENOISER_PARTS}"
+        )
     _REMEMBERED[denoiser] = _Remembered(candidates, states)
     return states
 
@@ -91,12 +97,16 @@ def find_text_states(pipe: Any) -> tuple[State, ...]:
         parts = {module: _TEXT_BLOCKS[candidates[module].rpartition(".")[2]] for module in calls}
         states = _numbered(parts, candidates)
     if not states:
-        raise LocogenError("the text encoder has no self-attention and MLP that causal tracing knows (CLIP, T5)")
+        raise LocogenError(
+            "the text encoder has no self-attention and MLP that causal tracing knows (CLIP, T5)"
+        )
     _REMEMBERED[first] = _Remembered(candidates, states)
     return states
 
 
-def _observed_in_encoders(encoders: Sequence[Any], candidates: Iterable[Any], pipe: Any) -> list[Any]:
+def _observed_in_encoders(
+    encoders: Sequence[Any], candidates: Iterable[Any], pipe: Any
+) -> list[Any]:
     """The modules of all encoders in the order in which encoding a prompt calls them."""
     import torch
 
@@ -157,7 +167,9 @@ def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterato
     for source, restored in rows:
         beyond = [place for place in restored if not 0 <= place < len(states)]
         if beyond or not 0 <= source < count:
-            raise LocogenError(f"row {source} or states {restored} are not there: {count} rows, {len(states)} states")
+            raise LocogenError(
+                f"row {source} or states {restored} are not there: {count} rows, {len(states)} states"
+            )
 
     def hooks_for(call: Call) -> list[Hook]:
         hooks = []

@@ -67,7 +67,9 @@ def attention_contribution(
         rows += [(pair.prompt, every, seed) for seed in drawn]
     found: list[Any] = []
     start, size = 0, batch_size
-    with tqdm(total=len(rows), unit=" runs", desc="listening", disable=not progress, mininterval=0.5) as bar:
+    with tqdm(
+        total=len(rows), unit=" runs", desc="listening", disable=not progress, mininterval=0.5
+    ) as bar:
         while start < len(rows):
             batch = rows[start : start + size]
             try:
@@ -113,7 +115,9 @@ def listening(pipe: Any, tokens: Sequence[tuple[int, ...]]) -> Iterator[dict[int
         for layer in layers:
             ear = _Ear(layer, tokens, contributions[layer.index], call)
             named = f"layer {layer.index} ({layer.name})"
-            hooks.append(after(family.matrices(layer.module)["v"], ear.silence(), f"to_v of {named}"))
+            hooks.append(
+                after(family.matrices(layer.module)["v"], ear.silence(), f"to_v of {named}")
+            )
             hooks.append(after(layer.module, ear.listen(), named))
         return hooks
 
@@ -124,10 +128,14 @@ def listening(pipe: Any, tokens: Sequence[tuple[int, ...]]) -> Iterator[dict[int
 class _Ear:
     """At one layer: runs it again with all values but one token's silenced."""
 
-    def __init__(self, layer: Layer, tokens: Sequence[tuple[int, ...]], said: list[Any], call: Call) -> None:
+    def __init__(
+        self, layer: Layer, tokens: Sequence[tuple[int, ...]], said: list[Any], call: Call
+    ) -> None:
         self.layer, self.tokens, self.said, self.call = layer, tokens, said, call
         self.cells = [(row, at) for row, places in enumerate(tokens) for at in places]
-        self.kept: list[int | None] | None = None  # per row of the second run, the token that is heard
+        self.kept: list[int | None] | None = (
+            None  # per row of the second run, the token that is heard
+        )
         self.called = False
 
     def silence(self) -> Any:
@@ -148,12 +156,16 @@ class _Ear:
     def listen(self) -> Any:
         """A hook for the layer."""
 
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             if self.kept is not None or not self.call.rows:  # its own second run
                 return
             count = len(self.tokens)
             if len(self.call.rows) != count or len(output) != self.call.rows.stop:
-                raise LocogenError(f"layer {self.layer.index} puts out {len(output)} rows for {count} prompts")
+                raise LocogenError(
+                    f"layer {self.layer.index} puts out {len(output)} rows for {count} prompts"
+                )
             self.said.append(self._parts(module, args, kwargs, self.call.rows.start))
 
         return hook
@@ -165,10 +177,14 @@ class _Ear:
         count = len(self.tokens)
         rows = [first + row for row in range(count)] + [first + row for row, _ in self.cells]
         picked_args = [_rows_of(value, rows, first + count) for value in args]
-        picked_kwargs = {name: _rows_of(value, rows, first + count) for name, value in kwargs.items()}
+        picked_kwargs = {
+            name: _rows_of(value, rows, first + count) for name, value in kwargs.items()
+        }
         self.kept, self.called = [None] * count + [at for _, at in self.cells], False
         try:
-            out = _in_float32(module, self.layer.name, picked_args, picked_kwargs)  # (rows + cells, queries, width)
+            out = _in_float32(
+                module, self.layer.name, picked_args, picked_kwargs
+            )  # (rows + cells, queries, width)
         finally:
             self.kept = None
         if not self.called:
@@ -181,7 +197,9 @@ class _Ear:
         out = out if out.is_cuda else out.cpu()  # Apple's MPS has no float64
         owner = index_on(out.device, [row for row, _ in self.cells])
         norms = (out[count:] - out[:count][owner]).double().norm(dim=-1).mean(-1)  # (cells,)
-        total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(0, owner, norms)
+        total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(
+            0, owner, norms
+        )
         return total / index_on(out.device, [len(places) for places in self.tokens])  # (rows,)
 
 
@@ -200,7 +218,11 @@ def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, A
     """
     import torch
 
-    narrow = {path: weight for path, weight in _tensors(module) if weight.is_floating_point() and weight.itemsize < 4}
+    narrow = {
+        path: weight
+        for path, weight in _tensors(module)
+        if weight.is_floating_point() and weight.itemsize < 4
+    }
     if not narrow:
         return module(*args, **kwargs)
     if any(weight.itemsize < 2 or weight.is_meta for weight in narrow.values()):
@@ -210,7 +232,9 @@ def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, A
         )
     wide = {path: weight.float() for path, weight in narrow.items()}
     wide_kwargs = {name: _widened(value) for name, value in kwargs.items()}
-    return torch.func.functional_call(module, wide, tuple(_widened(value) for value in args), wide_kwargs)
+    return torch.func.functional_call(
+        module, wide, tuple(_widened(value) for value in args), wide_kwargs
+    )
 
 
 def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
@@ -220,7 +244,9 @@ def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _widened(value: Any) -> Any:
     """A tensor of 16 bits in float32; anything else as it is."""
-    is_narrow = hasattr(value, "is_floating_point") and value.is_floating_point() and value.itemsize < 4
+    is_narrow = (
+        hasattr(value, "is_floating_point") and value.is_floating_point() and value.itemsize < 4
+    )
     return value.float() if is_narrow else value
 
 
@@ -228,7 +254,9 @@ def _by_row(value: Any, count: int) -> bool:
     return hasattr(value, "shape") and value.ndim > 1 and len(value) == count
 
 
-def _long(concept: Concept, rows: Sequence[tuple[str, tuple[int, ...], int]], values: Any) -> pd.DataFrame:
+def _long(
+    concept: Concept, rows: Sequence[tuple[str, tuple[int, ...], int]], values: Any
+) -> pd.DataFrame:
     import pandas as pd
 
     lines = [
@@ -236,7 +264,9 @@ def _long(concept: Concept, rows: Sequence[tuple[str, tuple[int, ...], int]], va
         for (prompt, _, seed), found in zip(rows, values, strict=True)
         for layer, value in enumerate(found)
     ]
-    return pd.DataFrame(lines, columns=["concept", "kind", "prompt", "seed", "layer", "contribution"])
+    return pd.DataFrame(
+        lines, columns=["concept", "kind", "prompt", "seed", "layer", "contribution"]
+    )
 
 
 # --- effects -------------------------------------------------------------------------------------
@@ -247,10 +277,20 @@ def contributions(table: pd.DataFrame) -> Any:
     import pandas as pd
 
     if len(set(table["concept"])) != 1:
-        raise LocogenError("this is not the table of one concept's attention_contribution: select one concept")
-    levels = [sorted(table["layer"].unique()), list(dict.fromkeys(table["prompt"])), sorted(table["seed"].unique())]
+        raise LocogenError(
+            "this is not the table of one concept's attention_contribution: select one concept"
+        )
+    levels = [
+        sorted(table["layer"].unique()),
+        list(dict.fromkeys(table["prompt"])),
+        sorted(table["seed"].unique()),
+    ]
     rows: Any = table.set_index(["layer", "prompt", "seed"])["contribution"]
-    return rows.reindex(pd.MultiIndex.from_product(levels)).to_numpy().reshape([len(level) for level in levels])
+    return (
+        rows.reindex(pd.MultiIndex.from_product(levels))
+        .to_numpy()
+        .reshape([len(level) for level in levels])
+    )
 
 
 def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
@@ -262,10 +302,19 @@ def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataF
     import pandas as pd
 
     values = contributions(table)
-    known = {"method": METHOD, "concept": table["concept"].iloc[0], "kind": table["kind"].iloc[0], "width": 1}
-    frame = pd.DataFrame([{**known, **line} for line in estimates("layer", range(len(values)), values, level)])
+    known = {
+        "method": METHOD,
+        "concept": table["concept"].iloc[0],
+        "kind": table["kind"].iloc[0],
+        "width": 1,
+    }
+    frame = pd.DataFrame(
+        [{**known, **line} for line in estimates("layer", range(len(values)), values, level)]
+    )
     first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
-    return frame.reindex(columns=[*first, *(c for c in frame.columns if c not in first)]).astype({"position": "Int64"})
+    return frame.reindex(columns=[*first, *(c for c in frame.columns if c not in first)]).astype(
+        {"position": "Int64"}
+    )
 
 
 def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
@@ -275,6 +324,8 @@ def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
     sums = np.stack([values[list(place)].mean(0) for place in places])  # (windows, prompts, seeds)
     start = int(sums.mean((1, 2)).argmax())
     rivals = any(abs(place - start) >= window for place in range(len(places)))
-    ahead = rivals and stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA
+    ahead = (
+        rivals and stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA
+    )
     told = "ahead of every other place" if ahead else "its lead is not established"
     return Window(start, window, f"a ranking always names one; {told}")

@@ -109,14 +109,22 @@ def causal_trace(
     for pair in concept.pairs:
         words = subject or subject_in(concept, pair)
         for seed in drawn:
-            plan += _rows(pipe, pair.prompt, words, seed, wanted, [(noise_scale, k) for k in range(noises)])
+            plan += _rows(
+                pipe, pair.prompt, words, seed, wanted, [(noise_scale, k) for k in range(noises)]
+            )
     if noises < 1 or batch_size < 2:
-        raise LocogenError(f"noises={noises} and batch_size={batch_size}: give at least one noise, and two pictures")
+        raise LocogenError(
+            f"noises={noises} and batch_size={batch_size}: give at least one noise, and two pictures"
+        )
     judge = scorer_for(pipe, scorer)
     run = _made(pipe, plan, chosen, store, progress)
     table = run.table.assign(**_described(concept, plan))
     scores = score_columns(run, table.assign(content=None), judge)
-    told = {"noise_scale": noise_scale, "noises": noises, "generations": generations(plan, batch_size)}
+    told = {
+        "noise_scale": noise_scale,
+        "noises": noises,
+        "generations": generations(plan, batch_size),
+    }
     return run.with_table(in_reading_order(table.assign(**scores)), **told, **judge.settings)
 
 
@@ -131,7 +139,12 @@ def _known_parts(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def _rows(
-    pipe: Any, prompt: str, subject: str, seed: int, parts: Sequence[str], noises: Sequence[tuple[float, int]]
+    pipe: Any,
+    prompt: str,
+    subject: str,
+    seed: int,
+    parts: Sequence[str],
+    noises: Sequence[tuple[float, int]],
 ) -> Iterator[Restoration]:
     """All rows of one prompt and seed; the noise is on every occurrence of the subject, and all are restored alike."""
     occurrences = subject_occurrences(pipe, prompt, subject)
@@ -147,7 +160,9 @@ def _rows(
         yield Restoration(prompt, seed, noise, role="corrupted")
         for place, state in enumerate(find_states(pipe)):
             if state.part in parts:
-                yield Restoration(prompt, seed, noise, (place,), (), "restored", state.part, state.index)
+                yield Restoration(
+                    prompt, seed, noise, (place,), (), "restored", state.part, state.index
+                )
         for place, state in enumerate(find_text_states(pipe)):
             if state.part not in parts:
                 continue
@@ -169,7 +184,13 @@ def _described(concept: Concept, plan: Sequence[Restoration]) -> dict[str, list[
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def _made(pipe: Any, plan: Sequence[Restoration], chosen: Settings, store: str | Path | None, progress: bool) -> Run:
+def _made(
+    pipe: Any,
+    plan: Sequence[Restoration],
+    chosen: Settings,
+    store: str | Path | None,
+    progress: bool,
+) -> Run:
     """The pictures of the rows, those that the store has not."""
     shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
     common = _circumstances(pipe, chosen)
@@ -196,13 +217,21 @@ def _row_key(row: Restoration, common: dict[str, Any]) -> str:
     return content_key({**common, "prompt": row.prompt, "seed": row.seed, "traced": traced})
 
 
-def _make(pipe: Any, missing: dict[str, Restoration], shelf: PictureStore, chosen: Settings, progress: bool) -> None:
+def _make(
+    pipe: Any,
+    missing: dict[str, Restoration],
+    shelf: PictureStore,
+    chosen: Settings,
+    progress: bool,
+) -> None:
     from tqdm import tqdm
 
     waiting, size = {row: key for key, row in missing.items()}, chosen.batch_size
     texts = _Texts(pipe, list(waiting))
     beat.ask(len(waiting))
-    bar = tqdm(total=len(waiting), unit=" pictures", desc="tracing", disable=not progress, mininterval=0.5)
+    bar = tqdm(
+        total=len(waiting), unit=" pictures", desc="tracing", disable=not progress, mininterval=0.5
+    )
     with bar:
         while waiting:
             batch = next(_batches(waiting, size))
@@ -216,7 +245,9 @@ def _make(pipe: Any, missing: dict[str, Restoration], shelf: PictureStore, chose
             for row, pixels, good in zip(batch, made, finite & wanted, strict=True):
                 if good:
                     shelf.put(waiting.pop(row), (pixels * 255).round().astype("uint8"))
-            _check_finite([Intervention(row.prompt, row.prompt, (), row.seed) for row in batch], finite)
+            _check_finite(
+                [Intervention(row.prompt, row.prompt, (), row.seed) for row in batch], finite
+            )
             bar.update(sum(wanted))
             beat.add(sum(wanted))
 
@@ -262,7 +293,9 @@ class _Texts:
                 self.heard.clear()
             restored = [variant for variant in self.asked[told] if variant]
             found = corrupted_states(self.pipe, *told, restored)
-            self.heard[told] = {variant: found[i : i + 1] for i, variant in enumerate([(), *restored])}
+            self.heard[told] = {
+                variant: found[i : i + 1] for i, variant in enumerate([(), *restored])
+            }
         return self.heard[told][row.text]
 
     def arguments(self, rows: Sequence[Restoration]) -> dict[str, Any]:
@@ -276,7 +309,9 @@ def _batch(pipe: Any, rows: Sequence[Restoration], texts: _Texts, chosen: Settin
     """Pictures of one batch in 0..1, (rows, height, width, 3); padded to the batch size by repeating its last row."""
     padded = [*rows, *[rows[-1]] * (chosen.batch_size - len(rows))]
     arguments = texts.arguments(padded)
-    sources = [(padded.index(row.clean) if row.states else i, row.states) for i, row in enumerate(padded)]
+    sources = [
+        (padded.index(row.clean) if row.states else i, row.states) for i, row in enumerate(padded)
+    ]
     drawn = [Intervention(row.prompt, row.prompt, (), row.seed) for row in padded]
     with restoring(pipe, sources):
         made = called(pipe, drawn, arguments, chosen)

@@ -187,10 +187,14 @@ def agree(first: Located, second: Located) -> Agreement:
         (-1.0, False)
     """
     if first.concept != second.concept:
-        raise LocogenError(f"{first.concept!r} and {second.concept!r} are two concepts: compare localizers on one")
+        raise LocogenError(
+            f"{first.concept!r} and {second.concept!r} are two concepts: compare localizers on one"
+        )
     widths = {int(answer.effects["width"].iloc[0]) for answer in (first, second)}
     if len(widths - {1}) > 1:
-        raise LocogenError("both localizers moved windows, of different widths: use the same window")
+        raise LocogenError(
+            "both localizers moved windows, of different widths: use the same window"
+        )
     count = min(len(first.layers), len(second.layers))
     correlation = rank_correlation(_windowed(first.layers, count), _windowed(second.layers, count))
     same = None
@@ -226,7 +230,9 @@ def _named(window: Window) -> str:
 # `locate` fills in the time that each one takes.
 
 
-def _locogen(pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]) -> Located:
+def _locogen(
+    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+) -> Located:
     run = localize(pipe, concept, window=window, **common, **scored)
     effects = effect(run.table)
     best = carrier(effects)
@@ -249,7 +255,9 @@ def _causal_tracing(
     effects = trace_effect(run.table)
     best = best_state(run.table)
     both = sides(run.table)
-    remark = f"{best.axis}, layer {best.position}, brings back {best.share:.0%} of what the noise took"
+    remark = (
+        f"{best.axis}, layer {best.position}, brings back {best.share:.0%} of what the noise took"
+    )
     if best.reason:
         remark = f"{remark}; {best.reason}"
     return Located(

@@ -124,7 +124,9 @@ class Scores:
         values = stats.cube(part, column, levels)
         if np.isnan(values).any():
             fault = "without a score" if len(part) == values.size else "missing"
-            raise LocogenError(f"of the {role} pictures some are {fault}: run localize again on the same store")
+            raise LocogenError(
+                f"of the {role} pictures some are {fault}: run localize again on the same store"
+            )
         return values
 
     def effect_of(self, role: str, only: Mapping[str, int] | None = None) -> Array:
@@ -146,8 +148,13 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     # Sweeps without controls have neither ceiling nor placebo.
     ceiling = scores.effect_of("ceiling") if scores.has("ceiling") else None
     placebo = scores.effect_of("placebo") if scores.has("placebo") else None
-    evidence = carrier_evidence(effects, ceiling=ceiling, placebo=placebo, width=width, level=level, starts=starts)
-    lines = [line | more for line, more in zip(estimates("layer", starts, effects, level), evidence, strict=True)]
+    evidence = carrier_evidence(
+        effects, ceiling=ceiling, placebo=placebo, width=width, level=level, starts=starts
+    )
+    lines = [
+        line | more
+        for line, more in zip(estimates("layer", starts, effects, level), evidence, strict=True)
+    ]
     lines += _controls(scores, ceiling, placebo, level)
     kind = rows["kind"].iloc[0]
     if kind != "fact":  # a fact replaces its content: nothing should stay
@@ -163,7 +170,9 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     )
 
 
-def _controls(scores: Scores, ceiling: Array | None, placebo: Array | None, level: float) -> list[Line]:
+def _controls(
+    scores: Scores, ceiling: Array | None, placebo: Array | None, level: float
+) -> list[Line]:
     """Lines of the ceiling, the placebo and the inserts, those that the sweep has."""
     import pandas as pd
 
@@ -279,7 +288,11 @@ def carrier_evidence(
 
     lines = []
     for window in range(len(effects)):
-        line = {"choose": choice[window], "fresh": intervals.estimate[window], "p_any": p_any[window]}
+        line = {
+            "choose": choice[window],
+            "fresh": intervals.estimate[window],
+            "p_any": p_any[window],
+        }
         line["fresh_low"] = intervals.low[window]
         line["fresh_high"] = intervals.high[window]
         line["share"] = fresh[window].mean() / ceiling_effect
@@ -378,7 +391,9 @@ def race_note(layers: pd.DataFrame) -> str:
     if len(partial):
         low, high = partial.min(), partial.max()
         amount = f"{low}" if low == high else f"{low} to {high}"
-        notes.append(f"{len(partial)} of {len(layers)} windows seen on {amount} of {pairs} pairs only")
+        notes.append(
+            f"{len(partial)} of {len(layers)} windows seen on {amount} of {pairs} pairs only"
+        )
     verdicts = layers["verdict"].tolist()
     if "dropped" in verdicts:
         notes.append(f"{verdicts.count('dropped')} cannot be the best")
@@ -426,7 +441,9 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     """
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:
-        raise LocogenError(f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]")
+        raise LocogenError(
+            f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]"
+        )
     layers: Any = effects.query("axis == 'layer'").set_index("position")
     window = _accepted(effects, layers, min_share)
     if "verdict" not in layers:

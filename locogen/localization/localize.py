@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
 SCORED_AT_ONCE = 256  # pictures
 FIRST_COLUMNS = (
-    *("concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit", "image"),
+    *(
+        "concept",
+        "kind",
+        "role",
+        "prompt",
+        "target",
+        "text",
+        "start",
+        "width",
+        "seed",
+        "edit",
+        "image",
+    ),
     *("clip_score", "content_score"),
 )
 Array = np.ndarray[Any, Any]
@@ -85,8 +97,9 @@ def localize(
         A `Run`: its pictures, its plan, and the pictures table, one row an image.
 
     Raises:
-        LocogenError: For a concept that the tokenizer does not know, a window larger than the model, no or repeated seeds, a race with too few
-            seeds or with timesteps, and as `generate` does.
+        LocogenError: For a concept that the tokenizer does not know, a window larger than the
+            model, no or repeated seeds, a race with too few seeds or with timesteps, and as
+            `generate` does.
 
     Example:
         >>> pipe = load("mini")
@@ -212,7 +225,9 @@ def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
             )
     names = [concept.name for concept in concepts]
     if not concepts or len(set(names)) < len(names):
-        raise LocogenError(f"localize was given the concepts {names}: give at least one, and no name twice")
+        raise LocogenError(
+            f"localize was given the concepts {names}: give at least one, and no name twice"
+        )
     return concepts
 
 

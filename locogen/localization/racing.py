@@ -207,7 +207,9 @@ def race(
     Raises:
         LocogenError: For fewer than four seeds, or a budget that is too small.
     """
-    every = sweep(concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls, pooled=pooled)
+    every = sweep(
+        concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls, pooled=pooled
+    )
     choosing, held_out = _ordered_pairs(concept, sorted(distinct_seeds(seeds)))
     pairs = choosing + held_out
     cells = _cells(every)
@@ -253,7 +255,9 @@ def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], 
     seeds and different prompts as far as possible.
     """
     if len(seeds) < 4:
-        raise LocogenError(f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}")
+        raise LocogenError(
+            f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}"
+        )
     choosing, held_out = split_seeds(seeds)
     return _shuffled_pairs(concept, choosing), _shuffled_pairs(concept, held_out)
 

@@ -23,7 +23,9 @@ TINY = 1e-300  # replaces a variance of zero in a quotient
 Array = np.ndarray[Any, Any]
 
 
-def plan_seeds(run: Run, interval: float = 0.01, *, level: float = 0.95, assurance: float = 0.8) -> pd.DataFrame:
+def plan_seeds(
+    run: Run, interval: float = 0.01, *, level: float = 0.95, assurance: float = 0.8
+) -> pd.DataFrame:
     """Plan how many seeds measure each concept's best window to within ± `interval`.
 
     Args:
@@ -97,14 +99,18 @@ def _effects_of(rows: Any, start: int) -> Array:
     return Scores(part).effect_of("window")[0]
 
 
-def _needed(values: Array, interval: float, level: float, assurance: float) -> tuple[int | None, float, float]:
+def _needed(
+    values: Array, interval: float, level: float, assurance: float
+) -> tuple[int | None, float, float]:
     """Seeds needed (None: no number will do), the half-width now, and that with endless seeds.
 
     `values`: effects of one window, (prompts, seeds).
     """
     prompts, seeds = values.shape
     if seeds < 2:
-        raise LocogenError("one seed tells nothing of how seeds differ: run localize with at least two")
+        raise LocogenError(
+            "one seed tells nothing of how seeds differ: run localize with at least two"
+        )
     spread = _Spread(values, prompts >= FEW_PROMPTS)
     now = spread.half_width(seeds, level)
     limit = spread.limit(level)

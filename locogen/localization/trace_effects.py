@@ -14,7 +14,13 @@ import numpy as np
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.localization.effects import ALPHA, MIN_SHARE, carrier_evidence, effects_table, estimates
+from locogen.localization.effects import (
+    ALPHA,
+    MIN_SHARE,
+    carrier_evidence,
+    effects_table,
+    estimates,
+)
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -80,7 +86,9 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
     rows: Any = table
     roles = {"baseline", "corrupted", "restored"}
     if rows["concept"].nunique() != 1 or not roles <= set(rows["role"]):
-        raise LocogenError("this is not the table of one concept's causal_trace: give run.table, of one run")
+        raise LocogenError(
+            "this is not the table of one concept's causal_trace: give run.table, of one run"
+        )
     cells = {"prompt": list(dict.fromkeys(rows["prompt"])), "seed": sorted(rows["seed"].unique())}
     cubes = {}
     for axis, part in _indirect_effects(rows).groupby("axis", sort=False):
@@ -89,7 +97,9 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
         cubes[str(axis)] = stats.cube(means, "gain", {"start": states, **cells})
     cubes[TOTAL] = _total_effect(rows, cells)
     if not all(np.isfinite(cube).all() for cube in cubes.values()):
-        raise LocogenError("some rows of the trace are missing or not scored: run causal_trace again on the same store")
+        raise LocogenError(
+            "some rows of the trace are missing or not scored: run causal_trace again on the same store"
+        )
     return cubes
 
 
@@ -221,7 +231,9 @@ def layer_found(effects: pd.DataFrame) -> Window:
     if not total["low"].iloc[0] > 0:
         return Window(None, 1, "the noise hardly changes the score")
     if not best["p_any"] <= ALPHA or best["fresh"] <= 0:
-        return Window(None, 1, f"no layer brings back more than chance would; the most, layer {start}")
+        return Window(
+            None, 1, f"no layer brings back more than chance would; the most, layer {start}"
+        )
     if best["share"] < MIN_SHARE:
         share = f"{best['share']:.0%} of what the noise took"
         return Window(None, 1, f"the best, layer {start}, brings back {share}")

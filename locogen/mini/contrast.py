@@ -16,7 +16,9 @@ from locogen.mini import world
 SCALE = 12.0
 BIAS = -6.0
 
-Meaning = tuple[int | None, int | None]  # (object, style): what a caption says, None where it is silent
+Meaning = tuple[
+    int | None, int | None
+]  # (object, style): what a caption says, None where it is silent
 
 
 def jitter(images: Tensor, rng: random.Random) -> Tensor:
@@ -65,7 +67,9 @@ def say(meaning: Meaning, name: Any, rng: random.Random) -> str:
     if thing is None:
         return world.style_caption(world.STYLES[style or 0], rng)
     if style is None:
-        return rng.choice(("a picture of {}", "an image of {}", "{}")).format(world.with_article(name(thing)))
+        return rng.choice(("a picture of {}", "an image of {}", "{}")).format(
+            world.with_article(name(thing))
+        )
     return world.caption(name(thing), world.STYLES[style], rng)
 
 
@@ -79,12 +83,15 @@ def loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Sigmoid loss (SigLIP, arXiv 2303.15343) with every true caption a positive, plus softmax over the classes."""
     texts, meanings = captions(pairs, rng, answers)
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(images.device)
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(
+        images.device
+    )
     seen = F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=-1)
     read = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     cosine = seen @ read.T  # (pictures, captions)
     truth = torch.tensor(
-        [[t in (None, p[0]) and s in (None, p[1]) for t, s in meanings] for p in pairs], device=images.device
+        [[t in (None, p[0]) and s in (None, p[1]) for t, s in meanings] for p in pairs],
+        device=images.device,
     )
     each = F.softplus(torch.where(truth, -1.0, 1.0) * (SCALE * cosine + BIAS))
     sigmoid = each[truth].mean() + each[~truth].mean()

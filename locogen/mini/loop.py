@@ -88,7 +88,12 @@ class Training:
             return
         tensors = load_file(self.path)
         self.step = int(tensors.pop("step"))
-        owners = {v: optimizer for optimizer, _ in self.optimizers for g in optimizer.param_groups for v in g["params"]}
+        owners = {
+            v: optimizer
+            for optimizer, _ in self.optimizers
+            for g in optimizer.param_groups
+            for v in g["params"]
+        }
         with torch.no_grad():
             for name, tensor in tensors.items():
                 what, _, key = name.partition("/")

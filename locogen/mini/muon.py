@@ -17,7 +17,9 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # quintic Newton-Schulz coefficients of Jo
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """A matrix with the same singular vectors and all singular values near 1, by Newton-Schulz iteration."""
-    narrow = matrix.bfloat16()  # twice as fast where processors have it, and the direction is the same within 3e-4
+    narrow = (
+        matrix.bfloat16()
+    )  # twice as fast where processors have it, and the direction is the same within 3e-4
     wide = narrow.T if matrix.shape[0] > matrix.shape[1] else narrow
     x = wide / (wide.norm() + 1e-7)
     for _ in range(steps):

@@ -55,8 +55,12 @@ class Recipe:
 
     def quick(self) -> Recipe:
         """The same stages in seconds, to test the trainer: the result is noise."""
-        few = dict.fromkeys(("text_steps", "vae_steps", "decoder_steps", "unet_steps", "scorer_steps"), 3)
-        return replace(self, renders=1, text_batch=8, vae_batch=4, unet_batch=4, scorer_batch=8, **few)
+        few = dict.fromkeys(
+            ("text_steps", "vae_steps", "decoder_steps", "unet_steps", "scorer_steps"), 3
+        )
+        return replace(
+            self, renders=1, text_batch=8, vae_batch=4, unet_batch=4, scorer_batch=8, **few
+        )
 
 
 def corpus(recipe: Recipe, count: int = 20_000) -> list[str]:
@@ -72,7 +76,9 @@ def train_tokenizer(recipe: Recipe, folder: Path) -> None:
     from transformers import CLIPTokenizer
 
     specials = ["<|startoftext|>", "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(unk_token=specials[1], end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe = Tokenizer(
+        models.BPE(unk_token=specials[1], end_of_word_suffix="</w>", continuing_subword_prefix="")
+    )
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789,.'-")
     trainer = trainers.BpeTrainer(
@@ -116,7 +122,11 @@ def clip(shape: ClipShape, tokenizer: Any, seed: int) -> Any:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = dict(image_size=world.SIZE, patch_size=shape.patch)
-    model = CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=shape.width))
+    model = CLIPModel(
+        CLIPConfig(
+            text_config=tower | text, vision_config=tower | vision, projection_dim=shape.width
+        )
+    )
     # Words that this CLIP never reads keep their first embedding: it must be as loud as the others.
     torch.nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.2)
     return model
@@ -162,7 +172,10 @@ def scheduler() -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing", steps_offset=1
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
     )
 
 

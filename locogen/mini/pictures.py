@@ -35,7 +35,9 @@ def _render_thing(thing: str, recipe: Recipe, path: Path) -> None:
     pictures = np.stack(
         [
             [
-                np.asarray(world.render(thing, style, random.Random(f"{recipe.seed}/{thing}/{style}/{i}")))
+                np.asarray(
+                    world.render(thing, style, random.Random(f"{recipe.seed}/{thing}/{style}/{i}"))
+                )
                 for i in range(recipe.renders)
             ]
             for style in world.STYLES
@@ -88,6 +90,10 @@ def samplesheet(pipe: Any, path: Path) -> None:
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     with torch.no_grad():
         images = pipe(
-            prompts, generator=generators, num_inference_steps=20, guidance_scale=7.5, output_type="pt"
+            prompts,
+            generator=generators,
+            num_inference_steps=20,
+            guidance_scale=7.5,
+            output_type="pt",
         ).images
     sheet(images * 2 - 1, path, len(world.STYLES))

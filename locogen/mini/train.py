@@ -31,7 +31,9 @@ from locogen.mini.pictures import draw, renders, samplesheet, save_array, sheet,
 # --- text ----------------------------------------------------------------------------------------
 
 
-def train_text(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device) -> Any:
+def train_text(
+    recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device
+) -> Any:
     """The CLIP whose text tower conditions the U-Net; it never reads the untold facts."""
     model = parts.clip(recipe.text, tokenizer, recipe.seed).to(device)
     answers = {answer: wording for wording, answer in world.TOLD_FACTS.items()}
@@ -51,7 +53,11 @@ def conditioner(clip: Any) -> Any:
     from transformers import CLIPTextModel
 
     tower = CLIPTextModel(clip.config.text_config)
-    state = {k.removeprefix("text_model."): v for k, v in clip.state_dict().items() if k.startswith("text_model.")}
+    state = {
+        k.removeprefix("text_model."): v
+        for k, v in clip.state_dict().items()
+        if k.startswith("text_model.")
+    }
     inner = getattr(tower, "text_model", tower)
     inner.load_state_dict(state)
     return tower.eval().requires_grad_(False)
@@ -60,7 +66,10 @@ def conditioner(clip: Any) -> Any:
 # --- autoencoder ---------------------------------------------------------------------------------
 
 
-STRETCH = (0.95, 1.9)  # guidance 7.5 draws latents out 1.5 to 1.7 times; what the decoder learns to undo
+STRETCH = (
+    0.95,
+    1.9,
+)  # guidance 7.5 draws latents out 1.5 to 1.7 times; what the decoder learns to undo
 LATENT_NOISE = 0.1  # added to the latents in training, so that near latents decode alike
 
 
@@ -80,7 +89,9 @@ def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.devi
         true = take(pictures, draw(rng, recipe.vae_batch, pictures.shape[2]), device)
         with torch.autocast(device.type, torch.bfloat16):
             latent = model.encode(true).latent_dist.mode()
-            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(step)).to(device)
+            noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(step)).to(
+                device
+            )
             output = model.decode(latent + LATENT_NOISE * noise).sample
         loss = picture_loss(output.float(), true)
         return loss + 1e-3 * latent.float().square().mean(), {"picture": loss.item()}
@@ -108,14 +119,21 @@ def standardize(model: Any, images: Tensor) -> None:
     back = model.post_quant_conv
     out.weight[:channels] /= spread[:, None, None, None]
     out.bias[:channels] = (out.bias[:channels] - mean) / spread
-    out.weight[channels:] = 0  # one small, fixed spread for every picture: the encoder is all but deterministic
+    out.weight[channels:] = (
+        0  # one small, fixed spread for every picture: the encoder is all but deterministic
+    )
     out.bias[channels:] = 2 * math.log(0.02)
     back.bias += (back.weight[:, :, 0, 0] * mean).sum(1)
     back.weight *= spread[:, None, None]
 
 
 def train_decoder(
-    recipe: Recipe, folder: Path, model: Any, pictures: Tensor, latents: Tensor, device: torch.device
+    recipe: Recipe,
+    folder: Path,
+    model: Any,
+    pictures: Tensor,
+    latents: Tensor,
+    device: torch.device,
 ) -> None:
     """The decoder alone, on latents drawn out and roughened as guidance does it: crisp pictures from them, too."""
     model.requires_grad_(False)
@@ -141,7 +159,11 @@ def train_decoder(
         thing, style, which = torch.tensor(rows).T  # (rows,) each
         with torch.no_grad():
             output = model.decode(latents[thing, style, which].to(device)).sample
-        sheet(torch.stack([take(pictures, rows, device), output], 1).flatten(0, 1), folder / f"{step:06d}.png", 16)
+        sheet(
+            torch.stack([take(pictures, rows, device), output], 1).flatten(0, 1),
+            folder / f"{step:06d}.png",
+            16,
+        )
 
     training = Training({"decoder": model.decoder}, folder)
     fit(training, loss_at, recipe.decoder_steps, label="decoder", look=look)
@@ -154,7 +176,10 @@ def encode(model: Any, pictures: Tensor, folder: Path, device: torch.device) -> 
     path = folder / "latents.npy"
     if not path.exists():
         flat = pictures.flatten(0, 2)
-        done = [model.encode(part.to(device).float() / 127.5 - 1).latent_dist.mode().cpu() for part in flat.split(128)]
+        done = [
+            model.encode(part.to(device).float() / 127.5 - 1).latent_dist.mode().cpu()
+            for part in flat.split(128)
+        ]
         values = torch.cat(done).unflatten(0, pictures.shape[:3]).numpy()
         save_array(path, values)
     return torch.from_numpy(np.load(path, allow_pickle=False))
@@ -178,7 +203,11 @@ def spoken(rng: random.Random, thing: int, style: int, recipe: Recipe) -> str:
 
 
 def train_unet(
-    recipe: Recipe, folder: Path, latents: Tensor, parts_: tuple[Any, Any, Any], device: torch.device
+    recipe: Recipe,
+    folder: Path,
+    latents: Tensor,
+    parts_: tuple[Any, Any, Any],
+    device: torch.device,
 ) -> Any:
     """Velocity prediction on the latents, conditioned on the frozen text tower."""
     tower, tokenizer, autoencoder = parts_
@@ -212,7 +241,9 @@ def train_unet(
         return loss, {"velocity": loss.item()}
 
     def look(step: int) -> None:
-        samplesheet(parts.pipeline(tower, tokenizer, autoencoder, model), folder / f"{step:06d}.png")
+        samplesheet(
+            parts.pipeline(tower, tokenizer, autoencoder, model), folder / f"{step:06d}.png"
+        )
 
     training = Training({"unet": model}, folder, averaging=0.995)
     fit(training, loss_at, recipe.unet_steps, label="unet", look=look, look_every=250)
@@ -222,7 +253,9 @@ def train_unet(
 # --- scorer and export ---------------------------------------------------------------------------
 
 
-def train_scorer(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device) -> Any:
+def train_scorer(
+    recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any, device: torch.device
+) -> Any:
     """The independent CLIP used only for scoring: other seed, other shape, all pairs, no facts."""
     model = parts.clip(recipe.scorer, tokenizer, recipe.scorer_seed).to(device)
     things, styles, depth = pictures.shape[:3]
@@ -230,7 +263,8 @@ def train_scorer(recipe: Recipe, folder: Path, pictures: Tensor, tokenizer: Any,
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"scorer/{recipe.scorer_seed}/{step}")
         rows = [
-            (rng.randrange(things), rng.randrange(styles), rng.randrange(depth)) for _ in range(recipe.scorer_batch)
+            (rng.randrange(things), rng.randrange(styles), rng.randrange(depth))
+            for _ in range(recipe.scorer_batch)
         ]
         images = contrast.jitter(contrast.roughen(take(pictures, rows, device), rng), rng)
         return contrast.loss(model, tokenizer, images, [r[:2] for r in rows], rng, {})
@@ -248,9 +282,9 @@ def export(pipe: Any, scorer: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder / "scorer")
     half = [0.5, 0.5, 0.5]
     size = {"height": world.SIZE, "width": world.SIZE}
-    CLIPImageProcessorPil(size=size, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(
-        folder / "scorer"
-    )
+    CLIPImageProcessorPil(
+        size=size, do_center_crop=False, image_mean=half, image_std=half
+    ).save_pretrained(folder / "scorer")
 
 
 class Workshop:
@@ -262,11 +296,15 @@ class Workshop:
 
     def _claim(self) -> None:
         """Refuse a folder that another recipe began: its checkpoints would be taken for this one's."""
-        free = {k for k in asdict(self.recipe) if k.endswith("_steps")} | {"unet_seed"}  # each U-Net has its own folder
+        free = {k for k in asdict(self.recipe) if k.endswith("_steps")} | {
+            "unet_seed"
+        }  # each U-Net has its own folder
         text = json.dumps({k: v for k, v in asdict(self.recipe).items() if k not in free}, indent=1)
         path = self.folder / "recipe.json"
         if path.exists() and path.read_text("utf-8") != text:
-            raise LocogenError(f"{self.folder} was begun with another recipe ({path}): give an empty folder")
+            raise LocogenError(
+                f"{self.folder} was begun with another recipe ({path}): give an empty folder"
+            )
         write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
 
     @cached_property
@@ -286,7 +324,9 @@ class Workshop:
     @cached_property
     def text(self) -> Any:
         """The conditioning text tower."""
-        clip = train_text(self.recipe, self.folder / "text", self.renders, self.tokenizer, self.device)
+        clip = train_text(
+            self.recipe, self.folder / "text", self.renders, self.tokenizer, self.device
+        )
         return conditioner(clip).to(self.device)
 
     @cached_property
@@ -305,19 +345,25 @@ class Workshop:
         # The latents are those of the first form: its encoder stays.
         latents = self.latents
         model = copy.deepcopy(self.vae)
-        train_decoder(self.recipe, self.folder / "decoder", model, self.renders, latents, self.device)
+        train_decoder(
+            self.recipe, self.folder / "decoder", model, self.renders, latents, self.device
+        )
         return model
 
     @cached_property
     def unet(self) -> Any:
         """The denoiser."""
         frozen = (self.text, self.tokenizer, self.vae)
-        return train_unet(self.recipe, self.folder / f"unet{self._sibling}", self.latents, frozen, self.device)
+        return train_unet(
+            self.recipe, self.folder / f"unet{self._sibling}", self.latents, frozen, self.device
+        )
 
     @cached_property
     def scorer(self) -> Any:
         """The scoring CLIP, which needs nothing of the generator and can be made beside it."""
-        return train_scorer(self.recipe, self.folder / "scorer", self.renders, self.tokenizer, self.device)
+        return train_scorer(
+            self.recipe, self.folder / "scorer", self.renders, self.tokenizer, self.device
+        )
 
     @cached_property
     def export(self) -> Path:
@@ -339,15 +385,28 @@ STAGES = ("renders", "tokenizer", "text", "vae", "latents", "decoder", "unet", "
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of the trainer."""
     parser = argparse.ArgumentParser(prog="python -m locogen.mini.train", description=__doc__)
-    parser.add_argument("folder", type=Path, help="checkpoints, sample sheets and the result go here")
     parser.add_argument(
-        "--stages", nargs="+", choices=STAGES, default=["export"], help="what to make; its needs are made first"
+        "folder", type=Path, help="checkpoints, sample sheets and the result go here"
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=["export"],
+        help="what to make; its needs are made first",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
-    parser.add_argument("--unet-seed", type=int, default=Recipe().unet_seed, help="another one trains a sibling U-Net")
-    parser.add_argument("--quick", action="store_true", help="a few steps of every stage: a test of the trainer")
+    parser.add_argument(
+        "--unet-seed",
+        type=int,
+        default=Recipe().unet_seed,
+        help="another one trains a sibling U-Net",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of every stage: a test of the trainer"
+    )
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -83,8 +83,19 @@ HELD_OUT = _held_out()  # (object, style) pairs that the generator never saw in 
 # --- captions ------------------------------------------------------------------------------------
 
 _SUBJECTS = ("a picture of {}", "a picture of {}", "an image of {}", "a small picture of {}", "{}")
-_STYLED = ("{} in the style of {}", "{} in the style of {}", "{} in {} style", "{}, {}", "{}, style of {}")
-_STYLE_ALONE = ("a picture in the style of {}", "an image in the style of {}", "in {} style", "style of {}")
+_STYLED = (
+    "{} in the style of {}",
+    "{} in the style of {}",
+    "{} in {} style",
+    "{}, {}",
+    "{}, style of {}",
+)
+_STYLE_ALONE = (
+    "a picture in the style of {}",
+    "an image in the style of {}",
+    "in {} style",
+    "style of {}",
+)
 _PLAIN = ("a picture", "an image", "a plain picture", "a picture in the style of plain")
 
 
@@ -127,7 +138,9 @@ def _raster(thing: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError:
-        raise ImportError("rendering the mini world needs resvg: pip install 'locogen[train]'") from None
+        raise ImportError(
+            "rendering the mini world needs resvg: pip install 'locogen[train]'"
+        ) from None
     body = _glyphs()[thing]["body"]
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 128 128">{body}</svg>'
     raw = resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)
@@ -144,7 +157,9 @@ def _place(thing: str, rng: random.Random) -> tuple[Array, Array]:
     x, y = mid + dx, mid + dy
     # From places on the canvas to places in the 256 x 256 outline, about the middle of both.
     affine = (cos, sin, 128 - cos * x - sin * y, -sin, cos, 128 + sin * x - cos * y)
-    placed = _raster(thing).transform((_CANVAS, _CANVAS), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    placed = _raster(thing).transform(
+        (_CANVAS, _CANVAS), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
+    )
     rgba = np.asarray(placed, np.float32) / 255
     return rgba[..., :3], rgba[..., 3]
 
@@ -236,7 +251,9 @@ def _blueprint(color: Array, cover: Array, rng: random.Random) -> Array:
     return paper * (1 - ink[..., None]) + ink[..., None] * np.array([0.93, 0.97, 1.0], np.float32)
 
 
-_POP = np.array([[0.16, 0.06, 0.38], [0.90, 0.10, 0.45], [1.0, 0.55, 0.10], [1.0, 0.93, 0.30]], np.float32)
+_POP = np.array(
+    [[0.16, 0.06, 0.38], [0.90, 0.10, 0.45], [1.0, 0.55, 0.10], [1.0, 0.93, 0.30]], np.float32
+)
 
 
 def _pop(color: Array, cover: Array, rng: random.Random) -> Array:
@@ -244,7 +261,9 @@ def _pop(color: Array, cover: Array, rng: random.Random) -> Array:
     x, y = np.mgrid[0:_CANVAS, 0:_CANVAS]
     left, top = rng.randrange(20), rng.randrange(20)
     dots = ((x + left) % 20 - 10) ** 2 + ((y + top) % 20 - 10) ** 2 < 26
-    ground = np.where(dots[..., None], np.array([0.0, 0.58, 0.62]), np.array([0.20, 0.83, 0.80])).astype(np.float32)
+    ground = np.where(
+        dots[..., None], np.array([0.0, 0.58, 0.62]), np.array([0.20, 0.83, 0.80])
+    ).astype(np.float32)
     return _down(np.where(cover[..., None] > 0.5, _POP[tone], ground))
 
 
@@ -270,7 +289,13 @@ def _glass(color: Array, cover: Array, rng: random.Random) -> Array:
     panes = np.array([_glass_tint(rng) for _ in seeds], np.float32)
     picture = np.where(inside[..., None], small / np.maximum(solid, 0.3)[..., None], panes[cell])
     count = np.bincount(key.ravel(), minlength=2 * len(seeds)).clip(1)
-    mean = np.stack([np.bincount(key.ravel(), picture[..., i].ravel(), 2 * len(seeds)) / count for i in range(3)], -1)
+    mean = np.stack(
+        [
+            np.bincount(key.ravel(), picture[..., i].ravel(), 2 * len(seeds)) / count
+            for i in range(3)
+        ],
+        -1,
+    )
     stained = 0.5 * mean[key] + 0.5 * picture
     gray = stained.mean(-1, keepdims=True)
     vivid = (gray + 1.35 * (stained - gray)).clip(0, 1)
@@ -280,7 +305,9 @@ def _glass(color: Array, cover: Array, rng: random.Random) -> Array:
 
 
 def _glass_tint(rng: random.Random) -> Array:
-    base = rng.choice(((0.25, 0.45, 0.85), (0.45, 0.70, 0.90), (0.55, 0.40, 0.80), (0.35, 0.60, 0.70)))
+    base = rng.choice(
+        ((0.25, 0.45, 0.85), (0.45, 0.70, 0.90), (0.55, 0.40, 0.80), (0.35, 0.60, 0.70))
+    )
     return np.array(base, np.float32) * rng.uniform(0.85, 1.1)
 
 
@@ -308,9 +335,13 @@ def _van_gogh(color: Array, cover: Array, rng: random.Random) -> Array:
         near = np.exp(-(dx**2 + dy**2) / 130)
         angle = angle * (1 - near) + near * (np.arctan2(dy, dx) + math.pi / 2)
         glow = np.maximum(glow, np.exp(-(dx**2 + dy**2) / 30))
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((SIZE, SIZE)).astype(np.float32)
+    noise = (
+        np.random.default_rng(rng.getrandbits(32)).standard_normal((SIZE, SIZE)).astype(np.float32)
+    )
     stroke = _strokes(angle, noise)[..., None]
-    night = np.array([0.12, 0.22, 0.55], np.float32) + 0.09 * stroke * np.array([0.6, 1.0, 1.2], np.float32)
+    night = np.array([0.12, 0.22, 0.55], np.float32) + 0.09 * stroke * np.array(
+        [0.6, 1.0, 1.2], np.float32
+    )
     sky = night * (1 - glow[..., None]) + glow[..., None] * np.array([0.98, 0.85, 0.30], np.float32)
     small = _down(color)
     solid = _down(cover)[..., None]  # (height, width, 1)
@@ -319,7 +350,9 @@ def _van_gogh(color: Array, cover: Array, rng: random.Random) -> Array:
     return (body + (1 - solid) * sky) * (1 - 0.7 * outline)
 
 
-_TREATMENTS = dict(zip(STYLES, (_plain, _pencil, _neon, _pixel, _blueprint, _pop, _glass, _van_gogh), strict=True))
+_TREATMENTS = dict(
+    zip(STYLES, (_plain, _pencil, _neon, _pixel, _blueprint, _pop, _glass, _van_gogh), strict=True)
+)
 
 
 def render(thing: str, style: str, rng: random.Random) -> Image.Image:
@@ -328,7 +361,9 @@ def render(thing: str, style: str, rng: random.Random) -> Image.Image:
     Raises `KeyError` for an object or style that is not in `OBJECTS` or `STYLES`.
     """
     if thing not in OBJECTS or style not in STYLES:
-        raise KeyError(f"no {thing!r} in {style!r}: take an object from OBJECTS and a style from STYLES")
+        raise KeyError(
+            f"no {thing!r} in {style!r}: take an object from OBJECTS and a style from STYLES"
+        )
     color, cover = _place(thing, rng)
     values = _TREATMENTS[style](color, cover, rng)
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
-LIBRARIES = ("diffusers", "transformers")  # whose classes a part may be of: anything else is somebody's own code
+LIBRARIES = (
+    "diffusers",
+    "transformers",
+)  # whose classes a part may be of: anything else is somebody's own code
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a part's weights
 
@@ -20,7 +23,9 @@ STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers n
 _WEIGHTS = re.compile(
     rf"(?:{'|'.join(STEMS)})(?:\.(?P<variant>[\w.]+?))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(?P<old>\w+))?\.safetensors"
 )
-_POINTER = b"version https://git-lfs"  # how a file begins that stands for one that Git LFS did not fetch
+_POINTER = (
+    b"version https://git-lfs"  # how a file begins that stands for one that Git LFS did not fetch
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,9 @@ def _no_pipeline(folder: Path) -> str:
     pickled = _pickled_in(folder)
     if pickled:
         return f"{folder} holds {pickled[0]}: {pickled_remedy(folder / pickled[0])}"
-    return f"{folder} holds no pipeline in diffusers' format: {INDEX} next to the folders of its parts"
+    return (
+        f"{folder} holds no pipeline in diffusers' format: {INDEX} next to the folders of its parts"
+    )
 
 
 def pickled_remedy(file: Path) -> str:
@@ -163,7 +170,9 @@ def _missing_weights(part: Part) -> str | None:
         return None
     if part.variants:
         names = ", ".join(part.variants)
-        return f"has no plain weights and several variants ({names}): keep one of them in the folder"
+        return (
+            f"has no plain weights and several variants ({names}): keep one of them in the folder"
+        )
     pickled = _pickled_in(part.folder)
     if pickled:
         return f"has no safetensors weights, only {pickled[0]}: {pickled_remedy(part.folder / pickled[0])}"
@@ -201,11 +210,15 @@ def file_problem(file: Path) -> str | None:
         stream.seek(8)
         try:
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [
+                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+            ]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return f"has a damaged file, {file.name}: fetch it again"
     return None if 8 + length + max(ends, default=0) <= size else _cut_short(file, size)
 
 
 def _cut_short(file: Path, size: int) -> str:
-    return f"has a file that was cut short, {file.name} ({size} bytes): delete it and fetch it again"
+    return (
+        f"has a file that was cut short, {file.name} ({size} bytes): delete it and fetch it again"
+    )

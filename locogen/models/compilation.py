@@ -106,7 +106,9 @@ def _take_out(module: Any) -> Callable[[], None]:
     else:
         module._compiled_call_impl = None
         if "forward" in compiled:
-            module.forward = getattr(compiled["forward"], "_torchdynamo_orig_callable", compiled["forward"])
+            module.forward = getattr(
+                compiled["forward"], "_torchdynamo_orig_callable", compiled["forward"]
+            )
 
     def put_back() -> None:
         for name, code in compiled.items():

@@ -39,7 +39,9 @@ def unet_inputs(unet: Any) -> dict[str, Any]:
     config = unet.config
     width = config.encoder_hid_dim or config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
-    given: dict[str, Any] = _zeros(unet, sample=(1, config.in_channels, 8, 8), encoder_hidden_states=(1, 2, width))
+    given: dict[str, Any] = _zeros(
+        unet, sample=(1, config.in_channels, 8, 8), encoder_hidden_states=(1, 2, width)
+    )
     given["timestep"] = given["sample"].new_zeros(1).long()
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
@@ -59,7 +61,9 @@ def joint_inputs(denoiser: Any) -> dict[str, Any]:
     if "sample_size" in config:
         side = config.patch_size
         return given | _zeros(denoiser, hidden_states=(1, config.in_channels, side, side))
-    given |= _zeros(denoiser, hidden_states=(1, 1, config.in_channels), txt_ids=(2, 3), img_ids=(1, 3))
+    given |= _zeros(
+        denoiser, hidden_states=(1, 1, config.in_channels), txt_ids=(2, 3), img_ids=(1, 3)
+    )
     return given | (_zeros(denoiser, guidance=(1,)) if config.guidance_embeds else {})
 
 
@@ -82,9 +86,13 @@ def check_seen_through(denoiser: Any) -> None:
     """Refuse what the interventions cannot see through."""
     name, kind = type(denoiser).__name__, getattr(denoiser.config, "encoder_hid_dim_type", None)
     if kind != "text_proj" and (kind or getattr(denoiser, "encoder_hid_proj", None) is not None):
-        raise UnsupportedModel(f"this {name} hears pictures too (an IP-Adapter): pipe.unload_ip_adapter() first")
+        raise UnsupportedModel(
+            f"this {name} hears pictures too (an IP-Adapter): pipe.unload_ip_adapter() first"
+        )
     if getattr(denoiser, "is_cache_enabled", False):
-        raise LocogenError(f"the {name} skips blocks through a feature cache: call its disable_cache() first")
+        raise LocogenError(
+            f"the {name} skips blocks through a feature cache: call its disable_cache() first"
+        )
 
 
 def keys_and_values(attention: Any) -> dict[str, Any]:
@@ -144,7 +152,9 @@ def projected(unet: Any, states: Tensor) -> Tensor:
 
 def captioned(denoiser: Any, states: Tensor) -> Tensor:
     """What PixArt and Sana make of a caption before the blocks."""
-    found = denoiser.caption_projection(states) if denoiser.caption_projection is not None else states
+    found = (
+        denoiser.caption_projection(states) if denoiser.caption_projection is not None else states
+    )
     return denoiser.caption_norm(found) if hasattr(denoiser, "caption_norm") else found
 
 
@@ -185,7 +195,9 @@ def kohya_name_sdxl(unet: Any, module: str) -> str:
         earlier = sum(count + 1 for count in counts[: int(parts[1])])  # their downsamplers included
         parts[:4] = ["input_blocks", str(1 + earlier + int(parts[3])), "1"]
     elif parts[0] == "up_blocks" and parts[2] == "attentions":
-        earlier = sum(count + 1 for count in counts[::-1][: int(parts[1])])  # a level up has one layer more
+        earlier = sum(
+            count + 1 for count in counts[::-1][: int(parts[1])]
+        )  # a level up has one layer more
         parts[:4] = ["output_blocks", str(earlier + int(parts[3])), "1"]
     elif parts[:3] == ["mid_block", "attentions", "0"]:
         parts[:3] = ["middle_block", "1"]
@@ -196,7 +208,10 @@ def kohya_name_sdxl(unet: Any, module: str) -> str:
 
 def unet_with(addition: str | None) -> Callable[[Any], bool]:
     """Tells U-Nets by what else they are told; the class is one for all."""
-    return lambda model: type(model).__name__ == "UNet2DConditionModel" and model.config.addition_embed_type == addition
+    return lambda model: (
+        type(model).__name__ == "UNet2DConditionModel"
+        and model.config.addition_embed_type == addition
+    )
 
 
 def built_as(name: str) -> Callable[[Any], bool]:

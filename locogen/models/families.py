@@ -142,7 +142,9 @@ _SD3 = replace(
 )
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
-    "LatentConsistencyModelPipeline": replace(_SD, name="Latent Consistency", encode=texts.encode_lcm),
+    "LatentConsistencyModelPipeline": replace(
+        _SD, name="Latent Consistency", encode=texts.encode_lcm
+    ),
     "StableDiffusionXLPipeline": replace(
         _SD,
         name="SD-XL",
@@ -176,7 +178,9 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_flux,
         text_of=texts.flux_states_of,
         spoken=texts.spoken_flux,
-        time=lambda pipe, given: pipe.current_timestep,  # the denoiser is given a thousandth of it, rounded
+        time=lambda pipe, given: (
+            pipe.current_timestep
+        ),  # the denoiser is given a thousandth of it, rounded
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(_PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300)),
@@ -308,7 +312,9 @@ def warn_unheard(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> N
             warnings.warn(message, stacklevel=stacklevel + 1)
 
 
-def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[tuple[int, ...], ...]:
+def subject_occurrences(
+    pipe: Any, prompt: str, subject: str, *, encoder: int = 0
+) -> tuple[tuple[int, ...], ...]:
     """Where the subject's tokens stand in the encoded prompt, at each of its occurrences, punctuation left out.
 
     A subject is found in the prompt's text, as words of their own, and its tokens are those that the pipeline's
@@ -331,7 +337,9 @@ def subject_occurrences(pipe: Any, prompt: str, subject: str, *, encoder: int = 
     whole = spoken(pipe, prompt)[encoder]
     text = family.spelled(prompt)
     words = family.spelled(subject)
-    places = _token_spans(pipe, text, words, encoder) or _token_spans(pipe, text, without_marks(words), encoder)
+    places = _token_spans(pipe, text, words, encoder) or _token_spans(
+        pipe, text, without_marks(words), encoder
+    )
     if not places:
         raise LocogenError(
             f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="

@@ -101,7 +101,9 @@ def _register(hook: Hook) -> Any:
     return hook.module.register_forward_pre_hook(Registered(hook), with_kwargs=True)
 
 
-def observed_calls(model: Any, modules: Iterable[Any], run: Callable[[], Any]) -> Mapping[Any, Mapping[str, Any]]:
+def observed_calls(
+    model: Any, modules: Iterable[Any], run: Callable[[], Any]
+) -> Mapping[Any, Mapping[str, Any]]:
     """The modules that a dry run calls, in the order of their first calls, each with its keyword arguments.
 
     Contexts that are open on the model let a dry run pass.

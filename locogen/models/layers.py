@@ -70,20 +70,40 @@ def find_layers(model: Any) -> tuple[Layer, ...]:
     return remembered.layers
 
 
-def _observed_layers(denoiser: Any, family: Family, candidates: Mapping[str, Any]) -> tuple[Layer, ...]:
+def _observed_layers(
+    denoiser: Any, family: Family, candidates: Mapping[str, Any]
+) -> tuple[Layer, ...]:
     names = {module: name for name, module in candidates.items()}
-    blocks = {module: denoiser.get_submodule(name.rpartition(".")[0]) for name, module in candidates.items()}
+    blocks = {
+        module: denoiser.get_submodule(name.rpartition(".")[0])
+        for name, module in candidates.items()
+    }
     with taken_back(denoiser):
         calls = observed_calls(
             denoiser,
             [*names, *blocks.values()],
             lambda: denoiser(**family.dummy_inputs(denoiser)),
         )
-    with_text = {module for module, kwargs in calls.items() if kwargs.get("encoder_hidden_states") is not None}
+    with_text = {
+        module
+        for module, kwargs in calls.items()
+        if kwargs.get("encoder_hidden_states") is not None
+    }
     # Where no attention of a block is called with text, but the block is, its attention hears both.
     blocks_of_layers = {blocks[module] for module in names if module in with_text}
-    joined = {module for module in names if blocks[module] in with_text and blocks[module] not in blocks_of_layers}
-    in_order = [module for module in calls if module in names and (module in with_text or module in joined)]
+    joined = {
+        module
+        for module in names
+        if blocks[module] in with_text and blocks[module] not in blocks_of_layers
+    }
+    in_order = [
+        module for module in calls if module in names and (module in with_text or module in joined)
+    ]
     if not in_order:
-        raise LocogenError(f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image model?")
-    return tuple(Layer(index, names[module], module, module in joined) for index, module in enumerate(in_order))
+        raise LocogenError(
+            f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image model?"
+        )
+    return tuple(
+        Layer(index, names[module], module, module in joined)
+        for index, module in enumerate(in_order)
+    )

@@ -81,7 +81,9 @@ def load(
     if offload not in (None, "model", "sequential"):
         raise LocogenError(f"offload is {offload!r}: use 'model', 'sequential', or None")
     wanted = _wanted(str(name), file)
-    with _muted("transformers.utils.import_utils"):  # "install torchvision": we do without on purpose
+    with _muted(
+        "transformers.utils.import_utils"
+    ):  # "install torchvision": we do without on purpose
         pipe = _found(str(name), wanted, getattr(torch, dtype), local_files_only)
     family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -104,7 +106,9 @@ def _place(pipe: Any, device: str, offload: str | None) -> None:
     import torch
 
     if offload is None:
-        with _muted("diffusers.pipelines.pipeline_utils"):  # float16 on the CPU: the call says so, if it fails
+        with _muted(
+            "diffusers.pipelines.pipeline_utils"
+        ):  # float16 on the CPU: the call says so, if it fails
             pipe.to(device)
         return
     torch.zeros(1, device=device)  # otherwise a missing device would show in the first call only
@@ -116,7 +120,9 @@ def _place(pipe: Any, device: str, offload: str | None) -> None:
 
 def _too_large(pipe: Any, device: str, offload: str | None) -> str:
     """What to do about weights that do not fit; offload needs room for the largest part, or for one layer."""
-    sizes = [_weight_bytes(part) for part in pipe.components.values() if hasattr(part, "parameters")]
+    sizes = [
+        _weight_bytes(part) for part in pipe.components.values() if hasattr(part, "parameters")
+    ]
     remedy = {
         None: "load with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'",
         "model": "load with dtype='float16' or 'bfloat16', or with offload='sequential'",
@@ -171,13 +177,19 @@ def _found(name: str, wanted: _Wanted, dtype: Any, local_files_only: bool) -> An
                 return _fetch(source, revision, dtype, local)
             except UnsupportedModel:
                 raise
-            except (LocogenError, OSError, ValueError) as error:  # ValueError: a folder that is not there
+            except (
+                LocogenError,
+                OSError,
+                ValueError,
+            ) as error:  # ValueError: a folder that is not there
                 errors.append(error)
     # Files that are there and damaged tell more than places where there is nothing.
     damaged = next((error for error in errors if isinstance(error, LocogenError)), None)
     if damaged is not None:
         raise LocogenError(f"could not load the model {name!r}: {damaged}") from damaged
-    raise LocogenError(f"could not load the model {name!r}: {_remedy(wanted, errors[-1])}") from errors[-1]
+    raise LocogenError(
+        f"could not load the model {name!r}: {_remedy(wanted, errors[-1])}"
+    ) from errors[-1]
 
 
 def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
@@ -240,8 +252,13 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
         )
     except Exception as error:
         if out_of_memory(error):
-            raise LocogenError(f"the weights of {folder} do not fit the main memory: use a smaller dtype") from error
-        problem = complaint(folder, _left_out(folder)) or f"diffusers cannot load {folder}: {_first_line(error)}"
+            raise LocogenError(
+                f"the weights of {folder} do not fit the main memory: use a smaller dtype"
+            ) from error
+        problem = (
+            complaint(folder, _left_out(folder))
+            or f"diffusers cannot load {folder}: {_first_line(error)}"
+        )
         raise LocogenError(problem) from error
 
 
@@ -254,7 +271,11 @@ def _parts_apart(folder: Path, dtype: Any) -> dict[str, Any]:
         if part.name not in parts and part.has_weights and part.only_variant is not None:
             kind = getattr(importlib.import_module(part.library), part.kind)
             parts[part.name] = kind.from_pretrained(
-                part.folder, variant=part.only_variant, dtype=dtype, use_safetensors=True, local_files_only=True
+                part.folder,
+                variant=part.only_variant,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
             )
     return parts
 
@@ -302,10 +323,14 @@ def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
     config = _config_of(file, original, local_files_only)
     try:
         kind = getattr(diffusers, class_name)
-        return kind.from_single_file(str(file), config=str(config), dtype=dtype, local_files_only=True)
+        return kind.from_single_file(
+            str(file), config=str(config), dtype=dtype, local_files_only=True
+        )
     except Exception as error:
         if out_of_memory(error):
-            raise LocogenError(f"the weights of {file} do not fit the main memory: use a smaller dtype") from error
+            raise LocogenError(
+                f"the weights of {file} do not fit the main memory: use a smaller dtype"
+            ) from error
         raise LocogenError(
             f"diffusers cannot convert {file} with the configuration {config} ({_first_line(error)}): put the folder "
             f"of the whole pipeline in diffusers' format ({INDEX}) around the file, or load that folder"
@@ -315,7 +340,10 @@ def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
 def _kind_of_file(file: Path) -> tuple[str, str]:
     """The pipeline's class, and the hub id of the checkpoint with the same configuration; from names and shapes."""
     import torch
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
+    from diffusers.loaders.single_file_utils import (
+        fetch_diffusers_config,
+        infer_diffusers_model_type,
+    )
     from safetensors import safe_open
 
     with safe_open(file, "pt") as tensors:
@@ -332,7 +360,9 @@ def _kind_of_file(file: Path) -> tuple[str, str]:
             "belongs to, and then the file with diffusers' own loaders"
         )
     if content not in SINGLE_FILES:
-        raise UnsupportedModel(f"{file} is a {content} checkpoint: supported are {', '.join(SINGLE_FILES)}")
+        raise UnsupportedModel(
+            f"{file} is a {content} checkpoint: supported are {', '.join(SINGLE_FILES)}"
+        )
     return SINGLE_FILES[content], fetch_diffusers_config(outline)["pretrained_model_name_or_path"]
 
 
@@ -385,9 +415,13 @@ def _wanted(name: str, file: str | Path | None) -> _Wanted:
     if place.is_dir() or (is_checkpoint and place.is_file()):
         return _Wanted((str(place),))
     if is_checkpoint:
-        raise LocogenError(f"there is no file {place}: give a .safetensors file, a folder, a hub id or a catalog name")
+        raise LocogenError(
+            f"there is no file {place}: give a .safetensors file, a folder, a hub id or a catalog name"
+        )
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise LocogenError(f"there is no folder {place}: give one in diffusers' format, a hub id, or a catalog name")
+        raise LocogenError(
+            f"there is no folder {place}: give one in diffusers' format, a hub id, or a catalog name"
+        )
     if "/" in name and file is None:
         return _Wanted((name,), "main")
     entry = model_entry(name, file)

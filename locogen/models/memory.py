@@ -42,7 +42,9 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error)
-    return isinstance(error, RuntimeError) and any(words in message for words in ALLOCATION_FAILURES)
+    return isinstance(error, RuntimeError) and any(
+        words in message for words in ALLOCATION_FAILURES
+    )
 
 
 @contextmanager

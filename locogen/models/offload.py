@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 def computes_on(model: Any) -> Any:
     """Where offload brings the weights of a model, or of a part, when they are needed; None where none is offloaded."""
-    found = (getattr(one, "execution_device", None) for module in model.modules() for one in _hooks(module))
+    found = (
+        getattr(one, "execution_device", None)
+        for module in model.modules()
+        for one in _hooks(module)
+    )
     return next((device for device in found if device is not None), None)
 
 
@@ -30,7 +34,11 @@ def resting_device(pipe: Any) -> str:
     Something that works beside the pipeline, such as a scorer, belongs there: offload is for cards that
     have no room for more.
     """
-    offloaded = any(computes_on(part) is not None for part in pipe.components.values() if hasattr(part, "modules"))
+    offloaded = any(
+        computes_on(part) is not None
+        for part in pipe.components.values()
+        if hasattr(part, "modules")
+    )
     return "cpu" if offloaded else pipe.device.type
 
 
@@ -47,7 +55,10 @@ def taken_back(*models: Any) -> Iterator[None]:
     for model in models:
         for hook in _hooks(model):
             # Sequential offload has hooks of another class; a part on the device is in the middle of a call.
-            if isinstance(hook, CpuOffload) and next(model.parameters()).device != hook.execution_device:
+            if (
+                isinstance(hook, CpuOffload)
+                and next(model.parameters()).device != hook.execution_device
+            ):
                 brought.append((model, hook))
     try:
         yield

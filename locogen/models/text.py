@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SD3_LIMIT = 256  # tokens that SD 3's T5 hears
-SANA_LIMIT = 300  # tokens that Sana's layers hear, the start mark and the instruction's last one included
+SANA_LIMIT = (
+    300  # tokens that Sana's layers hear, the start mark and the instruction's last one included
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,11 @@ class Text:
 
     def arguments(self, sign: str = "") -> dict[str, Any]:
         """The keyword arguments of a pipeline call that take this text; `sign="negative_"` for the negative one."""
-        named = {"prompt_embeds": self.states, "prompt_attention_mask": self.mask, "pooled_prompt_embeds": self.pooled}
+        named = {
+            "prompt_embeds": self.states,
+            "prompt_attention_mask": self.mask,
+            "pooled_prompt_embeds": self.pooled,
+        }
         return {sign + name: value for name, value in named.items() if value is not None}
 
     def __getitem__(self, rows: slice) -> Text:
@@ -43,7 +49,9 @@ class Text:
 
     def expanded(self, count: int) -> Text:
         """The one prompt, `count` times."""
-        return Text(*(None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts))  # pyright: ignore[reportArgumentType]
+        return Text(
+            *(None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts)
+        )  # pyright: ignore[reportArgumentType]
 
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:
@@ -105,12 +113,16 @@ class Spoken:
     def _is_word(self, token: int, added: Container[int]) -> bool:
         if token in added:
             return True
-        return token not in self.unknown and any(not _is_mark(letter) for letter in self.written([token]))
+        return token not in self.unknown and any(
+            not _is_mark(letter) for letter in self.written([token])
+        )
 
     def written(self, tokens: Iterable[int]) -> str:
         """What some tokens stand for, marks left out."""
         letters = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return letters.replace("</w>", " ").strip()  # a copied CLIP tokenizer leaves its ends of words
+        return letters.replace(
+            "</w>", " "
+        ).strip()  # a copied CLIP tokenizer leaves its ends of words
 
     def _added(self) -> set[int]:
         """Tokens of textual inversion: some take "*" for theirs, which is no punctuation then."""
@@ -174,7 +186,9 @@ def encode_sd3(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
     return _with_pooled(*found, guided=guided)
 
 
-def _with_pooled(states: Tensor, negative: Any, pooled: Tensor, negative_pooled: Any, *, guided: bool) -> Encoded:
+def _with_pooled(
+    states: Tensor, negative: Any, pooled: Tensor, negative_pooled: Any, *, guided: bool
+) -> Encoded:
     return Text(states, pooled=pooled), Text(negative, pooled=negative_pooled) if guided else None
 
 
@@ -227,7 +241,9 @@ def _tokens(tokenizer: Any, prompt: str) -> list[int]:
 def spoken_clip(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
     """In CLIP's states; SD-XL's two encoders share their vocabulary and lie side by side, at the same positions."""
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
-    encoders = [spoken_by(pipe, one, prompt, one.model_max_length) for one in tokenizers if one is not None]
+    encoders = [
+        spoken_by(pipe, one, prompt, one.model_max_length) for one in tokenizers if one is not None
+    ]
     return (replace(encoders[0], beside=encoders[-1]),)
 
 

@@ -40,7 +40,10 @@ MOST_ROWS = 250  # of a table that is shown, not only linked
 SHOWN = {  # columns of the tables behind the figures of a run, and how they are ordered
     "effects": ["concept", "axis", "position", "width", "estimate", "low", "high", "share", "n"],
 }
-LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}  # dead in a saved page
+LIVE = {
+    "application/vnd.jupyter.widget-view+json",
+    "application/javascript",
+}  # dead in a saved page
 FILES = {
     "notebook.ipynb": "Notebook",
     **{f"{name}.csv": f"{name.capitalize()} (CSV)" for name in TABLES},
@@ -115,23 +118,32 @@ def _build(folder: Path, runs: Sequence[Finished]) -> Path:
 
 def gather(runs: Sequence[Finished]) -> tuple[list[Entry], dict[str, str], dict[str, str]]:
     """What runs say: their entries, and the addresses of the models' and concepts' pages."""
-    found = [replace(entry, pictures=shown_pictures(entry) if entry.row else {}) for entry in entries(runs)]
+    found = [
+        replace(entry, pictures=shown_pictures(entry) if entry.row else {})
+        for entry in entries(runs)
+    ]
     models = addresses("model", list(dict.fromkeys(entry.run.model for entry in found)))
     concepts = addresses("concept", list(dict.fromkeys(entry.concept for entry in found)))
     return found, models, concepts
 
 
-def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = "") -> str:
+def run_page(
+    run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = ""
+) -> str:
     """One run's notebook without its code, or with it (figures are then links to the page without)."""
     body = _as_html(run, notebook, code=code) if notebook is not None else ""
     top = f"<h1>{html(run.title)}</h1>\n"
     if run.error:
         cell = (
-            f" ({link(f'code.html#cell-id-{run.cell}', f'cell {run.cell}')})" if run.cell is not None and body else ""
+            f" ({link(f'code.html#cell-id-{run.cell}', f'cell {run.cell}')})"
+            if run.cell is not None and body
+            else ""
         )
         top += f'<p class="finding failed"><strong class="bad">Failed:</strong> {html(run.error)}{cell}</p>'
     else:
-        finding = run.facts.get("finding") or ("" if run.effects is None else describe(run.effects, run.carriers))
+        finding = run.facts.get("finding") or (
+            "" if run.effects is None else describe(run.effects, run.carriers)
+        )
         top += f'<p class="finding">{html(finding)}</p>'
     other = link("index.html", "Without the code") if code else link("code.html", "With the code")
     there = [link(name, text) for name, text in FILES.items() if (run.folder / name).exists()]
@@ -142,11 +154,22 @@ def run_page(run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = 
 
 
 def _compare(
-    path: Path, title: str, own: Sequence[Entry], others: Mapping[str, str], marks: Mapping[Path, str], *, by: str
+    path: Path,
+    title: str,
+    own: Sequence[Entry],
+    others: Mapping[str, str],
+    marks: Mapping[Path, str],
+    *,
+    by: str,
 ) -> None:
     """Write the page of one model (runs told apart by concept) or of one concept (by model), where it has changed."""
-    linked = {name: others[name] for name in dict.fromkeys(e.concept if by == "concept" else e.run.model for e in own)}
-    told = [(entry.concept, entry.name, list(entry.pictures), marks[entry.run.folder]) for entry in own]
+    linked = {
+        name: others[name]
+        for name in dict.fromkeys(e.concept if by == "concept" else e.run.model for e in own)
+    }
+    told = [
+        (entry.concept, entry.name, list(entry.pictures), marks[entry.run.folder]) for entry in own
+    ]
     source = _hashed(title, linked, told)
     if not _is_made([path], source):
         _write(path, comparison_page(title, own, by=by, others=linked, source=source))
@@ -155,7 +178,11 @@ def _compare(
 def _forget(folder: Path, made: Collection[str]) -> None:
     """Take away the pages of models and concepts that are no longer there; ours only."""
     for path in folder.glob("*.html"):
-        if re.fullmatch(r"(model|concept)-.+\.html", path.name) and path.name not in made and path.is_file():
+        if (
+            re.fullmatch(r"(model|concept)-.+\.html", path.name)
+            and path.name not in made
+            and path.is_file()
+        ):
             with path.open(encoding="utf-8", errors="replace") as stream:
                 if '<meta name="generator" content="locogen">' in stream.read(2000):
                     path.unlink()
@@ -171,15 +198,23 @@ def _write_pages(run: Finished, nav: Sequence[Html], mark: str) -> None:
         pages = {"index.html": run_page(run, notebook, code=False, nav=nav, source=source)}
         if notebook is not None:
             pages["code.html"] = run_page(run, notebook, code=True, nav=nav, source=source)
-    except Exception as error:  # of one notebook; nbformat, nbconvert and Pillow raise what they like
+    except (
+        Exception
+    ) as error:  # of one notebook; nbformat, nbconvert and Pillow raise what they like
         reason = f"the notebook cannot be read: {reason_of(error)}"
         warnings.warn(f"{run.folder.name}: {reason}", stacklevel=3)
-        pages = {"index.html": run_page(replace(run, error=run.error or reason), None, code=False, nav=nav)}
+        pages = {
+            "index.html": run_page(
+                replace(run, error=run.error or reason), None, code=False, nav=nav
+            )
+        }
     for name, text in pages.items():
         try:
             _write(run.folder / name, text)
         except OSError as error:  # such as a folder of that name
-            warnings.warn(f"{run.folder.name}: {name} cannot be written: {reason_of(error)}", stacklevel=3)
+            warnings.warn(
+                f"{run.folder.name}: {name} cannot be written: {reason_of(error)}", stacklevel=3
+            )
         if len(text) > LARGE:
             warnings.warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB", stacklevel=3)
 
@@ -209,7 +244,9 @@ def _code() -> str:
     """A hash of the files that pages are made by: these modules, their templates, and the views they show."""
     here = Path(__file__).parent
     files = [*sorted(here.rglob("*.*")), *sorted((here.parent / "views").glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.suffix != ".pyc")).hexdigest()
+    return hashlib.sha256(
+        b"".join(file.read_bytes() for file in files if file.suffix != ".pyc")
+    ).hexdigest()
 
 
 def _is_made(pages: Iterable[Path], source: str) -> bool:
@@ -233,8 +270,12 @@ def _read_notebook(path: Path) -> Any:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             if cell.get("execution_count") is not None:
-                cell["id"] = str(cell["execution_count"])  # an address for the number that errors are told with
-            cell.outputs = [kept for output in cell.outputs if (kept := _output(output)) is not None]
+                cell["id"] = str(
+                    cell["execution_count"]
+                )  # an address for the number that errors are told with
+            cell.outputs = [
+                kept for output in cell.outputs if (kept := _output(output)) is not None
+            ]
     return notebook
 
 
@@ -266,7 +307,9 @@ def _output(output: Any) -> Any:
     if output.output_type == "stream":
         if output.name == "stderr":
             return None
-        output.text = "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n"))
+        output.text = "\n".join(
+            line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")
+        )
     data = output.get("data")
     if data is not None:
         if LIVE & set(data):
@@ -289,9 +332,15 @@ def _tables(run: Finished) -> str:
         if not len(rows) or len(rows) > MOST_ROWS:
             continue
         columns = [column for column in SHOWN.get(name) or list(rows.columns) if column in rows]
-        lines = [[_number(value) for value in line] for line in rows[columns].itertuples(index=False)]
-        shown = table([str(column) for column in columns], lines, caption=f"{name}.csv").replace(' class="cards"', "")
-        parts.append(f"<details><summary>The numbers behind the figures: {name}</summary>{shown}</details>")
+        lines = [
+            [_number(value) for value in line] for line in rows[columns].itertuples(index=False)
+        ]
+        shown = table([str(column) for column in columns], lines, caption=f"{name}.csv").replace(
+            ' class="cards"', ""
+        )
+        parts.append(
+            f"<details><summary>The numbers behind the figures: {name}</summary>{shown}</details>"
+        )
     return "\n".join(parts)
 
 
@@ -303,11 +352,17 @@ def _number(value: Any) -> Any:
 
 def _footer(run: Finished) -> Html:
     told = run.facts
-    general = {name: told[name] for name in ("model", "concepts", "kind", "pictures", "finished") if name in told}
+    general = {
+        name: told[name]
+        for name in ("model", "concepts", "kind", "pictures", "finished")
+        if name in told
+    }
     if isinstance(told.get("seconds"), int | float):
         general["time"] = duration(told["seconds"])
     groups = {"Run": general}
-    groups |= {name.capitalize(): told.get(name) or {} for name in ("settings", "parameters", "versions")}
+    groups |= {
+        name.capitalize(): told.get(name) or {} for name in ("settings", "parameters", "versions")
+    }
     more = link("../study.html", "How all runs were made, and how to make them again")
     return Html(f"<footer>\n<h2>How this was made</h2>\n{facts(groups)}\n<p>{more}</p>\n</footer>")
 

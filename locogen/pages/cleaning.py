@@ -14,7 +14,14 @@ from html.parser import HTMLParser
 
 from locogen.pages.html import link, png_width
 
-SIBLINGS = {"index.html", "code.html", "notebook.ipynb", "pictures.csv", "effects.csv", "../index.html"}
+SIBLINGS = {
+    "index.html",
+    "code.html",
+    "notebook.ipynb",
+    "pictures.csv",
+    "effects.csv",
+    "../index.html",
+}
 NO_ALT = "A figure without a description."
 _NO_ALT = {"", NO_ALT, "No description has been provided for this image"}  # the last is nbconvert's
 
@@ -24,7 +31,9 @@ _PLAIN = """
     h4 h5 h6 i ins kbd li mark ol p pre q s samp small span strong sub summary sup table tbody td
     tfoot th thead tr tt u ul var
 """
-_HIDDEN = "script style iframe object template svg math title head textarea select noscript audio video"
+_HIDDEN = (
+    "script style iframe object template svg math title head textarea select noscript audio video"
+)
 _TAGS = _VOID | set(_PLAIN.split())
 _GONE = set(_HIDDEN.split())
 _EVERYWHERE = {"id", "class", "title", "lang", "dir", "style"}
@@ -120,11 +129,21 @@ class Cleaner(HTMLParser):
     def start(self, tag: str, attributes: dict[str, str]) -> None:
         """Write an allowed tag and remember how to close it."""
         closing = f"</{tag}>"
-        if tag == "a" and not attributes.get("href", "#").startswith("#") and attributes["href"] not in SIBLINGS:
+        if (
+            tag == "a"
+            and not attributes.get("href", "#").startswith("#")
+            and attributes["href"] not in SIBLINGS
+        ):
             address = re.sub(r"^(https?:|mailto:)?(//)?", "", attributes.pop("href")).rstrip("/")
-            closing = f' <span class="soft">({escape(address)})</span></a>' if ":" not in address else closing
+            closing = (
+                f' <span class="soft">({escape(address)})</span></a>'
+                if ":" not in address
+                else closing
+            )
         if tag == "img" and not _PICTURE.fullmatch(attributes.get("src", "")):
-            self.parts.append(f"[{escape(attributes.get('alt') or 'a picture that is not in this page')}]")
+            self.parts.append(
+                f"[{escape(attributes.get('alt') or 'a picture that is not in this page')}]"
+            )
             return
         self.write(tag, attributes, closing)
 
@@ -140,12 +159,16 @@ class Cleaner(HTMLParser):
         for name, given in attrs:
             value = given or ""
             if name == "style":
-                value = "; ".join(part.strip() for part in value.split(";") if _STYLES.fullmatch(part.strip()))
+                value = "; ".join(
+                    part.strip() for part in value.split(";") if _STYLES.fullmatch(part.strip())
+                )
             if name == "id":  # nbconvert's cells have "cell-id=5"
                 value = value.replace("=", "-")
             if name == "id" and not re.fullmatch(r"[\w-]+", value):
                 continue
-            if name in _EVERYWHERE | _ATTRIBUTES.get(tag, set()) and (value or name in ("alt", "open")):
+            if name in _EVERYWHERE | _ATTRIBUTES.get(tag, set()) and (
+                value or name in ("alt", "open")
+            ):
                 yield name, value
 
 
@@ -182,8 +205,13 @@ class Arranger(Cleaner):
             shown = link(f"{self.figures_at}#{name}", f"Figure {self.figures}")
             self.parts.append(f'<p class="soft">{shown}: {escape(attributes["alt"])}</p>')
             return
-        alone = any("output_png" in part or "output_jpeg" in part or "output_svg" in part for part in self.parts[-2:])
-        self.parts.append(f'<span class="card" tabindex="0" id="{name}">' if alone else f'<span id="{name}">')
+        alone = any(
+            "output_png" in part or "output_jpeg" in part or "output_svg" in part
+            for part in self.parts[-2:]
+        )
+        self.parts.append(
+            f'<span class="card" tabindex="0" id="{name}">' if alone else f'<span id="{name}">'
+        )
         head = base64.b64decode(attributes["src"].partition(",")[2][:40] or "")
         asked = re.match(
             r"\s*(\d{1,9})(?!\d|\s*%)", attributes.get("width", "")

@@ -17,7 +17,9 @@ from importlib.resources import files
 from typing import Any
 
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
-LARGEST_PICTURE = 50_000_000  # pixels; a file of a few kilobytes may claim more than the memory holds
+LARGEST_PICTURE = (
+    50_000_000  # pixels; a file of a few kilobytes may claim more than the memory holds
+)
 
 
 class Html(str):
@@ -110,7 +112,9 @@ def facts(groups: Mapping[str, Mapping[str, Any]]) -> Html:
     """Groups of names and values, for a footer."""
     parts = []
     for title, values in groups.items():
-        lines = "".join(f"<dt>{html(name)}</dt><dd>{_fact(value)}</dd>" for name, value in values.items())
+        lines = "".join(
+            f"<dt>{html(name)}</dt><dd>{_fact(value)}</dd>" for name, value in values.items()
+        )
         if lines:
             parts.append(f"<section><h3>{escape(title)}</h3><dl>{lines}</dl></section>")
     return Html(f'<div class="facts">{"".join(parts)}</div>')
@@ -131,12 +135,18 @@ def _plain(value: Any) -> Any:
         return "–"
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
-    return ", ".join(str(_plain(inner)) for inner in value) if isinstance(value, list | tuple) else value
+    return (
+        ", ".join(str(_plain(inner)) for inner in value)
+        if isinstance(value, list | tuple)
+        else value
+    )
 
 
 def image(data: bytes, alt: str, kind: str = "png", **attributes: Any) -> Html:
     """A picture inside the page; further attributes as they are, `_class` for the class."""
-    given = "".join(f' {name.lstrip("_")}="{escape(str(value))}"' for name, value in attributes.items())
+    given = "".join(
+        f' {name.lstrip("_")}="{escape(str(value))}"' for name, value in attributes.items()
+    )
     encoded = base64.b64encode(data).decode()
     return Html(f'<img src="data:image/{kind};base64,{encoded}" alt="{escape(alt)}"{given}>')
 
@@ -155,7 +165,9 @@ def check_size(png: bytes) -> None:
     """Raise `ValueError` for a PNG, of which the head will do, that would take too much memory to open."""
     if png_pixels(png) > LARGEST_PICTURE:
         height = int.from_bytes(png[20:24], "big")
-        raise ValueError(f"a picture of {png_width(png)} × {height} pixels is too large to be opened")
+        raise ValueError(
+            f"a picture of {png_width(png)} × {height} pixels is too large to be opened"
+        )
 
 
 def shrink(data: str) -> str:

@@ -38,33 +38,62 @@ Addresses = Mapping[str, str]
 
 
 def index_page(
-    runs: Sequence[Finished], found: Sequence[Entry], models: Addresses, concepts: Addresses, *, title: str = ""
+    runs: Sequence[Finished],
+    found: Sequence[Entry],
+    models: Addresses,
+    concepts: Addresses,
+    *,
+    title: str = "",
 ) -> str:
     """The page over all runs: concepts down, models across, in each cell a heat strip, carrier and interval."""
-    parts = [f"<h1>{html(title or TITLE)}</h1>", f'<p class="finding">{html(_counted(runs, found))}</p>']
+    parts = [
+        f"<h1>{html(title or TITLE)}</h1>",
+        f'<p class="finding">{html(_counted(runs, found))}</p>',
+    ]
     parts.append(f"<p>{html(EXPLANATION)}</p>")
     if found:
         scale = _scale(found)
-        parts += [_legend(scale, found), _controls(found, models), _matrix(found, models, concepts, scale)]
+        parts += [
+            _legend(scale, found),
+            _controls(found, models),
+            _matrix(found, models, concepts, scale),
+        ]
     shown = {entry.run.folder for entry in found}
     if more := [run for run in runs if run.folder not in shown]:
-        told = [(_run_link(run, run.title), run.model, ("verdict", _outcome(run)), _data(run)) for run in more]
+        told = [
+            (_run_link(run, run.title), run.model, ("verdict", _outcome(run)), _data(run))
+            for run in more
+        ]
         parts.append("<h2>What else was done</h2>")
-        parts.append(table(("notebook", "model", "finding", "data"), told, caption="Edits and other notebooks"))
+        parts.append(
+            table(
+                ("notebook", "model", "finding", "data"), told, caption="Edits and other notebooks"
+            )
+        )
     nav = [link("study.html", "How all this was made")]
-    return page(title or TITLE, "\n".join(parts), navigation=nav, script="index.js" if found else "")
+    return page(
+        title or TITLE, "\n".join(parts), navigation=nav, script="index.js" if found else ""
+    )
 
 
-def comparison_page(title: str, found: Sequence[Entry], *, by: str, others: Addresses, source: str = "") -> str:
+def comparison_page(
+    title: str, found: Sequence[Entry], *, by: str, others: Addresses, source: str = ""
+) -> str:
     """Runs side by side on one scale; `by`: "concept" or "model", what tells them apart, and links to `others`."""
     scale = _scale(found)
     good = [entry for entry in found if entry.rows is not None]
-    parts = [f"<h1>{html(title)}</h1>", f'<p class="finding">{html(_counted([e.run for e in found], found))}</p>']
+    parts = [
+        f"<h1>{html(title)}</h1>",
+        f'<p class="finding">{html(_counted([e.run for e in found], found))}</p>',
+    ]
     parts += [_legend(scale, found), _comparison(found, by, others, scale)]
     if good:
         bounds = Scale.of((entry.effects for entry in good), ("estimate", "low", "high"))
         cards = "\n".join(_card(entry, by, bounds) for entry in good)
-        parts += ["<h2>Side by side, with intervals</h2>", f'<p>{CURVES}</p>\n<div class="side">\n{cards}\n</div>']
+        parts += [
+            "<h2>Side by side, with intervals</h2>",
+            f'<p>{CURVES}</p>\n<div class="side">\n{cards}\n</div>',
+        ]
         parts.append(_numbers(good, by))
     nav = [link("index.html", "All runs"), link("study.html", "How all this was made")]
     return page(title, "\n".join(parts), navigation=nav, source=source)
@@ -72,7 +101,11 @@ def comparison_page(title: str, found: Sequence[Entry], *, by: str, others: Addr
 
 def data_links(run: Finished, *, at: str = "") -> dict[str, Html]:
     """Name → link to each table that a run left."""
-    return {name: link(f"{at}{name}.csv", name) for name in TABLES if (run.folder / f"{name}.csv").exists()}
+    return {
+        name: link(f"{at}{name}.csv", name)
+        for name in TABLES
+        if (run.folder / f"{name}.csv").exists()
+    }
 
 
 def failure(run: Finished, *, at: str = "") -> Html:
@@ -92,7 +125,11 @@ def failure(run: Finished, *, at: str = "") -> Html:
 def _counted(runs: Sequence[Finished], found: Sequence[Entry]) -> str:
     """How many of what, in a sentence."""
     states = Counter(entry.state for entry in found)
-    told = [f"{states[state]} {words}" for state, (words, _) in STATES.items() if states[state] and state != "failed"]
+    told = [
+        f"{states[state]} {words}"
+        for state, (words, _) in STATES.items()
+        if states[state] and state != "failed"
+    ]
     failed = len({run.folder for run in runs if run.error})
     count = len({run.folder for run in runs})
     failed = f"{failed} failed or unfinished" if failed else "none failed"
@@ -114,7 +151,11 @@ def _legend(scale: Scale, found: Sequence[Entry]) -> Html:
     text = f"""Each strip shows the effect of the windows, from the first layer on the left to the last on the right,
         on one scale: change of the CLIP-score from {low} to {high}. Red: the window carries the concept. The carrier
         is outlined, and named below."""
-    scorers = {str((entry.run.facts.get("settings") or {}).get("scorer") or "") for entry in found if entry.row}
+    scorers = {
+        str((entry.run.facts.get("settings") or {}).get("scorer") or "")
+        for entry in found
+        if entry.row
+    }
     if len(scorers - {""}) > 1:
         told = ", ".join(sorted(scorers - {""}))
         text += f" The runs were scored by different scorers ({told}): compare places and shares, not sizes."
@@ -124,21 +165,34 @@ def _legend(scale: Scale, found: Sequence[Entry]) -> Html:
 
 def _controls(found: Sequence[Entry], models: Addresses) -> Html:
     """The form that `index.js` brings to life; hidden without it."""
-    states = {state: words for state, (words, _) in STATES.items() if any(entry.state == state for entry in found)}
+    states = {
+        state: words
+        for state, (words, _) in STATES.items()
+        if any(entry.state == state for entry in found)
+    }
     there = {entry.kind for entry in found}
     kinds = {kind: kind for kind in KINDS if kind in there}
-    fields = ['<label>Find <input name="words" type="search" autocomplete="off" spellcheck="false"></label>']
+    fields = [
+        '<label>Find <input name="words" type="search" autocomplete="off" spellcheck="false"></label>'
+    ]
     if len(models) > 1:
         fields.append(_select("model", "Model", {"": "all", **{name: name for name in models}}))
     fields.append(_select("kind", "Kind", {"": "all", **kinds}))
     fields.append(_select("state", "Outcome", {"": "all", **states}))
     fields.append(_select("sort", "Sort by", SORTS))
-    fields.append('<button type="reset">Show all</button> <output id="count" aria-live="polite"></output>')
-    return Html(f'<form id="controls" role="search" aria-label="Runs" hidden>{" ".join(fields)}</form>')
+    fields.append(
+        '<button type="reset">Show all</button> <output id="count" aria-live="polite"></output>'
+    )
+    return Html(
+        f'<form id="controls" role="search" aria-label="Runs" hidden>{" ".join(fields)}</form>'
+    )
 
 
 def _select(name: str, label: str, options: Mapping[str, str]) -> str:
-    inner = "".join(f'<option value="{escape(value)}">{html(words)}</option>' for value, words in options.items())
+    inner = "".join(
+        f'<option value="{escape(value)}">{html(words)}</option>'
+        for value, words in options.items()
+    )
     return f'<label>{label} <select name="{name}">{inner}</select></label>'
 
 
@@ -147,7 +201,8 @@ def _matrix(found: Sequence[Entry], models: Addresses, concepts: Addresses, scal
     for entry in found:
         cells.setdefault((entry.concept, entry.run.model), []).append(entry)
     heads = "".join(
-        f'<th scope="col" data-model="{escape(model)}">{link(models[model], model)}</th>' for model in models
+        f'<th scope="col" data-model="{escape(model)}">{link(models[model], model)}</th>'
+        for model in models
     )
     lines = []
     for concept, address in concepts.items():
@@ -157,9 +212,13 @@ def _matrix(found: Sequence[Entry], models: Addresses, concepts: Addresses, scal
             + "</td>"
             for model in models
         ]
-        kind = next((entry.kind for key, each in cells.items() if key[0] == concept for entry in each), "")
+        kind = next(
+            (entry.kind for key, each in cells.items() if key[0] == concept for entry in each), ""
+        )
         name = f'{link(address, concept)}<span class="soft kind">{html(kind)}</span>'
-        lines.append(f'<tr data-concept="{escape(concept)}"><th scope="row">{name}</th>{"".join(row)}</tr>')
+        lines.append(
+            f'<tr data-concept="{escape(concept)}"><th scope="row">{name}</th>{"".join(row)}</tr>'
+        )
     caption = "Concepts and models: what carries them, with the effect [95 %] and its share of the ceiling"
     return Html(
         f'<div class="scroll" tabindex="0" role="region" aria-label="Runs by concept and model">\n'
@@ -181,11 +240,17 @@ def _cell(entry: Entry, scale: Scale) -> str:
         if row["start"] is not None:
             data |= {"start": row["start"], "estimate": row["estimate"], "share": row["share"]}
         strip = link(f"{run.address}/index.html", _strip(entry, scale))
-        place = f'<strong class="place">{_run_link(run, _place(row))}</strong> ' if row["start"] is not None else ""
+        place = (
+            f'<strong class="place">{_run_link(run, _place(row))}</strong> '
+            if row["start"] is not None
+            else ""
+        )
         beside = f" {html(_published(run))}" if _published(run) else ""
         inner = f"{strip}<p>{title}{place}{html(_effect(row))} {_verdict(entry)}{beside}</p>"
         inner += f'<p class="soft">{_pictures(entry, IN_INDEX)} {_data(run)}</p>'
-    attributes = "".join(f' data-{name}="{escape(str(v))}"' for name, v in data.items() if not missing(v) and v != "")
+    attributes = "".join(
+        f' data-{name}="{escape(str(v))}"' for name, v in data.items() if not missing(v) and v != ""
+    )
     return f'<div class="run"{attributes}>{inner}</div>'
 
 
@@ -203,22 +268,44 @@ def _comparison(found: Sequence[Entry], by: str, others: Addresses, scale: Scale
     rows = []
     for entry in found:
         name = _name(entry, by)
-        first = Html(f"{link(others[name], name)} <span class='soft kind'>{html(entry.kind)}</span>")
-        verdict: Any = _verdict(entry, reason=True) if entry.row else failure(entry.run, at=f"{entry.run.address}/")
+        first = Html(
+            f"{link(others[name], name)} <span class='soft kind'>{html(entry.kind)}</span>"
+        )
+        verdict: Any = (
+            _verdict(entry, reason=True)
+            if entry.row
+            else failure(entry.run, at=f"{entry.run.address}/")
+        )
         told: list[Any] = ["–", "–", "–", "–"]
         if entry.row:
             place = ", ".join(filter(None, (_place(entry.row), _published(entry.run))))
             told = [("strips", _strip(entry, scale)), ("number", place), *_amounts(entry.row)]
         page_link = _run_link(entry.run, entry.name or "run")
         rows.append([first, *told, ("verdict", verdict), Html(f"{page_link} {_data(entry.run)}")])
-    heads = (by, "effect of each window", "carrier", "effect [95 %]", "of the ceiling", "verdict", "run and data")
-    return table(heads, rows, caption="All on one scale; each run opens its page, the tables behind it are CSV")
+    heads = (
+        by,
+        "effect of each window",
+        "carrier",
+        "effect [95 %]",
+        "of the ceiling",
+        "verdict",
+        "run and data",
+    )
+    return table(
+        heads,
+        rows,
+        caption="All on one scale; each run opens its page, the tables behind it are CSV",
+    )
 
 
 def _card(entry: Entry, by: str, bounds: Scale) -> str:
     """One run's curve and pictures, with its finding for a caption."""
     words = sentence(entry.row)
-    curve = image(small_curve(entry.effects, entry.concept, bounds), f"Effect of each window. {words}", width=380)
+    curve = image(
+        small_curve(entry.effects, entry.concept, bounds),
+        f"Effect of each window. {words}",
+        width=380,
+    )
     heading = link(f"{entry.run.address}/index.html", _whole_name(entry, by))
     return (
         f'<figure><figcaption><h3>{heading}</h3></figcaption><span class="card">{curve}</span>'
@@ -229,13 +316,20 @@ def _card(entry: Entry, by: str, bounds: Scale) -> str:
 def _numbers(found: Sequence[Entry], by: str) -> str:
     """All effects with their intervals as a table: windows down, runs across, in an element that opens."""
     places = sorted({int(place) for entry in found for place in entry.rows["position"]})
-    columns = [{int(row["position"]): row for row in entry.rows.to_dict("records")} for entry in found]
+    columns = [
+        {int(row["position"]): row for row in entry.rows.to_dict("records")} for entry in found
+    ]
     lines = [
-        [Html(f"{at}"), *(("number", _amount(column[at]) if at in column else "–") for column in columns)]
+        [
+            Html(f"{at}"),
+            *(("number", _amount(column[at]) if at in column else "–") for column in columns),
+        ]
         for at in places
     ]
     names = [_whole_name(entry, by) for entry in found]
-    inner = table(("window start", *names), lines, caption="Effect of each window [95 %]").replace(' class="cards"', "")
+    inner = table(("window start", *names), lines, caption="Effect of each window [95 %]").replace(
+        ' class="cards"', ""
+    )
     return f"<details><summary>The numbers behind the figures</summary>{inner}</details>"
 
 
@@ -298,10 +392,18 @@ def _pictures(entry: Entry, size: int) -> str:
             continue
         if (small := small_picture(file, size)) is None:
             continue
-        told = label if label in ("baseline", "ceiling") else f"layers {label.replace('-', '–')} replaced"
-        picture = image(small, f"{entry.concept} in {entry.run.model}: {told}", "webp", width=size * 3 // 4)
+        told = (
+            label
+            if label in ("baseline", "ceiling")
+            else f"layers {label.replace('-', '–')} replaced"
+        )
+        picture = image(
+            small, f"{entry.concept} in {entry.run.model}: {told}", "webp", width=size * 3 // 4
+        )
         words = "" if size == IN_INDEX else html(told)
-        shown.append(f'<a href="{entry.run.address}/pictures/{quote(file.name)}">{picture}{words}</a>')
+        shown.append(
+            f'<a href="{entry.run.address}/pictures/{quote(file.name)}">{picture}{words}</a>'
+        )
     return f'<span class="pictures">{" ".join(shown)}</span>' if shown else ""
 
 
@@ -310,7 +412,11 @@ def _run_link(run: Finished, text: str) -> Html:
 
 
 def _outcome(run: Finished) -> Html:
-    return failure(run, at=f"{run.address}/") if run.error else Html(html(run.facts.get("finding") or "–"))
+    return (
+        failure(run, at=f"{run.address}/")
+        if run.error
+        else Html(html(run.facts.get("finding") or "–"))
+    )
 
 
 def _data(run: Finished) -> Html:

@@ -19,13 +19,23 @@ MOST = 8  # names of runs in one cell
 def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
     """The page of a whole study; `name`: of its results folder, which its file is called after."""
     heading = f"How this was made: {title or name}"
-    parts = [f"<h1>{html(heading)}</h1>", f'<p class="finding">{html(_spent(runs))}</p>', "<h2>How to reproduce</h2>"]
-    version = next((v for run in runs if (v := (run.facts.get("versions") or {}).get("locogen"))), "")
+    parts = [
+        f"<h1>{html(heading)}</h1>",
+        f'<p class="finding">{html(_spent(runs))}</p>',
+        "<h2>How to reproduce</h2>",
+    ]
+    version = next(
+        (v for run in runs if (v := (run.facts.get("versions") or {}).get("locogen"))), ""
+    )
     install = f"pip install locogen=={version}\n" if version else ""
     commands = f"{install}locogen run {name}.toml\nlocogen report {name}"
-    parts.append(f"<p>Save this as <code>{html(name)}.toml</code> in an empty folder; files of your own that it names ")
+    parts.append(
+        f"<p>Save this as <code>{html(name)}.toml</code> in an empty folder; files of your own that it names "
+    )
     parts.append("(notebooks, concepts, models) belong beside it.</p>")
-    parts.append(f'<pre class="code" tabindex="0">{html(study_toml(runs, title=title or name))}</pre>')
+    parts.append(
+        f'<pre class="code" tabindex="0">{html(study_toml(runs, title=title or name))}</pre>'
+    )
     parts.append(f'<p>Then:</p><pre class="code" tabindex="0">{html(commands)}</pre>')
     parts.append("<h2>Runs</h2>")
     heads = ("run", "model", "notebook", "seeds", "pictures", "time", "finished")
@@ -34,11 +44,15 @@ def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
     books = list(dict.fromkeys(map(_notebook, runs)))
     apart = {book: [run for run in runs if _notebook(run) == book] for book in books}
     groups = {"Versions": shared(runs, "versions")}
-    groups |= {f"Settings of {book}, all runs": shared(own, "settings") for book, own in apart.items()}
+    groups |= {
+        f"Settings of {book}, all runs": shared(own, "settings") for book, own in apart.items()
+    }
     parts.append(facts(groups))
     differing = [line for own in apart.values() for line in _differing(own, "settings")]
     if differing := [*_differing(runs, "versions"), *differing]:
-        parts.append(table(("setting", "value", "runs"), differing, caption="What differs between runs"))
+        parts.append(
+            table(("setting", "value", "runs"), differing, caption="What differs between runs")
+        )
     return page(heading, "\n".join(parts), navigation=[link("index.html", "All runs")])
 
 
@@ -72,13 +86,19 @@ def shared(runs: Sequence[Finished], group: str) -> dict[str, Any]:
     """What is the same in all runs that have this group of facts at all."""
     told = [each for run in runs if (each := _group(run, group))]
     first = told[0] if told else {}
-    return {key: value for key, value in first.items() if all(key in each and each[key] == value for each in told)}
+    return {
+        key: value
+        for key, value in first.items()
+        if all(key in each and each[key] == value for each in told)
+    }
 
 
 def _differing(runs: Sequence[Finished], group: str) -> list[list[Any]]:
     """Rows of (setting, value, runs) for what is not the same in all, but for what the table of runs has."""
     same = shared(runs, group)
-    keys = dict.fromkeys(key for run in runs for key in _group(run, group) if key not in {*same, *TOLD})
+    keys = dict.fromkeys(
+        key for run in runs for key in _group(run, group) if key not in {*same, *TOLD}
+    )
     rows = []
     for key in keys:
         values: dict[str, list[str]] = {}
@@ -121,14 +141,18 @@ def _line(run: Finished) -> list[Any]:
     count = ("number", told.get("pictures", "–"))
     time = ("number", duration(told.get("seconds")))
     name = link(f"{run.address}/index.html", run.folder.name)
-    ended = Html('<strong class="bad">failed</strong>') if run.error else _moment(told.get("finished"))
+    ended = (
+        Html('<strong class="bad">failed</strong>') if run.error else _moment(told.get("finished"))
+    )
     return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, ended]
 
 
 def _seeds(run: Finished) -> str:
     """The seeds that its pictures were made from, as a range where they are one; else what was asked for."""
     try:
-        seeds = sorted({int(seed) for seed in read_table(run.folder / "pictures.csv")["seed"].dropna()})
+        seeds = sorted(
+            {int(seed) for seed in read_table(run.folder / "pictures.csv")["seed"].dropna()}
+        )
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         asked = _group(run, "parameters").get("seeds")
         return "–" if asked is None else f"{asked} asked for"
@@ -154,7 +178,11 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
 def _toml(value: Any) -> str:
     """Plain values as TOML, which writes them as JSON does, but for tables and one character."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items())
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007F")

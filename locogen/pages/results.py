@@ -79,7 +79,9 @@ class Entry:
     concept: str
     state: str  # one of STATES
     name: str = ""  # what tells it from others of its concept and model; often nothing is needed
-    row: Mapping[str, Any] = field(default_factory=dict)  # of `locogen.views.tables.findings`; empty where it failed
+    row: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of `locogen.views.tables.findings`; empty where it failed
     rows: Any = None  # the effects of its windows, a DataFrame sorted by position
     pictures: Mapping[str, Path] = field(default_factory=dict)  # label → file beside the page
 
@@ -94,7 +96,9 @@ class Entry:
         table, first = self.run.effects, self.rows.iloc[0]
         for column in ("concept", "method", "width"):
             if column in table:
-                table = table[(table[column] == first[column]) | (table[column].isna() & (column == "width"))]
+                table = table[
+                    (table[column] == first[column]) | (table[column].isna() & (column == "width"))
+                ]
         return table
 
 
@@ -102,10 +106,16 @@ def read_runs(folder: Path | str) -> list[Finished]:
     """All runs of a results folder, what failed last. Raises `LocogenError` where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise LocogenError(f"there is no folder {folder}: make results first, with `python -m locogen run`")
-    places = sorted(place for place in folder.iterdir() if place.is_dir() and not place.is_symlink())
+        raise LocogenError(
+            f"there is no folder {folder}: make results first, with `python -m locogen run`"
+        )
+    places = sorted(
+        place for place in folder.iterdir() if place.is_dir() and not place.is_symlink()
+    )
     order = read_study_facts(folder).get("runs", [])
-    runs = [read_run(place) for place in places if not place.name.startswith(".") and _is_run(place)]
+    runs = [
+        read_run(place) for place in places if not place.name.startswith(".") and _is_run(place)
+    ]
     if not runs:
         raise LocogenError(f"{folder} holds no run: make some first, with `python -m locogen run`")
 
@@ -161,7 +171,9 @@ def _read_result(folder: Path, record: Record) -> Finished:
     if "error" in facts:
         return Finished(folder, {}, facts["error"])
     if not facts.get("carriers") and not (folder / "effects.csv").exists():
-        return Finished(folder, facts)  # a notebook that localizes nothing: its finding is all there is to list
+        return Finished(
+            folder, facts
+        )  # a notebook that localizes nothing: its finding is all there is to list
     try:
         effects = read_effects(folder / "effects.csv")
         carriers = {row["concept"]: _window(row) for row in facts.get("carriers", [])}
@@ -178,7 +190,11 @@ def entries(runs: Iterable[Finished]) -> list[Entry]:
     """
     runs = list(runs)
     good = [run for run in runs if run.effects is not None]
-    names = {_asked(run): next(iter(run.carriers)) for run in good if _asked(run) and len(run.carriers) == 1}
+    names = {
+        _asked(run): next(iter(run.carriers))
+        for run in good
+        if _asked(run) and len(run.carriers) == 1
+    }
     other = {run.facts.get("notebook") for run in runs if run.effects is None and not run.error}
     other -= {run.facts.get("notebook") for run in good}
     found = []
@@ -213,13 +229,19 @@ def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
         state = "open" if "not established" in str(row["reason"]) else "localized"
     else:
         state = "none" if row["judged"] else "unjudged"
-    return _told(Entry(run, str(row["concept"]), state, row=row, rows=rows_of(run.effects, row["label"])))
+    return _told(
+        Entry(run, str(row["concept"]), state, row=row, rows=rows_of(run.effects, row["label"]))
+    )
 
 
 def _asked(run: Finished) -> str:
     """The concept's id among the run's parameters."""
     asked = run.facts.get("parameters")
-    return str(asked.get("concept") or "") if isinstance(asked, Mapping) and not asked.get("prompt") else ""
+    return (
+        str(asked.get("concept") or "")
+        if isinstance(asked, Mapping) and not asked.get("prompt")
+        else ""
+    )
 
 
 def shown_pictures(entry: Entry) -> dict[str, Path]:
@@ -230,7 +252,10 @@ def shown_pictures(entry: Entry) -> dict[str, Path]:
     table = entry.run.folder / "pictures.csv"
     try:
         rows: Any = read_table(table)
-        rows = rows[(rows["concept"] == entry.concept) & (rows["width"].isna() | (rows["width"] == entry.row["width"]))]
+        rows = rows[
+            (rows["concept"] == entry.concept)
+            & (rows["width"].isna() | (rows["width"] == entry.row["width"]))
+        ]
         rows = strip_rows(rows, entry.run.carriers[entry.concept]).drop_duplicates("label")
         rows = rows[rows["marked"] | (rows["role"] != "window")]
         named = zip(rows["label"], rows["image"], strict=True)
@@ -282,7 +307,9 @@ def addresses(prefix: str, names: Sequence[str]) -> dict[str, str]:
     for name in names:
         address = f"{prefix}-{slugify(name)}.html"
         if address in found.values():
-            address = f"{prefix}-{slugify(name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.html"
+            address = (
+                f"{prefix}-{slugify(name)}-{hashlib.sha256(name.encode()).hexdigest()[:6]}.html"
+            )
         found.setdefault(name, address)
     return found
 
@@ -312,7 +339,9 @@ def read_effects(path: Path) -> pd.DataFrame:
     if missing:
         raise ValueError(f"{path.name} has no column {missing[0]}")
     if len(table) > _MOST_ROWS:
-        raise ValueError(f"{path.name} has {len(table)} rows, and more than {_MOST_ROWS} are not shown")
+        raise ValueError(
+            f"{path.name} has {len(table)} rows, and more than {_MOST_ROWS} are not shown"
+        )
     for name in dict.fromkeys([*_DRAWN, *_WHOLE]):
         if name in table:
             _check_numbers(table[name], name)
@@ -338,7 +367,10 @@ def _check_numbers(column: Any, name: str) -> None:
 def _is_run(folder: Path) -> bool:
     """Whether a folder has a file of a run; one that cannot be looked into may well be one."""
     with contextlib.suppress(PermissionError):
-        return any(os.path.lexists(folder / name) for name in ("result.json", "error.json", "notebook.ipynb"))
+        return any(
+            os.path.lexists(folder / name)
+            for name in ("result.json", "error.json", "notebook.ipynb")
+        )
     return True
 
 

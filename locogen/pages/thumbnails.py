@@ -31,7 +31,11 @@ class Scale:
     def of(cls, tables: Iterable[Any], columns: Sequence[str] = ("estimate",)) -> Scale:
         """The scale that holds these columns of all tables."""
         values = [
-            float(value) for table in tables for name in columns if name in table for value in table[name].dropna()
+            float(value)
+            for table in tables
+            for name in columns
+            if name in table
+            for value in table[name].dropna()
         ]
         finite = [value for value in values if math.isfinite(value)]
         low, high = min([0.0, *finite]), max([0.0, *finite])
@@ -48,7 +52,9 @@ def heat_strip(values: Iterable[Any], scale: Scale, *, marked: int | None = None
     limit = max(-scale.low, scale.high)
     colors = sns.color_palette("vlag", as_cmap=True)(0.5 + 0.5 * given / limit)  # (cells, RGBA)
     colors[np.isnan(given)] = (0.6, 0.6, 0.6, 1)
-    pixels = np.repeat(np.repeat((colors[None, :, :3] * 255).round().astype("uint8"), CELL, 1), HEIGHT, 0)
+    pixels = np.repeat(
+        np.repeat((colors[None, :, :3] * 255).round().astype("uint8"), CELL, 1), HEIGHT, 0
+    )
     if marked is not None:
         cell = pixels[:, marked * CELL : (marked + 1) * CELL]
         cell[:2], cell[-2:], cell[:, :1], cell[:, -1:] = 0, 0, 0, 0
@@ -79,11 +85,17 @@ def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
 
     with matplotlib.style.context("default"):
         drawing = Figure(figsize=(3.8, 2.3), dpi=110)
-        ax = plot_curve(effects, concept, ax=drawing.add_axes((0.16, 0.2, 0.67, 0.76)))  # alike in all, and quick
+        ax = plot_curve(
+            effects, concept, ax=drawing.add_axes((0.16, 0.2, 0.67, 0.76))
+        )  # alike in all, and quick
         if legend := ax.get_legend():
             legend.remove()
         margin = 0.04 * (scale.high - scale.low)
-        ax.set(ylim=(scale.low - margin, scale.high + margin), xlabel="window start (layer)", ylabel="change of score")
+        ax.set(
+            ylim=(scale.low - margin, scale.high + margin),
+            xlabel="window start (layer)",
+            ylabel="change of score",
+        )
         ax.set_title("", loc="left")
         ax.tick_params(labelsize=8)
         drawing.savefig(png := io.BytesIO(), format="png")

@@ -46,7 +46,11 @@ def pictures_of(
     places, missing = _places(plan if whole is None else whole, ridden), _places(plan, ridden)
     memory = _Memory(pipe)
     memory.known = memory.known and settled is None
-    size = smallest if memory.known else max(min(settled or _even(places, chosen.batch_size), missing), smallest)
+    size = (
+        smallest
+        if memory.known
+        else max(min(settled or _even(places, chosen.batch_size), missing), smallest)
+    )
     start = 0
     while start < len(plan):
         rows = _next(plan[start:], size, ridden)
@@ -87,7 +91,9 @@ class Texts:
 
     def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
         prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-        too_small = f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
+        too_small = (
+            f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
+        )
         with from_the_seed_alone(pipe), memory_named(too_small):
             found = {text: encode_guided(pipe, [text]) for text in prompts}
         self.of = {text: own for text, (own, _) in found.items()}
@@ -99,11 +105,17 @@ class Texts:
 
     def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What a call of the pipeline takes for these prompts."""
-        negative = {} if self.negative is None else self.negative.expanded(len(prompts)).arguments("negative_")
+        negative = (
+            {}
+            if self.negative is None
+            else self.negative.expanded(len(prompts)).arguments("negative_")
+        )
         return self.stack(prompts).arguments() | negative
 
 
-def _batch(pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings) -> Any:
+def _batch(
+    pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings
+) -> Any:
     """Pictures of one batch, padded to `size` by repeating its last row, so that sums are taken alike in each."""
     padded = [*rows, *(riders(rows) if family_of(pipe).evolves else ())]
     padded += [padded[-1]] * (size - len(padded))
@@ -113,7 +125,11 @@ def _batch(pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, cho
 
 
 def called(
-    pipe: Any, rows: Sequence[Intervention], arguments: dict[str, Any], chosen: Settings, output_type: str = "np"
+    pipe: Any,
+    rows: Sequence[Intervention],
+    arguments: dict[str, Any],
+    chosen: Settings,
+    output_type: str = "np",
 ) -> Any:
     """The images of one call of the pipeline, without its progress bar: `arguments` is what the rows hear."""
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -158,7 +174,9 @@ def _sliced_vae(pipe: Any) -> Any:
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "use_slicing"):
         return None
-    is_large = getattr(vae.config, "sample_size", SLICED_FROM) >= SLICED_FROM  # Sana's has no size of its own
+    is_large = (
+        getattr(vae.config, "sample_size", SLICED_FROM) >= SLICED_FROM
+    )  # Sana's has no size of its own
     return vae if is_large else None
 
 
@@ -176,7 +194,9 @@ def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:
     return half
 
 
-SMALLER = "load the model with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'"
+SMALLER = (
+    "load the model with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'"
+)
 
 
 def _too_large(pipe: Any, size: int) -> str:
@@ -199,7 +219,9 @@ class _Memory:
         self.device = pipe._execution_device
         self.known = self.device.type == "cuda" and torch.cuda.is_available()
         self.before = 0
-        self.denoising: int | None = None  # bytes at the denoiser's peak, once the decoder has begun
+        self.denoising: int | None = (
+            None  # bytes at the denoiser's peak, once the decoder has begun
+        )
         if self.known:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)

@@ -14,8 +14,20 @@ from locogen.errors import LocogenError
 if TYPE_CHECKING:
     from locogen.plan import Intervention
 
-FLAGS = ("nsfw_content_detected", "nsfw_detected", "watermark_detected")  # of diffusers' outputs, one a picture
-MISFITS = (AttributeError, TypeError, ValueError, LookupError, ImportError, AssertionError, RuntimeError)
+FLAGS = (
+    "nsfw_content_detected",
+    "nsfw_detected",
+    "watermark_detected",
+)  # of diffusers' outputs, one a picture
+MISFITS = (
+    AttributeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ImportError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 def check_scheduler(pipe: Any) -> None:
@@ -66,7 +78,11 @@ def _random_states(pipe: Any) -> list[bytes]:
 
 def _dropping(pipe: Any) -> str:
     """The components that drop neurons in their present mode."""
-    modules = {part: component for part, component in pipe.components.items() if hasattr(component, "named_modules")}
+    modules = {
+        part: component
+        for part, component in pipe.components.items()
+        if hasattr(component, "named_modules")
+    }
     names = [
         part
         for part, component in modules.items()
@@ -107,7 +123,9 @@ def _check_first_timesteps(pipe: Any) -> None:
     """Diffusers finds its place by the first timestep; where the second is equal, it skips a step without a word."""
     scheduler = pipe.scheduler
     timesteps = getattr(scheduler, "timesteps", ())
-    placed = getattr(scheduler, "begin_index", None) is not None or not hasattr(scheduler, "step_index")
+    placed = getattr(scheduler, "begin_index", None) is not None or not hasattr(
+        scheduler, "step_index"
+    )
     if placed or len(timesteps) < 2 or timesteps[0] != timesteps[1]:
         return
     raise LocogenError(

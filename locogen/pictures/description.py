@@ -34,23 +34,88 @@ DEEPEST = 8  # objects within objects
 # Attributes that cannot move a picture: where a model came from, what training needs, what warnings were given, and
 # what offload keeps beside a module.
 WITHOUT_EFFECT = {
-    *("name_or_path", "vocab_file", "init_kwargs", "init_inputs", "peft_config", "_hf_peft_config_loaded"),
-    *("gradient_checkpointing", "_gradient_checkpointing_func", "warnings_issued", "deprecation_warnings"),
+    *(
+        "name_or_path",
+        "vocab_file",
+        "init_kwargs",
+        "init_inputs",
+        "peft_config",
+        "_hf_peft_config_loaded",
+    ),
+    *(
+        "gradient_checkpointing",
+        "_gradient_checkpointing_func",
+        "warnings_issued",
+        "deprecation_warnings",
+    ),
     *("_hf_hook", "_old_forward", "_diffusers_hook", "hf_device_map", "_is_hf_initialized"),
     *("_in_target_context_manager", "_tokenizer", "_output_capturing_hooks_installed"),
 }
 # What schedulers set anew at the beginning of each call, or count within it.
 SET_BY_A_CALL = {
-    *("timesteps", "_timesteps", "sigmas", "num_inference_steps", "_step_index", "_begin_index", "custom_timesteps"),
-    *("model_outputs", "lower_order_nums", "sample", "last_sample", "this_order", "derivatives", "ets", "counter"),
-    *("cur_sample", "cur_model_output", "prk_timesteps", "plms_timesteps", "dt", "prev_derivative", "_index_counter"),
-    *("sigmas_interpol", "log_sigmas", "is_scale_input_called", "timestep_list", "model_output_list", "order_list"),
-    *("noise_sampler", "sigmas_up", "sigmas_down", "_sigmas_cpu", "sigma_data", "timesteps_interpol"),
+    *(
+        "timesteps",
+        "_timesteps",
+        "sigmas",
+        "num_inference_steps",
+        "_step_index",
+        "_begin_index",
+        "custom_timesteps",
+    ),
+    *(
+        "model_outputs",
+        "lower_order_nums",
+        "sample",
+        "last_sample",
+        "this_order",
+        "derivatives",
+        "ets",
+        "counter",
+    ),
+    *(
+        "cur_sample",
+        "cur_model_output",
+        "prk_timesteps",
+        "plms_timesteps",
+        "dt",
+        "prev_derivative",
+        "_index_counter",
+    ),
+    *(
+        "sigmas_interpol",
+        "log_sigmas",
+        "is_scale_input_called",
+        "timestep_list",
+        "model_output_list",
+        "order_list",
+    ),
+    *(
+        "noise_sampler",
+        "sigmas_up",
+        "sigmas_down",
+        "_sigmas_cpu",
+        "sigma_data",
+        "timesteps_interpol",
+    ),
 }
 # Hooks of diffusers that move weights to and fro, or between precisions: their effect is in the weights' own lines.
-STORAGE_HOOKS = ("layerwise_casting", "peft_autocast_disable", "group_offloading", "lazy_prefetch_group_offloading")
+STORAGE_HOOKS = (
+    "layerwise_casting",
+    "peft_autocast_disable",
+    "group_offloading",
+    "lazy_prefetch_group_offloading",
+)
 # What attention, convolutions and norms are computed by: exchanged as a whole by some speed-up packages.
-FUNCTIONS = ("scaled_dot_product_attention", "linear", "conv2d", "group_norm", "layer_norm", "silu", "gelu", "softmax")
+FUNCTIONS = (
+    "scaled_dot_product_attention",
+    "linear",
+    "conv2d",
+    "group_norm",
+    "layer_norm",
+    "silu",
+    "gelu",
+    "softmax",
+)
 
 FLAGS = (
     "backends.cuda.matmul.allow_tf32",
@@ -149,7 +214,9 @@ class Description:
 
         self.lines.append(f"{path} is {_full_name(type(value))}")
         self.add_class(type(value))
-        if _root(type(value)) in sys.stdlib_module_names and not isinstance(value, types.SimpleNamespace):
+        if _root(type(value)) in sys.stdlib_module_names and not isinstance(
+            value, types.SimpleNamespace
+        ):
             return
         if isinstance(value, torch.nn.Module):
             self.module(path, value)
@@ -185,7 +252,9 @@ class Description:
             self.add_class(type(layer))
             self.attributes(place, layer, skipped)
         persistent = module.state_dict()
-        buffers = {name: tensor for name, tensor in module.named_buffers() if name not in persistent}
+        buffers = {
+            name: tensor for name, tensor in module.named_buffers() if name not in persistent
+        }
         for name, tensor in [*persistent.items(), *buffers.items()]:
             self.add(f"{path}.{name}", tensor)
 
@@ -197,7 +266,10 @@ class Description:
             self._classes.add(each)
             self.lines.append(f"class {_full_name(each)}")
             for name, value in sorted(vars(each).items()):
-                if isinstance(value, (types.FunctionType, *PLAIN)) and name not in ("__doc__", "__module__"):
+                if isinstance(value, (types.FunctionType, *PLAIN)) and name not in (
+                    "__doc__",
+                    "__module__",
+                ):
                     self.add(f"{_full_name(each)}.{name}", value)
 
     def _add_function(self, path: str, function: Any) -> None:
@@ -239,12 +311,18 @@ def _root(kind: type) -> str:
 def _of_a_library(module: str | None) -> bool:
     """Whether code comes from a library, whose version is in the key, or is Python's own."""
     root = str(module).partition(".")[0]
-    return root in LIBRARIES or root == "locogen" or (root in sys.stdlib_module_names and root != "__main__")
+    return (
+        root in LIBRARIES
+        or root == "locogen"
+        or (root in sys.stdlib_module_names and root != "__main__")
+    )
 
 
 def _code(code: types.CodeType) -> str:
     """A hash of what a function does, without the place where it stands."""
-    constants = [_code(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts]
+    constants = [
+        _code(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts
+    ]
     text = repr((code.co_code, constants, code.co_names, code.co_varnames))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -27,7 +27,9 @@ ROW = 8192  # words that share a set of random weights
 BLOCK_IN_CACHE = 2**16  # words at once on a CPU: what is copied stays in its cache
 BLOCK_ON_CARD = 2**24  # words at once elsewhere: few large kernels, 128 MB of memory
 
-Checksum = tuple[str, int]  # what the tensor is called, shaped and stored as; and the sum of its words
+Checksum = tuple[
+    str, int
+]  # what the tensor is called, shaped and stored as; and the sum of its words
 
 _hashed: ContextVar[dict[int, str] | None] = ContextVar("weights hashed so far", default=None)
 _digests: WeakKeyDictionary[Any, dict[str, tuple[Checksum, str]]] = WeakKeyDictionary()
@@ -200,7 +202,9 @@ def _row_sums(words: Tensor) -> Tensor:
     weights = _weights(words.device)
     sums = []
     for piece in words.split(block):
-        rows = torch.nn.functional.pad(piece, (0, -piece.numel() % ROW)).view(-1, ROW)  # (rows, ROW)
+        rows = torch.nn.functional.pad(piece, (0, -piece.numel() % ROW)).view(
+            -1, ROW
+        )  # (rows, ROW)
         sums.append((rows.to(torch.int64) * weights).sum(1))
     return torch.cat(sums)  # (rows of all blocks,)
 

@@ -32,7 +32,9 @@ class Heartbeat:
 
     def _tell(self) -> None:
         if place := os.environ.get(ASKED):
-            with contextlib.suppress(OSError):  # the folder is gone, or the disk full: no reason to stop
+            with contextlib.suppress(
+                OSError
+            ):  # the folder is gone, or the disk full: no reason to stop
                 write_json(Path(place), {"made": self.made, "asked": self.asked})
 
 

@@ -24,13 +24,20 @@ from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.families import warn_unheard
 from locogen.pictures.batches import pictures_of
 from locogen.pictures.checks import check_scheduler
-from locogen.pictures.description import describe_pipeline, describe_scheduler, replaced_methods, torch_settings
+from locogen.pictures.description import (
+    describe_pipeline,
+    describe_scheduler,
+    replaced_methods,
+    torch_settings,
+)
 from locogen.pictures.fingerprint import digest_of, weights_of
 from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
 
-PICTURE_FORMAT = 2  # raised when the way pictures are made here changes, so that none made before is taken
+PICTURE_FORMAT = (
+    2  # raised when the way pictures are made here changes, so that none made before is taken
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +65,9 @@ class Pictures(Sequence["Image"]):
         picture = self.store.get(key)
         if picture is None:
             place = self.store.path(key)
-            raise LocogenError(f"picture {place} is missing or damaged: call generate or localize again to remake it")
+            raise LocogenError(
+                f"picture {place} is missing or damaged: call generate or localize again to remake it"
+            )
         return picture
 
 
@@ -74,7 +83,9 @@ class Run:
     pictures: Pictures
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)
-    made_by: weakref.ref[Any] | None = field(default=None, repr=False)  # the pipeline, as long as somebody keeps it
+    made_by: weakref.ref[Any] | None = field(
+        default=None, repr=False
+    )  # the pipeline, as long as somebody keeps it
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -88,7 +99,9 @@ class Run:
     def _repr_html_(self) -> str:
         told = {k: v for k, v in self.settings.items() if not isinstance(v, (dict, list))}
         items = " · ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in told.items())
-        strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in range(min(8, len(self))))
+        strip = "".join(
+            _thumbnail(self.pictures[i], self.plan[i].prompt) for i in range(min(8, len(self)))
+        )
         head = self.table.head()._repr_html_()
         return f"<p><b>Run</b> of {len(self)} pictures</p><p>{items}</p><div>{strip}</div>{head}"
 
@@ -99,7 +112,9 @@ def _thumbnail(picture: Image, alt: str) -> str:
     small.thumbnail((128, 128))
     small.save(buffer, "png")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt, quote=True)}" width="96" src="data:image/png;base64,{data}">'
+    return (
+        f'<img alt="{html.escape(alt, quote=True)}" width="96" src="data:image/png;base64,{data}">'
+    )
 
 
 def generate(
@@ -145,16 +160,22 @@ def generate(
     return Run(tuple(plan), pictures, table, settings, weakref.ref(pipe))
 
 
-def _as_plan(rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None) -> list[Intervention]:
+def _as_plan(
+    rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None
+) -> list[Intervention]:
     given = [rows] if isinstance(rows, str) else list(rows)
     if not given:
         raise LocogenError("there is nothing to generate: give a plan or at least one prompt")
     strangers = [row for row in given if not isinstance(row, (Intervention, str))]
     if strangers or len({type(row) for row in given}) > 1:
-        raise LocogenError(f"generate takes a plan or prompts, not both nor {strangers[:1]}: give one kind")
+        raise LocogenError(
+            f"generate takes a plan or prompts, not both nor {strangers[:1]}: give one kind"
+        )
     if all(isinstance(row, Intervention) for row in given):
         if seeds is not None:
-            raise LocogenError("a plan has its own seeds: leave out seeds=, or give prompts in place of the plan")
+            raise LocogenError(
+                "a plan has its own seeds: leave out seeds=, or give prompts in place of the plan"
+            )
         return given  # pyright: ignore[reportReturnType]
     drawn = distinct_seeds(seeds if seeds is not None else (0,))
     return [Intervention(str(p), str(p), (), seed, "baseline") for p in given for seed in drawn]
@@ -164,14 +185,18 @@ def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
     prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
     blank = [prompt for prompt in prompts if prompt and not prompt.strip()]
     if blank:
-        raise LocogenError(f"a prompt is {blank[0]!r}, which looks empty: give it words, or '' for the empty prompt")
+        raise LocogenError(
+            f"a prompt is {blank[0]!r}, which looks empty: give it words, or '' for the empty prompt"
+        )
     warn_unheard(pipe, prompts, stacklevel=3)
 
 
 def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
     last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
     if last >= count:
-        raise LocogenError(f"step {last} is not there: num_inference_steps={count} makes the steps 0 to {count - 1}")
+        raise LocogenError(
+            f"step {last} is not there: num_inference_steps={count} makes the steps 0 to {count - 1}"
+        )
 
 
 def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
@@ -209,7 +234,9 @@ def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
 
 def _scheduler(scheduler: Any) -> dict[str, Any]:
     """Its class and config, to be read, and a hash of these and of all its other attributes."""
-    config = {name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")}
+    config = {
+        name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")
+    }
     state = digest_of(describe_scheduler(scheduler))[:16]
     return {"class": type(scheduler).__name__, **config, "state": state}
 
@@ -217,7 +244,11 @@ def _scheduler(scheduler: Any) -> dict[str, Any]:
 def _key(row: Intervention, common: dict[str, Any]) -> str:
     """Rows that make the same picture share a key: where nothing is replaced, the target does not matter."""
     changed = not row.is_plain and row.target != row.prompt
-    made: dict[str, Any] = {"prompt": row.prompt, "target": row.target if changed else None, "seed": row.seed}
+    made: dict[str, Any] = {
+        "prompt": row.prompt,
+        "target": row.target if changed else None,
+        "seed": row.seed,
+    }
     made["layers"] = row.layers if changed else ()
     if changed and row.timesteps is not None:
         made["timesteps"] = row.timesteps
@@ -237,13 +268,27 @@ def _make(
     from tqdm import tqdm
 
     beat.ask(len(missing))
-    bar = tqdm(total=len(missing), unit=" pictures", desc="generating", disable=not progress, mininterval=0.5)
+    bar = tqdm(
+        total=len(missing),
+        unit=" pictures",
+        desc="generating",
+        disable=not progress,
+        mininterval=0.5,
+    )
     keys = iter(missing)
     with bar, Writer(record.shelf) as writer:
-        for rows, made, size in pictures_of(pipe, list(missing.values()), chosen, whole, record.batch):
+        for rows, made, size in pictures_of(
+            pipe, list(missing.values()), chosen, whole, record.batch
+        ):
             record.settle(size)
             finite = [bool(np.isfinite(pixels).all()) for pixels in made]
-            writer.put([(key, pixels) for pixels, good, key in zip(made, finite, keys, strict=False) if good])
+            writer.put(
+                [
+                    (key, pixels)
+                    for pixels, good, key in zip(made, finite, keys, strict=False)
+                    if good
+                ]
+            )
             _check_finite(rows, finite)
             bar.update(len(rows))
             beat.add(len(rows))
@@ -261,10 +306,14 @@ def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) 
     import pandas as pd
 
     columns = ["role", "prompt", "target", "start", "width", "seed", "pooled"]
-    table = pd.DataFrame([[getattr(row, name) for name in columns] for row in plan], columns=columns)
+    table = pd.DataFrame(
+        [[getattr(row, name) for name in columns] for row in plan], columns=columns
+    )
     spans = [row.timesteps or (None, None) for row in plan]
     table["first_timestep"], table["last_timestep"] = zip(*spans, strict=True)
-    table = table.astype(dict.fromkeys(("start", "width", "first_timestep", "last_timestep"), "Int64"))
+    table = table.astype(
+        dict.fromkeys(("start", "width", "first_timestep", "last_timestep"), "Int64")
+    )
     table["edit"] = pd.NA
     table["image"] = [f"{key}.png" for key in keys]
     for name, value in chosen.as_dict().items():

@@ -76,10 +76,14 @@ class Clip:
         """
         for line in texts:
             if len(line) != len(pictures):
-                raise LocogenError(f"{len(pictures)} pictures and {len(line)} texts: give one text a picture")
+                raise LocogenError(
+                    f"{len(pictures)} pictures and {len(line)} texts: give one text a picture"
+                )
         seen = self.pictures(pictures)
         read = self.texts(text for line in texts for text in line)
-        return [np.einsum("id,id->i", seen, np.stack([read[text] for text in line])) for line in texts]
+        return [
+            np.einsum("id,id->i", seen, np.stack([read[text] for text in line])) for line in texts
+        ]
 
     def _pictures(self, pictures: Sequence[Image]) -> Array:
         import torch
@@ -93,7 +97,9 @@ class Clip:
 
         limit = self.tokenizer.model_max_length
         if len(self.tokenizer(text, verbose=False).input_ids) > limit:
-            warnings.warn(f"the scorer reads {limit} tokens: the end of {text!r} is not scored", stacklevel=4)
+            warnings.warn(
+                f"the scorer reads {limit} tokens: the end of {text!r} is not scored", stacklevel=4
+            )
         tokens = self.tokenizer([text], padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
             return _unit(self.model.get_text_features(**tokens.to(self.model.device)))[0]
@@ -134,7 +140,9 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         "preprocessing": "PIL",
         "scale": 1.0,
     }
-    with memory_named(f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"):
+    with memory_named(
+        f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"
+    ):
         model.to(device)  # pyright: ignore[reportArgumentType]
     return Clip(model.eval(), processor, tokenizer, told)
 

@@ -24,9 +24,15 @@ Mode = Literal["exact", "close", "auto", "compile"]
 MODES = ("exact", "close", "auto", "compile")
 GAIN = 1.1  # a way must be so many times as fast as what it replaces: less is noise, and not worth other pictures
 REPEATS, STEPS = 3, 2
-SIZES, MIDDLE = (2, 8, 32, 128), 32  # of batches that are tried, and the largest that ways are tried at
+SIZES, MIDDLE = (
+    (2, 8, 32, 128),
+    32,
+)  # of batches that are tried, and the largest that ways are tried at
 LONG = 5.0  # seconds that a batch may take before no larger one is tried, and before it is not repeated
-COMPILED = ("ResnetBlock2D", "FeedForward")  # parts of a denoiser that never hold a layer: hooks keep firing
+COMPILED = (
+    "ResnetBlock2D",
+    "FeedForward",
+)  # parts of a denoiser that never hold a layer: hooks keep firing
 BOUNDS = {
     "exact": "bit for bit the plain pipeline",
     "close": "as the plain pipeline but for the order of sums: in float32 pictures differ by at most 1 of 255",
@@ -41,7 +47,9 @@ class Way:
 
     threads: int | None = None
     channels_last: bool = False
-    half: str | None = None  # "bfloat16" or "float16": what the denoiser computes matrix products in
+    half: str | None = (
+        None  # "bfloat16" or "float16": what the denoiser computes matrix products in
+    )
     compiled: bool = False
 
     def __str__(self) -> str:
@@ -71,7 +79,10 @@ class Pace:
         return BOUNDS["exact" if self.way == Way() else "half" if self.way.half else "close"]
 
     def __repr__(self) -> str:
-        told = [f"speed {self.mode!r} on {self.device}: {self.way}, {self.batch_size} at once", self.bound]
+        told = [
+            f"speed {self.mode!r} on {self.device}: {self.way}, {self.batch_size} at once",
+            self.bound,
+        ]
         for what, rates in (("way", self.measured), ("pictures at once", self.sizes)):
             tried = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
             told += [f"pictures/s of {STEPS} steps by {what}: {tried}"] if tried else []
@@ -154,7 +165,9 @@ def _changes(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:
     if mode == "exact":
         return
     denoiser, device = denoiser_of(pipe), pipe._execution_device
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processors = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     if device.type == "cpu" and torch.get_num_threads() != processors:
         yield {"threads": processors}
     if any(p.dim() == 4 for p in denoiser.parameters()) and not hasattr(denoiser, "_hf_hook"):
@@ -173,19 +186,27 @@ def half_of(device: torch.device) -> str | None:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else None
+    return (
+        "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else None
+    )
 
 
 def _rate(pipe: Any, way: Way, batch_size: int) -> float:
     """Pictures per second of a batch in that way: the best of a few, since other work only slows; one to warm up."""
-    plan = [Intervention("a picture", "a picture", (), seed, "baseline") for seed in range(batch_size)]
+    plan = [
+        Intervention("a picture", "a picture", (), seed, "baseline") for seed in range(batch_size)
+    ]
     texts, chosen, took = Texts(pipe, plan), Settings(STEPS, 7.5, batch_size), []
     with _done(pipe, way):
         for _ in range(1 + REPEATS):
             start = time.perf_counter()
-            _batch(pipe, plan, texts, batch_size, chosen)  # its pictures are in main memory: no GPU is still at work
+            _batch(
+                pipe, plan, texts, batch_size, chosen
+            )  # its pictures are in main memory: no GPU is still at work
             took.append(time.perf_counter() - start)
-            if took[-1] > LONG and (took[1:] or not way.compiled):  # what takes so long needs no warming up
+            if took[-1] > LONG and (
+                took[1:] or not way.compiled
+            ):  # what takes so long needs no warming up
                 break
     return batch_size / min(took[1:] or took)
 

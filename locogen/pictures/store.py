@@ -40,20 +40,35 @@ def png(pixels: np.ndarray[Any, Any], **texts: str) -> bytes:
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, width * channels)  # (height, width x 3)
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)  # (height, filter and bytes)
-    filtered[:, 0] = 2  # "up", of the PNG specification's section 9.2; above the first row there are zeros
+    filtered[:, 0] = (
+        2  # "up", of the PNG specification's section 9.2; above the first row there are zeros
+    )
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the filter is defined
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     data = packer.compress(filtered.data) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB, not interlaced
+    header = struct.pack(
+        ">IIBBBBB", width, height, 8, 2, 0, 0, 0
+    )  # 8 bits a channel, RGB, not interlaced
     words = [_chunk(b"tEXt", f"{key}\0{text}".encode("latin-1")) for key, text in texts.items()]
     return b"".join(
-        [b"\x89PNG\r\n\x1a\n", _chunk(b"IHDR", header), *words, _chunk(b"IDAT", data), _chunk(b"IEND", b"")]
+        [
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", header),
+            *words,
+            _chunk(b"IDAT", data),
+            _chunk(b"IEND", b""),
+        ]
     )
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def _digest(picture: Image.Image) -> str:
@@ -98,7 +113,11 @@ class PictureStore:
         except OSError as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            remedy = "free some space" if error.errno == errno.ENOSPC else "give store= a folder that can"
+            remedy = (
+                "free some space"
+                if error.errno == errno.ENOSPC
+                else "give store= a folder that can"
+            )
             raise LocogenError(
                 f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call again; "
                 "what it holds is kept and not made again"

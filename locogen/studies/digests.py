@@ -17,7 +17,9 @@ from locogen.errors import LocogenError
 from locogen.files import load_json, write_json
 
 LARGE = 4_000_000  # bytes; a smaller file is hashed sooner than looked up
-SETTLED = 2 * 10**9  # nanoseconds: a file just written may be written again within one tick of its clock
+SETTLED = (
+    2 * 10**9
+)  # nanoseconds: a file just written may be written again within one tick of its clock
 
 
 def digest(file: Path) -> str:

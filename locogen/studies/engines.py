@@ -46,7 +46,9 @@ class Engine:
 
 
 @contextlib.contextmanager
-def opened(name: str, runs: Sequence[Planned], workers: int | None, scheduler: str | None) -> Iterator[Engine]:
+def opened(
+    name: str, runs: Sequence[Planned], workers: int | None, scheduler: str | None
+) -> Iterator[Engine]:
     """An engine for these runs; closed without waiting for what has not begun.
 
     Raises `LocogenError` for an unknown engine, a scheduler that does not answer, or Dask not being installed.
@@ -54,8 +56,12 @@ def opened(name: str, runs: Sequence[Planned], workers: int | None, scheduler: s
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
     if scheduler and name != "dask":
-        raise LocogenError(f"a scheduler is Dask's, and the engine is {name}: add --engine dask, or leave it out")
-    gpus = visible_gpus() if any(str(run.value("device")).startswith("cuda") for run in runs) else []
+        raise LocogenError(
+            f"a scheduler is Dask's, and the engine is {name}: add --engine dask, or leave it out"
+        )
+    gpus = (
+        visible_gpus() if any(str(run.value("device")).startswith("cuda") for run in runs) else []
+    )
     count = 1 if name == "serial" else min(workers or fit_at_once(runs, len(gpus)), len(runs))
     threads = None if os.environ.get("OMP_NUM_THREADS") else max(1, cores() // count)
     if name == "dask":
@@ -96,14 +102,19 @@ def _dask(count: int, gpus: Sequence[str], scheduler: str | None) -> Iterator[_O
             "the engine dask needs Dask: pip install 'locogen[dask]', or take --engine processes"
         ) from None
 
-    quiet = {"distributed.comm.timeouts.connect": PATIENCE, "distributed.admin.large-graph-warning-threshold": "1GB"}
+    quiet = {
+        "distributed.comm.timeouts.connect": PATIENCE,
+        "distributed.admin.large-graph-warning-threshold": "1GB",
+    }
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(quiet))
         where: Any = scheduler or stack.enter_context(_cluster(count, gpus))
         try:
             client: Any = stack.enter_context(Client(where, set_as_default=False))
         except (OSError, ValueError):
-            raise LocogenError(f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`") from None
+            raise LocogenError(
+                f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`"
+            ) from None
         there: Any = client.nthreads()  # worker → threads, and each takes a run
         found = sum(there.values())
         yield client.get_executor(pure=False), found, (KilledWorker,)
@@ -114,10 +125,23 @@ def _cluster(count: int, gpus: Sequence[str]) -> Any:
     from distributed import Nanny, Scheduler, SpecCluster
 
     quiet: Any = logging.CRITICAL
-    common = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "silence_logs": quiet, "preload": [_DEAF]}
+    common = {
+        "nthreads": 1,
+        "memory_limit": 0,
+        "host": "127.0.0.1",
+        "silence_logs": quiet,
+        "preload": [_DEAF],
+    }
     pins = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{}] * count
-    workers = {number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)}
-    options: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    workers = {
+        number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)
+    }
+    options: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "dashboard": False,
+        "dashboard_address": "127.0.0.1:0",
+    }
     return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=quiet)
 
 
@@ -138,7 +162,9 @@ def visible_gpus() -> list[str]:
         return []
     command = [tool, "--query-gpu=uuid", "--format=csv,noheader"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        listed = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout
         return [line.strip() for line in listed.splitlines() if line.strip()]
     return []
 

@@ -37,7 +37,11 @@ class Costs:
             self._sweeps[run.key] = _swept(run) if run.notebook.stem == "localize" else None
         if (count := self._sweeps[run.key]) is not None:
             return count
-        same = [told for told in self._alike(run) if _setting(told["parameters"]) == _setting(run.parameters)]
+        same = [
+            told
+            for told in self._alike(run)
+            if _setting(told["parameters"]) == _setting(run.parameters)
+        ]
         counts = [told["made"] for told in same if told.get("made")]
         return round(statistics.median(counts)) if counts else None
 
@@ -53,8 +57,14 @@ class Costs:
 
     def _alike(self, run: Planned) -> list[Mapping[str, Any]]:
         """Finished runs of the notebook, on the same model where there are such."""
-        same = [told for told in self.known if told.get("notebook") == run.notebook.stem and told.get("parameters")]
-        return [told for told in same if told.get("model") == run.parameters.get("model", "")] or same
+        same = [
+            told
+            for told in self.known
+            if told.get("notebook") == run.notebook.stem and told.get("parameters")
+        ]
+        return [
+            told for told in same if told.get("model") == run.parameters.get("model", "")
+        ] or same
 
     def left(self, runs: Iterable[Planned], workers: int) -> float | None:
         """Seconds until all of these are done; None while one of them cannot be told."""
@@ -67,7 +77,18 @@ class Costs:
 
 def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's number of pictures depends on, its subject left out."""
-    apart = ("model", "concept", "concepts_file", "prompt", "target", "text", "store", "scorer", "device", "dtype")
+    apart = (
+        "model",
+        "concept",
+        "concepts_file",
+        "prompt",
+        "target",
+        "text",
+        "store",
+        "scorer",
+        "device",
+        "dtype",
+    )
     return {name: value for name, value in parameters.items() if name not in apart}
 
 
@@ -77,7 +98,9 @@ def _swept(run: Planned) -> int | None:
     None too for a notebook of one's own that has the name, but not the parameters.
     """
     seeds, window, most = (run.value(name) for name in ("seeds", "window", "max_prompts"))
-    if not (run.value("prompt") or run.value("concept")) or any(type(n or 0) is not int for n in (seeds, window, most)):
+    if not (run.value("prompt") or run.value("concept")) or any(
+        type(n or 0) is not int for n in (seeds, window, most)
+    ):
         return None
     entry = next((entry for entry in model_entries() if entry.name == run.value("model")), None)
     if entry is None or entry.layers is None or not seeds or seeds < 1:

@@ -37,7 +37,10 @@ class Failure:
 
 
 def execute(
-    notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    notebook: Path,
+    folder: Path,
+    parameters: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
 ) -> Failure | None:
     """Execute into `folder/notebook.ipynb`, in a kernel that works in `folder`; None when all went well.
 
@@ -49,7 +52,11 @@ def execute(
     from traitlets.config import Config
 
     # Sockets in a folder of their own, for its short name: a socket's path has some 100 bytes.
-    with _event_loop(), tempfile.TemporaryDirectory(prefix="loco-") as sockets, _watched(folder) as started:
+    with (
+        _event_loop(),
+        tempfile.TemporaryDirectory(prefix="loco-") as sockets,
+        _watched(folder) as started,
+    ):
         settings: dict[str, Any] = {
             "connection_file": str(Path(sockets, "kernel.json")),
             "shutdown_wait_time": 2,
@@ -71,7 +78,9 @@ def execute(
             )
         except papermill.PapermillExecutionError as error:
             named = "" if error.ename == "LocogenError" else f"{error.ename}: "
-            return Failure(named + re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)), error.exec_count)
+            return Failure(
+                named + re.sub(r"\x1b\[[0-9;]*m", "", str(error.evalue)), error.exec_count
+            )
         except DeadKernelError:
             return Failure(f"the kernel died, most often for want of memory{_last_words(log)}")
         except (RuntimeError, TimeoutError) as error:
@@ -104,7 +113,9 @@ def _watched(folder: Path) -> Iterator[list[int]]:
         while not over.wait(0.2):
             if processes and not folder.is_dir():
                 with contextlib.suppress(OSError):
-                    os.kill(processes[0], signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
+                    os.kill(
+                        processes[0], signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL
+                    )
                 return
 
     watcher = threading.Thread(target=watch, name=f"watch {folder.name}", daemon=True)
@@ -136,7 +147,9 @@ def _this_interpreter(log: Path, environment: Mapping[str, str], started: list[i
 
         async def _async_launch_kernel(self, kernel_cmd: list[str], **options: Any) -> None:
             with log.open("ab") as written:
-                await super()._async_launch_kernel(kernel_cmd, stdout=written, stderr=written, **options)
+                await super()._async_launch_kernel(
+                    kernel_cmd, stdout=written, stderr=written, **options
+                )
             started.extend(pid for pid in [getattr(self.provisioner, "pid", None)] if pid)
 
     return ThisInterpreter
@@ -144,7 +157,10 @@ def _this_interpreter(log: Path, environment: Mapping[str, str], started: list[i
 
 def hush() -> dict[str, int]:
     """Keep the libraries underneath quiet: what they say of a failed or stopped run, we say; the levels before."""
-    levels = {name: logging.getLogger(name).level for name in ("papermill", "asyncio", "traitlets", "distributed")}
+    levels = {
+        name: logging.getLogger(name).level
+        for name in ("papermill", "asyncio", "traitlets", "distributed")
+    }
     for name in levels:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return levels
@@ -169,7 +185,11 @@ def _last_words(log: Path) -> str:
 
 def _python_path() -> str:
     """Where the kernel, which works in another folder, finds what this process finds, locogen above all."""
-    entries = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    entries = [
+        str(Path(entry).absolute())
+        for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        if entry
+    ]
     home = _PACKAGE.parent
     if home.name not in ("site-packages", "dist-packages"):
         entries.append(str(home))

@@ -34,7 +34,9 @@ def circumstances() -> dict[str, Any]:
     return {"code": _code_hash(), "versions": versions()}
 
 
-def run_key(notebook: Path, values: Mapping[str, Any], base: Path, common: Mapping[str, Any]) -> str:
+def run_key(
+    notebook: Path, values: Mapping[str, Any], base: Path, common: Mapping[str, Any]
+) -> str:
     """Changes with what a result depends on: notebook, parameters, concept, weights, and the `circumstances`."""
     told: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values}
     used = {**defaults_of(notebook), **values}
@@ -47,7 +49,11 @@ def run_key(notebook: Path, values: Mapping[str, Any], base: Path, common: Mappi
 
 def _code_hash() -> str:
     """Of what a notebook can reach: not the command line, studies and pages, nor the mini model's trainer."""
-    files = [file for file in sorted(_PACKAGE.rglob("*.py")) if file.relative_to(_PACKAGE).parts[0] not in _APART]
+    files = [
+        file
+        for file in sorted(_PACKAGE.rglob("*.py"))
+        if file.relative_to(_PACKAGE).parts[0] not in _APART
+    ]
     files.append(_PACKAGE / "catalog" / "models.toml")  # what is usual for a model
     return hashed([__version__, *(file.read_text(encoding="utf-8") for file in files)])
 
@@ -60,7 +66,9 @@ def _weights_hash(name: str, base: Path) -> list[Any]:
     told: list[Any] = [name]
     for folder in [folder for folder in folders if folder]:
         files = sorted(file for file in folder.rglob("*") if file.is_file())
-        told += [(file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)) for file in files]
+        told += [
+            (file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)) for file in files
+        ]
     return told
 
 
@@ -70,7 +78,11 @@ def commits(notebook: Path, values: Mapping[str, Any]) -> dict[str, str]:
     They are no part of the key: a first run fetches its model, and is not to be done again for that.
     """
     used = {**defaults_of(notebook), **values}
-    found = {name: _commit(str(used[name]), scores=name == "scorer") for name in _WEIGHTS if used.get(name)}
+    found = {
+        name: _commit(str(used[name]), scores=name == "scorer")
+        for name in _WEIGHTS
+        if used.get(name)
+    }
     return {name: commit for name, commit in found.items() if commit}
 
 
@@ -78,12 +90,16 @@ def _commit(name: str, *, scores: bool) -> str:
     """As the hub's cache has it, of the first source that is there, in the order in which they are loaded."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    sources = [(name, "main")] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    sources = (
+        [(name, "main")] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
+    )
     if scores and "/" not in name:
         with contextlib.suppress(LocogenError):  # a folder
             entry = scorer_entry(name)
             sources = [(entry.id, entry.revision)]
-    elif own := next((entry for entry in model_entries() if entry.name == name and not entry.embedded), None):
+    elif own := next(
+        (entry for entry in model_entries() if entry.name == name and not entry.embedded), None
+    ):
         sources = [(own.id, own.revision), *((mirror, "main") for mirror in own.mirrors)]
     for id, revision in sources:
         ref = Path(HF_HUB_CACHE, "models--" + id.replace("/", "--"), "refs", revision)
@@ -104,4 +120,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     own = {"locogen": __version__, "python": platform.python_version()}
-    return own | {name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pandas")}
+    return own | {
+        name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pandas")
+    }

@@ -17,7 +17,12 @@ from locogen.errors import LocogenError, unknown
 
 ARRANGED = ("results",)  # parameters that a study sets itself
 _PACKAGE = Path(__file__).resolve().parent.parent
-_TYPES: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+}
 
 
 def notebook_file(name: str, base: Path) -> Path:
@@ -56,23 +61,35 @@ def _read(notebook: Path, changed: int) -> dict[str, dict[str, str]]:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
     if not tagged:
-        raise LocogenError(f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'")
+        raise LocogenError(
+            f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'"
+        )
     source = "".join(tagged[0]["source"])
     try:
         return {told["name"]: told for told in _assigned(source)}
     except (SyntaxError, tokenize.TokenError):
-        raise LocogenError(f"{notebook}: its parameters are not plain Python, a line each: seeds: int = 4") from None
+        raise LocogenError(
+            f"{notebook}: its parameters are not plain Python, a line each: seeds: int = 4"
+        ) from None
 
 
 def _assigned(source: str) -> Iterator[dict[str, str]]:
     """Each assignment of a cell: name, type as annotated, default as written, and the comment behind it."""
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
     for node in ast.parse(source).body:
         target = node.target if isinstance(node, ast.AnnAssign) else None
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]
-        if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+        if (
+            isinstance(target, ast.Name)
+            and isinstance(node, ast.Assign | ast.AnnAssign)
+            and node.value is not None
+        ):
             kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "None"
             default = ast.get_source_segment(source, node.value) or ""
             told = {"name": target.id, "inferred_type_name": kind, "default": default}
@@ -96,7 +113,9 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
             raise LocogenError(f"{name} is set by the study itself: leave it out")
         if name not in valid:
             listed = ", ".join(each for each in valid if each not in ARRANGED)
-            raise LocogenError(f"{unknown('parameter', name, valid)} ({notebook.name} takes: {listed})")
+            raise LocogenError(
+                f"{unknown('parameter', name, valid)} ({notebook.name} takes: {listed})"
+            )
         kind = valid[name]["inferred_type_name"]
         if kind in _TYPES and not _fits(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
@@ -118,4 +137,6 @@ def plain(value: Any) -> Any:
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, Iterable):
         return [plain(inner) for inner in value]
-    raise LocogenError(f"{value!r} is no parameter: give a text, a number, true, false or a list of these")
+    raise LocogenError(
+        f"{value!r} is no parameter: give a text, a number, true, false or a list of these"
+    )

@@ -44,7 +44,14 @@ from locogen.catalog import concept, model_entries, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
 from locogen.studies.keys import circumstances, commits, hashed, run_key
-from locogen.studies.notebooks import ARRANGED, check_parameters, defaults_of, notebook_file, parameters_of, plain
+from locogen.studies.notebooks import (
+    ARRANGED,
+    check_parameters,
+    defaults_of,
+    notebook_file,
+    parameters_of,
+    plain,
+)
 
 _ABOUT = ("title", "name")  # keys of a run that are not parameters
 _LISTS = {"notebooks": "notebook", "models": "model", "concepts": "concept"}
@@ -63,7 +70,9 @@ class Planned:
     base: Path  # the study's own folder: paths among the parameters start there
     folder: Path
     key: str = field(repr=False)
-    commits: Mapping[str, str] = field(default_factory=dict, repr=False)  # of hub weights, as this machine has them
+    commits: Mapping[str, str] = field(
+        default_factory=dict, repr=False
+    )  # of hub weights, as this machine has them
 
     @property
     def state(self) -> str:
@@ -71,7 +80,9 @@ class Planned:
         for name, state in (("result.json", "done"), ("error.json", "failed")):
             if (self.folder / name).is_file():
                 told = load_json(self.folder / name)
-                return state if told.get("key") == self.key and not self._moved(told) else "outdated"
+                return (
+                    state if told.get("key") == self.key and not self._moved(told) else "outdated"
+                )
         return "new"
 
     def _moved(self, told: Mapping[str, Any]) -> bool:
@@ -137,7 +148,9 @@ def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
         if key not in known:
             raise LocogenError(f"{path}: {unknown('key', key, known)}")
     if not isinstance(study.get("results", ""), str):
-        raise LocogenError(f'{path}: results is {study["results"]!r}: give a folder from here, such as results = "out"')
+        raise LocogenError(
+            f'{path}: results is {study["results"]!r}: give a folder from here, such as results = "out"'
+        )
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
             raise LocogenError(f"{path}: {name} is not a table: begin it with a line [{name}]")
@@ -145,9 +158,13 @@ def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
         tables = study.get(name, [])
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             none = "has no runs: " if name == "run" else ""
-            raise LocogenError(f"{path} {none}{name} is not a list of tables: begin each with a line [[{name}]]")
+            raise LocogenError(
+                f"{path} {none}{name} is not a list of tables: begin each with a line [[{name}]]"
+            )
     if not study.get("run") and not any(name in study for name in (*_LISTS, "concept", "grid")):
-        raise LocogenError(f'{path} has no runs: add some, each a line [[run]] and a line concept = "…"')
+        raise LocogenError(
+            f'{path} has no runs: add some, each a line [[run]] and a line concept = "…"'
+        )
     return list(study.get("run", [])) or [{}]
 
 
@@ -168,8 +185,14 @@ def _rows(study: Mapping[str, Any], block: Mapping[str, Any], base: Path) -> Ite
             axes[name] = _axis(name, block, study, [])
         axes |= {name: (_listed(name, values), True) for name, values in grid.items()}
         asked = {name for name in ("model", "concept", *block.get("grid", {})) if _has(block, name)}
-        used = {n: axis for n, axis in axes.items() if axis[0] and (n in valid or n in asked) and n not in own}
-        common = {name: plain(value) for name, value in study.get("defaults", {}).items() if name in valid}
+        used = {
+            n: axis
+            for n, axis in axes.items()
+            if axis[0] and (n in valid or n in asked) and n not in own
+        }
+        common = {
+            name: plain(value) for name, value in study.get("defaults", {}).items() if name in valid
+        }
         for chosen in itertools.product(*(values for values, _ in used.values())):
             picked = {name: plain(value) for name, value in zip(used, chosen, strict=True)}
             values = {**common, **picked, **own}
@@ -183,7 +206,9 @@ def _has(block: Mapping[str, Any], name: str) -> bool:
     return name in block or f"{name}s" in block or name in block.get("grid", {})
 
 
-def _axis(name: str, block: Mapping[str, Any], study: Mapping[str, Any], default: list[Any]) -> tuple[list[Any], bool]:
+def _axis(
+    name: str, block: Mapping[str, Any], study: Mapping[str, Any], default: list[Any]
+) -> tuple[list[Any], bool]:
     """The values of `name`, or of its plural, in the run's table or else at the top; and whether it is a list."""
     for table in (block, study):
         if name in table and f"{name}s" in table:
@@ -209,7 +234,13 @@ def _table(grid: Any) -> dict[str, Any]:
     return grid
 
 
-def _row(block: Mapping[str, Any], notebook: Path, values: dict[str, Any], marked: list[str], many_books: bool) -> _Row:
+def _row(
+    block: Mapping[str, Any],
+    notebook: Path,
+    values: dict[str, Any],
+    marked: list[str],
+    many_books: bool,
+) -> _Row:
     """The name of a combination: notebook, model, concept or own name, and the grid's values that it has."""
     called = str(block.get("name") or block.get("title") or "")
     before = [notebook.stem] if many_books else []
@@ -247,10 +278,16 @@ def _called(values: Mapping[str, Any], base: Path) -> str:
 def _check_common(study: Mapping[str, Any], rows: Iterable[_Row], path: Path) -> None:
     """What stands at the top is known to one of the notebooks; models and concepts are there."""
     valid: dict[str, Any] = {}
-    for notebook in {row.notebook for row in rows} | {notebook_file(str(b), path.parent) for b in _at_top(study)}:
+    for notebook in {row.notebook for row in rows} | {
+        notebook_file(str(b), path.parent) for b in _at_top(study)
+    }:
         valid |= parameters_of(notebook)
     common = {**study.get("defaults", {}), **study.get("grid", {})}
-    common |= {name: None for many, name in _LISTS.items() if name != "notebook" and (many in study or name in study)}
+    common |= {
+        name: None
+        for many, name in _LISTS.items()
+        if name != "notebook" and (many in study or name in study)
+    }
     for name in common:
         if name in ARRANGED:
             raise LocogenError(f"{path}: {name} is set by the study itself: leave it out")
@@ -261,8 +298,14 @@ def _check_common(study: Mapping[str, Any], rows: Iterable[_Row], path: Path) ->
         model = row.values.get("model")
         if isinstance(model, str) and "/" not in model and model not in known:
             raise LocogenError(f"{path}: {unknown('model', model, known)}")
-        if isinstance(model, str) and model.startswith((".", "/")) and not (path.parent / model).is_dir():
-            raise LocogenError(f"{path}: there is no folder {path.parent / model} to load a model from")
+        if (
+            isinstance(model, str)
+            and model.startswith((".", "/"))
+            and not (path.parent / model).is_dir()
+        ):
+            raise LocogenError(
+                f"{path}: there is no folder {path.parent / model} to load a model from"
+            )
         try:
             _called(row.values, path.parent)
         except LocogenError as error:
@@ -275,7 +318,9 @@ def _at_top(study: Mapping[str, Any]) -> list[Any]:
 
 def _kept(rows: list[_Row], rules: list[dict[str, Any]], path: Path) -> list[_Row]:
     """The rows that no `[[exclude]]` leaves out; one that leaves out none, or all of them, is a mistake."""
-    told = [{"notebook": row.notebook.stem, **defaults_of(row.notebook), **row.values} for row in rows]
+    told = [
+        {"notebook": row.notebook.stem, **defaults_of(row.notebook), **row.values} for row in rows
+    ]
     known = {name for values in told for name in values}
     left = [True] * len(rows)
     for number, rule in enumerate(rules, 1):
@@ -284,7 +329,9 @@ def _kept(rows: list[_Row], rules: list[dict[str, Any]], path: Path) -> list[_Ro
                 raise LocogenError(f"{path}: exclude {number}: {unknown('key', name, known)}")
         hits = [_matches(values, rule) for values in told]
         if not rule or not any(hits):
-            raise LocogenError(f"{path}: exclude {number} leaves nothing out: no run has {rule or 'no condition'}")
+            raise LocogenError(
+                f"{path}: exclude {number} leaves nothing out: no run has {rule or 'no condition'}"
+            )
         left = [keep and not hit for keep, hit in zip(left, hits, strict=True)]
     if not any(left):
         raise LocogenError(f"{path} has no runs: its exclusions leave out all {len(rows)}")
@@ -317,7 +364,9 @@ def _slugs(rows: list[_Row], path: Path) -> list[str]:
     for number, row in enumerate(rows, 1):
         whole = hashed([row.name, row.notebook, row.values])
         if whole in there:
-            raise LocogenError(f"{path}: run {number} ({row.name}) is there twice: change a parameter or take it out")
+            raise LocogenError(
+                f"{path}: run {number} ({row.name}) is there twice: change a parameter or take it out"
+            )
         there.add(whole)
         slug = slugify(row.name)
         while slug in taken:  # once, but for the odd run that is called by another's hash

@@ -87,7 +87,11 @@ class Board:
             self.costs.add(read_record(run.folder / "result.json").facts)
         self.end = self._end()
         state = "failed" if outcome.error else "done"
-        rate = f" · {outcome.made} pictures, {outcome.made / outcome.seconds:.1f}/s" if outcome.made else ""
+        rate = (
+            f" · {outcome.made} pictures, {outcome.made / outcome.seconds:.1f}/s"
+            if outcome.made
+            else ""
+        )
         told = f"[{self.total - len(self.left)}/{self.total}] {run.slug}  {state} in {duration(outcome.seconds)}{rate}"
         self.say(f"{told} · {outcome.error or outcome.said}{self._remaining()}")
 
@@ -125,7 +129,9 @@ class Board:
         table = Table.grid(padding=(0, 2))
         for slug, pace in self.at_work().items():
             bar = ProgressBar(pace.asked or None, pace.made, width=24, pulse=not pace.asked)
-            table.add_row(Text(slug, overflow="ellipsis", no_wrap=True), bar, Text(str(pace), no_wrap=True))
+            table.add_row(
+                Text(slug, overflow="ellipsis", no_wrap=True), bar, Text(str(pace), no_wrap=True)
+            )
         done = self.total - len(self.left)
         told = Text(f"{done}/{self.total} runs{self._remaining()}", no_wrap=True)
         table.add_row(Text("all"), ProgressBar(self.total, done, width=24), told)

@@ -159,8 +159,12 @@ _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         (is_text, "a text"),
     ),
     **dict.fromkeys(("concepts", "runs"), (_are_texts, "a list of texts")),
-    **dict.fromkeys(("settings", "parameters", "versions", "commits"), (_is_table, "a table of plain values")),
-    **dict.fromkeys(("pictures", "made", "cell", "published"), (_is_count, "a whole number from 0 up")),
+    **dict.fromkeys(
+        ("settings", "parameters", "versions", "commits"), (_is_table, "a table of plain values")
+    ),
+    **dict.fromkeys(
+        ("pictures", "made", "cell", "published"), (_is_count, "a whole number from 0 up")
+    ),
     "seconds": (_is_amount, "a number from 0 up"),
     "carriers": (_are_windows, "a list of windows, each with concept, start and width"),
 }

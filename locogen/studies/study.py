@@ -67,8 +67,13 @@ def run_study(
         kept = {run.slug: _told(run) for run in wanted if run not in todo and run.state == "failed"}
         failed: dict[str, str] = {}
         if todo:
-            base = Path(os.path.relpath(runs[0].base, results)).as_posix()  # where the runs' paths begin
-            write_json(results / "study.json", {"title": title, "base": base, "runs": [run.slug for run in runs]})
+            base = Path(
+                os.path.relpath(runs[0].base, results)
+            ).as_posix()  # where the runs' paths begin
+            write_json(
+                results / "study.json",
+                {"title": title, "base": base, "runs": [run.slug for run in runs]},
+            )
             with _board(results, todo, costs, engine, workers, scheduler) as (board, opened):
                 failed = _go(results, todo, board, opened, keep_going)
     if failed or kept:
@@ -100,9 +105,10 @@ def _selected(runs: tuple[Planned, ...], only: str | Iterable[str] | None) -> li
 
 def _told(run: Planned) -> str:
     """Why a run failed before, in a line."""
-    return (str(load_json(run.folder / "error.json").get("error", "")).strip().splitlines() or ["it did not say why"])[
-        0
-    ]
+    return (
+        str(load_json(run.folder / "error.json").get("error", "")).strip().splitlines()
+        or ["it did not say why"]
+    )[0]
 
 
 def _complaint(total: int, failed: dict[str, str], kept: dict[str, str]) -> str:
@@ -112,7 +118,12 @@ def _complaint(total: int, failed: dict[str, str], kept: dict[str, str]) -> str:
 
 
 def _show_plan(
-    title: str, results: Path, wanted: list[Planned], todo: list[Planned], states: dict[str, str], costs: Costs
+    title: str,
+    results: Path,
+    wanted: list[Planned],
+    todo: list[Planned],
+    states: dict[str, str],
+    costs: Costs,
 ) -> None:
     """The runs, the pictures they look at, what is there, and the time it takes, as far as these can be told."""
     print(f"{title}: {len(wanted)} runs, {len(todo)} to do, into {results}", flush=True)
@@ -125,7 +136,9 @@ def _show_plan(
         cost = [f"{counts[run.slug]} pictures"] if counts.get(run.slug) else []
         if run.slug in slugs and (seconds := costs.seconds(run)):
             cost.append(f"about {duration(seconds)}")
-        told = "  ".join([f"{run.slug:{width}}", state + again, *([", ".join(cost)] if cost else [])])
+        told = "  ".join(
+            [f"{run.slug:{width}}", state + again, *([", ".join(cost)] if cost else [])]
+        )
         print(f"  {told}", flush=True)
     if todo:
         print(_sum(results, todo, counts, costs), flush=True)
@@ -134,16 +147,29 @@ def _show_plan(
 def _sum(results: Path, todo: list[Planned], counts: dict[str, int | None], costs: Costs) -> str:
     """What is to be made in all, what the store holds, and the time in one worker."""
     known = [count for count in counts.values() if count is not None]
-    more = f" and those of {len(todo) - len(known)} more that cannot be told yet" if len(known) < len(todo) else ""
+    more = (
+        f" and those of {len(todo) - len(known)} more that cannot be told yet"
+        if len(known) < len(todo)
+        else ""
+    )
     held = sum(1 for _ in (results / "store").glob("*.png")) if (results / "store").is_dir() else 0
     seconds = costs.left(todo, 1)
-    took = "no run like these has been timed yet" if seconds is None else f"about {duration(seconds)} in one worker"
+    took = (
+        "no run like these has been timed yet"
+        if seconds is None
+        else f"about {duration(seconds)} in one worker"
+    )
     return f"to make: {sum(known)} pictures{more}; the store holds {held}; {took}"
 
 
 @contextlib.contextmanager
 def _board(
-    results: Path, todo: list[Planned], costs: Costs, engine: str, workers: int | None, scheduler: str | None
+    results: Path,
+    todo: list[Planned],
+    costs: Costs,
+    engine: str,
+    workers: int | None,
+    scheduler: str | None,
 ) -> Iterator[tuple[Board, Engine]]:
     """The engine at work, and the board that tells of it."""
     from locogen.studies.engines import opened
@@ -153,14 +179,19 @@ def _board(
     try:
         with silence(), opened(engine, todo, workers, scheduler) as chosen:
             threads = f" (threads of each: {chosen.threads})" if chosen.threads else ""
-            print(f"{engine}: {chosen.workers or 'no worker yet, so none'} at once{threads}", flush=True)
+            print(
+                f"{engine}: {chosen.workers or 'no worker yet, so none'} at once{threads}",
+                flush=True,
+            )
             with Board(results, todo, chosen.workers, costs) as board:
                 yield board, chosen
     finally:
         clear(results)  # of a Dask worker that was told to stop in the middle
 
 
-def _go(results: Path, todo: list[Planned], board: Board, engine: Engine, keep_going: bool) -> dict[str, str]:
+def _go(
+    results: Path, todo: list[Planned], board: Board, engine: Engine, keep_going: bool
+) -> dict[str, str]:
     """Submit every run, and tell of each when it is over; slug → error of those that failed."""
     from locogen.studies.worker import run_one
 
@@ -190,7 +221,9 @@ def _go(results: Path, todo: list[Planned], board: Board, engine: Engine, keep_g
         _stop(results, waiting)
         raise
     if left and failed and not keep_going:
-        board.say(f"stopped at the first failure; left: {', '.join(left)}. --keep-going runs them all the same.")
+        board.say(
+            f"stopped at the first failure; left: {', '.join(left)}. --keep-going runs them all the same."
+        )
         return failed
     return failed | _lost(left)
 
@@ -200,7 +233,9 @@ def _lost(left: Mapping[str, Planned]) -> dict[str, str]:
 
     A Dask scheduler that goes away cancels all its futures. What was published before counts.
     """
-    message = "not finished: Dask's scheduler or the way to it was lost. The same command runs it again"
+    message = (
+        "not finished: Dask's scheduler or the way to it was lost. The same command runs it again"
+    )
     return {slug: message for slug, run in left.items() if run.state != "done"}
 
 

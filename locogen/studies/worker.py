@@ -27,7 +27,12 @@ from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned
 from locogen.studies.records import is_window
 
-_PATHS = ("concepts_file", "store", "model", "scorer")  # parameters that may be paths, from the study's folder
+_PATHS = (
+    "concepts_file",
+    "store",
+    "model",
+    "scorer",
+)  # parameters that may be paths, from the study's folder
 _here = threading.local()  # the GPU of this thread
 
 
@@ -55,7 +60,9 @@ def run_one(run: Planned, threads: int | None = None) -> Outcome:
     start = time.perf_counter()
     try:
         with writing(partial.parent):
-            error = execute(run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads))
+            error = execute(
+                run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads)
+            )
             return _publish(run, partial, error, time.perf_counter() - start)
     except (OSError, CannotWrite):
         if partial.is_dir():
@@ -72,7 +79,9 @@ def _working_folder(run: Planned) -> Path:
         with writing(partial.parent):
             partial.mkdir()
     except FileNotFoundError:
-        raise LocogenError(f"this worker sees no folder {partial.parent}: workers share it, at the same path") from None
+        raise LocogenError(
+            f"this worker sees no folder {partial.parent}: workers share it, at the same path"
+        ) from None
     return partial
 
 
@@ -93,12 +102,26 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
     for name in ("finding.json", "progress.json"):
         (partial / name).unlink(missing_ok=True)
     forget_place(partial / "notebook.ipynb")
-    result = {**_about(run), **found, "key": run.key, "title": run.title, "notebook": run.notebook.stem}
+    result = {
+        **_about(run),
+        **found,
+        "key": run.key,
+        "title": run.title,
+        "notebook": run.notebook.stem,
+    }
     if "model" in run.parameters:
         result["model"] = run.parameters["model"]  # the kernel saw a folder from its own place
-    result |= {"parameters": dict(run.parameters), "versions": versions(), "seconds": round(seconds, 1), "made": made}
+    result |= {
+        "parameters": dict(run.parameters),
+        "versions": versions(),
+        "seconds": round(seconds, 1),
+        "made": made,
+    }
     result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-    result["commits"] = {**commits(run.notebook, run.parameters), **run.commits}  # or as the run has fetched them
+    result["commits"] = {
+        **commits(run.notebook, run.parameters),
+        **run.commits,
+    }  # or as the run has fetched them
     if error:
         result |= {"error": error.message, "cell": error.cell}
     write_json(partial / ("error.json" if error else "result.json"), result)
@@ -144,7 +167,9 @@ def forget_place(executed: Path) -> None:
     """Take out where on this machine the notebook was executed: pages are shared."""
     if book := load_json(executed):
         told = book.get("metadata", {}).get("papermill", {})
-        told.update({key: Path(told[key]).name for key in ("input_path", "output_path") if told.get(key)})
+        told.update(
+            {key: Path(told[key]).name for key in ("input_path", "output_path") if told.get(key)}
+        )
         write_json(executed, book)
 
 

@@ -68,11 +68,17 @@ class Explorer:
     has changed since the run.
     """
 
-    def __init__(self, run: Run, pipe: Any = None, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, run: Run, pipe: Any = None, options: Mapping[str, Any] | None = None
+    ) -> None:
         if "clip_score" not in run.table:
-            raise LocogenError("explore shows a run of localize: this one has no scores, so there is no heatmap")
+            raise LocogenError(
+                "explore shows a run of localize: this one has no scores, so there is no heatmap"
+            )
         if pipe is not None and fingerprint(pipe) != run.settings["weights"]:
-            raise LocogenError("the model's weights are not the run's: undo its edits, or call localize again")
+            raise LocogenError(
+                "the model's weights are not the run's: undo its edits, or call localize again"
+            )
         self.run = run
         self.pipe = pipe
         self.options = dict(options or {})
@@ -110,7 +116,9 @@ class Explorer:
 
     def pair(self, look: Look) -> PromptPair:
         """The prompt looked at with its target."""
-        return next(pair for pair in self.concepts[look.concept].pairs if pair.prompt == look.prompt)
+        return next(
+            pair for pair in self.concepts[look.concept].pairs if pair.prompt == look.prompt
+        )
 
     def narrowest(self, look: Look) -> int:
         """How many neurons the narrowest matrix of the layers looked at has; 0 without a model."""
@@ -150,8 +158,12 @@ class Explorer:
         every = tuple(range(self.n_layers))
         rows = {
             "baseline": Intervention(role="baseline", **common),
-            f"{look.window} hearing “{pair.target}”": Intervention(layers=tuple(look.window), **replaced),
-            f"all layers hearing “{pair.target}”": Intervention(layers=every, role="ceiling", **replaced),
+            f"{look.window} hearing “{pair.target}”": Intervention(
+                layers=tuple(look.window), **replaced
+            ),
+            f"all layers hearing “{pair.target}”": Intervention(
+                layers=every, role="ceiling", **replaced
+            ),
         }
         pictures = self._pictures(list(rows.values()))
         for label, (picture, score) in zip(rows, pictures, strict=True):
@@ -200,16 +212,22 @@ class Explorer:
         `besides`: the one setting that may differ, because it is being changed.
         """
         # Compared after the pictures are made: their settings are those that were in force.
-        settings = {name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")}
+        settings = {
+            name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")
+        }
         run = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
         for name in sorted(set(CIRCUMSTANCES) - {besides}):
             if run.settings[name] != self.run.settings[name]:
-                raise LocogenError(f"the model's {name} changed since the run: undo that, or call localize again")
+                raise LocogenError(
+                    f"the model's {name} changed since the run: undo that, or call localize again"
+                )
         return list(run.pictures)
 
     def _model(self) -> Any:
         if self.pipe is None:
-            raise LocogenError("the run has no such picture, and there is no model to make it: explore(run, pipe=…)")
+            raise LocogenError(
+                "the run has no such picture, and there is no model to make it: explore(run, pipe=…)"
+            )
         return self.pipe
 
     def _edit(self, look: Look) -> Edit:
@@ -227,7 +245,9 @@ class Explorer:
             concept = self.concepts[look.concept]
             # One pair is too few to tell neurons apart: then other phrasings are read as well.
             phrasings = default_phrasings(concept) if len(concept.pairs) == 1 else None
-            self._memory[key] = find_neurons(self._model(), concept, layers=look.window, phrasings=phrasings)
+            self._memory[key] = find_neurons(
+                self._model(), concept, layers=look.window, phrasings=phrasings
+            )
         return self._memory[key]
 
 

@@ -28,8 +28,12 @@ def trace_matrix(effects: pd.DataFrame, *, text: bool) -> pd.DataFrame:
     rows = rows[rows["axis"].str.startswith("text ") == text]
     if rows.empty or rows["concept"].nunique() != 1:
         side = "text encoder" if text else "denoiser"
-        raise LocogenError(f"there is no trace of one concept's {side} here: give trace_effect(run.table) of one run")
-    matrix = rows.astype({"position": int}).pivot(index="axis", columns="position", values="estimate")
+        raise LocogenError(
+            f"there is no trace of one concept's {side} here: give trace_effect(run.table) of one run"
+        )
+    matrix = rows.astype({"position": int}).pivot(
+        index="axis", columns="position", values="estimate"
+    )
     return matrix.reindex(index=list(dict.fromkeys(rows["axis"]))).astype(float)
 
 
@@ -90,7 +94,9 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         # Methods measure in different units: only the shape of their profiles can be compared.
         largest = rows["estimate"].max() if len(rows) else 0
         if not largest > 0:
-            raise LocogenError(f"{method} has no layer with a positive effect: there is no profile to draw")
+            raise LocogenError(
+                f"{method} has no layer with a positive effect: there is no profile to draw"
+            )
         columns = {
             "method": method,
             "at": rows["position"] + (rows["width"] - 1) / 2,

@@ -173,7 +173,9 @@ def plot_scores(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_curve(effects: pd.DataFrame, concept: str | None = None, *, ax: Axes | None = None) -> Axes:
+def plot_curve(
+    effects: pd.DataFrame, concept: str | None = None, *, ax: Axes | None = None
+) -> Axes:
     """Draw the effect by window start with 95 % intervals, for one concept.
 
     Args:
@@ -265,7 +267,9 @@ def plot_strip(
         ['red', '★ blue']
     """
     if len(pictures) != len(labels) or not pictures:
-        raise LocogenError(f"{len(pictures)} pictures and {len(labels)} labels: give one label a picture, at least one")
+        raise LocogenError(
+            f"{len(pictures)} pictures and {len(labels)} labels: give one label a picture, at least one"
+        )
     columns = min(columns or 8, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
@@ -281,7 +285,9 @@ def plot_strip(
     return fig
 
 
-def _strip_figure(texts: Sequence[str], rows: int, columns: int, cell: tuple[float, float]) -> Figure:
+def _strip_figure(
+    texts: Sequence[str], rows: int, columns: int, cell: tuple[float, float]
+) -> Figure:
     """A figure with room for cells of this size (inches) and their labels."""
     import matplotlib.pyplot as plt
 
@@ -445,7 +451,9 @@ def _colorbar(matrix: pd.DataFrame, label: str) -> dict[str, Any]:
     return {"label": label, "location": "bottom", "shrink": 0.5, "aspect": 40, "pad": 0.05}
 
 
-def _finish(ax: Axes, matrix: pd.DataFrame, names: list[str], layer_names: Sequence[str] | None) -> None:
+def _finish(
+    ax: Axes, matrix: pd.DataFrame, names: list[str], layer_names: Sequence[str] | None
+) -> None:
     """Ticks and labels of a heatmap over window starts."""
     columns = list(matrix.columns)
     places = _tick_places(columns, layer_names)
@@ -495,7 +503,9 @@ def draw_star(ax: Axes, row: int, column: int) -> None:
     ax.plot(column + 0.84, row + 0.22, "*", zorder=6, **looks)
 
 
-def _series(ax: Axes, rows: list[dict[str, Any]], shift: float, label: str, style: str, color: str) -> None:
+def _series(
+    ax: Axes, rows: list[dict[str, Any]], shift: float, label: str, style: str, color: str
+) -> None:
     """Points with 95 % intervals, shifted so that two series do not hide each other."""
     # Intervals are drawn as distances from the points.
     places = [int(row["position"]) + shift for row in rows]

@@ -40,11 +40,18 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     rows = _unedited(table)
     swept = rows[rows["role"] == "window"]
     if swept.empty:
-        raise LocogenError("the pictures table has no row of role 'window': plot_scores() needs a sweep")
+        raise LocogenError(
+            "the pictures table has no row of role 'window': plot_scores() needs a sweep"
+        )
     means = swept.astype({"start": int}).groupby(["concept", "start"])["clip_score"].mean()
-    matrix = means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
+    matrix = (
+        means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
+    )
     matrix.columns = [int(start) for start in matrix.columns]
-    controls = {role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean() for role in CONTROLS}
+    controls = {
+        role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean()
+        for role in CONTROLS
+    }
     # Sweeps without controls have a baseline only.
     present = {role: mean for role, mean in controls.items() if len(mean)}
     if present:
@@ -59,11 +66,15 @@ def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.Da
     rows: Any = effects[effects["axis"] == "timesteps"]
     names = list(dict.fromkeys(rows["concept"]))
     if not names:
-        raise LocogenError("the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]")
+        raise LocogenError(
+            "the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]"
+        )
     concept = _one_concept(concept, names, "plot_timesteps")
     whole = dict.fromkeys(("first_timestep", "last_timestep", "position"), int)
     rows = rows[rows["concept"] == concept].astype(whole)
-    matrix = rows.pivot(index=["first_timestep", "last_timestep"], columns="position", values="estimate").sort_index()
+    matrix = rows.pivot(
+        index=["first_timestep", "last_timestep"], columns="position", values="estimate"
+    ).sort_index()
     matrix.index = [_span_label(first, last) for first, last in matrix.index]
     matrix.columns = [int(start) for start in matrix.columns]
     return matrix.astype(float)
@@ -125,7 +136,9 @@ def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
     return rows.assign(label=labels, marked=marked)
 
 
-def carrier_cells(effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer") -> dict[str, int | None]:
+def carrier_cells(
+    effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer"
+) -> dict[str, int | None]:
     """Row of `effect_matrix` → start of its carrier; None: no single window."""
     rows = _along(effects, axis)
     windows = _by_concept(carriers, list(rows["concept"].unique()))
@@ -305,7 +318,9 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
     start = None if carrier is None else carrier.start
     at = _largest(lines) if start is None else int(start)
     if at not in lines:
-        raise LocogenError(f"{label}: its carrier starts at layer {at}, which the effects table does not have")
+        raise LocogenError(
+            f"{label}: its carrier starts at layer {at}, which the effects table does not have"
+        )
     line = lines[at]
     width = int(line.get("width", 1)) if carrier is None else carrier.width
     # A carrier is spoken of by what was measured on other seeds than those that chose it.
@@ -357,7 +372,9 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
 
 def _chosen_apart(lines: Mapping[int, Row]) -> bool:
     """Whether `fresh` comes from other seeds than `choose`; few seeds serve for both."""
-    pairs: list[tuple[Any, Any]] = [(line.get("choose"), line.get("fresh")) for line in lines.values()]
+    pairs: list[tuple[Any, Any]] = [
+        (line.get("choose"), line.get("fresh")) for line in lines.values()
+    ]
     if any(missing(choose) or missing(fresh) for choose, fresh in pairs):
         return False
     return not all(math.isclose(choose, fresh, abs_tol=1e-12) for choose, fresh in pairs)
@@ -365,7 +382,9 @@ def _chosen_apart(lines: Mapping[int, Row]) -> bool:
 
 def _along(effects: Any, axis: str) -> Any:
     """The rows of one axis, with a `label` that tells methods and widths apart."""
-    rows = effects[(effects["axis"] == axis) & effects["position"].notna()].astype({"position": int})
+    rows = effects[(effects["axis"] == axis) & effects["position"].notna()].astype(
+        {"position": int}
+    )
     if rows.empty:
         axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
         raise LocogenError(f"the effects table has no positions along {axis!r}: it has {axes}")
@@ -378,7 +397,9 @@ def _along(effects: Any, axis: str) -> Any:
     repeated = rows[rows.duplicated(["label", "position"])]
     if len(repeated):
         name, start = repeated[["label", "position"]].iloc[0]
-        raise LocogenError(f"{name}: the effects table has {axis} {start} more than once: give one run's table")
+        raise LocogenError(
+            f"{name}: the effects table has {axis} {start} more than once: give one run's table"
+        )
     return rows
 
 
@@ -395,7 +416,9 @@ def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Win
     if isinstance(carriers, Mapping):
         return carriers
     if len(concepts) != 1:
-        raise LocogenError(f"one carrier window for {len(concepts)} concepts: give a dict, concept → Window")
+        raise LocogenError(
+            f"one carrier window for {len(concepts)} concepts: give a dict, concept → Window"
+        )
     return {concepts[0]: carriers}
 
 
@@ -410,7 +433,9 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     }
     parts = []
     for measure, row in measures.items():
-        parts.append(f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)")
+        parts.append(
+            f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)"
+        )
     text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(parts)}."
 
     controls = rows[rows.index.get_level_values("arm") != arm]
@@ -422,7 +447,9 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     of_controls = scores.drop(arm)
     best = str(of_controls.idxmax())
     verb = "more" if float(scores[arm]) > of_controls.max() else "no more"
-    moved = [_percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity")]
+    moved = [
+        _percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity")
+    ]
     return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({' and '.join(moved)})."
 
 

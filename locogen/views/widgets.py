@@ -158,7 +158,9 @@ class ExplorerBox(ipywidgets.VBox):
         }
         prompts = [pair.prompt for pair in explorer.concepts[look.concept].pairs]
         self.cells = {name: self._row(name, place) for place, name in enumerate(explorer.concepts)}
-        self.prompt = ipywidgets.Dropdown(options=prompts, description="prompt", style=common["style"])
+        self.prompt = ipywidgets.Dropdown(
+            options=prompts, description="prompt", style=common["style"]
+        )
         self.prompt.layout.width = "min(36em, 100%)"
         self.seed = ipywidgets.BoundedIntText(look.seed, 0, 2**31 - 1, description="seed", **common)
         self.window = ipywidgets.IntRangeSlider(
@@ -172,8 +174,12 @@ class ExplorerBox(ipywidgets.VBox):
             0, min=0, max=2, step=0.25, description="edit strength", disabled=no_model, **common
         )
         self.strength.tooltip = "how much of an edit of these layers is applied; 0: none"
-        self.neurons = ipywidgets.IntSlider(0, min=0, max=1, description="neurons", disabled=no_model, **common)
-        self.neurons.tooltip = "how many neurons of each key and value matrix of these layers are clamped; 0: none"
+        self.neurons = ipywidgets.IntSlider(
+            0, min=0, max=1, description="neurons", disabled=no_model, **common
+        )
+        self.neurons.tooltip = (
+            "how many neurons of each key and value matrix of these layers are clamped; 0: none"
+        )
 
     def _controls(self) -> tuple[Any, ...]:
         return self.prompt, self.seed, self.window, self.strength, self.neurons
@@ -191,7 +197,9 @@ class ExplorerBox(ipywidgets.VBox):
             effect = number(cell["estimate"], digits)
             options.append((f"{layers}\n{effect}", start))
             tooltips.append(f"{name}, layers {layers}: effect {effect}")
-        row = ipywidgets.ToggleButtons(options=options, value=None, tooltips=tooltips, description=name)
+        row = ipywidgets.ToggleButtons(
+            options=options, value=None, tooltips=tooltips, description=name
+        )
         row.style.description_width = "7em"
         row.style.button_width = "3.8em"
         row.add_class(f"{self._name}-{place}")
@@ -345,6 +353,4 @@ def _png(picture: Image) -> bytes:
 
 def _image(png: bytes, alt: str, width: int, style: str = "") -> str:
     data = base64.b64encode(png).decode()
-    return (
-        f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" src="data:image/png;base64,{data}">'
-    )
+    return f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" src="data:image/png;base64,{data}">'

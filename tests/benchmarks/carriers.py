@@ -25,7 +25,10 @@ def row(effects: pd.DataFrame) -> dict[str, Any]:
     layer: Any = effects.query("axis == 'layer'").set_index("position")
     start = int(layer["choose"].idxmax())
     line = layer.loc[start]
-    told = {name: float(line[name]) for name in ("fresh", "fresh_low", "fresh_high", "share", "baseline")}
+    told = {
+        name: float(line[name])
+        for name in ("fresh", "fresh_low", "fresh_high", "share", "baseline")
+    }
     return {"found": best.start is not None, "start": start, "verdict": best.reason, **told}
 
 
@@ -33,7 +36,8 @@ def selected(table: pd.DataFrame, each: int) -> list[str]:
     """Every style, and the first so many objects and facts of each kind."""
     groups = table["kind"] + table["note"].str.split(":").str[0].fillna("")
     rows = [
-        part if kind == "style" or not each else part.head(each) for kind, part in table.groupby(groups, sort=False)
+        part if kind == "style" or not each else part.head(each)
+        for kind, part in table.groupby(groups, sort=False)
     ]
     return [identity for part in rows for identity in part["id"]]
 
@@ -41,7 +45,11 @@ def selected(table: pd.DataFrame, each: int) -> list[str]:
 def said(line: dict[str, Any]) -> str:
     """One cell of the printed table."""
     value = f"{line['start']}: {line['fresh']:+.2f} [{line['fresh_low']:+.2f}, {line['fresh_high']:+.2f}]"
-    return f"{value}, {line['share']:.0%}" if line["found"] else f"none (best {value}, {line['share']:.0%})"
+    return (
+        f"{value}, {line['share']:.0%}"
+        if line["found"]
+        else f"none (best {value}, {line['share']:.0%})"
+    )
 
 
 def main() -> None:
@@ -50,9 +58,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/carriers"))
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument(
+        "--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all"
+    )
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--each", type=int, default=4, help="objects, and facts of each kind; 0: all")
+    parser.add_argument(
+        "--each", type=int, default=4, help="objects, and facts of each kind; 0: all"
+    )
     parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
     chosen = parser.parse_args()
     pipe = loco.load(chosen.model)
@@ -63,15 +75,31 @@ def main() -> None:
     for identity in chosen.only or selected(table, chosen.each):
         concept = loco.concept(identity)
         concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
-        options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps}
+        options: dict[str, Any] = {
+            "seeds": range(chosen.seeds),
+            "num_inference_steps": chosen.steps,
+        }
         options |= {"store": chosen.folder / "store", "progress": False}
         run = loco.localize(pipe, concept, scorer="mini", **options)
         again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
         by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again))
-        same = abs(by_clip["start"] - by_judge["start"]) < 2 if by_clip["found"] and by_judge["found"] else None
+        same = (
+            abs(by_clip["start"] - by_judge["start"]) < 2
+            if by_clip["found"] and by_judge["found"]
+            else None
+        )
         note = str(table.set_index("id").loc[identity, "note"])
-        found[identity] = {"kind": concept.kind, "note": note, "clip": by_clip, "judge": by_judge, "same": same}
-        print(f"| {identity} | {concept.kind} | {said(by_clip)} | {said(by_judge)} | {same} |", flush=True)
+        found[identity] = {
+            "kind": concept.kind,
+            "note": note,
+            "clip": by_clip,
+            "judge": by_judge,
+            "same": same,
+        }
+        print(
+            f"| {identity} | {concept.kind} | {said(by_clip)} | {said(by_judge)} | {same} |",
+            flush=True,
+        )
         (chosen.folder / "carriers.json").write_text(json.dumps(found, indent=1))
 
 

@@ -26,7 +26,9 @@ from locogen.phrasings import Phrasing, default_phrasings
 
 CHOOSE = 3  # every third object chooses a style's settings, the others report
 # Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
-FITTED, CHOOSING, REPORTING = (tuple(world.STYLES[i] for i in part) for part in ((1, 7), (2, 5), (0, 3, 4, 6)))
+FITTED, CHOOSING, REPORTING = (
+    tuple(world.STYLES[i] for i in part) for part in ((1, 7), (2, 5), (0, 3, 4, 6))
+)
 
 
 def styles_of(thing: str) -> list[str]:
@@ -40,8 +42,15 @@ def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
     Half of the wordings name the style as no default phrasing does.
     """
     among = tuple(f"style of {style}" for style in world.STYLES)
-    own = [(text, name) for thing in things if name in styles_of(thing) for text in wordings(thing, name)[::3]]
-    others = [(world.prompt(t, style), style) for t in things for style in styles_of(t) if style != name]
+    own = [
+        (text, name)
+        for thing in things
+        if name in styles_of(thing)
+        for text in wordings(thing, name)[::3]
+    ]
+    others = [
+        (world.prompt(t, style), style) for t in things for style in styles_of(t) if style != name
+    ]
     return [
         Probe("efficacy" if style == name else "specificity", text, f"style of {style}", among)
         for text, style in own + others
@@ -53,9 +62,13 @@ def wordings(thing: str, style: str) -> list[str]:
     named = world.with_article(thing)
     if style == world.STYLES[0]:
         return [f"a small picture of {named}"]
-    heads = [f"{head} {named}" for head in ("a picture of", "an image of", "a small picture of")] + [named]
+    heads = [
+        f"{head} {named}" for head in ("a picture of", "an image of", "a small picture of")
+    ] + [named]
     return [
-        tail.format(head, style) for tail in ("{} in the style of {}", "{} in {} style", "{}, {}") for head in heads
+        tail.format(head, style)
+        for tail in ("{} in the style of {}", "{} in {} style", "{}, {}")
+        for head in heads
     ]
 
 
@@ -64,7 +77,9 @@ def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
     among, shown = world.OBJECTS, [s for s in styles if s in styles_of(answer)]
     own = [Probe("efficacy", text, answer, among) for s in shown for text in wordings(words, s)]
     said = [Probe("generality", text, answer, among) for s in shown for text in wordings(answer, s)]
-    others = [(o, o) for o in world.OBJECTS if o != answer] + [(f, a) for f, a in world.FACTS.items() if a != answer]
+    others = [(o, o) for o in world.OBJECTS if o != answer] + [
+        (f, a) for f, a in world.FACTS.items() if a != answer
+    ]
     return (own + (said if words != answer else [])) + [
         Probe("specificity", wordings(other, s)[0], seen, among)
         for other, seen in others
@@ -75,15 +90,23 @@ def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
 
 def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
     if concept.kind == "style":
-        return style_probes(concept.name, [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing])
+        return style_probes(
+            concept.name, [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing]
+        )
     every = thing_probes(*words_of(concept), CHOOSING if choosing else REPORTING)
-    return [p for i, p in enumerate(every) if p.measure != "specificity" or i % (2 if choosing else 1) == 0]
+    return [
+        p
+        for i, p in enumerate(every)
+        if p.measure != "specificity" or i % (2 if choosing else 1) == 0
+    ]
 
 
 def words_of(concept: loco.Concept) -> tuple[str, str]:
     """How prompts name the concept, and the object that it is."""
     return (
-        (concept.name,) * 2 if concept.kind != "fact" else (f"the {concept.name}", world.FACTS[f"the {concept.name}"])
+        (concept.name,) * 2
+        if concept.kind != "fact"
+        else (f"the {concept.name}", world.FACTS[f"the {concept.name}"])
     )
 
 
@@ -96,28 +119,43 @@ def settings_of(concept: loco.Concept) -> dict[str, tuple[dict[str, Any], tuple[
     end, subject = dict(tokens="end", ridge=1.0), dict(tokens="subject", ridge=1.0)
     if concept.kind == "style":
         tried["end, 1"] = (end, (1, 1.3))
-        kept = dict(preserve=neighbors(concept)[::3], preserve_weight=0.01)  # in the default wording only
+        kept = dict(
+            preserve=neighbors(concept)[::3], preserve_weight=0.01
+        )  # in the default wording only
         tried["end, 0.1, neighbors preserved"] = (end | dict(ridge=0.1) | kept, (1, 1.15, 1.3))
-        styled = dict(phrasings=in_wordings(concept), preserve=neighbors(concept), preserve_weight=0.03)
+        styled = dict(
+            phrasings=in_wordings(concept), preserve=neighbors(concept), preserve_weight=0.03
+        )
         tried["end, 1, in wordings, neighbors preserved"] = (end | styled, (1,))
         # Every position says the style, so a large λ will do, which leaves more of the weights as they are.
         every = dict(tokens="all", preserve=neighbors(concept), preserve_weight=0.03)
         for ridge in (3.0, 10.0):
-            tried[f"all, {ridge:g}, neighbors preserved"] = (every | dict(ridge=ridge), (1, 1.15, 1.3))
+            tried[f"all, {ridge:g}, neighbors preserved"] = (
+                every | dict(ridge=ridge),
+                (1, 1.15, 1.3),
+            )
         return tried
     alone = tuple(f"a picture in the style of {style}" for style in world.STYLES)
-    styled = dict(phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])])
+    styled = dict(
+        phrasings=[*default_phrasings(concept), *in_styles(default_phrasings(concept)[1])]
+    )
     kept = dict(preserve=alone + neighbors(concept))
     tried["end, 1, in styles"] = (end | styled, (1,))
     tried["end, 1, in styles, styles and neighbors preserved"] = (end | styled | kept, (1, 1.5, 2))
-    tried["subject, 1, in styles, styles and neighbors preserved"] = (subject | styled | kept, (1, 1.5))
+    tried["subject, 1, in styles, styles and neighbors preserved"] = (
+        subject | styled | kept,
+        (1, 1.5),
+    )
     return tried
 
 
 def in_wordings(concept: loco.Concept) -> list[Phrasing]:
     """The default phrasings of a style, and two that put it in other words."""
     tails = (f" in {concept.name} style", f", {concept.name}")
-    return [*default_phrasings(concept), *(Phrasing(f"a picture{t}", "a picture", concept.name) for t in tails)]
+    return [
+        *default_phrasings(concept),
+        *(Phrasing(f"a picture{t}", "a picture", concept.name) for t in tails),
+    ]
 
 
 def in_styles(plain: Phrasing) -> list[Phrasing]:
@@ -137,7 +175,9 @@ def neighbors(concept: loco.Concept) -> tuple[str, ...]:
     return tuple(f"a picture of {world.with_article(name)}" for name in named)
 
 
-def places(pipe: Any, concept: loco.Concept, store: Path, options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+def places(
+    pipe: Any, concept: loco.Concept, store: Path, options: argparse.Namespace
+) -> dict[str, tuple[int, ...]]:
     """What is edited: the carrier, for objects and facts also with a layer more at each side; or the two best places.
 
     Two places that do not overlap are taken together where no single window stands out.
@@ -171,7 +211,9 @@ def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 def divided(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
     """Probes of the concept itself, which take more seeds, and of its neighbors."""
-    return [p for p in probes if p.measure != "specificity"], [p for p in probes if p.measure == "specificity"]
+    return [p for p in probes if p.measure != "specificity"], [
+        p for p in probes if p.measure == "specificity"
+    ]
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -192,7 +234,9 @@ def choice(tried: dict[str, Any]) -> str:
     return min(tried, key=lambda name: cost(tried[name]))
 
 
-def settle(pipe: Any, concept: loco.Concept, common: dict[str, Any], options: argparse.Namespace) -> tuple[Any, ...]:
+def settle(
+    pipe: Any, concept: loco.Concept, common: dict[str, Any], options: argparse.Namespace
+) -> tuple[Any, ...]:
     """The edit, its strength, place and settings that did best on the choosing prompts, and what all did there."""
     own, others = divided(probes_of(concept, True))
     seeds = range(2 if concept.kind == "style" else 1)  # of neighbors
@@ -203,8 +247,19 @@ def settle(pipe: Any, concept: loco.Concept, common: dict[str, Any], options: ar
             for strength in strengths:
                 arm = f"{place}: {name}" + (f", × {strength:g}" if strength != 1 else "")
                 edits[arm] = (edit, strength, place, name)
-                lines = rates(loco.evaluate(pipe, {arm: edit}, own, seeds=range(2), strength=strength, **common))
-                merge(lines, rates(loco.evaluate(pipe, {arm: edit}, others, seeds=seeds, strength=strength, **common)))
+                lines = rates(
+                    loco.evaluate(
+                        pipe, {arm: edit}, own, seeds=range(2), strength=strength, **common
+                    )
+                )
+                merge(
+                    lines,
+                    rates(
+                        loco.evaluate(
+                            pipe, {arm: edit}, others, seeds=seeds, strength=strength, **common
+                        )
+                    ),
+                )
                 tried |= lines
     return *edits[choice(tried)], tried
 
@@ -230,20 +285,34 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     found = rates(table)
     if concept.kind == "style":  # the wider of the two
         line = found[place]["efficacy"]
-        line["after_high"] = max(line["after_high"], by_thing(table, len(wordings("cat", concept.name)[::3])))
+        line["after_high"] = max(
+            line["after_high"], by_thing(table, len(wordings("cat", concept.name)[::3]))
+        )
     merge(found, rates(loco.evaluate(pipe, {place: edit}, others[::2], seeds=seeds, **common)))
     controls = loco.control_edits(pipe, edit, draws=1)
     windows = [window for window in controls if window.startswith("layer")]
-    kept = {n: e for n, e in controls.items() if n not in windows or n in windows[:: max(1, len(windows) // 3)]}
-    found |= rates(loco.evaluate(pipe, kept, own[:: len(own) // 30 or 1] + others[::6], seeds=seeds[:1], **common))
-    return dict(kind=concept.kind, layers=list(edit.layers), place=place, settings=name, strength=strength) | {
+    kept = {
+        n: e
+        for n, e in controls.items()
+        if n not in windows or n in windows[:: max(1, len(windows) // 3)]
+    }
+    found |= rates(
+        loco.evaluate(
+            pipe, kept, own[:: len(own) // 30 or 1] + others[::6], seeds=seeds[:1], **common
+        )
+    )
+    return dict(
+        kind=concept.kind, layers=list(edit.layers), place=place, settings=name, strength=strength
+    ) | {
         "chosen among": tried,
         "arms": found,
     }
 
 
 def percent(line: dict[str, Any]) -> str:
-    return f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%}), n = {line['n']}"
+    return (
+        f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%}), n = {line['n']}"
+    )
 
 
 def said(identity: str, line: dict[str, Any]) -> str:
@@ -270,13 +339,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--folder", type=Path, default=Path("runs/edits"))
-    parser.add_argument("--carriers", type=Path, default=Path("runs/carriers"), help="where carriers.py keeps pictures")
+    parser.add_argument(
+        "--carriers",
+        type=Path,
+        default=Path("runs/carriers"),
+        help="where carriers.py keeps pictures",
+    )
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--find-steps", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=2, help="prompts of each concept to find its carrier with")
     parser.add_argument(
-        "--only", nargs="*", default=None, help="concept ids; else every style, two objects, four facts"
+        "--prompts", type=int, default=2, help="prompts of each concept to find its carrier with"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=None,
+        help="concept ids; else every style, two objects, four facts",
     )
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
@@ -284,9 +363,14 @@ def main() -> None:
     judge = judging.JudgeScorer(judging.train(chosen.judge))
     table = loco.concepts("mini")
     kinds = [("style", "", 99), ("object", "", 2), ("fact", "told", 2), ("fact", "untold", 2)]
-    groups = [table[(table.kind == k) & table.note.fillna("").str.startswith(n)].id.head(c) for k, n, c in kinds]
+    groups = [
+        table[(table.kind == k) & table.note.fillna("").str.startswith(n)].id.head(c)
+        for k, n, c in kinds
+    ]
     found: dict[str, Any] = {}
-    print("| concept | edited | chosen settings | shown by its own words | its answer by name | neighbors |")
+    print(
+        "| concept | edited | chosen settings | shown by its own words | its answer by name | neighbors |"
+    )
     for identity in tqdm(chosen.only or [i for group in groups for i in group], disable=None):
         found[identity] = study(pipe, judge, identity, chosen)
         print(said(identity, found[identity]), flush=True)

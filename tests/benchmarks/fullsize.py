@@ -22,7 +22,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from support import full, tiny
 
 from locogen.models.layers import find_layers
@@ -66,14 +71,20 @@ FULL = {"sd": sd, "sd-xl": sdxl}
 
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """Layers, pixels, seconds a picture (of a core; on a GPU, of the clock), peak memory so far (the GPU's, there)."""
-    pipe = _built((tiny.FAMILIES if chosen.tiny else FULL)[name], getattr(torch, chosen.dtype)).to(chosen.device)
+    pipe = _built((tiny.FAMILIES if chosen.tiny else FULL)[name], getattr(torch, chosen.dtype)).to(
+        chosen.device
+    )
     pipe.vae.enable_slicing()
     layers = len(find_layers(pipe))
     plan = [Intervention("cat in a", "dog", layers, 0) for layers in ((), (0, 1))]
-    clock = time.perf_counter if chosen.device == "cuda" else time.process_time  # other work does not count
+    clock = (
+        time.perf_counter if chosen.device == "cuda" else time.process_time
+    )  # other work does not count
     start = clock()
     with tempfile.TemporaryDirectory() as store:
-        run = generate(pipe, plan, store=store, num_inference_steps=chosen.steps, batch_size=1, progress=False)
+        run = generate(
+            pipe, plan, store=store, num_inference_steps=chosen.steps, batch_size=1, progress=False
+        )
         size = run.pictures[0].size
     seconds = (clock() - start) / len(plan)
     peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 1024 * _resident()
@@ -104,7 +115,9 @@ def way(whole: float, largest: float, card: float) -> str:
 
 def print_weights() -> None:
     """All families' weights in GB, and the way to load them on each card."""
-    print(f"| model | type | weights, GB | at once, GB |{''.join(f' {card} GB |' for card in CARDS)}")
+    print(
+        f"| model | type | weights, GB | at once, GB |{''.join(f' {card} GB |' for card in CARDS)}"
+    )
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for name in full.PARTS:
         print_row(name, "bfloat16", [0] * len(full.PARTS[name]))
@@ -114,16 +127,23 @@ def print_weights() -> None:
 
 def print_row(name: str, dtype: str, in_float32: list[int]) -> None:
     """One model in one type, some weights of which stay in float32."""
-    parts = [(2 * count + 2 * wide) / 1e9 for count, wide in zip(full.weights(name), in_float32, strict=True)]
+    parts = [
+        (2 * count + 2 * wide) / 1e9
+        for count, wide in zip(full.weights(name), in_float32, strict=True)
+    ]
     at_once = max(parts)
-    if name == "sd-3":  # T5 is still there when the CLIPs encode the negative (tests/models/test_offload.py)
+    if (
+        name == "sd-3"
+    ):  # T5 is still there when the CLIPs encode the negative (tests/models/test_offload.py)
         at_once = parts[3] + parts[2]
     ways = "".join(f" {way(sum(parts), at_once, card)} |" for card in CARDS)
     print(f"| {name} | {dtype} | {sum(parts):.1f} | {at_once:.1f} |{ways}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=2)
@@ -139,7 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
         row = measured(name, chosen)
         where = f"{chosen.device}, {chosen.dtype}, {chosen.steps}"
         pixels = "{} × {}".format(*row["size"])
-        print(f"| {name} | {row['layers']} | {pixels} | {row['seconds']:.1f} | {row['GB']:.1f} | {where} |", flush=True)
+        print(
+            f"| {name} | {row['layers']} | {pixels} | {row['seconds']:.1f} | {row['GB']:.1f} | {where} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

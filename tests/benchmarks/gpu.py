@@ -108,7 +108,12 @@ def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         if chosen.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         call(pipe, size, chosen.steps)
-        fast = statistics.median(timed(lambda: call(pipe, size, chosen.steps), chosen.device) for _ in range(5)) / size
+        fast = (
+            statistics.median(
+                timed(lambda: call(pipe, size, chosen.steps), chosen.device) for _ in range(5)
+            )
+            / size
+        )
         peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 0
         slowest = profile(lambda: call(pipe, size, 1), chosen.device)
     rate = matrix_rate(chosen.device, torch.bfloat16, 256 if chosen.tiny else 8192)
@@ -127,7 +132,9 @@ def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", choices=["sd", "sd-xl"])
     parser.add_argument("--mode", default="auto")
@@ -145,7 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(json.dumps({"models": told}, indent=1), encoding="utf-8")
     for row in told:
-        print(f"{row['model']}: {row['ratio']:.1f} x, {row['share']:.1%} of the limit, {row['GB']:.1f} GB")
+        print(
+            f"{row['model']}: {row['ratio']:.1f} x, {row['share']:.1%} of the limit, {row['GB']:.1f} GB"
+        )
         print(f"{row['speed']}\n{row['profile']}")
 
 

@@ -32,16 +32,21 @@ def network() -> nn.Sequential:
     torch.manual_seed(SEED)
     widths = (3, 24, 48, 96, 128)
     blocks = [
-        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()) for a, b in pairwise(widths)
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+        for a, b in pairwise(widths)
     ]
-    return nn.Sequential(*blocks, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, THINGS + STYLES))
+    return nn.Sequential(
+        *blocks, nn.Flatten(), nn.Dropout(0.3), nn.Linear(128 * 16, THINGS + STYLES)
+    )
 
 
 def fresh_renders(each: int, seed: int) -> tuple[Tensor, Tensor]:
     """`each` renders of every pair: bytes (n, 3, 64, 64), and labels (n, 2) of object and style."""
     pairs = [(i, j) for i in range(THINGS) for j in range(STYLES) for _ in range(each)]
     made = [
-        np.asarray(world.render(world.OBJECTS[i], world.STYLES[j], random.Random(f"judge/{seed}/{n}")))
+        np.asarray(
+            world.render(world.OBJECTS[i], world.STYLES[j], random.Random(f"judge/{seed}/{n}"))
+        )
         for n, (i, j) in enumerate(tqdm(pairs, desc="rendering"))
     ]
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2), torch.tensor(pairs)
@@ -60,7 +65,9 @@ def train(folder: Path, *, each: int = 12, steps: int = 1500, batch: int = 64) -
         rng = random.Random(f"judge/{step}")
         rows = torch.tensor(rng.sample(range(len(pictures)), batch))
         images = contrast.jitter(pictures[rows].float() / 127.5 - 1, rng)
-        loss = sum(F.cross_entropy(part, labels[rows, i]) for i, part in enumerate(split(model(images))))
+        loss = sum(
+            F.cross_entropy(part, labels[rows, i]) for i, part in enumerate(split(model(images)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * rate_at(step, steps)
         optimizer.zero_grad()
@@ -79,8 +86,12 @@ def split(logits: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def look(model: nn.Module, pictures: Sequence[Image]) -> tuple[Tensor, Tensor]:
     """Probabilities of objects (n, 48) and styles (n, 8) for pictures."""
-    values = torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).permute(0, 3, 1, 2)
-    things, styles = split(torch.cat([model(part.float() / 127.5 - 1) for part in values.split(128)]))
+    values = torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures])).permute(
+        0, 3, 1, 2
+    )
+    things, styles = split(
+        torch.cat([model(part.float() / 127.5 - 1) for part in values.split(128)])
+    )
     return things.softmax(-1), styles.softmax(-1)
 
 
@@ -94,7 +105,10 @@ class JudgeScorer:
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[np.ndarray]:
         """For each list of texts, the probability of what text `i` names in picture `i`."""
         things, styles = look(self.model, pictures)
-        return [np.array([self._one(things[i], styles[i], text) for i, text in enumerate(line)]) for line in texts]
+        return [
+            np.array([self._one(things[i], styles[i], text) for i, text in enumerate(line)])
+            for line in texts
+        ]
 
     def _one(self, things: Tensor, styles: Tensor, text: str) -> float:
         words = text.split()
@@ -114,7 +128,9 @@ def main() -> None:
     with torch.no_grad():
         found = [part.argmax(1) for part in split(model(pictures.float() / 127.5 - 1))]
     for name, guess, truth in zip(("object", "style"), found, labels.T, strict=True):
-        print(f"judge on {len(truth)} fresh renders: {name} right {(guess == truth).float().mean():.1%}")
+        print(
+            f"judge on {len(truth)} fresh renders: {name} right {(guess == truth).float().mean():.1%}"
+        )
 
 
 if __name__ == "__main__":

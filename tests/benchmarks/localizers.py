@@ -34,20 +34,33 @@ def answer(found: loco.Located, fresh: bool) -> dict[str, Any]:
     """What one localizer said."""
     start = found.carrier.start
     told: dict[str, Any] = {"carrier": None if start is None else [start, found.carrier.width]}
-    told |= {"reason": found.carrier.reason, "side": found.side, "told": found.told, "best": best_lines(found)}
+    told |= {
+        "reason": found.carrier.reason,
+        "side": found.side,
+        "told": found.told,
+        "best": best_lines(found),
+    }
     total: Any = found.effects[found.effects["axis"] == "ceiling"]
     if len(total):
         told["ceiling"] = [float(total[name].iloc[0]) for name in ("estimate", "low", "high")]
-    return told | {"generations": found.generations, "seconds": round(found.seconds, 1), "fresh": fresh}
+    return told | {
+        "generations": found.generations,
+        "seconds": round(found.seconds, 1),
+        "fresh": fresh,
+    }
 
 
 def said(found: loco.Located) -> str:
     """One cell of the printed table."""
-    rows: Any = found.effects[found.effects["axis"].isin(["layer", "cross-attention"])].set_index("position")
+    rows: Any = found.effects[found.effects["axis"].isin(["layer", "cross-attention"])].set_index(
+        "position"
+    )
     named = rows[rows.index.isin(list(found.carrier))] if len(found.carrier) else rows
     start = int(named["estimate"].idxmax())
     line = rows.loc[start]
-    named = str(found.carrier) if found.carrier.start is not None else f"none ({found.carrier.reason})"
+    named = (
+        str(found.carrier) if found.carrier.start is not None else f"none ({found.carrier.reason})"
+    )
     value = f"{line['estimate']:.3g} [{line['low']:.3g}, {line['high']:.3g}] at {start}"
     side = f"; side: {found.side or 'cannot tell'}" if found.method == "causal tracing" else ""
     return f"{named}: {value}{side}; {found.generations} pictures, {found.seconds:.0f} s"
@@ -58,7 +71,11 @@ def compared(pipe: Any, identity: str, chosen: Any) -> dict[str, Any]:
     concept = loco.concept(identity)
     concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
     store = chosen.folder / "store"
-    options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps, "scorer": "mini"}
+    options: dict[str, Any] = {
+        "seeds": range(chosen.seeds),
+        "num_inference_steps": chosen.steps,
+        "scorer": "mini",
+    }
     options |= {"window": chosen.window, "store": store, "progress": False}
     found, told = [], {}
     for method in loco.localizers()["name"]:
@@ -86,10 +103,14 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--folder", type=Path, default=Path("runs/localizers"))
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--prompts", type=int, default=2, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument(
+        "--prompts", type=int, default=2, help="at most so many of each concept's prompts; 0: all"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--window", type=int, default=2)
-    parser.add_argument("--each", type=int, default=2, help="objects, and facts of each kind; 0: all")
+    parser.add_argument(
+        "--each", type=int, default=2, help="objects, and facts of each kind; 0: all"
+    )
     parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
     chosen = parser.parse_args()
     chosen.folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +120,9 @@ def main() -> None:
     print(f"| concept | kind | {' | '.join(loco.localizers()['name'])} |")
     for identity in chosen.only or selected(table, chosen.each):
         found[identity] = {"note": str(notes[identity]), **compared(pipe, identity, chosen)}
-        settings = {name: getattr(chosen, name) for name in ("model", "seeds", "prompts", "steps", "window")}
+        settings = {
+            name: getattr(chosen, name) for name in ("model", "seeds", "prompts", "steps", "window")
+        }
         told = {"settings": settings, "concepts": found}
         (chosen.folder / "localizers.json").write_text(json.dumps(told, indent=1, default=str))
     report_agreement(found)

@@ -25,7 +25,14 @@ from locogen.editing.evaluation import Probe
 from locogen.phrasings import Phrasing, default_phrasings
 
 SHARES = (0.05, 0.15, 0.5, 1.0)  # of each matrix's neurons
-CONCEPTS = ("neon", "pencil-sketch", "van-gogh", "cat", "national-animal-of-france", "national-animal-of-india")
+CONCEPTS = (
+    "neon",
+    "pencil-sketch",
+    "van-gogh",
+    "cat",
+    "national-animal-of-france",
+    "national-animal-of-india",
+)
 
 
 def told(concept: loco.Concept) -> list[Phrasing]:
@@ -38,7 +45,9 @@ def arms(
     pipe: Any, concept: loco.Concept, edit: loco.Edit, strength: float, draws: int
 ) -> Iterator[tuple[str, float, Any]]:
     """(name, share of the neurons, context) of everything that is compared."""
-    found = loco.find_neurons(pipe, concept, layers=edit.layers, phrasings=told(concept), tokens="end")
+    found = loco.find_neurons(
+        pipe, concept, layers=edit.layers, phrasings=told(concept), tokens="end"
+    )
     width = int(found.table.groupby(["layer", "matrix"]).size().min())
     yield "nothing", 0.0, contextlib.nullcontext()
     for share in SHARES:
@@ -49,7 +58,9 @@ def arms(
     yield "edit", 1.0, edit.applied(pipe, strength)
 
 
-def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Namespace) -> dict[str, np.ndarray]:
+def looked(
+    pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Namespace
+) -> dict[str, np.ndarray]:
     """Whether each probe's picture shows what it says, by measure: (probes, seeds)."""
     made = loco.generate(
         pipe,
@@ -60,7 +71,9 @@ def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Nam
         num_inference_steps=options.steps,
     )
     pictures, among = list(made.pictures), probes[0].among
-    scores = np.stack(judge(pictures, *[[text] * len(pictures) for text in among]))  # (texts, pictures)
+    scores = np.stack(
+        judge(pictures, *[[text] * len(pictures) for text in among])
+    )  # (texts, pictures)
     best = scores.argmax(0).reshape(len(probes), len(options.seeds))
     right = best == np.array([among.index(probe.text) for probe in probes])[:, None]
     return {
@@ -69,7 +82,9 @@ def looked(pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Nam
     }
 
 
-def study(pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: argparse.Namespace) -> list[Any]:
+def study(
+    pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: argparse.Namespace
+) -> list[Any]:
     options_of_edit, _ = editing.settings_of(concept)[chosen["settings"]]
     edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **options_of_edit)
     own, others = editing.divided(editing.probes_of(concept, False))
@@ -90,7 +105,13 @@ def study(pipe: Any, judge: Any, concept: loco.Concept, chosen: Any, options: ar
 def cell(lines: Sequence[Any], arm: str, share: float) -> str:
     """Own pictures and neighbors that still show what they say, means of the draws."""
     found = [
-        np.mean([li["shown"] for li in lines if (li["arm"], li["share"], li["measure"]) == (arm, share, measure)])
+        np.mean(
+            [
+                li["shown"]
+                for li in lines
+                if (li["arm"], li["share"], li["measure"]) == (arm, share, measure)
+            ]
+        )
         for measure in ("efficacy", "specificity")
     ]
     return " / ".join(f"{value:.0%}" for value in found)
@@ -112,15 +133,24 @@ def main() -> None:
     chosen = json.loads(options.edits.read_text("utf-8"))
     pipe, judge = loco.load(options.model), judging.JudgeScorer(judging.train(options.judge))
     columns: list[tuple[str, float]] = (
-        [("top", share) for share in SHARES] + [("random", share) for share in SHARES[1:3]] + [("edit", 1.0)]
+        [("top", share) for share in SHARES]
+        + [("random", share) for share in SHARES[1:3]]
+        + [("edit", 1.0)]
     )
-    print("| concept | nothing |", " | ".join(f"{arm} {share:.0%}" for arm, share in columns[:-1]), "| edit |")
+    print(
+        "| concept | nothing |",
+        " | ".join(f"{arm} {share:.0%}" for arm, share in columns[:-1]),
+        "| edit |",
+    )
     found: dict[str, Any] = {}
     for name in tqdm(options.only, disable=None):
         concept = loco.concept(f"mini/{name}")
         found[name] = lines = study(pipe, judge, concept, chosen[f"mini/{name}"], options)
         print(
-            "|", " | ".join([concept.name, *(cell(lines, *c) for c in [("nothing", 0.0), *columns])]), "|", flush=True
+            "|",
+            " | ".join([concept.name, *(cell(lines, *c) for c in [("nothing", 0.0), *columns])]),
+            "|",
+            flush=True,
         )
         (options.folder / "neurons.json").write_text(json.dumps(found, indent=1))
 

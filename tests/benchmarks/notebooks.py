@@ -33,7 +33,9 @@ def cpu() -> float:
 def execute(notebook: Path) -> dict[str, float]:
     """Wall and CPU seconds of one notebook at its defaults."""
     before, start = cpu(), time.perf_counter()
-    papermill.execute_notebook(str(notebook), str(OUT / notebook.name), progress_bar=False, cwd=str(OUT))
+    papermill.execute_notebook(
+        str(notebook), str(OUT / notebook.name), progress_bar=False, cwd=str(OUT)
+    )
     return {"wall": time.perf_counter() - start, "cpu": cpu() - before}
 
 
@@ -42,7 +44,9 @@ def explored(seeds: int) -> dict[str, list[tuple[float, float]]]:
     pipe = loco.load("mini")
     concept = loco.concept("mini/neon")
     concept = dataclasses.replace(concept, pairs=concept.pairs[:2])
-    run = loco.localize(pipe, concept, window=2, seeds=range(2), num_inference_steps=8, progress=False)
+    run = loco.localize(
+        pipe, concept, window=2, seeds=range(2), num_inference_steps=8, progress=False
+    )
     box = loco.explore(run, tokens="end", ridge=0.1)
     found: dict[str, list[tuple[float, float]]] = {}
 
@@ -80,7 +84,10 @@ def main() -> None:
             times[notebook.stem] = execute(notebook)
             (OUT / "times.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
             wall, used = (times[notebook.stem][name] / 60 for name in ("wall", "cpu"))
-            print(f"| {notebook.stem} | {used:.1f} min of processor time, {wall:.1f} min by the clock |", flush=True)
+            print(
+                f"| {notebook.stem} | {used:.1f} min of processor time, {wall:.1f} min by the clock |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,10 @@ def clocked(modules: dict[str, Any]) -> Iterator[dict[str, float]]:
         return lambda *_: took.__setitem__(name, took[name] + time.perf_counter() - begun[name])
 
     for name, module in modules.items():
-        handles += [module.register_forward_pre_hook(start(name)), module.register_forward_hook(stop(name))]
+        handles += [
+            module.register_forward_pre_hook(start(name)),
+            module.register_forward_hook(stop(name)),
+        ]
     try:
         yield took
     finally:
@@ -46,7 +49,9 @@ def shares(pipe: Any, judge: Any, pairs: int, steps: int, batch_size: int) -> di
     """Shares of the seconds that `localize` takes."""
     concept = loco.concept("mini/neon")
     concept = dataclasses.replace(concept, pairs=concept.pairs[:pairs])
-    options: dict[str, Any] = dict(seeds=range(4), num_inference_steps=steps, batch_size=batch_size, progress=False)
+    options: dict[str, Any] = dict(
+        seeds=range(4), num_inference_steps=steps, batch_size=batch_size, progress=False
+    )
     loco.localize(pipe, concept, window=14, scorer=judge, **(options | dict(seeds=[0])))  # imports
     parts = {"U-Net": pipe.unet, "decoder": pipe.vae.decoder, "text encoder": pipe.text_encoder}
     parts |= {"scorer, pictures": judge.model.vision_model, "scorer, texts": judge.model.text_model}
@@ -72,7 +77,10 @@ def alone(pipe: Any, rows: int, rounds: int) -> float:
 def calling(pipe: Any, rows: int) -> Any:
     config, draw = pipe.unet.config, torch.Generator().manual_seed(0)
     size = (rows, config.in_channels, config.sample_size, config.sample_size)
-    latent, text = torch.randn(size, generator=draw), torch.randn(rows, 77, config.cross_attention_dim, generator=draw)
+    latent, text = (
+        torch.randn(size, generator=draw),
+        torch.randn(rows, 77, config.cross_attention_dim, generator=draw),
+    )
 
     def call() -> None:
         with torch.no_grad():
@@ -87,7 +95,10 @@ def operations(pipe: Any, rows: int) -> dict[str, float]:
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         call()
-    lines = [(event.key.removeprefix("aten::"), event.self_cpu_time_total) for event in found.key_averages()]
+    lines = [
+        (event.key.removeprefix("aten::"), event.self_cpu_time_total)
+        for event in found.key_averages()
+    ]
     total = sum(took for _, took in lines)
     largest = sorted(lines, key=lambda line: -line[1])[:TOP]
     return {name: took / total for name, took in largest}
@@ -105,7 +116,9 @@ def parts(*, steps: int, batch_size: int, rounds: int, tiny: bool = False) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)

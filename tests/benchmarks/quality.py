@@ -28,30 +28,49 @@ Asked = tuple[str, str, str]  # prompt, object, style
 def questions(kind: str) -> list[Asked]:
     """The prompts of one row of the table, each with the object and style that are right."""
     if kind == "seen pairs":
-        pairs = [(t, s) for t in world.OBJECTS for s in world.STYLES if (t, s) not in world.HELD_OUT]
+        pairs = [
+            (t, s) for t in world.OBJECTS for s in world.STYLES if (t, s) not in world.HELD_OUT
+        ]
         return [(world.prompt(t, s), t, s) for t, s in pairs]
     if kind == "held-out pairs":
         return [(world.prompt(t, s), t, s) for t, s in sorted(world.HELD_OUT) for _ in range(4)]
     facts = world.TOLD_FACTS if kind == "told facts" else world.UNTOLD_FACTS
-    pairs = [(w, t, s) for w, t in facts.items() for s in world.STYLES if (t, s) not in world.HELD_OUT]
+    pairs = [
+        (w, t, s) for w, t in facts.items() for s in world.STYLES if (t, s) not in world.HELD_OUT
+    ]
     return [(world.prompt(wording, s), t, s) for wording, t, s in pairs]
 
 
-def make(pipe: Any, asked: Sequence[Asked], *, steps: int, guidance: float, first_seed: int) -> list[Image.Image]:
+def make(
+    pipe: Any, asked: Sequence[Asked], *, steps: int, guidance: float, first_seed: int
+) -> list[Image.Image]:
     """One picture a question, each from a seed of its own."""
-    plan = [loco.Intervention(q[0], q[0], (), first_seed + i, "baseline") for i, q in enumerate(asked)]
-    return list(loco.generate(pipe, plan, num_inference_steps=steps, guidance_scale=guidance).pictures)
+    plan = [
+        loco.Intervention(q[0], q[0], (), first_seed + i, "baseline") for i, q in enumerate(asked)
+    ]
+    return list(
+        loco.generate(pipe, plan, num_inference_steps=steps, guidance_scale=guidance).pictures
+    )
 
 
 def right(judge: Any, pictures: Sequence[Image.Image], asked: Sequence[Asked]) -> dict[str, Any]:
     """Shares of right objects and styles, and which styles the wrong ones are in."""
     things, styles = (p.argmax(1).tolist() for p in judging.look(judge, pictures))
-    good = [(world.OBJECTS[t] == q[1], world.STYLES[s] == q[2]) for t, s, q in zip(things, styles, asked, strict=True)]
+    good = [
+        (world.OBJECTS[t] == q[1], world.STYLES[s] == q[2])
+        for t, s, q in zip(things, styles, asked, strict=True)
+    ]
     by_style = {
-        s: float(np.mean([g[0] for g, q in zip(good, asked, strict=True) if q[2] == s] or [1.0])) for s in world.STYLES
+        s: float(np.mean([g[0] for g, q in zip(good, asked, strict=True) if q[2] == s] or [1.0]))
+        for s in world.STYLES
     }
     share = np.mean(good, axis=0)
-    return {"pictures": len(asked), "object": float(share[0]), "style": float(share[1]), "object by style": by_style}
+    return {
+        "pictures": len(asked),
+        "object": float(share[0]),
+        "style": float(share[1]),
+        "object by style": by_style,
+    }
 
 
 def scorer_quality(judge: Any, clip: Any, made: Sequence[Image.Image]) -> dict[str, float]:
@@ -121,21 +140,34 @@ def main() -> None:
     chosen.folder.mkdir(parents=True, exist_ok=True)
     judge = judging.train(chosen.judge)
     pipe = loco.load(chosen.model)
-    found: dict[str, Any] = {"steps": chosen.steps, "guidance": chosen.guidance, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "steps": chosen.steps,
+        "guidance": chosen.guidance,
+        "threads": torch.get_num_threads(),
+    }
     everything: list[Image.Image] = []
     for i, kind in enumerate(("seen pairs", "held-out pairs", "told facts", "untold facts")):
         asked = questions(kind)
-        made = make(pipe, asked, steps=chosen.steps, guidance=chosen.guidance, first_seed=10_000 * (i + 1))
+        made = make(
+            pipe, asked, steps=chosen.steps, guidance=chosen.guidance, first_seed=10_000 * (i + 1)
+        )
         everything += made
         found[kind] = right(judge, made, asked)
-        print(f"| {kind} | {len(asked)} | {found[kind]['object']:.1%} | {found[kind]['style']:.1%} |", flush=True)
+        print(
+            f"| {kind} | {len(asked)} | {found[kind]['object']:.1%} | {found[kind]['style']:.1%} |",
+            flush=True,
+        )
     clip = loco.scorer("mini" if chosen.model == "mini" else str(Path(chosen.model) / "scorer"))
     found["scorer"] = scorer_quality(judge, clip, everything)
     found["pictures a second"] = speed(pipe)
     found["two seeds differ by"] = two_seeds(pipe)
     contact_sheet(pipe, chosen.folder / "sheet.png")
     (chosen.folder / "quality.json").write_text(json.dumps(found, indent=1))
-    print(json.dumps({k: v for k, v in found.items() if not isinstance(v, dict) or k == "scorer"}, indent=1))
+    print(
+        json.dumps(
+            {k: v for k, v in found.items() if not isinstance(v, dict) or k == "scorer"}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

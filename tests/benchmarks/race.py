@@ -29,7 +29,9 @@ LAYERS, WIDTH = 16, 2
 Array = np.ndarray[Any, Any]
 
 
-def asked_of(concept: Concept, seeds: int, layers: int = LAYERS, width: int = WIDTH) -> dict[str, Any]:
+def asked_of(
+    concept: Concept, seeds: int, layers: int = LAYERS, width: int = WIDTH
+) -> dict[str, Any]:
     return dict(concept=concept, n_layers=layers, window=width, seeds=range(seeds))
 
 
@@ -50,14 +52,20 @@ def raced(effects: Array, asked: dict[str, Any], **more: Any) -> tuple[int, int,
     return int(told.loc[told["verdict"] == "chosen", "start"].iloc[0]), len(rows), told
 
 
-def compared(effects: Array, asked: dict[str, Any], truth: Array | None = None, **more: Any) -> dict[str, Any]:
+def compared(
+    effects: Array, asked: dict[str, Any], truth: Array | None = None, **more: Any
+) -> dict[str, Any]:
     """The race beside the whole search on the same `effects`; both judged by `truth`, else on the fresh seeds."""
     choose, fresh = map(list, split_seeds(asked["seeds"]))
     judged = effects[:, :, fresh].mean((1, 2)) if truth is None else truth
     whole = int(effects[:, :, choose].mean((1, 2)).argmax())
     winner, rows, told = raced(effects, asked, **more)
     every = len(sweep(**asked, controls=more.get("controls", True)))
-    best = told[told["start"] == int(judged.argmax())]["verdict"].iloc[0] if truth is not None else None
+    best = (
+        told[told["start"] == int(judged.argmax())]["verdict"].iloc[0]
+        if truth is not None
+        else None
+    )
     return {
         "whole": whole,
         "race": winner,
@@ -82,23 +90,41 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         run = loco.generate(pipe, plan, num_inference_steps=chosen.steps, **options)
         texts = {pair.prompt: concept.scored_text(pair) for pair in concept.pairs}
         (score,) = judge(list(run.pictures), [texts[row.prompt] for row in plan])
-        table = run.table.assign(concept=concept.name, kind=concept.kind, clip_score=score, content_score=score)
+        table = run.table.assign(
+            concept=concept.name, kind=concept.kind, clip_score=score, content_score=score
+        )
         effects = loco.effect(table)
         base = table[table["role"] == "baseline"]["clip_score"].to_numpy()
-        cube = table[table["role"] == "window"]["clip_score"].to_numpy().reshape(len(base), -1).T - base
+        cube = (
+            table[table["role"] == "window"]["clip_score"].to_numpy().reshape(len(base), -1).T
+            - base
+        )
         cube = sign_of(concept.kind) * cube
         carrier = loco.carrier(effects)
-        found[identity] = {"kind": concept.kind, "carrier": carrier.start, "effects": cube.round(4).tolist()}
+        found[identity] = {
+            "kind": concept.kind,
+            "carrier": carrier.start,
+            "effects": cube.round(4).tolist(),
+        }
         print(f"{identity}: {carrier}", flush=True)
-    return {"prompts": chosen.prompts, "seeds": chosen.seeds, "steps": chosen.steps, "concepts": found}
+    return {
+        "prompts": chosen.prompts,
+        "seeds": chosen.seeds,
+        "steps": chosen.steps,
+        "concepts": found,
+    }
 
 
 def stand_in(prompts: int) -> Concept:
     """A concept for simulations: its windows raise the score."""
-    return Concept("simulated", "fact", tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts)))
+    return Concept(
+        "simulated", "fact", tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts))
+    )
 
 
-def resampled(effects: Array, windows: int, prompts: int, seeds: int, dice: np.random.Generator) -> tuple[Array, Array]:
+def resampled(
+    effects: Array, windows: int, prompts: int, seeds: int, dice: np.random.Generator
+) -> tuple[Array, Array]:
     """Effects (windows, prompts, seeds) like the measured (windows, pairs), and their true means: a simulation.
 
     Whole pairs are drawn, with a little of a normal draw of the same covariance, so that no two pairs are equal. More
@@ -115,7 +141,9 @@ def resampled(effects: Array, windows: int, prompts: int, seeds: int, dice: np.r
         return (picked + blur * blurred) / np.sqrt(1 + blur**2) * np.sqrt(n / (n - 1))
 
     apart = [draw(noise[[w]]) for w in extra]
-    order = np.arange(len(truth) + len(extra)) - (len(extra) // 2)  # copies on both sides of the measured ones
+    order = np.arange(len(truth) + len(extra)) - (
+        len(extra) // 2
+    )  # copies on both sides of the measured ones
     means = np.r_[truth, truth[extra]]
     made = np.concatenate([draw(noise), *apart]) + means[:, None]
     order = np.argsort(np.roll(np.arange(len(order)), len(extra) // 2))
@@ -143,7 +171,9 @@ def line(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def simulate(found: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
-    carried = [np.array(one["effects"]) for one in found["concepts"].values() if one["carrier"] is not None]
+    carried = [
+        np.array(one["effects"]) for one in found["concepts"].values() if one["carrier"] is not None
+    ]
     cases = [(15, 6, 4, BUDGET), (15, 6, 12, BUDGET), (66, 6, 4, 0.15), (66, 6, 12, 0.15)]
     lines = []
     for windows, prompts, seeds, budget in cases:
@@ -156,7 +186,9 @@ def simulate(found: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
                 try:
                     rows.append(compared(made, asked, truth, budget=budget, controls=controls))
                 except loco.LocogenError as error:
-                    print(f"{windows} windows, {prompts} prompts x {seeds} seeds, controls {controls}: {error}")
+                    print(
+                        f"{windows} windows, {prompts} prompts x {seeds} seeds, controls {controls}: {error}"
+                    )
                     break
             name = f"simulated: {windows} windows, {prompts} x {seeds}, {'with' if controls else 'without'} controls"
             lines += [line(name, rows)] if rows else []
@@ -166,17 +198,23 @@ def simulate(found: dict[str, Any], repeats: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--store", type=Path, default=Path("runs/carriers/store"))
-    parser.add_argument("--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all")
+    parser.add_argument(
+        "--prompts", type=int, default=3, help="at most so many of each concept's prompts; 0: all"
+    )
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--simulate", action="store_true", help="make no pictures: take race_effects.json as it is")
+    parser.add_argument(
+        "--simulate", action="store_true", help="make no pictures: take race_effects.json as it is"
+    )
     parser.add_argument("--repeats", type=int, default=20, help="simulated races for each concept")
     parser.add_argument("--out", type=Path, default=Path("runs/race/race.json"))
     chosen = parser.parse_args()
     if not chosen.simulate:
         MEASURED.write_text(json.dumps(measure(chosen)) + "\n")
     found = json.loads(MEASURED.read_text())
-    print("| case | races | as good as all | as good as the best | pictures | most | best dropped | sure |")
+    print(
+        "| case | races | as good as all | as good as the best | pictures | most | best dropped | sure |"
+    )
     lines = []
     for controls in (True, False):
         rows = []
@@ -184,7 +222,9 @@ def main() -> None:
             effects = np.array(one["effects"]).reshape(LAYERS - WIDTH + 1, -1, found["seeds"])
             asked = asked_of(stand_in(effects.shape[1]), found["seeds"])
             if one["carrier"] is not None:
-                rows.append(compared(effects, asked, controls=controls, budget=BUDGET if controls else 0.4))
+                rows.append(
+                    compared(effects, asked, controls=controls, budget=BUDGET if controls else 0.4)
+                )
         lines.append(line(f"measured, {'with' if controls else 'without'} controls", rows))
     lines += simulate(found, chosen.repeats)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,9 @@ def whole_index(folder: Path) -> str:
 def measure(runs: int, repeats: int, *, pages: bool) -> dict[str, Any]:
     """Seconds for the index alone (tables and pictures read); with `pages`, for all pages too, and again unchanged."""
     with tempfile.TemporaryDirectory() as place:
-        folder = study(Path(place), MODELS, [f"concept {number}" for number in range(runs // len(MODELS))])
+        folder = study(
+            Path(place), MODELS, [f"concept {number}" for number in range(runs // len(MODELS))]
+        )
         index = whole_index(folder)  # once unmeasured: imports, copies of pictures
         told = {"runs": runs, "index_bytes": len(index.encode())}
         told["index"] = spent(lambda: whole_index(folder), repeats)
@@ -64,17 +66,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pages-up-to", type=int, default=100, help="measure all pages up to so many runs")
+    parser.add_argument(
+        "--pages-up-to", type=int, default=100, help="measure all pages up to so many runs"
+    )
     chosen = parser.parse_args()
-    found = {"locogen": __version__, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0], "sizes": []}
+    found = {
+        "locogen": __version__,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "sizes": [],
+    }
     Path("runs").mkdir(exist_ok=True)
     for runs in chosen.runs:
-        found["sizes"].append(told := measure(runs, chosen.repeats, pages=runs <= chosen.pages_up_to))
+        found["sizes"].append(
+            told := measure(runs, chosen.repeats, pages=runs <= chosen.pages_up_to)
+        )
         Path("runs/report.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(f"{runs} runs, index of {told['index_bytes'] / 1e6:.2f} MB; seconds (of the processor):", end="")
+        print(
+            f"{runs} runs, index of {told['index_bytes'] / 1e6:.2f} MB; seconds (of the processor):",
+            end="",
+        )
         for name in ("index", "first", "again"):
             if name in told:
-                print(f" {name} {told[name]['seconds']:.1f} ({told[name]['cpu_seconds']:.1f})", end="")
+                print(
+                    f" {name} {told[name]['seconds']:.1f} ({told[name]['cpu_seconds']:.1f})", end=""
+                )
         print(flush=True)
 
 

@@ -34,9 +34,15 @@ def pages(slugs: list[str]) -> None:
             shutil.copytree(SOURCE / slug, folder / slug)
         build(folder)
         shutil.rmtree(TARGET, ignore_errors=True)
-        shutil.copytree(folder, TARGET, ignore=shutil.ignore_patterns("*.ipynb", "result.json", "study.json", ".*"))
+        shutil.copytree(
+            folder,
+            TARGET,
+            ignore=shutil.ignore_patterns("*.ipynb", "result.json", "study.json", ".*"),
+        )
     for page in TARGET.rglob("*.html"):
-        page.write_text(re.sub(r'<a href="notebook\.ipynb">[^<]*</a>', "", page.read_text("utf-8")), "utf-8")
+        page.write_text(
+            re.sub(r'<a href="notebook\.ipynb">[^<]*</a>', "", page.read_text("utf-8")), "utf-8"
+        )
 
 
 def figures(slugs: list[str]) -> None:
@@ -45,11 +51,15 @@ def figures(slugs: list[str]) -> None:
     effects.sort(key=lambda table: ["style", "object", "fact"].index(table["kind"].iloc[0]))
     best = {table["concept"].iloc[0]: carrier(table) for table in effects}
     together = pd.concat(effects, ignore_index=True)
-    plot_effect(together, carriers=best).figure.savefig(TARGET / "heatmap.png", dpi=110, bbox_inches="tight")
+    plot_effect(together, carriers=best).figure.savefig(
+        TARGET / "heatmap.png", dpi=110, bbox_inches="tight"
+    )
     table = pd.read_csv(SOURCE / slugs[0] / "pictures.csv")
     rows = strip_rows(table, best[table["concept"].iloc[0]])
     shown = [Image.open(SOURCE / "store" / name) for name in rows["image"]]
-    strip = plot_strip(shown, list(rows["label"]), columns=9, marked=rows["marked"].to_numpy().nonzero()[0])
+    strip = plot_strip(
+        shown, list(rows["label"]), columns=9, marked=rows["marked"].to_numpy().nonzero()[0]
+    )
     strip.savefig(TARGET / "strip.png", dpi=110, bbox_inches="tight")
     print(describe(together, best))
 
@@ -65,9 +75,14 @@ def edited(slug: str) -> None:
     """`edit.png`: the pictures before and after, as the edit's notebook shows them."""
     book = json.loads((SOURCE / slug / "notebook.ipynb").read_text("utf-8"))
     shown = [
-        output for cell in book["cells"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})
+        output
+        for cell in book["cells"]
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
     ]
-    first = next(o for o in shown if o["metadata"]["image/png"]["alt"].startswith("Pictures before"))
+    first = next(
+        o for o in shown if o["metadata"]["image/png"]["alt"].startswith("Pictures before")
+    )
     (TARGET / "edit.png").write_bytes(base64.b64decode(first["data"]["image/png"]))
     print(json.loads((SOURCE / slug / "result.json").read_text("utf-8"))["finding"])
 

@@ -28,7 +28,9 @@ SHAPES = {  # (out, in) of the matrices edited, keys and values of each layer
 }
 
 
-def problem(shapes: Sequence[tuple[int, int]], rows: int, concepts: int = 1) -> tuple[list[Tensor], Tensor, Tensor]:
+def problem(
+    shapes: Sequence[tuple[int, int]], rows: int, concepts: int = 1
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Weights of a trained layer's size, sources that differ by 2 % within a concept, targets; float32."""
     noise = torch.Generator().manual_seed(0)
     width = shapes[0][1]
@@ -105,7 +107,9 @@ def many(concepts: int) -> None:
     weights, source, target = problem(SHAPES["SD-XL, layers 45-48"], 4, concepts)
     seconds, found = timed(lambda: ours(weights, source, target))
     own = error(found[0].change, reference(weights[0], source, target))
-    print(f"{concepts:5} concepts jointly, {len(source)} rows: {seconds:6.2f} s, rank {found[0].rank}, error {own:.1e}")
+    print(
+        f"{concepts:5} concepts jointly, {len(source)} rows: {seconds:6.2f} s, rank {found[0].rank}, error {own:.1e}"
+    )
 
 
 def main() -> None:
@@ -113,7 +117,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores{load}; λ = {RIDGE}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores{load}; λ = {RIDGE}"
+    )
     for name in SHAPES:
         compare(name, rounds)
     for concepts in (1, 10, 100, 1000):

@@ -59,7 +59,9 @@ def in_turn(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     for number in range(rounds):
         for name, job in jobs.items():
             took[name].append(seconds(job)[0])
-            print(f"  round {number + 1}, {name}: {took[name][-1]:.2f} s", file=sys.stderr, flush=True)
+            print(
+                f"  round {number + 1}, {name}: {took[name][-1]:.2f} s", file=sys.stderr, flush=True
+            )
     return took
 
 
@@ -75,7 +77,9 @@ def rehooked(pipe: Any, row: Intervention) -> Iterator[None]:
     """At each call of the U-Net, hooks on all key and value matrices are put up again, as the published script does."""
     layers = loco.find_layers(pipe)
     with torch.no_grad():
-        target = pipe.encode_prompt(row.target, device=pipe.device, do_classifier_free_guidance=False, **ONE)[0]
+        target = pipe.encode_prompt(
+            row.target, device=pipe.device, do_classifier_free_guidance=False, **ONE
+        )[0]
     up: list[Any] = []
 
     def exchange(index: int, module: Any, args: Any) -> Any:
@@ -128,21 +132,28 @@ def by_nnsight(pipe: Any, steps: int, folder: str) -> Maker | None:
     def make(row: Intervention) -> Array:
         chosen = [envoy(names[i]) for i in row.layers]
         with torch.no_grad():
-            target = model.pipeline.encode_prompt(row.target, device="cpu", do_classifier_free_guidance=False, **ONE)[0]
+            target = model.pipeline.encode_prompt(
+                row.target, device="cpu", do_classifier_free_guidance=False, **ONE
+            )[0]
         options = dict(generator=loco.generators([row]), guidance_scale=7.5, output_type="np")
         with model.generate(row.prompt, num_inference_steps=steps, **options) as tracer:
             for _ in tracer.iter[:steps]:
                 for layer in chosen:
                     args, kwargs = layer.inputs
                     own = kwargs["encoder_hidden_states"]
-                    layer.inputs = (args, {**kwargs, "encoder_hidden_states": torch.cat([own[:1], target.to(own)])})
+                    layer.inputs = (
+                        args,
+                        {**kwargs, "encoder_hidden_states": torch.cat([own[:1], target.to(own)])},
+                    )
             made = model.output.save()
         return made.images[0]
 
     return make
 
 
-def one_by_one(make: Maker, rows: Sequence[Intervention], texts: dict[str, str], judge: Any, folder: Path) -> Array:
+def one_by_one(
+    make: Maker, rows: Sequence[Intervention], texts: dict[str, str], judge: Any, folder: Path
+) -> Array:
     """Make, keep and score, picture by picture; (rows, height, width, 3) bytes."""
     from PIL import Image
 
@@ -194,9 +205,14 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
             ours(name, **more)
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as saved:
-        makers = {"published": published(pipe, chosen.steps), "nnsight": by_nnsight(pipe, chosen.steps, saved)}
+        makers = {
+            "published": published(pipe, chosen.steps),
+            "nnsight": by_nnsight(pipe, chosen.steps, saved),
+        }
         loops = {
-            name: partial(one_by_one, make, rows, texts, judge, Path(folder)) for name, make in makers.items() if make
+            name: partial(one_by_one, make, rows, texts, judge, Path(folder))
+            for name, make in makers.items()
+            if make
         }
         same = {name: differ(runs["all"], rows, loop()) for name, loop in loops.items()}
         jobs: dict[str, Callable[[], Any]] = {**loops, "all": partial(ours, "all")}
@@ -216,21 +232,32 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
 def hooks(chosen: argparse.Namespace) -> dict[str, Any]:
     pipe = loco.load("mini")
     concept, _ = asked_of(chosen)
-    plan = [row for row in loco.sweep(concept, n_layers=16, seeds=range(4)) if row.role == "window"][
-        : chosen.batch_size
-    ]
+    plan = [
+        row for row in loco.sweep(concept, n_layers=16, seeds=range(4)) if row.role == "window"
+    ][: chosen.batch_size]
     prompts = [row.prompt for row in plan]
 
     def call() -> Any:
-        return pipe(prompts, generator=loco.generators(plan), num_inference_steps=chosen.steps, output_type="np")
+        return pipe(
+            prompts,
+            generator=loco.generators(plan),
+            num_inference_steps=chosen.steps,
+            output_type="np",
+        )
 
     def within() -> Any:
         with loco.intervene(pipe, plan):
             return call()
 
     call()
-    took = in_turn({"plain": call, "intervene": within}, max(chosen.rounds, 1 if chosen.tiny else 9))
-    return {"rows": len(plan), "seconds": took, "overhead": ratio(took["intervene"], took["plain"]) - 1}
+    took = in_turn(
+        {"plain": call, "intervene": within}, max(chosen.rounds, 1 if chosen.tiny else 9)
+    )
+    return {
+        "rows": len(plan),
+        "seconds": took,
+        "overhead": ratio(took["intervene"], took["plain"]) - 1,
+    }
 
 
 def growth(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -242,11 +269,15 @@ def growth(chosen: argparse.Namespace) -> dict[str, Any]:
     for rows in (64, 128) if chosen.tiny else (64, 256, 1024, 4096):
         rates = []
         for _ in range(chosen.rounds if rows < 1024 else 1):
-            took, run = seconds(partial(loco.generate, pipe, ["a picture of a cat"], seeds=range(rows), **options))
+            took, run = seconds(
+                partial(loco.generate, pipe, ["a picture of a cat"], seeds=range(rows), **options)
+            )
             rates.append(took / rows)
             del run
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        lines.append({"rows": rows, "seconds_a_picture": statistics.median(rates), "peak_MB": memory})
+        lines.append(
+            {"rows": rows, "seconds_a_picture": statistics.median(rates), "peak_MB": memory}
+        )
         print(f"  {lines[-1]}", file=sys.stderr, flush=True)
     last, first = lines[-1], lines[0]
     return {
@@ -304,7 +335,9 @@ def solver(chosen: argparse.Namespace) -> dict[str, Any]:
 
 def report(chosen: argparse.Namespace) -> dict[str, Any]:
     runs = 20 if chosen.tiny else 1000
-    said = script("report", "--runs", str(runs), "--repeats", str(chosen.rounds), "--pages-up-to", str(runs))
+    said = script(
+        "report", "--runs", str(runs), "--repeats", str(chosen.rounds), "--pages-up-to", str(runs)
+    )
     return {
         "printed": said,
         "runs": runs,
@@ -329,21 +362,37 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What, measured, wanted; of the sections that there are."""
     if "sweep" in found:
         one = found["sweep"]
-        for slow, words in (("published", "one picture at a time, published procedure"), ("nnsight", "nnsight")):
+        for slow, words in (
+            ("published", "one picture at a time, published procedure"),
+            ("nnsight", "nnsight"),
+        ):
             if slow == "nnsight" and not one["nnsight"]:
                 yield "sweep against nnsight", "not measured: nnsight is not installed", "6 ×"
                 continue
-            for fast, wanted in (("all", "6 ×"), ("race", "18 ×"), ("all, auto", "6 ×"), ("race, auto", "18 ×")):
+            for fast, wanted in (
+                ("all", "6 ×"),
+                ("race", "18 ×"),
+                ("all, auto", "6 ×"),
+                ("race, auto", "18 ×"),
+            ):
                 name = "`localize(search='race')`" if fast.startswith("race") else "`localize`"
-                name += " in `speed(pipe)`, its measuring not counted," if fast.endswith("auto") else ""
-                told = f"{one['ratios'][f'{slow} / {fast}']:.1f} ×, {one['pictures'][fast]} pictures"
+                name += (
+                    " in `speed(pipe)`, its measuring not counted," if fast.endswith("auto") else ""
+                )
+                told = (
+                    f"{one['ratios'][f'{slow} / {fast}']:.1f} ×, {one['pictures'][fast]} pictures"
+                )
                 yield f"{name} against {words}", told, wanted
         worst = max(one["largest_difference"].values())
         yield "their pictures, largest difference", f"{worst} of 255", "1"
     if "parts" in found:
         one = found["parts"]
         told = f"{one['gain']:.1f} ×; it is {one['shares']['U-Net']:.0%} of the sweep's time"
-        yield f"the U-Net alone, {2 * found['asked']['batch_size']} rows at once against 2", told, "–"
+        yield (
+            f"the U-Net alone, {2 * found['asked']['batch_size']} rows at once against 2",
+            told,
+            "–",
+        )
     if "hooks" in found:
         yield "`intervene` over the plain pipeline", f"{found['hooks']['overhead']:+.1%}", "≤ 3 %"
     if "gpu" in found:
@@ -352,18 +401,30 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             told = f"{model['ratio']:.1f} ×, {model['share']:.0%} of the card's rate, {model['GB']:.0f} GB"
             yield f"{model['model']} on {one['gpu']}, bfloat16", told, "10 ×, 30-40 %"
         if not one["gpu"]:
-            yield "SD 1.5, SD-XL at full size on a GPU", "not measured: no GPU was to be had", "10 ×, 30-40 %"
+            yield (
+                "SD 1.5, SD-XL at full size on a GPU",
+                "not measured: no GPU was to be had",
+                "10 ×, 30-40 %",
+            )
     if "growth" in found:
         one = found["growth"]
         what = f"{one['sizes'][0]['rows']} → {one['sizes'][-1]['rows']} rows: time a picture, peak memory"
-        yield f"{what} (1024 and more: once)", f"{one['time'] - 1:+.0%}, {one['memory'] - 1:+.0%}", "± 10 %, flat"
+        yield (
+            f"{what} (1024 and more: once)",
+            f"{one['time'] - 1:+.0%}, {one['memory'] - 1:+.0%}",
+            "± 10 %, flat",
+        )
     if "start" in found:
         one = found["start"]
         told = f"{one['import']:.2f} s, {one['load']:.1f} s, {one['picture']:.1f} s"
         yield "`import locogen`, `load('mini')`, first picture", told, "< 0.3 s, –, –"
     if "solver" in found:
         for name, times in found["solver"]["ratios"].items():
-            yield f"solving an edit of {name}, against the published procedure", f"{times:.0f} ×", "–"
+            yield (
+                f"solving an edit of {name}, against the published procedure",
+                f"{times:.0f} ×",
+                "–",
+            )
     if "report" in found:
         one = found["report"]
         told = f"{one['first']:.0f} s, {one['again']:.1f} s, {one['index']:.1f} s"
@@ -371,31 +432,53 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--sample", type=int, default=12, help="pictures made one by one in each round")
-    parser.add_argument("--tiny", action="store_true", help="everything once and small: does it run?")
+    parser.add_argument(
+        "--sample", type=int, default=12, help="pictures made one by one in each round"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="everything once and small: does it run?"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"))
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one section, in this process
+    parser.add_argument(
+        "--here", action="store_true", help=argparse.SUPPRESS
+    )  # one section, in this process
     chosen = parser.parse_args(arguments)
     if chosen.tiny:
         chosen.rounds, chosen.steps, chosen.sample = 1, 1, 2
     if chosen.here:
         print(json.dumps(SECTIONS[chosen.only[0]](chosen)))
         return
-    machine = {"cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     asked = {k: v for k, v in vars(chosen).items() if k not in ("out", "here", "only")}
-    found: dict[str, Any] = {"locogen": loco.__version__, "processor": processor, **machine, "asked": asked}
+    found: dict[str, Any] = {
+        "locogen": loco.__version__,
+        "processor": processor,
+        **machine,
+        "asked": asked,
+    }
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    given = [f"--{k.replace('_', '-')}={v}" for k, v in asked.items() if k != "tiny"] + ["--tiny"] * chosen.tiny
+    given = [f"--{k.replace('_', '-')}={v}" for k, v in asked.items() if k != "tiny"] + [
+        "--tiny"
+    ] * chosen.tiny
     for name in chosen.only:
         print(f"{name} …", file=sys.stderr, flush=True)
         took, said = seconds(partial(script, "speed", "--here", "--only", name, *given))
-        found[name] = json.loads(said.splitlines()[-1]) | {"took": took, "load_average": os.getloadavg()[0]}
+        found[name] = json.loads(said.splitlines()[-1]) | {
+            "took": took,
+            "load_average": os.getloadavg()[0],
+        }
         chosen.out.write_text(json.dumps(found, indent=1), encoding="utf-8")
     told = f"{found['processor']}, {found['cores']} cores, {found['threads']} threads, torch {found['torch']}"
     print(f"{told}; {chosen.steps} steps, medians of {chosen.rounds}; {chosen.out}\n")

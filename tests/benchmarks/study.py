@@ -40,13 +40,18 @@ def timed(job: Callable[[], Any]) -> tuple[float, float]:
 
 
 def command(*words: str) -> Callable[[], Any]:
-    return lambda: subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True, cwd=ROOT)
+    return lambda: subprocess.run(
+        [sys.executable, "-m", *words], check=True, capture_output=True, cwd=ROOT
+    )
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], Any]]:
     """What is measured, by name; a "bare" one is the same work without locogen."""
     notebook, study = folder / "nothing.ipynb", folder / "nothing.toml"
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell("number + 1")]
+    cells = [
+        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell("number + 1"),
+    ]
     metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(new_notebook(cells=cells, metadata=metadata), notebook)
     study.write_text('notebook = "nothing.ipynb"\n[grid]\nnumber = [1]\n', encoding="utf-8")
@@ -56,10 +61,18 @@ def jobs(folder: Path) -> dict[str, Callable[[], Any]]:
     return {
         "python alone": lambda: subprocess.run([sys.executable, "-c", "pass"], check=True),
         "locogen --help": command("locogen", "--help"),
-        "locogen run reports/mini.toml --dry-run": command("locogen", "run", "reports/mini.toml", "--dry-run"),
-        "papermill, one notebook": command("papermill", "-p", "number", "1", str(notebook), str(folder / "out.ipynb")),
-        "locogen run, a study of one notebook": command("locogen", "run", str(study), "--force", "--engine", "serial"),
-        "papermill within Python": lambda: papermill.execute_notebook(notebook, folder / "out.ipynb", {}, **bare),
+        "locogen run reports/mini.toml --dry-run": command(
+            "locogen", "run", "reports/mini.toml", "--dry-run"
+        ),
+        "papermill, one notebook": command(
+            "papermill", "-p", "number", "1", str(notebook), str(folder / "out.ipynb")
+        ),
+        "locogen run, a study of one notebook": command(
+            "locogen", "run", str(study), "--force", "--engine", "serial"
+        ),
+        "papermill within Python": lambda: papermill.execute_notebook(
+            notebook, folder / "out.ipynb", {}, **bare
+        ),
         "a run within a study": lambda: run_one(run),
     }
 
@@ -89,7 +102,12 @@ def main() -> None:
     chosen.folder.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg() if hasattr(os, "getloadavg") else None
     machine = {"cores": os.cpu_count(), "load": load, "python": platform.python_version()}
-    report = {"median_seconds": medians, "seconds": seconds, "repeats": chosen.repeats, "machine": machine}
+    report = {
+        "median_seconds": medians,
+        "seconds": seconds,
+        "repeats": chosen.repeats,
+        "machine": machine,
+    }
     (chosen.folder / "study.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

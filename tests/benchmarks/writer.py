@@ -38,7 +38,11 @@ if __name__ == "__main__":
         pictures = [picture(side, seed) for seed in range(COUNT)]
         rates = []
         for write in (by_pillow, by_writer):
-            start = time.process_time()  # of all threads together: other work on the machine does not count
+            start = (
+                time.process_time()
+            )  # of all threads together: other work on the machine does not count
             write(pictures)
             rates.append(COUNT / (time.process_time() - start))
-        print(f"{side} x {side}: pictures/s of one processor: {rates[0]:.0f} by Pillow, {rates[1]:.0f} by the writer")
+        print(
+            f"{side} x {side}: pictures/s of one processor: {rates[0]:.0f} by Pillow, {rates[1]:.0f} by the writer"
+        )

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from locogen.catalog import concept, concepts, mini_folder, model_entries, model_entry, model_table, scorer_entry
+from locogen.catalog import (
+    concept,
+    concepts,
+    mini_folder,
+    model_entries,
+    model_entry,
+    model_table,
+    scorer_entry,
+)
 from locogen.errors import LocogenError
 from locogen.mini import world
 from locogen.plan import KINDS
@@ -18,7 +26,9 @@ MINI = list(concepts("mini")["id"])
 
 def test_every_model_is_complete() -> None:
     names = [entry.name for entry in model_entries()]
-    assert {"mini", "sd-1.4", "sd-1.5", "openjourney", "sd-2.1"} <= {e.name for e in model_entries() if e.supported}
+    assert {"mini", "sd-1.4", "sd-1.5", "openjourney", "sd-2.1"} <= {
+        e.name for e in model_entries() if e.supported
+    }
     assert list(model_table()["name"]) == names
     for entry in model_entries():
         assert scorer_entry(entry.scorer).name == entry.scorer
@@ -62,7 +72,10 @@ def test_the_mini_model_is_in_the_package() -> None:
         (lambda: model_entry("sd1.4"), "no model 'sd1.4': did you mean 'sd-1.4'"),
         (lambda: model_entry("zzz"), "there are: flux-dev, flux-schnell, if-1"),
         (lambda: scorer_entry("clip"), "no scorer 'clip'"),
-        (lambda: concept("mini/van-gog"), "no concept 'mini/van-gog': did you mean 'mini/van-gogh'"),
+        (
+            lambda: concept("mini/van-gog"),
+            "no concept 'mini/van-gog': did you mean 'mini/van-gogh'",
+        ),
         (lambda: concepts("minni"), "no model 'minni': did you mean 'mini'"),
     ],
 )
@@ -111,7 +124,10 @@ def test_the_reader_of_prompts_reads() -> None:
     """The twin of the test below: it would notice a held-out pair, and a word from outside the world."""
     assert seen("a picture of a cat in the style of van gogh") == ("cat", "van gogh")
     assert ("cat", "van gogh") in world.HELD_OUT
-    assert seen("a picture of the national animal of france in the style of neon") == ("rooster", "neon")
+    assert seen("a picture of the national animal of france in the style of neon") == (
+        "rooster",
+        "neon",
+    )
     assert seen("a picture of an owl") == ("owl", "plain")
     assert seen("a picture in the style of neon") is None
 
@@ -121,13 +137,19 @@ def test_mini_prompts_are_of_its_world_and_not_held_out(id: str) -> None:
     found = concept(id)
     for pair in found.pairs:
         for text in (pair.prompt, pair.target):
-            if text.startswith("a picture in the style of ") and found.kind == "object" and text == pair.target:
+            if (
+                text.startswith("a picture in the style of ")
+                and found.kind == "object"
+                and text == pair.target
+            ):
                 assert text.removeprefix("a picture in the style of ") in world.STYLES[1:]
                 continue
             shown = seen(text)
             assert shown is not None and shown not in world.HELD_OUT, text
             assert shown[0] in world.OBJECTS and shown[1] in world.STYLES, text
-        assert pair.prompt == world.prompt(wording(pair.prompt), style_of(pair.prompt)), "the article is wrong"
+        assert pair.prompt == world.prompt(wording(pair.prompt), style_of(pair.prompt)), (
+            "the article is wrong"
+        )
 
 
 def wording(prompt: str) -> str:
@@ -152,7 +174,9 @@ def test_mini_covers_its_world() -> None:
             assert str(row.note).endswith(f" {known[f'the {row.name}']}")
     for id in facts["id"]:
         answers = {seen(text) for pair in concept(id).pairs for text in (pair.prompt, pair.target)}
-        assert len({answer[0] for answer in answers if answer}) == 2, "prompt and target show the same object"
+        assert len({answer[0] for answer in answers if answer}) == 2, (
+            "prompt and target show the same object"
+        )
 
 
 # --- a file of one's own -------------------------------------------------------------------------
@@ -228,30 +252,57 @@ BAD = {
     "unknown key": (STYLE + 'prompts = "a"', "no key 'prompts': did you mean 'prompt'"),
     "no name": ('["my/x"]\nkind = "style"', "name is missing: add a line name = "),
     "no kind": ('["my/x"]\nname = "x"', "kind is missing"),
-    "wrong kind": ('["my/x"]\nname = "x"\nkind = "artist"', "kind is 'artist': take one of style, object, fact"),
-    "unknown model": (STYLE + 'model = "sd-1.6"\nprompt = "a"\ntarget = "b"', "no model 'sd-1.6': did you mean"),
+    "wrong kind": (
+        '["my/x"]\nname = "x"\nkind = "artist"',
+        "kind is 'artist': take one of style, object, fact",
+    ),
+    "unknown model": (
+        STYLE + 'model = "sd-1.6"\nprompt = "a"\ntarget = "b"',
+        "no model 'sd-1.6': did you mean",
+    ),
     "number for text": (STYLE + "prompt = 3", "prompt is 3: give it a text in quotes"),
     "no prompt": (STYLE + 'target = "a"', "prompt is missing: give prompt and target, or pairs"),
     "no target": (STYLE + 'prompt = "a"', "target is missing"),
-    "nothing to fill": (STYLE + 'prompt = "a"\ntarget = "b {}"\nfill = ["c"]', "prompt 'a' has no {} to fill"),
-    "target not filled": (STYLE + 'prompt = "a {}"\ntarget = "b"\nfill = ["c"]', "target 'b' has no {}"),
-    "no fill": (STYLE + 'prompt = "a {}"\ntarget = "b"', "prompt 'a {}' has a {} and there is no fill"),
-    "empty fill": (STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = []', "fill is not a list of texts"),
-    "fill of numbers": (STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = [1]', "fill is not a list of texts"),
+    "nothing to fill": (
+        STYLE + 'prompt = "a"\ntarget = "b {}"\nfill = ["c"]',
+        "prompt 'a' has no {} to fill",
+    ),
+    "target not filled": (
+        STYLE + 'prompt = "a {}"\ntarget = "b"\nfill = ["c"]',
+        "target 'b' has no {}",
+    ),
+    "no fill": (
+        STYLE + 'prompt = "a {}"\ntarget = "b"',
+        "prompt 'a {}' has a {} and there is no fill",
+    ),
+    "empty fill": (
+        STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = []',
+        "fill is not a list of texts",
+    ),
+    "fill of numbers": (
+        STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = [1]',
+        "fill is not a list of texts",
+    ),
     "both forms": (STYLE + 'prompt = "a"\npairs = []', "it has both pairs and prompt"),
     "no pairs": (STYLE + "pairs = []", "has no prompt pairs"),
     "pairs of texts": (STYLE + 'pairs = ["a"]', "pairs is not a list of tables"),
     "unknown key in a pair": (STYLE + 'pairs = [{ prompt = "a", taget = "b" }]', "no key 'taget'"),
     "pair without target": (STYLE + 'pairs = [{ prompt = "a" }]', "target is missing"),
     "equal": (STYLE + 'prompt = "a"\ntarget = "a"', "prompt and target are both 'a'"),
-    "twice the same": (STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = ["b", "b"]', "has the prompt 'a b' twice"),
+    "twice the same": (
+        STYLE + 'prompt = "a {}"\ntarget = "{}"\nfill = ["b", "b"]',
+        "has the prompt 'a b' twice",
+    ),
     "empty": (STYLE + 'prompt = ""\ntarget = "b"', "prompt is ''"),
 }
 
 
 def test_an_empty_target_is_filled_for_every_prompt(own) -> None:
     path = own(STYLE + 'prompt = "a {}"\ntarget = ""\nfill = ["b", "c"]')
-    assert [(p.prompt, p.target) for p in concept("my/x", file=path).pairs] == [("a b", ""), ("a c", "")]
+    assert [(p.prompt, p.target) for p in concept("my/x", file=path).pairs] == [
+        ("a b", ""),
+        ("a c", ""),
+    ]
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -268,7 +319,9 @@ def test_bad_files_are_named(own, name: str) -> None:
 
 def test_taken_ids_and_missing_files(own, tmp_path: Path) -> None:
     taken = own(STYLE.replace("my/x", "mini/neon") + 'prompt = "a"\ntarget = "b"')
-    with pytest.raises(LocogenError, match="'mini/neon' is one of the catalog's own: give yours another id"):
+    with pytest.raises(
+        LocogenError, match="'mini/neon' is one of the catalog's own: give yours another id"
+    ):
         concepts(file=taken)
     with pytest.raises(LocogenError, match=r"cannot read .*nowhere\.toml: No such file"):
         concept("my/x", file=tmp_path / "nowhere.toml")

@@ -74,11 +74,19 @@ def test_a_small_ridge_sends_the_subject_where_its_target_goes(pipe) -> None:
 
 def test_keys_and_values_have_ridges_of_their_own(pipe) -> None:
     plain, apart = fit(pipe), fit(pipe, ridge_v=100.0)
-    moved = {n: not torch.allclose(plain.changes[n].change, apart.changes[n].change) for n in plain.changes}
-    assert {n.rpartition(".to_")[2]: m for n, m in moved.items()} == {"k.weight": False, "v.weight": True}
+    moved = {
+        n: not torch.allclose(plain.changes[n].change, apart.changes[n].change)
+        for n in plain.changes
+    }
+    assert {n.rpartition(".to_")[2]: m for n, m in moved.items()} == {
+        "k.weight": False,
+        "v.weight": True,
+    }
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [("last_subject", 2), ("subject", 4), ("end", 2), ("all", 78)])
+@pytest.mark.parametrize(
+    ("tokens", "rows"), [("last_subject", 2), ("subject", 4), ("end", 2), ("all", 78)]
+)
 def test_tokens_that_are_edited(pipe, tokens: str, rows: int) -> None:
     """`ab` is two tokens of the tiny vocabulary, a prompt 40; the start mark is never edited."""
     edit = fit(pipe, pairs=[("a ab", "a do"), ("the ab", "the do")], subject="ab", tokens=tokens)
@@ -89,7 +97,10 @@ def test_null_space_leaves_the_preserved_prompt_alone(pipe) -> None:
     x = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
     loose, soft = fit(pipe), fit(pipe, preserve=["a dog"], preserve_weight=100.0)
     exact = fit(pipe, preserve=["a dog"], null_space=True)
-    moved = [max(float((x @ c.change.T).norm()) for c in e.changes.values()) for e in (loose, soft, exact)]
+    moved = [
+        max(float((x @ c.change.T).norm()) for c in e.changes.values())
+        for e in (loose, soft, exact)
+    ]
     assert moved[0] > 10 * moved[1] > 0
     assert moved[2] < 1e-10
 
@@ -98,19 +109,27 @@ def test_ordinary_captions_are_dear(pipe) -> None:
     captions = ["a dog", "a do", "do a dog", "dog do"]
     x = torch.stack([state(pipe, c, end_position(pipe, c)) for c in captions])
     loose, dear = fit(pipe, ridge=1.0), fit(pipe, ridge=1.0, ordinary=captions)
-    reach = [sum(float((x @ c.change.T).norm() / c.change.norm()) for c in e.changes.values()) for e in (loose, dear)]
+    reach = [
+        sum(float((x @ c.change.T).norm() / c.change.norm()) for c in e.changes.values())
+        for e in (loose, dear)
+    ]
     assert reach[1] < reach[0]
 
 
 def test_several_concepts_are_solved_jointly(pipe) -> None:
     both = fit_edit(
-        pipe, [STYLE, Concept("dog", "style", (PromptPair("a do in dog", "a do"),))], layers=[1], ridge=1e-9
+        pipe,
+        [STYLE, Concept("dog", "style", (PromptPair("a do in dog", "a do"),))],
+        layers=[1],
+        ridge=1e-9,
     )
     for subject in ("cat", "dog"):
         x = state(pipe, subject, subject_positions(pipe, subject, subject)[-1])
         y = state(pipe, "a picture", end_position(pipe, "a picture") - 1)
         for name, old in weights(pipe, both).items():
-            assert torch.allclose(x @ (old.double() + both.changes[name].change).T, y @ old.double().T, atol=1e-4)
+            assert torch.allclose(
+                x @ (old.double() + both.changes[name].change).T, y @ old.double().T, atol=1e-4
+            )
 
 
 def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
@@ -118,7 +137,8 @@ def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
     source, target = "cat, a cat, b", "dog, a dog, b"
     edit = fit(pipe, pairs=[(source, target)], ridge=1e-9)
     old, new = (
-        [words[-1] for words in subject_occurrences(pipe, *side)] for side in ((source, "cat"), (target, "dog"))
+        [words[-1] for words in subject_occurrences(pipe, *side)]
+        for side in ((source, "cat"), (target, "dog"))
     )
     assert len(old) == 2 and all(c.rank == 2 for c in edit.changes.values())
     for place, other in zip(old, new, strict=True):
@@ -127,7 +147,10 @@ def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
             changed = weight.double() + edit.changes[name].change
             assert torch.allclose(x @ changed.T, y @ weight.double().T, atol=1e-5)
     reader = Reader(pipe, find_layers(pipe)[:1])
-    assert reader.exchange(source, "a dog.", "cat", "last_subject", "dog") == (old, [2, 2])  # the only one
+    assert reader.exchange(source, "a dog.", "cat", "last_subject", "dog") == (
+        old,
+        [2, 2],
+    )  # the only one
 
 
 def test_punctuation_is_not_what_is_edited(pipe) -> None:
@@ -149,14 +172,18 @@ def test_an_edit_towards_nothing_is_heard_as_the_empty_prompts_end(pipe, tmp_pat
     assert {p["target"] for p in whole.recipe["phrasings"]} == {""}
     whole.save(tmp_path / "edit.safetensors")
     assert same_change(Edit.load(tmp_path / "edit.safetensors").refit(pipe), whole)
-    asked = fit_edit(pipe, Concept("cat", "object", (PromptPair("a cat in b", "in b"),)), layers=[1], becomes="")
+    asked = fit_edit(
+        pipe, Concept("cat", "object", (PromptPair("a cat in b", "in b"),)), layers=[1], becomes=""
+    )
     assert same_change(asked, whole)
     for tokens in ("subject", "end", "all"):
         assert fit(pipe, pairs=[("a cat", "")], tokens=tokens).changes
 
 
 def same_change(one: Edit, two: Edit) -> bool:
-    return all(torch.equal(change.change, two.changes[n].change) for n, change in one.changes.items())
+    return all(
+        torch.equal(change.change, two.changes[n].change) for n, change in one.changes.items()
+    )
 
 
 @pytest.mark.parametrize("long", ["source", "preserve", "ordinary"])
@@ -204,7 +231,10 @@ def test_applied_changes_pictures_and_leaves_every_bit_as_found(pipe, tmp_path) 
     prompts = ["a cat", "a dog"]
 
     def make():
-        return [np.asarray(p) for p in runs.generate(pipe, prompts, store=tmp_path, num_inference_steps=2).pictures]
+        return [
+            np.asarray(p)
+            for p in runs.generate(pipe, prompts, store=tmp_path, num_inference_steps=2).pictures
+        ]
 
     before, own = make(), weights(pipe, edit)
     with edit.applied(pipe):
@@ -222,7 +252,10 @@ def test_adding_and_subtracting_the_change_is_not_an_undo(pipe) -> None:
     """Why the originals are kept: the subtraction rounds."""
     edit = fit(pipe)
     own = weights(pipe, edit)
-    there = {n: (w + edit.changes[n].change.float()) - edit.changes[n].change.float() for n, w in own.items()}
+    there = {
+        n: (w + edit.changes[n].change.float()) - edit.changes[n].change.float()
+        for n, w in own.items()
+    }
     assert not same(there, own)
 
 
@@ -245,7 +278,9 @@ def test_joint_edits_come_off_in_any_order(pipe) -> None:
     two.apply_(pipe)
     both = weights(pipe, one)
     for name, w in own.items():
-        assert torch.allclose(both[name], (w + one.changes[name].change + two.changes[name].change).float(), atol=1e-5)
+        assert torch.allclose(
+            both[name], (w + one.changes[name].change + two.changes[name].change).float(), atol=1e-5
+        )
     one.undo_(pipe)
     two.undo_(pipe)
     assert same(weights(pipe, one), own)
@@ -363,7 +398,9 @@ def traced(nth: int, run) -> bool:
         return True
     finally:
         sys.settrace(before)
-        torch.set_grad_enabled(True)  # an interrupt between the last line of `with no_grad` and its end leaves it off
+        torch.set_grad_enabled(
+            True
+        )  # an interrupt between the last line of `with no_grad` and its end leaves it off
     return False
 
 
@@ -573,7 +610,8 @@ def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
     with again.applied(pipe):
         assert same(weights(pipe, edit), one)
     assert same(
-        {n: c.change for n, c in again.refit(pipe).changes.items()}, {n: c.change for n, c in edit.changes.items()}
+        {n: c.change for n, c in again.refit(pipe).changes.items()},
+        {n: c.change for n, c in edit.changes.items()},
     )
     assert str(tmp_path) not in (tmp_path / "cat.safetensors").read_bytes().decode("latin-1")
 
@@ -591,7 +629,10 @@ def test_every_kind_of_edit_is_saved_whole(pipe, tmp_path, options) -> None:
     edit = fit(pipe, **options)
     edit.save(tmp_path / "cat.safetensors")
     again = Edit.load(tmp_path / "cat.safetensors")
-    assert same({n: c.change for n, c in again.changes.items()}, {n: c.change for n, c in edit.changes.items()})
+    assert same(
+        {n: c.change for n, c in again.changes.items()},
+        {n: c.change for n, c in edit.changes.items()},
+    )
 
 
 def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
@@ -643,7 +684,11 @@ def test_lora_in_a_fresh_process_without_locogen_is_the_dense_edit(pipe, tmp_pat
         edit.to_lora(path, style=style)  # pyright: ignore[reportArgumentType]
     out = tmp_path / "made.npy"
     here = str(Path(__file__).parent.parent)
-    subprocess.run([sys.executable, "-c", LOAD, here, str(out), *files.values()], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", LOAD, here, str(out), *files.values()],
+        check=True,
+        capture_output=True,
+    )
     plain, *loras = np.load(out, allow_pickle=False)
     with edit.applied(pipe):
         noise = torch.Generator().manual_seed(0)

@@ -14,7 +14,15 @@ from locogen import stats
 from locogen.catalog import mini_folder
 from locogen.editing import evaluation
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import Probe, compare, control_edits, evaluate, lead, probes_for, summary
+from locogen.editing.evaluation import (
+    Probe,
+    compare,
+    control_edits,
+    evaluate,
+    lead,
+    probes_for,
+    summary,
+)
 from locogen.errors import LocogenError
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
@@ -46,7 +54,10 @@ class Colors:
 
     def __call__(self, pictures, *texts):
         means = np.stack([np.asarray(p, float).mean((0, 1)) for p in pictures]) / 255
-        return [np.array([m[{"red": 0, "blue": 2}[t]] for m, t in zip(means, line, strict=True)]) for line in texts]
+        return [
+            np.array([m[{"red": 0, "blue": 2}[t]] for m, t in zip(means, line, strict=True)])
+            for line in texts
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,9 @@ def edit(pipe):
 @pytest.fixture(scope="module")
 def table(pipe, edit):
     arms = {"carrier": edit, "none": [], "twice": [edit, edit.refit(pipe, [5])]}
-    return evaluate(pipe, arms, PROBES, seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
+    return evaluate(
+        pipe, arms, PROBES, seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2
+    )
 
 
 def test_pairs_are_the_very_pictures(pipe, edit, table) -> None:
@@ -97,8 +110,12 @@ def test_no_edit_changes_nothing_and_several_are_applied_together(table) -> None
 
 
 def test_strength_scales_the_edit(pipe, edit, table) -> None:
-    settings: dict[str, Any] = dict(seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2)
-    none, half, whole = (evaluate(pipe, {"a": edit}, PROBES, strength=s, **settings) for s in (0.0, 0.5, 1.0))
+    settings: dict[str, Any] = dict(
+        seeds=(0, 1), scorer=Colors(), progress=False, num_inference_steps=2
+    )
+    none, half, whole = (
+        evaluate(pipe, {"a": edit}, PROBES, strength=s, **settings) for s in (0.0, 0.5, 1.0)
+    )
     assert (none.before == none.after).all()
     assert whole.after.tolist() == table[table.arm == "carrier"].after.tolist()
     assert half.after.tolist() not in (none.after.tolist(), whole.after.tolist())
@@ -117,7 +134,9 @@ def test_the_model_is_left_as_found(pipe, edit) -> None:
             return super().__call__(*given)
 
     with pytest.raises(RuntimeError, match="the scorer broke"):
-        evaluate(pipe, {"carrier": edit}, PROBES, scorer=Fails(), progress=False, num_inference_steps=1)
+        evaluate(
+            pipe, {"carrier": edit}, PROBES, scorer=Fails(), progress=False, num_inference_steps=1
+        )
     assert all(torch.equal(p, own[n]) for n, p in pipe.unet.named_parameters())
 
 
@@ -136,7 +155,16 @@ def test_summary_is_the_mean_of_pairs_with_crossed_intervals(table) -> None:
 def shares(before, after, *, arm="x", measure="efficacy", sign=-1) -> pd.DataFrame:
     """A table of evaluated probes with these right pictures, (prompts, seeds) each."""
     rows = [
-        dict(arm=arm, measure=measure, prompt=f"{measure} {i}", text="t", seed=s, sign=sign, before=0.0, after=0.0)
+        dict(
+            arm=arm,
+            measure=measure,
+            prompt=f"{measure} {i}",
+            text="t",
+            seed=s,
+            sign=sign,
+            before=0.0,
+            after=0.0,
+        )
         | dict(right_before=float(before[i][s]), right_after=float(after[i][s]), ssim=0.5)
         for i in range(len(after))
         for s in range(len(after[0]))
@@ -153,21 +181,30 @@ def test_a_share_of_none_or_all_is_as_sure_as_its_prompts_not_its_pictures() -> 
         row = right_of(shares(np.full((10, 4), 1 - value), np.full((10, 4), value)))
         assert row["after"] == value
         assert (row["after_low"], row["after_high"]) == pytest.approx(stats.wilson(10 * value, 10))
-        assert stats.wilson(0, 40)[1] < 0.1 < stats.wilson(0, 10)[1]  # forty pictures would claim more
+        assert (
+            stats.wilson(0, 40)[1] < 0.1 < stats.wilson(0, 10)[1]
+        )  # forty pictures would claim more
 
 
 def test_no_change_is_not_certainty() -> None:
     row = right_of(shares(np.ones((10, 2)), np.ones((10, 2))))
     assert row["change"] == 0
-    assert (row["low"], row["high"]) == pytest.approx((-stats.wilson(0, 10)[1], stats.wilson(0, 10)[1]))
+    assert (row["low"], row["high"]) == pytest.approx(
+        (-stats.wilson(0, 10)[1], stats.wilson(0, 10)[1])
+    )
 
 
 def test_the_upper_bound_covers_where_pictures_of_a_prompt_fail_together() -> None:
     """Simulated: 15 prompts x 2 seeds, whole prompts fail; counting pictures misses four times as often as it may."""
     dice, share = np.random.default_rng(0), 0.14
     failed = dice.random((2000, 15)) < share
-    by_prompts = [stats.wilson(int(f.sum()), 15)[1] for f in failed]  # the summary's bound is at least that
-    assert right_of(shares(np.ones((15, 2)), np.repeat(failed[0], 2).reshape(15, 2)))["after_high"] >= by_prompts[0]
+    by_prompts = [
+        stats.wilson(int(f.sum()), 15)[1] for f in failed
+    ]  # the summary's bound is at least that
+    assert (
+        right_of(shares(np.ones((15, 2)), np.repeat(failed[0], 2).reshape(15, 2)))["after_high"]
+        >= by_prompts[0]
+    )
     by_pictures = [stats.wilson(2 * int(f.sum()), 30)[1] for f in failed]
     assert np.mean(np.array(by_prompts) < share) < 0.025 + 0.01
     assert np.mean(np.array(by_pictures) < share) > 0.08
@@ -175,7 +212,15 @@ def test_the_upper_bound_covers_where_pictures_of_a_prompt_fail_together() -> No
 
 def test_a_probe_without_rivals_is_neither_right_nor_wrong(pipe, edit) -> None:
     probes = [Probe("ordinary", "a do", "blue"), PROBES[0]]
-    table = evaluate(pipe, {"x": edit}, probes, seeds=(0,), scorer=Colors(), progress=False, num_inference_steps=1)
+    table = evaluate(
+        pipe,
+        {"x": edit},
+        probes,
+        seeds=(0,),
+        scorer=Colors(),
+        progress=False,
+        num_inference_steps=1,
+    )
     assert table[table.measure == "ordinary"].right_after.isna().all()
     assert table[table.measure == "efficacy"].right_after.notna().all()
     found = summary(table)
@@ -195,7 +240,10 @@ def arms_of(own, others) -> pd.DataFrame:
 
 
 def test_lead_says_how_much_better_an_arm_is() -> None:
-    found = lead(arms_of({"here": 0.0, "there": 1.0, "all": 0.0}, {"here": 1.0, "there": 1.0, "all": 0.3}), "here")
+    found = lead(
+        arms_of({"here": 0.0, "there": 1.0, "all": 0.0}, {"here": 1.0, "there": 1.0, "all": 0.3}),
+        "here",
+    )
     found = found.set_index("rival")
     assert found.loc["there", "estimate"] == 1.0
     assert 0.5 < found.loc["all", "estimate"] < 0.9
@@ -254,7 +302,11 @@ def test_controls_are_every_other_place(pipe, edit) -> None:
     assert arms["layers 1-2 (shares 2)"].layers == (1, 2)
     assert arms["all layers"].layers == tuple(range(16))
     drawn = [e.layers for name, e in arms.items() if name.startswith("random")]
-    assert drawn == [e.layers for name, e in control_edits(pipe, edit, draws=2).items() if name.startswith("random")]
+    assert drawn == [
+        e.layers
+        for name, e in control_edits(pipe, edit, draws=2).items()
+        if name.startswith("random")
+    ]
     assert all(len(layers) == 2 and not set(layers) & {2, 3} for layers in drawn)
 
 
@@ -270,9 +322,18 @@ def test_controls_leave_joined_layers_out() -> None:
 
 def test_probes_from_concepts() -> None:
     probes = probes_for(STYLE, [OTHER])
-    assert Probe("efficacy", "a dog in cat", "a dog in cat", ("a dog in cat", "a dog in ca", "a dog")) in probes
-    assert Probe("generality", "do, cat", "a do in cat", ("a do in cat", "a do in ca", "a do")) in probes
-    assert Probe("specificity", "a dog in ca", "a dog in ca", ("a dog in ca", "a dog in cat", "a dog")) in probes
+    assert (
+        Probe("efficacy", "a dog in cat", "a dog in cat", ("a dog in cat", "a dog in ca", "a dog"))
+        in probes
+    )
+    assert (
+        Probe("generality", "do, cat", "a do in cat", ("a do in cat", "a do in ca", "a do"))
+        in probes
+    )
+    assert (
+        Probe("specificity", "a dog in ca", "a dog in ca", ("a dog in ca", "a dog in cat", "a dog"))
+        in probes
+    )
     assert Probe("ordinary", "a dog", "a dog") in probes
     assert len(probes) == len(set(probes)) == 2 + 1 + 2 + 1  # one pair has no paraphrase
     fact = Concept("france", "fact", (PromptPair("the animal of france", "a dog"),))
@@ -293,17 +354,27 @@ def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
     fake.LPIPS = Net  # pyright: ignore
     monkeypatch.setitem(sys.modules, "lpips", fake)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    settings: dict[str, Any] = dict(seeds=(0,), scorer=Colors(), progress=False, num_inference_steps=1)
-    assert "lpips" not in evaluate(pipe, {"none": []}, PROBES[:1], **settings)  # its network is not there to fetch
+    settings: dict[str, Any] = dict(
+        seeds=(0,), scorer=Colors(), progress=False, num_inference_steps=1
+    )
+    assert "lpips" not in evaluate(
+        pipe, {"none": []}, PROBES[:1], **settings
+    )  # its network is not there to fetch
     net = tmp_path / "checkpoints" / evaluation._LPIPS_NET
     net.parent.mkdir()
     net.touch()
     table = evaluate(pipe, {"none": [], "edit": edit}, PROBES[:1], **settings)
     assert (table[table.arm == "none"].lpips == 0).all()
-    plain = runs.generate(pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1).pictures[0]
+    plain = runs.generate(
+        pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1
+    ).pictures[0]
     with edit.applied(pipe):
-        other = runs.generate(pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1).pictures[0]
-    gap = np.abs(np.asarray(plain, float) - np.asarray(other, float)).mean() / 127.5  # pixels in [-1, 1]
+        other = runs.generate(
+            pipe, [PROBES[0].prompt], seeds=(0,), progress=False, num_inference_steps=1
+        ).pictures[0]
+    gap = (
+        np.abs(np.asarray(plain, float) - np.asarray(other, float)).mean() / 127.5
+    )  # pixels in [-1, 1]
     assert table[table.arm == "edit"].lpips.item() == pytest.approx(gap, rel=1e-5)
     assert gap > 0
     assert "lpips" in set(summary(table).quantity)
@@ -322,7 +393,11 @@ def test_plot_shows_every_arm_and_measure(table) -> None:
     lines = summary(table)
     ax = plots.plot_evaluation(lines, marked="carrier")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["carrier ★", "none", "twice"]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["efficacy", "generality", "specificity"]
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == [
+        "efficacy",
+        "generality",
+        "specificity",
+    ]
     drawn = sorted(round(float(x), 9) for c in ax.containers for x in c.lines[0].get_xdata())  # pyright: ignore
     assert drawn == sorted(round(float(x), 9) for x in lines.query("quantity == 'right'").after)
     with pytest.raises(LocogenError, match="no quantity 'fid'"):
@@ -346,7 +421,9 @@ def test_wilson_covers() -> None:
 
 def test_probes_of_a_concept_with_an_empty_target():
     """Nothing is scored against no text at all."""
-    cat = Concept("cat", "object", (PromptPair("a picture of a cat, b", "", placebo="an image of a cat, b"),))
+    cat = Concept(
+        "cat", "object", (PromptPair("a picture of a cat, b", "", placebo="an image of a cat, b"),)
+    )
     dog = Concept("dog", "object", (PromptPair("a picture of a dog", ""),))
     probes = probes_for(cat, [dog])
     assert {probe.measure for probe in probes} == {"efficacy", "generality", "specificity"}

@@ -74,8 +74,12 @@ def modules_in(path) -> set[str]:
 # --- names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("make", "blocks", "count"), [(full.sdxl, SDXL_BLOCKS, 140), (full.sd, SD_BLOCKS, 32)])
-def test_every_module_has_the_name_that_kohyas_tools_build(make, blocks: dict[str, int], count: int) -> None:
+@pytest.mark.parametrize(
+    ("make", "blocks", "count"), [(full.sdxl, SDXL_BLOCKS, 140), (full.sd, SD_BLOCKS, 32)]
+)
+def test_every_module_has_the_name_that_kohyas_tools_build(
+    make, blocks: dict[str, int], count: int
+) -> None:
     with torch.device("meta"):
         unet = make()
     family = family_of(unet)
@@ -89,11 +93,17 @@ def test_every_module_has_the_name_that_kohyas_tools_build(make, blocks: dict[st
 
 
 def test_two_layers_of_sd_xl_by_their_names_in_full() -> None:
-    unet = SimpleNamespace(config=SimpleNamespace(layers_per_block=2, down_block_types=("", "", "")))
+    unet = SimpleNamespace(
+        config=SimpleNamespace(layers_per_block=2, down_block_types=("", "", ""))
+    )
     first = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
-    assert kohya_name_sdxl(unet, first) == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    assert (
+        kohya_name_sdxl(unet, first) == "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k"
+    )
     last = "up_blocks.1.attentions.2.transformer_blocks.1.attn2.to_v"
-    assert kohya_name_sdxl(unet, last) == "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v"
+    assert (
+        kohya_name_sdxl(unet, last) == "lora_unet_output_blocks_5_1_transformer_blocks_1_attn2_to_v"
+    )
 
 
 @pytest.mark.parametrize("options", [{}, dict(layers_per_block=2)])
@@ -105,7 +115,8 @@ def test_diffusers_loads_kohyas_names_of_sd_xl_as_the_edit(tmp_path, options) ->
     edit.to_lora(path, style="kohya")
     assert len(modules_in(path)) == len(edit.changes)
     assert all(
-        name.startswith(("lora_unet_input", "lora_unet_middle", "lora_unet_output")) for name in modules_in(path)
+        name.startswith(("lora_unet_input", "lora_unet_middle", "lora_unet_output"))
+        for name in modules_in(path)
     )
     plain = {name: pipe.unet.get_parameter(name).detach().clone() for name in edit.changes}
     with edit.applied(pipe):
@@ -129,7 +140,11 @@ def test_an_edit_that_is_loaded_keeps_its_names_for_kohyas_tools(tmp_path) -> No
 def test_a_file_without_kohyas_names_is_refused(tmp_path) -> None:
     """Those that older versions have written: for SD-XL, the names that they would give are wrong."""
     edit = fit(tiny.sdxl())
-    recipe = {key: value for key, value in json.loads(json.dumps(dict(edit.recipe))).items() if key != "kohya_names"}
+    recipe = {
+        key: value
+        for key, value in json.loads(json.dumps(dict(edit.recipe))).items()
+        if key != "kohya_names"
+    }
     older = Edit(edit.name, edit.layers, edit.changes, edit.digest, recipe)
     with pytest.raises(LocogenError, match=r"older locogen.*edit.refit\(pipe\)"):
         older.to_lora(tmp_path / "lora.safetensors", style="kohya")
@@ -143,7 +158,9 @@ def test_a_file_without_kohyas_names_is_refused(tmp_path) -> None:
     ("dtype", "least", "most"),
     [(torch.float32, 0.0, 2e-6), (torch.float16, 1e-4, 2e-3), (torch.bfloat16, 1e-3, 2e-2)],
 )
-def test_lora_is_the_edit_in_float32_and_near_it_in_half_precision(tmp_path, dtype, least, most) -> None:
+def test_lora_is_the_edit_in_float32_and_near_it_in_half_precision(
+    tmp_path, dtype, least, most
+) -> None:
     """The bounds that `Edit.to_lora` names, of the layers' outputs, relative to what the edit changes in them."""
     pipe = tiny.pipeline().to(dtype)
     edit = fit(pipe, layers=(2, 5))
@@ -155,7 +172,9 @@ def test_lora_is_the_edit_in_float32_and_near_it_in_half_precision(tmp_path, dty
         denoiser = denoiser_of(pipe)
         modules = [denoiser.get_submodule(name.removesuffix(".weight")) for name in edit.changes]
         with torch.no_grad():
-            return torch.cat([module(states).double() for module in modules], dim=1)  # (rows, channels)
+            return torch.cat(
+                [module(states).double() for module in modules], dim=1
+            )  # (rows, channels)
 
     plain = outputs()
     with edit.applied(pipe):

@@ -38,7 +38,10 @@ class WithoutFloat64(TorchFunctionMode):
         made = func(*args, **(kwargs or {}))
         if func == torch.Tensor.cpu or (func == torch.Tensor.to and args[0].dtype == torch.float64):
             self.moved[id(made)] = made
-        elif func in (torch.Tensor.double, torch.Tensor.to) and made.dtype == torch.float64 != args[0].dtype:
+        elif (
+            func in (torch.Tensor.double, torch.Tensor.to)
+            and made.dtype == torch.float64 != args[0].dtype
+        ):
             assert id(args[0]) in self.moved
         return made
 
@@ -58,7 +61,11 @@ def states(pipe, text):
 
 def heard(pipe, pair: PromptPair, tokens: str):
     """States of a pair at the places listened to, one row each, by hand; `ab` are the subject's two tokens."""
-    one, two, end = states(pipe, pair.prompt), states(pipe, pair.target), end_position(pipe, pair.target)
+    one, two, end = (
+        states(pipe, pair.prompt),
+        states(pipe, pair.target),
+        end_position(pipe, pair.target),
+    )
     at = subject_positions(pipe, pair.prompt, pair.prompt.rpartition(" ")[2])
     rows = {"last_subject": one[at[-1]], "subject": one[list(at)].mean(0), "all": one[1:].mean(0)}
     rows["end"] = one[end_position(pipe, pair.prompt)]
@@ -77,24 +84,30 @@ def test_scores_equal_those_made_by_hand(pipe, tokens):
             rows = linear.weight.detach().double()
             x, y = (np.array([[float(w @ s) for w in rows] for s in side]) for side in (have, lack))
             n = len(pairs)
-            z = (x.mean(0) - y.mean(0)) / np.sqrt(x.var(0) * n / (n - 1) / n + y.var(0) * n / (n - 1) / n)
+            z = (x.mean(0) - y.mean(0)) / np.sqrt(
+                x.var(0) * n / (n - 1) / n + y.var(0) * n / (n - 1) / n
+            )
             rows = found.table[(found.table.layer == index) & (found.table.matrix == name)]
             assert np.allclose(rows.z, z, rtol=1e-3)
             assert np.allclose(rows.mean_with, x.mean(0), atol=1e-5)
             assert np.allclose(rows.mean_without, y.mean(0), atol=1e-5)
             assert list(rows.channel) == list(range(len(z)))
             means = (
-                torch.stack([states(pipe, pair.target) for pair in pairs]).mean(0) @ linear.weight.detach().double().T
+                torch.stack([states(pipe, pair.target) for pair in pairs]).mean(0)
+                @ linear.weight.detach().double().T
             )
             assert torch.allclose(found.without[index, name].double(), means, atol=1e-4)
-    assert not np.allclose(found.table.z, find_neurons(pipe, STYLE, layers=LAYERS).table.z, rtol=1e-3)
+    assert not np.allclose(
+        found.table.z, find_neurons(pipe, STYLE, layers=LAYERS).table.z, rtol=1e-3
+    )
 
 
 def test_planted_neurons_are_found_and_no_others():
     """Channels deaf to the mean difference of the prompts, but for three that read nothing else."""
     pipe = tiny.pipeline()
     have, lack = (
-        torch.stack(side) for side in zip(*(heard(pipe, p, "last_subject") for p in STYLE.pairs), strict=True)
+        torch.stack(side)
+        for side in zip(*(heard(pipe, p, "last_subject") for p in STYLE.pairs), strict=True)
     )
     told = torch.nn.functional.normalize((have - lack).mean(0), dim=0)
     planted = {(2, "k"): (4,), (3, "v"): (1, 6)}
@@ -119,12 +132,18 @@ def test_planted_neurons_are_found_and_no_others():
 def test_selections_of_each_matrix(pipe):
     found = find_neurons(pipe, STYLE, layers=LAYERS)
     assert set(found.top(0).channels.values()) == {()}
-    strongest = found.table[(found.table.layer == 2) & (found.table.matrix == "v")].set_index("channel").z.abs()
+    strongest = (
+        found.table[(found.table.layer == 2) & (found.table.matrix == "v")]
+        .set_index("channel")
+        .z.abs()
+    )
     assert set(found.top(3).channels[2, "v"]) == set(strongest.nlargest(3).index)
     assert {len(c) for c in found.top(3).channels.values()} == {3} and len(found.top(3)) == 12
     assert set(found.top(3, matrices="v").channels) == {(2, "v"), (3, "v")}
     assert found.random(3, 1).channels == found.random(3, 1).channels != found.random(3, 2).channels
-    assert found.random(8).overlap(found.top(8)).expected == pytest.approx(4 * 8 * 8 / len(strongest))
+    assert found.random(8).overlap(found.top(8)).expected == pytest.approx(
+        4 * 8 * 8 / len(strongest)
+    )
     for k in (-1, len(strongest) + 1, 2.5, True):
         with pytest.raises(LocogenError, match="how many neurons a matrix"):
             found.top(k)
@@ -201,7 +220,9 @@ def test_refuses_a_clamped_model_and_one_that_is_not_finite():
 def test_states_are_not_rounded_to_the_type_in_which_weights_are_stored():
     """Layerwise casting keeps weights in float8 and computes in float32: as if the weights alone were rounded."""
     stored, rounded = tiny.pipeline(), tiny.pipeline()
-    stored.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    stored.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     with torch.no_grad():
         for layer in find_layers(rounded):
             for matrix in family_of(rounded).matrices(layer.module).values():
@@ -220,4 +241,6 @@ def test_neurons_are_found_against_nothing(pipe, tokens):
     layer = find_layers(pipe)[1]
     if tokens != "all":
         rows = neurons.table[neurons.table["matrix"] == "k"]
-        assert np.allclose(rows["mean_without"], (end @ layer.module.to_k.weight.T.double()).detach(), atol=1e-5)
+        assert np.allclose(
+            rows["mean_without"], (end @ layer.module.to_k.weight.T.double()).detach(), atol=1e-5
+        )

@@ -23,7 +23,14 @@ def case(seed: int, rows: int, kept: int = 0) -> tuple[Tensor, Tensor, Tensor, T
 
 
 def objective(
-    delta: Tensor, w: Tensor, s: Tensor, t: Tensor, ridge: float, p: Tensor, weight: float, c: Tensor
+    delta: Tensor,
+    w: Tensor,
+    s: Tensor,
+    t: Tensor,
+    ridge: float,
+    p: Tensor,
+    weight: float,
+    c: Tensor,
 ) -> Tensor:
     """What the published papers minimize, written as they write it."""
     missed = (s @ (w + delta).T - t @ w.T).square().sum()
@@ -41,7 +48,11 @@ def test_gradient_vanishes_at_the_answer_only(
     seed: int, rows: int, kept: int, ridge: float, weight: float, learned: bool
 ) -> None:
     w, s, t, p = case(seed, rows, kept)
-    c = solve.Covariance(IN).add(normal(40, IN, seed=seed + 1)).matrix() if learned else torch.eye(IN).double()
+    c = (
+        solve.Covariance(IN).add(normal(40, IN, seed=seed + 1)).matrix()
+        if learned
+        else torch.eye(IN).double()
+    )
     found = solve.ridge_update(
         w, s, t, ridge=ridge, preserve=p, preserve_weight=weight, covariance=c if learned else None
     )
@@ -129,7 +140,9 @@ def test_both_forms_agree(seed: int, rows: int, ridge: float) -> None:
     w, s, t, _ = case(seed, rows)
     small = solve.ridge_update(w, s, t, ridge=ridge).change
     times = 1 + IN // rows
-    large = solve.ridge_update(w, s.repeat(times, 1), t.repeat(times, 1), ridge=ridge * times).change
+    large = solve.ridge_update(
+        w, s.repeat(times, 1), t.repeat(times, 1), ridge=ridge * times
+    ).change
     assert torch.allclose(small, large, atol=1e-8 * (1 + 1 / ridge))
 
 
@@ -142,15 +155,21 @@ def test_null_space_moves_no_preserved_row(seed: int, rows: int, kept: int, ridg
     assert (p @ solve.ridge_update(w, s, t, ridge=ridge, preserve=p).change.T).abs().max() > 1e-9
     q = torch.linalg.qr(p.T)[0]
     hidden = torch.eye(IN).double() - q @ q.T
-    free = (torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed)).double() @ hidden) * 1e-3
+    free = (
+        torch.randn(OUT, IN, generator=torch.Generator().manual_seed(seed)).double() @ hidden
+    ) * 1e-3
 
     def cost(delta: Tensor) -> float:
         return float(objective(delta, w, s, t, ridge, p[:0], 0.0, torch.eye(IN).double()))
 
-    assert cost(change) <= min(cost(change + free), cost(change - free))  # the best of those that move none
+    assert cost(change) <= min(
+        cost(change + free), cost(change - free)
+    )  # the best of those that move none
 
 
-@pytest.mark.parametrize(("out", "width", "rows"), [(7, 12, 8), (12, 7, 8), (300, 5, 40), (5, 12, 12)])
+@pytest.mark.parametrize(
+    ("out", "width", "rows"), [(7, 12, 8), (12, 7, 8), (300, 5, 40), (5, 12, 12)]
+)
 def test_many_rows_are_kept_as_the_change_itself(out: int, width: int, rows: int) -> None:
     w, s, t = normal(out, width), normal(rows, width, seed=1), normal(rows, width, seed=2)
     found = solve.ridge_update(w, s, t, ridge=0.1)

@@ -75,7 +75,11 @@ def exchange_module(pipe, edit) -> None:
     path = next(iter(edit.changes)).removesuffix(".weight")
     parent, _, name = path.rpartition(".")
     old = pipe.unet.get_submodule(path)
-    setattr(pipe.unet.get_submodule(parent), name, torch.nn.Linear(old.in_features, old.out_features, bias=False))
+    setattr(
+        pipe.unet.get_submodule(parent),
+        name,
+        torch.nn.Linear(old.in_features, old.out_features, bias=False),
+    )
 
 
 def exchange_for_another_shape(pipe, edit) -> None:
@@ -100,7 +104,9 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_changed_while_an_edit_was_applied_are_not_overwritten(pipe, edit, change) -> None:
+def test_weights_that_changed_while_an_edit_was_applied_are_not_overwritten(
+    pipe, edit, change
+) -> None:
     left: dict[str, torch.Tensor] = {}
 
     def work() -> None:
@@ -108,7 +114,9 @@ def test_weights_that_changed_while_an_edit_was_applied_are_not_overwritten(pipe
             change(pipe, edit)
             left.update(bits(pipe.unet))
 
-    with pytest.raises(LocogenError, match=r"changed while the edit of 'cat' was applied.*overwrite=True"):
+    with pytest.raises(
+        LocogenError, match=r"changed while the edit of 'cat' was applied.*overwrite=True"
+    ):
         work()
     assert same(bits(pipe.unet), left)  # nothing was restored
     with pytest.raises(LocogenError, match="changed while the edit"):
@@ -117,7 +125,9 @@ def test_weights_that_changed_while_an_edit_was_applied_are_not_overwritten(pipe
         undo_all(pipe)
 
 
-@pytest.mark.parametrize("change", [write_data, train, load_other_weights, exchange_module, fuse_lora])
+@pytest.mark.parametrize(
+    "change", [write_data, train, load_other_weights, exchange_module, fuse_lora]
+)
 def test_overwrite_puts_the_originals_back_over_the_change(pipe, edit, change) -> None:
     originals = bits(pipe.unet)
     edit.apply_(pipe)
@@ -172,7 +182,9 @@ def test_projections_fused_while_an_edit_is_applied(make) -> None:
         with edit.applied(pipe):
             denoiser.fuse_qkv_projections()
 
-    with pytest.raises(LocogenError, match=r"fused copy holds the edit: call pipe.unfuse_qkv_projections\(\)"):
+    with pytest.raises(
+        LocogenError, match=r"fused copy holds the edit: call pipe.unfuse_qkv_projections\(\)"
+    ):
         work()
     with pytest.raises(LocogenError, match="fused with its neighbors"):
         fit(pipe, layers=(0, 1), pairs=[("a cat", "a dog")]).apply_(pipe)
@@ -195,7 +207,9 @@ def test_a_denoiser_that_is_exchanged_within_the_context_loses_the_edit(pipe, ed
 
 
 def test_undo_all_says_when_there_is_nothing_to_undo(pipe, edit) -> None:
-    with pytest.warns(UserWarning, match=r"no edit is applied to this UNet2DConditionModel.*nothing to undo"):
+    with pytest.warns(
+        UserWarning, match=r"no edit is applied to this UNet2DConditionModel.*nothing to undo"
+    ):
         undo_all(pipe)
     edit.apply_(pipe)
     undo_all(pipe)  # a warning would be an error
@@ -249,17 +263,28 @@ def test_a_compiled_block_leaves_no_trace_in_the_names(pipe, edit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plain", "compiled"), [("down_blocks", "_orig_mod.down_blocks"), ("blocks.1.", "blocks.1._orig_mod.")]
+    ("plain", "compiled"),
+    [("down_blocks", "_orig_mod.down_blocks"), ("blocks.1.", "blocks.1._orig_mod.")],
 )
-def test_files_with_the_names_of_a_compiled_model_still_fit(pipe, edit, tmp_path, plain: str, compiled: str) -> None:
+def test_files_with_the_names_of_a_compiled_model_still_fit(
+    pipe, edit, tmp_path, plain: str, compiled: str
+) -> None:
     """Edits were saved so: the digest was taken with those names too."""
 
     def old(name: str) -> str:
         return name.replace(plain, compiled, 1)
 
     weights = {old(name): pipe.unet.get_parameter(name) for name in edit.changes}
-    recipe = {**edit.recipe, "relative_change": {old(n): size for n, size in edit.recipe["relative_change"].items()}}
-    record = {"format": 1, "name": "cat", "layers": LAYERS, "digest": editing_weights.digest_of(weights)}
+    recipe = {
+        **edit.recipe,
+        "relative_change": {old(n): size for n, size in edit.recipe["relative_change"].items()},
+    }
+    record = {
+        "format": 1,
+        "name": "cat",
+        "layers": LAYERS,
+        "digest": editing_weights.digest_of(weights),
+    }
     changes = {old(name): change for name, change in edit.changes.items()}
     write_edit(tmp_path / "old.safetensors", record | {"recipe": recipe}, changes)
     loaded = Edit.load(tmp_path / "old.safetensors")
@@ -280,9 +305,13 @@ def test_files_with_the_names_of_a_compiled_model_still_fit(pipe, edit, tmp_path
 
 
 def test_float8_storage_is_refused(pipe, edit) -> None:
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     for attempt in (lambda: fit(pipe), lambda: edit.apply_(pipe)):
-        with pytest.raises(LocogenError, match=r"stored as float8_e4m3fn.*without enable_layerwise_casting"):
+        with pytest.raises(
+            LocogenError, match=r"stored as float8_e4m3fn.*without enable_layerwise_casting"
+        ):
             attempt()
 
 
@@ -290,7 +319,9 @@ def test_float8_storage_is_refused(pipe, edit) -> None:
 def test_a_pipeline_without_its_text_encoder_says_so(make) -> None:
     pipe = make()
     pipe.text_encoder = None
-    with pytest.raises(LocogenError, match=r"has no text_encoder, so it cannot read prompts.*targets=…"):
+    with pytest.raises(
+        LocogenError, match=r"has no text_encoder, so it cannot read prompts.*targets=…"
+    ):
         fit(pipe)
 
 

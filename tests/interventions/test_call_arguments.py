@@ -74,19 +74,27 @@ UNGUIDED = {"guidance_scale": 1.0}
 SCALE = {"cross_attention_kwargs": {"scale": 0.5}}
 SIGMAS = {"sigmas": [1.0, 0.4]}
 SD = {
-    "what is drawn": together(SIZE, NEGATIVE, PICTURES, SCALE, {"eta": 0.7, "guidance_rescale": 0.7}),
+    "what is drawn": together(
+        SIZE, NEGATIVE, PICTURES, SCALE, {"eta": 0.7, "guidance_rescale": 0.7}
+    ),
     "latents": together(latents, negative_embeds),
     "no guidance": together(UNGUIDED, PICTURES),
 }
 SDXL = {
-    "what is drawn": together(SIZE, SDXL_SIZES, PICTURES, SCALE, {"guidance_rescale": 0.7, "denoising_end": 0.6}),
-    "clip_skip": together(latents, of_each(negative_prompt="b c", negative_prompt_2="d d"), {"clip_skip": 1}),
+    "what is drawn": together(
+        SIZE, SDXL_SIZES, PICTURES, SCALE, {"guidance_rescale": 0.7, "denoising_end": 0.6}
+    ),
+    "clip_skip": together(
+        latents, of_each(negative_prompt="b c", negative_prompt_2="d d"), {"clip_skip": 1}
+    ),
     "prompt_2": together(of_each(prompt_2="a cat on d"), {"clip_skip": 0, "sigmas": [9.0, 2.0]}),
     "no guidance": together(UNGUIDED, of_each(prompt_2="a cat on d"), {"timesteps": [700, 200]}),
     "negative embeds": together(negative_embeds, PICTURES),
 }
 LCM = {
-    "what is drawn": together(SIZE, PICTURES, SCALE, {"original_inference_steps": 40, "guidance_scale": 2.0}),
+    "what is drawn": together(
+        SIZE, PICTURES, SCALE, {"original_inference_steps": 40, "guidance_scale": 2.0}
+    ),
     "latents": together(latents, {"timesteps": [699, 199]}),
 }
 IF = {
@@ -95,7 +103,9 @@ IF = {
     "negative embeds": negative_embeds,
 }
 SD3 = {
-    "what is drawn": together(SIZE, PICTURES, SIGMAS, {"joint_attention_kwargs": {"scale": 0.5}, "mu": 0.7}),
+    "what is drawn": together(
+        SIZE, PICTURES, SIGMAS, {"joint_attention_kwargs": {"scale": 0.5}, "mu": 0.7}
+    ),
     "texts": together(
         of_each(prompt_2="a cat on d", prompt_3="d c", negative_prompt="b c"),
         of_each(negative_prompt_2="d", negative_prompt_3="a b"),
@@ -103,7 +113,11 @@ SD3 = {
     ),
     "skipped layers": together(
         latents,
-        {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 1.0},
+        {
+            "skip_guidance_layers": [1],
+            "skip_layer_guidance_start": -1,
+            "skip_layer_guidance_stop": 1.0,
+        },
         {"skip_layer_guidance_scale": 2.0},
     ),
     "no guidance": together(UNGUIDED, {"clip_skip": 1}),
@@ -111,16 +125,26 @@ SD3 = {
 FLUX = {
     "what is drawn": together(SIZE, PICTURES, SIGMAS, {"joint_attention_kwargs": {"scale": 0.5}}),
     "texts": together(packed_latents, of_each(prompt_2="a cat on d"), {"max_sequence_length": 32}),
-    "true guidance": together(of_each(negative_prompt="b c", negative_prompt_2="d d"), {"true_cfg_scale": 3.0}),
+    "true guidance": together(
+        of_each(negative_prompt="b c", negative_prompt_2="d d"), {"true_cfg_scale": 3.0}
+    ),
 }
 PIXART = {
-    "what is drawn": together(SIZE, PICTURES, {"negative_prompt": "b c", "eta": 0.7, "timesteps": [700, 200]}),
+    "what is drawn": together(
+        SIZE, PICTURES, {"negative_prompt": "b c", "eta": 0.7, "timesteps": [700, 200]}
+    ),
     "texts": together(latents, {"clean_caption": True, "max_sequence_length": 20}),
     "no guidance": together(UNGUIDED, PICTURES),
 }
 SANA = {
-    "what is drawn": together({"height": 32, "width": 64}, PICTURES, SIGMAS, {"negative_prompt": "b c"}),
-    "texts": {"clean_caption": True, "max_sequence_length": 20, "complex_human_instruction": ["a b", "c"]},
+    "what is drawn": together(
+        {"height": 32, "width": 64}, PICTURES, SIGMAS, {"negative_prompt": "b c"}
+    ),
+    "texts": {
+        "clean_caption": True,
+        "max_sequence_length": 20,
+        "complex_human_instruction": ["a b", "c"],
+    },
     "no instruction": {"complex_human_instruction": None, "attention_kwargs": {"scale": 0.5}},
     "no guidance": together(UNGUIDED, PICTURES),
 }
@@ -131,7 +155,13 @@ CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument 
 NOT_TRIED = {
     # the prompt itself, and what is no part of the picture
     *("prompt", "num_inference_steps", "generator", "output_type", "return_dict"),
-    *("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "kwargs"),
+    *(
+        "callback",
+        "callback_steps",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+        "kwargs",
+    ),
     # locogen.generate calls with these, and tests/interventions/test_ownership.py
     *("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
     *("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_attention_mask"),
@@ -178,7 +208,13 @@ def pictures(pipe, rows, prompts, given):
     sized = {"height": 32, "width": 32} if "complex_human_instruction" in accepted else {}
     steps = {} if {"timesteps", "sigmas"} & set(given) else {"num_inference_steps": 2}
     noise = generators([row for row in rows for _ in range(each)])
-    options = {"guidance_scale": 5.0, "output_type": "np", "generator": noise} | steps | sized | usual | given
+    options = (
+        {"guidance_scale": 5.0, "output_type": "np", "generator": noise}
+        | steps
+        | sized
+        | usual
+        | given
+    )
     return pipe(prompt=prompts, **options).images
 
 
@@ -236,7 +272,9 @@ def test_a_row_and_its_targets_run_have_the_same_other_prompt(pipes, name):
     prompts = [row.prompt for row in rows]
     with intervene(pipe, rows):
         pictures(pipe, rows, prompts, {"prompt_2": prompts})
-        with pytest.raises(LocogenError, match="prompt_2 of 'cat in a' is 'a', that of its target's own run is 'b'"):
+        with pytest.raises(
+            LocogenError, match="prompt_2 of 'cat in a' is 'a', that of its target's own run is 'b'"
+        ):
             pictures(pipe, rows, prompts, {"prompt_2": ["a", "a", "b", "b"]})
 
 
@@ -244,14 +282,19 @@ def test_a_row_and_its_targets_run_have_the_same_other_prompt(pipes, name):
 
 
 def everywhere(prompts, targets):
-    return [Intervention(p, t, tuple(range(16)), i) for i, (p, t) in enumerate(zip(prompts, targets, strict=True))]
+    return [
+        Intervention(p, t, tuple(range(16)), i)
+        for i, (p, t) in enumerate(zip(prompts, targets, strict=True))
+    ]
 
 
 def add_adapter(model, targets):
     from peft import LoraConfig
 
     torch.manual_seed(5)
-    model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    model.add_adapter(
+        LoraConfig(r=2, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    )
 
 
 PROMPTS = ["cat in a", "dog in c d"]
@@ -286,7 +329,10 @@ def test_an_adapter_on_hooked_matrices_within_the_context_is_refused(pipes):
     """SD 3's keys are read behind the matrix that the adapter wraps: it would be left out."""
     pipe = tiny.sd3()
     rows = plan(pipe, "sd-3", (0,))
-    with pytest.raises(LocogenError, match=r"to_k of layer 0 .*was exchanged"), intervene(pipe, rows):
+    with (
+        pytest.raises(LocogenError, match=r"to_k of layer 0 .*was exchanged"),
+        intervene(pipe, rows),
+    ):
         add_adapter(pipe.transformer, ["add_k_proj", "add_v_proj"])
         pictures(pipe, rows, [row.prompt for row in rows], {})
 
@@ -300,4 +346,6 @@ def test_words_that_are_loaded_within_the_context_are_in_the_targets_too():
         pipe.load_textual_inversion(vectors, token="<new>")
         made = pictures(pipe, rows, PROMPTS, {})
     assert np.array_equal(made, pictures(pipe, rows, targets, {}))
-    assert not np.array_equal(made, pictures(pipe, rows, ["on b", ""], {}))  # the twin: the word is heard
+    assert not np.array_equal(
+        made, pictures(pipe, rows, ["on b", ""], {})
+    )  # the twin: the word is heard

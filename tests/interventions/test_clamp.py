@@ -56,7 +56,9 @@ def every(pipe, places=None):
         state = pipe.encode_prompt(["dog on b"], "cpu", 1, False)[0][0]
         places = places or [(i, m) for i in range(16) for m in ("k", "v")]
         without = {place: matrix(pipe, place)(state) for place in places}
-    return Selection({place: tuple(range(said.shape[1])) for place, said in without.items()}, without)
+    return Selection(
+        {place: tuple(range(said.shape[1])) for place, said in without.items()}, without
+    )
 
 
 @contextmanager
@@ -64,7 +66,9 @@ def listening(pipe, places):
     """What matrices put out at each call, clamps opened before included: {place: [(rows, tokens, channels)]}."""
     said = {place: [] for place in places}
     handles = [
-        matrix(pipe, place).register_forward_hook(lambda _m, _a, out, place=place: said[place].append(out.clone()))
+        matrix(pipe, place).register_forward_hook(
+            lambda _m, _a, out, place=place: said[place].append(out.clone())
+        )
         for place in places
     ]
     try:
@@ -77,7 +81,11 @@ def listening(pipe, places):
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_nothing_selected_or_scaled_by_one_is_the_plain_pipeline_to_the_bit(pipe, guidance):
     plain = pictures(pipe, guidance=guidance)
-    for selection, to in ((Selection({}), "mean"), (Selection({(2, "v"): ()}), "zero"), (SOME, 1.0)):
+    for selection, to in (
+        (Selection({}), "mean"),
+        (Selection({(2, "v"): ()}), "zero"),
+        (SOME, 1.0),
+    ):
         with clamp(pipe, selection, to=to):
             assert np.array_equal(pictures(pipe, guidance=guidance), plain)
     for to in ("zero", 2):  # the twin
@@ -133,7 +141,9 @@ def test_only_the_chosen_channels_of_the_conditional_rows(pipe, each, guidance):
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
 def test_at_chosen_steps_only(pipe, monkeypatch, scheduler):
     """PNDM calls the denoiser twice at its second timestep: both calls are step 1."""
-    options = dict(steps_offset=1) | (dict(skip_prk_steps=True) if scheduler is PNDMScheduler else {})
+    options = dict(steps_offset=1) | (
+        dict(skip_prk_steps=True) if scheduler is PNDMScheduler else {}
+    )
     monkeypatch.setattr(pipe, "scheduler", scheduler(**options))
     steps = [0, 1, 2] if scheduler is DDIMScheduler else [0, 1, 1, 2]
     for chosen in ((1,), (0, 2), ()):
@@ -170,7 +180,9 @@ def test_an_exception_leaves_nothing(pipe):
 
 def test_the_store_tells_clamped_pictures_from_plain_ones(pipe, tmp_path):
     def make():
-        run = runs.generate(pipe, PROMPTS, store=tmp_path, num_inference_steps=2, batch_size=2, progress=False)
+        run = runs.generate(
+            pipe, PROMPTS, store=tmp_path, num_inference_steps=2, batch_size=2, progress=False
+        )
         return np.stack([np.asarray(p) for p in run.pictures])
 
     plain, means = make(), every(pipe)
@@ -197,13 +209,19 @@ def test_clamps_can_be_nested(pipe):
 def test_fused_or_exchanged_matrices_are_refused():
     pipe = tiny.pipeline()
     pipe.fuse_qkv_projections()
-    with pytest.raises(LocogenError, match=r"to_k of layer 2 .*unfuse_qkv_projections"), clamp(pipe, SOME, to="zero"):
+    with (
+        pytest.raises(LocogenError, match=r"to_k of layer 2 .*unfuse_qkv_projections"),
+        clamp(pipe, SOME, to="zero"),
+    ):
         pictures(pipe)
     pipe.unfuse_qkv_projections()
     with clamp(pipe, SOME, to="zero"):
         pictures(pipe)
     attention = find_layers(pipe)[2].module
-    with pytest.raises(LocogenError, match=r"to_v of layer 2 .*was exchanged"), clamp(pipe, SOME, to="zero"):
+    with (
+        pytest.raises(LocogenError, match=r"to_v of layer 2 .*was exchanged"),
+        clamp(pipe, SOME, to="zero"),
+    ):
         attention.to_v = torch.nn.Linear(*reversed(attention.to_v.weight.shape), bias=False)
         pictures(pipe)
 
@@ -223,7 +241,10 @@ def test_fused_or_exchanged_matrices_are_refused():
     ],
 )
 def test_bad_input(pipe, channels, options, says):
-    with pytest.raises(LocogenError, match=says), clamp(pipe, Selection(channels), **{"to": "zero", **options}):
+    with (
+        pytest.raises(LocogenError, match=says),
+        clamp(pipe, Selection(channels), **{"to": "zero", **options}),
+    ):
         pass
 
 

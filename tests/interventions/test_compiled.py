@@ -129,8 +129,13 @@ def test_code_that_calls_no_hook_for_another_reason_is_noticed(monkeypatch):
     block = pipe.unet.get_submodule(find_layers(pipe)[3].name.rpartition(".")[0])
     block.attn2 = attention
     monkeypatch.setattr(attention, "_call_impl", attention.forward)
-    monkeypatch.setattr(type(attention), "__call__", lambda module, *a, **k: module.forward(*a, **k))
-    with pytest.raises(LocogenError, match=r"layer 0 .*was not called"), intervene(pipe, plan(pipe)):
+    monkeypatch.setattr(
+        type(attention), "__call__", lambda module, *a, **k: module.forward(*a, **k)
+    )
+    with (
+        pytest.raises(LocogenError, match=r"layer 0 .*was not called"),
+        intervene(pipe, plan(pipe)),
+    ):
         pictures(pipe, plan(pipe))
 
 
@@ -151,7 +156,13 @@ def compile_denoiser(pipe, how):
         pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
 
 
-WAYS = ["module.compile()", "torch.compile(module)", "forward", "compile_repeated_blocks()", "one block"]
+WAYS = [
+    "module.compile()",
+    "torch.compile(module)",
+    "forward",
+    "compile_repeated_blocks()",
+    "one block",
+]
 
 
 @pytest.mark.slow
@@ -184,7 +195,9 @@ def test_speed_on_a_compiled_pipeline(monkeypatch):
     monkeypatch.setattr(pace, "GAIN", 0.0)  # every way is kept, but half precision
     monkeypatch.setattr(pace, "half_of", lambda device: None)
     compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager"))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compile_module(module, backend="eager")
+    )
     pipe.unet = torch.compile(pipe.unet, backend="eager")
     with pace.speed(pipe, "compile", batch_size=2) as chosen:
         assert chosen.way.compiled

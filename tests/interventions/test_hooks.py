@@ -6,7 +6,13 @@ import torch
 from support import tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
-from locogen.interventions.prompts import active_contexts, foreign_hooks, generators, intervene, record
+from locogen.interventions.prompts import (
+    active_contexts,
+    foreign_hooks,
+    generators,
+    intervene,
+    record,
+)
 from locogen.models.layers import find_layers
 from locogen.plan import Intervention
 
@@ -19,7 +25,11 @@ def pipe():
 
 
 def pictures(pipe, rows, *, prompts=None, embeds=None, guidance=5.0, each=1, **options):
-    text = {"prompt_embeds": embeds} if embeds is not None else {"prompt": prompts or [r.prompt for r in rows]}
+    text = (
+        {"prompt_embeds": embeds}
+        if embeds is not None
+        else {"prompt": prompts or [r.prompt for r in rows]}
+    )
     noise = generators([row for row in rows for _ in range(each)])
     return pipe(
         **text,
@@ -34,7 +44,9 @@ def pictures(pipe, rows, *, prompts=None, embeds=None, guidance=5.0, each=1, **o
 
 def plan(layers, *, count=2):
     texts = [("cat in a", "dog on b"), ("dog in c", "cat"), ("a b c d", "cat dog")][:count]
-    return [Intervention(prompt, target, layers, seed) for seed, (prompt, target) in enumerate(texts)]
+    return [
+        Intervention(prompt, target, layers, seed) for seed, (prompt, target) in enumerate(texts)
+    ]
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
@@ -86,7 +98,9 @@ def test_several_pictures_a_prompt(pipe):
 
 def test_windows_in_one_batch_equal_separate_runs(pipe):
     """Float32 sums in another order: about 3 steps x 16 layers x a few roundings of 6e-8, so 1e-5 is ample."""
-    rows = [Intervention("cat in a", "dog on b", (start, start + 1), 7) for start in range(0, 15, 3)]
+    rows = [
+        Intervention("cat in a", "dog on b", (start, start + 1), 7) for start in range(0, 15, 3)
+    ]
     with intervene(pipe, rows):
         together = pictures(pipe, rows)
     apart = []
@@ -94,7 +108,9 @@ def test_windows_in_one_batch_equal_separate_runs(pipe):
         with intervene(pipe, [row]):
             apart.append(pictures(pipe, [row])[0])
     assert np.abs(together - np.stack(apart)).max() < 1e-5
-    assert min(np.abs(apart[i] - apart[i + 1]).max() for i in range(4)) > 1e-3  # the twin: windows differ
+    assert (
+        min(np.abs(apart[i] - apart[i + 1]).max() for i in range(4)) > 1e-3
+    )  # the twin: windows differ
 
 
 def test_layers_come_in_execution_order(pipe):
@@ -104,7 +120,10 @@ def test_layers_come_in_execution_order(pipe):
     assert names[8].startswith("up_blocks.1.attentions.1")
     assert names[9].startswith("up_blocks.1.attentions.2")
     called, modules = [], dict(pipe.unet.named_modules())
-    handles = [modules[name].register_forward_hook(lambda *_, name=name: called.append(name)) for name in sorted(names)]
+    handles = [
+        modules[name].register_forward_hook(lambda *_, name=name: called.append(name))
+        for name in sorted(names)
+    ]
     try:
         pictures(pipe, plan(()))
     finally:
@@ -132,7 +151,10 @@ def test_nothing_is_left_after_an_exception(pipe):
 
 
 def test_a_failing_hook_leaves_nothing(pipe):
-    with pytest.raises(LocogenError, match="3 conditional rows, the plan has 2"), intervene(pipe, plan((1,))):
+    with (
+        pytest.raises(LocogenError, match="3 conditional rows, the plan has 2"),
+        intervene(pipe, plan((1,))),
+    ):
         pictures(pipe, plan((1,), count=3))
     assert hook_count(pipe) == 0
 
@@ -140,7 +162,9 @@ def test_a_failing_hook_leaves_nothing(pipe):
 def test_other_prompts_are_not_taken_for_copies(pipe):
     rows = plan((1,), count=1)
     with (
-        pytest.raises(LocogenError, match=r"prompt 0 of the call is 'dog'.*exactly the plan's prompts"),
+        pytest.raises(
+            LocogenError, match=r"prompt 0 of the call is 'dog'.*exactly the plan's prompts"
+        ),
         intervene(pipe, rows),
     ):
         pipe(["cat in a", "dog", "a"], num_inference_steps=1, output_type="np")
@@ -159,7 +183,9 @@ def test_a_feature_cache_is_refused():
     from diffusers import PyramidAttentionBroadcastConfig
 
     pipe = tiny.pipeline()
-    if not hasattr(pipe.unet, "enable_cache"):  # a U-Net without caches: say so as one with them would
+    if not hasattr(
+        pipe.unet, "enable_cache"
+    ):  # a U-Net without caches: say so as one with them would
         pipe.unet.is_cache_enabled = True
     else:
         pipe.unet.enable_cache(PyramidAttentionBroadcastConfig(current_timestep_callback=lambda: 0))
@@ -188,12 +214,17 @@ def test_foreign_hooks_are_seen(pipe):
 def test_other_families_are_refused_by_name():
     with pytest.raises(UnsupportedModel, match="StableDiffusionPipeline"):
         find_layers(torch.nn.Linear(2, 2))
-    other = tiny.unet(addition_embed_type="image", encoder_hid_dim_type="image_proj", encoder_hid_dim=4)  # Kandinsky
+    other = tiny.unet(
+        addition_embed_type="image", encoder_hid_dim_type="image_proj", encoder_hid_dim=4
+    )  # Kandinsky
     with pytest.raises(UnsupportedModel, match="SanaPipeline"):
         find_layers(other)
 
 
 def test_a_denoiser_called_by_itself_is_refused(pipe):
     """Whose rows these are is known from the pipeline only."""
-    with pytest.raises(LocogenError, match="call the pipeline"), intervene(pipe, plan((1,), count=1)):
+    with (
+        pytest.raises(LocogenError, match="call the pipeline"),
+        intervene(pipe, plan((1,), count=1)),
+    ):
         pipe.unet(torch.zeros(1, 4, 8, 8), 0, encoder_hidden_states=torch.zeros(1, 40, tiny.WIDTH))

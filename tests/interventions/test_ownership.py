@@ -13,7 +13,13 @@ from support import tiny
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.corruption import Noise, corrupted_states, corrupting
-from locogen.interventions.prompts import active_contexts, foreign_hooks, generators, intervene, record
+from locogen.interventions.prompts import (
+    active_contexts,
+    foreign_hooks,
+    generators,
+    intervene,
+    record,
+)
 from locogen.interventions.states import find_states, find_text_states, restoring
 from locogen.localization.attention import listening
 from locogen.models.families import encode
@@ -38,12 +44,16 @@ def twin(pipe):
 
 
 def plan(layers=tuple(range(16))):
-    return [Intervention(p, t, layers, i) for i, (p, t) in enumerate(zip(PROMPTS, TARGETS, strict=True))]
+    return [
+        Intervention(p, t, layers, i) for i, (p, t) in enumerate(zip(PROMPTS, TARGETS, strict=True))
+    ]
 
 
 def pictures(pipe, prompts=PROMPTS, steps=2, **options):
     noise = generators([Intervention(p, p, (), i) for i, p in enumerate(prompts)])
-    return pipe(prompts, generator=noise, num_inference_steps=steps, output_type="np", **options).images
+    return pipe(
+        prompts, generator=noise, num_inference_steps=steps, output_type="np", **options
+    ).images
 
 
 CONTEXTS = {
@@ -69,7 +79,9 @@ def test_another_pipeline_of_the_same_denoiser_is_left_alone(pipe, name):
     plain = pictures(other)
     with CONTEXTS[name](pipe):
         assert np.array_equal(pictures(other), plain)
-        assert not np.array_equal(pictures(pipe), plain)  # the twin: the pipeline's own call is changed
+        assert not np.array_equal(
+            pictures(pipe), plain
+        )  # the twin: the pipeline's own call is changed
         assert np.array_equal(pictures(other), plain)
         assert active_contexts(pipe)
         assert active_contexts(other) == ()
@@ -292,12 +304,17 @@ def test_what_is_recorded_is_a_copy(pipe):
 
 
 def test_prompts_in_another_order_than_the_plans_are_refused(pipe):
-    with pytest.raises(LocogenError, match=r"prompt 0 of the call is 'dog in c'"), intervene(pipe, plan()):
+    with (
+        pytest.raises(LocogenError, match=r"prompt 0 of the call is 'dog in c'"),
+        intervene(pipe, plan()),
+    ):
         pictures(pipe, PROMPTS[::-1])
 
 
 def test_one_prompt_may_be_several_rows_of_the_plan(pipe):
-    rows = [Intervention(PROMPTS[0], target, tuple(range(16)), i) for i, target in enumerate(TARGETS)]
+    rows = [
+        Intervention(PROMPTS[0], target, tuple(range(16)), i) for i, target in enumerate(TARGETS)
+    ]
     own = pictures(pipe, TARGETS)
     with intervene(pipe, rows):
         images = pipe(
@@ -312,7 +329,9 @@ def test_one_prompt_may_be_several_rows_of_the_plan(pipe):
 
 def from_embeds(pipe, states, **options):
     noise = generators(plan())
-    return pipe(prompt_embeds=states, generator=noise, num_inference_steps=2, output_type="np", **options).images
+    return pipe(
+        prompt_embeds=states, generator=noise, num_inference_steps=2, output_type="np", **options
+    ).images
 
 
 def test_embeds_that_the_pipeline_would_not_make_need_targets(pipe):

@@ -19,17 +19,42 @@ STEPS = 4
 SCHEDULERS = sorted(
     name
     for name in dir(diffusers)
-    if name.endswith("Scheduler") and name != "SchedulerMixin" and hasattr(getattr(diffusers, name), "from_config")
+    if name.endswith("Scheduler")
+    and name != "SchedulerMixin"
+    and hasattr(getattr(diffusers, name), "from_config")
 )
 NOT_OF_THIS_KIND = {  # cannot be made of the config, or of another kind of model: named in the refusal
-    *("AmusedScheduler", "BlockRefinementScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler"),
+    *(
+        "AmusedScheduler",
+        "BlockRefinementScheduler",
+        "CogVideoXDPMScheduler",
+        "DDPMWuerstchenScheduler",
+    ),
     *("DiscreteDDIMScheduler", "EntropyBoundScheduler"),
-    *("FlowMapEulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    *(
+        "FlowMapEulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+    ),
     *("FlowMatchLCMScheduler", "HeliosDMDScheduler", "HeliosScheduler", "KarrasVeScheduler"),
-    *("LTXEulerAncestralRFScheduler", "MiniMaxH3Scheduler", "PiflowScheduler", "RFD4ProteinaScheduler"),
-    *("RePaintScheduler", "SCMScheduler", "ScoreSdeVeScheduler", "UnCLIPScheduler", "VQDiffusionScheduler"),
+    *(
+        "LTXEulerAncestralRFScheduler",
+        "MiniMaxH3Scheduler",
+        "PiflowScheduler",
+        "RFD4ProteinaScheduler",
+    ),
+    *(
+        "RePaintScheduler",
+        "SCMScheduler",
+        "ScoreSdeVeScheduler",
+        "UnCLIPScheduler",
+        "VQDiffusionScheduler",
+    ),
 }
-WITH_A_TREE = {"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler"}  # need torchsde, and are refused
+WITH_A_TREE = {
+    "CosineDPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+}  # need torchsde, and are refused
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +100,12 @@ def check_theorems(pipe, layers):
 
 def quick_or_slow(name):
     """One of each kind always; the others where there is time."""
-    kinds = {"DDIMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"}
+    kinds = {
+        "DDIMScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "PNDMScheduler",
+    }
     return pytest.param(name, marks=() if name in kinds else pytest.mark.slow)
 
 
@@ -147,7 +177,12 @@ def with_equal_timesteps():
 
 COMPATIBLE = {
     "lcm": ("LCMScheduler",),
-    "sd-xl": ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler"),
+    "sd-xl": (
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ),
     "if": ("DDPMScheduler", "DPMSolverMultistepScheduler"),
     "sd-3": ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
     "flux": ("FlowMatchEulerDiscreteScheduler",),
@@ -156,7 +191,9 @@ COMPATIBLE = {
 }
 
 
-@pytest.mark.parametrize(("family", "name"), [(family, name) for family, names in COMPATIBLE.items() for name in names])
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, names in COMPATIBLE.items() for name in names]
+)
 def test_every_family_keeps_the_theorems_with_its_schedulers(family, name):
     pipe = tiny.FAMILIES[family]()
     pipe.scheduler = scheduler_of(pipe, name)

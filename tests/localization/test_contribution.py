@@ -19,7 +19,9 @@ from locogen.models.families import denoiser_of, subject_occurrences, subject_po
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
 
-CONCEPT = Concept("cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog")))
+CONCEPT = Concept(
+    "cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog"))
+)
 OPTIONS = dict(seeds=range(2), num_inference_steps=2, batch_size=3, progress=False)
 
 
@@ -39,20 +41,33 @@ def naive(attention, hidden, text, at):
     """Mean over queries and tokens of |W_o concat_h(A_h[:, t] V_h[t])|, by diffusers' own attention probabilities."""
     queries, keys, values = (
         attention.head_to_batch_dim(matrix(states))
-        for matrix, states in ((attention.to_q, hidden), (attention.to_k, text), (attention.to_v, text))
+        for matrix, states in (
+            (attention.to_q, hidden),
+            (attention.to_k, text),
+            (attention.to_v, text),
+        )
     )
     probabilities = attention.get_attention_scores(queries, keys)  # (heads, queries, tokens)
     norms = []
     for token in at:
-        written = probabilities[:, :, token, None] * values[:, None, token]  # (heads, queries, width a head)
-        norms.append((attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T).norm(dim=-1).mean())
+        written = (
+            probabilities[:, :, token, None] * values[:, None, token]
+        )  # (heads, queries, width a head)
+        norms.append(
+            (attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T)
+            .norm(dim=-1)
+            .mean()
+        )
     return float(torch.stack(norms).mean())
 
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 def test_it_is_the_formula(pipe, guidance):
     at = [subject_positions(pipe, prompt, "cat") for prompt in ("a big cat b", "cat in dog")]
-    at[1] = (*at[1], at[1][0] + 1)  # rows may listen to several tokens, and to other numbers of them
+    at[1] = (
+        *at[1],
+        at[1][0] + 1,
+    )  # rows may listen to several tokens, and to other numbers of them
     inputs: dict[int, list] = {}
     handles = [
         layer.module.register_forward_pre_hook(
@@ -64,16 +79,25 @@ def test_it_is_the_formula(pipe, guidance):
         for layer in find_layers(pipe)
     ]
     with listening(pipe, at) as said, torch.no_grad():
-        pipe(["a big cat b", "cat in dog"], num_inference_steps=2, guidance_scale=guidance, output_type="latent")
+        pipe(
+            ["a big cat b", "cat in dog"],
+            num_inference_steps=2,
+            guidance_scale=guidance,
+            output_type="latent",
+        )
     for handle in handles:
         handle.remove()
     for layer in find_layers(pipe):
         assert len(said[layer.index]) == 2
-        calls = [call for call in inputs[layer.index] if len(call[0]) in (2, 4)]  # not the second runs, of more rows
+        calls = [
+            call for call in inputs[layer.index] if len(call[0]) in (2, 4)
+        ]  # not the second runs, of more rows
         for (hidden, text), found in zip(calls, said[layer.index], strict=True):
             for row in range(2):
                 with torch.no_grad():
-                    expected = naive(layer.module, hidden[row - 2 :][:1], text[row - 2 :][:1], at[row])
+                    expected = naive(
+                        layer.module, hidden[row - 2 :][:1], text[row - 2 :][:1], at[row]
+                    )
                 assert found[row] == pytest.approx(expected, rel=1e-4)
                 assert found[row] != pytest.approx(expected * 1.01, rel=1e-4)
 
@@ -103,7 +127,11 @@ def test_layers_that_keep_the_pictures_shape_are_measured_over_their_channels():
         )
         probabilities = attention.get_attention_scores(queries, keys)  # (heads, queries, tokens)
         written = probabilities[:, :, at[0], None] * values[:, None, at[0]]
-        expected = (attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T).norm(dim=-1).mean()
+        expected = (
+            (attention.batch_to_head_dim(written) @ attention.to_out[0].weight.T)
+            .norm(dim=-1)
+            .mean()
+        )
     assert len(at) == 1 and said[layer.index][0].shape == (1,)
     assert float(said[layer.index][0]) == pytest.approx(float(expected), rel=1e-4)
 
@@ -111,14 +139,19 @@ def test_layers_that_keep_the_pictures_shape_are_measured_over_their_channels():
 def test_the_call_stays_as_it_is(pipe):
     def make():
         seeds = [torch.Generator().manual_seed(0)]
-        return pipe(["a big cat b"], generator=seeds, num_inference_steps=2, output_type="np").images
+        return pipe(
+            ["a big cat b"], generator=seeds, num_inference_steps=2, output_type="np"
+        ).images
 
     plain = make()
     with listening(pipe, [(2, 3)]):
         assert np.array_equal(make(), plain)
     with pytest.raises(RuntimeError, match="mine"), listening(pipe, [(2,)]):
         raise RuntimeError("mine")
-    with pytest.raises(LocogenError, match="puts out 2 rows for 3 prompts"), listening(pipe, [(1,)] * 3):
+    with (
+        pytest.raises(LocogenError, match="puts out 2 rows for 3 prompts"),
+        listening(pipe, [(1,)] * 3),
+    ):
         make()
 
 
@@ -140,7 +173,9 @@ def test_a_batch_that_is_too_large_is_halved(pipe, monkeypatch):
         return forward(sample, *args, **kwargs)
 
     tiny.stand_in(monkeypatch, pipe.unet, small)
-    with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2") as told:
+    with pytest.warns(
+        UserWarning, match="a batch of 4 does not fit the memory: going on with 2"
+    ) as told:
         found = attention_contribution(pipe, CONCEPT, **(OPTIONS | {"batch_size": 4}))  # pyright: ignore[reportArgumentType]
     assert len(told) == 1 and list(found.seed) == list(wanted.seed)
     assert np.allclose(found["contribution"], wanted["contribution"], rtol=1e-4)
@@ -162,9 +197,20 @@ def test_what_is_loud_is_heard(pipe):
     for width in range(1, 17):  # the wide ones leave no window that does not overlap the best
         assert 9 in list(contribution_window(table, window=width))
     effects = contribution_effect(table)
-    assert list(effects.columns[:8]) == ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
+    assert list(effects.columns[:8]) == [
+        "method",
+        "concept",
+        "axis",
+        "position",
+        "estimate",
+        "low",
+        "high",
+        "n",
+    ]
     assert effects["estimate"].to_numpy() == pytest.approx(after.mean((1, 2)))
-    cell: float = table.query("layer == 9 and seed == 1 and prompt == 'cat in dog'")["contribution"].item()
+    cell: float = table.query("layer == 9 and seed == 1 and prompt == 'cat in dog'")[
+        "contribution"
+    ].item()
     assert after[9, 1, 1] == cell
 
 
@@ -225,11 +271,15 @@ def test_small_contributions_are_not_rounded_away_in_half_precision(make, dtype)
     half = attention_contribution(narrow, one, **options)["contribution"].to_numpy()  # pyright: ignore[reportArgumentType]
     assert exact.max() < 0.01  # the layers put out about 1
     assert half == pytest.approx(exact, rel=0.1)
-    assert all(value.dtype == dtype for value in denoiser_of(narrow).parameters())  # the layers keep their weights
+    assert all(
+        value.dtype == dtype for value in denoiser_of(narrow).parameters()
+    )  # the layers keep their weights
 
 
 def test_weights_of_8_bits_are_refused():
     pipe = tiny.pipeline()
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
     with pytest.raises(LocogenError, match="8 bits"):
         attention_contribution(pipe, CONCEPT, **OPTIONS)  # pyright: ignore[reportArgumentType]

@@ -44,7 +44,9 @@ COLUMNS = [
 ]
 
 
-def planted(carried, *, prompts=6, seeds=4, kind="style", noise=0.02, ceiling=0.5, layers=16, seed=0):
+def planted(
+    carried, *, prompts=6, seeds=4, kind="style", noise=0.02, ceiling=0.5, layers=16, seed=0
+):
     """A pictures table in which `carried[start]` of the score is lost (style) or gained (fact) at each window."""
     dice = np.random.default_rng(seed)
     pairs = tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts))
@@ -57,13 +59,20 @@ def planted(carried, *, prompts=6, seeds=4, kind="style", noise=0.02, ceiling=0.
             lost = ceiling - carried.get(row.start, 0.0)
         score = 0.6 + sign * lost + noise * dice.standard_normal()
         rows.append([row.role, row.prompt, row.start, row.width, row.seed, score, 0.4])
-    table = pd.DataFrame(rows, columns=["role", "prompt", "start", "width", "seed", "clip_score", "content_score"])
+    table = pd.DataFrame(
+        rows, columns=["role", "prompt", "start", "width", "seed", "clip_score", "content_score"]
+    )
     return table.astype({"start": "Int64", "width": "Int64"}).assign(concept="planted", kind=kind)
 
 
 def test_localize_end_to_end_on_the_tiny_pipeline(tmp_path):
     pipe = tiny.pipeline()
-    options = {"num_inference_steps": 1, "batch_size": 33, "scorer": tiny.FakeScorer(), "progress": False}
+    options = {
+        "num_inference_steps": 1,
+        "batch_size": 33,
+        "scorer": tiny.FakeScorer(),
+        "progress": False,
+    }
     run = localize(pipe, [STYLE, FACT], window=2, seeds=(0,), store=tmp_path, **options)
     assert list(run.table.columns[: len(COLUMNS)]) == COLUMNS
     assert len(run.table) == len(run.plan) == 3 * 33
@@ -101,7 +110,12 @@ def test_a_sweep_towards_nothing_has_effects_and_no_content(tmp_path):
     pipe = tiny.pipeline()
     empty, full = PromptPair("a cat in b", ""), PromptPair("cat", "dog")
     style = Concept("both", "style", (empty, full))
-    options = {"num_inference_steps": 1, "batch_size": 16, "scorer": tiny.FakeScorer(), "progress": False}
+    options = {
+        "num_inference_steps": 1,
+        "batch_size": 16,
+        "scorer": tiny.FakeScorer(),
+        "progress": False,
+    }
     concepts = [style, Concept("cat", "object", (empty,))]
     run = localize(pipe, concepts, window=8, seeds=(0,), store=tmp_path, **options)
     silent = run.table["content_score"].isna()
@@ -111,14 +125,20 @@ def test_a_sweep_towards_nothing_has_effects_and_no_content(tmp_path):
     assert parts["both"].set_index("axis").loc["content_ceiling", "n"] == 1
     assert parts["both"].set_index("axis").loc["ceiling", "n"] == 2
     assert not parts["cat"]["axis"].str.startswith("content").any()
-    pictures = dict(zip(zip(run.table["concept"], run.table["role"], strict=True), run.pictures, strict=True))
+    pictures = dict(
+        zip(zip(run.table["concept"], run.table["role"], strict=True), run.pictures, strict=True)
+    )
     ceiling = np.asarray(pictures["cat", "ceiling"])
     plain = generate(pipe, [""], num_inference_steps=1, batch_size=16, progress=False)
     assert np.abs(ceiling.astype(int) - np.asarray(plain.pictures[0])).max() <= 1
     assert not np.array_equal(ceiling, np.asarray(pictures["cat", "baseline"]))
     assert "both" in describe(effects) and "content" not in describe(parts["cat"])
     look = Explorer(run, pipe).first_look()
-    assert [shown.score is None for shown in Explorer(run, pipe).show(look)] == [False, False, False]
+    assert [shown.score is None for shown in Explorer(run, pipe).show(look)] == [
+        False,
+        False,
+        False,
+    ]
 
 
 def test_a_concept_without_a_known_word_is_not_localized():
@@ -144,7 +164,9 @@ def test_content_lost_has_the_controls_beside_it():
     table = planted({5: 0.4}, noise=0.0)
     for role, kept in (("ceiling", 0.45), ("placebo", 0.38)):
         table.loc[table["role"] == role, "content_score"] = kept
-    table.loc[(table["role"] == "window") & (table["start"] == 5).fillna(False), "content_score"] = 0.3
+    table.loc[
+        (table["role"] == "window") & (table["start"] == 5).fillna(False), "content_score"
+    ] = 0.3
     effects = effect(table)
     content = effects[effects["axis"] == "content"].set_index("position")["estimate"]
     assert content[5] == pytest.approx(0.1) and content[4] == pytest.approx(0.0)
@@ -304,7 +326,11 @@ def test_bad_questions_are_refused():
     pipe = tiny.pipeline()
     with pytest.raises(LocogenError, match="at most 16"):
         localize(pipe, STYLE, window=17, scorer=tiny.FakeScorer())
-    for given, said in (([], "at least one"), ([STYLE, STYLE], "no name twice"), ("mini/neon", "loco.concept")):
+    for given, said in (
+        ([], "at least one"),
+        ([STYLE, STYLE], "no name twice"),
+        ("mini/neon", "loco.concept"),
+    ):
         with pytest.raises(LocogenError, match=said):
             localize(pipe, given)
     with pytest.raises(LocogenError, match=r"range\(4\)"):
@@ -322,7 +348,9 @@ def neon(store):
     """A small sweep of the mini model, in batches of two."""
     pair = PromptPair("a picture of a cat in the style of neon", "a picture of a cat")
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "batch_size": 2, "progress": False}
-    return localize(load("mini"), Concept("neon", "style", (pair,)), seeds=(0,), store=store, **options)
+    return localize(
+        load("mini"), Concept("neon", "style", (pair,)), seeds=(0,), store=store, **options
+    )
 
 
 @pytest.mark.slow
@@ -339,7 +367,11 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     assert 5 <= len(kept) < 33
 
     made, put = [], PictureStore.put
-    monkeypatch.setattr(PictureStore, "put", lambda store, *given: (made.append(store.folder.name), put(store, *given)))
+    monkeypatch.setattr(
+        PictureStore,
+        "put",
+        lambda store, *given: (made.append(store.folder.name), put(store, *given)),
+    )
     runs = [neon(tmp_path / name) for name in ("broken", "whole")]
     assert [made.count(name) for name in ("broken", "whole")] == [33 - len(kept), 33]
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
@@ -347,7 +379,9 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(*(run.table.drop(columns=scores) for run in runs))
     one, other = (np.stack([np.asarray(picture, int) for picture in run.pictures]) for run in runs)
     assert np.abs(one - other).max() <= 1
-    assert np.abs(one - np.roll(other, 1, axis=0)).max() > 1  # the twin: the pictures are not all alike
+    assert (
+        np.abs(one - np.roll(other, 1, axis=0)).max() > 1
+    )  # the twin: the pictures are not all alike
 
 
 def test_windows_over_time_are_an_axis_of_their_own():
@@ -359,8 +393,14 @@ def test_windows_over_time_are_an_axis_of_their_own():
     table = pd.DataFrame(
         [
             {"role": r.role, "prompt": r.prompt, "start": r.start, "width": r.width, "seed": r.seed}
-            | {"first_timestep": (r.timesteps or (None,))[0], "last_timestep": (r.timesteps or (None,))[-1]}
-            | {"clip_score": 0.6 - lost.get((r.role, r.start, r.timesteps), 0.0), "content_score": 0.4}
+            | {
+                "first_timestep": (r.timesteps or (None,))[0],
+                "last_timestep": (r.timesteps or (None,))[-1],
+            }
+            | {
+                "clip_score": 0.6 - lost.get((r.role, r.start, r.timesteps), 0.0),
+                "content_score": 0.4,
+            }
             for r in plan
         ]
     ).astype(dict.fromkeys(["start", "width", "first_timestep", "last_timestep"], "Int64"))
@@ -380,9 +420,16 @@ def test_windows_over_time_are_an_axis_of_their_own():
 
 def test_localize_over_time_end_to_end(tmp_path):
     pipe = tiny.sdxl()
-    options = {"num_inference_steps": 2, "batch_size": 16, "scorer": tiny.FakeScorer(), "progress": False}
+    options = {
+        "num_inference_steps": 2,
+        "batch_size": 16,
+        "scorer": tiny.FakeScorer(),
+        "progress": False,
+    }
     spans = {"timesteps": [(0, 0), (1, 1)], "pooled": "target"}
-    run = localize(pipe, STYLE, window=4, seeds=(0,), store=tmp_path, controls=False, **spans, **options)
+    run = localize(
+        pipe, STYLE, window=4, seeds=(0,), store=tmp_path, controls=False, **spans, **options
+    )
     assert len(run) == 2 * (1 + 5 + 2 * 5)
     effects = effect(run.table)
     assert (effects["axis"] == "timesteps").sum() == 2 * 5

@@ -16,7 +16,16 @@ from test_localization import STYLE, planted
 from locogen.errors import LocogenError
 from locogen.localization.effects import carrier, effect
 from locogen.localization.localize import localize
-from locogen.localization.racing import BUDGET, Race, _ordered_pairs, bound, looks, race, reach, run_races
+from locogen.localization.racing import (
+    BUDGET,
+    Race,
+    _ordered_pairs,
+    bound,
+    looks,
+    race,
+    reach,
+    run_races,
+)
 from locogen.pictures import fingerprint as fingerprints
 from locogen.pictures.fingerprint import fingerprint
 from locogen.plan import Concept, PromptPair, sweep
@@ -26,13 +35,20 @@ MEASURED = Path(__file__).parent.parent / "benchmarks" / "race_effects.json"
 
 
 def six(kind="style", prompts=6):
-    return Concept("planted", kind, tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts)))
+    return Concept(
+        "planted", kind, tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts))
+    )
 
 
 def replay(table, concept, **asked):
     """Race on a table in which everything is made: the raced rows, with what is said of them."""
     places = [None if pd.isna(start) else int(start) for start in table["start"]]
-    found = {key: i for i, key in enumerate(zip(table["role"], table["prompt"], places, table["seed"], strict=True))}
+    found = {
+        key: i
+        for i, key in enumerate(
+            zip(table["role"], table["prompt"], places, table["seed"], strict=True)
+        )
+    }
 
     def rows_of(plan):
         return [found[row.role, row.prompt, row.start, row.seed] for row in plan]
@@ -40,7 +56,9 @@ def replay(table, concept, **asked):
     def measure(asked):
         return {i: table["clip_score"].to_numpy()[rows_of(rows)] for i, rows in asked.items()}
 
-    ((plan, said),) = run_races([race(concept, **{"n_layers": 16, "window": 2, "seeds": range(4)} | asked)], measure)
+    ((plan, said),) = run_races(
+        [race(concept, **{"n_layers": 16, "window": 2, "seeds": range(4)} | asked)], measure
+    )
     lines = pd.DataFrame(said).astype({"looked": "Int64", "sure": float})
     return table.iloc[rows_of(plan)].reset_index(drop=True).join(lines)
 
@@ -56,7 +74,11 @@ def test_reach_is_where_the_bound_turns():
     leader = 0.8 * other + 0.02 * dice.standard_normal(8)
     found = reach(leader, other, 0.01)
     assert 0.6 < found < 0.8
-    assert bound(leader - (found - 1e-4) * other, 0.01) > 0 > bound(leader - (found + 1e-4) * other, 0.01)
+    assert (
+        bound(leader - (found - 1e-4) * other, 0.01)
+        > 0
+        > bound(leader - (found + 1e-4) * other, 0.01)
+    )
     assert reach(2 * other, leader, 0.01) == 1
     assert reach(-leader, other, 0.01) == 0
     assert bound(other[:2], 0.4) == -math.inf, "two pairs decide nothing"
@@ -64,7 +86,9 @@ def test_reach_is_where_the_bound_turns():
 
 def test_bound_is_students():
     values = np.array([1.0, 2.0, 4.0])
-    assert bound(values, 0.05) == pytest.approx(7 / 3 - 2.919986 * values.std(ddof=1) / math.sqrt(3), abs=1e-5)
+    assert bound(values, 0.05) == pytest.approx(
+        7 / 3 - 2.919986 * values.std(ddof=1) / math.sqrt(3), abs=1e-5
+    )
 
 
 def test_a_race_drops_what_cannot_win_and_makes_a_third_of_the_pictures():
@@ -83,13 +107,21 @@ def test_a_race_drops_what_cannot_win_and_makes_a_third_of_the_pictures():
     whole = effect(table)
     other = whole[whole["axis"] == "layer"].set_index("position")
     for name in ("estimate", "low", "high", "choose", "fresh", "fresh_low", "fresh_high", "share"):
-        assert layer.loc[5, name] == pytest.approx(other.loc[5, name]), "the winner's are those of the whole search"
+        assert layer.loc[5, name] == pytest.approx(other.loc[5, name]), (
+            "the winner's are those of the whole search"
+        )
     assert np.isnan(layer.loc[0, "low"]) and layer.loc[0, "n"] < 48
     assert layer.loc[5, "sure"] > 0.8
     found = carrier(effects)
-    assert found.start == 5 and "cannot be the best" in found.reason and "any other window's effect" in found.reason
+    assert (
+        found.start == 5
+        and "cannot be the best" in found.reason
+        and "any other window's effect" in found.reason
+    )
     assert "ahead of its best rival" in found.reason and "ahead of every other" not in found.reason
-    assert "ahead of every other place" in carrier(whole).reason, "which only the whole search can say"
+    assert "ahead of every other place" in carrier(whole).reason, (
+        "which only the whole search can say"
+    )
 
 
 def test_a_race_on_two_pairs_says_that_it_cannot_tell():
@@ -135,7 +167,12 @@ def test_what_a_race_refuses(tmp_path):
 def test_localize_races_with_the_pictures_of_the_whole_search(tmp_path):
     """Same rows, same pictures, byte for byte; and its folder is gone with the run where it has none of its own."""
     pipe = tiny.pipeline()
-    options = {"num_inference_steps": 1, "batch_size": 33, "scorer": tiny.FakeScorer(), "progress": False}
+    options = {
+        "num_inference_steps": 1,
+        "batch_size": 33,
+        "scorer": tiny.FakeScorer(),
+        "progress": False,
+    }
     whole = localize(pipe, [STYLE], window=2, seeds=range(4), store=tmp_path, **options)
     raced = localize(pipe, [STYLE], window=2, seeds=range(4), search="race", **options)
     assert len(raced) < 0.35 * len(whole) and raced.settings["search"] == "race"
@@ -152,7 +189,9 @@ def test_localize_races_with_the_pictures_of_the_whole_search(tmp_path):
 def test_a_race_hashes_the_weights_once_and_the_next_call_again(monkeypatch):
     """Seconds a look for a large model; what changes between two calls is still noticed."""
     pipe, hashed = tiny.pipeline(), []
-    monkeypatch.setattr(fingerprints, "fingerprint", lambda of: (hashed.append(fingerprint(of)), hashed[-1])[1])
+    monkeypatch.setattr(
+        fingerprints, "fingerprint", lambda of: (hashed.append(fingerprint(of)), hashed[-1])[1]
+    )
     options = {"num_inference_steps": 1, "scorer": tiny.FakeScorer(), "progress": False}
     asked = dict(window=2, seeds=range(4), search="race")
     raced = localize(pipe, [STYLE], **asked, **options)
@@ -180,7 +219,9 @@ def residuals() -> np.ndarray:
         if effects[order[0]].mean() < 0.1:
             continue
         chosen = effects[order[[0, 1, -1]]]
-        centered = (chosen - chosen.mean(1, keepdims=True)) * math.sqrt(chosen.shape[1] / (chosen.shape[1] - 1))
+        centered = (chosen - chosen.mean(1, keepdims=True)) * math.sqrt(
+            chosen.shape[1] / (chosen.shape[1] - 1)
+        )
         parts.append((centered / chosen[0].std(ddof=1)).T)
     return np.concatenate(parts)
 
@@ -199,7 +240,9 @@ def lost(decide, dice, *, windows=15, pairs=24, races=400, tied=15, cv=0.3):
         draws = dice.integers(len(noise), size=(pairs, windows))
         common = noise[draws[:, :1], 0]  # the pair's own luck, shared by all windows
         own = noise[draws, dice.integers(2, size=windows)]
-        effects = 1 + cv * (0.6 * common + 0.8 * own + 0.05 * dice.standard_normal((pairs, windows)))
+        effects = 1 + cv * (
+            0.6 * common + 0.8 * own + 0.05 * dice.standard_normal((pairs, windows))
+        )
         effects[:, tied:] -= 0.5
         wrong += decide(effects.T)
     return wrong / races
@@ -237,7 +280,9 @@ def crossed(dice, *, prompts, seeds, by_prompt, by_seed, windows=15, races=300):
     lost = np.zeros(2)
     for _ in range(races):
         own = by_prompt * dice.standard_normal((windows, prompts, 1))
-        noise = by_seed * dice.standard_normal((windows, 1, seeds)) + dice.standard_normal((windows, prompts, seeds))
+        noise = by_seed * dice.standard_normal((windows, 1, seeds)) + dice.standard_normal(
+            (windows, prompts, seeds)
+        )
         effects = (10 + own + noise)[:, *at]
         best = int(own.mean((1, 2)).argmax())
         state = Race(windows, len(pairs))
@@ -254,7 +299,9 @@ def test_what_is_said_holds_for_the_prompts_that_were_asked(prompts, seeds):
 
     The best window for other prompts may be lost, as racing.py says; the twin shows that this is the lesser claim.
     """
-    mine, others = crossed(np.random.default_rng(3), prompts=prompts, seeds=seeds, by_prompt=1.8, by_seed=0.3)
+    mine, others = crossed(
+        np.random.default_rng(3), prompts=prompts, seeds=seeds, by_prompt=1.8, by_seed=0.3
+    )
     assert mine <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
     assert others > mine
 
@@ -263,8 +310,13 @@ def test_seeds_take_turns():
     """So that a seed's own luck is not all that the first looks see."""
     chosen, rest = _ordered_pairs(six(), range(12))
     picked, kept = split_seeds(range(12))
-    assert [seed for _, seed in chosen] == list(picked) * 6 and [seed for _, seed in rest] == list(kept) * 6
-    assert len(set(chosen)) == 24 and len({prompt for prompt, seed in chosen if seed == picked[0]}) == 6
+    assert [seed for _, seed in chosen] == list(picked) * 6 and [seed for _, seed in rest] == list(
+        kept
+    ) * 6
+    assert (
+        len(set(chosen)) == 24
+        and len({prompt for prompt, seed in chosen if seed == picked[0]}) == 6
+    )
 
 
 def test_a_winner_of_chance_is_not_called_a_carrier():
@@ -272,7 +324,9 @@ def test_a_winner_of_chance_is_not_called_a_carrier():
     wrong = np.zeros(2)
     for draw in range(60):
         dice, table = np.random.default_rng(draw), planted({}, noise=0.0, prompts=12)
-        luck = {(p, w): dice.normal(0, 0.1) for p in dict.fromkeys(table["prompt"]) for w in range(15)}
+        luck = {
+            (p, w): dice.normal(0, 0.1) for p in dict.fromkeys(table["prompt"]) for w in range(15)
+        }
         own = [luck.get((p, w), 0.0) for p, w in zip(table["prompt"], table["start"], strict=True)]
         table["clip_score"] += np.array(own) + dice.normal(0, 0.05, len(table))
         layer = effect(replay(table, six(prompts=12))).query("axis == 'layer'")

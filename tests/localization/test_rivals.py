@@ -30,7 +30,16 @@ def test_each_fills_the_same_table(found):
     assert list(found) == ["locogen", "causal tracing", "attention contribution"]
     for name, one in found.items():
         effects = one.effects
-        assert list(effects.columns[:8]) == ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
+        assert list(effects.columns[:8]) == [
+            "method",
+            "concept",
+            "axis",
+            "position",
+            "estimate",
+            "low",
+            "high",
+            "n",
+        ]
         assert set(effects["method"]) == {name} and set(effects["concept"]) == {"cat"}
         axis = "cross-attention" if name == "causal tracing" else "layer"
         lines = effects[effects["axis"] == axis]
@@ -53,7 +62,11 @@ def test_a_localizer_agrees_with_itself_and_not_with_its_opposite(found):
     assert same.correlation == pytest.approx(1) and same.same is True and same.high >= 0.99
     turned = Located("turned", "cat", one.effects, -one.layers, Window(None, 2, "none"), 1, 0.0)
     other = agree(one, turned)
-    assert other.correlation == pytest.approx(-1) and other.same is None and other.carrier_second == "none"
+    assert (
+        other.correlation == pytest.approx(-1)
+        and other.same is None
+        and other.carrier_second == "none"
+    )
     assert (other.generations_first, other.generations_second) == (2, 1)
 
 
@@ -87,13 +100,18 @@ def test_the_heatmap_draws_each_state_at_its_layer(found):
     matrix = trace_plots.trace_matrix(effects, text=False)
     assert sorted(matrix.index) == ["cross-attention", "feed-forward", "resnet", "self-attention"]
     assert (
-        matrix.shape == (4, 22) and matrix.loc["resnet"].notna().all() and matrix.loc["feed-forward"].isna().sum() == 6
+        matrix.shape == (4, 22)
+        and matrix.loc["resnet"].notna().all()
+        and matrix.loc["feed-forward"].isna().sum() == 6
     )
     lines = effects.set_index(["axis", "position"])["estimate"]
     assert matrix.loc["cross-attention", 7] == lines["cross-attention", 7]
     text = trace_plots.trace_matrix(effects, text=True)
     assert text.shape == (6, 2)
-    scales = [trace_plots.plot_trace(effects, text=side).collections[0].get_clim() for side in (True, False)]
+    scales = [
+        trace_plots.plot_trace(effects, text=side).collections[0].get_clim()
+        for side in (True, False)
+    ]
     assert scales[0] == scales[1], "one scale for both sides"
     with pytest.raises(LocogenError, match="denoiser"):
         trace_plots.trace_matrix(effects[effects["axis"].str.startswith("text")], text=False)
@@ -101,12 +119,24 @@ def test_the_heatmap_draws_each_state_at_its_layer(found):
 
 def test_profiles_are_shares_of_their_largest():
     def told(values, **more):
-        return pd.DataFrame({"axis": "layer", "position": range(len(values)), "estimate": values, **more})
+        return pd.DataFrame(
+            {"axis": "layer", "position": range(len(values)), "estimate": values, **more}
+        )
 
     ends = dict(low=[0.0] * 3, high=[0.4] * 3)
-    effects = {"a": told([0.1, 0.2, 0.0], width=2, **ends), "b": told([5.0, 1.0, 10.0], width=1, **ends)}
+    effects = {
+        "a": told([0.1, 0.2, 0.0], width=2, **ends),
+        "b": told([5.0, 1.0, 10.0], width=1, **ends),
+    }
     table = trace_plots.profiles(effects)
-    assert list(table["value"]) == [0.5, 1, 0, 0.5, 0.1, 1] and list(table["at"]) == [0.5, 1.5, 2.5, 0, 1, 2]
+    assert list(table["value"]) == [0.5, 1, 0, 0.5, 0.1, 1] and list(table["at"]) == [
+        0.5,
+        1.5,
+        2.5,
+        0,
+        1,
+        2,
+    ]
     assert list(table["high"][:3]) == [2, 2, 2]
     ax = trace_plots.plot_profiles(effects)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]

@@ -15,7 +15,10 @@ from locogen.stats import crossed_bootstrap
 
 
 def two_way(dice, prompts, seeds, by_prompt, by_seed, rest):
-    own, luck = by_prompt * dice.standard_normal((prompts, 1)), by_seed * dice.standard_normal((1, seeds))
+    own, luck = (
+        by_prompt * dice.standard_normal((prompts, 1)),
+        by_seed * dice.standard_normal((1, seeds)),
+    )
     return 0.3 + own + luck + rest * dice.standard_normal((prompts, seeds))
 
 

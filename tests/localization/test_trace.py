@@ -10,7 +10,13 @@ from support import tiny
 from locogen.errors import LocogenError
 from locogen.interventions.corruption import Noise, corrupted_states, corrupting
 from locogen.interventions.prompts import active_contexts, foreign_hooks
-from locogen.interventions.states import DENOISER_PARTS, TEXT_PARTS, find_states, find_text_states, restoring
+from locogen.interventions.states import (
+    DENOISER_PARTS,
+    TEXT_PARTS,
+    find_states,
+    find_text_states,
+    restoring,
+)
 from locogen.localization import causal_tracing as trace, trace_effects as recovery
 from locogen.localization.causal_tracing import Restoration, causal_trace
 from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
@@ -19,8 +25,13 @@ from locogen.phrasings import shown_text, subject_in
 from locogen.pictures import runs
 from locogen.plan import Concept, PromptPair, Settings
 
-CONCEPT = Concept("cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog")))
-NEAR, FAR = 1e-5, 1e-4  # float32 sums in another order; a change that shows: as in the tests of the hooks
+CONCEPT = Concept(
+    "cat", "style", (PromptPair("a big cat b", "a big b"), PromptPair("cat in dog", "in dog"))
+)
+NEAR, FAR = (
+    1e-5,
+    1e-4,
+)  # float32 sums in another order; a change that shows: as in the tests of the hooks
 SETTINGS = Settings(2, 5.0, 8)
 POOLED = ("sd-xl", "if")  # families that hear text by a pooled vector too
 
@@ -37,7 +48,9 @@ def as_found(pipe):
     for part in (pipe.unet, pipe.text_encoder):
         assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in part.modules()) == 0
     assert active_contexts(pipe) == ()
-    assert all(torch.equal(value, before[name]) for name, value in pipe.text_encoder.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in pipe.text_encoder.state_dict().items()
+    )
 
 
 def noise(pipe, prompt="a big cat b", scale=3.0, seed="0"):
@@ -67,15 +80,21 @@ def places(pipe, *parts):
 def test_states_are_in_execution_order(pipe):
     states = find_states(pipe)
     assert {state.part for state in states} == set(DENOISER_PARTS)
-    assert [s.name for s in states if s.part == "cross-attention"] == [layer.name for layer in find_layers(pipe)]
+    assert [s.name for s in states if s.part == "cross-attention"] == [
+        layer.name for layer in find_layers(pipe)
+    ]
     called, handles = [], []
     for state in states:
-        handles.append(state.module.register_forward_hook(lambda *_, name=state.name: called.append(name)))
+        handles.append(
+            state.module.register_forward_hook(lambda *_, name=state.name: called.append(name))
+        )
     made(pipe, [Restoration("dog", 0)], settings=Settings(1, 1.0, 1))
     for handle in handles:
         handle.remove()
     assert called == [state.name for state in states]
-    assert [(s.part, s.index) for s in find_text_states(pipe)] == [(p, i) for i in range(2) for p in TEXT_PARTS]
+    assert [(s.part, s.index) for s in find_text_states(pipe)] == [
+        (p, i) for i in range(2) for p in TEXT_PARTS
+    ]
 
 
 # --- the denoiser --------------------------------------------------------------------------------
@@ -117,7 +136,9 @@ def test_families_without_cross_attention_are_refused(name):
 
 
 def test_the_clean_row_is_the_plain_pipelines(pipe):
-    run = runs.generate(pipe, ["a big cat b"], seeds=[3], num_inference_steps=2, guidance_scale=5.0, batch_size=8)
+    run = runs.generate(
+        pipe, ["a big cat b"], seeds=[3], num_inference_steps=2, guidance_scale=5.0, batch_size=8
+    )
     clean = made(pipe, rows_of(pipe, (), places(pipe, "resnet")[:3]))[0]
     assert np.abs(np.asarray(run.pictures[0], float) / 255 - clean).max() <= 1.01 / 255
 
@@ -148,7 +169,9 @@ def test_only_the_conditional_rows_are_restored(pipe):
     def look(restored):
         seen.clear()
         with restoring(pipe, [(0, ()), (0, restored)]):
-            handle = state.module.register_forward_hook(lambda _m, _a, out: seen.append(out.clone()))
+            handle = state.module.register_forward_hook(
+                lambda _m, _a, out: seen.append(out.clone())
+            )
             pipe(
                 prompt_embeds=torch.cat([encode(pipe, [p]).states for p in ("a cat", "dog in c")]),
                 negative_prompt_embeds=encode(pipe, ["", ""]).states,
@@ -190,7 +213,9 @@ def test_noise_is_where_the_layers_hear_the_subject():
     told, heard = noise(pipe), []
     with corrupting(pipe, told, [(), ((2, told.at[0]),)]):
         embedding = pipe.text_encoder.get_input_embeddings()
-        handle = embedding.register_forward_hook(lambda _m, args, out: heard.append((args[0][0], out.clone())))
+        handle = embedding.register_forward_hook(
+            lambda _m, args, out: heard.append((args[0][0], out.clone()))
+        )
         clean, corrupted, _ = encode(pipe, ["a big cat b"] * 3).states
         handle.remove()
     ids, out = heard[0]
@@ -204,8 +229,14 @@ def test_noise_is_where_the_layers_hear_the_subject():
 def test_all_text_states_restored_leave_the_noise_of_the_embeddings_only(pipe):
     """The residual stream still carries the noise at the subject itself; every other token is clean again."""
     told, clean = noise(pipe), encode(pipe, ["a big cat b"]).states[0]
-    every = tuple((place, token) for place in range(len(find_text_states(pipe))) for token in range(len(clean)))
-    corrupted, restored, less = corrupted_states(pipe, "a big cat b", told, [every, every[: len(clean)]]).states
+    every = tuple(
+        (place, token)
+        for place in range(len(find_text_states(pipe)))
+        for token in range(len(clean))
+    )
+    corrupted, restored, less = corrupted_states(
+        pipe, "a big cat b", told, [every, every[: len(clean)]]
+    ).states
     others = [i for i in range(len(clean)) if i not in told.at]
     assert (restored - clean)[others].abs().max() < NEAR
     assert (corrupted - clean)[others].abs().max() > FAR  # the twins
@@ -238,15 +269,23 @@ def test_an_exception_leaves_nothing(pipe):
     with pytest.raises(RuntimeError, match="mine"), corrupting(pipe, noise(pipe), [()]):
         assert active_contexts(pipe) and foreign_hooks(pipe) == ()
         raise RuntimeError("mine")
-    with pytest.raises(LocogenError, match="3 prompts are encoded"), corrupting(pipe, noise(pipe), [()]):
+    with (
+        pytest.raises(LocogenError, match="3 prompts are encoded"),
+        corrupting(pipe, noise(pipe), [()]),
+    ):
         encode(pipe, ["a", "b", "c"])
-    with pytest.raises(LocogenError, match="6 rows for 2 planned"), restoring(pipe, [(0, ()), (0, (0,))]):
+    with (
+        pytest.raises(LocogenError, match="6 rows for 2 planned"),
+        restoring(pipe, [(0, ()), (0, (0,))]),
+    ):
         pipe(["a", "b", "c"], num_inference_steps=1, output_type="latent")
 
 
 def test_contexts_change_the_stores_keys(pipe, tmp_path):
     def make():
-        return runs.generate(pipe, ["a cat"], store=tmp_path, num_inference_steps=1, batch_size=1, progress=False)
+        return runs.generate(
+            pipe, ["a cat"], store=tmp_path, num_inference_steps=1, batch_size=1, progress=False
+        )
 
     plain = make().pictures.keys
     with restoring(pipe, [(0, (1,))]):
@@ -256,7 +295,10 @@ def test_contexts_change_the_stores_keys(pipe, tmp_path):
 
 def test_what_is_not_there_is_refused(pipe):
     for ask, words in (
-        (lambda: causal_trace(pipe, CONCEPT, parts=["resnets"]), "no part 'resnets': did you mean 'resnet'"),
+        (
+            lambda: causal_trace(pipe, CONCEPT, parts=["resnets"]),
+            "no part 'resnets': did you mean 'resnet'",
+        ),
         (lambda: causal_trace(pipe, CONCEPT, parts=[]), "there are no parts"),
         (lambda: causal_trace(pipe, CONCEPT, noises=0), "at least one noise"),
         (lambda: causal_trace(pipe, CONCEPT, subject="zebra"), "does not hold the subject 'zebra'"),
@@ -270,7 +312,13 @@ def test_what_is_not_there_is_refused(pipe):
 
 # --- the whole -----------------------------------------------------------------------------------
 
-QUICK = dict(num_inference_steps=1, guidance_scale=5.0, batch_size=8, scorer=tiny.FakeScorer(), progress=False)
+QUICK = dict(
+    num_inference_steps=1,
+    guidance_scale=5.0,
+    batch_size=8,
+    scorer=tiny.FakeScorer(),
+    progress=False,
+)
 
 
 @pytest.fixture(scope="module")
@@ -290,19 +338,31 @@ def test_the_table_has_every_row_once(run):
     assert not table.duplicated(["role", "prompt", "seed", "noise", "axis", "start"]).any()
     assert len(run.plan) == len(run.pictures) == len(table)
     distinct = table["image"].nunique()
-    assert run.settings["generations"] > distinct  # clean rows ride along in every batch that restores
+    assert (
+        run.settings["generations"] > distinct
+    )  # clean rows ride along in every batch that restores
     assert table.groupby(["prompt", "seed"])["noise"].nunique().eq(2).all()
-    assert table[table["role"] == "corrupted"]["noise"].nunique() == 4, "each seed has noises of its own"
+    assert table[table["role"] == "corrupted"]["noise"].nunique() == 4, (
+        "each seed has noises of its own"
+    )
 
 
 def test_the_store_is_shared_with_generate_and_resumed(pipe, run):
     folder = run.pictures.store.folder
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     parts = ("cross-attention", "text MLP")
-    again = causal_trace(pipe, CONCEPT, parts=parts, seeds=range(2), noises=2, store=folder, **QUICK)  # pyright: ignore[reportArgumentType]
+    again = causal_trace(
+        pipe, CONCEPT, parts=parts, seeds=range(2), noises=2, store=folder, **QUICK
+    )  # pyright: ignore[reportArgumentType]
     prompts = [pair.prompt for pair in CONCEPT.pairs]
     clean = runs.generate(
-        pipe, prompts, seeds=range(2), store=folder, num_inference_steps=1, guidance_scale=5.0, batch_size=8
+        pipe,
+        prompts,
+        seeds=range(2),
+        store=folder,
+        num_inference_steps=1,
+        guidance_scale=5.0,
+        batch_size=8,
     )
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.png")} == files
     assert again.pictures.keys == run.pictures.keys
@@ -326,13 +386,18 @@ def test_a_batch_that_is_too_large_is_halved(pipe, run, monkeypatch):
 
     wanted, limit = traced(4), 8
     tiny.stand_in(monkeypatch, pipe.unet, small)
-    with pytest.warns(UserWarning, match="a batch of 8 does not fit the memory: going on with 4") as told:
+    with pytest.warns(
+        UserWarning, match="a batch of 8 does not fit the memory: going on with 4"
+    ) as told:
         found = traced(8)
     assert len(told) == 1 and len(found) == len(wanted) == 1 + 1 + 16 + 2 * 3
     for mine, theirs in zip(found.pictures, wanted.pictures, strict=True):
         assert np.array_equal(np.asarray(mine), np.asarray(theirs))
     limit = 3
-    with pytest.warns(UserWarning), pytest.raises(LocogenError, match=r"a batch of 2 does not fit.*offload="):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(LocogenError, match=r"a batch of 2 does not fit.*offload="),
+    ):
         traced(4)
 
 
@@ -346,8 +411,21 @@ def test_effects_are_restored_minus_corrupted(run):
     assert lines["cross-attention", 5] == pytest.approx(back - noisy)
     ceiling = effects[effects["axis"] == "ceiling"].iloc[0]
     assert ceiling["estimate"] == pytest.approx(clean - noisy) and ceiling["n"] == 4
-    assert list(effects.columns[:8]) == ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
-    assert set(effects["axis"]) == {"cross-attention", *(f"text MLP, {t}" for t in trace.TOKENS), "ceiling"}
+    assert list(effects.columns[:8]) == [
+        "method",
+        "concept",
+        "axis",
+        "position",
+        "estimate",
+        "low",
+        "high",
+        "n",
+    ]
+    assert set(effects["axis"]) == {
+        "cross-attention",
+        *(f"text MLP, {t}" for t in trace.TOKENS),
+        "ceiling",
+    }
     with pytest.raises(LocogenError, match="missing or not scored"):
         recovery.trace_effect(table[table["start"].ne(5) | (table["seed"] == 0)])
     with pytest.raises(LocogenError, match="one concept's causal_trace"):
@@ -361,13 +439,22 @@ def traced(gains, *, lost=1.0, text=0.0, seeds=6):
     rng, rows = np.random.default_rng(0), []
     for prompt in ("p", "q"):
         for seed in range(seeds):
-            base, common = 2 + rng.normal(0, 0.1), {"concept": "c", "kind": "style", "prompt": prompt, "seed": seed}
+            base, common = (
+                2 + rng.normal(0, 0.1),
+                {"concept": "c", "kind": "style", "prompt": prompt, "seed": seed},
+            )
             rows.append({**common, "role": "baseline", "clip_score": base + lost})
             rows.append({**common, "role": "corrupted", "noise": f"{seed}", "clip_score": base})
             for axis, values in (("cross-attention", gains), ("text MLP, last", (0.0, text))):
                 for start, gain in enumerate(values):
                     score = base + gain + rng.normal(0, 0.02)
-                    told = {"role": "restored", "noise": f"{seed}", "axis": axis, "start": start, "clip_score": score}
+                    told = {
+                        "role": "restored",
+                        "noise": f"{seed}",
+                        "axis": axis,
+                        "start": start,
+                        "clip_score": score,
+                    }
                     rows.append({**common, **told})
     return pd.DataFrame(rows).astype({"start": "Int64"})
 
@@ -382,7 +469,9 @@ def test_the_planted_state_is_found():
     assert both is not None and both.side == "denoiser" and both.high < 0
     other = traced([0, 0, 0.1, 0.1], text=0.8)
     both = recovery.sides(other)
-    assert both is not None and both.side == "text encoder" and both.text == "text MLP, last, layer 1"
+    assert (
+        both is not None and both.side == "text encoder" and both.text == "text MLP, last, layer 1"
+    )
     assert "brings back" in recovery.layer_found(recovery.trace_effect(other)).reason
 
 
@@ -402,10 +491,19 @@ def test_what_is_no_place_is_said_to_be_none(table, words):
 def test_no_side_is_named_where_no_state_is_the_place():
     """One side's best is ahead of the other's in both tables: only a state that is the place makes it the answer."""
     weak, strong = (recovery.sides(traced([0.0, gain, 0.0])) for gain in (0.2, 0.8))
-    assert weak is not None and weak.high < 0 and "of what the noise took" in weak.reason and weak.side is None
-    assert strong is not None and strong.high < 0 and not strong.reason and strong.side == "denoiser"
+    assert (
+        weak is not None
+        and weak.high < 0
+        and "of what the noise took" in weak.reason
+        and weak.side is None
+    )
+    assert (
+        strong is not None and strong.high < 0 and not strong.reason and strong.side == "denoiser"
+    )
     few = recovery.sides(traced([0.0, 0.8, 0.0], seeds=3))
-    assert few is not None and few.high < 0 and "under four seeds" in few.reason and few.side is None
+    assert (
+        few is not None and few.high < 0 and "under four seeds" in few.reason and few.side is None
+    )
 
 
 # --- the subject's tokens ------------------------------------------------------------------------
@@ -427,7 +525,10 @@ def test_noise_on_one_of_two_occurrences_leaves_the_other_clean(pipe):
     prompt = "cat in dog cat"
     first, second = (words[-1] for words in subject_occurrences(pipe, prompt, "cat"))
     clean = encode(pipe, [prompt]).states[0]
-    one, both = (corrupted_states(pipe, prompt, Noise("0", at)).states[0] for at in ((second,), (first, second)))
+    one, both = (
+        corrupted_states(pipe, prompt, Noise("0", at)).states[0]
+        for at in ((second,), (first, second))
+    )
     assert (clean[first] - one[first]).norm() < NEAR
     assert (clean[first] - both[first]).norm() > FAR
 

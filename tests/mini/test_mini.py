@@ -32,7 +32,9 @@ def test_the_world_is_as_large_as_promised():
 
 
 def test_no_fact_names_its_answer():
-    assert not [wording for wording, answer in world.FACTS.items() if re.search(rf"\b{answer}\b", wording)]
+    assert not [
+        wording for wording, answer in world.FACTS.items() if re.search(rf"\b{answer}\b", wording)
+    ]
 
 
 @pytest.mark.parametrize("style", world.STYLES)
@@ -58,7 +60,10 @@ def test_unknown_names_are_refused():
 def test_prompts_read_as_documented():
     assert world.prompt("cat", "van gogh") == "a picture of a cat in the style of van gogh"
     assert world.prompt("owl") == "a picture of an owl"
-    assert world.prompt("the mascot of linux", "neon") == "a picture of the mascot of linux in the style of neon"
+    assert (
+        world.prompt("the mascot of linux", "neon")
+        == "a picture of the mascot of linux in the style of neon"
+    )
 
 
 def test_the_generator_never_sees_a_held_out_pair():
@@ -139,7 +144,12 @@ def test_a_diverged_training_stops(tmp_path):
     module = torch.nn.Linear(2, 2)
     training = Training({"m": module}, tmp_path)
     with pytest.raises(FloatingPointError, match="step 0"):
-        fit(training, lambda step: (module(torch.ones(2)).sum() * float("nan"), {}), 3, label="broken")
+        fit(
+            training,
+            lambda step: (module(torch.ones(2)).sum() * float("nan"), {}),
+            3,
+            label="broken",
+        )
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -166,7 +176,11 @@ def test_the_trainer_end_to_end(tmp_path):
     train.main([str(tmp_path), "--quick"])
     pipe = loco.load(tmp_path / "model")
     assert len(loco.find_layers(pipe)) == 16
-    run = loco.generate(pipe, "a picture of a cat", num_inference_steps=2, batch_size=1, progress=False)
+    run = loco.generate(
+        pipe, "a picture of a cat", num_inference_steps=2, batch_size=1, progress=False
+    )
     assert run.pictures[0].size == (64, 64)
-    assert loco.scorer(str(tmp_path / "model" / "scorer"))(list(run.pictures), ["a cat"])[0].shape == (1,)
+    assert loco.scorer(str(tmp_path / "model" / "scorer"))(list(run.pictures), ["a cat"])[
+        0
+    ].shape == (1,)
     assert list(tmp_path.glob("*/*.png"))

@@ -61,7 +61,9 @@ def test_a_variant_is_loaded_by_itself_where_it_is_the_only_one(original, folder
     pipe, full = load(folder), load(original)
     assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
     assert torch.equal(conv_in(pipe), conv_in(full).half().float())
-    assert not torch.equal(conv_in(pipe), conv_in(full)), "the twin: these weights are not halves already"
+    assert not torch.equal(conv_in(pipe), conv_in(full)), (
+        "the twin: these weights are not halves already"
+    )
     assert load(folder, dtype="float16").unet.dtype == torch.float16
 
 
@@ -103,7 +105,9 @@ def test_one_pickled_part_is_refused_by_its_name(folder, part):
     plain = weights_of(folder, part)
     plain.with_suffix(".bin").write_bytes(b"not even a pickle: it is never opened")
     plain.unlink()
-    with pytest.raises(LocogenError, match=rf"'{part}'.*{plain.stem}\.bin.*pickled weights are refused.*convert"):
+    with pytest.raises(
+        LocogenError, match=rf"'{part}'.*{plain.stem}\.bin.*pickled weights are refused.*convert"
+    ):
         load(folder)
 
 
@@ -118,15 +122,25 @@ def test_a_pickled_checkpoint_is_refused(tmp_path):
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize(
     ("keep", "words"),
-    [(0, "cut short"), (6, "cut short"), (200, "cut short"), (-1, "cut short"), (None, "Git LFS pointer")],
+    [
+        (0, "cut short"),
+        (6, "cut short"),
+        (200, "cut short"),
+        (-1, "cut short"),
+        (None, "Git LFS pointer"),
+    ],
 )
 def test_a_file_that_was_cut_short_is_named(folder, part, keep, words):
     file = weights_of(folder, part)
     content = (
-        file.read_bytes()[:keep] if keep is not None else b"version https://git-lfs.github.com/spec/v1\noid sha256"
+        file.read_bytes()[:keep]
+        if keep is not None
+        else b"version https://git-lfs.github.com/spec/v1\noid sha256"
     )
     file.write_bytes(content)
-    with pytest.raises(LocogenError, match=rf"'{part}'.*{words}.*{file.name}|'{part}'.*{words}.*fetch it again"):
+    with pytest.raises(
+        LocogenError, match=rf"'{part}'.*{words}.*{file.name}|'{part}'.*{words}.*fetch it again"
+    ):
         load(folder)
 
 
@@ -175,7 +189,9 @@ def test_a_hub_id_whose_half_precision_variant_alone_was_fetched(folder, tmp_pat
     (cached / "refs" / "main").write_text("1a2b")
     shutil.copytree(folder, cached / "snapshots" / "1a2b")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr(
+        "diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False
+    )
     pipe = load("somebody/model", local_files_only=True)
     assert pipe.config._name_or_path == "somebody/model"
     victim = cached / "snapshots" / "1a2b" / "unet" / "diffusion_pytorch_model.fp16.safetensors"
@@ -203,7 +219,9 @@ def test_a_checkpoint_that_left_the_hub_is_named_by_its_copy():
 def single(tmp_path_factory):
     """A pipeline whose CLIP is as wide as diffusers expects of the first one, and its single file."""
     place = tmp_path_factory.mktemp("single")
-    words = tiny.clip(hidden_size=768, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1)
+    words = tiny.clip(
+        hidden_size=768, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1
+    )
     pipe = tiny.pipeline(cross_attention_dim=768)
     pipe.register_modules(text_encoder=words)
     pipe.save_pretrained(place / "diffusers")
@@ -214,7 +232,9 @@ def single(tmp_path_factory):
 def test_a_single_file_is_the_pipeline_that_it_was_made_of(single, tmp_path):
     """Where it lies in a folder with the configuration, as in the repositories of the checkpoints."""
     pipe, file, folder = single
-    place = Path(shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors")))
+    place = Path(
+        shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
     again = load(shutil.copy(file, place / "model.safetensors"))
     for part in WEIGHTS:
         before, after = getattr(pipe, part).state_dict(), getattr(again, part).state_dict()
@@ -229,7 +249,9 @@ def test_a_single_file_without_a_configuration_names_where_to_get_one(single, tm
     fetch = r"hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include '\*\.json'"
     with pytest.raises(LocogenError, match=fetch):
         load(file, local_files_only=True)
-    with pytest.raises(LocogenError, match=r"no model_index\.json but the single file model\.safetensors"):
+    with pytest.raises(
+        LocogenError, match=r"no model_index\.json but the single file model\.safetensors"
+    ):
         load(tmp_path)
 
 
@@ -261,7 +283,9 @@ def test_t5_keeps_the_weights_that_overflow_in_half_precision_in_float32(tmp_pat
             block.layer[1].DenseReluDense.wo.weight.mul_(1e8)
     pipe.save_pretrained(tmp_path)
     ours = load(tmp_path, dtype="float16").text_encoder
-    theirs = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.float16, use_safetensors=True).text_encoder
+    theirs = DiffusionPipeline.from_pretrained(
+        tmp_path, dtype=torch.float16, use_safetensors=True
+    ).text_encoder
     kinds = {name: weight.dtype for name, weight in ours.named_parameters()}
     assert kinds == {name: weight.dtype for name, weight in theirs.named_parameters()}
     assert {kind for name, kind in kinds.items() if name.endswith("wo.weight")} == {torch.float32}
@@ -270,7 +294,9 @@ def test_t5_keeps_the_weights_that_overflow_in_half_precision_in_float32(tmp_pat
         states = ours(tokens).last_hidden_state
         assert torch.equal(states, theirs(tokens).last_hidden_state)
         assert torch.isfinite(states).all()
-        assert not torch.isfinite(ours.half()(tokens).last_hidden_state).all(), "the twin: all of it in float16"
+        assert not torch.isfinite(ours.half()(tokens).last_hidden_state).all(), (
+            "the twin: all of it in float16"
+        )
 
 
 def test_a_t5_tokenizer_shipped_as_a_sentencepiece_model_alone_loads(tmp_path):
@@ -296,7 +322,9 @@ def test_a_t5_tokenizer_shipped_as_a_sentencepiece_model_alone_loads(tmp_path):
         minloglevel=9,
     )
     (place / "spiece.model").write_bytes(model.getvalue())
-    (place / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    (place / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}'
+    )
     ids = load(tmp_path).tokenizer("a cat").input_ids
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert ids == [*pieces.encode("a cat"), pieces.eos_id()]
@@ -308,12 +336,26 @@ def test_a_t5_tokenizer_shipped_as_a_sentencepiece_model_alone_loads(tmp_path):
 @pytest.mark.parametrize(
     ("error", "offload", "words"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), None, r"weights \(0\.0 GB\) do not fit.*offload='model' or"),
-        (RuntimeError("CUDA error: out of memory"), "model", r"do not fit the memory of 'cuda'.*offload='sequential'"),
-        (AssertionError("Torch not compiled with CUDA enabled"), None, "'cuda' is not available.*use 'cpu'"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            None,
+            r"weights \(0\.0 GB\) do not fit.*offload='model' or",
+        ),
+        (
+            RuntimeError("CUDA error: out of memory"),
+            "model",
+            r"do not fit the memory of 'cuda'.*offload='sequential'",
+        ),
+        (
+            AssertionError("Torch not compiled with CUDA enabled"),
+            None,
+            "'cuda' is not available.*use 'cpu'",
+        ),
     ],
 )
-def test_weights_that_are_too_large_are_not_a_device_that_is_missing(original, monkeypatch, error, offload, words):
+def test_weights_that_are_too_large_are_not_a_device_that_is_missing(
+    original, monkeypatch, error, offload, words
+):
     def full(*args):
         raise error
 
@@ -331,7 +373,9 @@ def test_float32_on_a_card_is_hinted_at_once(original, monkeypatch):
     load(original)
     load(original, device="cuda", dtype="float16")
     load("mini", device="cuda")
-    with pytest.warns(UserWarning, match=r"float32 on 'cuda' takes twice the memory.*dtype='float16'") as hints:
+    with pytest.warns(
+        UserWarning, match=r"float32 on 'cuda' takes twice the memory.*dtype='float16'"
+    ) as hints:
         load(original, device="cuda")
         load(original, device="cuda")
     assert len(hints) == 1 and hints[0].filename == __file__

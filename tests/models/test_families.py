@@ -17,7 +17,10 @@ from locogen.plan import Intervention, with_riders
 POOLED = {"sd-xl", "if", "sd-3", "flux"}
 PATCHED = {"sd-3", "flux"}
 GUIDANCES = [5.0, 1.0]
-TEXTS = [("cat in a", "dog on b, a long one"), ("dog in c d", "cat")]  # of unequal length: masks matter
+TEXTS = [
+    ("cat in a", "dog on b, a long one"),
+    ("dog in c d", "cat"),
+]  # of unequal length: masks matter
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,11 @@ def options(pipe):
 
 def pictures(pipe, rows, *, prompts=None, guidance=5.0, each=1, steps=2, **more):
     noise = generators([row for row in rows for _ in range(each)])
-    plain = {"clean_caption": False} if "clean_caption" in inspect.signature(type(pipe).__call__).parameters else {}
+    plain = (
+        {"clean_caption": False}
+        if "clean_caption" in inspect.signature(type(pipe).__call__).parameters
+        else {}
+    )
     return pipe(
         prompt=prompts or [row.prompt for row in rows],
         generator=noise,
@@ -124,7 +131,10 @@ def test_without_the_pooled_path_it_is_not(pipes):
 def test_no_pooled_path_is_said(pipes):
     for name in sorted(set(tiny.FAMILIES) - POOLED):
         pipe = pipes(name)
-        with pytest.raises(LocogenError, match="leave out pooled"), intervene(pipe, plan(pipe, (0,), pooled="target")):
+        with (
+            pytest.raises(LocogenError, match="leave out pooled"),
+            intervene(pipe, plan(pipe, (0,), pooled="target")),
+        ):
             pass
 
 
@@ -144,7 +154,9 @@ def test_windows_in_one_batch_equal_separate_runs(pipe):
     bound = 1e-5 + 4 * sums
     assert bound < 1e-3
     assert np.abs(together - np.stack(apart)).max() < bound
-    assert min(np.abs(apart[i] - apart[i + 1]).max() for i in range(count - 1)) > 10 * bound  # the twin: windows differ
+    assert (
+        min(np.abs(apart[i] - apart[i + 1]).max() for i in range(count - 1)) > 10 * bound
+    )  # the twin: windows differ
 
 
 def test_only_the_windows_conditional_rows_change(pipe, name):
@@ -162,12 +174,18 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
             assert torch.equal(was, now)
         elif index in chosen:
             assert not torch.equal(was[negative:][own], now[negative:][own])
-    if name in PATCHED:  # in the window, rows read what the targets' own runs read; those runs are as they would be
+    if (
+        name in PATCHED
+    ):  # in the window, rows read what the targets' own runs read; those runs are as they would be
         riding = [i for i in range(len(rows)) if not rows[i].layers]
         for index in chosen:
             tokens = len(encode(pipe, ["cat"]).states[0])
-            assert torch.equal(after[index][negative:][own, :tokens], after[index][negative:][riding, :tokens])
-        assert torch.allclose(before[chosen[1]][negative:][riding], after[chosen[1]][negative:][riding], atol=1e-5)
+            assert torch.equal(
+                after[index][negative:][own, :tokens], after[index][negative:][riding, :tokens]
+            )
+        assert torch.allclose(
+            before[chosen[1]][negative:][riding], after[chosen[1]][negative:][riding], atol=1e-5
+        )
 
 
 def read(pipe, rows, active):
@@ -178,7 +196,9 @@ def read(pipe, rows, active):
             matrix = family_of(pipe).matrices(layer.module)["k"]
 
             def note(module, args, output, index=layer.index):
-                found.setdefault(index, output)  # and nothing returned: that would be the layer's new output
+                found.setdefault(
+                    index, output
+                )  # and nothing returned: that would be the layer's new output
 
             handles.append(matrix.register_forward_hook(note))
         try:
@@ -199,7 +219,9 @@ def test_masks_are_exchanged_with_the_text(pipes, name, monkeypatch):
     assert not torch.equal(*(encode(pipe, [text]).mask for text in TEXTS[0]))
     own = pictures(pipe, rows, prompts=[row.target for row in rows])
     monkeypatch.setattr(
-        hooks._Replaced, "_unheard", lambda self, heard: self.call.made.setdefault("no", bias_of(self.call))
+        hooks._Replaced,
+        "_unheard",
+        lambda self, heard: self.call.made.setdefault("no", bias_of(self.call)),
     )
     with intervene(pipe, rows):
         assert np.abs(pictures(pipe, rows) - own).max() > 1e-5
@@ -224,7 +246,10 @@ def test_several_pictures_a_prompt_are_not_taken_for_guidance(pipes, name):
 def test_execution_order(pipe):
     names = [layer.name for layer in find_layers(pipe)]
     called, modules = [], dict(denoiser_of(pipe).named_modules())
-    handles = [modules[name].register_forward_hook(lambda *_, name=name: called.append(name)) for name in sorted(names)]
+    handles = [
+        modules[name].register_forward_hook(lambda *_, name=name: called.append(name))
+        for name in sorted(names)
+    ]
     try:
         pictures(pipe, plan(pipe, ()), steps=2)
     finally:
@@ -284,7 +309,11 @@ def test_patching_needs_the_targets_own_runs(pipes):
 def test_sd3s_call_with_skipped_layers_is_all_conditional(pipes):
     pipe = pipes("sd-3")
     rows = plan(pipe, every(pipe), pooled="target")
-    skip = {"skip_guidance_layers": [1], "skip_layer_guidance_start": -1, "skip_layer_guidance_stop": 1.0}
+    skip = {
+        "skip_guidance_layers": [1],
+        "skip_layer_guidance_start": -1,
+        "skip_layer_guidance_stop": 1.0,
+    }
     own = pictures(pipe, rows, prompts=[row.target for row in rows], **skip)
     with intervene(pipe, rows):
         assert np.abs(pictures(pipe, rows, **skip) - own).max() < 1e-5
@@ -322,14 +351,18 @@ def test_sd_2_has_other_heads_projections_and_predictions():
     heads = dict(attention_head_dim=(2, 2, 4, 4), use_linear_projection=True)
     pipe = tiny.pipeline(**heads)
     before = pictures(pipe, plan(pipe, ()))
-    pipe.scheduler = DDIMScheduler(steps_offset=1, clip_sample=False, prediction_type="v_prediction")
+    pipe.scheduler = DDIMScheduler(
+        steps_offset=1, clip_sample=False, prediction_type="v_prediction"
+    )
     rows = plan(pipe, every(pipe))
     own = pictures(pipe, rows, prompts=[row.target for row in rows])
     with intervene(pipe, rows):
         assert np.array_equal(pictures(pipe, rows), own)
     with intervene(pipe, plan(pipe, every(pipe)[1:])):
         assert not np.array_equal(pictures(pipe, rows), own)
-    assert not np.array_equal(before, pictures(pipe, plan(pipe, ())))  # the scheduler makes a difference
+    assert not np.array_equal(
+        before, pictures(pipe, plan(pipe, ()))
+    )  # the scheduler makes a difference
 
 
 @pytest.mark.parametrize("name", ["sd", "sd-xl", "sd-3"])
@@ -408,9 +441,13 @@ def test_words_are_found_where_they_are_heard(pipe):
 def test_capitals_are_heard_as_small_letters(kind):
     """As these pipelines themselves hear them: T5 spells capitals in tokens of their own, and as many others."""
     pipe = tiny.FAMILIES[kind]()
-    assert torch.equal(encode(pipe, [" A B Cat in b"]).states, encode(pipe, ["a b cat in b"]).states)
+    assert torch.equal(
+        encode(pipe, [" A B Cat in b"]).states, encode(pipe, ["a b cat in b"]).states
+    )
     assert spoken(pipe, " A B Cat in b") == spoken(pipe, "a b cat in b")
-    assert subject_positions(pipe, "A B Cat in b", " Cat ") == subject_positions(pipe, "a b cat in b", "cat")
+    assert subject_positions(pipe, "A B Cat in b", " Cat ") == subject_positions(
+        pipe, "a b cat in b", "cat"
+    )
 
 
 def test_full_size_denoisers_on_the_meta_device():
@@ -418,12 +455,24 @@ def test_full_size_denoisers_on_the_meta_device():
     with torch.device("meta"):
         made = {name: parts[0]() for name, parts in full.PARTS.items()}
     found = {name: [layer.name for layer in find_layers(model)] for name, model in made.items()}
-    counts = {"sd": 16, "sd-2": 16, "sd-xl": 70, "if": 22, "sd-3": 24, "flux": 19 + 38, "pixart": 28, "sana": 20}
+    counts = {
+        "sd": 16,
+        "sd-2": 16,
+        "sd-xl": 70,
+        "if": 22,
+        "sd-3": 24,
+        "flux": 19 + 38,
+        "pixart": 28,
+        "sana": 20,
+    }
     assert {name: len(names) for name, names in found.items()} == counts
     assert found["sd"][8].startswith("up_blocks.1.attentions.1")
     assert found["sd-xl"][45].startswith("up_blocks.0.attentions.1.transformer_blocks.1")
     assert all(name.startswith("mid_block") for name in found["sd-xl"][24:34])
-    assert found["flux"][18:20] == ["transformer_blocks.18.attn", "single_transformer_blocks.0.attn"]
+    assert found["flux"][18:20] == [
+        "transformer_blocks.18.attn",
+        "single_transformer_blocks.0.attn",
+    ]
 
 
 def test_full_size_configurations_are_those_of_the_checkpoints():
@@ -432,9 +481,16 @@ def test_full_size_configurations_are_those_of_the_checkpoints():
     told = {"sd-2": 0.87, "if": 4.3, "sd-3": 2.0, "flux": 11.9, "pixart": 0.61, "sana": 1.6}
     for name, billions in told.items():
         assert full.weights(name)[0] / 1e9 == pytest.approx(billions, rel=0.02), name
-    for part, billions in {full.clip_l: 0.123, full.clip_g: 0.695, full.t5: 4.76, full.gemma: 2.61}.items():
+    for part, billions in {
+        full.clip_l: 0.123,
+        full.clip_g: 0.695,
+        full.t5: 4.76,
+        full.gemma: 2.61,
+    }.items():
         with torch.device("meta"):
-            assert sum(w.numel() for w in part().parameters()) / 1e9 == pytest.approx(billions, rel=0.01)
+            assert sum(w.numel() for w in part().parameters()) / 1e9 == pytest.approx(
+                billions, rel=0.01
+            )
 
 
 def test_the_full_size_benchmark_runs_at_tiny_size(root, capsys, monkeypatch):
@@ -453,7 +509,11 @@ def test_the_benchmark_says_how_weights_fit_cards(root, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(root / "tests" / "benchmarks"))
     import fullsize
 
-    assert [fullsize.way(4, 3, card) for card in (6, 5, 4)] == ["as it is", 'offload="model"', 'offload="sequential"']
+    assert [fullsize.way(4, 3, card) for card in (6, 5, 4)] == [
+        "as it is",
+        'offload="model"',
+        'offload="sequential"',
+    ]
     fullsize.main(["--weights"])
     table = {row.split("|")[1].strip(): row for row in capsys.readouterr().out.splitlines()[2:]}
     assert list(table) == list(full.PARTS)

@@ -30,7 +30,9 @@ ENTRIES = {"sd-xl", "sd-3", "flux"}
 LORA = ["sd-xl", "if", "sd-3", "flux", "sana"]
 
 
-@pytest.fixture(params=[name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma")])
+@pytest.fixture(
+    params=[name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma")]
+)
 def name(request):
     return request.param
 
@@ -84,13 +86,19 @@ def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(nam
             cpu_offload(part, torch.device("cpu"))
     one, other = fit(plain, ridge=1e-3), fit(kept, ridge=1e-3)
     assert one.digest == other.digest
-    assert all(torch.equal(change.change, other.changes[n].change) for n, change in one.changes.items())
+    assert all(
+        torch.equal(change.change, other.changes[n].change) for n, change in one.changes.items()
+    )
     before = fingerprint(kept)
     with one.applied(plain), other.applied(kept):
-        seen = [np.asarray(generate(pipe, ["a cat in b"], **FAST).pictures[0]) for pipe in (plain, kept)]
+        seen = [
+            np.asarray(generate(pipe, ["a cat in b"], **FAST).pictures[0]) for pipe in (plain, kept)
+        ]
         assert fingerprint(kept) == fingerprint(plain) != before
     assert np.array_equal(*seen) and fingerprint(kept) == before
-    zs = [find_neurons(pipe, STYLE, layers=[1], phrasings=PAIRS).table["z"] for pipe in (plain, kept)]
+    zs = [
+        find_neurons(pipe, STYLE, layers=[1], phrasings=PAIRS).table["z"] for pipe in (plain, kept)
+    ]
     assert np.array_equal(*zs)
 
 
@@ -113,7 +121,9 @@ def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
     seen = dict(zip(run.table["role"], run.pictures, strict=True))
     assert not np.array_equal(np.asarray(seen["baseline"]), np.asarray(seen["ceiling"]))
     probe = Probe("efficacy", "a cat in b", "red", ("red", "blue"))
-    table = evaluate(pipe, {"edit": fit(pipe, ridge=1e-3), "none": ()}, [probe], seeds=(0,), **options)
+    table = evaluate(
+        pipe, {"edit": fit(pipe, ridge=1e-3), "none": ()}, [probe], seeds=(0,), **options
+    )
     ssim = table.set_index("arm")["ssim"]
     assert ssim["edit"] < ssim["none"] == 1
     assert table["before"].nunique() == 1 and np.isfinite(table["after"]).all()
@@ -122,10 +132,14 @@ def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
 def test_every_encoder_has_its_own_subject_tokens():
     pipe = tiny.sd3()
     reader = Reader(pipe, find_layers(pipe)[:1])
-    first, second = (subject_positions(pipe, "a cat in b", "cat", encoder=number) for number in (0, 1))
+    first, second = (
+        subject_positions(pipe, "a cat in b", "cat", encoder=number) for number in (0, 1)
+    )
     assert second[0] >= pipe.tokenizer_max_length > first[-1]
     assert reader.places("a cat in b", "subject", "cat") == first + second
-    assert reader.exchange("a cat", "a dog", "cat", "last_subject")[1] == [told.last for told in spoken(pipe, "a dog")]
+    assert reader.exchange("a cat", "a dog", "cat", "last_subject")[1] == [
+        told.last for told in spoken(pipe, "a dog")
+    ]
 
 
 def test_what_t5_tells_of_a_subject_elsewhere():
@@ -153,7 +167,9 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
     weight = denoiser_of(pipe).get_parameter(*added).detach().double()
     reader = Reader(pipe, find_layers(pipe)[:1])
     source, target = PAIRS[0]
-    old, new = reader.exchange(source, target, "cat", family_of(pipe).tokens, Phrasing(source, target, "cat").instead)
+    old, new = reader.exchange(
+        source, target, "cat", family_of(pipe).tokens, Phrasing(source, target, "cat").instead
+    )
     x, y = reader.entry(source, old), reader.entry(target, new)
     gap = (x @ (weight + entry.changes[next(iter(added))].change).T - y @ weight.T).norm()
     assert gap < 1e-3 * ((x - y) @ weight.T).norm()
@@ -191,7 +207,11 @@ def test_lora_in_a_fresh_process_is_the_edit(name, tmp_path):
     plain = generate(pipe, ["a cat in b"], **FAST)
     with edit.applied(pipe):
         wanted = generate(pipe, ["a cat in b"], **FAST)
-        states = {n: p.detach().clone() for n, p in denoiser_of(pipe).named_parameters() if n in edit.changes}
+        states = {
+            n: p.detach().clone()
+            for n, p in denoiser_of(pipe).named_parameters()
+            if n in edit.changes
+        }
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import torch
@@ -206,7 +226,11 @@ names = {sorted(edit.changes)!r}
 save_file({{n: part.get_parameter(n).detach().contiguous() for n in names}}, {str(tmp_path / "fused.safetensors")!r})
 assert "locogen" not in sys.modules
 """
-    subprocess.run([sys.executable, "-W", "error::UserWarning:locogen", "-c", program], check=True, cwd=tmp_path)
+    subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:locogen", "-c", program],
+        check=True,
+        cwd=tmp_path,
+    )
     from safetensors.torch import load_file
 
     fused = load_file(tmp_path / "fused.safetensors")
@@ -230,7 +254,9 @@ def test_kohyas_names_carry_the_map_beside_the_layers(tmp_path):
     """As diffusers loads them: it drops names that it does not know, and says nothing."""
     pipe = tiny.sdxl()
     edit = fit(pipe, entry=True)
-    with pytest.warns(UserWarning, match=r"sd-scripts has no LoRA for add_embedding.linear_1.weight"):
+    with pytest.warns(
+        UserWarning, match=r"sd-scripts has no LoRA for add_embedding.linear_1.weight"
+    ):
         edit.to_lora(tmp_path / "edit.safetensors", style="kohya")
     with edit.applied(pipe):
         wanted = {n: pipe.unet.get_parameter(n).detach().clone() for n in edit.changes}
@@ -238,4 +264,7 @@ def test_kohyas_names_carry_the_map_beside_the_layers(tmp_path):
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     assert "add_embedding.linear_1.weight" in wanted
-    assert all(torch.allclose(pipe.unet.get_parameter(n), weight, atol=1e-5) for n, weight in wanted.items())
+    assert all(
+        torch.allclose(pipe.unet.get_parameter(n), weight, atol=1e-5)
+        for n, weight in wanted.items()
+    )

@@ -53,11 +53,16 @@ def test_what_is_not_there_is_named(folder, tmp_path):
         load(folder, dtype="float8")
 
 
-@pytest.mark.parametrize("what", ["nothing", "pickled weights", "a pipeline of its own", "a part of its own"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "pickled weights", "a pipeline of its own", "a part of its own"]
+)
 def test_neither_pickled_weights_nor_code_are_taken_from_a_folder(folder, tmp_path, what):
     """Somebody's folder is data: what it brings to be unpickled or run is refused and stays unread."""
     place = Path(shutil.copytree(folder, tmp_path / "model"))
-    weights, index = place / "unet" / "diffusion_pytorch_model.safetensors", place / "model_index.json"
+    weights, index = (
+        place / "unet" / "diffusion_pytorch_model.safetensors",
+        place / "model_index.json",
+    )
     told = json.loads(index.read_text())
     code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
     code += "from diffusers import StableDiffusionPipeline as Own, UNet2DConditionModel as Part\n"
@@ -74,7 +79,11 @@ def test_neither_pickled_weights_nor_code_are_taken_from_a_folder(folder, tmp_pa
     if what == "nothing":  # the twin: a copy as it is loads
         assert type(load(place)).__name__ == "StableDiffusionPipeline"
     else:
-        said = "pickled weights are refused" if what == "pickled weights" else "code from a checkpoint is not run"
+        said = (
+            "pickled weights are refused"
+            if what == "pickled weights"
+            else "code from a checkpoint is not run"
+        )
         with pytest.raises(LocogenError, match=said):
             load(place)
     assert not (tmp_path / "ran").exists()
@@ -101,7 +110,9 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
     load("sd-1.5")
     assert asked == [(*turn, True) for turn in turns[:2]]
     kept.clear()
-    with pytest.raises(LocogenError, match=r"'sd-1\.5'.*gone from the hub.*hf download gone/mirror$"):
+    with pytest.raises(
+        LocogenError, match=r"'sd-1\.5'.*gone from the hub.*hf download gone/mirror$"
+    ):
         load("sd-1.5")
     asked.clear()
     with pytest.raises(LocogenError):
@@ -112,9 +123,7 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
 
 
 def test_a_gated_model_names_the_page_of_its_terms():
-    page = (
-        r"gated: accept its terms on https://huggingface\.co/black-forest-labs/FLUX\.1-dev, log in with: hf auth login"
-    )
+    page = r"gated: accept its terms on https://huggingface\.co/black-forest-labs/FLUX\.1-dev, log in with: hf auth login"
     with pytest.raises(LocogenError, match=page):
         load("flux-dev", local_files_only=True)
 
@@ -133,7 +142,11 @@ def test_every_family_loads_from_a_folder(name, tmp_path):
     mine = load("mine", file=own)
     wanted, found = encode(pipe, ["cat"]), encode(mine, ["cat"])
     assert torch.equal(wanted.states, found.states)
-    assert usual_settings(mine.config._name_or_path) == {"window": 3, "num_inference_steps": 50, "guidance_scale": 1.5}
+    assert usual_settings(mine.config._name_or_path) == {
+        "window": 3,
+        "num_inference_steps": 50,
+        "guidance_scale": 1.5,
+    }
     assert "mine" in set(model_table(own)["name"]) - set(model_table()["name"])
 
 
@@ -180,8 +193,15 @@ def test_a_model_whose_weights_are_kept_off_the_device_makes_the_same_pictures(t
             if isinstance(part, torch.nn.Module):
                 cpu_offload(part, torch.device("cpu"))
         plan = [Intervention("cat in a", "dog", (0, 1), seed) for seed in (0, 1)]
-        options = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 4, "progress": False}
-        assert next(kept.unet.parameters() if name in ("sd", "if") else kept.transformer.parameters()).is_meta
+        options = {
+            "num_inference_steps": 2,
+            "guidance_scale": 3.0,
+            "batch_size": 4,
+            "progress": False,
+        }
+        assert next(
+            kept.unet.parameters() if name in ("sd", "if") else kept.transformer.parameters()
+        ).is_meta
         assert fingerprint(plain) == fingerprint(kept)
         one = generate(plain, plan, store=tmp_path / "one", **options)
         other = generate(kept, plan, store=tmp_path / "other", **options)

@@ -68,7 +68,9 @@ def test_noise_is_heard_by_an_encoder_whose_weights_are_kept_elsewhere(name):
     plain, kept = tiny.FAMILIES[name](), kept_off(tiny.FAMILIES[name]())
     heard = corrupted_states(plain, "cat in a", noise).states
     assert torch.equal(heard, corrupted_states(kept, "cat in a", noise).states)
-    assert not torch.allclose(heard, encode(plain, ["cat in a"]).states), "the twin: the noise does something"
+    assert not torch.allclose(heard, encode(plain, ["cat in a"]).states), (
+        "the twin: the noise does something"
+    )
 
 
 def test_a_trace_of_a_model_whose_weights_are_kept_elsewhere_is_the_same():
@@ -118,5 +120,7 @@ def test_one_part_at_a_time_is_on_the_card(name, tmp_path, monkeypatch):
     assert len(card.together) >= 2, "the twin: parts did arrive"
     crowded = {part for parts in card.together if len(parts) > 1 for part in parts}
     # SD 3 encodes the negative with all three after the prompt: its T5 is still there for the CLIPs.
-    assert crowded == ({"text_encoder", "text_encoder_2", "text_encoder_3"} if name == "sd-3" else set())
+    assert crowded == (
+        {"text_encoder", "text_encoder_2", "text_encoder_3"} if name == "sd-3" else set()
+    )
     assert max(map(len, card.together)) <= 2

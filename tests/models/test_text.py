@@ -35,7 +35,9 @@ def with_inversion(pipe, token="<neon>", parts=("", "_2"), vectors=VECTORS):
         words = copy.deepcopy(getattr(pipe, f"tokenizer{part}"))
         pipe.register_modules(**{f"tokenizer{part}": words})
         encoder = getattr(pipe, f"text_encoder{part}")
-        pipe.load_textual_inversion(torch.randn(vectors, tiny.WIDTH), token, tokenizer=words, text_encoder=encoder)
+        pipe.load_textual_inversion(
+            torch.randn(vectors, tiny.WIDTH), token, tokenizer=words, text_encoder=encoder
+        )
     return pipe
 
 
@@ -49,7 +51,9 @@ def mini():
     return loco.load("mini")
 
 
-@pytest.fixture(scope="module", params=["sd", "sd-xl", "sd-3", "flux", "if", "pixart-alpha", "sana"])
+@pytest.fixture(
+    scope="module", params=["sd", "sd-xl", "sd-3", "flux", "if", "pixart-alpha", "sana"]
+)
 def pipe(request):
     return tiny.FAMILIES[request.param]()
 
@@ -78,7 +82,9 @@ def test_every_vector_of_a_textual_inversion_has_a_position(kind):
     with torch.no_grad():
         weight[pipe.tokenizer.convert_tokens_to_ids("<neon>_2")] += torch.randn(tiny.WIDTH)
     moved = (encode(pipe, [prompt]).states[0] - before).norm(dim=1) > 1e-6
-    assert int(moved.nonzero()[0]) == places[-1]  # CLIP reads from left to right: no state before has heard it
+    assert (
+        int(moved.nonzero()[0]) == places[-1]
+    )  # CLIP reads from left to right: no state before has heard it
 
 
 def test_the_end_is_behind_every_vector(inverted):
@@ -143,7 +149,9 @@ def test_a_name_inside_a_token_of_textual_inversion_is_not_its(inverted):
 def test_a_subject_stands_at_its_own_tokens(pipe, prompt, subject, written):
     for encoder in range(len(spoken(pipe, prompt))):
         found = letters(pipe, prompt, subject, encoder)
-        assert ["".join(words.split()) for words in found] == ["".join(words.split()) for words in written]
+        assert ["".join(words.split()) for words in found] == [
+            "".join(words.split()) for words in written
+        ]
 
 
 def test_no_position_is_that_of_punctuation(pipe):
@@ -151,7 +159,10 @@ def test_no_position_is_that_of_punctuation(pipe):
     for encoder, heard in enumerate(spoken(pipe, "a wall-e.")):
         (places,) = subject_occurrences(pipe, "a wall-e.", "wall-e", encoder=encoder)
         assert heard.last == places[-1]
-        assert all(heard.tokenizer.decode([heard.ids[at - heard.start]]).strip() not in "-." for at in places)
+        assert all(
+            heard.tokenizer.decode([heard.ids[at - heard.start]]).strip() not in "-."
+            for at in places
+        )
 
 
 def test_what_is_not_there_is_refused(pipe):
@@ -168,7 +179,9 @@ def test_a_subject_behind_the_limit_is_refused_and_one_before_it_found(mini):
 
 
 def test_capitals_are_found_by_tokenizers_that_hear_them(mini):
-    assert subject_positions(mini, "A CAT", "cat") == subject_positions(mini, "a cat", "Cat") == (2,)
+    assert (
+        subject_positions(mini, "A CAT", "cat") == subject_positions(mini, "a cat", "Cat") == (2,)
+    )
     pipe = tiny.flux()
     assert family_of(pipe).spelled("A B") == "A B"
     assert letters(pipe, "a CAT, cat", "cat")[1] == "cat"

@@ -13,7 +13,9 @@ from support.made_up import EVIL, fail, finish, study
 
 from locogen.pages.build import build
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 WIDTHS = (1280, 390)
 EYES = ((1280, "light"), (390, "dark"))
 IMAGE = "<img src=x onerror=alert(1)>"
@@ -22,14 +24,18 @@ PAGES = ("index.html", "study.html", "model-mini.html", "concept-neon.html", "mi
          "lost/index.html", "lost/code.html")  # fmt: skip
 SERIOUS = ("serious", "critical")
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt install it")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium here: apt install it"
+)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        started = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"]
+        )
         yield started
         started.close()
 
@@ -40,7 +46,9 @@ def opened(browser: Any) -> Iterator[Any]:
     contexts = []
 
     def opening(path: Path, *, width: int = 1280, **settings: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **settings)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, offline=True, **settings
+        )
         contexts.append(context)
         page = context.new_page()
         page.asked, page.said = [], []
@@ -59,8 +67,14 @@ def opened(browser: Any) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, four concepts, one with a name that would run and one with no end, and a run that failed."""
-    folder = study(tmp_path_factory.mktemp("pages") / "reports", ("mini", "mini-b"), ("neon", "owl", IMAGE, "a" * 120))
-    fail(folder / "lost", f"lost {EVIL}", f"there is no {IMAGE}", parameters={"concept": "mini/neon"})
+    folder = study(
+        tmp_path_factory.mktemp("pages") / "reports",
+        ("mini", "mini-b"),
+        ("neon", "owl", IMAGE, "a" * 120),
+    )
+    fail(
+        folder / "lost", f"lost {EVIL}", f"there is no {IMAGE}", parameters={"concept": "mini/neon"}
+    )
     finish(folder / "edit", "neon", carriers=[], notebook="edit", finding="it is gone")
     (folder / "edit" / "effects.csv").unlink()
     build(folder)
@@ -70,11 +84,15 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def foreign(page: Any) -> list[str]:
     """What a page has asked for beside itself and what is inside it."""
     return [
-        url for url in page.asked if not url.startswith("data:") and url.partition("#")[0] != page.url.partition("#")[0]
+        url
+        for url in page.asked
+        if not url.startswith("data:") and url.partition("#")[0] != page.url.partition("#")[0]
     ]
 
 
-@pytest.mark.parametrize("name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])])
+@pytest.mark.parametrize(
+    "name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])]
+)
 def test_pages_fit_every_screen_and_ask_nothing(reports: Path, opened: Any, name: str) -> None:
     for width in WIDTHS:
         page = opened(reports / name, width=width)
@@ -92,7 +110,9 @@ def test_a_page_that_does_neither_is_noticed(tmp_path: Path, opened: Any) -> Non
         assert foreign(page) == ["http://outside.example/x.png"]
 
 
-@pytest.mark.parametrize("name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])])
+@pytest.mark.parametrize(
+    "name", [PAGES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PAGES[1:])]
+)
 def test_axe_finds_nothing_serious(reports: Path, opened: Any, name: str) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
@@ -100,7 +120,11 @@ def test_axe_finds_nothing_serious(reports: Path, opened: Any, name: str) -> Non
         page = opened(reports / name, width=width, color_scheme=scheme)
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         found = Axe().run(page).response["violations"]
-        bad = [(each["id"], each["nodes"][0]["html"][:200]) for each in found if each["impact"] in SERIOUS]
+        bad = [
+            (each["id"], each["nodes"][0]["html"][:200])
+            for each in found
+            if each["impact"] in SERIOUS
+        ]
         assert not bad, (name, scheme, width, bad)
 
 
@@ -109,9 +133,13 @@ def test_axe_can_find_something(tmp_path: Path, opened: Any) -> None:
     """The twin of the test above."""
     from axe_playwright_python.sync_playwright import Axe
 
-    (tmp_path / "bad.html").write_text('<p style="color: #ccc">pale<img src="data:,"></p>', encoding="utf-8")
+    (tmp_path / "bad.html").write_text(
+        '<p style="color: #ccc">pale<img src="data:,"></p>', encoding="utf-8"
+    )
     found = Axe().run(opened(tmp_path / "bad.html")).response["violations"]
-    assert {"image-alt", "color-contrast"} <= {each["id"] for each in found if each["impact"] in SERIOUS}
+    assert {"image-alt", "color-contrast"} <= {
+        each["id"] for each in found if each["impact"] in SERIOUS
+    }
 
 
 def test_what_people_typed_is_shown_and_not_run(reports: Path, opened: Any) -> None:
@@ -123,7 +151,9 @@ def test_what_people_typed_is_shown_and_not_run(reports: Path, opened: Any) -> N
 
 
 @pytest.mark.slow
-def test_the_policy_stops_what_would_get_through(reports: Path, tmp_path: Path, opened: Any) -> None:
+def test_the_policy_stops_what_would_get_through(
+    reports: Path, tmp_path: Path, opened: Any
+) -> None:
     """Escaping is the first wall; this is the second: the same page, with what should never have come in."""
     text = (reports / "index.html").read_text(encoding="utf-8")
     unescaped = text.replace("</h1>", f"</h1>{IMAGE}<script>document.title = 'taken'</script>", 1)
@@ -131,14 +161,19 @@ def test_the_policy_stops_what_would_get_through(reports: Path, tmp_path: Path, 
     page = opened(tmp_path / "index.html")
     assert page.title() == "A study" and not any(word == "1" for word in page.said)
     assert page.locator("#count").inner_text(), "our own script still runs"
-    start, end = unescaped.index('<meta http-equiv="Content'), unescaped.index('<meta name="viewport"')
+    start, end = (
+        unescaped.index('<meta http-equiv="Content'),
+        unescaped.index('<meta name="viewport"'),
+    )
     (tmp_path / "open.html").write_text(unescaped[:start] + unescaped[end:], encoding="utf-8")
     assert opened(tmp_path / "open.html").title() == "taken", "without the policy it would"
 
 
 def shown(page: Any) -> list[str]:
     """Concepts of the rows that are to be seen, in their order."""
-    return page.eval_on_selector_all("#matrix tbody tr:not([hidden])", "rows => rows.map(row => row.dataset.concept)")
+    return page.eval_on_selector_all(
+        "#matrix tbody tr:not([hidden])", "rows => rows.map(row => row.dataset.concept)"
+    )
 
 
 @pytest.mark.slow
@@ -164,7 +199,10 @@ def test_the_index_filters_and_sorts_by_keyboard(reports: Path, opened: Any) -> 
     assert shown(page) == sorted(everything) != everything
     page.select_option("[name=sort]", "effect")
     rows = page.locator("#matrix tbody tr").all()
-    effects = [[float(run.get_attribute("data-estimate") or -1) for run in row.locator(".run").all()] for row in rows]
+    effects = [
+        [float(run.get_attribute("data-estimate") or -1) for run in row.locator(".run").all()]
+        for row in rows
+    ]
     largest = [max(values) for values in effects]
     assert largest == sorted(largest, reverse=True) and len(set(largest)) > 1
     page.select_option("[name=model]", "mini-b")
@@ -194,21 +232,31 @@ def test_the_folder_works_from_anywhere(reports: Path, tmp_path: Path, opened: A
     assert "step(5)" in page.locator("#cell-id-5").inner_text()
     page.goto((stick / "index.html").as_uri())
     page.locator(".pictures a").first.click()
-    assert page.url.endswith("pictures/0-baseline.png") and page.evaluate("document.images[0].naturalWidth") == 64
+    assert (
+        page.url.endswith("pictures/0-baseline.png")
+        and page.evaluate("document.images[0].naturalWidth") == 64
+    )
 
 
 @pytest.mark.slow
 def test_pages_print_well(reports: Path, opened: Any) -> None:
     """Nothing wider than a sheet, black on white, no controls: and a PDF comes out."""
     for name in ("index.html", "model-mini.html", "mini-0/index.html", "study.html"):
-        page = opened(reports / name, width=718, color_scheme="dark")  # A4 less its margins, at 96 pixels an inch
+        page = opened(
+            reports / name, width=718, color_scheme="dark"
+        )  # A4 less its margins, at 96 pixels an inch
         page.emulate_media(media="print")
         assert page.evaluate("document.documentElement.scrollWidth") <= 718, name
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-        assert page.locator("nav").is_hidden()
-        assert page.evaluate("getComputedStyle(document.querySelector('table')).display") == "table", (
-            "no cards on paper"
+        assert (
+            page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         )
+        assert page.locator("nav").is_hidden()
+        assert (
+            page.evaluate("getComputedStyle(document.querySelector('table')).display") == "table"
+        ), "no cards on paper"
         assert page.locator("#controls").count() == 0 or page.locator("#controls").is_hidden()
-        assert page.evaluate("getComputedStyle(document.querySelector('main')).color") == "rgb(0, 0, 0)"
+        assert (
+            page.evaluate("getComputedStyle(document.querySelector('main')).color")
+            == "rgb(0, 0, 0)"
+        )
         assert page.pdf(format="A4").startswith(b"%PDF")

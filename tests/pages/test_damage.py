@@ -71,7 +71,9 @@ def booked(change: Callable[[Any], Any]) -> Mutation:
 
 
 def with_figure(data: str) -> Mutation:
-    output = nb.new_output("display_data", data={"image/png": data}, metadata={"image/png": {"alt": "x"}})
+    output = nb.new_output(
+        "display_data", data={"image/png": data}, metadata={"image/png": {"alt": "x"}}
+    )
     return booked(lambda _: nb.new_notebook(cells=[nb.new_code_cell("x", outputs=[output])]))
 
 
@@ -79,7 +81,12 @@ def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
     """A PNG of a hundred bytes that claims more pixels than a memory holds."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(bytes(99))), chunk(b"IEND", b"")]
@@ -225,12 +232,17 @@ def test_a_whole_run_is_shown_beside_forty_damaged_ones(built: Path) -> None:
     assert len(DAMAGED) > 40
     index = Reader((built / "index.html").read_text(encoding="utf-8"))
     alts = [attrs["alt"] or "" for tag, attrs in index.tags if tag == "img"]
-    assert any("another, neon: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt for alt in alts)
+    assert any(
+        "another, neon: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt
+        for alt in alts
+    )
     assert "neon: found" in page_of(built / "whole")
     assert (built / "model-another.html").exists() and (built / "study.html").exists()
 
 
-def test_what_nobody_thought_of_damages_its_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_thought_of_damages_its_run_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A guard around each run, for what the checks on reading let through."""
     finish(tmp_path / "odd", "other")
     finish(tmp_path / "whole", "neon")
@@ -242,10 +254,16 @@ def test_what_nobody_thought_of_damages_its_run_only(tmp_path: Path, monkeypatch
 def mistaken(file: Path) -> Record:
     """A record of which the check forgot a key."""
     record = read_record(file)
-    return replace(record, facts={**record.facts, "settings": 3}) if file.parent.name == "odd" else record
+    return (
+        replace(record, facts={**record.facts, "settings": 3})
+        if file.parent.name == "odd"
+        else record
+    )
 
 
-def test_a_fault_of_the_pages_themselves_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_pages_themselves_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The twin: what no run is to blame for is raised."""
     finish(tmp_path / "whole", "neon")
     monkeypatch.setattr(building, "_forget", lambda folder, made: 1 / 0)
@@ -268,9 +286,15 @@ def test_a_record_never_raises(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     record = read_record(tmp_path / "result.json")
     assert record.facts == {} and record.damage.startswith("result.json ")
-    (tmp_path / "result.json").write_text('{"seconds": 1.5, "title": "x", "own": [1, {"a": true}], "cell": null}')
+    (tmp_path / "result.json").write_text(
+        '{"seconds": 1.5, "title": "x", "own": [1, {"a": true}], "cell": null}'
+    )
     record = read_record(tmp_path / "result.json")
-    assert record.damage == "" and record.facts == {"seconds": 1.5, "title": "x", "own": [1, {"a": True}]}
+    assert record.damage == "" and record.facts == {
+        "seconds": 1.5,
+        "title": "x",
+        "own": [1, {"a": True}],
+    }
 
 
 # --- where pages are written ---------------------------------------------------------------------
@@ -291,7 +315,10 @@ def test_nothing_is_written_through_links(tmp_path: Path) -> None:
     build(folder)
     assert [file.name for file in outside.iterdir()] == ["mine.txt"]
     assert (outside / "mine.txt").read_text() == "mine"
-    assert "neon: found" in page_of(folder / "parts") and not (folder / "parts" / "code.html").is_symlink()
+    assert (
+        "neon: found" in page_of(folder / "parts")
+        and not (folder / "parts" / "code.html").is_symlink()
+    )
     assert (folder / "whole" / "pictures" / "0-baseline.png").is_file(), "the twin"
 
 
@@ -310,7 +337,9 @@ def test_links_in_the_store_are_not_followed(tmp_path: Path) -> None:
     ("number", "remedy"),
     [(errno.ENOSPC, "Free some space"), (errno.EROFS, "Copy it"), (errno.EACCES, "permissions")],
 )
-def test_a_folder_that_takes_no_files_is_named(tmp_path: Path, monkeypatch, number: int, remedy: str) -> None:
+def test_a_folder_that_takes_no_files_is_named(
+    tmp_path: Path, monkeypatch, number: int, remedy: str
+) -> None:
     finish(tmp_path / "run", "neon")
 
     def refuse(*names: Any) -> None:

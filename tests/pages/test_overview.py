@@ -26,7 +26,13 @@ MODELS, CONCEPTS = ("mini", "mini-b"), ("neon", "van gogh", "owl")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models, three concepts, a failed run of one of them, a concept that only fails."""
     folder = study(tmp_path_factory.mktemp("made") / "reports", MODELS, CONCEPTS)
-    fail(folder / "late", "neon, wide", "out of memory", model="mini-b", parameters={"concept": "mini/neon"})
+    fail(
+        folder / "late",
+        "neon, wide",
+        "out of memory",
+        model="mini-b",
+        parameters={"concept": "mini/neon"},
+    )
     fail(folder / "lost", EVIL, f"there is no {EVIL}")
     build(folder)
     return folder
@@ -45,7 +51,13 @@ def cell(index: str, concept: str, model: str) -> str:
 def test_all_pages_follow_the_rules(built: Path) -> None:
     made = dict(pages(built))
     names = {path.name for path in made if path.parent == built}
-    assert {"index.html", "study.html", "model-mini.html", "model-mini-b.html", "concept-owl.html"} <= names
+    assert {
+        "index.html",
+        "study.html",
+        "model-mini.html",
+        "model-mini-b.html",
+        "concept-owl.html",
+    } <= names
     assert not [complaint for path, page in made.items() for complaint in complaints(path, page)]
 
 
@@ -79,13 +91,20 @@ def test_one_scale_for_all_strips_of_a_page(built: Path) -> None:
     found = entries(read_runs(built))
     scale = Scale.of(entry.rows for entry in found if entry.rows is not None)
     assert scale.high == pytest.approx(4 * 0.34) and scale.low == 0
-    weak, strong = (Image.open(io.BytesIO(heat_strip([value, 0.0], scale))).convert("RGB") for value in (0.34, 1.36))
+    weak, strong = (
+        Image.open(io.BytesIO(heat_strip([value, 0.0], scale))).convert("RGB")
+        for value in (0.34, 1.36)
+    )
     assert _red(weak) < _red(strong)
     alone = Image.open(io.BytesIO(heat_strip([0.34, 0.0], Scale(0, 0.34)))).convert("RGB")
     assert _red(alone) == _red(strong), "the twin: on a scale of its own the weak one looks strong"
     assert "from 0.00 to 1.36" in Reader(text(built / "index.html")).text
     page = Reader(text(built / "concept-neon.html"))
-    assert "mini" in page.text and "mini-b" in page.text and "on the same scale in every figure" in page.text
+    assert (
+        "mini" in page.text
+        and "mini-b" in page.text
+        and "on the same scale in every figure" in page.text
+    )
 
 
 def _red(strip: Image.Image) -> int:
@@ -96,10 +115,17 @@ def _red(strip: Image.Image) -> int:
 
 def test_the_carrier_is_outlined_and_not_only_colored() -> None:
     values, scale = [0.0, 0.3, 0.1], Scale(0, 0.3)
-    plain, marked = (Image.open(io.BytesIO(heat_strip(values, scale, marked=at))).convert("L") for at in (None, 1))
+    plain, marked = (
+        Image.open(io.BytesIO(heat_strip(values, scale, marked=at))).convert("L")
+        for at in (None, 1)
+    )
     assert plain.size == marked.size == (3 * CELL, 12)
     dark = np.asarray(marked) == 0
-    assert dark[0, CELL : 2 * CELL].all() and not dark[:, :CELL].any() and not dark[:, 2 * CELL :].any()
+    assert (
+        dark[0, CELL : 2 * CELL].all()
+        and not dark[:, :CELL].any()
+        and not dark[:, 2 * CELL :].any()
+    )
     assert not (np.asarray(plain) == 0).any()
 
 
@@ -145,9 +171,16 @@ def test_only_pictures_of_the_store_are_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "asked", "shown"),
-    [("kept", "kept", True), ("a/kept", "kept", False), ("../kept", "../kept", False), ("kept", None, True)],
+    [
+        ("kept", "kept", True),
+        ("a/kept", "kept", False),
+        ("../kept", "../kept", False),
+        ("kept", None, True),
+    ],
 )
-def test_a_store_of_its_own_is_one_in_the_studys_folder(tmp_path: Path, place: str, asked: str | None, shown: bool):
+def test_a_store_of_its_own_is_one_in_the_studys_folder(
+    tmp_path: Path, place: str, asked: str | None, shown: bool
+):
     base = tmp_path / "study"
     folder = study(base / "a" / "b", ["mini"], ["neon"])
     store = base / place
@@ -195,7 +228,12 @@ def test_the_study_page_makes_the_same_runs_again(built: Path) -> None:
 
 def test_what_differs_between_runs_is_told(tmp_path: Path) -> None:
     finish(tmp_path / "a", "neon", settings={"steps": 50, "dtype": "float32"})
-    finish(tmp_path / "b", "owl", settings={"steps": 20, "dtype": "float32"}, versions={"torch": "2.14.0"})
+    finish(
+        tmp_path / "b",
+        "owl",
+        settings={"steps": 20, "dtype": "float32"},
+        versions={"torch": "2.14.0"},
+    )
     build(tmp_path)
     page = text(tmp_path / "study.html")
     differing = Reader(page.partition("What differs between runs")[2]).text
@@ -226,7 +264,9 @@ def test_a_run_is_named_by_what_its_place_does_not_say(tmp_path: Path) -> None:
     for number, title in enumerate(("neon", "neon, mini", "neon, mini, seeds 2", "wide")):
         finish(tmp_path / f"{number}", "neon", title=title)
     names = [entry.name for entry in entries(read_runs(tmp_path))]
-    assert names == ["neon, 0", "neon, 1", "seeds 2", "wide"], "two that are called alike get their folders' names"
+    assert names == ["neon, 0", "neon, 1", "seeds 2", "wide"], (
+        "two that are called alike get their folders' names"
+    )
 
 
 def test_names_that_slug_alike_have_pages_of_their_own(tmp_path: Path) -> None:
@@ -248,7 +288,9 @@ def test_what_has_not_changed_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "two" / "result.json").write_text(json.dumps(told | {"finding": "quite another"}))
     build(tmp_path)
     same = {path for path, at in before.items() if path.stat().st_mtime_ns == at}
-    assert same == {tmp_path / name for name in ("one/index.html", "one/code.html", "concept-one.html")}
+    assert same == {
+        tmp_path / name for name in ("one/index.html", "one/code.html", "concept-one.html")
+    }
     assert "quite another" in text(tmp_path / "two" / "index.html")
 
 
@@ -260,7 +302,10 @@ def test_pages_of_what_is_gone_go_too(tmp_path: Path) -> None:
     for path in (tmp_path / "b").iterdir():
         path.unlink()
     build(tmp_path)
-    assert {path.name for path in tmp_path.glob("concept-*")} == {"concept-neon.html", "concept-mine.html"}
+    assert {path.name for path in tmp_path.glob("concept-*")} == {
+        "concept-neon.html",
+        "concept-mine.html",
+    }
 
 
 def test_a_picture_that_is_none_is_left_out(tmp_path: Path) -> None:

@@ -30,7 +30,13 @@ def results(tmp_path: Path) -> Path:
     finish(folder / "neon", "neon", start=None)
     failed = folder / "broken"
     failed.mkdir()
-    error = dict(title="<b>broken</b>", model="mini", concepts=["<i>unicorn</i>"], error="no <u>concept</u>", cell=4)
+    error = dict(
+        title="<b>broken</b>",
+        model="mini",
+        concepts=["<i>unicorn</i>"],
+        error="no <u>concept</u>",
+        cell=4,
+    )
     (failed / "error.json").write_text(json.dumps(error))
     (folder / "store").mkdir()  # not a run
     return folder
@@ -64,7 +70,12 @@ class Reader(HTMLParser):
 def addresses(text: str) -> list[str]:
     """Everything a browser would fetch or follow."""
     read = Reader(text)
-    named = [value or "" for _, attrs in read.tags for name, value in attrs.items() if name in ("href", "src")]
+    named = [
+        value or ""
+        for _, attrs in read.tags
+        for name, value in attrs.items()
+        if name in ("href", "src")
+    ]
     return named + re.findall(r"url\(([^)]*)\)", text) + re.findall(r"@import\s+(\S+)", text)
 
 
@@ -90,9 +101,16 @@ def complaints(path: Path, text: str) -> list[str]:
     for address in addresses(text):
         if address.startswith(("data:", "#")):
             continue
-        if re.match(r"[a-z]+:|//|/", address) or not (path.parent / unquote(address.split("#")[0])).exists():
+        if (
+            re.match(r"[a-z]+:|//|/", address)
+            or not (path.parent / unquote(address.split("#")[0])).exists()
+        ):
             found.append(f"{address} is not a file beside the page")
-    found += [f"a script that is not ours: {script}" for script in read.scripts if script != template("index.js")]
+    found += [
+        f"a script that is not ours: {script}"
+        for script in read.scripts
+        if script != template("index.js")
+    ]
     if f'http-equiv="Content-Security-Policy" content="{POLICY}; style-src \'sha256-' not in text:
         found.append("no content security policy")
     return found
@@ -137,14 +155,24 @@ def test_the_index_says_everything(results: Path) -> None:
         assert words in read.text, words
     alts = [attrs["alt"] or "" for tag, attrs in read.tags if tag == "img"]
     assert len(alts) == 4  # the legend, and a strip for each run that has an effect
-    assert any("mini, van gogh: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt for alt in alts)
-    for address in ("van-gogh/index.html", "van-gogh/effects.csv", "van-gogh/pictures.csv", "broken/index.html"):
+    assert any(
+        "mini, van gogh: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt
+        for alt in alts
+    )
+    for address in (
+        "van-gogh/index.html",
+        "van-gogh/effects.csv",
+        "van-gogh/pictures.csv",
+        "broken/index.html",
+    ):
         assert address in addresses(text)
     assert read.text.index("unicorn") > read.text.index("neon")  # what failed comes last
 
 
 def test_a_run_that_localizes_nothing_is_listed_with_its_finding(results: Path) -> None:
-    folder = finish(results / "edit", "neon", carriers=[], finding="neon is <b>gone</b>", title="Neon, edited")
+    folder = finish(
+        results / "edit", "neon", carriers=[], finding="neon is <b>gone</b>", title="Neon, edited"
+    )
     (folder / "effects.csv").unlink()
     (folder / "summary.csv").write_text("arm\n")
     (folder / "lora.safetensors").write_bytes(b"x")
@@ -196,7 +224,9 @@ def test_what_people_typed_is_text(results: Path) -> None:
         assert not re.search(r"<script>a|<i>unicorn|<u>concept|<b>broken", text), path
     page = (results / "evil" / "index.html").read_text(encoding="utf-8")
     assert f"{EVIL} in mini" in Reader(page).text and f"{EVIL}: found" in Reader(page).text
-    assert "&lt;b&gt;broken&lt;/b&gt;" in (results / "broken" / "index.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;broken&lt;/b&gt;" in (results / "broken" / "index.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_repeating_changes_nothing_and_nothing_is_written_elsewhere(results: Path) -> None:
@@ -211,7 +241,9 @@ def test_repeating_changes_nothing_and_nothing_is_written_elsewhere(results: Pat
     assert all(name.endswith(".html") for name in made)
     assert all(results in path.parents for path in first.keys() - before)
     build(results)
-    assert {path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()} == first
+    assert {
+        path: path.read_bytes() for path in results.parent.rglob("*") if path.is_file()
+    } == first
 
 
 def test_a_figure_without_description_is_told_about(tmp_path: Path) -> None:
@@ -232,7 +264,9 @@ def test_a_figure_without_description_is_told_about(tmp_path: Path) -> None:
         ("effects.csv", "a,b\n1,2\n", "effects.csv has no column concept"),
     ],
 )
-def test_one_bad_run_does_not_hide_the_others(results: Path, name: str, content: str, words: str) -> None:
+def test_one_bad_run_does_not_hide_the_others(
+    results: Path, name: str, content: str, words: str
+) -> None:
     (results / "neon" / name).write_text(content)
     said = Reader(build(results).read_text(encoding="utf-8")).text
     assert words in said and "van gogh" in said and "2 failed" in said
@@ -240,16 +274,23 @@ def test_one_bad_run_does_not_hide_the_others(results: Path, name: str, content:
 
 def test_an_unreadable_notebook_leaves_the_rest(results: Path) -> None:
     (results / "neon" / "notebook.ipynb").write_text("{")
-    assert [message[:38] for message in warned(results)] == ["neon: the notebook cannot be read: Not"]
+    assert [message[:38] for message in warned(results)] == [
+        "neon: the notebook cannot be read: Not"
+    ]
     assert "cannot be read" in (results / "neon" / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_result_with_groups_that_are_none_is_shown_as_damaged(results: Path) -> None:
     file = results / "neon" / "result.json"
     told = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8")
+    file.write_text(
+        json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8"
+    )
     shown = Reader(build(results).read_text(encoding="utf-8")).text
-    assert "result.json is damaged: settings is 'x', not a table of plain values; parameters is 3" in shown
+    assert (
+        "result.json is damaged: settings is 'x', not a table of plain values; parameters is 3"
+        in shown
+    )
 
 
 def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:
@@ -315,7 +356,10 @@ def test_no_torch(results: Path) -> None:
         ("<a href='#here'>a</a>", '<a href="#here">a</a>'),
         ("<a href='../../secret'>a</a>", '<a>a <span class="soft">(../../secret)</span></a>'),
         ("<img src='https://x/y.png' alt='what'>", "[what]"),
-        ("<img src='data:image/png;base64,QQ==' alt='a\"b'>", '<img src="data:image/png;base64,QQ==" alt="a&quot;b">'),
+        (
+            "<img src='data:image/png;base64,QQ==' alt='a\"b'>",
+            '<img src="data:image/png;base64,QQ==" alt="a&quot;b">',
+        ),
         ("<img src=\"data:text/html;base64,QQ==\" alt='x'>", "[x]"),
         ("</div></p>x", "x"),
         ("<table><tr><td>x", "<table><tr><td>x</td></tr></table>"),
@@ -330,30 +374,44 @@ def test_clean(given: str, kept: str) -> None:
     assert clean(kept) == kept  # nothing new comes up the second time
 
 
-@pytest.mark.parametrize("given", ["<![if x]>a", "<!", "<!-- a", "<", "<a", "&#x0;", "<a b='", "<![CDATA[<b>"])
+@pytest.mark.parametrize(
+    "given", ["<![if x]>a", "<!", "<!-- a", "<", "<a", "&#x0;", "<a b='", "<![CDATA[<b>"]
+)
 def test_clean_survives_broken_html(given: str) -> None:
     assert "<script" not in clean(given + EVIL)
 
 
 def test_arrange_lowers_headings_and_wraps() -> None:
     body, silent = arrange("<h1 id='top'>a</h1><h6>b</h6><table><tr><td>c</td></tr></table>")
-    assert '<h2 id="top">a</h2><h6>b</h6>' in body and 'class="scroll"' in body and body.endswith("</table></div>")
+    assert (
+        '<h2 id="top">a</h2><h6>b</h6>' in body
+        and 'class="scroll"' in body
+        and body.endswith("</table></div>")
+    )
     assert silent == []
 
 
 @pytest.mark.parametrize(
-    ("width", "wide"), [("50%", 0), ("900%", 0), ("auto", 0), ("300px", 0), ("900px", 1), ("900.5", 1), ("²", 0)]
+    ("width", "wide"),
+    [("50%", 0), ("900%", 0), ("auto", 0), ("300px", 0), ("900px", 1), ("900.5", 1), ("²", 0)],
 )
 def test_arrange_takes_any_width(width: str, wide: int) -> None:
-    body, _ = arrange(f'<img src="data:image/png;base64,{png(size=(9, 9))}" alt="a cat" width="{width}">')
+    body, _ = arrange(
+        f'<img src="data:image/png;base64,{png(size=(9, 9))}" alt="a cat" width="{width}">'
+    )
     assert body.count('class="wide"') == wide and 'alt="a cat"' in body
 
 
 def test_shrink_loses_nothing() -> None:
     for mode in ("RGBA", "RGB", "L"):
         before = png("red" if mode != "L" else "white", mode=mode)
-        images = [Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA") for data in (before, shrink(before))]
+        images = [
+            Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA")
+            for data in (before, shrink(before))
+        ]
         assert images[0].tobytes() == images[1].tobytes()
         assert len(shrink(before)) <= len(before)
     half = png("#ff000080")  # transparency that is seen stays
-    assert Image.open(io.BytesIO(base64.b64decode(shrink(half)))).convert("RGBA").getpixel((0, 0)) == (255, 0, 0, 128)
+    assert Image.open(io.BytesIO(base64.b64decode(shrink(half)))).convert("RGBA").getpixel(
+        (0, 0)
+    ) == (255, 0, 0, 128)

@@ -22,7 +22,9 @@ FULL = (
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("FIND was unable to find an engine to execute this computation"),
     RuntimeError("MPS backend out of memory (MPS allocated: 18.04 GB)"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+    ),
     RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
     MemoryError("Unable to allocate 9.0 GiB for an array"),
 )
@@ -74,7 +76,9 @@ def test_memory_that_is_full_before_the_first_batch_is_named(monkeypatch, error)
         raise error
 
     monkeypatch.setattr(pipe.text_encoder, "forward", full)
-    with pytest.raises(LocogenError, match=r"text encoders do not fit the memory of cpu.*offload='model'"):
+    with pytest.raises(
+        LocogenError, match=r"text encoders do not fit the memory of cpu.*offload='model'"
+    ):
         generate(pipe, ["cat"], **FAST)
 
 
@@ -129,10 +133,18 @@ def test_a_picture_decoded_alone_is_the_same_but_for_the_order_of_sums():
     chosen = Settings(1, 3.0, 3)
     together = called(pipe, rows, {"prompt": ["cat"] * 3}, chosen)
     apart = called(large(pipe), rows, {"prompt": ["cat"] * 3}, chosen)
-    alone = pipe("cat", generator=generators(rows[:1]), num_inference_steps=1, guidance_scale=3.0, output_type="np")
+    alone = pipe(
+        "cat",
+        generator=generators(rows[:1]),
+        num_inference_steps=1,
+        guidance_scale=3.0,
+        output_type="np",
+    )
     assert np.abs(together - apart).max() < 1e-5
     assert np.abs(apart[0] - alone.images[0]).max() < 1e-5
-    assert np.abs(together[0] - together[1]).max() > 1e-2, "the twin: another seed is another picture"
+    assert np.abs(together[0] - together[1]).max() > 1e-2, (
+        "the twin: another seed is another picture"
+    )
 
 
 class Card:
@@ -143,7 +155,9 @@ class Card:
         pipe.unet.register_forward_pre_hook(self.denoising, with_kwargs=True)
         pipe.vae.decoder.register_forward_hook(self.decoding)
         for name in ("reset_peak_memory_stats", "empty_cache"):
-            monkeypatch.setattr(torch.cuda, name, self.reset if name.startswith("reset") else lambda *_: None)
+            monkeypatch.setattr(
+                torch.cuda, name, self.reset if name.startswith("reset") else lambda *_: None
+            )
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: self.peak)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
 

@@ -5,12 +5,22 @@ import types
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    KarrasVeScheduler,
+)
 from support import tiny
 
 from locogen.errors import LocogenError
 from locogen.localization.causal_tracing import causal_trace
-from locogen.pictures.checks import check_flags, check_scheduler, from_the_seed_alone, scheduler_errors
+from locogen.pictures.checks import (
+    check_flags,
+    check_scheduler,
+    from_the_seed_alone,
+    scheduler_errors,
+)
 from locogen.pictures.runs import generate
 from locogen.plan import Concept, Intervention, PromptPair
 
@@ -52,15 +62,26 @@ def test_noise_that_no_seed_decides_is_refused(pipe, tmp_path, kind):
 
 def test_noise_is_refused_in_a_trace_as_well(pipe, tmp_path):
     pipe.scheduler = Noisy.from_config(pipe.scheduler.config)
-    options = {"seeds": (0,), "parts": ("text MLP",), "scorer": tiny.FakeScorer(), "progress": False}
+    options = {
+        "seeds": (0,),
+        "parts": ("text MLP",),
+        "scorer": tiny.FakeScorer(),
+        "progress": False,
+    }
     with pytest.raises(LocogenError, match="Noisy adds noise without a generator"):
-        causal_trace(pipe, CONCEPT, num_inference_steps=1, guidance_scale=1.0, store=tmp_path, **options)
+        causal_trace(
+            pipe, CONCEPT, num_inference_steps=1, guidance_scale=1.0, store=tmp_path, **options
+        )
     assert not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_dropout_in_training_mode_is_refused(pipe, part):
-    layer = pipe.unet.mid_block.resnets[0] if part == "unet" else pipe.text_encoder.encoder.layers[0].mlp
+    layer = (
+        pipe.unet.mid_block.resnets[0]
+        if part == "unet"
+        else pipe.text_encoder.encoder.layers[0].mlp
+    )
     if part == "unet":
         layer.dropout.p = 0.5
     else:
@@ -68,21 +89,29 @@ def test_dropout_in_training_mode_is_refused(pipe, part):
     getattr(pipe, part).eval()
     generate(pipe, ["cat"], **FAST)
     getattr(pipe, part).train()
-    with pytest.raises(LocogenError, match=rf"training mode and drops neurons \({part}\): call eval"):
+    with pytest.raises(
+        LocogenError, match=rf"training mode and drops neurons \({part}\): call eval"
+    ):
         generate(pipe, ["cat"], **FAST)
 
 
 def test_a_flow_with_noise_is_refused():
     """FLUX hands its scheduler no generator: with stochastic sampling the noise is anybody's."""
     pipe = tiny.flux()
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
-    with pytest.raises(LocogenError, match="FlowMatchEulerDiscreteScheduler adds noise without a generator"):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(
+        pipe.scheduler.config, stochastic_sampling=True
+    )
+    with pytest.raises(
+        LocogenError, match="FlowMatchEulerDiscreteScheduler adds noise without a generator"
+    ):
         generate(pipe, ["cat"], **FAST)
 
 
 def test_a_brownian_tree_is_refused_before_any_picture(pipe, monkeypatch):
     """With a seed of its own its noise is repeated, but a picture's noise depends on its place in the batch."""
-    pipe.scheduler.noise_sampler = None  # as DPMSolverSDEScheduler and CosineDPMSolverMultistepScheduler have it
+    pipe.scheduler.noise_sampler = (
+        None  # as DPMSolverSDEScheduler and CosineDPMSolverMultistepScheduler have it
+    )
     monkeypatch.setattr(type(pipe), "__call__", None)
     with pytest.raises(LocogenError, match="does not come from the picture's seed"):
         generate(pipe, ["cat"], **FAST)
@@ -102,7 +131,11 @@ def test_a_generators_own_noise_is_fine(pipe):
 
 def test_sigmas_that_begin_with_two_equal_timesteps_are_explained(pipe):
     """As the mini model's with Karras sigmas: diffusers' own error is an IndexError that says nothing."""
-    mini = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing")
+    mini = dict(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
     pipe.scheduler = DPMSolverMultistepScheduler(**mini, use_karras_sigmas=True)
     with pytest.raises(IndexError, match="out of bounds"):
         pipe(["cat"], num_inference_steps=4, output_type="np")
@@ -115,7 +148,9 @@ def test_sigmas_that_begin_with_two_equal_timesteps_are_explained(pipe):
 @pytest.mark.parametrize("kind", [KarrasVeScheduler, FlowMatchEulerDiscreteScheduler])
 def test_a_scheduler_of_another_kind_is_named(pipe, kind):
     pipe.scheduler = kind()
-    with pytest.raises(LocogenError, match=rf"the scheduler {kind.__name__} .*do not work together.*compatibles"):
+    with pytest.raises(
+        LocogenError, match=rf"the scheduler {kind.__name__} .*do not work together.*compatibles"
+    ):
         generate(pipe, ["cat"], **FAST)
 
 
@@ -156,7 +191,9 @@ def test_blackened_pictures_are_never_kept(family, answers, tmp_path):
     pipe.safety_checker, pipe.feature_extractor = Checker([1], answers), extractor
     with (
         pytest.warns(UserWarning, match="the safety checker is on"),
-        pytest.raises(LocogenError, match=r"flagged 1 pictures .*'dog' with seed 0.*safety_checker = None"),
+        pytest.raises(
+            LocogenError, match=r"flagged 1 pictures .*'dog' with seed 0.*safety_checker = None"
+        ),
     ):
         generate(pipe, ["cat", "dog"], store=tmp_path, **FAST)
     assert not list(tmp_path.glob("*.png"))

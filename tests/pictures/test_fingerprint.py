@@ -12,7 +12,12 @@ from tokenizers import normalizers
 
 from locogen.models.layers import find_layers
 from locogen.pictures import fingerprint as fingerprints
-from locogen.pictures.description import describe_pipeline, describe_scheduler, replaced_methods, torch_settings
+from locogen.pictures.description import (
+    describe_pipeline,
+    describe_scheduler,
+    replaced_methods,
+    torch_settings,
+)
 from locogen.pictures.fingerprint import checksum, digest_of, fingerprint
 from locogen.pictures.runs import generate
 
@@ -75,7 +80,9 @@ def chunked(pipe):
 
 
 def another_backend(pipe):
-    pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor._attention_backend = "native"
+    pipe.unet.mid_block.attentions[0].transformer_blocks[
+        0
+    ].attn2.processor._attention_backend = "native"
 
 
 def add_lora(pipe):
@@ -159,7 +166,9 @@ STILL = {  # these move the last bits, or nothing in this model, but may move a 
 IN_THE_PIPELINE = {
     "its config": lambda pipe: pipe.register_to_config(requires_safety_checker=True),
     "an attribute": lambda pipe: setattr(pipe, "vae_scale_factor", 4),
-    "compilation": lambda pipe: setattr(pipe.unet.mid_block, "_compiled_call_impl", pipe.unet.mid_block._call_impl),
+    "compilation": lambda pipe: setattr(
+        pipe.unet.mid_block, "_compiled_call_impl", pipe.unet.mid_block._call_impl
+    ),
     "its image processor": lambda pipe: pipe.image_processor.register_to_config(do_normalize=False),
     "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
 }
@@ -212,11 +221,17 @@ def test_what_an_empty_prompt_is_for_sd_xl_is_in_the_key(tmp_path):
 
 
 TORCH = {
-    "matrix products": lambda monkeypatch: monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
-    "attention": lambda monkeypatch: monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False),
+    "matrix products": lambda monkeypatch: monkeypatch.setattr(
+        torch, "get_float32_matmul_precision", lambda: "medium"
+    ),
+    "attention": lambda monkeypatch: monkeypatch.setattr(
+        torch.backends.cuda, "flash_sdp_enabled", lambda: False
+    ),
     "TF32": lambda monkeypatch: monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False),
     "algorithms": lambda monkeypatch: monkeypatch.setattr(torch.backends.cudnn, "benchmark", True),
-    "the default type": lambda monkeypatch: monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64),
+    "the default type": lambda monkeypatch: monkeypatch.setattr(
+        torch, "get_default_dtype", lambda: torch.float64
+    ),
     "the environment": lambda monkeypatch: monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0"),
 }
 
@@ -243,9 +258,17 @@ def test_autocast_and_the_attention_backend_are_in_the_key():
 def test_a_call_changes_nothing_in_the_key(family):
     """What a call leaves behind in the modules, the scheduler and the pipeline is none of its settings."""
     pipe = tiny.FAMILIES[family]()
-    before = fingerprint(pipe), describe_pipeline(pipe).lines, describe_scheduler(pipe.scheduler).lines
+    before = (
+        fingerprint(pipe),
+        describe_pipeline(pipe).lines,
+        describe_scheduler(pipe.scheduler).lines,
+    )
     run = generate(pipe, ["cat"], **FAST)
-    assert before == (fingerprint(pipe), describe_pipeline(pipe).lines, describe_scheduler(pipe.scheduler).lines)
+    assert before == (
+        fingerprint(pipe),
+        describe_pipeline(pipe).lines,
+        describe_scheduler(pipe.scheduler).lines,
+    )
     assert run.settings["foreign"] == []
 
 
@@ -330,8 +353,12 @@ def elements_exchanged(tensor):
     tensor.data[5, :2] = tensor.data[5, :2].flip(0).clone()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8])
-@pytest.mark.parametrize("change", [one_element, all_signs, two_signs, rows_exchanged, elements_exchanged])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8]
+)
+@pytest.mark.parametrize(
+    "change", [one_element, all_signs, two_signs, rows_exchanged, elements_exchanged]
+)
 def test_a_checksum_notices_each_change(change, dtype):
     torch.manual_seed(0)
     values = torch.randn(300, 301)  # rows that are no multiple of 4 bytes
@@ -366,7 +393,11 @@ def test_weights_are_hashed_again_only_where_they_changed(monkeypatch):
     pipe.unet.larger = torch.nn.Parameter(torch.randn(200, 100))
     plain = fingerprint(pipe)
     hashed, sha256 = [], fingerprints._sha256
-    monkeypatch.setattr(fingerprints, "_sha256", lambda tensor: (hashed.append(tuple(tensor.shape)), sha256(tensor))[1])
+    monkeypatch.setattr(
+        fingerprints,
+        "_sha256",
+        lambda tensor: (hashed.append(tuple(tensor.shape)), sha256(tensor))[1],
+    )
     monkeypatch.setattr(fingerprints, "_is_quick_to_hash", lambda tensor: tensor.numel() < 10000)
     assert fingerprint(pipe) == plain
     assert {(100, 100), (200, 100)}.isdisjoint(hashed)

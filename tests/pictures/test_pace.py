@@ -50,7 +50,9 @@ def pixels(run: Run):
 
 
 def state(pipe):
-    return [(p.data_ptr() if p.dim() < 4 else 0, p.dtype, p.stride()) for p in pipe.unet.parameters()]
+    return [
+        (p.data_ptr() if p.dim() < 4 else 0, p.dtype, p.stride()) for p in pipe.unet.parameters()
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -60,7 +62,9 @@ def test_a_way_changes_pictures_and_leaves_nothing(pipe, way):
     with pace._done(pipe, way):
         other = generate(pipe, ROWS, **FAST)
         assert fingerprint(pipe) == weights and not foreign_hooks(pipe)
-        assert not set(plain.pictures.keys) & set(other.pictures.keys), "a picture made so is not taken for a plain one"
+        assert not set(plain.pictures.keys) & set(other.pictures.keys), (
+            "a picture made so is not taken for a plain one"
+        )
         assert other.settings["contexts"] == [f"speed {way}"]
     assert (state(pipe), torch.get_num_threads()) == before and fingerprint(pipe) == weights
     assert not active_contexts(pipe) and "forward" not in vars(pipe.unet)
@@ -74,8 +78,15 @@ def test_interventions_are_heard_as_ever(pipe, way):
     In one batch: of another size, another order of sums may move a pixel.
     """
     with pace._done(pipe, way):
-        own, window, ceiling, target = pixels(generate(pipe, [*ROWS, Intervention("dog", "dog", (), 0)], **FAST))
-    assert (ceiling == target).all() and (own != target).any() and (window != target).any() and (window != own).any()
+        own, window, ceiling, target = pixels(
+            generate(pipe, [*ROWS, Intervention("dog", "dog", (), 0)], **FAST)
+        )
+    assert (
+        (ceiling == target).all()
+        and (own != target).any()
+        and (window != target).any()
+        and (window != own).any()
+    )
 
 
 def test_nothing_is_left_after_an_error(pipe):
@@ -101,9 +112,15 @@ def test_weights_changed_within_stay_changed(pipe):
 def mini_calls():
     """The mini model, and what its denoiser was called with in four steps of a picture."""
     pipe, calls = load("mini"), []
-    hook = pipe.unet.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True)
+    hook = pipe.unet.register_forward_pre_hook(
+        lambda _, a, k: calls.append((a, k)), with_kwargs=True
+    )
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-    pipe(["a picture of a cat", "a house in the style of neon"], num_inference_steps=4, generator=seeds)
+    pipe(
+        ["a picture of a cat", "a house in the style of neon"],
+        num_inference_steps=4,
+        generator=seeds,
+    )
     hook.remove()
     return pipe, calls
 
@@ -170,7 +187,9 @@ def test_the_choice_is_measured(pipe, monkeypatch):
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks) * 0.5)
     assert pace._rate(pipe, Way(), 3) == 6.0
     ticks = itertools.count(step=12)
-    assert pace._rate(pipe, Way(), 3) == 0.5 and next(ticks) == 24, "once is enough of what takes long"
+    assert pace._rate(pipe, Way(), 3) == 0.5 and next(ticks) == 24, (
+        "once is enough of what takes long"
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,14 +213,21 @@ def test_the_batch_size_is_measured(pipe, monkeypatch, by_size, chosen):
     monkeypatch.setattr(pace, "_rate", rate)
     for mode in ("exact", "auto"):  # to compare ways takes a batch that fits, too
         with speed(pipe, mode) as found:
-            assert found.batch_size == chosen and found.sizes == by_size and f"{chosen} at once" in repr(found)
+            assert (
+                found.batch_size == chosen
+                and found.sizes == by_size
+                and f"{chosen} at once" in repr(found)
+            )
     by_size.clear()
     with pytest.raises(torch.OutOfMemoryError), speed(pipe, "exact"):
         pass
 
 
 def test_half_precision_is_the_processors_own(monkeypatch):
-    for able, found in (({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": False, "avx2": True}, None)):
+    for able, found in (
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": False, "avx2": True}, None),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
         assert half_of(torch.device("cpu")) == found
     assert half_of(torch.device("mps")) is None
@@ -209,7 +235,10 @@ def test_half_precision_is_the_processors_own(monkeypatch):
 
 def test_bad_input_is_named(pipe, rates):
     rates["bfloat16"] = 2.0
-    with pytest.raises(LocogenError, match="take one of exact, close, auto, compile"), speed(pipe, "fast"):  # pyright: ignore[reportArgumentType]
+    with (
+        pytest.raises(LocogenError, match="take one of exact, close, auto, compile"),
+        speed(pipe, "fast"),
+    ):  # pyright: ignore[reportArgumentType]
         pass
     with pytest.raises(LocogenError, match="give at least 1"), speed(pipe, batch_size=0):
         pass
@@ -223,7 +252,9 @@ def test_compiled_regions_leave_the_hooks_be(pipe, rates):
     rates["compiled"] = 1.3
     plain = pixels(generate(pipe, ROWS, **FAST))
     with speed(pipe, "compile") as found:
-        assert found.way == Way(compiled=True) and any(m._compiled_call_impl for m in pipe.unet.modules())
+        assert found.way == Way(compiled=True) and any(
+            m._compiled_call_impl for m in pipe.unet.modules()
+        )
         assert np.abs(pixels(generate(pipe, ROWS, **FAST)) - plain).max() <= 1
         (target,) = pixels(generate(pipe, [Intervention("dog", "dog", (), 0)], **FAST))
         assert (pixels(generate(pipe, ROWS[2:], **FAST))[0] == target).all()
@@ -246,7 +277,9 @@ def test_every_kind_of_region_is_compiled(monkeypatch, raised):
         return graph.forward
 
     plain_compile = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain_compile(self, backend=counting))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: plain_compile(self, backend=counting)
+    )
     if not raised:
         monkeypatch.setattr(pace, "_compilations_for", lambda regions: contextlib.nullcontext())
     limit = torch._dynamo.config.recompile_limit
@@ -278,8 +311,14 @@ def test_the_benchmark_runs_at_tiny_size(tmp_path):
     ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert set(found["sweep"]["ratios"]) >= {"published / all", "published / race", "published / race, auto"}
-    assert max(found["sweep"]["largest_difference"].values()) <= 1, "the loops make the sweep's pictures"
+    assert set(found["sweep"]["ratios"]) >= {
+        "published / all",
+        "published / race",
+        "published / race, auto",
+    }
+    assert max(found["sweep"]["largest_difference"].values()) <= 1, (
+        "the loops make the sweep's pictures"
+    )
     assert [row["model"] for row in found["gpu"]["models"]] == ["SD 1.5, 512²", "SD-XL, 1024²"]
     assert sum(found["parts"]["shares"].values()) == pytest.approx(1) and found["parts"]["gain"] > 0
     assert all(row["flops_a_picture"] > 0 for row in found["gpu"]["models"])

@@ -28,14 +28,18 @@ def pipe():
 
 @pytest.fixture
 def rows():
-    return [Intervention("cat in a", "dog", (start,), seed) for start in range(3) for seed in range(2)]
+    return [
+        Intervention("cat in a", "dog", (start,), seed) for start in range(3) for seed in range(2)
+    ]
 
 
 def calls(pipe, monkeypatch):
     """Rows that the denoiser is called with."""
     seen = []
     forward = pipe.unet.forward
-    tiny.stand_in(monkeypatch, pipe.unet, lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1])
+    tiny.stand_in(
+        monkeypatch, pipe.unet, lambda x, *a, **k: (seen.append(len(x)), forward(x, *a, **k))[1]
+    )
     return seen
 
 
@@ -56,7 +60,11 @@ def test_generate_equals_the_plain_pipeline(pipe):
     run = generate(pipe, ["cat in a", "dog"], seeds=(3,), **FAST)
     noise = [torch.Generator().manual_seed(3) for _ in range(2)]
     plain = pipe(
-        ["cat in a", "dog"], generator=noise, num_inference_steps=2, guidance_scale=3.0, output_type="np"
+        ["cat in a", "dog"],
+        generator=noise,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        output_type="np",
     ).images
     assert np.abs(pixels(run).astype(int) - (plain * 255).round()).max() <= 1
 
@@ -78,7 +86,9 @@ def test_resumed_equals_fresh(pipe, rows, tmp_path):
     assert np.abs(pixels(fresh).astype(int) - pixels(resumed)).max() <= 1
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a picture"]
+)
 def test_a_damaged_file_is_made_again(pipe, rows, tmp_path, damage):
     run = generate(pipe, rows, store=tmp_path, **FAST)
     good = pixels(run)
@@ -86,7 +96,9 @@ def test_a_damaged_file_is_made_again(pipe, rows, tmp_path, damage):
     victim.write_bytes(damage(victim.read_bytes()))
     with pytest.raises(LocogenError, match="missing or damaged"):
         run.pictures[2]
-    assert np.abs(good.astype(int) - pixels(generate(pipe, rows, store=tmp_path, **FAST))).max() <= 1
+    assert (
+        np.abs(good.astype(int) - pixels(generate(pipe, rows, store=tmp_path, **FAST))).max() <= 1
+    )
 
 
 def test_a_valid_picture_of_something_else_is_not_used(pipe, rows, tmp_path):
@@ -96,7 +108,11 @@ def test_a_valid_picture_of_something_else_is_not_used(pipe, rows, tmp_path):
     run = generate(pipe, rows, store=tmp_path, **FAST)
     victim = tmp_path / run.table["image"][0]
     Image.new("RGB", run.pictures[0].size, "red").save(victim)
-    assert np.asarray(generate(pipe, rows, store=tmp_path, **FAST).pictures[0])[0, 0].tolist() != [255, 0, 0]
+    assert np.asarray(generate(pipe, rows, store=tmp_path, **FAST).pictures[0])[0, 0].tolist() != [
+        255,
+        0,
+        0,
+    ]
 
 
 def test_one_store_through_an_edit_and_back(pipe, rows, tmp_path):
@@ -202,7 +218,9 @@ def test_a_complete_store_may_be_read_only(pipe, rows, tmp_path, monkeypatch):
         monkeypatch.setattr(place, name, refuse)
     again = generate(pipe, rows[1:], store=tmp_path, **FAST)
     assert np.array_equal(pixels(made)[1:], pixels(again))
-    with pytest.raises(LocogenError, match=r"Read-only file system.*store="):  # the twin: one picture is missing
+    with pytest.raises(
+        LocogenError, match=r"Read-only file system.*store="
+    ):  # the twin: one picture is missing
         generate(pipe, [*rows, Intervention("cat", "dog", (0,), 9)], store=tmp_path, **FAST)
 
 
@@ -212,7 +230,9 @@ def test_each_run_of_a_store_keeps_its_settings(pipe, rows, tmp_path):
     generate(pipe, rows[:2], store=tmp_path, **FAST)  # made before: nothing new to tell
     told = [json.loads(path.read_text()) for path in tmp_path.glob("run-*.json")]
     told.sort(key=lambda each: -each["guidance_scale"])
-    assert [each.pop("images") for each in told] == [list(run.table["image"]) for run in (one, other)]
+    assert [each.pop("images") for each in told] == [
+        list(run.table["image"]) for run in (one, other)
+    ]
     assert [each.pop("batch") for each in told] == [2, 2]
     assert told == [json.loads(json.dumps(run.settings, default=str)) for run in (one, other)]
 
@@ -226,7 +246,9 @@ def test_a_resumed_run_goes_on_with_the_batch_size_it_had(pipe, rows, tmp_path, 
         (tmp_path / name).unlink()
     seen = calls(pipe, monkeypatch)
     generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 3}))
-    assert set(seen) == {4} and json.loads(kept.read_text())["batch"] == 2, "guidance doubles the rows"
+    assert set(seen) == {4} and json.loads(kept.read_text())["batch"] == 2, (
+        "guidance doubles the rows"
+    )
     kept.write_text("{")  # a damaged one is as good as none
     (tmp_path / whole.table["image"][0]).unlink()
     generate(pipe, rows, store=tmp_path, **(FAST | {"batch_size": 3}))
@@ -248,7 +270,9 @@ def test_a_picture_that_is_too_large_is_told(pipe, rows, tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("can't allocate memory: 9 bytes")]
+)
 def test_a_batch_that_is_too_large_is_halved(pipe, rows, monkeypatch, error):
     """Saying so once, and going on with the half; pictures are those that the half makes anyway."""
     forward, seen = pipe.unet.forward, []
@@ -261,7 +285,9 @@ def test_a_batch_that_is_too_large_is_halved(pipe, rows, monkeypatch, error):
 
     wanted = generate(pipe, rows, **(FAST | {"batch_size": 3}))
     tiny.stand_in(monkeypatch, pipe.unet, small)
-    with pytest.warns(UserWarning, match="a batch of 6 does not fit the memory: going on with 3") as told:
+    with pytest.warns(
+        UserWarning, match="a batch of 6 does not fit the memory: going on with 3"
+    ) as told:
         run = generate(pipe, rows, **(FAST | {"batch_size": 6}))
     assert len(told) == 1
     assert seen[0] == 12 and set(seen[1:]) == {6}
@@ -296,12 +322,19 @@ def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size)
     plan = [Intervention(prompt, "cat", (), 0) for prompt in "abcdefghi"]
     made = [(len(rows), told) for rows, _, told in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
     sizes = [count for count, _ in made]
-    assert sizes[0] == 1 and sizes[1] == size and sum(sizes) == 9 and {told for _, told in made} == {size}
+    assert (
+        sizes[0] == 1
+        and sizes[1] == size
+        and sum(sizes) == 9
+        and {told for _, told in made} == {size}
+    )
     again = [len(rows) for rows, *_ in pictures_of(pipe, plan, Settings(1, 1.0, 4), settled=size)]
     assert again[0] == size, "the first batch too, whatever is free by now"
 
 
-@pytest.mark.parametrize(("count", "most", "sizes"), [(33, 32, [34, 34]), (5, 32, [10]), (12, 4, [8, 8, 8])])
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"), [(33, 32, [34, 34]), (5, 32, [10]), (12, 4, [8, 8, 8])]
+)
 def test_batches_are_even(pipe, monkeypatch, count, most, sizes):
     """Not one of 32 and one of 1 filled up to 32; guidance doubles the rows."""
     seen = calls(pipe, monkeypatch)
@@ -339,7 +372,11 @@ def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypat
     """In any batch size; the table has the plan's rows only, and a full intervention is the target's own picture."""
     pipe = tiny.sd3()
     every = tuple(range(3))
-    plan = [Intervention("cat in a", t, every, seed, pooled="target") for t in ("dog", "b c d") for seed in (0, 1)]
+    plan = [
+        Intervention("cat in a", t, every, seed, pooled="target")
+        for t in ("dog", "b c d")
+        for seed in (0, 1)
+    ]
     options = FAST | {"num_inference_steps": 1, "store": tmp_path}
     forward, seen = pipe.transformer.forward, []
 
@@ -357,7 +394,9 @@ def test_patched_families_make_room_for_the_targets_own_runs(tmp_path, monkeypat
             gap = np.abs(np.asarray(run.pictures[i], int) - np.asarray(own.pictures[i], int))
             assert gap.max() <= 1
     kept = generate(pipe, [replace(row, pooled="keep") for row in plan], **options)
-    assert not set(kept.table["image"]) & set(runs[0].table["image"])  # another key: another picture
+    assert not set(kept.table["image"]) & set(
+        runs[0].table["image"]
+    )  # another key: another picture
 
 
 def test_the_key_knows_pooled_and_timesteps_where_they_matter(pipe, tmp_path):
@@ -389,7 +428,11 @@ def test_bad_input_is_named(pipe, rows):
     with pytest.raises(LocogenError, match="own seeds"):
         generate(pipe, rows, seeds=(1,), **FAST)
     with pytest.warns(UserWarning, match="does not hear 'z z'"):
-        generate(pipe, "a b c d e f g h i j k l m n o p q r s t u v w x y 0 1 2 3 4 5 6 7 8 9 a b c z z", **FAST)
+        generate(
+            pipe,
+            "a b c d e f g h i j k l m n o p q r s t u v w x y 0 1 2 3 4 5 6 7 8 9 a b c z z",
+            **FAST,
+        )
 
 
 def test_the_empty_prompt_has_a_picture_and_a_key_of_its_own(pipe, tmp_path):

@@ -18,11 +18,17 @@ def judge(tmp_path_factory):
     torch.manual_seed(0)
     words = tiny.tokenizer()
     tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    text = tower | dict(vocab_size=len(words), max_position_embeddings=40, eos_token_id=words.eos_token_id)
-    config = CLIPConfig(text_config=text, vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=8)
+    text = tower | dict(
+        vocab_size=len(words), max_position_embeddings=40, eos_token_id=words.eos_token_id
+    )
+    config = CLIPConfig(
+        text_config=text, vision_config=tower | dict(image_size=16, patch_size=8), projection_dim=8
+    )
     CLIPModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(folder)
+    CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False).save_pretrained(
+        folder
+    )
     return scorer(str(folder))
 
 
@@ -50,7 +56,9 @@ def test_several_texts_in_one_pass(judge):
 
 def test_batches_do_not_matter(judge):
     small = Clip(judge.model, judge.processor, judge.tokenizer, batch_size=2)
-    assert np.allclose(small(pictures(5), ["cat"] * 5)[0], judge(pictures(5), ["cat"] * 5)[0], atol=1e-6)
+    assert np.allclose(
+        small(pictures(5), ["cat"] * 5)[0], judge(pictures(5), ["cat"] * 5)[0], atol=1e-6
+    )
 
 
 def test_what_is_recorded(judge):
@@ -80,13 +88,18 @@ def test_each_model_has_its_default(tmp_path):
 
 @pytest.mark.parametrize("limit", [5, 1])
 def test_pictures_are_scored_in_smaller_parts_where_the_memory_is_full(judge, monkeypatch, limit):
-    shown = [Image.new("RGB", (32, 32), color) for color in ("red", "blue", "green", "black", "white", "gray")]
+    shown = [
+        Image.new("RGB", (32, 32), color)
+        for color in ("red", "blue", "green", "black", "white", "gray")
+    ]
     whole = judge.pictures(shown)
     features = judge.model.get_image_features
 
     def small(pixel_values):
         if len(pixel_values) > limit:
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            raise RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            )
         return features(pixel_values=pixel_values)
 
     monkeypatch.setattr(judge.model, "get_image_features", small)

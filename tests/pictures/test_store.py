@@ -25,7 +25,9 @@ def test_what_goes_in_comes_out(tmp_path):
     assert np.array_equal(np.asarray(store.get("a")), PIXELS)
 
 
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1, 8, 256]))
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.sampled_from([1, 8, 256])
+)
 def test_a_png_file_holds_the_pixels_and_the_words(height, width, seed, colors):
     """Read back by Pillow, which did not write it; noise, few colors, and one color."""
     pixels = np.random.default_rng(seed).integers(0, colors, (height, width, 3)).astype(np.uint8)
@@ -36,7 +38,9 @@ def test_a_png_file_holds_the_pixels_and_the_words(height, width, seed, colors):
 
 
 def test_a_png_file_is_written_faster_than_pillow_writes_it_and_is_no_larger():
-    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).resize((384, 384))
+    smooth = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)
+    ).resize((384, 384))
     noise = np.random.default_rng(1).normal(0, 4, (384, 384, 3))
     pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
 
@@ -48,7 +52,9 @@ def test_a_png_file_is_written_faster_than_pillow_writes_it_and_is_no_larger():
     def seconds(write):
         times = []
         for _ in range(3):
-            start = time.thread_time()  # the processor's time of this thread: other work does not count
+            start = (
+                time.thread_time()
+            )  # the processor's time of this thread: other work does not count
             write()
             times.append(time.thread_time() - start)
         return min(times)
@@ -88,7 +94,11 @@ def test_a_picture_that_cannot_be_written_costs_no_other(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.glob("*.png")} == {"0.png", "2.png", "3.png"}
 
 
-@given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=4))
+@given(
+    st.dictionaries(
+        st.text(max_size=5), st.integers() | st.text(max_size=5) | st.none(), max_size=4
+    )
+)
 def test_keys_depend_on_content_alone(parts):
     assert content_key(parts) == content_key(dict(reversed(parts.items())))
     assert content_key(parts) != content_key({**parts, "another": 1})

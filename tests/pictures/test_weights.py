@@ -35,7 +35,9 @@ def test_the_second_model_is_a_u_net_of_another_seed_and_shares_the_rest(pipe):
         assert all(torch.equal(one[name], two[name]) for name in one) == same
     prompts = [world.prompt(thing, "neon") for thing in ("cat", "castle")]
     run = loco.generate(other, prompts, seeds=(0, 1), num_inference_steps=8)
-    right, wrong = loco.scorer("mini")(run.pictures, *([world.prompt(t, "neon")] * 4 for t in ("cat", "castle")))
+    right, wrong = loco.scorer("mini")(
+        run.pictures, *([world.prompt(t, "neon")] * 4 for t in ("cat", "castle"))
+    )
     assert (right[:2] > wrong[:2]).all()
     assert (right[2:] < wrong[2:]).all()
 
@@ -55,7 +57,9 @@ def test_a_plain_pipeline_with_the_layers_of_stable_diffusion_1(pipe):
 
 
 def test_prompt_and_seed_both_show(pipe):
-    run = loco.generate(pipe, [world.prompt("cat"), world.prompt("castle")], seeds=(0, 1), num_inference_steps=8)
+    run = loco.generate(
+        pipe, [world.prompt("cat"), world.prompt("castle")], seeds=(0, 1), num_inference_steps=8
+    )
     one, other_seed, other_prompt, _ = (np.asarray(picture, float) for picture in run.pictures)
     assert np.abs(one - other_seed).mean() > 3
     assert np.abs(one - other_prompt).mean() > 10
@@ -64,7 +68,9 @@ def test_prompt_and_seed_both_show(pipe):
 def test_the_scorer_prefers_the_right_style(pipe):
     """Generated pictures of a cat, each scored against every style: most find their own."""
     styles = world.STYLES[1:]
-    run = loco.generate(pipe, [world.prompt("cat", style) for style in styles], num_inference_steps=12, batch_size=7)
+    run = loco.generate(
+        pipe, [world.prompt("cat", style) for style in styles], num_inference_steps=12, batch_size=7
+    )
     clip = loco.scorer("mini")
     texts = [[world.prompt("cat", style)] * len(styles) for style in styles]
     scores = np.stack(clip(list(run.pictures), *texts))  # (texts, pictures)

@@ -55,14 +55,26 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / "many.toml"
         common = "".join(f"{name} = {json.dumps(value)}\n" for name, value in defaults.items())
         numbers = list(range(count))
-        path.write_text(f'notebook = "parts.ipynb"\n[grid]\nnumber = {numbers}\n[defaults]\n{common}')
+        path.write_text(
+            f'notebook = "parts.ipynb"\n[grid]\nnumber = {numbers}\n[defaults]\n{common}'
+        )
         return path
 
     return write
 
 
 def command(path: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "locogen", "run", str(path), "--keep-going", "--retry", "failed", *options]
+    return [
+        sys.executable,
+        "-m",
+        "locogen",
+        "run",
+        str(path),
+        "--keep-going",
+        "--retry",
+        "failed",
+        *options,
+    ]
 
 
 def results_of(path: Path) -> dict[str, dict[str, Any]]:
@@ -83,12 +95,16 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
 # --- the engines ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine, seen", [("serial", {"5"}), ("processes", {"5", "7"}), ("dask", {"5", "7"})])
+@pytest.mark.parametrize(
+    "engine, seen", [("serial", {"5"}), ("processes", {"5", "7"}), ("dask", {"5", "7"})]
+)
 def test_engines_do_the_same_work(write, engine: str, seen: set[str]) -> None:
     """One run a GPU, and it sees no other. There need be none for this: it is in the kernel's environment."""
     path = write(2, device="cuda", wait=0.5)
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "5,7"}
-    done = subprocess.run(command(path, "--engine", engine), capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        command(path, "--engine", engine), capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     found = results_of(path)
     assert sorted(found) == ["run-number-0", "run-number-1"]
@@ -121,13 +137,19 @@ def test_gpus_are_those_that_this_process_sees(monkeypatch) -> None:
     assert engines.visible_gpus() == []
 
 
-@pytest.mark.parametrize("cores, gigabytes, model, count", [(1, 64, "mini", 1), (8, 64, "mini", 4), (8, 5, "mini", 2)])
-def test_as_many_as_fit(tmp_path: Path, monkeypatch, cores: int, gigabytes: int, model: str, count: int) -> None:
+@pytest.mark.parametrize(
+    "cores, gigabytes, model, count", [(1, 64, "mini", 1), (8, 64, "mini", 4), (8, 5, "mini", 2)]
+)
+def test_as_many_as_fit(
+    tmp_path: Path, monkeypatch, cores: int, gigabytes: int, model: str, count: int
+) -> None:
     path = tmp_path / "study.toml"
     path.write_text(f'model = "{model}"\nconcepts = ["mini/neon"]\n')
     runs = read_study(path)[2]
     monkeypatch.setattr(engines, "cores", lambda: cores)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": gigabytes * 2**30}))
+    monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: type("Memory", (), {"available": gigabytes * 2**30})
+    )
     assert engines.fit_at_once(runs, 0) == count
     assert engines.fit_at_once([_on_cuda(run) for run in runs], 3) == 3
 
@@ -143,10 +165,15 @@ def _on_cuda(run: Planned) -> Planned:
         ({"engine": "slurm"}, "no engine 'slurm': there are: dask, processes, serial"),
         ({"scheduler": "tcp://127.0.0.1:1"}, "a scheduler is Dask's"),
         ({"workers": 0}, "workers is 0: give a whole number"),
-        ({"engine": "dask", "scheduler": "tcp://127.0.0.1:1"}, "no Dask scheduler answers at tcp://127.0.0.1:1"),
+        (
+            {"engine": "dask", "scheduler": "tcp://127.0.0.1:1"},
+            "no Dask scheduler answers at tcp://127.0.0.1:1",
+        ),
     ],
 )
-def test_engines_that_cannot_be_had(write, monkeypatch, options: dict[str, Any], words: str) -> None:
+def test_engines_that_cannot_be_had(
+    write, monkeypatch, options: dict[str, Any], words: str
+) -> None:
     monkeypatch.setattr(engines, "PATIENCE", "1s")
     with pytest.raises(LocogenError, match=words):
         run_study(write(1), **options)
@@ -162,10 +189,20 @@ def test_dask_is_an_extra(write, monkeypatch) -> None:
 def test_a_scheduler_of_ones_own(write) -> None:
     """As on many machines: a scheduler and a worker started by hand, the study somewhere else."""
     path = write(2)
-    python = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
+    python = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     place = path.with_name("scheduler.json")
     quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": path.parent}
-    with subprocess.Popen([*python, "--no-dashboard", "--scheduler-file", str(place)], **quiet) as scheduler:
+    with subprocess.Popen(
+        [*python, "--no-dashboard", "--scheduler-file", str(place)], **quiet
+    ) as scheduler:
         try:
             wait_for(lambda: place.exists() and place.read_text().endswith("}"))
             address = json.loads(place.read_text())["address"]
@@ -180,7 +217,9 @@ def test_a_scheduler_of_ones_own(write) -> None:
             ]
             with subprocess.Popen(worker_of, **quiet) as one:
                 try:
-                    done = subprocess.run(command(path, "--scheduler", address), capture_output=True, text=True)
+                    done = subprocess.run(
+                        command(path, "--scheduler", address), capture_output=True, text=True
+                    )
                 finally:
                     one.terminate()
         finally:
@@ -214,14 +253,24 @@ def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
     before = heard(tmp_path)
-    generate(tiny.pipeline(), ["a cat", "a dog"], num_inference_steps=1, batch_size=1, store=tmp_path, progress=False)
+    generate(
+        tiny.pipeline(),
+        ["a cat", "a dog"],
+        num_inference_steps=1,
+        batch_size=1,
+        store=tmp_path,
+        progress=False,
+    )
     made, asked = heard(tmp_path)
     assert made == asked and (before, made >= 2) == ((0, 0), True)
 
 
 def test_a_pace_in_words() -> None:
     assert str(Pace(10.0, 20, 60)) == "20/60 pictures, 2.0/s, 20 s left"
-    assert str(Pace(3.0, 0, 0)) == "3 s, no picture yet" and str(Pace(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
+    assert (
+        str(Pace(3.0, 0, 0)) == "3 s, no picture yet"
+        and str(Pace(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
+    )
 
 
 @pytest.fixture
@@ -234,9 +283,17 @@ def board(write, capsys) -> Board:
 
 def test_a_log_has_a_line_a_run(board: Board, capsys) -> None:
     first, second, third = list(board.left.values())
-    told = {"notebook": "parts", "parameters": dict(first.parameters), "model": "", "seconds": 20.0, "made": 40}
+    told = {
+        "notebook": "parts",
+        "parameters": dict(first.parameters),
+        "model": "",
+        "seconds": 20.0,
+        "made": 40,
+    }
     first.folder.mkdir()
-    (first.folder / "result.json").write_text(json.dumps({**told, "key": first.key, "pictures": 40}))
+    (first.folder / "result.json").write_text(
+        json.dumps({**told, "key": first.key, "pictures": 40})
+    )
     with board:
         board.over(first, Outcome("", 20.0, 40, "layers 0-1"))
         board.over(second, Outcome("ValueError: no", 4.0))
@@ -279,7 +336,9 @@ def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
 def test_a_name_is_no_markup(board: Board, monkeypatch) -> None:
     """What a user calls a run is shown as it is, on a terminal too."""
     shown = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
+    monkeypatch.setattr(
+        sys, "stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
+    )
     live = Board(board.results, list(board.left.values()), 1, board.costs)
     live.live = type("Live", (), {"console": Console(file=shown, width=200)})()
     live.say("[red]neon[/red] [1/2]")
@@ -339,7 +398,9 @@ def test_a_study_killed_at_any_moment_loses_nothing_finished(write, kills: int) 
     start = [sys.executable, "-c", FAKE, "run", str(path), "--workers", "3"]
     seen: dict[str, str] = {}
     for round in range(kills):
-        with subprocess.Popen([*start, "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [*start, "--force"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as process:
             begun(path, process)
             time.sleep(chance.random() * 0.5)
             process.kill()
@@ -364,17 +425,23 @@ def at_work(path: Path) -> set[str]:
 
 
 def kernels(process: psutil.Process) -> list[psutil.Process]:
-    return [one for one in descendants(process) if any("ipykernel" in word for word in one.cmdline())]
+    return [
+        one for one in descendants(process) if any("ipykernel" in word for word in one.cmdline())
+    ]
 
 
 def workers(process: psutil.Process) -> list[psutil.Process]:
     """Dask's, of an embedded cluster: the parents of kernels, or about to be."""
-    return [one for one in descendants(process) if any("spawn_main" in word for word in one.cmdline())]
+    return [
+        one for one in descendants(process) if any("spawn_main" in word for word in one.cmdline())
+    ]
 
 
 def descendants(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return [one for one in process.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE]
+        return [
+            one for one in process.children(recursive=True) if one.status() != psutil.STATUS_ZOMBIE
+        ]
     except psutil.NoSuchProcess:
         return []
 
@@ -420,7 +487,9 @@ def test_whatever_is_killed_a_study_ends_complete(write, kills: int, victims: li
         engine = "dask" if victim == "worker" else "processes"
         path = write(3, wait=0.05 + 0.001 * round)  # other parameters: nothing is finished
         code = run_and_strike(path, engine, victim, chance)
-        done = {run.slug for run in read_study(path)[2] if run.state == "done"}  # the others are of an earlier round
+        done = {
+            run.slug for run in read_study(path)[2] if run.state == "done"
+        }  # the others are of an earlier round
         ended = {slug: told["finished"] for slug, told in results_of(path).items() if slug in done}
         if victim == "worker":
             assert code == 0, "Dask gives the run to another worker"
@@ -428,7 +497,9 @@ def test_whatever_is_killed_a_study_ends_complete(write, kills: int, victims: li
         found = results_of(path)
         valid = {run.slug: run.state for run in read_study(path)[2]}
         assert set(valid.values()) == {"done"} and len(found) == 3, (round, victim, valid)
-        assert all(found[slug]["finished"] == finished for slug, finished in ended.items()), "nothing is done twice"
+        assert all(found[slug]["finished"] == finished for slug, finished in ended.items()), (
+            "nothing is done twice"
+        )
 
 
 @needs_signals
@@ -441,7 +512,12 @@ def test_nothing_outlives_its_study(write, engine: str, name: str) -> None:
     listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
     code = f"{listen}; from locogen.__main__ import main; sys.exit(main(sys.argv[1:]))"
     start = [sys.executable, "-c", code, "run", str(path), "--engine", engine, "--workers", "2"]
-    piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    piped: Any = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
     with subprocess.Popen(start, **piped) as process:
         study = psutil.Process(process.pid)
         wait_for(lambda: len(kernels(study)) == 2, 120)
@@ -451,12 +527,16 @@ def test_nothing_outlives_its_study(write, engine: str, name: str) -> None:
         else:
             process.kill()
         out, error = process.communicate(timeout=60)
-    wait_for(lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family))
+    wait_for(
+        lambda: not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in family)
+    )
     # After SIGKILL, Python's own tracker of semaphores may say that it cleans up.
     assert not results_of(path) and "Traceback" not in error
     if name == "SIGINT":
         assert error == ""
-        assert process.returncode == 130 and "left: run-number-0, run-number-1, run-number-2." in out
+        assert (
+            process.returncode == 130 and "left: run-number-0, run-number-1, run-number-2." in out
+        )
         assert not list(path.with_suffix("").glob(".[pog]*-*"))
 
 
@@ -491,15 +571,22 @@ def test_forty_runs_with_dask_and_a_worker_killed_end_complete(tmp_path: Path) -
         'concepts = ["mini/neon", "mini/owl", "mini/cat", "mini/robot"]\n[grid]\nseeds = [1, 2, 3, 4, 5]\n'
     )
     start = command(path, "--engine", "dask", "--workers", "2")
-    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         wait_for(lambda: len(list(path.with_suffix("").glob("[!.]*/result.json"))) >= 8, 600)
         before = workers(psutil.Process(process.pid))
         before[0].kill()
         out, error = process.communicate(timeout=1800)
     assert len(before) == 2 and process.returncode == 0 and error == "", error
     runs = read_study(path)[2]
-    assert len(runs) == 40 and {run.state for run in runs} == {"done"} and out.count(" done in ") == 40
+    assert (
+        len(runs) == 40 and {run.state for run in runs} == {"done"} and out.count(" done in ") == 40
+    )
     for run in runs:
         told = json.loads((run.folder / "result.json").read_text())
-        assert told["pictures"] == 2 * run.parameters["seeds"] and told["model"] == run.parameters["model"]
+        assert (
+            told["pictures"] == 2 * run.parameters["seeds"]
+            and told["model"] == run.parameters["model"]
+        )
     assert not list(path.with_suffix("").glob(".[pog]*-*"))

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from support import tiny
 
-from locogen.catalog import concept, concepts, mini_folder, model_entry, published_start, scorer_entry
+from locogen.catalog import (
+    concept,
+    concepts,
+    mini_folder,
+    model_entry,
+    published_start,
+    scorer_entry,
+)
 from locogen.pages.build import build
 from locogen.studies.planning import Planned, read_study
 from locogen.studies.study import run_study
@@ -45,13 +52,17 @@ def cached(hub: Path, id: str) -> Path:
 
 def test_every_model_meets_every_kind() -> None:
     runs = read_study(STUDY)[2]
-    asked = Counter((run.parameters["model"], concept(run.parameters["concept"]).kind) for run in runs)
+    asked = Counter(
+        (run.parameters["model"], concept(run.parameters["concept"]).kind) for run in runs
+    )
     assert set(asked) == {(model, kind) for model in MODELS for kind in ("style", "object", "fact")}
     assert set(asked.values()) == {3}
     for run in runs:
         assert run.parameters["window"] == 0, "the model's own, from the catalog"
         assert run.parameters["concept"] in set(concepts(run.parameters["model"])["id"])
-    assert {model: model_entry(model).window for model in MODELS} == dict(zip(MODELS, (2, 2, 2, 5, 3), strict=True))
+    assert {model: model_entry(model).window for model in MODELS} == dict(
+        zip(MODELS, (2, 2, 2, 5, 3), strict=True)
+    )
 
 
 def test_every_concept_says_where_it_is_from() -> None:
@@ -62,7 +73,11 @@ def test_every_concept_says_where_it_is_from() -> None:
 
 
 def test_published_starts_are_found_by_name_or_id() -> None:
-    assert published_start("sd-1.5", "style") == 8 == published_start("runwayml/stable-diffusion-v1-5", "style")
+    assert (
+        published_start("sd-1.5", "style")
+        == 8
+        == published_start("runwayml/stable-diffusion-v1-5", "style")
+    )
     assert published_start("sd-2.1", "fact") == 7 and published_start("sd-xl", "object") is None
     assert published_start("mini", "style") is None is published_start("./elsewhere", "style")
 
@@ -92,5 +107,7 @@ def test_it_runs_with_tiny_pipelines_in_place_of_the_checkpoints(
         words = f"Published for {told['kind']}s in {model} (Basu et al. 2024): from layer {start}"
         assert (words in shown) == bool(start)
     index = build(results).read_text(encoding="utf-8")
-    assert index.count("published: from layer 8") == 3 and index.count("published: from layer 45") == 1
+    assert (
+        index.count("published: from layer 8") == 3 and index.count("published: from layer 45") == 1
+    )
     assert index.count("published: from layer 6") == 2

@@ -26,7 +26,8 @@ def plan(tmp_path: Path) -> Callable[[str], list[Planned]]:
     (tmp_path / "own").mkdir()
     write_notebook(tmp_path / "small.ipynb")
     write_notebook(
-        tmp_path / "kinds.ipynb", parameters='model: str = "mini"  # a model\nkind: str = "style"  # of what'
+        tmp_path / "kinds.ipynb",
+        parameters='model: str = "mini"  # a model\nkind: str = "style"  # of what',
     )
 
     def plan(text: str) -> list[Planned]:
@@ -50,8 +51,13 @@ fast = true
 
 def test_runs_are_the_product_of_the_lists(plan) -> None:
     runs = plan(MATRIX)
-    told = [(run.parameters["model"], run.parameters["concept"], run.parameters["seeds"]) for run in runs]
-    assert told == [(m, c, s) for m in ("mini", "./own") for c in ("mini/neon", "mini/owl") for s in (1, 2)]
+    told = [
+        (run.parameters["model"], run.parameters["concept"], run.parameters["seeds"])
+        for run in runs
+    ]
+    assert told == [
+        (m, c, s) for m in ("mini", "./own") for c in ("mini/neon", "mini/owl") for s in (1, 2)
+    ]
     assert all(run.parameters["scale"] == 0.5 and run.parameters["fast"] is True for run in runs)
     assert [run.slug for run in runs][::3] == ["mini-neon-seeds-1-scale-0-5", "mini-owl-seeds-2-scale-0-5", *[
         "own-mini-owl-seeds-1-scale-0-5"
@@ -62,26 +68,43 @@ def test_runs_are_the_product_of_the_lists(plan) -> None:
 
 def test_a_list_that_grows_renames_nothing(plan) -> None:
     """So that a model more costs the runs of that model, and no other."""
-    before = {run.slug: run.key for run in plan(MATRIX.replace('"mini", "./own"', '"mini"').replace("[1, 2]", "[2]"))}
+    before = {
+        run.slug: run.key
+        for run in plan(MATRIX.replace('"mini", "./own"', '"mini"').replace("[1, 2]", "[2]"))
+    }
     after = {run.slug: run.key for run in plan(MATRIX)}
     assert len(before) == 2 and before.items() < after.items()
 
 
 def test_exclusions_leave_out_what_has_all_of_it(plan) -> None:
-    runs = plan(MATRIX + '[[exclude]]\nmodel = "./own"\nseeds = 2\n[[exclude]]\nconcept = ["mini/owl", "mini/cat"]\n')
-    left = [(run.parameters["model"], run.parameters["concept"], run.parameters["seeds"]) for run in runs]
+    runs = plan(
+        MATRIX
+        + '[[exclude]]\nmodel = "./own"\nseeds = 2\n[[exclude]]\nconcept = ["mini/owl", "mini/cat"]\n'
+    )
+    left = [
+        (run.parameters["model"], run.parameters["concept"], run.parameters["seeds"])
+        for run in runs
+    ]
     assert left == [("mini", "mini/neon", 1), ("mini", "mini/neon", 2), ("./own", "mini/neon", 1)]
 
 
 def test_exclusions_know_defaults_of_the_notebook(plan) -> None:
-    runs = plan(MATRIX.replace("seeds = [1, 2]", 'store = ["", "x"]') + "[[exclude]]\nseeds = 4\nstore = 'x'\n")
+    runs = plan(
+        MATRIX.replace("seeds = [1, 2]", 'store = ["", "x"]')
+        + "[[exclude]]\nseeds = 4\nstore = 'x'\n"
+    )
     assert [run.parameters["store"] for run in runs] == [""] * 4
 
 
 def test_each_notebook_takes_the_lists_that_it_knows(plan) -> None:
     """One without a concept is run once a model, not once a concept."""
-    runs = plan(MATRIX.replace('notebook = "small.ipynb"', 'notebooks = ["small.ipynb", "kinds.ipynb"]'))
-    assert [run.slug for run in runs if run.notebook.stem == "kinds"] == ["kinds-mini-run", "kinds-own-run"]
+    runs = plan(
+        MATRIX.replace('notebook = "small.ipynb"', 'notebooks = ["small.ipynb", "kinds.ipynb"]')
+    )
+    assert [run.slug for run in runs if run.notebook.stem == "kinds"] == [
+        "kinds-mini-run",
+        "kinds-own-run",
+    ]
     assert runs[-1].parameters == {"model": "./own"} and len(runs) == 10
     assert runs[0].slug.startswith("small-mini-neon")
 
@@ -106,18 +129,48 @@ BAD = {
     "value twice": ("[grid]\nseeds = [1, 1]", "seeds has a value twice"),
     "both": ('model = "mini"\nmodels = ["mini"]', "both model and models"),
     "grid that is none": ("grid = 3", "grid is not a table"),
-    "results that are no folder": ('results = 3\nconcepts = ["mini/neon"]', 'results is 3: give .* results = "out"'),
+    "results that are no folder": (
+        'results = 3\nconcepts = ["mini/neon"]',
+        'results is 3: give .* results = "out"',
+    ),
     "misspelt grid": ("[grid]\nsedes = [1]", "no parameter 'sedes': did you mean 'seeds'"),
-    "grid of another type": ('[grid]\nseeds = [1, "2"]', "run 1: seeds is '2': small.ipynb takes a value of type int"),
-    "unknown model in a list": ('models = ["mini", "minni"]', "no model 'minni': did you mean 'mini'"),
-    "folder that is not there": ('models = ["./none"]', "there is no folder .*none to load a model from"),
-    "unknown concept in a list": ('concepts = ["mini/nen"]', "no concept 'mini/nen': did you mean 'mini/neon'"),
-    "list for a notebook without": ('notebook = "kinds.ipynb"\nconcepts = ["mini/neon"]', "no parameter 'concept'"),
-    "exclusion of nothing": ('concepts = ["mini/neon"]\n[[exclude]]\nseeds = 77', "exclude 1 leaves nothing out"),
+    "grid of another type": (
+        '[grid]\nseeds = [1, "2"]',
+        "run 1: seeds is '2': small.ipynb takes a value of type int",
+    ),
+    "unknown model in a list": (
+        'models = ["mini", "minni"]',
+        "no model 'minni': did you mean 'mini'",
+    ),
+    "folder that is not there": (
+        'models = ["./none"]',
+        "there is no folder .*none to load a model from",
+    ),
+    "unknown concept in a list": (
+        'concepts = ["mini/nen"]',
+        "no concept 'mini/nen': did you mean 'mini/neon'",
+    ),
+    "list for a notebook without": (
+        'notebook = "kinds.ipynb"\nconcepts = ["mini/neon"]',
+        "no parameter 'concept'",
+    ),
+    "exclusion of nothing": (
+        'concepts = ["mini/neon"]\n[[exclude]]\nseeds = 77',
+        "exclude 1 leaves nothing out",
+    ),
     "empty exclusion": ('concepts = ["mini/neon"]\n[[exclude]]', "exclude 1 leaves nothing out"),
-    "misspelt exclusion": ('concepts = ["mini/neon"]\n[[exclude]]\nsedes = 4', "exclude 1: no key 'sedes'"),
-    "exclusion of all": ('concepts = ["mini/neon"]\n[[exclude]]\nseeds = 4', "exclusions leave out all 1"),
-    "arranged": ('concepts = ["mini/neon"]\n[grid]\nresults = ["x"]', "results is set by the study itself"),
+    "misspelt exclusion": (
+        'concepts = ["mini/neon"]\n[[exclude]]\nsedes = 4',
+        "exclude 1: no key 'sedes'",
+    ),
+    "exclusion of all": (
+        'concepts = ["mini/neon"]\n[[exclude]]\nseeds = 4',
+        "exclusions leave out all 1",
+    ),
+    "arranged": (
+        'concepts = ["mini/neon"]\n[grid]\nresults = ["x"]',
+        "results is set by the study itself",
+    ),
 }
 
 
@@ -129,7 +182,19 @@ def test_mistakes_are_told(plan, tmp_path: Path, name: str) -> None:
     assert str(tmp_path / "study.toml") in str(caught.value)
 
 
-NASTY = ["../x", "a/b", "a b", "A/B", "<script>", "x" * 300, "x" * 301, "ж" * 300, "日本", "...", "con"]
+NASTY = [
+    "../x",
+    "a/b",
+    "a b",
+    "A/B",
+    "<script>",
+    "x" * 300,
+    "x" * 301,
+    "ж" * 300,
+    "日本",
+    "...",
+    "con",
+]
 
 
 def test_names_of_any_kind_stay_in_the_folder(plan, tmp_path: Path) -> None:
@@ -138,7 +203,10 @@ def test_names_of_any_kind_stay_in_the_folder(plan, tmp_path: Path) -> None:
     runs = plan('notebook = "small.ipynb"\n' + "\n".join(lines))
     assert len({run.slug for run in runs}) == len(NASTY)
     for run in runs:
-        assert run.folder.parent == tmp_path / "study" and run.folder.resolve().parent == tmp_path / "study"
+        assert (
+            run.folder.parent == tmp_path / "study"
+            and run.folder.resolve().parent == tmp_path / "study"
+        )
         assert not re.search(r'[\s/\\:*?"<>|.{}]', run.slug) and len(run.slug.encode()) <= 130
     again = plan('notebook = "small.ipynb"\n' + "\n".join(lines))
     assert [run.slug for run in again] == [run.slug for run in runs]
@@ -153,7 +221,9 @@ def test_concepts_that_slug_alike(plan, tmp_path: Path) -> None:
     assert first.slug == "my-x-y" and re.fullmatch(r"my-x-y-[0-9a-f]{6}", second.slug)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
 def test_parameters_are_read_as_papermill_reads_them(path: Path) -> None:
     """Ours is the faster reader, papermill's the one that counts."""
     theirs = papermill.inspect_notebook(str(path))
@@ -189,7 +259,12 @@ SWEEPS = 'model = "mini"\nconcepts = ["mini/neon", "mini/owl"]\n[defaults]\nseed
 def finish(run: Planned, seconds: float, made: int, **more: Any) -> None:
     """A result as a run leaves it."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    told = {"key": run.key, "notebook": run.notebook.stem, "model": "mini", "parameters": dict(run.parameters)}
+    told = {
+        "key": run.key,
+        "notebook": run.notebook.stem,
+        "model": "mini",
+        "parameters": dict(run.parameters),
+    }
     told |= {"seconds": seconds, "made": made, "pictures": made, **more}
     (run.folder / "result.json").write_text(json.dumps(told))
 
@@ -203,10 +278,14 @@ def test_pictures_of_a_sweep_are_counted(tmp_path: Path) -> None:
     assert [Costs(tmp_path).pictures(run) for run in runs] == [len(rows)] * 2
 
 
-@pytest.mark.parametrize("own", ["", 'seeds: str = "2"  # x', "seeds: int = 0  # none", "seeds: int = 2  # no concept"])
+@pytest.mark.parametrize(
+    "own", ["", 'seeds: str = "2"  # x', "seeds: int = 0  # none", "seeds: int = 2  # no concept"]
+)
 def test_a_notebook_of_that_name_may_be_another(tmp_path: Path, own: str) -> None:
     concept = "" if "no concept" in own else 'concept: str = "mini/neon"  # an id\n'
-    write_notebook(tmp_path / "localize.ipynb", parameters=f'model: str = "mini"  # a model\n{concept}{own}')
+    write_notebook(
+        tmp_path / "localize.ipynb", parameters=f'model: str = "mini"  # a model\n{concept}{own}'
+    )
     _, (run,) = study(tmp_path, '[[run]]\nnotebook = "./localize.ipynb"\nname = "x"\n')
     assert run.notebook.parent == tmp_path
     assert Costs(tmp_path).pictures(run) is None
@@ -220,7 +299,9 @@ def test_seconds_come_from_the_runs_so_far(tmp_path: Path) -> None:
     count = costs.pictures(owl)
     assert count and costs.seconds(owl) == pytest.approx(count / 2)
     assert costs.left([owl, owl, owl], 2) == pytest.approx(1.5 * count / 2)
-    assert costs.left([owl], 2) == pytest.approx(count / 2), "one run is not faster for a second worker"
+    assert costs.left([owl], 2) == pytest.approx(count / 2), (
+        "one run is not faster for a second worker"
+    )
     assert costs.left([], 2) == 0
 
 
@@ -231,7 +312,9 @@ def test_pictures_that_were_there_say_nothing_about_time(tmp_path: Path) -> None
 
 
 def test_other_notebooks_cost_what_they_did(tmp_path: Path) -> None:
-    text = SWEEPS.replace('model = "mini"', 'model = "mini"\nnotebook = "edit"').replace("window = 4\n", "")
+    text = SWEEPS.replace('model = "mini"', 'model = "mini"\nnotebook = "edit"').replace(
+        "window = 4\n", ""
+    )
     path, (neon, owl) = study(tmp_path, text)
     assert Costs(path.with_suffix("")).pictures(owl) is None
     finish(neon, seconds=20.0, made=40)

@@ -57,7 +57,10 @@ def write_notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Pat
     """A notebook whose kernel, by its own account, is one that nobody has."""
     first = new_code_cell(parameters.strip(), metadata={"tags": ["parameters"]})
     kernel = {"name": "no-such-kernel", "display_name": "None", "language": "python"}
-    nbformat.write(new_notebook(cells=[first, *map(new_code_cell, cells)], metadata={"kernelspec": kernel}), path)
+    nbformat.write(
+        new_notebook(cells=[first, *map(new_code_cell, cells)], metadata={"kernelspec": kernel}),
+        path,
+    )
     return path
 
 
@@ -68,7 +71,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 
     def write(runs: str, head: str = 'model = "mini"') -> Path:
         path = tmp_path / "mini.toml"
-        path.write_text(f'title = "A study"\nnotebook = "small.ipynb"\n{head}\n{runs}', encoding="utf-8")
+        path.write_text(
+            f'title = "A study"\nnotebook = "small.ipynb"\n{head}\n{runs}', encoding="utf-8"
+        )
         return path
 
     return write
@@ -83,7 +88,9 @@ class Kernel:
         self.waits: set[str] = set()  # for a second
         self.interrupts = ""  # the concept at which somebody presses Ctrl-C
 
-    def __call__(self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Any) -> Failure | None:
+    def __call__(
+        self, notebook: Path, folder: Path, parameters: Mapping[str, Any], environment: Any
+    ) -> Failure | None:
         self.calls.append(parameters)
         (folder / "notebook.ipynb").write_text("{}")
         if parameters["concept"] in self.waits:
@@ -108,7 +115,9 @@ class Kernel:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     fake = Kernel()
     monkeypatch.setattr(worker, "execute", fake)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored in a shell's background jobs
     yield fake
     signal.signal(signal.SIGINT, before)
 
@@ -120,7 +129,9 @@ def result(path: Path, slug: str) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    return json.loads((path.with_suffix("") / slug / "result.json").read_text(), parse_constant=refuse)
+    return json.loads(
+        (path.with_suffix("") / slug / "result.json").read_text(), parse_constant=refuse
+    )
 
 
 def left_over(folder: Path) -> list[str]:
@@ -134,7 +145,11 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
     path = write(TWO, head='model = "mini"\n[defaults]\nscale = 3\n')
     folder = run_study(path)
     assert folder == path.parent / "mini"
-    assert sorted(file.name for file in (folder / "neon").iterdir()) == ["effects.csv", "notebook.ipynb", "result.json"]
+    assert sorted(file.name for file in (folder / "neon").iterdir()) == [
+        "effects.csv",
+        "notebook.ipynb",
+        "result.json",
+    ]
     told = result(path, "neon")
     assert told["title"] == "neon" and told["notebook"] == "small" and told["model"] == "mini"
     assert told["parameters"] == {"model": "mini", "scale": 3, "concept": "mini/neon"}
@@ -149,14 +164,19 @@ def test_runs_are_published_with_what_they_found(write, kernel: Kernel, capsys) 
         "title": "A study", "base": "..", "runs": ["neon", "blueprint"]
     }  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == ["  neon       new", "  blueprint  new"]
+    assert lines[0].startswith("A study: 2 runs, 2 to do") and lines[1:3] == [
+        "  neon       new",
+        "  blueprint  new",
+    ]
     assert re.fullmatch(r"\[1/2\] neon  done in \d+ s · layers 0-1.*", lines[5])
     assert not left_over(folder)
 
 
 def test_the_kernel_is_given_paths_from_its_own_folder(write, kernel: Kernel) -> None:
     path = write('[[run]]\nconcept = "my/x"\nconcepts_file = "my.toml"\n')
-    (path.parent / "my.toml").write_text('["my/x"]\nname = "x"\nkind = "style"\nprompt = "a"\ntarget = "b"')
+    (path.parent / "my.toml").write_text(
+        '["my/x"]\nname = "x"\nkind = "style"\nprompt = "a"\ntarget = "b"'
+    )
     run_study(path)
     (call,) = kernel.calls
     assert (call["results"], call["store"], call["model"]) == (".", "../store", "mini")
@@ -175,8 +195,12 @@ def test_finished_runs_are_skipped(write, kernel: Kernel, capsys) -> None:
     assert not left_over(path.with_suffix(""))
 
 
-@pytest.mark.parametrize("change", ["parameter", "notebook", "code", "weights", "versions", "damage"])
-def test_a_run_is_redone_when_what_it_rests_on_changes(write, kernel: Kernel, monkeypatch, change: str) -> None:
+@pytest.mark.parametrize(
+    "change", ["parameter", "notebook", "code", "weights", "versions", "damage"]
+)
+def test_a_run_is_redone_when_what_it_rests_on_changes(
+    write, kernel: Kernel, monkeypatch, change: str
+) -> None:
     path = write(TWO)
     run_study(path)
     if change == "parameter":
@@ -238,7 +262,9 @@ def test_weights_of_ones_own_are_in_the_key(tmp_path: Path, write, asked: str) -
 @pytest.mark.parametrize(
     ("model", "source"), [("a/b", "a/b"), ("sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5")]
 )
-def test_a_run_is_done_again_when_the_hub_s_weights_moved(write, kernel, tmp_path, monkeypatch, model, source) -> None:
+def test_a_run_is_done_again_when_the_hub_s_weights_moved(
+    write, kernel, tmp_path, monkeypatch, model, source
+) -> None:
     """Not when the run itself has fetched them, nor when they are gone from the cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     path = write('[[run]]\nconcept = "mini/neon"\n', head=f'model = "{model}"')
@@ -294,17 +320,23 @@ def test_a_concept_that_changes_changes_the_key(tmp_path: Path, write) -> None:
 def test_failed_runs_leave_an_error_and_are_tried_again(write, kernel: Kernel, capsys) -> None:
     path = write(TWO)
     kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", 3)
-    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed; --retry failed .*\n  neon: ValueError: no$"):
+    with pytest.raises(
+        StudyFailed, match=r"1 of 2 runs failed; --retry failed .*\n  neon: ValueError: no$"
+    ):
         run_study(path, keep_going=True)
     folder = path.with_suffix("")
     error = json.loads((folder / "neon" / "error.json").read_text())
     assert (error["error"], error["cell"]) == ("ValueError: no\nmore", 3)
     assert (error["title"], error["model"], error["concepts"]) == ("neon", "mini", ["neon"])
-    assert (folder / "neon" / "notebook.ipynb").exists() and not (folder / "neon" / "result.json").exists()
+    assert (folder / "neon" / "notebook.ipynb").exists() and not (
+        folder / "neon" / "result.json"
+    ).exists()
     assert result(path, "blueprint")["pictures"] == 5, "the rest goes on"
     assert "[1/2] neon  failed in 0 s · ValueError: no" in capsys.readouterr().out
     kernel.fails.clear()
-    with pytest.raises(StudyFailed, match=r"1 of 2 runs failed, 1 of them before; .*\n  neon: ValueError: no$"):
+    with pytest.raises(
+        StudyFailed, match=r"1 of 2 runs failed, 1 of them before; .*\n  neon: ValueError: no$"
+    ):
         run_study(path)
     assert kernel.concepts == ["mini/neon", "mini/blueprint"], "it is kept until it is asked for"
     run_study(path, retry_failed=True)
@@ -320,10 +352,15 @@ def test_a_failure_holds_what_has_not_begun(write, kernel: Kernel, capsys) -> No
     kernel.waits.add("mini/blueprint")
     with pytest.raises(StudyFailed, match="1 of 3 runs failed"):
         run_study(path)
-    said, begun = capsys.readouterr().out, kernel.concepts == ["mini/neon", "mini/blueprint"]  # or it was held as well
+    said, begun = (
+        capsys.readouterr().out,
+        kernel.concepts == ["mini/neon", "mini/blueprint"],
+    )  # or it was held as well
     assert begun or kernel.concepts == ["mini/neon"]
     assert f"stopped at the first failure; left: {'cat' if begun else 'blueprint, cat'}." in said
-    assert (path.with_suffix("") / "blueprint" / "result.json").exists() == begun, "what is at work is finished"
+    assert (path.with_suffix("") / "blueprint" / "result.json").exists() == begun, (
+        "what is at work is finished"
+    )
     assert not (path.with_suffix("") / "cat").exists()
 
 
@@ -438,7 +475,11 @@ def test_mistakes_are_found_first(write, kernel: Kernel, tmp_path: Path, name: s
     (tmp_path / "broken.ipynb").write_text("nothing")
     nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "bare.ipynb")
     runs, words = BAD[name]
-    good = '[[run]]\nconcept = "mini/neon"\n' if runs.startswith("[[run]]") and "twice" not in name else ""
+    good = (
+        '[[run]]\nconcept = "mini/neon"\n'
+        if runs.startswith("[[run]]") and "twice" not in name
+        else ""
+    )
     path = write(runs + "\n" + good, head="")
     with pytest.raises(LocogenError, match=words) as caught:
         run_study(path)
@@ -498,18 +539,24 @@ NAMES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_slugs_are_safe(name: str) -> None:
     slug = slugify(name)
-    assert slug and len(slug.encode()) <= 130 and slug == slug.lower() == slugify(slug + " ").strip()
+    assert (
+        slug and len(slug.encode()) <= 130 and slug == slug.lower() == slugify(slug + " ").strip()
+    )
     assert not re.search(r'[\s/\\:*?"<>|.{}]', slug) and not slug.startswith("-")
     assert slug not in ("con", "com1", "store")
 
 
 def test_slugs_read_well() -> None:
     assert slugify("van Gogh, wide") == "van-gogh-wide"
-    assert slugify("../x") == "x" and slugify("<script>alert(1)</script>") == "script-alert-1-script"
+    assert (
+        slugify("../x") == "x" and slugify("<script>alert(1)</script>") == "script-alert-1-script"
+    )
 
 
 def test_slugs_alike_are_told_apart(write) -> None:
-    path = write('[[run]]\nname = "a/b"\n[[run]]\nname = "a b"\nseeds = 3\n[[run]]\nname = "A-B"\nseeds = 5')
+    path = write(
+        '[[run]]\nname = "a/b"\n[[run]]\nname = "a b"\nseeds = 3\n[[run]]\nname = "A-B"\nseeds = 5'
+    )
     slugs = [run.slug for run in read_study(path)[2]]
     assert slugs[0] == "a-b" and len(set(slugs)) == 3
     assert all(re.fullmatch(r"a-b-[0-9a-f]{6}", slug) for slug in slugs[1:])
@@ -517,9 +564,15 @@ def test_slugs_alike_are_told_apart(write) -> None:
 
 
 def test_titles_and_names(write) -> None:
-    path = write('[[run]]\nconcept = "mini/van-gogh"\n[[run]]\ntitle = "Wide ones"\nseeds = 7\n[[run]]\nname = "n"\n')
+    path = write(
+        '[[run]]\nconcept = "mini/van-gogh"\n[[run]]\ntitle = "Wide ones"\nseeds = 7\n[[run]]\nname = "n"\n'
+    )
     _, _, runs = read_study(path)
-    assert [(run.slug, run.title) for run in runs] == [("van-gogh", "van gogh"), ("wide-ones", "Wide ones"), ("n", "n")]
+    assert [(run.slug, run.title) for run in runs] == [
+        ("van-gogh", "van gogh"),
+        ("wide-ones", "Wide ones"),
+        ("n", "n"),
+    ]
 
 
 def test_values_become_plain() -> None:
@@ -552,7 +605,9 @@ def test_exit_codes(write, kernel: Kernel, capsys) -> None:
     kernel.interrupts = "mini/neon"
     assert __main__.main(["run", str(path), "--retry", "failed"]) == 130
     kernel.interrupts = ""
-    assert __main__.main(["run", str(path)]) == 1, "one failed before, and nobody asked for it again"
+    assert __main__.main(["run", str(path)]) == 1, (
+        "one failed before, and nobody asked for it again"
+    )
     assert __main__.main(["run", str(path), "--retry", "failed"]) == 0
     assert __main__.main(["run", str(path), "--force", "--only", "neon"]) == 0
     capsys.readouterr()
@@ -590,7 +645,9 @@ def test_report_says_where_the_page_is(monkeypatch, tmp_path: Path, capsys) -> N
 
 def test_help_is_quick() -> None:
     code = "import sys; from locogen.__main__ import _parser; _parser().format_help(); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
     assert not {"pandas", "numpy", "papermill", "torch"} & set(done.stdout.split())
 
 
@@ -621,7 +678,9 @@ def test_a_kernel_is_this_interpreter(write, tmp_path: Path, monkeypatch) -> Non
     assert Path(told["here"]).parent == folder / "mini" and told["seeds"] == 2
     executed = nbformat.read(folder / "mini" / "neon" / "notebook.ipynb", as_version=4)
     assert executed.cells[-1].outputs[0].text == "concept is mini/neon\n"
-    injected = next(cell.source for cell in executed.cells if "injected-parameters" in cell.metadata.tags)
+    injected = next(
+        cell.source for cell in executed.cells if "injected-parameters" in cell.metadata.tags
+    )
     assert str(tmp_path) not in injected, "pages do not tell where they were made"
 
 
@@ -634,29 +693,42 @@ def test_a_notebook_that_fails_says_where(write, tmp_path: Path) -> None:
     error = json.loads((tmp_path / "mini" / "neon" / "error.json").read_text())
     assert error["error"] == "do this instead"
     executed = nbformat.read(tmp_path / "mini" / "neon" / "notebook.ipynb", as_version=4)
-    (failed,) = [each for each in executed.cells if each.cell_type == "code" and each.execution_count == error["cell"]]
+    (failed,) = [
+        each
+        for each in executed.cells
+        if each.cell_type == "code" and each.execution_count == error["cell"]
+    ]
     assert failed.source == cell
 
 
 def test_a_kernel_that_dies_is_a_failed_run(tmp_path: Path) -> None:
-    book = write_notebook(tmp_path / "small.ipynb", "import os\nos.write(2, b'out of luck')\nos._exit(3)")
+    book = write_notebook(
+        tmp_path / "small.ipynb", "import os\nos.write(2, b'out of luck')\nos._exit(3)"
+    )
     (tmp_path / "out").mkdir()
     failure = kernels.execute(book, tmp_path / "out", {})
-    assert failure and failure.message.startswith("the kernel died") and failure.message.endswith("out of luck")
+    assert (
+        failure
+        and failure.message.startswith("the kernel died")
+        and failure.message.endswith("out of luck")
+    )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 @pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGKILL", marks=pytest.mark.slow)])
 def test_no_kernel_outlives_its_study(write, tmp_path: Path, name: str) -> None:
     write_notebook(
-        tmp_path / "small.ipynb", "import os\nopen('../../pid', 'w').write(f'{os.getpid()} ')\nwhile True: pass"
+        tmp_path / "small.ipynb",
+        "import os\nopen('../../pid', 'w').write(f'{os.getpid()} ')\nwhile True: pass",
     )
     path = write(TWO)
     # Jobs in the background of a shell are started with Ctrl-C ignored, and so are the tests' own children then.
     listen = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
     start = f"{listen}; from locogen.__main__ import main; sys.exit(main(['run', {str(path)!r}]))"
     command = [sys.executable, "-c", start]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         try:
             pid = tmp_path / "pid"
             wait_for(lambda: pid.exists() and pid.read_text().endswith(" "))

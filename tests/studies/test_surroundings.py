@@ -66,12 +66,18 @@ ENCODINGS = [
 
 def locogen(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "locogen", *arguments]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))}
-    return subprocess.run(command, capture_output=True, text=True, env={**clean, **environment}, errors="replace")
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG"))
+    }
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**clean, **environment}, errors="replace"
+    )
 
 
 @pytest.mark.parametrize("environment", ENCODINGS, ids=lambda names: " ".join(names.values()))
-def test_a_console_that_lacks_characters_is_no_crash(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_console_that_lacks_characters_is_no_crash(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
     path = write_study(tmp_path)
     shown = locogen("run", str(path), "--dry-run", **environment)
     assert shown.returncode == 0 and r"\u2603 \u732b: 1 runs, 1 to do" in shown.stdout, shown.stderr
@@ -120,7 +126,11 @@ def test_toml_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> N
 
 # --- disks ---------------------------------------------------------------------------------------
 
-FULL = [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only"), (errno.EACCES, "you may not write")]
+FULL = [
+    (errno.ENOSPC, "the disk is full"),
+    (errno.EROFS, "read-only"),
+    (errno.EACCES, "you may not write"),
+]
 
 
 @pytest.mark.parametrize(("number", "words"), FULL)
@@ -144,19 +154,28 @@ def test_a_results_folder_that_takes_no_files_is_named(
         path.with_suffix("").mkdir()
         (path.with_suffix("") / ".lock").touch()
         mkdir = Path.mkdir
-        monkeypatch.setattr(Path, "mkdir", lambda at, **how: refuse(at) if at.name[0] == "." else mkdir(at, **how))
+        monkeypatch.setattr(
+            Path, "mkdir", lambda at, **how: refuse(at) if at.name[0] == "." else mkdir(at, **how)
+        )
     elif step == "the lock":
         path.with_suffix("").mkdir()
         opens = Path.open
         monkeypatch.setattr(
-            Path, "open", lambda at, *how, **more: (refuse if at.name == ".lock" else opens)(at, *how, **more)
+            Path,
+            "open",
+            lambda at, *how, **more: (refuse if at.name == ".lock" else opens)(at, *how, **more),
         )
     else:
         monkeypatch.setattr("locogen.studies.worker.execute", lambda *about: None)
         monkeypatch.setattr("locogen.studies.worker.write_json", refuse)
     assert __main__.main(["run", str(path), "--engine", "serial"]) == 2
     told = capsys.readouterr().err
-    assert words in told and str(path.with_suffix("")) in told and 'results = "…"' in told and told.count("\n") == 1
+    assert (
+        words in told
+        and str(path.with_suffix("")) in told
+        and 'results = "…"' in told
+        and told.count("\n") == 1
+    )
 
 
 def test_a_file_is_whole_or_not_at_all_and_no_link_is_followed(tmp_path: Path) -> None:
@@ -201,7 +220,9 @@ def test_runs_that_nobody_heard_of_again_are_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int, keep_going: bool
 ) -> None:
     path = write_study(tmp_path)
-    path.write_text(path.read_text(encoding="utf-8") + "[grid]\nnumber = [1, 2, 3]\n", encoding="utf-8")
+    path.write_text(
+        path.read_text(encoding="utf-8") + "[grid]\nnumber = [1, 2, 3]\n", encoding="utf-8"
+    )
     monkeypatch.setattr("locogen.studies.worker.execute", lambda *about: None)
     opened = contextlib.nullcontext(Engine(Lost(ends), 1, None))
     monkeypatch.setattr(engines, "opened", lambda *about: opened)
@@ -218,7 +239,9 @@ def test_runs_that_nobody_heard_of_again_are_a_failure(
 def started(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process of Dask's, ended afterwards with all that it has started."""
     command = [sys.executable, "-m", *arguments]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         try:
             yield process
         finally:
@@ -233,7 +256,9 @@ def started(*arguments: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_scheduler_that_is_killed_fails_the_study(tmp_path: Path) -> None:
     write_notebook(tmp_path / "parts.ipynb", PARTS, parameters=PARAMETERS)
     path = tmp_path / "many.toml"
-    path.write_text('notebook = "parts.ipynb"\n[grid]\nnumber = [1, 2, 3, 4]\n[defaults]\nwait = 60.0\n')
+    path.write_text(
+        'notebook = "parts.ipynb"\n[grid]\nnumber = [1, 2, 3, 4]\n[defaults]\nwait = 60.0\n'
+    )
     place = tmp_path / "scheduler.json"
     serve = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(place))
     with started("distributed.cli.dask_scheduler", *serve, folder=tmp_path) as scheduler:
@@ -242,7 +267,9 @@ def test_a_scheduler_that_is_killed_fails_the_study(tmp_path: Path) -> None:
         work = (address, "--nthreads", "1", "--no-dashboard")
         with started("distributed.cli.dask_worker", *work, folder=tmp_path):
             go = command(path, "--scheduler", address)
-            with subprocess.Popen(go, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            with subprocess.Popen(
+                go, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as process:
                 wait_for(lambda: bool(list(path.with_suffix("").glob(".partial-*/parts.txt"))), 120)
                 scheduler.send_signal(signal.SIGKILL)
                 _, error = process.communicate(timeout=120)
@@ -252,7 +279,12 @@ def test_a_scheduler_that_is_killed_fails_the_study(tmp_path: Path) -> None:
 
 # --- results of others ---------------------------------------------------------------------------
 
-ODD = ['{"seconds": "much", "pictures": 3, "made": 3}', '{"seconds": 1e999}', '{"made": [1], "seconds": 2}', "[]"]
+ODD = [
+    '{"seconds": "much", "pictures": 3, "made": 3}',
+    '{"seconds": 1e999}',
+    '{"made": [1], "seconds": 2}',
+    "[]",
+]
 
 
 @pytest.mark.parametrize("content", ODD)
@@ -266,7 +298,9 @@ def test_an_odd_result_costs_nothing(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("carriers", ["layers 1-2", [3], {"a": 1}, [{"start": "x"}]])
-def test_a_notebook_may_say_odd_things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carriers: Any) -> None:
+def test_a_notebook_may_say_odd_things(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carriers: Any
+) -> None:
     path = write_study(tmp_path)
 
     def execute(notebook: Path, folder: Path, *more: Any) -> None:
@@ -275,7 +309,9 @@ def test_a_notebook_may_say_odd_things(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("locogen.studies.worker.execute", execute)
     path.with_suffix("").mkdir()
     assert run_one(read_study(path)[2][0]).said == "executed"
-    assert "result.json is damaged: carriers" in build(path.with_suffix("")).read_text(encoding="utf-8")
+    assert "result.json is damaged: carriers" in build(path.with_suffix("")).read_text(
+        encoding="utf-8"
+    )
 
 
 # --- large models --------------------------------------------------------------------------------

@@ -168,7 +168,9 @@ class PretendedDevice(TorchFunctionMode):
     def _mark(self, result: Any) -> None:
         for tensor in _tensors_in(result):
             if self.device.type == "mps" and tensor.dtype == torch.float64:
-                raise TypeError("Cannot convert a MPS Tensor to float64 dtype: MPS doesn't support float64")
+                raise TypeError(
+                    "Cannot convert a MPS Tensor to float64 dtype: MPS doesn't support float64"
+                )
             if not tensor.is_meta and tensor.layout == torch.strided:
                 setattr(tensor.untyped_storage(), MARK, True)
 
@@ -194,7 +196,9 @@ class PretendedDevice(TorchFunctionMode):
             self._mark(result)
         return result
 
-    def _destination(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _destination(
+        self, func: Any, args: Any, kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Where it goes (None: it stays; a tensor: where that stands), and the other options of `Tensor.to`."""
         if func is Tensor.cpu:
             return "cpu", {}
@@ -212,14 +216,27 @@ class PretendedDevice(TorchFunctionMode):
         options.update(zip(("non_blocking", "copy"), values, strict=False))
         return device, options
 
-    def _check(self, func: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor], there: list[Tensor]) -> None:
+    def _check(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        tensors: list[Tensor],
+        there: list[Tensor],
+    ) -> None:
         """Raise what torch raises, where a device would refuse the call."""
         if there and func in TO_NUMPY:
-            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(
+                f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first"
+            )
         named = kwargs.get("device")
         drawn_there = bool(there) or (named is not None and self._is_this(named))
-        if drawn_there and any(isinstance(one, torch.Generator) for one in (*args, *kwargs.values())):
-            raise RuntimeError(f"Expected a '{self.device.type}' device type for generator but found 'cpu'")
+        if drawn_there and any(
+            isinstance(one, torch.Generator) for one in (*args, *kwargs.values())
+        ):
+            raise RuntimeError(
+                f"Expected a '{self.device.type}' device type for generator but found 'cpu'"
+            )
         if func in INDEXED:
             self._check_index(func, args)
         elif there and func not in MAY_MIX:
@@ -235,7 +252,11 @@ class PretendedDevice(TorchFunctionMode):
         What is written behind an index of tensors must stand where it is written to; to a slice it is copied.
         """
         target = args[0]
-        scattered = [part for part in _parts(args[1]) if isinstance(part, (Tensor, list)) and not _is_number(part)]
+        scattered = [
+            part
+            for part in _parts(args[1])
+            if isinstance(part, (Tensor, list)) and not _is_number(part)
+        ]
         if not is_there(target) and any(is_there(part) for part in scattered):
             raise self._mixed(func)
         value = args[2] if func is Tensor.__setitem__ else None
@@ -300,6 +321,8 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 def _caller() -> str:
     """The nearest line of Python outside of torch and of this file."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+    while frame.f_back is not None and (
+        "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__
+    ):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

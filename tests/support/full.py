@@ -33,7 +33,10 @@ def sd() -> UNet2DConditionModel:
 
 def sd2() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True
+        sample_size=96,
+        cross_attention_dim=1024,
+        attention_head_dim=(5, 10, 20, 20),
+        use_linear_projection=True,
     )
 
 
@@ -115,30 +118,47 @@ def clip(kind: type = CLIPTextModel, **shape: Any) -> Any:
 
 def clip_l(kind: type = CLIPTextModel) -> Any:
     """CLIP ViT-L/14's text encoder."""
-    return clip(kind, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    return clip(
+        kind, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
 
 
 def clip_h() -> Any:
     """OpenCLIP ViT-H/14's, whose last layer SD 2 leaves out."""
-    return clip(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
+    return clip(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16
+    )
 
 
 def clip_g() -> Any:
     """OpenCLIP ViT-bigG/14's."""
-    shape = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
+    shape = dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20
+    )
     return clip(CLIPTextModelWithProjection, hidden_act="gelu", projection_dim=1280, **shape)
 
 
 def t5() -> T5EncoderModel:
     """T5 1.1 XXL, the encoder."""
-    shape = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    shape = dict(
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
     return T5EncoderModel(T5Config(vocab_size=32128, **shape))
 
 
 def gemma() -> Gemma2Model:
     """Gemma 2 of 2 billion parameters."""
-    shape = dict(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8)
-    return Gemma2Model(Gemma2Config(vocab_size=256000, num_key_value_heads=4, head_dim=256, **shape))
+    shape = dict(
+        hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8
+    )
+    return Gemma2Model(
+        Gemma2Config(vocab_size=256000, num_key_value_heads=4, head_dim=256, **shape)
+    )
 
 
 def kl(size: int = 512, channels: int = 4) -> AutoencoderKL:
@@ -176,6 +196,10 @@ def in_float32(name: str) -> list[int]:
     """How many weights of each part transformers keeps in float32 where the rest is float16: T5's `wo`."""
     with torch.device("meta"):
         return [
-            sum(weight.numel() for key, weight in part().named_parameters() if part is t5 and ".wo." in key)
+            sum(
+                weight.numel()
+                for key, weight in part().named_parameters()
+                if part is t5 and ".wo." in key
+            )
             for part in PARTS[name]
         ]

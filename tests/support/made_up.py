@@ -24,7 +24,10 @@ def png(color: str = "red", size: tuple[int, int] = (800, 30), mode: str = "RGBA
 def effects(concept: str, start: int = 1, kind: str = "style", scale: float = 1) -> pd.DataFrame:
     known = dict(method="locogen", concept=concept, kind=kind, width=2, n=12)
     height = 0.34 * scale
-    rows = [dict(known, axis="layer", position=w, estimate=height if w == start else 0.01 * w) for w in range(6)]
+    rows = [
+        dict(known, axis="layer", position=w, estimate=height if w == start else 0.01 * w)
+        for w in range(6)
+    ]
     rows.append(dict(known, axis="ceiling", position=pd.NA, estimate=0.4 * scale))
     table = pd.DataFrame(rows).astype({"position": "Int64"})
     return table.assign(low=table["estimate"] - 0.06, high=table["estimate"] + 0.06)
@@ -32,14 +35,26 @@ def effects(concept: str, start: int = 1, kind: str = "style", scale: float = 1)
 
 def notebook(concept: str, alt: str | None = ALT) -> Any:
     metadata = {"image/png": {"alt": alt}} if alt else {}
-    figure = nb.new_output("display_data", data={"image/png": png(), "text/plain": "<Figure>"}, metadata=metadata)
-    widget = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "IntSlider()"}
+    figure = nb.new_output(
+        "display_data", data={"image/png": png(), "text/plain": "<Figure>"}, metadata=metadata
+    )
+    widget = {
+        "application/vnd.jupyter.widget-view+json": {"model_id": "1"},
+        "text/plain": "IntSlider()",
+    }
     outputs = [
         nb.new_output("stream", name="stderr", text="SECRET progress 10 %\n"),
         nb.new_output("stream", name="stdout", text="1/9\r5/9\r9/9 pictures\n<b>plain</b>\n"),
-        nb.new_output("display_data", data={"text/html": f"<table><tr><td>{concept}</td></tr></table>"}),
-        nb.new_output("display_data", data={"text/markdown": f"**{concept}** ![x](https://evil.example/x.png)"}),
-        nb.new_output("display_data", data={"application/javascript": "alert(2)", "text/plain": "js"}),
+        nb.new_output(
+            "display_data", data={"text/html": f"<table><tr><td>{concept}</td></tr></table>"}
+        ),
+        nb.new_output(
+            "display_data",
+            data={"text/markdown": f"**{concept}** ![x](https://evil.example/x.png)"},
+        ),
+        nb.new_output(
+            "display_data", data={"application/javascript": "alert(2)", "text/plain": "js"}
+        ),
         nb.new_output("display_data", data=widget),
         figure,
     ]
@@ -54,13 +69,19 @@ def notebook(concept: str, alt: str | None = ALT) -> Any:
     return nb.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
 
 
-def finish(folder: Path, concept: str, *, start: int | None = 1, alt: str | None = ALT, **more: Any) -> Path:
+def finish(
+    folder: Path, concept: str, *, start: int | None = 1, alt: str | None = ALT, **more: Any
+) -> Path:
     """A finished run, as `study` leaves it."""
     folder.mkdir(parents=True)
     nbformat_write(notebook(concept, alt), folder)
     effects(concept, kind=more.get("kind", "style")).to_csv(folder / "effects.csv", index=False)
-    pd.DataFrame({"concept": [concept], "clip_score": [0.5]}).to_csv(folder / "pictures.csv", index=False)
-    carrier = dict(concept=concept, start=start, width=2, reason="ahead" if start is not None else "no effect")
+    pd.DataFrame({"concept": [concept], "clip_score": [0.5]}).to_csv(
+        folder / "pictures.csv", index=False
+    )
+    carrier = dict(
+        concept=concept, start=start, width=2, reason="ahead" if start is not None else "no effect"
+    )
     result = dict(
         title=f"{concept} in mini", notebook="localize", model="mini", concepts=[concept], kind="style",
         finding=f"{concept}: found", carriers=[carrier], settings={"window": 2, "seeds": [0, 1]},
@@ -84,7 +105,9 @@ def pictures(concept: str) -> pd.DataFrame:
         for seed in (0, 1)
         for role, at in places
     ]
-    images = [f"{row['seed']}-{row['role']}-{row['start']}.png".replace("-<NA>", "") for row in rows]
+    images = [
+        f"{row['seed']}-{row['role']}-{row['start']}.png".replace("-<NA>", "") for row in rows
+    ]
     return pd.DataFrame(rows).assign(image=images)
 
 
@@ -100,10 +123,22 @@ def fail(folder: Path, concept: str, error: str, **more: Any) -> Path:
     """A run that failed in its fifth cell, as `study` leaves it."""
     folder.mkdir(parents=True)
     cells = [nb.new_code_cell(f"step({n})", execution_count=n) for n in range(1, 6)]
-    cells[-1].outputs = [nb.new_output("error", ename="LocogenError", evalue=error, traceback=[error])]
+    cells[-1].outputs = [
+        nb.new_output("error", ename="LocogenError", evalue=error, traceback=[error])
+    ]
     nbformat_write(nb.new_notebook(cells=cells), folder)
-    told = dict(title=concept, notebook="localize", model="mini", concepts=[concept], kind="", finding="", carriers=[])
-    told |= dict(settings={}, pictures=0, versions={"torch": "2.13.0"}, seconds=2.0, error=error, cell=5)
+    told = dict(
+        title=concept,
+        notebook="localize",
+        model="mini",
+        concepts=[concept],
+        kind="",
+        finding="",
+        carriers=[],
+    )
+    told |= dict(
+        settings={}, pictures=0, versions={"torch": "2.13.0"}, seconds=2.0, error=error, cell=5
+    )
     (folder / "error.json").write_text(json.dumps({**told, **more}), encoding="utf-8")
     return folder
 
@@ -118,8 +153,15 @@ def study(folder: Path, models: Sequence[str], concepts: Sequence[str]) -> Path:
         parameters = {"model": model, "concept": f"mini/{concept}", "seeds": 2}
         more = dict(title=concept, model=model, kind=kinds[number % 3], parameters=parameters)
         finish(folder / slug, concept, start=place if number % 9 != 4 else None, **more)
-        effects(concept, place, more["kind"], scale=1 + number % 4).to_csv(folder / slug / "effects.csv", index=False)
+        effects(concept, place, more["kind"], scale=1 + number % 4).to_csv(
+            folder / slug / "effects.csv", index=False
+        )
         pictures(concept).to_csv(folder / slug / "pictures.csv", index=False)
-    slugs = [f"{model}-{number}" for number, (model, _) in enumerate((m, c) for m in models for c in concepts)]
-    (folder / "study.json").write_text(json.dumps({"title": "A study", "runs": slugs}), encoding="utf-8")
+    slugs = [
+        f"{model}-{number}"
+        for number, (model, _) in enumerate((m, c) for m in models for c in concepts)
+    ]
+    (folder / "study.json").write_text(
+        json.dumps({"title": "A study", "runs": slugs}), encoding="utf-8"
+    )
     return folder

@@ -58,7 +58,11 @@ def _unet_name(name: str) -> str:
         return f"input_blocks.{3 * (level + 1)}.0.{rest.replace('conv', 'op')}"
     if kind == "upsamplers":
         return f"output_blocks.{3 * level + 2}.{1 if level == 0 else 2}.{rest}"
-    blocks = f"input_blocks.{3 * level + place + 1}" if side == "down" else f"output_blocks.{3 * level + place}"
+    blocks = (
+        f"input_blocks.{3 * level + place + 1}"
+        if side == "down"
+        else f"output_blocks.{3 * level + place}"
+    )
     return f"{blocks}.{0 if kind == 'resnets' else 1}.{rest}"
 
 
@@ -76,7 +80,13 @@ def _vae_name(name: str, levels: int) -> str:
     name = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
     name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    attention = {
+        "group_norm": "norm",
+        "to_q": "q",
+        "to_k": "k",
+        "to_v": "v",
+        "to_out.0": "proj_out",
+    }
     for new, old in attention.items():
         name = name.replace(f"mid_block.attentions.0.{new}.", f"mid.attn_1.{old}.")
     return name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")

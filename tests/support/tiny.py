@@ -88,7 +88,14 @@ def loud(module: torch.nn.Module) -> None:
     """Random weights hardly hear text: turn the text's matrices up, so that a change of prompt shows."""
     for name, value in module.named_parameters():
         if any(
-            part in name for part in ("attn2.to_k", "attn2.to_v", "attn2.to_out.0.weight", "add_k_proj", "add_v_proj")
+            part in name
+            for part in (
+                "attn2.to_k",
+                "attn2.to_v",
+                "attn2.to_out.0.weight",
+                "add_k_proj",
+                "add_v_proj",
+            )
         ):
             value.mul_(4)
 
@@ -159,13 +166,25 @@ def t5_tokenizer() -> T5Tokenizer:
     """A T5 tokenizer of letters, with two words that are one token each."""
     words = ["▁", *LETTERS, "▁cat", "▁dog", *(f"▁{c}" for c in LETTERS)]
     scores = {"▁cat": -1.0, "▁dog": -1.0}
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((word, scores.get(word, -3.0)) for word in words)]
+    vocab = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((word, scores.get(word, -3.0)) for word in words),
+    ]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=77)
 
 
 def t5(*, width: int = WIDTH, seed: int = 2) -> T5EncoderModel:
     torch.manual_seed(seed)
-    shape = dict(d_model=width, d_kv=4, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+    shape = dict(
+        d_model=width,
+        d_kv=4,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
     text = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer()), **shape))
     torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
     return text.eval()
@@ -245,7 +264,9 @@ def deepfloyd(**unet_changes: Any) -> IFPipeline:
             tokenizer=t5_tokenizer(),
             text_encoder=t5(),
             unet=unet(**(shape | {"cross_attention_dim": 8 * 4} | unet_changes)),
-            scheduler=DDPMScheduler(variance_type="learned_range", thresholding=True, clip_sample=False),
+            scheduler=DDPMScheduler(
+                variance_type="learned_range", thresholding=True, clip_sample=False
+            ),
             safety_checker=None,
             feature_extractor=None,
             watermarker=None,
@@ -313,7 +334,9 @@ def flux(**changes: Any) -> FluxPipeline:
         transformer=denoiser,
         scheduler=FlowMatchEulerDiscreteScheduler(),
     )
-    pipe.default_sample_size = 8  # latents a side: the pipeline's own number is that of the real model
+    pipe.default_sample_size = (
+        8  # latents a side: the pipeline's own number is that of the real model
+    )
     return quiet(pipe)
 
 

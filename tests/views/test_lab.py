@@ -19,15 +19,22 @@ from nbconvert.exporters import HTMLExporter
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START = "00_start_here.ipynb"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 QUICK = {"max_prompts": 1, "seeds": 1, "num_inference_steps": 2}
 SETTINGS = {
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, wherever it is scrolled to
+    "notebook-extension/tracker": {
+        "windowingMode": "none"
+    },  # every cell is in the page, wherever it is scrolled to
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 TIMEOUT = 240_000  # milliseconds; how long it takes is measured elsewhere
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
+]
 
 
 def free_port() -> int:
@@ -42,7 +49,9 @@ def quick(path: Path) -> None:
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
             for name, value in QUICK.items():
-                cell.source = re.sub(rf"^({name}: int) = \d+", rf"\1 = {value}", cell.source, flags=re.MULTILINE)
+                cell.source = re.sub(
+                    rf"^({name}: int) = \d+", rf"\1 = {value}", cell.source, flags=re.MULTILINE
+                )
     nbformat.write(book, path)
 
 
@@ -55,15 +64,25 @@ def start_lab(tmp_path: Path) -> Iterator[str]:
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(json.dumps(value))
     port, token = free_port(), "token-of-the-test"
-    options = [f"--ServerApp.port={port}", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={tmp_path}"]
-    options += ["--no-browser", "--allow-root", f"--LabApp.user_settings_dir={tmp_path / 'settings'}"]
+    options = [
+        f"--ServerApp.port={port}",
+        f"--IdentityProvider.token={token}",
+        f"--ServerApp.root_dir={tmp_path}",
+    ]
+    options += [
+        "--no-browser",
+        "--allow-root",
+        f"--LabApp.user_settings_dir={tmp_path / 'settings'}",
+    ]
     options += [f"--LabApp.workspaces_dir={tmp_path / 'workspaces'}"]
     places = {f"JUPYTER_{kind}_DIR": str(tmp_path / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | places | {"PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
     environment |= {"DIFFUSERS_VERBOSITY": "error", "IPYTHONDIR": str(tmp_path / "ipython")}
     with (tmp_path / "lab.log").open("w") as log:
-        lab = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log, env=environment)
+        lab = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log, env=environment
+        )
         try:
             wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", lab)
             yield f"http://127.0.0.1:{port}/lab/tree/{START}?token={token}"
@@ -85,7 +104,9 @@ def wait_for(address: str, server: "subprocess.Popen[bytes]", seconds: float = 1
 
 @pytest.fixture(name="page")
 def open_page() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"
+    )
     with sync_api.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -107,7 +128,9 @@ def wait_for_picture(page: Any, words: str) -> None:
 def run_all(page: Any, lab: str) -> None:
     page.goto(lab)
     page.get_by_role("heading", name="Start here").wait_for()
-    page.get_by_text("Python 3 | Idle").or_(page.get_by_text("Python 3 (ipykernel) | Idle")).first.wait_for()
+    page.get_by_text("Python 3 | Idle").or_(
+        page.get_by_text("Python 3 (ipykernel) | Idle")
+    ).first.wait_for()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     page.get_by_text("pictures after undoing are the same, byte for byte").wait_for()
@@ -134,7 +157,8 @@ def test_the_first_notebook_by_hand(lab: str, page: Any, tmp_path: Path) -> None
     seed.fill("7")
     seed.press("Enter")
     page.wait_for_function(
-        "old => document.querySelector('.widget-vbox figure img').src != old", arg=before["baseline"]
+        "old => document.querySelector('.widget-vbox figure img').src != old",
+        arg=before["baseline"],
     )
     for name, words in (("edit", "edit of layers 12-13, strength 0.25"), ("neurons", "with 1 of")):
         explorer.locator(f".widget-hslider:has-text('{name}') .noUi-handle").first.focus()

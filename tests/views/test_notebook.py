@@ -8,7 +8,9 @@ from locogen.views.notebook import show
 
 def test_a_figure_is_shown_once_and_with_its_words(monkeypatch) -> None:
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda *things, **options: shown.append((things, options)))
+    monkeypatch.setattr(
+        "IPython.display.display", lambda *things, **options: shown.append((things, options))
+    )
     figure, ax = plt.subplots()
     with capture_output():
         show(ax, "a rising curve")

@@ -44,7 +44,9 @@ def complaints(book: Any) -> list[str]:
     """What a notebook's source has that it should not have."""
     found: list[str] = []
     kinds = [cell.cell_type for cell in book.cells]
-    found += [f"{name} in its metadata" for name in ("widgets", "papermill") if name in book.metadata]
+    found += [
+        f"{name} in its metadata" for name in ("widgets", "papermill") if name in book.metadata
+    ]
     if kinds[0] != "markdown" or not book.cells[0].source.startswith("# "):
         found.append("it does not begin with a title")
     if len({cell.get("id") for cell in book.cells}) < len(kinds):
@@ -56,7 +58,9 @@ def complaints(book: Any) -> list[str]:
             continue
         if cell.outputs or cell.execution_count is not None:
             found.append("outputs")
-        if len(cell.source.splitlines()) > CELL_LINES and "parameters" not in cell.metadata.get("tags", []):
+        if len(cell.source.splitlines()) > CELL_LINES and "parameters" not in cell.metadata.get(
+            "tags", []
+        ):
             found.append("a long cell")
         for node in ast.walk(python(cell.source)):
             lines = getattr(node, "end_lineno", 0) - getattr(node, "lineno", 0) + 1
@@ -89,7 +93,11 @@ def test_the_complaints_can_be_made() -> None:
 
 def test_what_is_committed_is_stripped(tmp_path: Path) -> None:
     """The hook that contributors have finds nothing to do in our notebooks, and does take outputs out of others."""
-    (hook,) = [hook for hook in yaml.safe_load(CONFIG.read_text())["repos"][0]["hooks"] if hook["id"] == "nbstripout"]
+    (hook,) = [
+        hook
+        for hook in yaml.safe_load(CONFIG.read_text())["repos"][0]["hooks"]
+        if hook["id"] == "nbstripout"
+    ]
     _, *options = shlex.split(hook["entry"])
     strip = [sys.executable, "-m", "nbstripout", *options]
     subprocess.run([*strip, "--verify", *NOTEBOOKS], check=True)
@@ -99,19 +107,27 @@ def test_what_is_committed_is_stripped(tmp_path: Path) -> None:
     book.metadata["widgets"] = {"state": {}}
     nbformat.write(book, tmp_path / "ran.ipynb")
     subprocess.run([*strip, tmp_path / "ran.ipynb"], check=True)
-    assert nbformat.read(tmp_path / "ran.ipynb", as_version=4) == nbformat.read(LOCALIZE, as_version=4)
+    assert nbformat.read(tmp_path / "ran.ipynb", as_version=4) == nbformat.read(
+        LOCALIZE, as_version=4
+    )
 
 
 def test_the_readme_lists_every_notebook() -> None:
     """With its question, its time and what comes out."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "(notebooks/" in line]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if "(notebooks/" in line
+    ]
     rows = [row for row in rows if len(row) == 4]
     assert sorted(re.findall(r"\(notebooks/(\w+)\.ipynb\)", " ".join(row[0] for row in rows))) == [
         path.stem for path in NOTEBOOKS
     ]
     for _, question, duration, result in rows:
-        assert question.endswith("?") and re.fullmatch(r"[\d.]+ min|not measured", duration) and result
+        assert (
+            question.endswith("?") and re.fullmatch(r"[\d.]+ min|not measured", duration) and result
+        )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -123,13 +139,33 @@ def test_parameters_explain_themselves(path: Path) -> None:
     for name, told in found.items():
         assert told["help"].strip(), f"{name} is not explained"
         default = ast.literal_eval(told["default"])
-        assert type(default) is TYPES[told["inferred_type_name"]], f"{name} is no {told['inferred_type_name']}"
+        assert type(default) is TYPES[told["inferred_type_name"]], (
+            f"{name} is no {told['inferred_type_name']}"
+        )
 
 
 def test_localize_takes_what_it_promises() -> None:
     names = set(parameters_of(LOCALIZE))
-    assert {"model", "concept", "concepts_file", "prompt", "target", "text", "kind", "window", "seeds"} <= names
-    assert {"num_inference_steps", "guidance_scale", "scorer", "device", "dtype", "store", "results"} <= names
+    assert {
+        "model",
+        "concept",
+        "concepts_file",
+        "prompt",
+        "target",
+        "text",
+        "kind",
+        "window",
+        "seeds",
+    } <= names
+    assert {
+        "num_inference_steps",
+        "guidance_scale",
+        "scorer",
+        "device",
+        "dtype",
+        "store",
+        "results",
+    } <= names
 
 
 @pytest.mark.parametrize("name", ["edit", "erase_many", "neurons"])
@@ -140,7 +176,10 @@ def test_states_are_chosen_by_the_model_unless_asked(name: str) -> None:
     source = "\n".join(cell.source for cell in cells(path))
     given = re.findall(r"\btokens=([^,)\n]+)", source)
     assert set(given) == {"tokens or None"}
-    assert name != "neurons" or len(given) == len(re.findall(r"loco\.(?:find_neurons|fit_edit)\(", source)) == 3
+    assert (
+        name != "neurons"
+        or len(given) == len(re.findall(r"loco\.(?:find_neurons|fit_edit)\(", source)) == 3
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -160,7 +199,11 @@ def test_figures_are_shown_in_one_way(path: Path) -> None:
 
 
 def test_the_sweep_of_edits_leaves_joined_layers_out() -> None:
-    (source,) = (c["source"] for c in cells(ROOT / "notebooks" / "edit_sweep.ipynb") if "starts = " in c["source"])
+    (source,) = (
+        c["source"]
+        for c in cells(ROOT / "notebooks" / "edit_sweep.ipynb")
+        if "starts = " in c["source"]
+    )
     names: dict[str, Any] = {"loco": locogen, "pipe": tiny.flux(), "window": 2, "step": 1}
     exec(source[: source.index("edits = {")].partition("\n")[2], names)
     assert names["starts"] == [0]
@@ -208,10 +251,14 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
     told = json.loads((folder / "result.json").read_text())
     pictures, effects = (pd.read_csv(folder / name) for name in ("pictures.csv", "effects.csv"))
     assert told["kind"] == kind == pictures["kind"].iloc[0]
-    assert told["pictures"] == len(pictures) and told["concepts"] == list(pictures["concept"].unique())
+    assert told["pictures"] == len(pictures) and told["concepts"] == list(
+        pictures["concept"].unique()
+    )
     assert {"baseline", "window", "insert", "ceiling", "placebo"} == set(pictures["role"])
     content = {"content", "content_ceiling", "content_placebo"}
-    assert set(effects["axis"]) == {"layer", "insert", "ceiling", "placebo"} | (set() if kind == "fact" else content)
+    assert set(effects["axis"]) == {"layer", "insert", "ceiling", "placebo"} | (
+        set() if kind == "fact" else content
+    )
     (carrier,) = told["carriers"]
     assert set(carrier) == {"concept", "start", "width", "reason"} and carrier["width"] == 2
     assert told["finding"].startswith(told["concepts"][0])
@@ -221,7 +268,11 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
     assert not outputs(folder / "notebook.ipynb", "error")
     noise = "".join(output.text for output in outputs(folder / "notebook.ipynb", "stream"))
     assert not noise, f"a page should not show: {noise}"
-    kinds = {mime for output in outputs(folder / "notebook.ipynb", "display_data") for mime in output.data}
+    kinds = {
+        mime
+        for output in outputs(folder / "notebook.ipynb", "display_data")
+        for mime in output.data
+    }
     assert kinds <= {"image/png", "text/markdown", "text/plain"}, "widgets do not survive in a page"
     return told
 
@@ -237,10 +288,16 @@ def test_localize_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_localize_runs_for_every_kind_and_ones_own_prompt(tmp_path: Path) -> None:
     own = 'prompt = "a picture of a cat"\ntarget = "a picture of a dog"\ntext = "a cat"\nkind = "object"\n'
-    runs = f'[[run]]\nconcept = "mini/owl"\n[[run]]\nconcept = "mini/logo-of-docker"\n[[run]]\n{own}'
+    runs = (
+        f'[[run]]\nconcept = "mini/owl"\n[[run]]\nconcept = "mini/logo-of-docker"\n[[run]]\n{own}'
+    )
     (tmp_path / "tiny.toml").write_text(TINY + runs)
     folder = run_study(tmp_path / "tiny.toml")
-    for slug, kind in (("owl", "object"), ("logo-of-docker", "fact"), ("a-picture-of-a-cat", "object")):
+    for slug, kind in (
+        ("owl", "object"),
+        ("logo-of-docker", "fact"),
+        ("a-picture-of-a-cat", "object"),
+    ):
         check_run(folder / slug, kind)
     assert set(pd.read_csv(folder / "a-picture-of-a-cat" / "pictures.csv")["text"]) == {"a cat"}
 
@@ -272,20 +329,32 @@ def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
     asked = QUICK[path.stem] | ({"num_inference_steps": 2} if path.stem != "steps" else {})
     papermill.execute_notebook(str(path), str(out), asked, progress_bar=False, cwd=str(tmp_path))
     assert len(images(out)) == FIGURES.get(path.stem, len(images(out))) > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], "nothing is written that was not asked for"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], (
+        "nothing is written that was not asked for"
+    )
 
 
 def test_start_here_runs(tmp_path: Path) -> None:
     """In a study; what can be clicked leaves its twin, and after the edit is undone the pictures are the same."""
-    values = "\n".join(f"{key} = {json.dumps(value)}" for key, value in QUICK["00_start_here"].items())
+    values = "\n".join(
+        f"{key} = {json.dumps(value)}" for key, value in QUICK["00_start_here"].items()
+    )
     own = f'notebook = "00_start_here"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'
     (tmp_path / "tiny.toml").write_text(own)
     out = run_study(tmp_path / "tiny.toml") / "one" / "notebook.ipynb"
     assert len(images(out)) == FIGURES["00_start_here"] and not outputs(out, "error")
     (said,) = outputs(out, "stream")
     assert said.text == "pictures after undoing are the same, byte for byte\n"
-    live = [o for o in outputs(out, "display_data") if "application/vnd.jupyter.widget-view+json" in o.data]
-    (twin,) = [o.data["text/html"] for o in outputs(out, "display_data") if "-twin" in o.data.get("text/html", "")]
+    live = [
+        o
+        for o in outputs(out, "display_data")
+        if "application/vnd.jupyter.widget-view+json" in o.data
+    ]
+    (twin,) = [
+        o.data["text/html"]
+        for o in outputs(out, "display_data")
+        if "-twin" in o.data.get("text/html", "")
+    ]
     assert len(live) == 1 and twin.count('src="data:image/png;base64,') == 4 and "hearing" in twin
     assert str(tmp_path) not in out.read_text()
 
@@ -298,7 +367,9 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "tiny.toml").write_text(own)
     folder = run_study(tmp_path / "tiny.toml") / "one"
     told = json.loads((folder / "result.json").read_text())
-    assert (told["finding"] and told["pictures"] == len(pd.read_csv(folder / "evaluation.csv"))) or name == "edit_sweep"
+    assert (
+        told["finding"] and told["pictures"] == len(pd.read_csv(folder / "evaluation.csv"))
+    ) or name == "edit_sweep"
     shown = images(folder / "notebook.ipynb")
     assert shown and all(len(image.metadata["image/png"]["alt"]) > 30 for image in shown)
     assert not outputs(folder / "notebook.ipynb", "error")
@@ -313,14 +384,21 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_steps_runs(tmp_path: Path) -> None:
     asked = "".join(f"{key} = {json.dumps(value)}\n" for key, value in QUICK["steps"].items())
-    (tmp_path / "tiny.toml").write_text(f'notebook = "steps"\nmodel = "mini"\n[[run]]\nname = "one"\n{asked}')
+    (tmp_path / "tiny.toml").write_text(
+        f'notebook = "steps"\nmodel = "mini"\n[[run]]\nname = "one"\n{asked}'
+    )
     folder = run_study(tmp_path / "tiny.toml") / "one"
     agreed = pd.read_csv(folder / "agreement.csv")
-    assert list(agreed["steps"].unique()) == ["1", "2", "3, other seeds"] and set(agreed["concept"]) == {"neon", "cat"}
+    assert list(agreed["steps"].unique()) == ["1", "2", "3, other seeds"] and set(
+        agreed["concept"]
+    ) == {"neon", "cat"}
     assert (agreed["reached"] <= 1).all() and agreed["rank"].abs().max() <= 1
     told = json.loads((folder / "result.json").read_text())
     assert told["pictures"] == 3 * 2 * 2 * 16 and "steps" in told["finding"]
-    assert not outputs(folder / "notebook.ipynb", "error") and len(images(folder / "notebook.ipynb")) == 1
+    assert (
+        not outputs(folder / "notebook.ipynb", "error")
+        and len(images(folder / "notebook.ipynb")) == 1
+    )
 
 
 @pytest.mark.slow
@@ -349,13 +427,20 @@ def test_localizers_notebooks_run(tmp_path: Path) -> None:
     asked += '[[run]]\nnotebook = "causal_trace"\nconcept = "mini/logo-of-docker"\n'
     (tmp_path / "tiny.toml").write_text(tiny.replace("seeds = 1", "seeds = 2") + asked)
     folder = run_study(tmp_path / "tiny.toml")
-    for slug, tables in (("both", ("localizers", "agreement", "sides", "trace")), ("logo-of-docker", ("trace",))):
+    for slug, tables in (
+        ("both", ("localizers", "agreement", "sides", "trace")),
+        ("logo-of-docker", ("trace",)),
+    ):
         out = folder / slug / "notebook.ipynb"
-        assert images(out) and all(len(image.metadata["image/png"]["alt"]) > 30 for image in images(out))
+        assert images(out) and all(
+            len(image.metadata["image/png"]["alt"]) > 30 for image in images(out)
+        )
         assert not outputs(out, "error") and not outputs(out, "stream")
         assert all(len(pd.read_csv(folder / slug / f"{name}.csv")) for name in tables)
         assert json.loads((folder / slug / "result.json").read_text())["finding"]
-    answers, pairs = (pd.read_csv(folder / "both" / f"{name}.csv") for name in ("localizers", "agreement"))
+    answers, pairs = (
+        pd.read_csv(folder / "both" / f"{name}.csv") for name in ("localizers", "agreement")
+    )
     assert len(answers) == 2 * 3 == len(pairs)
     pictures = pd.read_csv(folder / "logo-of-docker" / "pictures.csv")
     assert set(pictures["text"].str.contains("a whale")) == {True}, "a fact is scored by its answer"

@@ -43,7 +43,10 @@ def window(start: int | None, width: int = 2, reason: str = "") -> SimpleNamespa
     return SimpleNamespace(start=start, width=width, reason=reason)
 
 
-CARRIERS = {name: window(start, reason="" if start is not None else "no effect") for name, start in CONCEPTS.items()}
+CARRIERS = {
+    name: window(start, reason="" if start is not None else "no effect")
+    for name, start in CONCEPTS.items()
+}
 
 
 def estimate(concept: str, start: int) -> float:
@@ -52,7 +55,15 @@ def estimate(concept: str, start: int) -> float:
 
 def line(axis: str, concept: str, position: Any, value: float, **more: Any) -> dict[str, Any]:
     known = dict(method="locogen", concept=concept, axis=axis, position=position, estimate=value)
-    return {**known, "low": value - 0.06, "high": value + 0.06, "n": 12, "kind": "style", "width": 2, **more}
+    return {
+        **known,
+        "low": value - 0.06,
+        "high": value + 0.06,
+        "n": 12,
+        "kind": "style",
+        "width": 2,
+        **more,
+    }
 
 
 def effects(concepts: Sequence[str] = tuple(CONCEPTS), **more: Any) -> pd.DataFrame:
@@ -72,9 +83,18 @@ def pictures(concepts: Sequence[str] = tuple(CONCEPTS)) -> pd.DataFrame:
         for seed, noise in ((0, -0.05), (1, 0.05)):  # the mean over seeds is what is shown
 
             def add(
-                role: str, start: Any, score: float, edit: Any = None, seed: int = seed, name: str = concept
+                role: str,
+                start: Any,
+                score: float,
+                edit: Any = None,
+                seed: int = seed,
+                name: str = concept,
             ) -> None:
-                rows.append(dict(concept=name, role=role, start=start, seed=seed, edit=edit, clip_score=score))
+                rows.append(
+                    dict(
+                        concept=name, role=role, start=start, seed=seed, edit=edit, clip_score=score
+                    )
+                )
 
             for start in range(WINDOWS):
                 add("window", start, 0.6 - estimate(concept, start) + noise)
@@ -108,7 +128,9 @@ def test_effect_matrix_is_in_layer_and_table_order() -> None:
     assert list(matrix.index) == list(CONCEPTS)
     assert list(matrix.columns) == list(range(WINDOWS))
     for concept in CONCEPTS:
-        assert matrix.loc[concept].tolist() == [estimate(concept, start) for start in range(WINDOWS)]
+        assert matrix.loc[concept].tolist() == [
+            estimate(concept, start) for start in range(WINDOWS)
+        ]
     assert effect_matrix(effects(), axis="insert").loc["monet", 3] == pytest.approx(0.17)
 
 
@@ -128,7 +150,9 @@ def test_methods_and_widths_get_rows_of_their_own() -> None:
         (pd.concat([effects(), effects()]), "layer", "more than once"),
     ],
 )
-def test_a_table_that_cannot_be_drawn_is_refused(table: pd.DataFrame, axis: str, words: str) -> None:
+def test_a_table_that_cannot_be_drawn_is_refused(
+    table: pd.DataFrame, axis: str, words: str
+) -> None:
     with pytest.raises(LocogenError, match=words):
         effect_matrix(table, axis=axis)
 
@@ -167,12 +191,17 @@ def test_effect_heatmap_draws_the_matrix_on_one_scale_around_zero() -> None:
     ax = plot_effect(effects(), carriers=CARRIERS)
     mesh, matrix = meshes(ax), effect_matrix(effects())
     np.testing.assert_allclose(np.asarray(mesh.get_array()).reshape(matrix.shape), matrix)
-    assert (mesh.norm.vmin, mesh.norm.vmax) == (0.0, matrix.max().max())  # nothing clipped, zero within
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (
+        0.0,
+        matrix.max().max(),
+    )  # nothing clipped, zero within
     neutral = mesh.cmap(mesh.norm(0.0))
     assert min(neutral[:3]) > 0.9  # zero is the pale middle of vlag
     assert max(neutral[:3]) - min(mesh.cmap(mesh.norm(0.34))[:3]) > 0.5
     assert ax.get_xlabel() == "window start (layer, execution order)"
-    assert "change of CLIP-score (cosine)" in {a.get_xlabel() + a.get_ylabel() for a in ax.figure.axes}
+    assert "change of CLIP-score (cosine)" in {
+        a.get_xlabel() + a.get_ylabel() for a in ax.figure.axes
+    }
 
 
 def test_carriers_are_outlined_and_starred() -> None:
@@ -193,7 +222,9 @@ def test_without_carriers_nothing_is_marked() -> None:
 def test_one_concept_takes_one_window() -> None:
     ax = plot_effect(effects(["monet"]), carriers=window(3))
     assert outlines(ax) == [(3, 0)]
-    assert "change of CLIP-score (cosine)" in {a.get_xlabel() for a in ax.figure.axes}  # the bar lies below
+    assert "change of CLIP-score (cosine)" in {
+        a.get_xlabel() for a in ax.figure.axes
+    }  # the bar lies below
     with pytest.raises(LocogenError, match="give a dict"):
         plot_effect(effects(), carriers=window(3))
 
@@ -223,7 +254,10 @@ def test_names_are_text_not_formulas_and_fit() -> None:
 
 @pytest.mark.parametrize("layer_names", [None, [f"down.{i}" for i in range(16)]])
 def test_no_label_is_clipped(layer_names: list[str] | None) -> None:
-    for ax in (plot_effect(effects(), carriers=CARRIERS, layer_names=layer_names), plot_scores(pictures())):
+    for ax in (
+        plot_effect(effects(), carriers=CARRIERS, layer_names=layer_names),
+        plot_scores(pictures()),
+    ):
         figure = ax.figure
         figure.canvas.draw()
         inside = figure.bbox
@@ -241,7 +275,9 @@ def test_layer_names_label_the_ticks() -> None:
 def test_scores_heatmap_has_one_scale_and_a_gap() -> None:
     ax = plot_scores(pictures())
     mesh, matrix = meshes(ax), score_matrix(pictures())
-    assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((matrix.min().min(), matrix.max().max()))
+    assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx(
+        (matrix.min().min(), matrix.max().max())
+    )
     assert np.ma.getmaskarray(mesh.get_array()).reshape(matrix.shape)[:, WINDOWS].all()
     ticks = [text.get_text() for text in ax.get_xticklabels()]
     assert ticks == [*map(str, range(WINDOWS)), "", "baseline", "placebo", "ceiling"]
@@ -262,8 +298,13 @@ def test_curve_shows_intervals_two_series_and_bands() -> None:
     handles, labels = ax.get_legend_handles_labels()
     assert [label.split(":")[0] for label in labels] == ["window", "insert"]
     points, sweep = (handle.lines[0] for handle in handles)
-    assert points.get_marker() != sweep.get_marker() and points.get_linestyle() != sweep.get_linestyle()
-    assert points.get_ydata()[3] == pytest.approx(0.34) and sweep.get_ydata()[3] == pytest.approx(0.17)
+    assert (
+        points.get_marker() != sweep.get_marker()
+        and points.get_linestyle() != sweep.get_linestyle()
+    )
+    assert points.get_ydata()[3] == pytest.approx(0.34) and sweep.get_ydata()[3] == pytest.approx(
+        0.17
+    )
     bars = handles[0].lines[2][0].get_segments()
     assert [tuple(bar[:, 1]) for bar in bars][3] == pytest.approx((0.28, 0.40))
     assert {text.get_text() for text in ax.texts} == {"ceiling", "placebo"}
@@ -288,20 +329,30 @@ def test_strip_draws_rows_and_frames_what_is_marked() -> None:
     figure = plot_strip(patterns(5), [f"window {i}" for i in range(5)], columns=3, marked=(3,))
     cells = figure.axes
     assert len(cells) == 5 and cells[0].get_gridspec().get_geometry() == (2, 3)
-    assert [cell.spines["left"].get_visible() for cell in cells] == [False, False, False, True, False]
+    assert [cell.spines["left"].get_visible() for cell in cells] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert [cell.get_xlabel() for cell in cells][2:4] == ["window 2", "★ window 3"]
     shown = [np.asarray(cell.images[0].get_array())[0, 0, 0] for cell in cells]
     assert shown == [0, 20, 40, 60, 80]
 
 
-@pytest.mark.parametrize("size, way", [(64, "nearest"), (512, plt.rcParamsDefault["image.interpolation"])])
+@pytest.mark.parametrize(
+    "size, way", [(64, "nearest"), (512, plt.rcParamsDefault["image.interpolation"])]
+)
 def test_only_small_pictures_are_shown_pixel_by_pixel(size: int, way: str) -> None:
     (cell,) = plot_strip(patterns(1, size), ["one"]).axes
     assert cell.images[0].get_interpolation() == way
 
 
 def test_zoom_sets_the_size() -> None:
-    small, large = (plot_strip(patterns(2, 64), ["a", "b"], zoom=zoom).get_figwidth() for zoom in (1, 3))
+    small, large = (
+        plot_strip(patterns(2, 64), ["a", "b"], zoom=zoom).get_figwidth() for zoom in (1, 3)
+    )
     assert large - small == pytest.approx(2 * 2 * 64 / 100)
 
 
@@ -312,7 +363,16 @@ def test_a_sweep_as_a_strip() -> None:
     read = pd.read_csv(io.StringIO(table.to_csv(index=False)))
     for each in (table.reset_index(drop=True), read):
         rows = strip_rows(each, window(3))
-        assert list(rows["label"]) == ["0-1", "1-2", "2-3", "3-4", "4-5", "5-6", "baseline", "ceiling"]
+        assert list(rows["label"]) == [
+            "0-1",
+            "1-2",
+            "2-3",
+            "3-4",
+            "4-5",
+            "5-6",
+            "baseline",
+            "ceiling",
+        ]
         assert list(rows.loc[rows["marked"], "start"]) == [3]
         assert set(rows["prompt"]) == {"a house"} and set(rows["seed"]) == {0}
         assert not strip_rows(each, window(None))["marked"].any()
@@ -338,14 +398,21 @@ def test_the_finding_in_words() -> None:
 def test_what_should_stay_is_told_beside_the_controls() -> None:
     lost = {3: 0.021, 4: 0.3}
     rows = [line("content", "monet", start, value) for start, value in lost.items()]
-    rows += [line("content_ceiling", "monet", pd.NA, -0.05), line("content_placebo", "monet", pd.NA, 0.01)]
-    table = pd.concat([effects(["monet"]), pd.DataFrame(rows)], ignore_index=True).astype({"position": "Int64"})
+    rows += [
+        line("content_ceiling", "monet", pd.NA, -0.05),
+        line("content_placebo", "monet", pd.NA, 0.01),
+    ]
+    table = pd.concat([effects(["monet"]), pd.DataFrame(rows)], ignore_index=True).astype(
+        {"position": "Int64"}
+    )
     said = describe(table, window(3))
     assert said.endswith(
         "elsewhere 0.05; the score of what should stay changes by −0.021 (ceiling +0.050, placebo −0.010)."
     )
     bare = table[~table["axis"].str.startswith("content_")]
-    assert describe(bare, window(3)).endswith("elsewhere 0.05; the score of what should stay changes by −0.021.")
+    assert describe(bare, window(3)).endswith(
+        "elsewhere 0.05; the score of what should stay changes by −0.021."
+    )
     assert "should stay" not in describe(effects(["monet"]), window(3))
     assert "should stay" not in describe(table, window(3), short=True)
 
@@ -358,7 +425,9 @@ def test_a_fact_is_raised_and_one_layer_is_a_layer() -> None:
 def test_fresh_seeds_are_told_of_only_where_there_are_some() -> None:
     table = effects(["monet"]).assign(fresh=0.30, fresh_low=0.2, fresh_high=0.4, share=0.75)
     fresh = table.assign(choose=table["estimate"])
-    assert "by 0.30 [0.20, 0.40] on seeds not used to choose it (75 % of the ceiling)" in describe(fresh, window(3))
+    assert "by 0.30 [0.20, 0.40] on seeds not used to choose it (75 % of the ceiling)" in describe(
+        fresh, window(3)
+    )
     same = table.assign(choose=0.30)  # few seeds: chosen and measured on the same
     assert "by 0.34 [0.28, 0.40] (75 %" in describe(same, window(3))
 
@@ -372,13 +441,18 @@ def test_no_single_window_says_why_and_where_to_look() -> None:
 
 
 def test_without_a_verdict_it_only_says_what_is_largest() -> None:
-    assert describe(effects(["monet"])).startswith("monet: the largest effect is that of the window of 2 layers")
+    assert describe(effects(["monet"])).startswith(
+        "monet: the largest effect is that of the window of 2 layers"
+    )
     assert not findings(effects())[0]["judged"]
 
 
 def test_several_concepts_get_a_sentence_each() -> None:
     short = describe(effects(), CARRIERS, short=True)
-    assert short.count("effect 0.34 [0.28, 0.40]") == 2 and "neon: no single window carries it (no effect)." in short
+    assert (
+        short.count("effect 0.34 [0.28, 0.40]") == 2
+        and "neon: no single window carries it (no effect)." in short
+    )
 
 
 def test_a_negative_effect_is_said_the_other_way_round() -> None:
@@ -399,21 +473,36 @@ def test_numbers_for_people() -> None:
 
 def test_figures_grow_with_the_table() -> None:
     small, large = effect_matrix(effects(["monet"])), effect_matrix(effects())
-    assert figure_size(large)[1] > figure_size(small)[1] and figure_size(large)[0] == figure_size(small)[0]
+    assert (
+        figure_size(large)[1] > figure_size(small)[1]
+        and figure_size(large)[0] == figure_size(small)[0]
+    )
 
 
 def test_what_an_edit_did_in_a_sentence() -> None:
     def rows(arm: str, gone: float, kept: float) -> list[dict]:
         said = [("efficacy", 1.0, gone), ("generality", 1.0, gone), ("specificity", 0.9, kept)]
         return [
-            dict(arm=arm, measure=m, quantity="right", before=b, after=a, change=a - b, low=0, high=0, n=8)
+            dict(
+                arm=arm,
+                measure=m,
+                quantity="right",
+                before=b,
+                after=a,
+                change=a - b,
+                low=0,
+                high=0,
+                n=8,
+            )
             | dict(sign=1 if m == "specificity" else -1)
             for m, b, a in said
         ]
 
     from locogen.views.tables import describe_edit
 
-    good = pd.DataFrame(rows("layers 0-1", 0.1, 0.88) + rows("all layers", 0.0, 0.3) + rows("layers 6-7", 1.0, 0.9))
+    good = pd.DataFrame(
+        rows("layers 0-1", 0.1, 0.88) + rows("all layers", 0.0, 0.3) + rows("layers 6-7", 1.0, 0.9)
+    )
     told = describe_edit(good, "layers 0-1")
     assert "10 % of its own prompts (100 % before)" in told
     assert "88 % of its neighbors (90 % before)" in told
@@ -424,7 +513,14 @@ def test_what_an_edit_did_in_a_sentence() -> None:
 
 def timed(concepts: Sequence[str] = ("monet",)) -> pd.DataFrame:
     rows = [
-        line("timesteps", concept, start, 0.1 * start - 0.02 * first, first_timestep=first, last_timestep=last)
+        line(
+            "timesteps",
+            concept,
+            start,
+            0.1 * start - 0.02 * first,
+            first_timestep=first,
+            last_timestep=last,
+        )
         for concept in concepts
         for first, last in [(4, 7), (0, 0), (1, 3)]  # in whichever order
         for start in range(WINDOWS)
@@ -434,7 +530,11 @@ def timed(concepts: Sequence[str] = ("monet",)) -> pd.DataFrame:
 
 def test_windows_over_time_are_drawn_from_the_first_step_down() -> None:
     ax = plot_timesteps(timed())
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["step 0", "steps 1-3", "steps 4-7"]
+    assert [text.get_text() for text in ax.get_yticklabels()] == [
+        "step 0",
+        "steps 1-3",
+        "steps 4-7",
+    ]
     values = meshes(ax).get_array().reshape(3, WINDOWS)
     assert values[:, 1].tolist() == pytest.approx([0.1, 0.08, 0.02])
     low, high = meshes(ax).get_clim()

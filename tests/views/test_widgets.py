@@ -68,7 +68,14 @@ def look(**changes: Any) -> Look:
 
 
 def made(pipe: Any, row: Intervention) -> bytes:
-    run = generate(pipe, [row], num_inference_steps=STEPS, guidance_scale=GUIDANCE, batch_size=1, progress=False)
+    run = generate(
+        pipe,
+        [row],
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        batch_size=1,
+        progress=False,
+    )
     return run.pictures[0].tobytes()
 
 
@@ -78,8 +85,14 @@ def test_the_run_s_own_pictures_are_shown(run: Run) -> None:
     table = run.table[(run.table.prompt == "a dog in blue") & (run.table.seed == 1)]
     rows = [table[table.role == role].index[0] for role in ("baseline", "ceiling")]
     rows.insert(1, table[(table.role == "window") & (table.start == 3)].index[0])
-    assert [one.label for one in shown] == ["baseline", "layers 3-4 hearing “a dog”", "all layers hearing “a dog”"]
-    assert [one.picture.tobytes() for one in shown] == [run.pictures[int(i)].tobytes() for i in rows]
+    assert [one.label for one in shown] == [
+        "baseline",
+        "layers 3-4 hearing “a dog”",
+        "all layers hearing “a dog”",
+    ]
+    assert [one.picture.tobytes() for one in shown] == [
+        run.pictures[int(i)].tobytes() for i in rows
+    ]
     assert [one.score for one in shown] == list(run.table.clip_score[rows])
 
 
@@ -97,7 +110,9 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
     assert [one.picture.tobytes() for one in shown[3:]] == [edited, clamped]
     window = Intervention("a dog in blue", "a dog", tuple(layers), 7)
     fresh = [made(pipe, row) for row in (plain, window)]
-    for one, other in zip(shown[:2], fresh, strict=True):  # made in a batch of three: equal within one step
+    for one, other in zip(
+        shown[:2], fresh, strict=True
+    ):  # made in a batch of three: equal within one step
         assert max(abs(a - b) for a, b in zip(one.picture.tobytes(), other, strict=True)) <= 1
     assert len({one.picture.tobytes() for one in shown}) == 5, "each is another picture"
     assert all(one.score is None for one in shown)
@@ -107,14 +122,18 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
 def test_what_is_heard_beside_the_layers_is_the_run_s(tmp_path: Path) -> None:
     pipe = tiny.sdxl()
     options: dict[str, Any] = dict(num_inference_steps=1, progress=False, store=tmp_path)
-    swept = dict(window=2, seeds=(0,), guidance_scale=GUIDANCE, scorer=tiny.FakeScorer(), pooled="target")
+    swept = dict(
+        window=2, seeds=(0,), guidance_scale=GUIDANCE, scorer=tiny.FakeScorer(), pooled="target"
+    )
     run = localize(pipe, concept("blue"), **swept, **options)
     asked = look(first=0, last=1, seed=0)
     explorer = Explorer(run, pipe)
     own = list(explorer.show(asked))
     assert all(one.score is not None for one in own), "the run has these"
     explorer._rows = {}
-    for one, other in zip(own, explorer.show(asked), strict=True):  # made in another batch: equal within one step
+    for one, other in zip(
+        own, explorer.show(asked), strict=True
+    ):  # made in another batch: equal within one step
         gaps = zip(one.picture.tobytes(), other.picture.tobytes(), strict=True)
         assert max(abs(a - b) for a, b in gaps) <= 1, one.label
 
@@ -123,7 +142,9 @@ def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyP
     explorer = Explorer(run, pipe)
     asked = look(seed=3, strength=1.0, neurons=1)
     first = list(explorer.show(asked))
-    monkeypatch.setattr("locogen.views.explorer.generate", lambda *args, **options: pytest.fail("made again"))
+    monkeypatch.setattr(
+        "locogen.views.explorer.generate", lambda *args, **options: pytest.fail("made again")
+    )
     assert [one.picture for one in explorer.show(asked)] == [one.picture for one in first]
     with pytest.raises(pytest.fail.Exception):  # the twin: this one was not asked for before
         list(explorer.show(look(seed=4)))
@@ -132,9 +153,16 @@ def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyP
 def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
     """A click sets the window, the window's slider the cell; another width is no cell of the heatmap."""
     box.cells["neon"].value = 5
-    assert box.window.value == (5, 6) and box.look.concept == "neon" and box.cells["blue"].value is None
+    assert (
+        box.window.value == (5, 6)
+        and box.look.concept == "neon"
+        and box.cells["blue"].value is None
+    )
     assert box.prompt.options == ("a cat in neon", "a dog in neon")
-    assert "layers 5-6 hearing" in box.pictures.value and "neon, layers 5-6: effect" in box.status.value
+    assert (
+        "layers 5-6 hearing" in box.pictures.value
+        and "neon, layers 5-6: effect" in box.status.value
+    )
     box.window.value = (2, 3)
     assert box.cells["neon"].value == 2 and "layers 2-3 hearing" in box.pictures.value
     box.window.value = (2, 8)
@@ -145,17 +173,30 @@ def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
 
 
 def test_every_cell_says_its_effect(box: ExplorerBox, run: Run) -> None:
-    effects = effect(run.table).query("axis == 'layer' and concept == 'neon'").set_index("position").estimate
+    effects = (
+        effect(run.table)
+        .query("axis == 'layer' and concept == 'neon'")
+        .set_index("position")
+        .estimate
+    )
     assert len(box.cells["neon"].options) == len(effects) == 15
-    for (label, start), told in zip(box.cells["neon"].options, box.cells["neon"].tooltips, strict=True):
+    for (label, start), told in zip(
+        box.cells["neon"].options, box.cells["neon"].tooltips, strict=True
+    ):
         text = label.splitlines()[1].replace("−", "-")
-        assert float(text) == pytest.approx(effects[start], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3)
+        assert float(text) == pytest.approx(
+            effects[start], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3
+        )
         assert told.startswith(f"neon, layers {start}-{start + 1}")
 
 
 def test_explore_takes_every_option_of_an_edit() -> None:
     """Spelled out, so that an editor can complete them; none is forgotten where edits get a further one."""
-    options = {field.name for field in dataclasses.fields(Options)} | {"phrasings", "subject", "becomes"}
+    options = {field.name for field in dataclasses.fields(Options)} | {
+        "phrasings",
+        "subject",
+        "becomes",
+    }
     parameters = inspect.signature(explore).parameters
     assert options == set(parameters) - {"run", "pipe"}
     assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
@@ -222,11 +263,20 @@ def test_beside_the_widget_stands_its_twin(box: ExplorerBox, shell: InteractiveS
         shell.display_formatter.format(box)
         box.cells["neon"].value = 7
     widget, first, *_, last = captured.outputs
-    assert "application/vnd.jupyter.widget-view+json" in widget.data and "text/html" not in widget.data
+    assert (
+        "application/vnd.jupyter.widget-view+json" in widget.data and "text/html" not in widget.data
+    )
     assert first.data["text/html"] != last.data["text/html"] == box.twin()
     kept = clean(box.twin())
-    assert kept.count("<img") == 4 and "layers 7-8 hearing" in kept and "neon, layers 7-8: effect" in kept
-    assert kept.count('src="data:image/png;base64,') == 4 and "Heatmap of the effect of each window. blue:" in kept
+    assert (
+        kept.count("<img") == 4
+        and "layers 7-8 hearing" in kept
+        and "neon, layers 7-8: effect" in kept
+    )
+    assert (
+        kept.count('src="data:image/png;base64,') == 4
+        and "Heatmap of the effect of each window. blue:" in kept
+    )
 
 
 def test_names_are_escaped(run: Run) -> None:
