@@ -35,7 +35,8 @@ _GONE = (
     ("a photo of {0}", "a photo"),
 )
 
-_MARKS = r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："  # not <> and *, which tokens of textual inversion begin and end with
+# Not <> and *, which tokens of textual inversion begin and end with.
+_MARKS = r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："
 _WORD = re.compile(
     rf"[^\s{_MARKS}]+|[{_MARKS}]"
 )  # a word, hyphens and apostrophes included; or one mark

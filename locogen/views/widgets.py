@@ -353,4 +353,5 @@ def _png(picture: Image) -> bytes:
 
 def _image(png: bytes, alt: str, width: int, style: str = "") -> str:
     data = base64.b64encode(png).decode()
-    return f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" src="data:image/png;base64,{data}">'
+    style = f"max-width: 100%; {style}"
+    return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{data}">'

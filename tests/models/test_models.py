@@ -123,7 +123,9 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
 
 
 def test_a_gated_model_names_the_page_of_its_terms():
-    page = r"gated: accept its terms on https://huggingface\.co/black-forest-labs/FLUX\.1-dev, log in with: hf auth login"
+    page = (
+        r"gated: accept its terms on https://huggingface\.co/black-forest-labs/FLUX\.1-dev, log in"
+    )
     with pytest.raises(LocogenError, match=page):
         load("flux-dev", local_files_only=True)
 
