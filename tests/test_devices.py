@@ -25,7 +25,8 @@ from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.localize import localize
 from locogen.models.families import encode, family_of
 from locogen.models.layers import find_layers
-from locogen.pictures.runs import fingerprint, generate
+from locogen.pictures.fingerprint import fingerprint
+from locogen.pictures.runs import generate
 from locogen.pictures.speed import speed
 from locogen.plan import Concept, Intervention, PromptPair, with_riders
 

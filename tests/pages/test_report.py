@@ -287,10 +287,9 @@ def test_a_result_with_groups_that_are_none_is_shown_as_damaged(results: Path) -
         json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8"
     )
     shown = Reader(build(results).read_text(encoding="utf-8")).text
-    assert (
-        "result.json is damaged: settings is 'x', not a table of plain values; parameters is 3"
-        in shown
-    )
+    assert "result.json is damaged" in shown
+    assert "settings is 'x', not a table of plain values" in shown
+    assert "parameters is 3" in shown
 
 
 def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:

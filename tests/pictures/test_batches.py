@@ -62,7 +62,7 @@ def test_a_batch_is_halved_whichever_library_could_not_allocate(monkeypatch, err
             raise error
         return forward(sample, *args, **kwargs)
 
-    monkeypatch.setattr(pipe.unet, "forward", small)
+    tiny.stand_in(monkeypatch, pipe.unet, small)
     with pytest.warns(UserWarning, match="a batch of 4 does not fit the memory: going on with 2"):
         assert len(generate(pipe, ["cat"], seeds=range(4), **FAST)) == 4
 
@@ -75,7 +75,7 @@ def test_memory_that_is_full_before_the_first_batch_is_named(monkeypatch, error)
     def full(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(pipe.text_encoder, "forward", full)
+    tiny.stand_in(monkeypatch, pipe.text_encoder, full)
     with pytest.raises(
         LocogenError, match=r"text encoders do not fit the memory of cpu.*offload='model'"
     ):
@@ -93,7 +93,7 @@ def decoded_sizes(pipe, monkeypatch):
         sizes.append(len(latents))
         return forward(latents, *args, **kwargs)
 
-    monkeypatch.setattr(pipe.vae.decoder, "forward", counting)
+    tiny.stand_in(monkeypatch, pipe.vae.decoder, counting)
     return sizes
 
 
