@@ -79,7 +79,7 @@ def shared_load(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FUNCTIONS if ">>>" in (getattr(locogen, name).__doc__ or "")]
+    "name", [name for name in locogen.__all__ if ">>>" in (getattr(locogen, name).__doc__ or "")]
 )
 def test_its_example_runs(name: str) -> None:
     names = {public: getattr(locogen, public) for public in locogen.__all__} | {"load": shared_load}

@@ -6,7 +6,7 @@ The parts are those of Basu et al. 2023 (arXiv 2310.13730), and of Meng et al. 2
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -181,24 +181,28 @@ def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterato
     """
     states = find_states(pipe)
     count = len(rows)
+    all_places = set(range(len(states)))
     for source, restored in rows:
-        beyond = [place for place in restored if not 0 <= place < len(states)]
-        if beyond or not 0 <= source < count:
+        if not all_places.issuperset(restored) or not 0 <= source < count:
             raise LocogenError(
                 f"row {source} or states {restored} are not there: {count} rows, {len(states)} "
                 "states"
             )
 
+    # One hook a state, for all rows that restore it.
+    pairs: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, (source, restored) in enumerate(rows):
+        for place in set(restored):
+            pairs[place].append((row, source))
+
     # The clean run is in the same batch as the corrupted ones: so its states are those of the same
     # step, and none has to be stored.
     def hooks_for(call: Call) -> list[Hook]:
         hooks = []
-        for place, state in enumerate(states):
-            pairs = [
-                (row, source) for row, (source, restored) in enumerate(rows) if place in restored
-            ]
-            if pairs:
-                hooks.append(after(state.module, _copying(state, pairs, count, call), state.label))
+        for place in sorted(pairs):
+            state = states[place]
+            change = _copying(state, pairs[place], count, call)
+            hooks.append(after(state.module, change, state.label))
         return hooks
 
     with on_denoiser(pipe, hooks_for, f"restoring {list(rows)}"):
