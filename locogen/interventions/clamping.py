@@ -290,8 +290,7 @@ class _Clamp:
         if len(self.means) != tokens:
             raise LocogenError(
                 f"{self.place} reads {tokens} tokens, its means were taken at {len(self.means)}: "
-                "encode the prompts "
-                "with the same tokenizer length"
+                "encode the prompts with the same tokenizer length"
             )
         self.means = self.means.to(device)  # stays there for the steps to come
         return self.means

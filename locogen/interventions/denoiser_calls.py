@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 REMEDY = (
     "leave the context, call pipe.unfuse_qkv_projections() where projections are fused, load "
-    "adapters and "
-    "exchange modules, and then open the context again"
+    "adapters and exchange modules, and then open the context again"
 )
 
 
@@ -31,10 +30,10 @@ class Call:
     """The denoiser's call in progress: its arguments, its conditional rows, its step.
 
     Which rows are conditional is known from what the pipeline's encoder returned, a row a picture:
-    the call's rows are those, or those behind an equal number of negative ones. It is never guessed from the
-    number of rows alone, since twice as many may mean guidance or two pictures a prompt, and some
-    pipelines (DeepFloyd IF, PixArt) say nowhere which. FLUX guides by a second call for the
-    negative states, which has no conditional rows.
+    the call's rows are those, or those behind an equal number of negative ones. It is never guessed
+    from the number of rows alone, since twice as many may mean guidance or two pictures a prompt,
+    and some pipelines (DeepFloyd IF, PixArt) say nowhere which. FLUX guides by a second call for
+    the negative states, which has no conditional rows.
 
     A call belongs to the pipeline, and to the thread that opened the context: other pipelines may
     share the denoiser, and call it in between or at the same time.
@@ -148,8 +147,8 @@ class Call:
         if threading.get_ident() != self._thread:
             raise LocogenError(
                 "the pipeline is called in another thread than the one that opened this context: "
-                "open the context "
-                "in the thread that calls the pipeline, and give each thread its own pipeline"
+                "open the context in the thread that calls the pipeline, and give each thread its "
+                "own pipeline"
             )
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -262,8 +261,8 @@ def on_denoiser(
         if call.is_awaited:
             raise LocogenError(
                 "the pipeline was called, and its denoiser ran past the hooks of this context (or "
-                "not at all): "
-                f"the {family.denoiser} must be the one that was there when the context was opened"
+                f"not at all): the {family.denoiser} must be the one that was there when the "
+                "context was opened"
             )
 
 

@@ -134,9 +134,8 @@ def _check_plan(rows: Sequence[Intervention], layers: Sequence[Layer], family: F
     if missing:
         raise LocogenError(
             f"{family.name} takes a target from the target's own run, and that of "
-            f"{missing[0].target!r} with seed "
-            f"{missing[0].seed} is not in the plan: use plan = with_target_runs(plan), its prompts "
-            "and its generators"
+            f"{missing[0].target!r} with seed {missing[0].seed} is not in the plan: use plan = "
+            "with_target_runs(plan), its prompts and its generators"
         )
 
 
@@ -174,8 +173,7 @@ class _Exchange:
             if prompt != planned:
                 raise LocogenError(
                     f"prompt {place // each} of the call is {prompt!r}, that of the plan is "
-                    f"{planned!r}: "
-                    f"{PLANS_PROMPTS}"
+                    f"{planned!r}: {PLANS_PROMPTS}"
                 )
 
     def _check_states(self, states: Tensor) -> None:
@@ -187,8 +185,7 @@ class _Exchange:
         if states.shape[1] > 1 and not bool((states == states[:, :1]).all()):
             raise LocogenError(
                 f"the call has {states.shape[0] * states.shape[1]} different prompts, the plan has "
-                f"{len(self.plan)} "
-                f"rows: {PLANS_PROMPTS}"
+                f"{len(self.plan)} rows: {PLANS_PROMPTS}"
             )
 
         # Which text states are cannot be read from them. But equal prompts must have equal states,
@@ -270,8 +267,8 @@ class _Replaced(_Exchange):
             if not _same_text(states, _repeated(prompts, len(states))):
                 raise LocogenError(
                     "the call's prompt_embeds are not what the pipeline makes of the plan's "
-                    "prompts: encode the "
-                    "targets in the same way and hand them to intervene(pipe, plan, targets=…)"
+                    "prompts: encode the targets in the same way and hand them to intervene(pipe, "
+                    "plan, targets=…)"
                 )
 
     def _encoded_alike(self, encoding: Encoding, texts: Sequence[str]) -> PromptEncoding:
@@ -401,8 +398,7 @@ class _Patched(_Exchange):
             if texts[row] != texts[target_run] and not both_repeat:
                 raise LocogenError(
                     f"{name} of {prompts[row]!r} is {texts[row]!r}, that of its target's own run "
-                    "is "
-                    f"{texts[target_run]!r}: give both rows the same text, or their prompts"
+                    f"is {texts[target_run]!r}: give both rows the same text, or their prompts"
                 )
 
     def at(self, layer: Layer) -> list[Hook]:

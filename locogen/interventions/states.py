@@ -162,8 +162,7 @@ def check_apart(pipe: Any, what: str) -> None:
     if family.joint_attention:
         raise LocogenError(
             f"{family.name} has no cross-attention apart from the picture's own, so {what} says "
-            "nothing of it: "
-            "use loco.localize"
+            "nothing of it: use loco.localize"
         )
 
 

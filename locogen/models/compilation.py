@@ -95,7 +95,8 @@ def _has_compiled_code(module: Any) -> bool:
     forward = vars(module).get("forward")
     if _is_wrapper(module):
         return forward != module._orig_mod.__call__
-    # `module.compile()` sets the first, `module.forward = torch.compile(module.forward)` the second.
+    # `module.compile()` sets the first, `module.forward = torch.compile(module.forward)` the
+    # second.
     has_compiled_call = getattr(module, "_compiled_call_impl", None) is not None
     return has_compiled_call or hasattr(forward, "_torchdynamo_orig_callable")
 

@@ -63,8 +63,8 @@ class Family:
     token_spans: Callable[[Any, str], tuple[TokenSpan, ...]]
     """`(pipe, normalized prompt)`: where its tokens stand in the states
 
-    One span for each encoder that has separate positions; the one that reads most of a prompt is the
-    last.
+    One span for each encoder that has separate positions; the one that reads most of a prompt is
+    the last.
     """
 
     encoding_of: Callable[[tuple[Any, ...]], PromptEncoding] = texts.states_of
@@ -272,10 +272,9 @@ def check_encoders(pipe: Any) -> None:
     if missing:
         raise LocogenError(
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read "
-            "prompts: load it with "
-            "its text encoders, or encode the prompts with a pipeline that has them: "
-            "intervene(pipe, plan, targets=…) "
-            "takes the encoded targets, and the pipeline's own call takes prompt_embeds="
+            "prompts: load it with its text encoders, or encode the prompts with a pipeline that "
+            "has them: intervene(pipe, plan, targets=…) takes the encoded targets, and the "
+            "pipeline's own call takes prompt_embeds="
         )
 
 
@@ -322,10 +321,8 @@ def token_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
         if span.paired is not None and span.pieces != span.paired.pieces:
             raise LocogenError(
                 f"the two tokenizers split {prompt!r} into other tokens, so a position is not one "
-                "word's: load the "
-                "textual inversion into both, with tokenizer=pipe.tokenizer_2 and "
-                "text_encoder=pipe.text_encoder_2 "
-                "for the second"
+                "word's: load the textual inversion into both, with tokenizer=pipe.tokenizer_2 "
+                "and text_encoder=pipe.text_encoder_2 for the second"
             )
     return spans
 
@@ -492,8 +489,7 @@ def check_known(pipe: Any, concept: Concept) -> None:
         if occurrences(pair.prompt, concept.name) and _all_unknown(pipe, concept.name):
             raise LocogenError(
                 f"the tokenizer knows no word of {concept.name!r}, so the model cannot read it in "
-                f"{pair.prompt!r}: "
-                "use words that it knows"
+                f"{pair.prompt!r}: use words that it knows"
             )
         _check_differ(pipe, pair.prompt, pair.target)
 
@@ -508,8 +504,7 @@ def _check_differ(pipe: Any, prompt: str, target: str) -> None:
     if _ids(pipe, prompt) == _ids(pipe, target):
         raise LocogenError(
             f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them "
-            "apart: use words that "
-            "its tokenizer knows, within its limit"
+            "apart: use words that its tokenizer knows, within its limit"
         )
 
 

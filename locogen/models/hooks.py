@@ -74,8 +74,7 @@ class CopiedHook:
 def _copied(label: str) -> str:
     return (
         f"the hook on {label} was copied together with its model, within a locogen context: leave "
-        "the context "
-        "before you copy the pipeline"
+        "the context before you copy the pipeline"
     )
 
 
