@@ -230,7 +230,7 @@ def test_fused_or_exchanged_matrices_are_refused():
     ("channels", "options", "says"),
     [
         ({(16, "v"): (0,)}, {}, r"layers \[16\] are not there: the model has 0 to 15"),
-        ({(2, "q"): (0,)}, {}, "no matrix 'q': take one of k, v"),
+        ({(2, "q"): (0,)}, {}, "no matrix 'q': use one of k, v"),
         ({(0, "v"): (8,)}, {}, "channel 8 of 'v' in layer 0 is not there: it has 0 to 7"),
         ({(0, "v"): (1,)}, dict(to="mean"), "no means"),
         ({(0, "v"): (1,)}, dict(to="average"), "to is 'average'"),
