@@ -16,6 +16,7 @@ from locogen.plan import (
     paraphrase,
     sweep,
     windows,
+    with_riders,
     with_target_runs,
 )
 
@@ -154,3 +155,4 @@ def test_the_targets_own_runs_ride_along_once_each():
     )  # that of seed 1 is there
     assert with_target_runs(with_target_runs(plan)) == with_target_runs(plan)
     assert missing_target_runs([replace(row, layers=(), pooled="target")]) != ()
+    assert with_riders is with_target_runs  # its old name
