@@ -27,14 +27,14 @@ from locogen.editing.weights import (
     weights_of,
 )
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import Reader
+from locogen.interventions.layer_inputs import LayerInputs
 from locogen.models.compilation import uncompiled_module
 from locogen.models.families import (
     check_encoders,
     check_phrasings,
     denoiser_of,
     family_of,
-    warn_unheard,
+    warn_unread,
 )
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
@@ -316,7 +316,7 @@ def fit_edit(
 
     SD-XL: one state holds both encoders'. T5 hears both ways, so in IF, PixArt, SD 3 and FLUX each subject token is
     edited by default, and the other words still tell of it. IF: after each layer's norm. SD 3 and FLUX: the text side
-    of joint blocks, as a short run of the prompt reads it on average (`readings.Reader`).
+    of joint blocks, as a short run of the prompt reads it on average (`readings.LayerInputs`).
 
     Solved in float64 whatever the model's type. Raises `LocogenError` for empty or equal phrasings, a prompt without
     its subject, λ <= 0, a layer that is not there, a pipeline without its text encoders, and weights that are
@@ -348,7 +348,7 @@ def _fit(
     edited = _chosen(find_layers(pipe), layers)
     check_phrasings(pipe, phrasings)
     prompts = [text for phrasing in phrasings for text in (phrasing.source, phrasing.target)]
-    warn_unheard(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
+    warn_unread(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
     # The names of the model as it is saved: a compiled one is the same model, and its edits fit every other.
     paths = {module: plain_name(path) for path, module in denoiser.named_modules()}
     places: list[
@@ -358,14 +358,16 @@ def _fit(
         for matrix, module in family.matrices(layer.module).items():
             places.append((layer, matrix, f"{paths[module]}.weight"))
     if options.entry:
-        if family.entry is None:
+        if family.text_projection is None:
             raise LocogenError(
                 f"{family.name} has no map beside its layers that could be edited: leave out entry=True"
             )
-        places.append((None, "k", f"{family.entry}.weight"))
+        places.append((None, "k", f"{family.text_projection}.weight"))
     weights = weights_of(denoiser, [weight_name for _, _, weight_name in places])
     first = next(iter(weights.values()))
-    fit = Fit(Reader(pipe, edited), phrasings, options, first.device if first.is_cuda else "cpu")
+    fit = Fit(
+        LayerInputs(pipe, edited), phrasings, options, first.device if first.is_cuda else "cpu"
+    )
     changes = {
         weight_name: fit.change(weights[weight_name], layer, matrix)
         for layer, matrix, weight_name in places

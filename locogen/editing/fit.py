@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen.editing import closed_form as solve
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
+from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.models.layers import Layer
 from locogen.phrasings import Phrasing
 
@@ -57,7 +57,7 @@ class Options:
 class Fit:
     """Rows and factors of a fit; what layers that read the same share is computed once."""
 
-    reader: Reader
+    reader: LayerInputs
     told: Sequence[Phrasing]
     options: Options
     device: Any
@@ -100,7 +100,7 @@ class Fit:
 
     def _read(self, prompt: str, places: Sequence[int], layer: Layer | None) -> Tensor:
         if layer is None:
-            return self.reader.entry(prompt, places)
+            return self.reader.text_projection_input(prompt, places)
         return self.reader.states(prompt, layer)[list(places)]
 
     def _down(self, layer: Layer | None, source: Tensor, ridge: float) -> Tensor:

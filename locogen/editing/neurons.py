@@ -12,9 +12,9 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
-from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
+from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.interventions.prompts import active_contexts
-from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unheard
+from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unread
 from locogen.models.layers import Layer, find_layers
 from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, own_phrasings, subject_in
@@ -138,10 +138,10 @@ def find_neurons(
             "the model is clamped or intervened on: find neurons outside of these contexts"
         )
     chosen = _chosen(find_layers(pipe), layers)
-    reader = Reader(pipe, chosen)
+    reader = LayerInputs(pipe, chosen)
     told = _phrasings(concept, phrasings, subject)
     check_phrasings(pipe, told)
-    warn_unheard(pipe, [text for phrasing in told for text in (phrasing.source, phrasing.target)])
+    warn_unread(pipe, [text for phrasing in told for text in (phrasing.source, phrasing.target)])
     asked = [_question(reader, phrasing, tokens) for phrasing in told]
     if len(asked) < 2:
         raise LocogenError(
@@ -171,7 +171,7 @@ def _phrasings(
     return [Phrasing(pair.prompt, pair.target, subject_in(concept, pair)) for pair in concept.pairs]
 
 
-def _question(reader: Reader, told: Phrasing, tokens: Tokens) -> _Question:
+def _question(reader: LayerInputs, told: Phrasing, tokens: Tokens) -> _Question:
     source, target = told.source, told.target
     if tokens in ("all", "end"):
         return _Question(
@@ -186,7 +186,7 @@ def _question(reader: Reader, told: Phrasing, tokens: Tokens) -> _Question:
     return _Question(source, target, reader.places(source, tokens, told.subject), other)
 
 
-def _score(reader: Reader, name: str, asked: Sequence[_Question], tokens: Tokens) -> Neurons:
+def _score(reader: LayerInputs, name: str, asked: Sequence[_Question], tokens: Tokens) -> Neurons:
     import pandas as pd
 
     parts, without = [], {}
@@ -218,7 +218,7 @@ def _score(reader: Reader, name: str, asked: Sequence[_Question], tokens: Tokens
 
 
 def _outputs(
-    module: Any, reader: Reader, prompts: Sequence[str], layer: Layer, matrix: str
+    module: Any, reader: LayerInputs, prompts: Sequence[str], layer: Layer, matrix: str
 ) -> Tensor:
     """What a matrix puts out, adapters included, in float64."""
     import torch
