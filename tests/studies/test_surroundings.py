@@ -159,11 +159,13 @@ def test_a_results_folder_that_takes_no_files_is_named(
         )
     elif step == "the lock":
         path.with_suffix("").mkdir()
-        opens = Path.open
+        opens = os.open
         monkeypatch.setattr(
-            Path,
+            os,
             "open",
-            lambda at, *how, **more: (refuse if at.name == ".lock" else opens)(at, *how, **more),
+            lambda at, *how, **more: (refuse if str(at).endswith(".lock") else opens)(
+                at, *how, **more
+            ),
         )
     else:
         monkeypatch.setattr("locogen.studies.worker.execute", lambda *about: None)
@@ -308,7 +310,7 @@ def test_a_notebook_may_say_odd_things(
 
     monkeypatch.setattr("locogen.studies.worker.execute", execute)
     path.with_suffix("").mkdir()
-    assert run_one(read_study(path)[2][0]).said == "executed"
+    assert run_one(read_study(path)[2][0]).summary == "executed"
     assert "result.json is damaged: carriers" in build(path.with_suffix("")).read_text(
         encoding="utf-8"
     )
