@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import concept
 from locogen.plan import Concept, PromptPair, sweep
-from locogen.studies.keys import entry_named
+from locogen.studies.keys import concept_of, entry_named
 from locogen.studies.planning import Planned
 from locogen.studies.records import read_record
 
@@ -28,6 +28,17 @@ _NO_MATTER = (
 )
 
 
+@dataclass(frozen=True)
+class _Finished:
+    """What a finished run has cost: the part of its `result.json` that matters here."""
+
+    notebook: str
+    model: str
+    parameters: Mapping[str, Any]
+    seconds: float
+    pictures: int
+
+
 class Costs:
     """What finished runs have cost, and what other runs like them will cost.
 
@@ -37,38 +48,46 @@ class Costs:
     """
 
     def __init__(self, results: Path) -> None:
-        self.finished: list[Mapping[str, Any]] = []  # facts of `result.json`
-        self._counts: dict[str, int | None] = {}  # a run's key → pictures of its sweep
+        self.finished: list[_Finished] = []
+        self._sweeps: dict[str, int | None] = {}  # a run's key → pictures of its sweep
         for file in sorted(results.glob("*/result.json")):
             self.add(read_record(file).facts)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Take a finished run into account, unless its time says nothing about others.
+        """Take a finished run into account, if it says how long others will take.
 
-        That is so when all of its pictures were in the store already.
+        Args:
+            result: The facts of its `result.json`.
         """
+        # One that found all of its pictures in the store took no time that could be compared.
         has_worked = result.get("made") or not result.get("pictures")
-        if result.get("seconds") and has_worked:
-            self.finished.append(result)
+        if not has_worked or not result.get("seconds") or not result.get("parameters"):
+            return
+        finished = _Finished(
+            notebook=result.get("notebook", ""),
+            model=result.get("model", ""),
+            parameters=result["parameters"],
+            seconds=result["seconds"],
+            pictures=result.get("made", 0),
+        )
+        self.finished.append(finished)
 
     def pictures(self, run: Planned) -> int | None:
-        """How many pictures the run needs, or None where that is not known yet.
-
-        A sweep is counted; other notebooks need as many as finished runs with the same parameters,
-        whatever their subject was.
-        """
-        if run.key not in self._counts:
+        """How many pictures the run needs, or None where that is not known yet."""
+        # The plan of a sweep can be made without a model, so its rows are counted.
+        if run.key not in self._sweeps:
             is_sweep = run.notebook.stem == "localize"
-            self._counts[run.key] = _sweep_length(run) if is_sweep else None
-        count = self._counts[run.key]
-        if count is not None:
-            return count
+            self._sweeps[run.key] = _sweep_length(run) if is_sweep else None
+        length = self._sweeps[run.key]
+        if length is not None:
+            return length
 
+        # Others need as many as finished runs with the same parameters, whatever their subject was.
         parameters = _relevant(run.parameters)
         counts: list[int] = []
-        for result in self._alike(run):
-            if result.get("made") and _relevant(result["parameters"]) == parameters:
-                counts.append(result["made"])
+        for other in self._alike(run):
+            if other.pictures and _relevant(other.parameters) == parameters:
+                counts.append(other.pictures)
         return round(statistics.median(counts)) if counts else None
 
     def seconds(self, run: Planned) -> float | None:
@@ -76,31 +95,31 @@ class Costs:
         alike = self._alike(run)
         if not alike:
             return None
-        seconds = [result["seconds"] for result in alike]
-        total = sum(result.get("made", 0) for result in alike)
-        count = self.pictures(run) if total else None
-        # With pictures on both sides, the share of a picture; it also holds for longer runs.
-        if count:
-            return count * sum(seconds) / total
+        seconds = [other.seconds for other in alike]
+        pictures = sum(other.pictures for other in alike)
+        count = self.pictures(run)
+
+        # Seconds per picture hold for a run that needs more pictures than any before.
+        if pictures and count:
+            return count * sum(seconds) / pictures
         return statistics.median(seconds)
 
     def left(self, runs: Iterable[Planned], workers: int) -> float | None:
         """Seconds until all of these are done; None while one of them cannot be estimated."""
-        each = [self.seconds(run) for run in runs]
-        estimates = [seconds for seconds in each if seconds is not None]
-        if len(estimates) < len(each):
-            return None
+        estimates: list[float] = []
+        for run in runs:
+            seconds = self.seconds(run)
+            if seconds is None:
+                return None
+            estimates.append(seconds)
         # A run is not divided among workers, so the longest one is a lower bound.
         return max(sum(estimates) / max(workers, 1), *estimates, 0.0)
 
-    def _alike(self, run: Planned) -> list[Mapping[str, Any]]:
+    def _alike(self, run: Planned) -> list[_Finished]:
         """Finished runs of the notebook, of the same model if there are any such."""
         model = run.parameters.get("model", "")
-        same_notebook: list[Mapping[str, Any]] = []
-        for result in self.finished:
-            if result.get("notebook") == run.notebook.stem and result.get("parameters"):
-                same_notebook.append(result)
-        same_model = [result for result in same_notebook if result.get("model") == model]
+        same_notebook = [other for other in self.finished if other.notebook == run.notebook.stem]
+        same_model = [other for other in same_notebook if other.model == model]
         return same_model or same_notebook
 
 
@@ -115,15 +134,16 @@ def _sweep_length(run: Planned) -> int | None:
     That is so for a model whose layers the catalog does not know, and for another notebook of the
     same name that has not the same parameters.
     """
-    entry = entry_named(run.value("model"))
-    prompts = _count_prompts(run)
+    values = run.values()
+    entry = entry_named(values.get("model"))
+    prompts = _count_prompts(values, run.base)
     if entry is None or entry.layers is None or prompts is None:
         return None
 
     # 0 or nothing stands for "as is usual" in our notebooks; in others it could be any text.
-    seeds = run.value("seeds")
-    window = run.value("window") or entry.window
-    limit = run.value("max_prompts") or prompts
+    seeds: Any = values.get("seeds")
+    window: Any = values.get("window") or entry.window
+    limit = values.get("max_prompts") or prompts
     if not all(type(number) is int for number in (seeds, window, limit)):
         return None
     if seeds < 1:
@@ -135,15 +155,12 @@ def _sweep_length(run: Planned) -> int | None:
     return min(prompts, limit) * len(rows)
 
 
-def _count_prompts(run: Planned) -> int | None:
-    """How many pairs of prompts the run compares; None for one without a subject."""
-    if run.value("prompt"):
+def _count_prompts(values: Mapping[str, Any], base: Path) -> int | None:
+    """How many pairs of prompts a run compares; None for one without a subject."""
+    if values.get("prompt"):
         return 1
-    name = run.value("concept")
-    if not name:
-        return None
-    file = run.value("concepts_file")
-    return len(concept(name, file=run.base / file if file else None).pairs)
+    subject = concept_of(values, base)
+    return len(subject.pairs) if subject else None
 
 
 def duration(seconds: float) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from locogen import __version__
 from locogen.catalog import ModelEntry, concept, mini_folder, model_entries, scorer_entry
 from locogen.errors import LocogenError
+from locogen.plan import Concept
 from locogen.studies.digests import digest
 from locogen.studies.notebooks import defaults_of, source_of
 
@@ -55,6 +56,23 @@ def entry_named(model: Any) -> ModelEntry | None:
     return None
 
 
+def concept_of(values: Mapping[str, Any], base: Path) -> Concept | None:
+    """The concept that parameters name; None if they name none, or a prompt replaces it.
+
+    Args:
+        values: Parameters of a notebook.
+        base: The study's folder, where the path of a file of concepts starts.
+
+    Raises:
+        LocogenError: There is no such concept.
+    """
+    name = values.get("concept")
+    if not name or values.get("prompt"):
+        return None
+    file = values.get("concepts_file")
+    return concept(name, file=base / file if file else None)
+
+
 # --- the key of a run ----------------------------------------------------------------------------
 
 
@@ -75,12 +93,10 @@ def run_key(
     parts: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values}
     used = {**defaults_of(notebook), **values}
 
-    # The concept by its content, so that a change in a file of concepts counts. A prompt of the
-    # run's own replaces the concept.
-    name = used.get("concept")
-    if name and not used.get("prompt"):
-        file = used.get("concepts_file")
-        parts["concept"] = repr(concept(name, file=base / file if file else None))
+    # By its content, so that a change in a file of concepts counts.
+    subject = concept_of(used, base)
+    if subject is not None:
+        parts["concept"] = repr(subject)
     for parameter in _WEIGHTS:
         if used.get(parameter):
             parts[parameter] = _weights_hash(str(used[parameter]), base)

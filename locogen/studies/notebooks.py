@@ -104,12 +104,7 @@ def _read(notebook: Path, changed: int) -> dict[str, dict[str, str]]:
 
 def _assignments(source: str) -> Iterator[dict[str, str]]:
     """Each assignment of a cell: name, type as annotated, default as written, and its comment."""
-    # The syntax tree has no comments, so they are found among the tokens, by their line.
-    comments: dict[int, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            comments[token.start[0]] = token.string.lstrip("# ")
-
+    comments = _comments(source)
     for node in ast.parse(source).body:
         if isinstance(node, ast.AnnAssign):
             target = node.target
@@ -127,6 +122,15 @@ def _assignments(source: str) -> Iterator[dict[str, str]]:
             "default": ast.get_source_segment(source, node.value) or "",
             "help": comments.get(node.end_lineno or 0, ""),
         }
+
+
+def _comments(source: str) -> dict[int, str]:
+    """Line → comment: the syntax tree has none, so they are found among the tokens."""
+    comments: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    return comments
 
 
 def defaults_of(notebook: Path) -> dict[str, Any]:

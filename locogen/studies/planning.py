@@ -33,18 +33,19 @@ each of them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import concept, model_entries, read_toml
+from locogen.catalog import model_entries, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
-from locogen.studies.keys import circumstances, commits, entry_named, hashed, run_key
+from locogen.studies.keys import circumstances, commits, concept_of, entry_named, hashed, run_key
 from locogen.studies.notebooks import (
     ARRANGED,
     check_parameters,
@@ -110,7 +111,11 @@ class Planned:
 
     def value(self, name: str) -> Any:
         """A parameter as the notebook will have it: the study's value, or its default."""
-        return {**defaults_of(self.notebook), **self.parameters}.get(name)
+        return self.values().get(name)
+
+    def values(self) -> dict[str, Any]:
+        """All parameters as the notebook will have them."""
+        return {**defaults_of(self.notebook), **self.parameters}
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,10 @@ class _Row:
     title: str
     marks: tuple[str, ...]  # what the lists chose, in words
 
+    def all_values(self) -> dict[str, Any]:
+        """The values as an `[[exclude]]` sees them: with the notebook's name and its defaults."""
+        return {"notebook": self.notebook.stem, **defaults_of(self.notebook), **self.values}
+
 
 def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
     """Read and check a study; no kernel is started.
@@ -147,23 +156,18 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
     path = Path(path).absolute()
     base = path.parent
     study = read_toml(path)
-    _check_form(study, path)
-
-    # A study without tables [[run]] is one run that takes everything from the top.
-    rows: list[_Row] = []
-    for number, block in enumerate(study.get("run") or [{}], 1):
-        try:
-            rows += _rows(study, block, base)
-        except LocogenError as error:
-            raise LocogenError(f"{path}: run {number}: {error}") from None
-    _check_top_parameters(study, rows, path)
-    _check_subjects(rows, path)
-    rows = _without_excluded(rows, study.get("exclude", []), path)
+    with _at(path):
+        _check_form(study)
+        rows = _all_rows(study, base)
+        _check_top_parameters(study, rows, base)
+        _check_subjects(rows, base)
+        rows = _without_excluded(rows, study.get("exclude", []))
+        slugs = _slugs(rows)
 
     results = base / study.get("results", path.stem)
     common = circumstances()
     runs: list[Planned] = []
-    for slug, row in zip(_slugs(rows, path), rows, strict=True):
+    for slug, row in zip(slugs, rows, strict=True):
         run = Planned(
             slug=slug,
             title=_title(row, base),
@@ -180,96 +184,101 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
     return str(study.get("title", path.stem)), results, tuple(runs)
 
 
-def _check_form(study: Mapping[str, Any], path: Path) -> None:
+@contextlib.contextmanager
+def _at(place: object) -> Iterator[None]:
+    """Put the place before the message of an error in the block, so that no check has to know it."""
+    try:
+        yield
+    except LocogenError as error:
+        raise LocogenError(f"{place}: {error}") from None
+
+
+def _check_form(study: Mapping[str, Any]) -> None:
     """Raise `LocogenError` where the file has other keys or types than a study."""
     for key in study:
         if key not in _TOP_KEYS:
-            raise LocogenError(f"{path}: {unknown('key', key, _TOP_KEYS)}")
+            raise unknown("key", key, _TOP_KEYS)
     results = study.get("results", "")
     if not isinstance(results, str):
         raise LocogenError(
-            f"{path}: results is {results!r}: "
+            f"results is {results!r}: "
             'give a folder, seen from the study\'s own, such as results = "out"'
         )
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
-            raise LocogenError(f"{path}: {name} is not a table: begin it with a line [{name}]")
+            raise LocogenError(f"{name} is not a table: begin it with a line [{name}]")
     for name in ("exclude", "run"):
-        if not _is_list_of_tables(study.get(name, [])):
-            consequence = "has no runs: " if name == "run" else ""
-            raise LocogenError(
-                f"{path} {consequence}{name} is not a list of tables: "
-                f"begin each with a line [[{name}]]"
-            )
-    if not study.get("run") and not any(name in study for name in (*_LISTS, "concept", "grid")):
+        _check_tables(name, study.get(name, []))
+    has_lists = any(name in study for name in (*_LISTS, "concept", "grid"))
+    if not has_lists and not study.get("run"):
         raise LocogenError(
-            f'{path} has no runs: add some, each a line [[run]] and a line concept = "…"'
+            'the study has no runs: add some, each a line [[run]] and a line concept = "…"'
         )
 
 
-def _is_list_of_tables(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(table, dict) for table in value)
+def _check_tables(name: str, tables: Any) -> None:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise LocogenError(f"{name} is not a list of tables: begin each with a line [[{name}]]")
 
 
 # --- the product ---------------------------------------------------------------------------------
 
 
+def _all_rows(study: Mapping[str, Any], base: Path) -> list[_Row]:
+    # A study without tables [[run]] is one run that takes everything from the top.
+    blocks = study.get("run") or [{}]
+    rows: list[_Row] = []
+    for number, block in enumerate(blocks, 1):
+        with _at(f"run {number}"):
+            rows += _rows(study, block, base)
+    return rows
+
+
 def _rows(study: Mapping[str, Any], block: Mapping[str, Any], base: Path) -> Iterator[_Row]:
     """Every combination of the lists that a `[[run]]` has or takes from the top."""
-    # What the run's own table sets: it wins over all lists and defaults.
-    fixed: dict[str, Any] = {}
-    for name, value in block.items():
-        if name not in _NOT_PARAMETERS:
-            fixed[name] = plain(value)
+    # What the run's own table sets wins over all lists and defaults.
+    names = block.keys() - set(_NOT_PARAMETERS)
+    fixed = _selected(block, names)
 
     notebooks = _axis("notebook", block, study) or _Axis(["localize"])
     for name in notebooks.values:
         notebook = notebook_file(str(name), base)
-        valid = parameters_of(notebook)
-        defaults: dict[str, Any] = {}
-        for parameter, value in study.get("defaults", {}).items():
-            if parameter in valid:
-                defaults[parameter] = plain(value)
-
-        axes = _axes_of(study, block, notebook, fixed)
+        defaults = _selected(study.get("defaults", {}), parameters_of(notebook))
+        axes = _axes(study, block, notebook)
+        for name in axes.keys() & fixed.keys():
+            del axes[name]
+        listed = [parameter for parameter, axis in axes.items() if axis.is_list]
         for combination in itertools.product(*(axis.values for axis in axes.values())):
-            choice = {name: plain(v) for name, v in zip(axes, combination, strict=True)}
+            choice = plain(dict(zip(axes, combination, strict=True)))
             values = {**defaults, **choice, **fixed}
             check_parameters(values, notebook)
-            listed = [parameter for parameter, axis in axes.items() if axis.is_list]
             yield _named_row(block, notebook, values, listed, notebooks.is_list)
 
 
-def _axes_of(
-    study: Mapping[str, Any],
-    block: Mapping[str, Any],
-    notebook: Path,
-    fixed: Mapping[str, Any],
-) -> dict[str, _Axis]:
+def _selected(table: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """The entries of a table that have one of these names, in plain JSON types."""
+    return {name: plain(value) for name, value in table.items() if name in names}
+
+
+def _axes(study: Mapping[str, Any], block: Mapping[str, Any], notebook: Path) -> dict[str, _Axis]:
     """The parameters that vary in a `[[run]]`: model, concept, and those of the grids."""
     own_grid = block.get("grid", {})
     if not isinstance(own_grid, dict):
         raise LocogenError("grid is not a table: write grid.seeds = [2, 4]")
 
+    # What stands at the top is for those notebooks that have such a parameter. What the run's own
+    # table says must reach its notebook, or else be reported as a mistake.
+    accepted = {*parameters_of(notebook), *own_grid}
+    accepted |= {name for plural, name in _LISTS.items() if name in block or plural in block}
+
     axes: dict[str, _Axis] = {}
-    own_names = set(own_grid)  # what the run's own table says, not the top of the file
     for name in ("model", "concept"):
         axis = _axis(name, block, study)
         if axis is not None:
             axes[name] = axis
-        if name in block or f"{name}s" in block:
-            own_names.add(name)
     for name, values in {**study.get("grid", {}), **own_grid}.items():
         axes[name] = _Axis(_checked_list(name, values), is_list=True)
-
-    # What stands at the top is for those notebooks that have such a parameter. What the run's own
-    # table says must reach its notebook, or else be reported as a mistake.
-    valid = parameters_of(notebook)
-    used: dict[str, _Axis] = {}
-    for name, axis in axes.items():
-        if name not in fixed and (name in valid or name in own_names):
-            used[name] = axis
-    return used
+    return {name: axis for name, axis in axes.items() if name in accepted}
 
 
 def _axis(name: str, block: Mapping[str, Any], study: Mapping[str, Any]) -> _Axis | None:
@@ -338,92 +347,77 @@ def _title(row: _Row, base: Path) -> str:
 
 def _subject(values: Mapping[str, Any], base: Path) -> str:
     """The name of a run's prompt or concept. Raises `LocogenError` for an unknown concept."""
-    if values.get("prompt") or not values.get("concept"):
-        return str(values.get("prompt", ""))
-    file = values.get("concepts_file")
-    return concept(values["concept"], file=base / file if file else None).name
+    subject = concept_of(values, base)
+    return subject.name if subject else str(values.get("prompt", ""))
 
 
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _check_top_parameters(study: Mapping[str, Any], rows: Sequence[_Row], path: Path) -> None:
+def _check_top_parameters(study: Mapping[str, Any], rows: Sequence[_Row], base: Path) -> None:
     """Raise `LocogenError` for a parameter at the top that none of the notebooks has."""
-    notebooks = {row.notebook for row in rows}
     # The notebook at the top counts even where every run has another one.
-    axis = _axis("notebook", {}, study)
-    if axis is not None:
-        notebooks |= {notebook_file(str(name), path.parent) for name in axis.values}
-    valid: set[str] = set()
-    for notebook in notebooks:
-        valid |= set(parameters_of(notebook))
+    top = _axis("notebook", {}, study) or _Axis()
+    notebooks = {notebook_file(str(name), base) for name in top.values}
+    notebooks |= {row.notebook for row in rows}
+    valid: set[str] = set().union(*map(parameters_of, notebooks))
 
     names = [*study.get("defaults", {}), *study.get("grid", {})]
-    for plural, name in _LISTS.items():
-        if name != "notebook" and (plural in study or name in study):
-            names.append(name)
+    names += [name for name in ("model", "concept") if _axis(name, {}, study) is not None]
     for name in names:
         if name in ARRANGED:
-            raise LocogenError(f"{path}: {name} is set by the study itself: leave it out")
+            raise LocogenError(f"{name} is set by the study itself: leave it out")
         if name not in valid:
-            raise LocogenError(f"{path}: {unknown('parameter', name, valid - set(ARRANGED))}")
+            raise unknown("parameter", name, valid - set(ARRANGED))
 
 
-def _check_subjects(rows: Sequence[_Row], path: Path) -> None:
+def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
     """Raise `LocogenError` for a model or a concept that does not exist."""
     for row in rows:
         model = row.values.get("model")
         if isinstance(model, str):
-            _check_model(model, path)
-        try:
-            _subject(row.values, path.parent)
-        except LocogenError as error:
-            raise LocogenError(f"{path}: {error}") from None
+            _check_model(model, base)
+        _subject(row.values, base)
 
 
-def _check_model(model: str, path: Path) -> None:
-    names = [entry.name for entry in model_entries()]
+def _check_model(model: str, base: Path) -> None:
     # With a slash inside it may be an id of the hub, which only the kernel can look up.
-    if "/" not in model and model not in names:
-        raise LocogenError(f"{path}: {unknown('model', model, names)}")
-    if model.startswith((".", "/")) and not (path.parent / model).is_dir():
-        raise LocogenError(f"{path}: there is no folder {path.parent / model} to load a model from")
+    if "/" not in model and entry_named(model) is None:
+        raise unknown("model", model, [entry.name for entry in model_entries()])
+    if model.startswith((".", "/")) and not (base / model).is_dir():
+        raise LocogenError(f"there is no folder {base / model} to load a model from")
 
 
-def _without_excluded(
-    rows: list[_Row], rules: Sequence[Mapping[str, Any]], path: Path
-) -> list[_Row]:
+def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> list[_Row]:
     """The rows that no `[[exclude]]` leaves out; one that leaves out none, or all, is a mistake."""
-    row_values: list[dict[str, Any]] = []
-    for row in rows:
-        defaults = defaults_of(row.notebook)
-        row_values.append({"notebook": row.notebook.stem, **defaults, **row.values})
-    names = {name for values in row_values for name in values}
-
+    values = [row.all_values() for row in rows]
     excluded: set[int] = set()  # positions among the rows
     for number, rule in enumerate(rules, 1):
-        for name in rule:
-            if name not in names:
-                raise LocogenError(f"{path}: exclude {number}: {unknown('key', name, names)}")
-        matching = {i for i, values in enumerate(row_values) if _matches(values, rule)}
-        # A rule without conditions matches every run: it was surely not meant so.
-        if not rule or not matching:
-            raise LocogenError(
-                f"{path}: exclude {number} leaves nothing out: no run has {rule or 'no condition'}"
-            )
-        excluded |= matching
+        with _at(f"exclude {number}"):
+            excluded |= _matching(rule, values)
     if len(excluded) == len(rows):
-        raise LocogenError(f"{path} has no runs: its exclusions leave out all {len(rows)}")
-    return [row for i, row in enumerate(rows) if i not in excluded]
+        raise LocogenError(
+            f"the study has no runs: its exclusions leave out all {len(rows)}, so take one out"
+        )
+    return [row for position, row in enumerate(rows) if position not in excluded]
 
 
-def _matches(values: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
-    """Whether all of a rule is true of a run; a list in it means any of these."""
+def _matching(rule: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The positions of the rows of which all of a rule is true; a list in it means any of these."""
+    names: set[str] = set().union(*rows)
+    matching = set(range(len(rows)))
     for name, condition in rule.items():
+        if name not in names:
+            raise unknown("key", name, names)
         accepted = condition if isinstance(condition, list) else [condition]
-        if values.get(name) not in accepted:
-            return False
-    return True
+        matching = {position for position in matching if rows[position].get(name) in accepted}
+
+    # A rule without conditions matches every run: surely it is not meant so.
+    if not rule or not matching:
+        raise LocogenError(
+            f"it leaves nothing out: no run has {rule or 'no condition'}; change it or take it out"
+        )
+    return matching
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -442,7 +436,7 @@ def slugify(name: str) -> str:
     return slug
 
 
-def _slugs(rows: Sequence[_Row], path: Path) -> list[str]:
+def _slugs(rows: Sequence[_Row]) -> list[str]:
     """A slug for each run; of several that are alike, the first keeps it, others get a short hash."""
     slugs: list[str] = []
     contents: set[str] = set()
@@ -450,8 +444,7 @@ def _slugs(rows: Sequence[_Row], path: Path) -> list[str]:
         content = hashed([row.name, row.notebook, row.values])
         if content in contents:
             raise LocogenError(
-                f"{path}: run {number} ({row.name}) is there twice: "
-                "change a parameter or take it out"
+                f"run {number} ({row.name}) is there twice: change a parameter or take it out"
             )
         contents.add(content)
         slug = slugify(row.name)

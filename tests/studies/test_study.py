@@ -459,7 +459,7 @@ BAD = {
     "unknown concept": ('[[run]]\nconcept = "mini/nen"', "no concept 'mini/nen': did you mean 'mini/neon'"),
     "unknown model": ('[[run]]\nmodel = "minni"', "no model 'minni': did you mean 'mini'"),
     "no runs": ("", "has no runs: add some"),
-    "runs that are none": ("run = 3", "has no runs"),
+    "runs that are none": ("run = 3", "run is not a list of tables"),
     "unknown key": ("runs = 3", "no key 'runs': did you mean 'run'"),
     "defaults that are none": ("defaults = 3\n[[run]]\nseeds = 1", "defaults is not a table"),
     "twice the same": ("[[run]]\nseeds = 1\n[[run]]\nseeds = 1\n[[run]]\nseeds = 1", "is there twice"),
