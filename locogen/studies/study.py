@@ -20,12 +20,12 @@ from locogen.errors import LocogenError, unknown
 from locogen.files import load_json, locked, remove_leftovers, write_json, writing
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned, read_study
+from locogen.studies.worker import Outcome, first_line, give_up, run_one
 
-# A plan should appear at once: papermill, rich and Dask are imported when runs are started.
+# A plan should appear at once: rich, papermill and Dask are imported when runs are started.
 if TYPE_CHECKING:
     from locogen.studies.engines import Engine
     from locogen.studies.progress import Board
-    from locogen.studies.worker import Outcome
 
 __all__ = ["StudyFailed", "read_study", "run_study"]
 
@@ -99,15 +99,27 @@ def run_study(
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """A run that was asked for, and whether it has to be done."""
+
+    run: Planned
+    state: str  # before anything was started
+    is_todo: bool
+
+
+@dataclass(frozen=True)
 class _Plan:
-    """The runs of a study that were asked for, and those of them that are to be done."""
+    """The runs of a study that were asked for, and what runs like them have cost."""
 
     title: str
     results: Path
-    selection: Sequence[Planned]
-    states: Mapping[str, str]  # slug → state before anything was started
-    todo: Sequence[Planned]
+    entries: Sequence[_Entry]
     costs: Costs
+
+    @property
+    def todo(self) -> list[Planned]:
+        """The runs that have to be done."""
+        return [entry.run for entry in self.entries if entry.is_todo]
 
 
 def _select(runs: Sequence[Planned], only: str | Iterable[str] | None) -> list[Planned]:
@@ -122,26 +134,27 @@ def _select(runs: Sequence[Planned], only: str | Iterable[str] | None) -> list[P
 
 
 def _plan(
-    title: str, results: Path, selection: Sequence[Planned], force: bool, retry_failed: bool
+    title: str, results: Path, runs: Sequence[Planned], force: bool, retry_failed: bool
 ) -> _Plan:
-    skipped: set[str] = set()  # states of runs that stay as they are
-    if not force:
-        skipped.add("done")
-        if not retry_failed:
-            skipped.add("failed")
-    states = {run.slug: run.state for run in selection}
-    todo = [run for run in selection if states[run.slug] not in skipped]
-    return _Plan(title, results, selection, states, todo, Costs(results))
+    repeated = {"new", "outdated"}
+    if retry_failed:
+        repeated |= {"failed"}
+    if force:
+        repeated |= {"failed", "done"}
+    entries: list[_Entry] = []
+    for run in runs:
+        state = run.state
+        entries.append(_Entry(run, state, is_todo=state in repeated))
+    return _Plan(title, results, entries, Costs(results))
 
 
 def _failed_before(plan: _Plan) -> dict[str, str]:
     """Slug → error of the runs that failed in an earlier call and are not tried again."""
-    slugs = {run.slug for run in plan.todo}
     errors: dict[str, str] = {}
-    for run in plan.selection:
-        if run.slug not in slugs and plan.states[run.slug] == "failed":
-            message = str(load_json(run.folder / "error.json").get("error", "")).strip()
-            errors[run.slug] = (message.splitlines() or ["it did not say why"])[0]
+    for entry in plan.entries:
+        if entry.state == "failed" and not entry.is_todo:
+            record = load_json(entry.run.folder / "error.json")
+            errors[entry.run.slug] = first_line(str(record.get("error", "")))
     return errors
 
 
@@ -165,45 +178,43 @@ def _summary(total: int, failed: Mapping[str, str], failed_before: Mapping[str, 
 
 def _show_plan(plan: _Plan) -> None:
     """Print the runs, their states, and what they will cost as far as that can be estimated."""
-    count = len(plan.selection)
-    print(f"{plan.title}: {count} runs, {len(plan.todo)} to do, into {plan.results}", flush=True)
-    slugs = {run.slug for run in plan.todo}
-    width = max(len(run.slug) for run in plan.selection)
-    for run in plan.selection:
-        state = plan.states[run.slug]
-        columns = [f"{run.slug:{width}}", state]
-        if run.slug in slugs:
-            if state in ("done", "failed"):
-                columns[-1] += " (again)"
-            cost = _cost(run, plan.costs)
-            if cost:
-                columns.append(cost)
-        print(f"  {'  '.join(columns)}", flush=True)
-    if plan.todo:
+    todo = plan.todo
+    count = len(plan.entries)
+    print(f"{plan.title}: {count} runs, {len(todo)} to do, into {plan.results}", flush=True)
+    width = max(len(entry.run.slug) for entry in plan.entries)
+    for entry in plan.entries:
+        line = f"  {entry.run.slug:{width}}  {entry.state}"
+        if entry.is_todo:
+            if entry.state in ("done", "failed"):
+                line += " (again)"
+            line += _cost(entry.run, plan.costs)
+        print(line, flush=True)
+    if todo:
         print(_totals(plan), flush=True)
 
 
 def _cost(run: Planned, costs: Costs) -> str:
-    """The pictures and the time of a run, as far as they are known."""
+    """The pictures and the time of a run as the last column of its line, as far as known."""
     parts: list[str] = []
     pictures = costs.pictures(run)
-    seconds = costs.seconds(run)
     if pictures:
         parts.append(f"{pictures} pictures")
+    seconds = costs.seconds(run)
     if seconds:
         parts.append(f"about {duration(seconds)}")
-    return ", ".join(parts)
+    return f"  {', '.join(parts)}" if parts else ""
 
 
 def _totals(plan: _Plan) -> str:
     """The pictures to make in all, those that the store holds, and the time in one worker."""
-    each = [plan.costs.pictures(run) for run in plan.todo]
+    todo = plan.todo
+    each = [plan.costs.pictures(run) for run in todo]
     counts = [count for count in each if count is not None]
     unknown_runs = len(each) - len(counts)
     more = f" and those of {unknown_runs} more runs, not yet known" if unknown_runs else ""
 
     stored = len(list((plan.results / "store").glob("*.png")))
-    seconds = plan.costs.left(plan.todo, 1)
+    seconds = plan.costs.left(todo, 1)
     time = "no run like these has been timed yet"
     if seconds is not None:
         time = f"about {duration(seconds)} in one worker"
@@ -223,18 +234,19 @@ def _started(
     from locogen.studies.progress import Board
 
     try:
-        with silence(), opened(name, plan.todo, workers, scheduler) as engine:
+        todo = plan.todo
+        with silence(), opened(name, todo, workers, scheduler) as engine:
             count = engine.workers or "no worker yet, so none"
             threads = f" (threads of each: {engine.threads})" if engine.threads else ""
             print(f"{name}: {count} at once{threads}", flush=True)
-            with Board(plan.results, plan.todo, engine.workers, plan.costs) as board:
+            with Board(plan.results, todo, engine.workers, plan.costs) as board:
                 yield board, engine
     finally:
         # A Dask worker that was stopped in the middle could not do it itself.
         remove_leftovers(plan.results)
 
 
-_Waiting = dict["Future[Outcome]", Planned]  # what is at work, in the order of the plan
+_Waiting = dict[Future[Outcome], Planned]  # what is at work, in the order of the plan
 
 
 def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dict[str, str]:
@@ -266,8 +278,6 @@ def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dic
 
 
 def _submit(plan: _Plan, engine: Engine) -> _Waiting:
-    from locogen.studies.worker import run_one
-
     return {engine.executor.submit(run_one, run, engine.threads): run for run in plan.todo}
 
 
@@ -283,8 +293,6 @@ def _ended(waiting: _Waiting, engine: Engine) -> Iterator[tuple[Planned, Outcome
 
 def _outcome(future: Future[Outcome], run: Planned, engine: Engine) -> Outcome:
     """What became of a run; if all workers that tried it died, it has failed."""
-    from locogen.studies.worker import give_up
-
     try:
         return future.result()
     except engine.lost:
