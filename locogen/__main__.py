@@ -76,7 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_ENGINES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("study", type=Path, metavar="STUDY.toml")
+    run.add_argument(
+        "study",
+        type=Path,
+        metavar="STUDY.toml",
+        help="its notebooks, models, concepts and parameters; results go to a folder next to it",
+    )
     run.add_argument("--force", action="store_true", help="also repeat finished runs")
     run.add_argument(
         "--only", action="append", metavar="SLUG", help="only this run (can be repeated)"
@@ -111,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="make the pages of a study's results")
-    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the study's results folder")
     report.add_argument(
         "--open", action="store_true", help="show them in a browser, if there is a display"
     )

@@ -159,7 +159,7 @@ class Bars:
             transient=True,
         )
         self.total = total
-        self.all = self.progress.add_task("all", total=total, state="")
+        self.all = self.progress.add_task("all", total=total, state=f"0/{total} runs")
         self.runs: dict[str, TaskID] = {}
 
     def show(self, running: Mapping[str, RunProgress], done: int, remaining: str) -> None:
