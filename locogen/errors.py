@@ -28,7 +28,7 @@ class LocogenError(Exception):
         return [*report, "(the whole traceback: %tb Verbose)"]
 
     def _line_of_the_cell(self) -> str:
-        """The innermost line that the person has written, not the package; empty if there is none."""
+        """The innermost line that the person has written, not the package; empty if unknown."""
         place = ""
         for frame, number in traceback.walk_tb(self.__traceback__):
             if frame.f_globals.get("__name__") == "__main__":

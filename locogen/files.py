@@ -39,7 +39,8 @@ def writing(folder: Path) -> Iterator[None]:
         folder: Where files are written, for the message.
 
     Raises:
-        CannotWrite: The disk is full, or it is not permitted to write there. Other errors pass unchanged.
+        CannotWrite: The disk is full, or it is not permitted to write there. Other errors pass
+            unchanged.
     """
     try:
         yield
@@ -176,7 +177,7 @@ def remove_leftovers(results: Path) -> None:
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of ours. A damaged or missing one counts as empty, so its run is repeated."""
+    """Read a JSON file of ours; a damaged or missing one is empty, so that its run is repeated."""
     try:
         content = json.loads(path.read_text(encoding=ENCODING))
     except (OSError, ValueError, RecursionError):

@@ -1,7 +1,9 @@
-"""Hashes of large files, remembered by size and times: a plan of several models appears at once, not after minutes.
+"""Hashes of large files, remembered by size and times.
 
-They are kept for this user, outside of results and models: in `LOCOGEN_CACHE`, else `XDG_CACHE_HOME/locogen`, else
-`~/.cache/locogen`. Without such a place, or with a damaged file there, everything is hashed as if for the first time.
+A plan of several large models then appears at once, not after minutes. The hashes are kept for this
+user, outside of results and models: in `LOCOGEN_CACHE`, else `XDG_CACHE_HOME/locogen`, else
+`~/.cache/locogen`. Without such a place, or with a damaged file there, everything is hashed as if
+for the first time.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ def digest(file: Path) -> str:
     """The SHA-256 of a file's content.
 
     Args:
-        file: Read again only when its size, its times of change or its place on the disk differ from
-            those that are remembered.
+        file: Read again only when its size, its times of change or its place on the disk differ
+            from those that are remembered.
 
     Returns:
         The hash as hexadecimal digits.
@@ -67,8 +69,8 @@ def _hashed(file: Path) -> str:
 def _remember(name: str, entry: list[int | str]) -> None:
     """Add a file, and forget those that are gone.
 
-    No lock: of two processes that write at once, one's entry may be lost, and its file is then hashed
-    again. The memory itself is never damaged.
+    No lock: of two processes that write at once, one's entry may be lost, and its file is then
+    hashed again. The memory itself is never damaged.
     """
     memory = _memory_file()
     entries = {file: value for file, value in load_json(memory).items() if Path(file).exists()}

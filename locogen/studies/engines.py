@@ -1,7 +1,8 @@
-"""Where runs are executed: an engine is a plain `concurrent.futures.Executor` with a number of workers.
+"""Where runs are executed: an engine is a `concurrent.futures.Executor` and a number of workers.
 
-`serial` and `processes` are threads, each of which waits for one kernel: a kernel is a process of its own, and if it is
-killed it takes nothing with it. `dask` gives the same function to Dask's workers, on this machine or on many.
+`serial` and `processes` are threads, each of which waits for one kernel: a kernel is a process of
+its own, and if it is killed it takes nothing with it. `dask` gives the same function to Dask's
+workers, on this machine or on many.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def opened(
         The engine.
 
     Raises:
-        LocogenError: The engine is unknown, Dask is not installed, or its scheduler does not answer.
+        LocogenError: The engine is unknown, Dask is not installed, or its scheduler does not
+            answer.
     """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
@@ -104,7 +106,7 @@ def _use(runs: Sequence[Planned], *devices: str) -> bool:
 
 @contextlib.contextmanager
 def _threads(count: int, gpus: Sequence[str]) -> Iterator[Executor]:
-    """A thread for each kernel, with a GPU each; shared in turn if there are more kernels than GPUs."""
+    """A thread for each kernel, with a GPU each; if there are fewer GPUs, kernels share them."""
     claim = None
     if gpus:
         free: SimpleQueue[str] = SimpleQueue()
@@ -241,6 +243,6 @@ def _memory(run: Planned) -> float:
     folder = entry.folder if entry else run.base / str(name)
     if folder is None or not folder.is_dir():
         return 12 * _GIB  # a model of the hub, whose size is not known
-    # The factor leaves room for copies while weights are loaded, and for what is computed with them.
+    # The factor leaves room for copies while weights are loaded, and for what they compute.
     weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     return libraries + 2.5 * weights

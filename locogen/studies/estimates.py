@@ -1,4 +1,4 @@
-"""What a study will cost: pictures are counted where a plan can be made, seconds estimated from finished runs."""
+"""What a study will cost: pictures are counted from plans, seconds estimated from finished runs."""
 
 from __future__ import annotations
 

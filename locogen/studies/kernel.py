@@ -1,7 +1,8 @@
-"""One notebook in one kernel: executed into a folder by papermill, for as long as that folder exists.
+"""One notebook in one kernel: executed into a folder by papermill, while that folder exists.
 
-The kernel is always the interpreter that runs this, whatever kernels are installed; it works in the folder that the
-executed notebook is written to. Whoever deletes the folder stops the kernel, from any process or machine.
+The kernel is always the interpreter that runs this, whatever kernels are installed. It works in the
+folder that the executed notebook is written to. Whoever deletes the folder stops the kernel, from
+any process or machine.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def execute(
 ) -> Failure | None:
     """Execute a notebook in a new kernel, which has ended when this returns or raises.
 
-    The kernel also ends as soon as the folder is deleted. The notebook has then failed, or papermill
-    raises because it cannot write it.
+    The kernel also ends as soon as the folder is deleted. The notebook has then failed, or
+    papermill raises because it cannot write it.
 
     Args:
         notebook: What to execute.

@@ -1,4 +1,4 @@
-"""What a result depends on, in one hash: a finished run is skipped for as long as its hash stays the same."""
+"""What a result depends on, in one hash: a finished run is skipped while its hash is the same."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hashed(value: Any) -> str:
 
 
 def circumstances() -> dict[str, Any]:
-    """What every run of a study depends on: the code that notebooks reach, and the versions used."""
+    """What all runs of a study depend on: the code that notebooks reach, and the versions used."""
     return {"code": _code_hash(), "versions": versions()}
 
 
@@ -104,7 +104,7 @@ def run_key(
 
 
 def _code_hash() -> str:
-    """The hash of what a notebook can reach: not the command line, studies, pages, or the trainer."""
+    """The hash of what a notebook can reach: no command line, studies, pages, or trainer."""
     texts = [__version__]
     for file in sorted(_PACKAGE.rglob("*.py")):
         if file.relative_to(_PACKAGE).parts[0] not in _UNREACHED:
@@ -134,7 +134,7 @@ def _weights_hash(name: str, base: Path) -> list[Any]:
 
 @functools.cache
 def _digest(file: Path, changed: int) -> str:
-    """The hash of a file's content. `changed` makes Python's cache forget a file that was written."""
+    """The hash of a file's content; with `changed`, the cache forgets a file that was written."""
     return digest(file)
 
 

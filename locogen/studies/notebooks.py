@@ -1,4 +1,4 @@
-"""What a notebook takes: find it, read its parameters without starting a kernel, check values against them."""
+"""What a notebook takes: find it, read its parameters without a kernel, and check values."""
 
 from __future__ import annotations
 

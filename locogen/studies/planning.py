@@ -1,7 +1,7 @@
 """What a study asks for: from a TOML file to a list of runs, all checked, no kernel started.
 
     title = "Where two models keep styles"
-    notebook = "localize"               # of locogen's notebooks, or a path from here, such as "mine.ipynb"
+    notebook = "localize"               # of locogen's, or a path from here: "mine.ipynb"
     models = ["mini", "./my-model"]     # names, hub ids, or folders from here
     concepts = ["mini/neon", "mini/van-gogh"]
     [grid]                              # parameters of the notebook, each with the values to try
@@ -12,9 +12,9 @@
     model = "./my-model"
     window = 1
 
-Runs are the product of the lists: `notebooks`, `models`, `concepts` and the grid. A single value is written without
-a list, as `notebook`, `model`, `concept`. Tables `[[run]]` replace the product: each has its own parameters and lists,
-and takes from the top of the file what it does not set itself:
+Runs are the product of the lists: `notebooks`, `models`, `concepts` and the grid. A single value is
+written without a list, as `notebook`, `model`, `concept`. Tables `[[run]]` replace the product: each
+has its own parameters and lists, and takes from the top of the file what it does not set itself:
 
     [[run]]
     concepts = ["mini/neon", "mini/van-gogh"]
@@ -25,10 +25,10 @@ and takes from the top of the file what it does not set itself:
     concept = "mini/neon"
     grid.ridge = [0.01, 0.1]
 
-Results go to a folder next to the study, of the same name (reports/mini.toml: reports/mini/), each run to its own
-folder there. Values that come from a list are part of the folders' names, so that a list can grow and no finished run
-has to be repeated. A notebook gets those lists and defaults whose parameters it has; at least one notebook must have
-each of them.
+Results go to a folder next to the study, of the same name (reports/mini.toml: reports/mini/), each
+run to its own folder there. Values that come from a list are part of the folders' names, so that a
+list can grow and no finished run has to be repeated. A notebook gets those lists and defaults whose
+parameters it has; at least one notebook must have each of them.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
 
 @contextlib.contextmanager
 def _at(place: object) -> Iterator[None]:
-    """Put the place before the message of an error in the block, so that no check has to know it."""
+    """Put the place before the message of an error, so that no check has to know it."""
     try:
         yield
     except LocogenError as error:
@@ -424,7 +424,7 @@ def _matching(rule: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> set
 
 
 def slugify(name: str) -> str:
-    """A folder name that is safe on every system: lower-case letters of any script, digits, hyphens."""
+    """A folder name for any system: lower-case letters of any script, digits, hyphens."""
     text = unicodedata.normalize("NFKC", name).lower()
     words = "".join(c if c.isalnum() else " " for c in text).split()
     slug = "-".join(words)[:60].rstrip("-")
@@ -437,7 +437,7 @@ def slugify(name: str) -> str:
 
 
 def _slugs(rows: Sequence[_Row]) -> list[str]:
-    """A slug for each run; of several that are alike, the first keeps it, others get a short hash."""
+    """A slug for each run; where several are alike, all but the first get a short hash."""
     slugs: list[str] = []
     contents: set[str] = set()
     for number, row in enumerate(rows, 1):

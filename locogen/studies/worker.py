@@ -1,6 +1,7 @@
-"""One run of a study, from its parameters to its published folder; in this process or in a remote worker.
+"""One run of a study, from its parameters to its published folder; also in a remote worker.
 
-A run works in a folder `.partial-…`, which becomes the run's folder when everything in it is complete.
+A run works in a folder `.partial-…`, which becomes the run's folder when everything in it is
+complete.
 """
 
 from __future__ import annotations
