@@ -13,8 +13,9 @@
     window = 1
 
 Runs are the product of the lists: `notebooks`, `models`, `concepts` and the grid. A single value is
-written without a list, as `notebook`, `model`, `concept`. Tables `[[run]]` replace the product: each
-has its own parameters and lists, and takes from the top of the file what it does not set itself:
+written without a list, as `notebook`, `model`, `concept`. Tables `[[run]]` replace the product:
+each has its own parameters and lists, and takes from the top of the file what it does not set
+itself:
 
     [[run]]
     concepts = ["mini/neon", "mini/van-gogh"]

@@ -1,8 +1,8 @@
 """Studies: notebooks run for many models and concepts, resumed, each run published whole or not.
 
-`locogen.studies.planning` says what a study file may hold. A finished run is skipped while its `key`
-is the same: the hash of notebook, parameters, concept, weights (model, own scorer) and code. A
-failed run leaves `error.json`, and is not tried again until somebody asks for it.
+`locogen.studies.planning` says what a study file may hold. A finished run is skipped while its
+`key` is the same: the hash of notebook, parameters, concept, weights (model, own scorer) and code.
+A failed run leaves `error.json`, and is not tried again until somebody asks for it.
 """
 
 from __future__ import annotations
