@@ -205,18 +205,24 @@ def visible_gpus() -> list[str]:
 
     The driver's tool is asked and not torch, whose import takes seconds.
     """
-    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if variable is not None:
-        return [gpu.strip() for gpu in variable.split(",") if gpu.strip()]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        names = _all_gpus().replace("\n", ",")
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _all_gpus() -> str:
+    """The names of the machine's GPUs, a line each; empty if there are none, or no working driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return []
+        return ""
+    # By their unique ids: numbers would mean others as soon as some GPUs are hidden.
     command = [tool, "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):  # a driver that does not work
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def fit_at_once(runs: Sequence[Planned], gpus: int) -> int:

@@ -203,15 +203,13 @@ def _python_path() -> str:
 
     Made absolute, since the kernel works in another folder.
     """
-    entries: list[str] = []
-    for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep):
-        if entry:
-            entries.append(str(Path(entry).absolute()))
+    entries = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    paths = [str(Path(entry).absolute()) for entry in entries]
     # An installed locogen is found anyway, and its folder would put all else there first.
     home = _PACKAGE.parent
     if home.name not in ("site-packages", "dist-packages"):
-        entries.append(str(home))
-    return os.pathsep.join(dict.fromkeys(entries))
+        paths.append(str(home))
+    return os.pathsep.join(dict.fromkeys(paths))
 
 
 def _literal(path: Path) -> str:

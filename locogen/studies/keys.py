@@ -148,16 +148,12 @@ def commits(notebook: Path, values: Mapping[str, Any]) -> dict[str, str]:
     that reason.
     """
     used = {**defaults_of(notebook), **values}
-    present: dict[str, str] = {}
-    for parameter in _WEIGHTS:
-        name = used.get(parameter)
-        if not name:
-            continue
-        sources = _scorer_sources(str(name)) if parameter == "scorer" else _model_sources(str(name))
-        commit = _cached_commit(sources)
-        if commit:
-            present[parameter] = commit
-    return present
+    sources = {
+        "model": _model_sources(str(used.get("model") or "")),
+        "scorer": _scorer_sources(str(used.get("scorer") or "")),
+    }
+    present = {parameter: _cached_commit(ids) for parameter, ids in sources.items()}
+    return {parameter: commit for parameter, commit in present.items() if commit}
 
 
 def _model_sources(name: str) -> list[tuple[str, str]]:
@@ -170,9 +166,10 @@ def _model_sources(name: str) -> list[tuple[str, str]]:
 
 
 def _scorer_sources(name: str) -> list[tuple[str, str]]:
-    if "/" in name:
+    if not name or "/" in name:
         return _hub_id(name)
-    with contextlib.suppress(LocogenError):  # a folder, of which the catalog knows nothing
+    # The name of a folder, which the catalog does not know, has no source on the hub.
+    with contextlib.suppress(LocogenError):
         entry = scorer_entry(name)
         return [(entry.id, entry.revision)]
     return []

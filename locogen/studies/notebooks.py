@@ -43,10 +43,10 @@ def notebook_file(name: str, base: Path) -> Path:
         if not (base / name).is_file():
             raise LocogenError(f"there is no notebook {base / name}")
         return base / name
-    files: dict[str, Path] = {}
-    for folder in (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks"):  # in a wheel, a checkout
-        for file in folder.glob("*.ipynb"):
-            files[file.stem] = file
+    # In a wheel they lie within the package, in a checkout next to it.
+    inside = (_PACKAGE / "notebooks").glob("*.ipynb")
+    outside = (_PACKAGE.parent / "notebooks").glob("*.ipynb")
+    files = {file.stem: file for file in (*inside, *outside)}
     if name not in files:
         raise unknown("notebook", name, files)
     return files[name]
