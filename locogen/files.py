@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -96,6 +97,11 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 # --- folders of runs -----------------------------------------------------------------------------
+
+
+def data_uri(content: bytes, mime: str = "image/png") -> str:
+    """An address that holds the file itself, for pictures inside of HTML."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def publish(partial: Path, folder: Path) -> None:
