@@ -17,14 +17,13 @@ from urllib.parse import quote
 
 from locogen.errors import LocogenError
 from locogen.files import ENCODING
-from locogen.plan import Window
+from locogen.plan import KINDS, Window
 from locogen.studies.records import Record, read_record
 from locogen.views.tables import findings
 
 if TYPE_CHECKING:
     import pandas as pd
 
-KINDS = ("style", "object", "fact")
 TABLES = (
     *("pictures", "effects", "evaluation", "summary", "grid", "neurons", "changes"),
     *("localizers", "agreement", "sides", "trace"),
