@@ -1,5 +1,6 @@
 """Every engine does the same work, tells how far it is, and survives `kill -9` of any of its processes."""
 
+import errno
 import io
 import json
 import os
@@ -245,6 +246,14 @@ def test_a_kernel_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "gone" / "progress.json"))
     beat.add(1)
     assert read_progress(tmp_path / "gone") == (0, 0)
+
+    def is_full(*about: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
+    monkeypatch.setattr(os, "replace", is_full)
+    beat.add(1)
+    assert read_progress(tmp_path) == (3, 7), "a full disk stops no pictures"
 
 
 def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None:
