@@ -20,7 +20,7 @@ from locogen.interventions import prompts, states
 from locogen.interventions.clamping import clamp
 from locogen.interventions.prompts import generators, intervene, record
 from locogen.interventions.states import find_states, restoring
-from locogen.localization.attention import attention_contribution, listening
+from locogen.localization.attention import attention_contribution, measuring_contributions
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.localize import localize
 from locogen.models.families import encode, family_of
@@ -318,7 +318,7 @@ def contexts_of(pipe):
     if not family_of(pipe).joint_attention:
         every = tuple(range(len(find_states(pipe))))
         opened["restoring"] = (lambda: restoring(pipe, [(0, ()), (0, every)]), plain)
-        opened["listening"] = (lambda: listening(pipe, [(1,), (1, 2)]), plain)
+        opened["listening"] = (lambda: measuring_contributions(pipe, [(1,), (1, 2)]), plain)
     return opened
 
 

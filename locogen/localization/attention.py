@@ -1,34 +1,46 @@
-"""Attention contribution: rank layers by what the concept's tokens write into the picture, in one run."""
+"""Attention contribution: rank layers by what the concept's tokens write into the picture.
+
+The idea: each layer is run a second time, with the values of all tokens but one set to zero. What
+it then puts out beyond its output for no values at all is that token's part, whichever way the
+layer computes attention. One run of the pipeline measures all layers, and nothing is scored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from locogen import stats
-from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
-from locogen.localization.effects import estimates
-from locogen.localization.localize import source_of
+from locogen.localization.effects import ALPHA, effects_table, estimates
+from locogen.models.defaults import settings_for
 from locogen.models.families import family_of, subject_occurrences, warn_unread
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import subject_in
-from locogen.pictures.batches import Texts, called, halved
+from locogen.pictures.batches import Texts, call_pipeline, halved_batch_size
 from locogen.plan import Concept, Intervention, Settings, Window, distinct_seeds, windows
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+Array = np.ndarray[Any, Any]
 METHOD = "attention contribution"
-ALPHA = 0.05
+
+
+class _Row(NamedTuple):
+    """One prompt under one seed, and the positions of the concept's tokens in it."""
+
+    prompt: str
+    tokens: tuple[int, ...]
+    seed: int
 
 
 def attention_contribution(
@@ -42,290 +54,357 @@ def attention_contribution(
     batch_size: int = 32,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """What the concept's tokens write in each layer: a table, one row a prompt, seed and layer.
+    """Measure what the concept's tokens write in each layer.
 
-    `contribution`: the norm of W_o(A[:, token] V[token]), averaged over queries, over the subject's tokens and over all
-    denoising steps, in the conditional rows (after Zarei et al. 2025, arXiv 2505.18832); the heads are summed by W_o,
-    as the layer itself does it. In units of the layer's output, which layers of other width or resolution do not share
-    (it was made for transformers of equal blocks); nothing is scored, and no picture is decoded.
-    `subject`: as in `causal_trace`; other arguments as in `localize`. Columns: concept kind prompt seed layer
-    contribution. Raises `LocogenError` for a prompt without its subject and for fused projections.
+    The contribution is the norm of W_o(A[:, token] V[token]), averaged over queries, over the
+    subject's tokens and over all denoising steps, in the conditional rows (after Zarei et al. 2025,
+    arXiv 2505.18832). Heads are summed by W_o, as the layer itself does it. It is in units of the
+    layer's output, which layers of different width or resolution do not share: the method was made
+    for transformers of equal blocks. No picture is decoded or scored.
+
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: What to look for.
+        subject: The words whose tokens are measured; None: the concept's name, or the words that
+            the target exchanges.
+        seeds: Random seeds; every prompt is run with each of them.
+        num_inference_steps: Denoising steps; None: the catalog's number for this model.
+        guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
+        batch_size: Prompts run at once.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A table, one row for each prompt, seed and layer, with the columns concept, kind, prompt,
+        seed, layer and contribution.
+
+    Raises:
+        LocogenError: For a prompt without its subject, for fused projections, and for weights of
+            8 bits or offloaded layer by layer.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> cat = Concept("cat", "object", (PromptPair("a picture of a cat", "a picture"),))
+        >>> few = {"seeds": [0], "num_inference_steps": 1, "guidance_scale": 1.0}
+        >>> table = attention_contribution(pipe, cat, progress=False, **few)
+        >>> len(table), table["layer"].nunique(), set(table["prompt"])
+        (16, 16, {'a picture of a cat'})
     """
     from tqdm import tqdm
 
     check_apart(pipe, "attention contribution")
-    usual = usual_settings(source_of(pipe))
-    steps = usual["num_inference_steps"] if num_inference_steps is None else num_inference_steps
-    guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
-    chosen = Settings(steps, float(guidance), batch_size)
-    drawn = distinct_seeds(seeds)
+    settings = settings_for(
+        pipe,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+    )
+    rows = _rows_of(pipe, concept, subject, distinct_seeds(seeds))
     warn_unread(pipe, (pair.prompt for pair in concept.pairs))
-    rows = []
-    for pair in concept.pairs:
-        occurrences = subject_occurrences(pipe, pair.prompt, subject or subject_in(concept, pair))
-        every = tuple(place for words in occurrences for place in words)
-        rows += [(pair.prompt, every, seed) for seed in drawn]
-    found: list[Any] = []
-    start, size = 0, batch_size
-    with tqdm(
-        total=len(rows), unit=" runs", desc="listening", disable=not progress, mininterval=0.5
-    ) as bar:
+
+    parts: list[Array] = []
+    start = 0
+    size = batch_size
+    bar = tqdm(
+        total=len(rows), unit=" runs", desc="measuring", disable=not progress, mininterval=0.5
+    )
+    with bar:
         while start < len(rows):
             batch = rows[start : start + size]
             try:
-                found.append(_measured(pipe, batch, chosen))
+                parts.append(measure_batch(pipe, batch, settings))
             except Exception as error:
-                size = halved(pipe, error, size)
+                size = halved_batch_size(pipe, error, size, stacklevel=3)
                 continue
             start += len(batch)
             bar.update(len(batch))
-    return _long(concept, rows, np.concatenate(found))
+    return _long_table(concept, rows, np.concatenate(parts))
 
 
-def _measured(pipe: Any, rows: Sequence[tuple[str, tuple[int, ...], int]], chosen: Settings) -> Any:
+def _rows_of(pipe: Any, concept: Concept, subject: str | None, seeds: Sequence[int]) -> list[_Row]:
+    """Each prompt under each seed, with the tokens of every occurrence of the subject."""
+    rows = []
+    for pair in concept.pairs:
+        words = subject or subject_in(concept, pair)
+        occurrences = subject_occurrences(pipe, pair.prompt, words)
+        tokens = tuple(token for occurrence in occurrences for token in occurrence)
+        rows += [_Row(pair.prompt, tokens, seed) for seed in seeds]
+    return rows
+
+
+def measure_batch(pipe: Any, rows: Sequence[_Row], settings: Settings) -> Array:
     """Contributions of one batch, (rows, layers)."""
     import torch
 
-    plan = [Intervention(prompt, prompt, (), seed) for prompt, _, seed in rows]
-    told = Texts(pipe, plan).arguments([row.prompt for row in plan])
-    with listening(pipe, [at for _, at, _ in rows]) as said:
-        called(pipe, plan, told, chosen, output_type="latent")
-    by_layer = []
-    for steps in said.values():
-        on_device = torch.stack(steps)  # (calls, rows)
-        by_layer.append(np.mean(on_device.cpu().numpy(), axis=0))
-    return np.stack(by_layer, axis=1)
+    plan = [Intervention(row.prompt, row.prompt, (), row.seed) for row in rows]
+    arguments = Texts(pipe, plan).arguments([row.prompt for row in rows])
+    with measuring_contributions(pipe, [row.tokens for row in rows]) as by_layer:
+        call_pipeline(pipe, plan, arguments, settings, output_type="latent")
+    means = []
+    for calls in by_layer.values():
+        values = torch.stack(calls).cpu().numpy()  # (calls, rows)
+        means.append(values.mean(axis=0))
+    return np.stack(means, axis=1)  # (rows, layers)
+
+
+def _long_table(concept: Concept, rows: Sequence[_Row], values: Array) -> pd.DataFrame:
+    """`values`: (rows, layers)."""
+    import pandas as pd
+
+    lines = []
+    for row, by_layer in zip(rows, values, strict=True):
+        for layer, value in enumerate(by_layer):
+            line = (concept.name, concept.kind, row.prompt, row.seed, layer, float(value))
+            lines.append(line)
+    columns = ["concept", "kind", "prompt", "seed", "layer", "contribution"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+# --- the second run of each layer ----------------------------------------------------------------
 
 
 @contextmanager
-def listening(pipe: Any, tokens: Sequence[tuple[int, ...]]) -> Iterator[dict[int, list[Any]]]:
-    """Within the context, collect what some tokens write: {layer: [(rows,) at each call of the denoiser]}.
+def measuring_contributions(
+    pipe: Any, tokens: Sequence[tuple[int, ...]]
+) -> Iterator[dict[int, list[Tensor]]]:
+    """Within the context, collect what some tokens write; the pictures stay as they are.
 
-    In float64, where the layer computes: to fetch a number from a device is to wait for it.
-    `tokens[i]`: the positions listened to in row `i` of the pipeline call, which has one picture a prompt. The layer is
-    run again with the values of all tokens but one set to zero: what it then puts out beyond its output for no values
-    at all is that token's part, whatever the attention's processor. The pictures stay as they are.
+    Args:
+        pipe: The pipeline; its call has one picture a prompt.
+        tokens: For each row of that call, the positions of the tokens that are measured.
+
+    Yields:
+        By layer, the contributions at each call of the denoiser, (rows,) each. They are in float64,
+        on the device that the layer computes on: to fetch a number from a device is to wait for it.
     """
     family = family_of(pipe)
     layers = find_layers(pipe)
-    contributions: dict[int, list[Any]] = {layer.index: [] for layer in layers}
+    contributions: dict[int, list[Tensor]] = {layer.index: [] for layer in layers}
 
     def hooks_for(call: Call) -> list[Hook]:
         hooks = []
         for layer in layers:
-            ear = _Ear(layer, tokens, contributions[layer.index], call)
-            named = f"layer {layer.index} ({layer.name})"
-            hooks.append(
-                after(family.matrices(layer.module)["v"], ear.silence(), f"to_v of {named}")
-            )
-            hooks.append(after(layer.module, ear.listen(), named))
+            second_run = _SecondRun(layer, tokens, contributions[layer.index], call)
+            label = f"layer {layer.index} ({layer.name})"
+            values = family.matrices(layer.module)["v"]
+            hooks.append(after(values, second_run.keep_one_token, f"to_v of {label}"))
+            hooks.append(after(layer.module, second_run.measure, label))
         return hooks
 
-    with on_denoiser(pipe, hooks_for, "listening"):
+    with on_denoiser(pipe, hooks_for, "attention contribution"):
         yield contributions
 
 
-class _Ear:
-    """At one layer: runs it again with all values but one token's silenced."""
+class _SecondRun:
+    """Runs one layer again, with one row for each token that is measured.
+
+    The rows of the second run are, first, each row of the call with all values zero, and then, for
+    each (row, token), that row with the values of that token alone.
+    """
 
     def __init__(
-        self, layer: Layer, tokens: Sequence[tuple[int, ...]], said: list[Any], call: Call
+        self,
+        layer: Layer,
+        tokens: Sequence[tuple[int, ...]],
+        contributions: list[Tensor],
+        call: Call,
     ) -> None:
-        self.layer, self.tokens, self.said, self.call = layer, tokens, said, call
-        self.cells = [(row, at) for row, places in enumerate(tokens) for at in places]
-        self.kept: list[int | None] | None = (
-            None  # per row of the second run, the token that is heard
-        )
-        self.called = False
+        self.layer = layer
+        self.tokens = tokens
+        self.contributions = contributions
+        self.call = call
+        self.cells = [(row, token) for row, places in enumerate(tokens) for token in places]
+        # For each row of the second run the token whose values stay; None: the run is not on.
+        self.remaining: list[int | None] | None = None
+        self.has_changed_values = False
 
-    def silence(self) -> Any:
-        """A hook for the value matrix."""
+    def keep_one_token(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        """Hook of the value matrix: within the second run, all values but one token's are zero."""
+        if self.remaining is None:
+            return None
+        self.has_changed_values = True
+        values = output * 0  # (rows + cells, tokens, width)
+        for row, token in enumerate(self.remaining):
+            if token is not None:
+                values[row, token] = output[row, token]
+        return values
 
-        def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-            if self.kept is None:
-                return None
-            self.called = True
-            changed = output * 0
-            for row, at in enumerate(self.kept):
-                if at is not None:
-                    changed[row, at] = output[row, at]
-            return changed
+    def measure(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """Hook of the layer: after its own run, run it again and note what the tokens write."""
+        # The second run calls this hook too; and a call of negative prompts alone has no rows.
+        if self.remaining is not None or not self.call.rows:
+            return
+        count = len(self.tokens)
+        if len(self.call.rows) != count or len(output) != self.call.rows.stop:
+            raise LocogenError(
+                f"layer {self.layer.index} puts out {len(output)} rows for {count} prompts: "
+                "call the pipeline with one prompt for each entry of tokens, one picture each"
+            )
+        outputs = self._run_again(module, args, kwargs)  # (rows + cells, queries, width)
+        self.contributions.append(self._means(outputs))
 
-        return hook
+    def _run_again(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the layer puts out in the second run, (rows + cells, queries, width)."""
+        count = len(self.tokens)
+        first = self.call.rows.start  # the negative rows come before
+        owners = [*range(count), *(row for row, _ in self.cells)]
+        rows = [first + row for row in owners]
+        picked_args = [_select_rows(value, rows, first + count) for value in args]
+        picked_kwargs = {}
+        for name, value in kwargs.items():
+            picked_kwargs[name] = _select_rows(value, rows, first + count)
 
-    def listen(self) -> Any:
-        """A hook for the layer."""
+        self.remaining = [None] * count + [token for _, token in self.cells]
+        self.has_changed_values = False
+        try:
+            output = _in_float32(module, self.layer.name, picked_args, picked_kwargs)
+        finally:
+            self.remaining = None
+        if not self.has_changed_values:
+            raise LocogenError(
+                f"to_v of layer {self.layer.index} ({self.layer.name}) is not called: "
+                "unfuse the projections first, pipe.unfuse_qkv_projections()"
+            )
+        # IF's layers put out a picture, (rows + cells, width, height, width of the picture).
+        return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
-        def hook(
-            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            if self.kept is not None or not self.call.rows:  # its own second run
-                return
-            count = len(self.tokens)
-            if len(self.call.rows) != count or len(output) != self.call.rows.stop:
-                raise LocogenError(
-                    f"layer {self.layer.index} puts out {len(output)} rows for {count} prompts"
-                )
-            self.said.append(self._parts(module, args, kwargs, self.call.rows.start))
-
-        return hook
-
-    def _parts(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: int) -> Any:
-        """Each row's mean norm over queries and its tokens, (rows,); conditional rows begin at `first`."""
+    def _means(self, outputs: Tensor) -> Tensor:
+        """Mean norm over queries, then over the tokens of each row, (rows,)."""
         import torch
 
+        if not outputs.is_cuda:
+            outputs = outputs.cpu()  # Apple's MPS has no float64
         count = len(self.tokens)
-        rows = [first + row for row in range(count)] + [first + row for row, _ in self.cells]
-        picked_args = [_rows_of(value, rows, first + count) for value in args]
-        picked_kwargs = {
-            name: _rows_of(value, rows, first + count) for name, value in kwargs.items()
-        }
-        self.kept, self.called = [None] * count + [at for _, at in self.cells], False
-        try:
-            out = _in_float32(
-                module, self.layer.name, picked_args, picked_kwargs
-            )  # (rows + cells, queries, width)
-        finally:
-            self.kept = None
-        if not self.called:
-            raise LocogenError(
-                f"to_v of layer {self.layer.index} ({self.layer.name}) is not called: unfuse the projections first, "
-                "pipe.unfuse_qkv_projections()"
-            )
-        if out.ndim == 4:  # IF's layers put out a picture, (rows + cells, width, high, wide)
-            out = out.flatten(2).transpose(1, 2)
-        out = out if out.is_cuda else out.cpu()  # Apple's MPS has no float64
-        owner = index_on(out.device, [row for row, _ in self.cells])
-        norms = (out[count:] - out[:count][owner]).double().norm(dim=-1).mean(-1)  # (cells,)
-        total = torch.zeros(count, dtype=torch.float64, device=out.device).index_add(
-            0, owner, norms
-        )
-        return total / index_on(out.device, [len(places) for places in self.tokens])  # (rows,)
+        owners = index_on(outputs.device, [row for row, _ in self.cells])  # (cells,)
+        # W_o has a bias, and some layers add their input: the run without values has both too.
+        without_values = outputs[:count][owners]
+        norms = (outputs[count:] - without_values).double().norm(dim=-1).mean(-1)  # (cells,)
+        total = torch.zeros(count, dtype=torch.float64, device=outputs.device)
+        total = total.index_add(0, owners, norms)
+        return total / index_on(outputs.device, [len(places) for places in self.tokens])  # (rows,)
 
 
-def _rows_of(value: Any, rows: Sequence[int], count: int) -> Any:
-    """These rows of an argument that has one for each of the call's `count` rows; any other argument as it is."""
-    return value[index_on(value.device, rows)] if _by_row(value, count) else value
+def _select_rows(value: Any, rows: Sequence[int], count: int) -> Any:
+    """These rows of an argument that has one for each of the call's `count` rows."""
+    has_rows = hasattr(value, "shape") and value.ndim > 1 and len(value) == count
+    return value[index_on(value.device, rows)] if has_rows else value
 
 
-def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer puts out, computed in float32 where its weights have 16 bits.
+def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer puts out, computed in float32 if its weights have 16 bits.
 
-    A token's part is a small difference of two outputs that share the bias, and in some families the layer's input.
-    In 16 bits whatever is smaller than their last digit (bfloat16: 1/256 of them) is rounded away: the difference of
-    the rounded outputs is zero, and taking it in float32 afterwards cannot bring it back. So the layer itself is run
-    with its weights and inputs in float32; the module keeps its own.
+    A token's part is a small difference of two outputs that share the bias, and in some families
+    the layer's input. In 16 bits whatever is smaller than their last digit (bfloat16: 1/256 of
+    them) is rounded away: the difference of the rounded outputs is zero, and taking it in float32
+    afterwards cannot bring it back. So the layer itself is run with its weights and inputs in
+    float32; the module keeps its own.
     """
     import torch
 
-    narrow = {
-        path: weight
-        for path, weight in _tensors(module)
-        if weight.is_floating_point() and weight.itemsize < 4
-    }
+    narrow = dict(_narrow_tensors(module))
     if not narrow:
         return module(*args, **kwargs)
-    if any(weight.itemsize < 2 or weight.is_meta for weight in narrow.values()):
-        raise LocogenError(
-            f"layer {name} keeps its weights in 8 bits or offloaded one by one: what a token writes is too small for "
-            "them. Load the model in float32, or without layerwise casting and with another offload"
-        )
+    for weight in narrow.values():
+        if weight.itemsize < 2 or weight.is_meta:
+            raise LocogenError(
+                f"layer {name} keeps its weights in 8 bits or offloaded one by one: what a token "
+                "writes is too small for them. Load the model in float32, or without layerwise "
+                "casting and with another offload"
+            )
     wide = {path: weight.float() for path, weight in narrow.items()}
-    wide_kwargs = {name: _widened(value) for name, value in kwargs.items()}
-    return torch.func.functional_call(
-        module, wide, tuple(_widened(value) for value in args), wide_kwargs
-    )
+    wide_args = tuple(_widened(value) for value in args)
+    wide_kwargs = {key: _widened(value) for key, value in kwargs.items()}
+    return torch.func.functional_call(module, wide, wide_args, wide_kwargs)
 
 
-def _tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _narrow_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights and buffers of a module that have less than 32 bits."""
+    for path, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if _is_narrow(tensor):
+            yield path, tensor
+
+
+def _is_narrow(value: Any) -> bool:
+    """Whether a value is a tensor of floating point numbers of less than 32 bits."""
+    return hasattr(value, "is_floating_point") and value.is_floating_point() and value.itemsize < 4
 
 
 def _widened(value: Any) -> Any:
-    """A tensor of 16 bits in float32; anything else as it is."""
-    is_narrow = (
-        hasattr(value, "is_floating_point") and value.is_floating_point() and value.itemsize < 4
-    )
-    return value.float() if is_narrow else value
-
-
-def _by_row(value: Any, count: int) -> bool:
-    return hasattr(value, "shape") and value.ndim > 1 and len(value) == count
-
-
-def _long(
-    concept: Concept, rows: Sequence[tuple[str, tuple[int, ...], int]], values: Any
-) -> pd.DataFrame:
-    import pandas as pd
-
-    lines = [
-        (concept.name, concept.kind, prompt, seed, layer, float(value))
-        for (prompt, _, seed), found in zip(rows, values, strict=True)
-        for layer, value in enumerate(found)
-    ]
-    return pd.DataFrame(
-        lines, columns=["concept", "kind", "prompt", "seed", "layer", "contribution"]
-    )
+    """A narrow tensor in float32; anything else unchanged."""
+    return value.float() if _is_narrow(value) else value
 
 
 # --- effects -------------------------------------------------------------------------------------
 
 
-def contributions(table: pd.DataFrame) -> Any:
+def contributions(table: pd.DataFrame) -> Array:
     """The table of one concept's `attention_contribution` as (layers, prompts, seeds)."""
-    import pandas as pd
-
     if len(set(table["concept"])) != 1:
         raise LocogenError(
             "this is not the table of one concept's attention_contribution: select one concept"
         )
-    levels = [
-        sorted(table["layer"].unique()),
-        list(dict.fromkeys(table["prompt"])),
-        sorted(table["seed"].unique()),
-    ]
-    rows: Any = table.set_index(["layer", "prompt", "seed"])["contribution"]
-    return (
-        rows.reindex(pd.MultiIndex.from_product(levels))
-        .to_numpy()
-        .reshape([len(level) for level in levels])
-    )
+    levels = {
+        "layer": sorted(table["layer"].unique()),
+        "prompt": list(dict.fromkeys(table["prompt"])),
+        "seed": sorted(table["seed"].unique()),
+    }
+    return stats.cube(table, "contribution", levels)
 
 
 def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """The effects table of an attention contribution: axis "layer", estimates in units of the layers' output.
+    """Compute the effects table of an attention contribution.
 
-    They are norms, all of them positive: only their order says something, and it says what is written, not what it
-    does to the picture. Intervals: `stats.crossed_bootstrap`.
+    Estimates are norms, all of them positive: only their order says something, and it says what is
+    written, not what that does to the picture.
+
+    Args:
+        table: The table of one concept, from `attention_contribution`.
+        level: Coverage of the intervals.
+
+    Returns:
+        One row a layer, with the axis "layer" and the columns of `effect`; estimates are in units
+        of the layers' output.
+
+    Raises:
+        LocogenError: For a table of several concepts.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"layer": [0, 0, 1, 1], "seed": [0, 1, 0, 1]})
+        >>> table = table.assign(concept="cat", kind="object", prompt="a cat")
+        >>> table["contribution"] = [1.0, 3.0, 5.0, 7.0]
+        >>> contribution_effect(table)[["position", "estimate"]]
+           position  estimate
+        0         0       2.0
+        1         1       6.0
     """
-    import pandas as pd
-
     values = contributions(table)
-    known = {
-        "method": METHOD,
-        "concept": table["concept"].iloc[0],
-        "kind": table["kind"].iloc[0],
-        "width": 1,
-    }
-    frame = pd.DataFrame(
-        [{**known, **line} for line in estimates("layer", range(len(values)), values, level)]
-    )
-    first = ["method", "concept", "axis", "position", "estimate", "low", "high", "n"]
-    return frame.reindex(columns=[*first, *(c for c in frame.columns if c not in first)]).astype(
-        {"position": "Int64"}
+    return effects_table(
+        estimates("layer", range(len(values)), values, level),
+        method=METHOD,
+        concept=table["concept"].iloc[0],
+        kind=table["kind"].iloc[0],
+        width=1,
     )
 
 
 def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
-    """The window of layers in which the concept's tokens write most. A ranking: it always names one."""
+    """The window of layers in which the concept's tokens write most.
+
+    It is a ranking: it always names one, and the reason says whether its lead is established.
+    """
     values = contributions(table)
     places = windows(len(values), window)
     sums = np.stack([values[list(place)].mean(0) for place in places])  # (windows, prompts, seeds)
     start = int(sums.mean((1, 2)).argmax())
-    rivals = any(abs(place - start) >= window for place in range(len(places)))
-    ahead = (
-        rivals and stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA
-    )
-    told = "ahead of every other place" if ahead else "its lead is not established"
-    return Window(start, window, f"a ranking always names one; {told}")
+    # A wide window may overlap all others: then there is nothing to lead.
+    has_rivals = any(abs(place - start) >= window for place in range(len(places)))
+    is_ahead = has_rivals and _leads(sums, start, window)
+    lead = "ahead of every other place" if is_ahead else "its lead is not established"
+    return Window(start, window, f"a ranking always names one; {lead}")
+
+
+def _leads(sums: Array, start: int, window: int) -> bool:
+    """Whether a window is ahead of all that it does not overlap; `sums`: (windows, ...)."""
+    return bool(stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA)

@@ -154,6 +154,7 @@ def locate(
     """
     if method not in _LOCALIZERS:
         raise unknown("localizer", method, _LOCALIZERS)
+    # What all localizers take, and what only those take that score pictures.
     common: dict[str, Any] = {"seeds": tuple(seeds), "num_inference_steps": num_inference_steps}
     common |= {"guidance_scale": guidance_scale, "batch_size": batch_size, "progress": progress}
     scored: dict[str, Any] = {"scorer": scorer, "store": store}
@@ -195,8 +196,10 @@ def agree(first: Located, second: Located) -> Agreement:
         raise LocogenError(
             "both localizers moved windows, of different widths: use the same window"
         )
+    # As many places in both: a window's effect is compared with the mean of its layers.
     count = min(len(first.layers), len(second.layers))
     correlation = rank_correlation(_windowed(first.layers, count), _windowed(second.layers, count))
+    # If one of them names no layers, there is nothing to compare.
     same = None
     if len(first.carrier) and len(second.carrier):
         same = bool(set(first.carrier) & set(second.carrier))
@@ -302,13 +305,13 @@ class _Localizer(NamedTuple):
 _LOCALIZERS = {
     "locogen": _Localizer(
         _locogen,
-        "what is missing when a window of layers hears another prompt",
+        "what is missing when a window of layers gets another prompt",
         "prompts x seeds x (2 windows + 3)",
     ),
     "causal tracing": _Localizer(
         _causal_tracing,
         "what comes back when one state is clean and the concept's words are noise",
-        "prompts x seeds x (states + 2), and clean ones beside them",
+        "prompts x seeds x (states + 2), and clean ones with them",
     ),
     "attention contribution": _Localizer(
         _attention_contribution,

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from locogen.catalog import usual_settings
 from locogen.errors import LocogenError
 from locogen.localization.racing import BUDGET, Rows, race, run_races
+from locogen.models.defaults import settings_for, window_for
 from locogen.models.families import check_known
 from locogen.models.layers import find_layers
-from locogen.models.offload import resting_device
 from locogen.pictures.fingerprint import same_weights
 from locogen.pictures.runs import Run, generate
-from locogen.plan import Concept, Pooled, distinct_seeds, sweep
+from locogen.pictures.score import scorer_for
+from locogen.plan import Concept, Pooled, Settings, distinct_seeds, sweep
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,20 +29,8 @@ if TYPE_CHECKING:
 
 SCORED_AT_ONCE = 256  # pictures
 FIRST_COLUMNS = (
-    *(
-        "concept",
-        "kind",
-        "role",
-        "prompt",
-        "target",
-        "text",
-        "start",
-        "width",
-        "seed",
-        "edit",
-        "image",
-    ),
-    *("clip_score", "content_score"),
+    *("concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit"),
+    *("image", "clip_score", "content_score"),
 )
 Array = np.ndarray[Any, Any]
 
@@ -118,16 +106,19 @@ def localize(
     if spans and search == "race":
         raise LocogenError("a race looks at no timesteps: use search='all' for them")
 
-    usual = usual_settings(source_of(pipe))
-    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    settings["num_inference_steps"] = _or_usual(num_inference_steps, usual["num_inference_steps"])
-    settings["guidance_scale"] = _or_usual(guidance_scale, usual["guidance_scale"])
-    width = _or_usual(window, usual["window"])
+    settings = settings_for(
+        pipe,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+    )
+    width = window_for(pipe, window)
     n_layers = len(find_layers(pipe))
     rows: dict[str, Any] = {"n_layers": n_layers, "window": width, "seeds": distinct_seeds(seeds)}
     rows |= {"controls": controls, "pooled": pooled}
     # The scorer comes before the pictures: what is wrong with it should not cost a sweep.
-    pictures = _ScoredPictures(pipe, concepts, scorer_for(pipe, scorer), settings, store)
+    judge = scorer_for(pipe, scorer)
+    pictures = _ScoredPictures(pipe, concepts, judge, settings, store, progress)
 
     facts = {"window": width, "n_layers": n_layers, "search": search}
     if search == "all":
@@ -140,11 +131,6 @@ def localize(
     return run.with_table(run.table, budget=budget, **facts)
 
 
-def _or_usual(value: Any, usual: Any) -> Any:
-    """The value, or the catalog's where it was left open."""
-    return usual if value is None else value
-
-
 @dataclass(frozen=True)
 class _ScoredPictures:
     """Makes and scores the rows of plans, always with the same pipeline and settings."""
@@ -152,13 +138,15 @@ class _ScoredPictures:
     pipe: Any
     concepts: Sequence[Concept]
     scorer: Scorer
-    settings: Mapping[str, Any]
+    settings: Settings
     store: str | Path | None
+    progress: bool
 
     def of(self, plans: Mapping[int, Rows]) -> Run:
         """One scored run of all plans. `plans`: {number of the concept: rows}."""
         rows = [row for plan in plans.values() for row in plan]
-        run = generate(self.pipe, rows, store=self.store, **self.settings)
+        settings = self.settings.as_dict()
+        run = generate(self.pipe, rows, store=self.store, progress=self.progress, **settings)
         table = run.table.assign(**self._scored_against(plans))
         table = table.assign(**score_columns(run, table, self.scorer))
         return run.with_table(in_reading_order(table), **self.scorer.settings)
@@ -231,28 +219,13 @@ def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
     return concepts
 
 
-def scorer_for(pipe: Any, scorer: Scorer | str | None) -> Scorer:
-    """The scorer, loaded onto the pipeline's device if it is a name; None: the default."""
-    from locogen.pictures import score
-
-    if scorer is None:
-        scorer = score.default_scorer(source_of(pipe))
-    if isinstance(scorer, str):
-        return score.scorer(scorer, device=resting_device(pipe))
-    return scorer
-
-
-def source_of(pipe: Any) -> str:
-    """The folder or hub id that the model was loaded from; empty for one that was made in place."""
-    return str(getattr(pipe.config, "_name_or_path", "") or "")
-
-
 def score_columns(run: Run, table: pd.DataFrame, scorer: Scorer) -> dict[str, Array]:
     """The columns `clip_score` and `content_score` of a run's pictures.
 
     `table`: the columns `text` and `content` say what each picture is scored against.
     """
-    silent = table["content"].isna().to_numpy()
+    # Facts have nothing that should stay: they are scored against "", and the score is dropped.
+    has_no_content = table["content"].isna().to_numpy()
     texts = list(table["text"])
     contents = list(table["content"].fillna(""))
     scores: list[Array] = []
@@ -266,7 +239,7 @@ def score_columns(run: Run, table: pd.DataFrame, scorer: Scorer) -> dict[str, Ar
     content = np.concatenate(content_scores)
     return {
         "clip_score": np.concatenate(scores),
-        "content_score": np.where(silent, np.nan, content),
+        "content_score": np.where(has_no_content, np.nan, content),
     }
 
 

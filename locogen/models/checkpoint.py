@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's folder: which weights each part has, and why a folder cannot be loaded."""
+"""The files of a checkpoint: which weights each part has, and why a folder cannot be loaded."""
 
 from __future__ import annotations
 
@@ -11,29 +11,37 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "model_index.json"
-LIBRARIES = (
-    "diffusers",
-    "transformers",
-)  # whose classes a part may be of: anything else is somebody's own code
+# Parts must be of a class of these: anything else is code that comes with the checkpoint.
+LIBRARIES = ("diffusers", "transformers")
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers name a part's weights
 
-# model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, model.fp16-00001-of-00002.safetensors,
-# and, as older versions wrote it, model-00001-of-00002.fp16.safetensors
+# model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors,
+# model.fp16-00001-of-00002.safetensors, and, as older versions wrote it,
+# model-00001-of-00002.fp16.safetensors
 _WEIGHTS = re.compile(
-    rf"(?:{'|'.join(STEMS)})(?:\.(?P<variant>[\w.]+?))?(?:-\d{{5}}-of-\d{{5}})?(?:\.(?P<old>\w+))?\.safetensors"
+    rf"(?:{'|'.join(STEMS)})"
+    r"(?:\.(?P<variant>[\w.]+?))?"
+    r"(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<old>\w+))?"
+    r"\.safetensors"
 )
-_POINTER = (
-    b"version https://git-lfs"  # how a file begins that stands for one that Git LFS did not fetch
-)
+
+# The beginning of a file that stands for one that Git LFS did not fetch.
+_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
 class Part:
     """One part of a pipeline as `model_index.json` names it, and the files of its folder.
 
-    `library` and `kind` are where its class comes from. `variants` are the names of the variants that it has as
-    safetensors; `plain` is whether it has its weights without a variant.
+    Attributes:
+        name: As in the pipeline, such as "unet".
+        library: The library of its class.
+        kind: The name of its class.
+        folder: Where its files are.
+        plain: Whether it has weights without a variant, as safetensors.
+        variants: Names of the variants, such as "fp16", that it has as safetensors.
     """
 
     name: str
@@ -45,18 +53,18 @@ class Part:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it is a model: schedulers, tokenizers and image processors have no `config.json`."""
+        """Whether it is a model: schedulers, tokenizers and processors have no `config.json`."""
         return (self.folder / "config.json").is_file()
 
     @property
     def only_variant(self) -> str | None:
-        """The variant to load where the part has no plain weights and just one variant."""
+        """The variant to load, if the part has no plain weights and just one variant."""
         single = not self.plain and len(self.variants) == 1 and self.library in LIBRARIES
         return self.variants[0] if single else None
 
 
 def model_index(folder: Path) -> Mapping[str, Any]:
-    """What `model_index.json` holds, or nothing where it is missing or damaged."""
+    """What `model_index.json` holds; nothing if it is missing or damaged."""
     try:
         content = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -67,9 +75,10 @@ def model_index(folder: Path) -> Mapping[str, Any]:
 def parts_of(folder: Path) -> Iterator[Part]:
     """The parts that `model_index.json` names, in its order, whether their folders exist or not."""
     for name, entry in model_index(folder).items():
-        is_part = isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
-        if not is_part or entry[0] is None:
-            continue
+        if name.startswith("_") or not isinstance(entry, list) or len(entry) != 2:
+            continue  # a setting
+        if entry[0] is None:
+            continue  # a part that the pipeline does without
         place = folder / name
         plain, variants = _weights_in(place)
         yield Part(name, str(entry[0]), str(entry[1]), place, plain, variants)
@@ -96,10 +105,10 @@ def complaint(folder: Path, left_out: Collection[str] = ()) -> str | None:
 
     Args:
         folder: where the checkpoint lies.
-        left_out: the names of parts that nobody wants, whatever is wrong with them.
+        left_out: the names of parts that are not loaded, whatever is wrong with them.
 
     Returns:
-        The first problem, with its place and remedy; None where the files look right.
+        The first problem, with its place and remedy; None if the files look right.
     """
     if not (folder / INDEX).is_file():
         return _no_pipeline(folder)
@@ -112,18 +121,27 @@ def complaint(folder: Path, left_out: Collection[str] = ()) -> str | None:
             "code from a checkpoint is not run; use one of diffusers' own pipelines"
         )
     for part in parts_of(folder):
-        problem = None if part.name in left_out else _problem(part)
+        if part.name in left_out:
+            continue
+        problem = _problem(part)
         if problem is not None:
             return f"the part {part.name!r} of {folder} {problem}"
     return None
 
 
 def _no_pipeline(folder: Path) -> str:
+    """What a folder without `model_index.json` is, and what to give instead."""
     singles = sorted(folder.glob("*.safetensors"))
     if (folder / "config.json").is_file():
-        return f"{folder} holds one part of a pipeline (config.json, no {INDEX}): give the folder of the whole pipeline"
+        return (
+            f"{folder} holds one part of a pipeline (config.json, no {INDEX}): "
+            "give the folder of the whole pipeline"
+        )
     if singles:
-        return f"{folder} has no {INDEX} but the single file {singles[0].name}: give the file itself, {singles[0]}"
+        return (
+            f"{folder} has no {INDEX} but the single file {singles[0].name}: "
+            f"give the file itself, {singles[0]}"
+        )
     pickled = _pickled_in(folder)
     if pickled:
         return f"{folder} holds {pickled[0]}: {pickled_remedy(folder / pickled[0])}"
@@ -136,13 +154,13 @@ def pickled_remedy(file: Path) -> str:
     """Why pickled weights are refused, and how to convert them."""
     if file.suffix == ".ckpt":
         return (
-            "pickled weights are refused, since unpickling can run any code: get the .safetensors file of the same "
-            "checkpoint, or convert it where you trust its source"
+            "pickled weights are refused, since unpickling can run any code: get the .safetensors "
+            "file of the same checkpoint, or convert it where you trust its source"
         )
     return (
-        "pickled weights are refused, since unpickling can run any code: where you trust their source, convert them "
-        "once with diffusers, DiffusionPipeline.from_pretrained(FOLDER, use_safetensors=False).save_pretrained(NEW), "
-        "and load NEW"
+        "pickled weights are refused, since unpickling can run any code: where you trust their "
+        "source, convert them once with diffusers, DiffusionPipeline.from_pretrained(FOLDER, "
+        "use_safetensors=False).save_pretrained(NEW), and load NEW"
     )
 
 
@@ -153,9 +171,15 @@ def _pickled_in(folder: Path) -> list[str]:
 def _problem(part: Part) -> str | None:
     """What is wrong with one part, as the end of a sentence."""
     if not part.folder.is_dir():
-        return f"is missing: fetch its folder again, or set it to [null, null] in {INDEX} where the pipeline allows it"
+        return (
+            f"is missing: fetch its folder again, or set it to [null, null] in {INDEX} "
+            "where the pipeline allows it"
+        )
     if part.library not in LIBRARIES and any(part.folder.glob("*.py")):
-        return f"is of a class of its own, {part.library}.{part.kind}: code from a checkpoint is not run"
+        return (
+            f"is of a class of its own, {part.library}.{part.kind}: "
+            "code from a checkpoint is not run"
+        )
     for file in sorted(part.folder.glob("*.safetensors")):
         problem = file_problem(file)
         if problem is not None:
@@ -166,6 +190,7 @@ def _problem(part: Part) -> str | None:
 
 
 def _missing_weights(part: Part) -> str | None:
+    """Why none of a part's weights can be chosen."""
     if part.plain or part.only_variant is not None:
         return None
     if part.variants:
@@ -175,12 +200,13 @@ def _missing_weights(part: Part) -> str | None:
         )
     pickled = _pickled_in(part.folder)
     if pickled:
-        return f"has no safetensors weights, only {pickled[0]}: {pickled_remedy(part.folder / pickled[0])}"
+        remedy = pickled_remedy(part.folder / pickled[0])
+        return f"has no safetensors weights, only {pickled[0]}: {remedy}"
     return "has no safetensors weights: fetch them again"
 
 
 def _missing_shard(part: Part) -> str | None:
-    """The index of weights in several files names each of them."""
+    """A file that an index of weights in several files names, and that does not exist."""
     for index in sorted(part.folder.glob("*.safetensors.index*.json")):
         try:
             files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -195,15 +221,16 @@ def _missing_shard(part: Part) -> str | None:
 
 
 def file_problem(file: Path) -> str | None:
-    """Why a safetensors file cannot be read, as the end of a sentence; None where it is whole.
-
-    Read from the header alone: it says how many bytes must follow.
-    """
+    """Why a safetensors file cannot be read, as the end of a sentence; None if it is whole."""
+    # The header alone is read: 8 bytes give its length, and it says how many bytes must follow.
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(len(_POINTER))
         if start == _POINTER:
-            return f"has a Git LFS pointer in place of {file.name}: run git lfs pull in its folder, or fetch it again"
+            return (
+                f"has a Git LFS pointer in place of {file.name}: "
+                "run git lfs pull in its folder, or fetch it again"
+            )
         length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else size
         if length + 8 > size:
             return _cut_short(file, size)
@@ -215,7 +242,9 @@ def file_problem(file: Path) -> str | None:
             ]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             return f"has a damaged file, {file.name}: fetch it again"
-    return None if 8 + length + max(ends, default=0) <= size else _cut_short(file, size)
+    if 8 + length + max(ends, default=0) > size:
+        return _cut_short(file, size)
+    return None
 
 
 def _cut_short(file: Path, size: int) -> str:

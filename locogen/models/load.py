@@ -1,4 +1,4 @@
-"""Load a model by its catalog name, from a folder or a single file, or by its hub id, as a diffusers pipeline."""
+"""Load a model by catalog name or hub id, or from a folder or file, as a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -51,28 +51,38 @@ def load(
 ) -> Any:
     """Load a model as a plain diffusers pipeline, from safetensors only and without remote code.
 
-    Where a part of a folder has its weights as one variant only (`model.fp16.safetensors`), that one
-    is loaded. A safety checker is left out: it would replace pictures, and with them what is measured.
+    If a part of a folder has its weights as one variant only (`model.fp16.safetensors`), that one
+    is loaded. A safety checker is left out: it would replace pictures, which would change what is
+    measured.
 
     Args:
-        name: `mini`, another name of the catalog, a hub id, a folder in diffusers' format, or a single
-            `.safetensors` file of a whole checkpoint. The configuration of a single file is the folder
-            that it lies in, where that has a `model_index.json`, or else the original checkpoint's.
-        device: where the pipeline computes; left out, the CPU, or with `offload` "cuda".
+        name: "mini", another name of the catalog, a hub id, a folder in diffusers' format, or a
+            single `.safetensors` file of a whole checkpoint. A single file is configured by the
+            folder that it lies in, if that has a `model_index.json`, or else as the original
+            checkpoint.
+        device: Where the pipeline computes; None: the CPU, or "cuda" with `offload`.
         dtype: "float32", "float16" or "bfloat16", for all parts. transformers keeps some weights of
             T5 in float32 all the same, because they overflow in float16.
-        offload: "model" keeps the weights in main memory and brings one part at a time to the device;
-            "sequential" brings one layer at a time, which takes the least memory and is slow.
-        local_files_only: never use the network. Files in the local cache are used without it anyway.
-        file: a TOML file with models of your own (see `locogen.catalog`).
+        offload: "model" keeps the weights in main memory and brings one part at a time to the
+            device; "sequential" brings one layer at a time, which takes the least memory and is
+            slow. None: all weights are on the device.
+        local_files_only: Never use the network. Files in the local cache are used without it
+            anyway.
+        file: A TOML file with more models (see `locogen.catalog`).
 
     Returns:
         The pipeline, of one of the classes in `locogen.models.families.FAMILIES`.
 
     Raises:
-        LocogenError: for an unknown name (with near matches), for files that are missing, damaged or
-            pickled, for a device that is not available, and for weights too large for its memory.
-        UnsupportedModel: for a family that locogen does not know.
+        LocogenError: For an unknown name (with near matches), for files that are missing, damaged
+            or pickled, for a device that is not available, and for weights too large for its
+            memory.
+        UnsupportedModel: For a family that locogen does not know.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> type(pipe).__name__, pipe.device.type
+        ('StableDiffusionPipeline', 'cpu')
     """
     import torch
 
@@ -80,11 +90,10 @@ def load(
         raise LocogenError(f"dtype is {dtype!r}: use 'float32', 'float16' or 'bfloat16'")
     if offload not in (None, "model", "sequential"):
         raise LocogenError(f"offload is {offload!r}: use 'model', 'sequential', or None")
-    wanted = _wanted(str(name), file)
-    with _muted(
-        "transformers.utils.import_utils"
-    ):  # "install torchvision": we do without on purpose
-        pipe = _found(str(name), wanted, getattr(torch, dtype), local_files_only)
+    sources = _sources_of(str(name), file)
+    # It advises to install torchvision, which locogen does not need.
+    with _muted("transformers.utils.import_utils"):
+        pipe = _first_that_loads(str(name), sources, getattr(torch, dtype), local_files_only)
     family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     target = device or ("cpu" if offload is None else "cuda")
@@ -94,24 +103,25 @@ def load(
         if out_of_memory(error):
             raise LocogenError(_too_large(pipe, target, offload)) from error
         raise LocogenError(
-            f"the device {target!r} is not available ({_first_line(error)}): use 'cpu', 'cuda' or 'mps'"
+            f"the device {target!r} is not available ({_first_line(error)}): "
+            "use 'cpu', 'cuda' or 'mps'"
         ) from error
-    if dtype == "float32" and target.startswith("cuda") and not wanted.embedded:
+    if dtype == "float32" and target.startswith("cuda") and not sources.embedded:
         _hint_at_half_precision(target)
     return pipe
 
 
 def _place(pipe: Any, device: str, offload: str | None) -> None:
-    """Move the weights, or have them moved when they are needed; their types stay what `from_pretrained` made them."""
+    """Move the weights, or have them moved when they are needed; their types stay."""
     import torch
 
     if offload is None:
-        with _muted(
-            "diffusers.pipelines.pipeline_utils"
-        ):  # float16 on the CPU: the call says so, if it fails
+        # It warns of float16 on the CPU: if that fails, the call says so.
+        with _muted("diffusers.pipelines.pipeline_utils"):
             pipe.to(device)
         return
-    torch.zeros(1, device=device)  # otherwise a missing device would show in the first call only
+    # Otherwise a missing device would show in the first call only.
+    torch.zeros(1, device=device)
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     else:
@@ -119,10 +129,11 @@ def _place(pipe: Any, device: str, offload: str | None) -> None:
 
 
 def _too_large(pipe: Any, device: str, offload: str | None) -> str:
-    """What to do about weights that do not fit; offload needs room for the largest part, or for one layer."""
+    """What to do about weights that do not fit the device."""
     sizes = [
         _weight_bytes(part) for part in pipe.components.values() if hasattr(part, "parameters")
     ]
+    # Offload needs room for the largest part, or for one layer.
     remedy = {
         None: "load with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'",
         "model": "load with dtype='float16' or 'bfloat16', or with offload='sequential'",
@@ -137,17 +148,17 @@ def _weight_bytes(module: Any) -> int:
 
 @functools.cache
 def _hint_at_half_precision(device: str) -> None:
-    """Once a process: the precision that is right on a CPU is rarely wanted on a card."""
+    """Warn, once in a process: the precision that is right on a CPU rarely is on a card."""
     warnings.warn(
-        f"float32 on {device!r} takes twice the memory of half precision and is several times slower: consider "
-        "load(…, dtype='float16') or 'bfloat16', or loco.speed",
+        f"float32 on {device!r} takes twice the memory of half precision and is several times "
+        "slower: consider load(…, dtype='float16') or 'bfloat16', or loco.speed",
         stacklevel=3,
     )
 
 
 @contextmanager
 def _muted(name: str) -> Iterator[None]:
-    """Within the context, one logger of the libraries underneath gives no advice; errors it tells."""
+    """Within the context, one logger of the libraries underneath reports errors alone."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -158,42 +169,51 @@ def _muted(name: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Where to look, first place first, mirrors included; no `revision` for folders and files."""
+class _Sources:
+    """Where to look for a model.
 
-    sources: tuple[str, ...]
+    Attributes:
+        places: Folders, files or hub ids, first place first; the others are mirrors of it.
+        revision: On the hub; None for folders and files.
+        gated: Whether its terms must be accepted on the hub.
+        embedded: Whether it comes with locogen.
+    """
+
+    places: tuple[str, ...]
     revision: str | None = None
     gated: bool = False
     embedded: bool = False
 
 
-def _found(name: str, wanted: _Wanted, dtype: Any, local_files_only: bool) -> Any:
-    """The first source that can be loaded: on this machine, and only then on the hub."""
+def _first_that_loads(name: str, sources: _Sources, dtype: Any, local_files_only: bool) -> Any:
+    """The pipeline of the first source that can be loaded."""
     errors = []
-    for local in (True,) if local_files_only or wanted.revision is None else (True, False):
-        for place, source in enumerate(wanted.sources):
-            revision = wanted.revision if place == 0 else "main"  # a mirror is taken as it is
-            try:
-                return _fetch(source, revision, dtype, local)
-            except UnsupportedModel:
-                raise
-            except (
-                LocogenError,
-                OSError,
-                ValueError,
-            ) as error:  # ValueError: a folder that is not there
-                errors.append(error)
-    # Files that are there and damaged tell more than places where there is nothing.
-    damaged = next((error for error in errors if isinstance(error, LocogenError)), None)
-    if damaged is not None:
-        raise LocogenError(f"could not load the model {name!r}: {damaged}") from damaged
-    raise LocogenError(
-        f"could not load the model {name!r}: {_remedy(wanted, errors[-1])}"
-    ) from errors[-1]
+    for source, revision, local in _attempts(sources, local_files_only):
+        try:
+            return _fetch(source, revision, dtype, local)
+        except UnsupportedModel:
+            raise
+        except (LocogenError, OSError, ValueError) as error:  # ValueError: a missing folder
+            errors.append(error)
+    # Files that are there but damaged say more than places where there is nothing.
+    for error in errors:
+        if isinstance(error, LocogenError):
+            raise LocogenError(f"could not load the model {name!r}: {error}") from error
+    last = errors[-1]
+    raise LocogenError(f"could not load the model {name!r}: {_remedy(sources, last)}") from last
+
+
+def _attempts(sources: _Sources, local_files_only: bool) -> Iterator[tuple[str, str | None, bool]]:
+    """(source, revision, local files only): all places on this machine, and only then the hub."""
+    only_local = local_files_only or sources.revision is None
+    for local in (True,) if only_local else (True, False):
+        for i, place in enumerate(sources.places):
+            # Revisions of a mirror are not those of the original: its newest one is used.
+            yield place, sources.revision if i == 0 else "main", local
 
 
 def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
-    """The pipeline of one source: a single file, a folder, or a hub id whose files are fetched first."""
+    """The pipeline of one source; the files of a hub id are fetched first."""
     with _without_bars():
         if Path(source).is_file():
             pipe = _from_file(Path(source), dtype, local_files_only)
@@ -201,7 +221,8 @@ def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool
             return _from_folder(Path(source), dtype)
         else:
             pipe = _from_folder(_downloaded(source, revision, local_files_only), dtype)
-    pipe.register_to_config(_name_or_path=source)  # not the place in the cache: settings go by it
+    # Not the place in the cache: the catalog's settings are looked up by it.
+    pipe.register_to_config(_name_or_path=source)
     return pipe
 
 
@@ -239,7 +260,7 @@ def _downloaded(source: str, revision: str | None, local_files_only: bool) -> Pa
 
 
 def _from_folder(folder: Path, dtype: Any) -> Any:
-    """The pipeline that a folder holds. Raises `LocogenError` with what is wrong with the folder."""
+    """The pipeline of a folder; raises `LocogenError` with what is wrong with the folder."""
     from diffusers import DiffusionPipeline
 
     try:
@@ -263,7 +284,7 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
 
 
 def _parts_apart(folder: Path, dtype: Any) -> dict[str, Any]:
-    """The parts that `from_pretrained` cannot find by itself, and None for those that are left out."""
+    """Parts that `from_pretrained` cannot find by itself, and None for those that are left out."""
     if folder == mini_folder("mini-b"):
         return _shared_with_mini(dtype)
     parts: dict[str, Any] = dict.fromkeys(_left_out(folder))
@@ -281,7 +302,7 @@ def _parts_apart(folder: Path, dtype: Any) -> dict[str, Any]:
 
 
 def _shared_with_mini(dtype: Any) -> dict[str, Any]:
-    """The parts that the second embedded model has of the first: all but the U-Net."""
+    """The parts that the second embedded model shares with the first: all but the U-Net."""
     from diffusers import DiffusionPipeline
 
     first = DiffusionPipeline.from_pretrained(
@@ -311,7 +332,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
-    """The pipeline of a single file, converted by diffusers with a configuration in its own format."""
+    """The pipeline of a single file, converted by diffusers."""
     import diffusers
 
     if file.suffix != ".safetensors":
@@ -332,13 +353,14 @@ def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
                 f"the weights of {file} do not fit the main memory: use a smaller dtype"
             ) from error
         raise LocogenError(
-            f"diffusers cannot convert {file} with the configuration {config} ({_first_line(error)}): put the folder "
-            f"of the whole pipeline in diffusers' format ({INDEX}) around the file, or load that folder"
+            f"diffusers cannot convert {file} with the configuration {config} "
+            f"({_first_line(error)}): put the folder of the whole pipeline in diffusers' format "
+            f"({INDEX}) around the file, or load that folder"
         ) from error
 
 
 def _kind_of_file(file: Path) -> tuple[str, str]:
-    """The pipeline's class, and the hub id of the checkpoint with the same configuration; from names and shapes."""
+    """The pipeline's class, and the hub id of the checkpoint with the same configuration."""
     import torch
     from diffusers.loaders.single_file_utils import (
         fetch_diffusers_config,
@@ -346,8 +368,10 @@ def _kind_of_file(file: Path) -> tuple[str, str]:
     )
     from safetensors import safe_open
 
+    # Names and shapes of the tensors are enough, and are read without the tensors.
     with safe_open(file, "pt") as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        names = list(tensors.keys())
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     outline = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     try:
         content = infer_diffusers_model_type(outline)
@@ -356,8 +380,8 @@ def _kind_of_file(file: Path) -> tuple[str, str]:
     # diffusers calls everything that it does not know "v1".
     if content == "v1" and "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
         raise LocogenError(
-            f"{file} is not a checkpoint of a whole pipeline (a LoRA, a VAE or an embedding?): load the pipeline it "
-            "belongs to, and then the file with diffusers' own loaders"
+            f"{file} is not a checkpoint of a whole pipeline (a LoRA, a VAE or an embedding?): "
+            "load the pipeline it belongs to, and then the file with diffusers' own loaders"
         )
     if content not in SINGLE_FILES:
         raise UnsupportedModel(
@@ -367,7 +391,7 @@ def _kind_of_file(file: Path) -> tuple[str, str]:
 
 
 def _config_of(file: Path, original: str, local_files_only: bool) -> Path:
-    """A folder with the configuration of a single file: the one it lies in, or the original's small files."""
+    """A folder with the configuration of a single file: its own, or the original checkpoint's."""
     from huggingface_hub import snapshot_download
 
     if (file.parent / INDEX).is_file():
@@ -383,51 +407,71 @@ def _config_of(file: Path, original: str, local_files_only: bool) -> Path:
                 continue
     patterns = " ".join(f"--include '{pattern}'" for pattern in small)
     raise LocogenError(
-        f"the single file {file} has no configuration: fetch it once with: hf download {sources[0]} {patterns}, or "
-        f"put {INDEX} and the folders of its parts, in diffusers' format, next to the file"
+        f"the single file {file} has no configuration: fetch it once with: hf download "
+        f"{sources[0]} {patterns}, or put {INDEX} and the folders of its parts, in diffusers' "
+        "format, next to the file"
     )
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
-def _remedy(wanted: _Wanted, error: Exception) -> str:
-    """How to get the files; the first mirror is named where the original has vanished from the hub."""
-    source = wanted.sources[0]
-    if wanted.revision is None:
+def _remedy(sources: _Sources, error: Exception) -> str:
+    """How to get the files."""
+    source = sources.places[0]
+    if sources.revision is None:
         return f"{source}: {_first_line(error)}"
-    if len(wanted.sources) > 1:
-        return f"{source} is gone from the hub: fetch a copy once with: hf download {wanted.sources[1]}"
-    fetch = f"fetch it once with: hf download {source} --revision {wanted.revision}"
+    # Only models that have vanished from the hub have mirrors in the catalog.
+    if len(sources.places) > 1:
+        mirror = sources.places[1]
+        return f"{source} is gone from the hub: fetch a copy once with: hf download {mirror}"
+    fetch = f"fetch it once with: hf download {source} --revision {sources.revision}"
     terms = f"accept its terms on https://huggingface.co/{source}, log in with: hf auth login"
-    if wanted.gated:
+    if sources.gated:
         return f"it is gated: {terms}, and {fetch}"
     if "safetensors" in str(error):
-        return f"{source} has no complete safetensors weights, and pickled ones are refused: use a converted copy"
-    return f"{fetch} (where it is gated, first {terms})"
+        return (
+            f"{source} has no complete safetensors weights, and pickled ones are refused: "
+            "use a converted copy"
+        )
+    return f"{fetch} (if it is gated, first {terms})"
 
 
-def _wanted(name: str, file: str | Path | None) -> _Wanted:
+def _sources_of(name: str, file: str | Path | None) -> _Sources:
+    """Where to look for a model: what is on this machine comes before the hub and the catalog."""
     if name in ("mini", "mini-b"):
-        return _Wanted((str(mini_folder(name)),), embedded=True)
+        return _Sources((str(mini_folder(name)),), embedded=True)
     place = Path(name).expanduser()
     is_checkpoint = place.suffix in (".safetensors", *PICKLED)
     if place.is_dir() or (is_checkpoint and place.is_file()):
-        return _Wanted((str(place),))
+        return _Sources((str(place),))
+    _check_is_no_path(name, place, is_checkpoint)
+    if "/" in name and file is None:
+        return _Sources((name,), "main")
+    return _sources_of_entry(name, file)
+
+
+def _check_is_no_path(name: str, place: Path, is_checkpoint: bool) -> None:
+    """Refuse what can only be a path, and does not exist."""
     if is_checkpoint:
         raise LocogenError(
-            f"there is no file {place}: give a .safetensors file, a folder, a hub id or a catalog name"
+            f"there is no file {place}: "
+            "give a .safetensors file, a folder, a hub id or a catalog name"
         )
+    # A hub id has one slash.
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise LocogenError(
-            f"there is no folder {place}: give one in diffusers' format, a hub id, or a catalog name"
+            f"there is no folder {place}: "
+            "give one in diffusers' format, a hub id, or a catalog name"
         )
-    if "/" in name and file is None:
-        return _Wanted((name,), "main")
+
+
+def _sources_of_entry(name: str, file: str | Path | None) -> _Sources:
+    """Where the catalog, or a user's TOML file, says that a model is."""
     entry = model_entry(name, file)
     if entry.family not in FAMILIES:
         raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
     place = Path(entry.id).expanduser()
     if place.exists():
-        return _Wanted((str(place),))
-    return _Wanted((entry.id, *entry.mirrors), entry.revision, entry.gated)
+        return _Sources((str(place),))
+    return _Sources((entry.id, *entry.mirrors), entry.revision, entry.gated)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from locogen.errors import LocogenError
 
-# What PyTorch and the libraries underneath write where an allocation fails. Only CUDA's own allocator has an
-# exception class for it; cuBLAS and cuDNN allocate workspaces beside it and report a status code.
+# What PyTorch and the libraries underneath write if an allocation fails. Only CUDA's own allocator
+# has an exception class for it; cuBLAS and cuDNN allocate workspaces past it, with a status code.
 ALLOCATION_FAILURES = (
     "out of memory",
     "can't allocate memory",
@@ -22,7 +22,8 @@ ALLOCATION_FAILURES = (
     "CUSOLVER_STATUS_ALLOC_FAILED",
     "CUSPARSE_STATUS_ALLOC_FAILED",
     "CUFFT_ALLOC_FAILED",
-    "unable to find an engine to execute this computation",  # cuDNN: each one needs more workspace than is left
+    # cuDNN: each engine needs more workspace than is left.
+    "unable to find an engine to execute this computation",
     "Unable to find a valid cuDNN algorithm",  # the same, in older versions
 )
 
@@ -49,13 +50,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_named(remedy: str) -> Iterator[None]:
-    """Within the context, an error that means a full memory becomes a `LocogenError` with the remedy.
+    """Within the context, an error that means a full memory becomes a `LocogenError`.
 
     Args:
         remedy: what did not fit, where, and what helps.
 
     Raises:
-        LocogenError: where the memory ran out; any other error passes by.
+        LocogenError: the memory ran out; any other error passes by.
     """
     try:
         yield

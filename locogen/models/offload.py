@@ -1,4 +1,7 @@
-"""Where accelerate's offload keeps weights and where it computes with them: its modules hold neither by themselves."""
+"""Where accelerate's offload keeps weights, and where it computes with them.
+
+Its modules know neither by themselves: their weights lie on the meta device between calls.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def computes_on(model: Any) -> Any:
-    """Where offload brings the weights of a model, or of a part, when they are needed; None where none is offloaded."""
+    """The device that offload brings a model's weights to for its calls; None: not offloaded."""
     for module in model.modules():
         for hook in _hooks(module):
             device = getattr(hook, "execution_device", None)
@@ -23,42 +26,43 @@ def computes_on(model: Any) -> Any:
 
 
 def stands_on(model: Any) -> Any:
-    """Where weights of a model, or of a part, are to meet their inputs outside of a pipeline's call."""
+    """The device on which a model takes its inputs outside of a pipeline's call."""
     device = next(model.parameters()).device
-    return computes_on(model) or device if device.type == "meta" else device
+    # On the meta device a weight has no values: offload brings them for the call.
+    if device.type != "meta":
+        return device
+    return computes_on(model) or device
 
 
 def resting_device(pipe: Any) -> str:
-    """The type of device where a pipeline's weights are between its calls: "cpu" where they are offloaded.
+    """The type of device where a pipeline's weights are between its calls; offloaded: "cpu".
 
-    Something that works beside the pipeline, such as a scorer, belongs there: offload is for cards that
-    have no room for more.
+    What works next to the pipeline, such as a scorer, belongs there: offload is for cards that have
+    no room for more.
     """
-    offloaded = any(
-        computes_on(part) is not None
-        for part in pipe.components.values()
-        if hasattr(part, "modules")
-    )
-    return "cpu" if offloaded else pipe.device.type
+    for part in pipe.components.values():
+        if hasattr(part, "modules") and computes_on(part) is not None:
+            return "cpu"
+    return pipe.device.type
 
 
 @contextmanager
 def taken_back(*models: Any) -> Iterator[None]:
-    """After the context, whole parts that model offload brought to the device for it are off the device again.
+    """After the context, parts that model offload brought to the device for it are off it again.
 
-    Within a pipeline's call each part makes room for the next one, and in the end all go. A part that runs by
-    itself, outside of a call, would stay beside whatever runs next.
+    Within a pipeline's call each part makes room for the next one, and in the end all go. A part
+    that runs by itself, outside of a call, would stay on the device next to whatever runs then.
     """
     from accelerate.hooks import CpuOffload
 
     brought = []
     for model in models:
         for hook in _hooks(model):
-            # Sequential offload has hooks of another class; a part on the device is in the middle of a call.
-            if (
-                isinstance(hook, CpuOffload)
-                and next(model.parameters()).device != hook.execution_device
-            ):
+            # Sequential offload has hooks of another class, and cleans up by itself.
+            if not isinstance(hook, CpuOffload):
+                continue
+            # A part that is on the device already is in the middle of a call.
+            if next(model.parameters()).device != hook.execution_device:
                 brought.append((model, hook))
     try:
         yield
@@ -68,14 +72,18 @@ def taken_back(*models: Any) -> Iterator[None]:
 
 
 def weight_of(module: Any, path: str) -> Tensor:
-    """A module's weight, from where offload keeps it where it is not in the module itself."""
+    """A module's weight; if it is offloaded, from where offload keeps it."""
     return kept(module, "weight", path) if module.weight.is_meta else module.weight
 
 
 def kept(module: Any, name: str, path: str) -> Tensor:
-    """A weight on the meta device, `path` in all, from where offload keeps it; `LocogenError` where nothing does."""
-    for one in _hooks(module):
-        weights = getattr(one, "weights_map", None)
+    """A weight on the meta device, from where offload keeps it; `path` is its full name.
+
+    Raises:
+        LocogenError: Nothing keeps it.
+    """
+    for hook in _hooks(module):
+        weights = getattr(hook, "weights_map", None)
         if weights is not None:
             return weights[name]
     raise LocogenError(f"the weight {path} is on the meta device: load the model's weights first")
@@ -83,4 +91,5 @@ def kept(module: Any, name: str, path: str) -> Tensor:
 
 def _hooks(module: Any) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
+    # Several hooks are one, of accelerate's `SequentialHook`.
     yield from getattr(hook, "hooks", (hook,))

@@ -6,7 +6,9 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene
@@ -17,77 +19,123 @@ from locogen.pictures.checks import check_flags, from_the_seed_alone, scheduler_
 from locogen.plan import Intervention, Settings, missing_target_runs
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
 
-RESERVE = 0.9  # of the free memory is used: allocators leave gaps
-SLICED_FROM = 256  # pixels a side from which pictures are decoded one by one: smaller ones take little memory at once
+Array = np.ndarray[Any, Any]
+Row = TypeVar("Row")
+
+RESERVE = 0.9  # the share of the free memory that is used: allocators leave gaps
+
+# Pixels a side from which pictures are decoded one by one: smaller ones take little memory at once.
+SLICED_FROM = 256
+
+SMALLER = (
+    "load the model with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'"
+)
+
+
+class Batch(NamedTuple, Generic[Row]):
+    """Rows and their pictures.
+
+    Attributes:
+        rows: The rows, without padding.
+        pixels: Their pictures in 0..1, (rows, height, width, 3).
+        batch_size: Places of the batches that follow.
+    """
+
+    rows: Sequence[Row]
+    pixels: Array
+    batch_size: int
 
 
 def pictures_of(
     pipe: Any,
-    plan: Sequence[Intervention],
-    chosen: Settings,
-    whole: Sequence[Intervention] | None = None,
-    settled: int | None = None,
-) -> Iterator[tuple[Sequence[Intervention], np.ndarray[Any, Any], int]]:
-    """Batch by batch: rows, in the order of the plan; their pictures in 0..1, (rows, height, width, 3); batch size.
+    missing_rows: Sequence[Intervention],
+    settings: Settings,
+    *,
+    all_rows: Sequence[Intervention] | None = None,
+    known_batch_size: int | None = None,
+) -> Iterator[Batch[Intervention]]:
+    """Make pictures batch by batch, in the order of the rows.
 
-    The size is that of the batches which follow; given as `settled`, it is that of the first one too.
+    On a GPU the first batch is as small as possible, and what it takes says how many pictures fit
+    the free memory. If memory runs out, half as many are tried, with a warning.
 
-    Batches are as even as can be, so that little is spent on filling the last one up. Their size follows from `whole`,
-    all rows that are asked for, of which `plan` is what is missing: so a resumed run repeats a fresh one, to the bit
-    where a batch or more was missing, and else within the order of sums.
-    On a GPU the first batch is as small as can be, and what it takes says how many fit the free memory. Where memory
-    runs out, half as many are tried, with a warning. Raises `LocogenError` where the smallest batch does not fit.
+    Args:
+        pipe: The pipeline.
+        missing_rows: The rows to make.
+        settings: How pictures are made; `batch_size` is the largest number at once.
+        all_rows: All rows of the run, of which `missing_rows` lack a picture; None: the same. The
+            batch size is computed from these, so that a resumed run uses the batches of a fresh one
+            and repeats it bit for bit if at least one full batch was missing.
+        known_batch_size: The batch size that an interrupted run used; None: choose one.
+
+    Yields:
+        The batches; after the first, `batch_size` is the number of places in each.
+
+    Raises:
+        LocogenError: The smallest batch does not fit the memory.
     """
-    texts = Texts(pipe, plan)
-    ridden = family_of(pipe).joint_attention
-    smallest = 2 if ridden else 1
-    places, missing = _places(plan if whole is None else whole, ridden), _places(plan, ridden)
-    memory = _Memory(pipe)
-    memory.known = memory.known and settled is None
-    size = (
-        smallest
-        if memory.known
-        else max(min(settled or _even(places, chosen.batch_size), missing), smallest)
-    )
+    texts = Texts(pipe, missing_rows)
+    rides_along = family_of(pipe).joint_attention
+    smallest = 2 if rides_along else 1  # a row and its target's own run
+    all_places = _places(missing_rows if all_rows is None else all_rows, rides_along)
+
+    memory = GpuMemory(pipe)
+    if known_batch_size is not None:
+        memory.is_to_be_measured = False
+    if memory.is_to_be_measured:
+        size = smallest
+    else:
+        size = known_batch_size or _even_size(all_places, settings.batch_size)
+        size = max(min(size, _places(missing_rows, rides_along)), smallest)
+
     start = 0
-    while start < len(plan):
-        rows = _next(plan[start:], size, ridden)
+    while start < len(missing_rows):
+        rows = _next_rows(missing_rows[start:], size, rides_along)
         try:
             with memory.watching_decode(pipe):
-                made = _batch(pipe, rows, texts, size, chosen)
+                pixels = make_batch(pipe, rows, texts, size, settings)
         except Exception as error:
-            size = halved(pipe, error, size, smallest)
-            memory.known = False
+            size = halved_batch_size(pipe, error, size, smallest)
+            memory.is_to_be_measured = False
         else:
-            if memory.known:
-                size = max(smallest, _even(places, min(chosen.batch_size, memory.fitting(size))))
-            yield rows, made, size
+            if memory.is_to_be_measured:
+                fitting = min(settings.batch_size, memory.fitting(size))
+                size = max(smallest, _even_size(all_places, fitting))
+            yield Batch(rows, pixels, size)
             start += len(rows)
-        memory.free()
+        # Not within `except`: there the error still holds the tensors of the batch that failed.
+        memory.release()
 
 
-def _even(places: int, most: int) -> int:
-    """The size of so many batches as are needed at `most` places each, if all are alike."""
-    most = max(most, 1)
-    return math.ceil(places / math.ceil(places / most))
+def _even_size(places: int, largest: int) -> int:
+    """The size of batches that are as few as `largest` allows, and alike: little is padded."""
+    batches = math.ceil(places / max(largest, 1))
+    return math.ceil(places / batches)
 
 
-def _next(plan: Sequence[Intervention], size: int, ridden: bool) -> Sequence[Intervention]:
-    """As many rows as fit a batch, with the targets' own runs that must ride along where they must; at least one."""
+def _next_rows(
+    rows: Sequence[Intervention], size: int, rides_along: bool
+) -> Sequence[Intervention]:
+    """The rows of the next batch, which also holds the targets' own runs if they ride along."""
     count = 1
-    while count < len(plan) and _places(plan[: count + 1], ridden) <= size:
+    while count < len(rows) and _places(rows[: count + 1], rides_along) <= size:
         count += 1
-    return plan[:count]
+    return rows[:count]
 
 
-def _places(rows: Sequence[Intervention], ridden: bool) -> int:
-    return len(rows) + (len(missing_target_runs(rows)) if ridden else 0)
+def _places(rows: Sequence[Intervention], rides_along: bool) -> int:
+    return len(rows) + (len(missing_target_runs(rows)) if rides_along else 0)
 
 
 class Texts:
-    """Text of each distinct prompt, encoded alone so that its neighbors cannot move a bit; and the negative."""
+    """The text of each distinct prompt, encoded alone so that its neighbors cannot move a bit.
+
+    Attributes:
+        of: Encoded text by prompt, each one row.
+        negative: The encoded negative prompt; None without guidance.
+    """
 
     def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
         prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
@@ -95,43 +143,51 @@ class Texts:
             f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
         )
         with from_the_seed_alone(pipe), memory_named(too_small):
-            found = {text: encode_guided(pipe, [text]) for text in prompts}
-        self.of = {text: own for text, (own, _) in found.items()}
-        self.negative = next(iter(found.values()))[1]
+            encoded = {prompt: encode_guided(pipe, [prompt]) for prompt in prompts}
+        self.of = {prompt: positive for prompt, (positive, _) in encoded.items()}
+        self.negative = next(iter(encoded.values()))[1]
 
     def stack(self, prompts: Iterable[str]) -> PromptEncoding:
-        """One row a prompt."""
+        """The text of prompts, one row each."""
         return PromptEncoding.stack(self.of[prompt] for prompt in prompts)
 
     def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What a call of the pipeline takes for these prompts."""
-        negative = (
-            {}
-            if self.negative is None
-            else self.negative.expanded(len(prompts)).arguments("negative_")
-        )
-        return self.stack(prompts).arguments() | negative
+        """The arguments of a call of the pipeline with these prompts."""
+        return self.with_negative(self.stack(prompts), len(prompts))
+
+    def with_negative(self, text: PromptEncoding, count: int) -> dict[str, Any]:
+        """The arguments of a call of the pipeline with this text of `count` rows."""
+        if self.negative is None:
+            return text.arguments()
+        return text.arguments() | self.negative.expanded(count).arguments("negative_")
 
 
-def _batch(
-    pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings
-) -> Any:
-    """Pictures of one batch, padded to `size` by repeating its last row, so that sums are taken alike in each."""
-    padded = [*rows, *(missing_target_runs(rows) if family_of(pipe).joint_attention else ())]
+def make_batch(
+    pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, settings: Settings
+) -> Array:
+    """The pictures of one batch in 0..1, (rows, height, width, 3)."""
+    padded = list(rows)
+    if family_of(pipe).joint_attention:
+        padded += missing_target_runs(rows)
+    # All batches of a run have one size, so that sums are taken in the same order in each.
     padded += [padded[-1]] * (size - len(padded))
     with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
-        made = called(pipe, padded, texts.arguments([row.prompt for row in padded]), chosen)
-    return made[: len(rows)]
+        arguments = texts.arguments([row.prompt for row in padded])
+        pixels = call_pipeline(pipe, padded, arguments, settings)  # (size, height, width, 3)
+    return pixels[: len(rows)]
 
 
-def called(
+def call_pipeline(
     pipe: Any,
     rows: Sequence[Intervention],
     arguments: dict[str, Any],
-    chosen: Settings,
+    settings: Settings,
     output_type: str = "np",
 ) -> Any:
-    """The images of one call of the pipeline, without its progress bar: `arguments` is what the rows hear."""
+    """The images of one call of the pipeline, without its progress bar.
+
+    `arguments` holds the encoded prompts, one row for each of `rows`, which give the seeds.
+    """
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
@@ -140,8 +196,8 @@ def called(
                 **family_of(pipe).options(pipe),
                 **arguments,
                 generator=generators(rows),
-                num_inference_steps=chosen.num_inference_steps,
-                guidance_scale=chosen.guidance_scale,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
                 output_type=output_type,
             )
     finally:
@@ -150,13 +206,17 @@ def called(
     return output.images
 
 
+# --- memory --------------------------------------------------------------------------------------
+
+
 @contextmanager
 def _decoding_in_slices(pipe: Any) -> Iterator[None]:
-    """Within the context large pictures are decoded one by one, so that the decoder does not limit the batch.
+    """Within the context large pictures are decoded one by one.
 
-    A batch that the denoiser has room for can be several times what the decoder has room for: SD-XL's, in float32,
-    takes about 4 GB for each picture of 1024 pixels. Pictures differ from those decoded together by the order of
-    sums. Small pictures are decoded together, as the pipeline does it.
+    A batch that the denoiser has room for can be several times what the decoder has room for:
+    SD-XL's, in float32, takes about 4 GB for each picture of 1024 pixels. Pictures differ from
+    those decoded together by the order of sums. Small pictures are decoded together, as the
+    pipeline does it.
     """
     vae = _sliced_vae(pipe)
     if vae is None or vae.use_slicing:
@@ -170,67 +230,74 @@ def _decoding_in_slices(pipe: Any) -> Iterator[None]:
 
 
 def _sliced_vae(pipe: Any) -> Any:
-    """The pipeline's VAE where its pictures are decoded one by one; None where there is no such VAE."""
+    """The pipeline's VAE if its pictures are to be decoded one by one; else None."""
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "use_slicing"):
         return None
-    is_large = (
-        getattr(vae.config, "sample_size", SLICED_FROM) >= SLICED_FROM
-    )  # Sana's has no size of its own
-    return vae if is_large else None
+    # Sana's VAE does not say its size: its pictures are large.
+    pixels = getattr(vae.config, "sample_size", SLICED_FROM)
+    return vae if pixels >= SLICED_FROM else None
 
 
-def halved(pipe: Any, error: Exception, size: int, smallest: int = 1) -> int:
-    """The batch size to go on with, where `error` says that the memory ran out; told in a warning.
+def halved_batch_size(
+    pipe: Any, error: Exception, size: int, smallest: int = 1, *, stacklevel: int = 6
+) -> int:
+    """The batch size to go on with after an error that means a full memory; warns of it.
 
-    Raises the error itself where it says something else, and `LocogenError` where the smallest batch did not fit.
+    Args:
+        pipe: The pipeline.
+        error: What was raised by a batch.
+        size: Places of that batch.
+        smallest: The smallest possible batch.
+        stacklevel: As of `warnings.warn`, counted from here; it is to reach the user's own line.
+
+    Raises:
+        LocogenError: The smallest batch did not fit. An error that means something else is raised
+            as it is.
     """
     if not out_of_memory(error):
         raise error
     if size <= smallest:
-        raise LocogenError(_too_large(pipe, size)) from error
+        raise LocogenError(
+            f"a batch of {size} does not fit the memory of {pipe._execution_device}: {SMALLER}, "
+            "or call pipe.vae.enable_tiling(); pictures made before are kept"
+        ) from error
     half = max(size // 2, smallest)
-    warnings.warn(f"a batch of {size} does not fit the memory: going on with {half}", stacklevel=5)
+    warnings.warn(
+        f"a batch of {size} does not fit the memory: going on with {half}", stacklevel=stacklevel
+    )
     return half
 
 
-SMALLER = (
-    "load the model with dtype='float16' or 'bfloat16', or with offload='model' or 'sequential'"
-)
+class GpuMemory:
+    """Measures how many pictures fit the memory of the GPU that the pipeline computes on.
 
+    A batch has two peaks: the denoiser's grows with the batch, the decoder's does not, since it
+    works on one picture at a time. They are read apart, so that a large decoder does not make
+    batches small.
 
-def _too_large(pipe: Any, size: int) -> str:
-    return (
-        f"a batch of {size} does not fit the memory of {pipe._execution_device}: {SMALLER}, or call "
-        "pipe.vae.enable_tiling(); pictures made before are kept"
-    )
-
-
-class _Memory:
-    """Of the GPU that the pipeline computes on; `known` is false where there is none.
-
-    A batch has two peaks: the denoiser's grows with the batch, the decoder's does not, since it works on one
-    picture at a time. They are read apart, so that a large decoder does not make batches small.
+    Attributes:
+        is_to_be_measured: Whether the next batch is to say how many fit; False without a GPU.
+        before: Bytes in use before the first batch.
+        denoising: Bytes at the denoiser's peak; None until the decoder has begun.
     """
 
     def __init__(self, pipe: Any) -> None:
         import torch
 
-        self.device = pipe._execution_device
-        self.known = self.device.type == "cuda" and torch.cuda.is_available()
+        self.device: torch.device = pipe._execution_device
+        self.is_to_be_measured = self.device.type == "cuda" and torch.cuda.is_available()
         self.before = 0
-        self.denoising: int | None = (
-            None  # bytes at the denoiser's peak, once the decoder has begun
-        )
-        if self.known:
+        self.denoising: int | None = None
+        if self.is_to_be_measured:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
 
     @contextmanager
     def watching_decode(self, pipe: Any) -> Iterator[None]:
-        """Within the context, the peak is read when the decoder begins; only while the size is to be found."""
+        """Within the context, the denoiser's peak is read when the decoder begins."""
         vae = _sliced_vae(pipe)
-        if vae is None or not self.known:
+        if vae is None or not self.is_to_be_measured:
             yield
             return
         handle = vae.decoder.register_forward_pre_hook(self._begin_decoding)
@@ -242,23 +309,26 @@ class _Memory:
     def _begin_decoding(self, *_: Any) -> None:
         import torch
 
+        # The decoder is called once a picture: the first call is the end of the denoiser's work.
         if self.denoising is None:
             self.denoising = torch.cuda.max_memory_allocated(self.device) - self.before
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def fitting(self, made: int) -> int:
-        """How many pictures fit, by what a batch of `made` took at its peak."""
+    def fitting(self, size: int) -> int:
+        """The number of pictures that fit, by the peak of a batch of `size`."""
         import torch
 
-        self.known = False
+        self.is_to_be_measured = False
         last_peak = torch.cuda.max_memory_allocated(self.device) - self.before
         growing = last_peak if self.denoising is None else self.denoising
         torch.cuda.empty_cache()
-        return int(RESERVE * torch.cuda.mem_get_info(self.device)[0] / max(growing / made, 1))
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(RESERVE * free / max(growing / size, 1))
 
-    def free(self) -> None:
-        """Give what is cached back, so that a smaller batch finds it."""
+    def release(self) -> None:
+        """Give cached memory back, so that a smaller batch finds it."""
         import torch
 
-        if self.device.type == "cuda" and torch.cuda.is_available() and not self.known:
+        is_cuda = self.device.type == "cuda" and torch.cuda.is_available()
+        if is_cuda and not self.is_to_be_measured:
             torch.cuda.empty_cache()

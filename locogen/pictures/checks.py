@@ -1,4 +1,4 @@
-"""What a call of the pipeline must keep to, so that its pictures are those of their prompts and seeds."""
+"""Checks that pictures come from their prompts and seeds alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from locogen.errors import LocogenError
 if TYPE_CHECKING:
     from locogen.plan import Intervention
 
-FLAGS = (
-    "nsfw_content_detected",
-    "nsfw_detected",
-    "watermark_detected",
-)  # of diffusers' outputs, one a picture
+# Fields of diffusers' outputs, with one value for each picture.
+FLAGS = ("nsfw_content_detected", "nsfw_detected", "watermark_detected")
+
+# What diffusers raises if a scheduler does not fit the pipeline: it checks little by itself.
 MISFITS = (
     AttributeError,
     TypeError,
@@ -33,34 +32,37 @@ MISFITS = (
 def check_scheduler(pipe: Any) -> None:
     """Refuse a scheduler whose noise does not come from each picture's own generator.
 
-    A Brownian tree (`DPMSolverSDEScheduler`, `CosineDPMSolverMultistepScheduler`) takes its noise from torch's global
-    state or, with `noise_sampler_seed`, from one seed for the whole batch: then a picture depends on its neighbors.
+    A Brownian tree (`DPMSolverSDEScheduler`, `CosineDPMSolverMultistepScheduler`) takes its noise
+    from torch's global state or, with `noise_sampler_seed`, from one seed for the whole batch: then
+    a picture depends on its neighbors.
 
     Raises:
         LocogenError: For such a scheduler.
     """
     if hasattr(pipe.scheduler, "noise_sampler"):
         raise LocogenError(
-            f"{_name(pipe)} adds noise that is not the picture's own: it does not come from the picture's seed. "
-            "Use another scheduler, such as EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler with "
-            "algorithm_type='sde-dpmsolver++', which take a generator"
+            f"{_name(pipe)} adds noise that is not the picture's own: it does not come from the "
+            "picture's seed. Use another scheduler, such as EulerAncestralDiscreteScheduler or "
+            "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++', which take a "
+            "generator"
         )
 
 
 @contextmanager
 def from_the_seed_alone(pipe: Any) -> Iterator[None]:
-    """Within the context, nothing may draw from a global random state: every picture comes from its seed alone.
+    """Within the context, nothing may draw from a global random state.
 
     Raises:
-        LocogenError: When the context ends, where something has drawn from torch's or numpy's.
+        LocogenError: When the context ends, if something has drawn from torch's or numpy's.
     """
     before = _random_states(pipe)
     yield
     if _random_states(pipe) != before:
         raise LocogenError(
-            f"the pipeline drew random numbers that no seed decides, so no picture could be made again. Either "
-            f"{_name(pipe)} adds noise without a generator: use another one, or its deterministic setting; or a part "
-            f"of the model is in training mode and drops neurons ({_dropping(pipe)}): call eval() on it"
+            "the pipeline drew random numbers that no seed decides, so no picture could be made "
+            f"again. Either {_name(pipe)} adds noise without a generator: use another one, or its "
+            "deterministic setting; or a part of the model is in training mode and drops neurons "
+            f"({_dropping(pipe)}): call eval() on it"
         )
 
 
@@ -72,22 +74,20 @@ def _random_states(pipe: Any) -> list[bytes]:
     states = [torch.get_rng_state().numpy().tobytes()]
     if device.type == "cuda" and torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
-    name, numbers, *position = np.random.get_state()  # noqa: NPY002 - the global state itself is what is asked for
+    # numpy's global state itself is what is compared, so the newer generators do not help.
+    name, numbers, *position = np.random.get_state()  # noqa: NPY002
     return [*states, np.asarray(numbers).tobytes(), repr((name, position)).encode()]
 
 
 def _dropping(pipe: Any) -> str:
     """The components that drop neurons in their present mode."""
-    modules = {
-        part: component
-        for part, component in pipe.components.items()
-        if hasattr(component, "named_modules")
-    }
-    names = [
-        part
-        for part, component in modules.items()
-        if any(layer.training and getattr(layer, "p", 0) for layer in component.modules())
-    ]
+    names = []
+    for part, component in pipe.components.items():
+        if not hasattr(component, "named_modules"):
+            continue
+        # `p` is a dropout layer's probability.
+        if any(layer.training and getattr(layer, "p", 0) for layer in component.modules()):
+            names.append(part)
     return ", ".join(names) or "none is known to"
 
 
@@ -96,7 +96,8 @@ def scheduler_errors(pipe: Any) -> Iterator[None]:
     """Within the context, an error that comes from the scheduler says so, and what to do.
 
     Raises:
-        LocogenError: For a scheduler that does not fit the pipeline, or that starts at its second step.
+        LocogenError: For a scheduler that does not fit the pipeline, or that starts at its second
+            step.
     """
     try:
         yield
@@ -106,32 +107,38 @@ def scheduler_errors(pipe: Any) -> Iterator[None]:
         _check_first_timesteps(pipe)
         raise LocogenError(
             f"{_name(pipe)} and {type(pipe).__name__} do not work together with these settings "
-            f"({type(error).__name__}: {error}). Use another scheduler: pipe.scheduler.compatibles names some, "
-            "or another num_inference_steps"
+            f"({type(error).__name__}: {error}). Use another scheduler: pipe.scheduler.compatibles "
+            "names some, or another num_inference_steps"
         ) from error
     _check_first_timesteps(pipe)
 
 
 def _comes_from_scheduler(pipe: Any, error: Exception) -> bool:
+    # A full memory is not the scheduler's fault: a smaller batch may help.
     if "memory" in str(error):
-        return False  # a smaller batch may help
+        return False
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename.replace("\\", "/")
     return "/schedulers/" in innermost or type(pipe.scheduler).__name__ in str(error)
 
 
 def _check_first_timesteps(pipe: Any) -> None:
-    """Diffusers finds its place by the first timestep; where the second is equal, it skips a step without a word."""
+    """Refuse a scheduler whose first two timesteps are equal.
+
+    Diffusers finds its place by the value of the first timestep: then it skips a step silently.
+    """
     scheduler = pipe.scheduler
     timesteps = getattr(scheduler, "timesteps", ())
-    placed = getattr(scheduler, "begin_index", None) is not None or not hasattr(
-        scheduler, "step_index"
-    )
-    if placed or len(timesteps) < 2 or timesteps[0] != timesteps[1]:
+    # Some count their steps, or are told where to begin: these do not look for a value.
+    begins_by_index = getattr(scheduler, "begin_index", None) is not None
+    if begins_by_index or not hasattr(scheduler, "step_index"):
+        return
+    if len(timesteps) < 2 or timesteps[0] != timesteps[1]:
         return
     raise LocogenError(
-        f"the first two timesteps of {_name(pipe)} are equal ({float(timesteps[0]):g}), so diffusers begins with the "
-        "second step and has none left at the end: these sigmas (Karras, exponential, beta) do not fit the model's "
-        "noise schedule. Make the scheduler without them, or call with fewer num_inference_steps"
+        f"the first two timesteps of {_name(pipe)} are equal ({float(timesteps[0]):g}), so "
+        "diffusers begins with the second step and has none left at the end: these sigmas (Karras, "
+        "exponential, beta) do not fit the model's noise schedule. Make the scheduler without "
+        "them, or call with fewer num_inference_steps"
     )
 
 
@@ -147,14 +154,14 @@ def check_flags(output: Any, rows: Sequence[Intervention]) -> None:
         rows: Its rows, in order.
 
     Raises:
-        LocogenError: Where a picture is flagged; names its prompt and seed.
+        LocogenError: A picture is flagged; names its prompt and seed.
     """
     for name in FLAGS:
         flags = getattr(output, name, None)
         flagged = [row for row, flag in zip(rows, flags or (), strict=False) if flag]
         if flagged:
             raise LocogenError(
-                f"the safety checker flagged {len(flagged)} pictures ({name}) and made them black, the first of "
-                f"{flagged[0].prompt!r} with seed {flagged[0].seed}: none of the batch is kept. Turn it off with "
-                "pipe.safety_checker = None"
+                f"the safety checker flagged {len(flagged)} pictures ({name}) and made them black, "
+                f"the first of {flagged[0].prompt!r} with seed {flagged[0].seed}: none of the "
+                "batch is kept. Turn it off with pipe.safety_checker = None"
             )

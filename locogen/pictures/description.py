@@ -1,8 +1,9 @@
 """What moves a picture without being a weight, as lines of text that can be hashed.
 
-Settings lie in attributes: an attention processor's scale, a VAE's tiles, a LoRA's strength, dropout. Nobody can list
-them for every library, so all attributes of every object are described, except those named here that cannot move a
-picture. A line too many costs a picture that is made twice; a line too few gives back the wrong one.
+Settings lie in attributes: an attention processor's scale, a VAE's tiles, a LoRA's strength,
+dropout. Nobody can list them for every library, so all attributes of every object are described,
+except those named here that cannot move a picture. A line too many costs a picture that is made
+twice; a line too few gives back the wrong one.
 """
 
 from __future__ import annotations
@@ -31,92 +32,48 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 SIMPLE = {bool, int, float, str, type(None)}
 DEEPEST = 8  # objects within objects
 
-# Attributes that cannot move a picture: where a model came from, what training needs, what warnings were given, and
-# what offload keeps beside a module.
+# Attributes that cannot move a picture.
 WITHOUT_EFFECT = {
-    *(
-        "name_or_path",
-        "vocab_file",
-        "init_kwargs",
-        "init_inputs",
-        "peft_config",
-        "_hf_peft_config_loaded",
-    ),
-    *(
-        "gradient_checkpointing",
-        "_gradient_checkpointing_func",
-        "warnings_issued",
-        "deprecation_warnings",
-    ),
-    *("_hf_hook", "_old_forward", "_diffusers_hook", "hf_device_map", "_is_hf_initialized"),
+    # Where a model came from.
+    *("name_or_path", "vocab_file", "init_kwargs", "init_inputs"),
+    *("peft_config", "_hf_peft_config_loaded", "_is_hf_initialized"),
+    # What training needs, and which warnings were given.
+    *("gradient_checkpointing", "_gradient_checkpointing_func"),
+    *("warnings_issued", "deprecation_warnings"),
+    # What offload keeps of a module.
+    *("_hf_hook", "_old_forward", "_diffusers_hook", "hf_device_map"),
+    # What is described in another way, or set within a call.
     *("_in_target_context_manager", "_tokenizer", "_output_capturing_hooks_installed"),
 }
 # What schedulers set anew at the beginning of each call, or count within it.
 SET_BY_A_CALL = {
-    *(
-        "timesteps",
-        "_timesteps",
-        "sigmas",
-        "num_inference_steps",
-        "_step_index",
-        "_begin_index",
-        "custom_timesteps",
-    ),
-    *(
-        "model_outputs",
-        "lower_order_nums",
-        "sample",
-        "last_sample",
-        "this_order",
-        "derivatives",
-        "ets",
-        "counter",
-    ),
-    *(
-        "cur_sample",
-        "cur_model_output",
-        "prk_timesteps",
-        "plms_timesteps",
-        "dt",
-        "prev_derivative",
-        "_index_counter",
-    ),
-    *(
-        "sigmas_interpol",
-        "log_sigmas",
-        "is_scale_input_called",
-        "timestep_list",
-        "model_output_list",
-        "order_list",
-    ),
-    *(
-        "noise_sampler",
-        "sigmas_up",
-        "sigmas_down",
-        "_sigmas_cpu",
-        "sigma_data",
-        "timesteps_interpol",
-    ),
+    # The steps.
+    *("timesteps", "_timesteps", "custom_timesteps", "num_inference_steps", "timestep_list"),
+    *("timesteps_interpol", "prk_timesteps", "plms_timesteps", "order_list"),
+    # Noise levels and sizes of steps.
+    *("sigmas", "_sigmas_cpu", "sigmas_interpol", "sigmas_up", "sigmas_down", "log_sigmas"),
+    *("sigma_data", "dt", "noise_sampler"),
+    # Where in the steps a call is.
+    *("_step_index", "_begin_index", "_index_counter", "counter", "this_order"),
+    *("lower_order_nums", "is_scale_input_called"),
+    # What earlier steps put out.
+    *("sample", "last_sample", "cur_sample", "model_outputs", "model_output_list"),
+    *("cur_model_output", "derivatives", "prev_derivative", "ets"),
 }
-# Hooks of diffusers that move weights to and fro, or between precisions: their effect is in the weights' own lines.
+# Hooks of diffusers that move weights, or change their precision: the weights' lines show that.
 STORAGE_HOOKS = (
     "layerwise_casting",
     "peft_autocast_disable",
     "group_offloading",
     "lazy_prefetch_group_offloading",
 )
-# What attention, convolutions and norms are computed by: exchanged as a whole by some speed-up packages.
+# What attention, convolutions and norms are computed by: some speed-up packages exchange these.
 FUNCTIONS = (
-    "scaled_dot_product_attention",
-    "linear",
-    "conv2d",
-    "group_norm",
-    "layer_norm",
-    "silu",
-    "gelu",
-    "softmax",
+    *("scaled_dot_product_attention", "linear", "conv2d", "group_norm", "layer_norm"),
+    *("silu", "gelu", "softmax"),
 )
 
+# Settings of torch that move numbers, by their path from `torch`.
 FLAGS = (
     "backends.cuda.matmul.allow_tf32",
     "backends.cuda.matmul.fp32_precision",
@@ -142,6 +99,8 @@ FLAGS = (
     "get_default_device",
     "are_deterministic_algorithms_enabled",
 )
+
+# Environment variables that move numbers.
 VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
@@ -152,14 +111,21 @@ VARIABLES = (
 
 
 class Description:
-    """Lines about objects, and the tensors that they hold, by the path of attributes that leads there."""
+    """Lines about objects, and the tensors that they hold.
+
+    Attributes:
+        lines: The lines, each with the path of attributes that leads to what it says.
+        tensors: Tensors by that path; they are hashed apart.
+    """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.tensors: dict[str, Tensor] = {}
-        self._within: list[int] = []  # the objects that are being described: one may hold its owner
+        # The objects that are being described: one of their parts may hold its owner.
+        self._within: list[int] = []
         self._classes: set[type] = set()
-        self._configs: set[int] = set()  # of transformers, whose layers all hold the same one
+        # Configs of transformers: all layers of a model hold the same one.
+        self._configs: set[int] = set()
 
     def add(self, path: str, value: Any) -> None:
         """Describe a value of any kind; what cannot be described is named by its class."""
@@ -203,7 +169,7 @@ class Description:
             self._add_object(path, value)
 
     def _add_mapping(self, path: str, value: Mapping[Any, Any]) -> None:
-        """Without the private entries of a config: the versions that wrote it, and the folder that it came from."""
+        # A config's private entries are the versions that wrote it and the folder it came from.
         names = {str(key): part for key, part in value.items() if not str(key).startswith("_")}
         self.lines.append(f"{path} has {sorted(names)}")
         for name, part in sorted(names.items()):
@@ -214,9 +180,9 @@ class Description:
 
         self.lines.append(f"{path} is {_full_name(type(value))}")
         self.add_class(type(value))
-        if _root(type(value)) in sys.stdlib_module_names and not isinstance(
-            value, types.SimpleNamespace
-        ):
+        # Python's own objects, such as locks, say nothing that moves a picture.
+        is_pythons_own = _root(type(value)) in sys.stdlib_module_names
+        if is_pythons_own and not isinstance(value, types.SimpleNamespace):
             return
         if isinstance(value, torch.nn.Module):
             self.module(path, value)
@@ -226,7 +192,7 @@ class Description:
             self.attributes(path, value, ())
 
     def _add_config(self, path: str, config: Any) -> None:
-        """A config of transformers, and which attention it chose: that is not in what it would save."""
+        """A config of transformers, and which attention it chose, which it would not save."""
         if id(config) in self._configs:
             return
         self._configs.add(id(config))
@@ -238,38 +204,39 @@ class Description:
         values = _attributes(owner)
         for name in sorted(values.keys() - WITHOUT_EFFECT - set(skipped)):
             value = values[name]
-            if type(value) in SIMPLE:  # most are, and a large model has many thousands
+            # Most are simple, and a large model has many thousands: these go the short way.
+            if type(value) in SIMPLE:
                 self.lines.append(f"{path}.{name} = {value!r}")
             elif not isinstance(value, weakref.ref) and not is_ours(value):
                 self.add(f"{path}.{name}", value)
 
     def module(self, path: str, module: Any) -> None:
-        """Describe a module and all that are in it: classes, attributes, tensors, training or not."""
+        """Describe a module and all modules in it: class, attributes, tensors, training or not."""
         skipped = _bookkeeping() | {"forward"}
         for name, layer in module.named_modules():
             place = f"{path}.{name}"
             self.lines.append(f"{place} is {_full_name(type(layer))}, training {layer.training}")
             self.add_class(type(layer))
             self.attributes(place, layer, skipped)
-        persistent = module.state_dict()
-        buffers = {
-            name: tensor for name, tensor in module.named_buffers() if name not in persistent
-        }
-        for name, tensor in [*persistent.items(), *buffers.items()]:
+        # Buffers may be left out of the state dictionary, and still be computed with.
+        tensors = module.state_dict()
+        for name, tensor in module.named_buffers():
+            tensors.setdefault(name, tensor)
+        for name, tensor in tensors.items():
             self.add(f"{path}.{name}", tensor)
 
     def add_class(self, kind: type) -> None:
-        """Describe the code of a class that is not a library's: in a notebook it may change under the same name."""
+        """Describe the code of a class that is not a library's."""
+        # In a notebook, such a class may change under the same name.
         for each in kind.__mro__:
             if each in self._classes or _of_a_library(each.__module__):
                 continue
             self._classes.add(each)
             self.lines.append(f"class {_full_name(each)}")
             for name, value in sorted(vars(each).items()):
-                if isinstance(value, (types.FunctionType, *PLAIN)) and name not in (
-                    "__doc__",
-                    "__module__",
-                ):
+                if name in ("__doc__", "__module__"):
+                    continue
+                if isinstance(value, (types.FunctionType, *PLAIN)):
                     self.add(f"{_full_name(each)}.{name}", value)
 
     def _add_function(self, path: str, function: Any) -> None:
@@ -294,7 +261,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 @functools.cache
 def _bookkeeping() -> frozenset[str]:
-    """What torch keeps in every module: weights and children, which are described by themselves, and hooks."""
+    """The attributes that torch gives every module: weights, children, hooks."""
     import torch
 
     return frozenset({*vars(torch.nn.Module()), "_compiled_call_impl", "_forward_module"})
@@ -311,11 +278,9 @@ def _root(kind: type) -> str:
 def _of_a_library(module: str | None) -> bool:
     """Whether code comes from a library, whose version is in the key, or is Python's own."""
     root = str(module).partition(".")[0]
-    return (
-        root in LIBRARIES
-        or root == "locogen"
-        or (root in sys.stdlib_module_names and root != "__main__")
-    )
+    if root == "__main__":  # a notebook or a script
+        return False
+    return root in LIBRARIES or root == "locogen" or root in sys.stdlib_module_names
 
 
 def _code(code: types.CodeType) -> str:
@@ -328,7 +293,7 @@ def _code(code: types.CodeType) -> str:
 
 
 def is_ours(function: Any) -> bool:
-    """Whether a function is locogen's own, put on a model within a context that announces itself."""
+    """Whether a function is locogen's, put on a model within a context that announces itself."""
     inner = function.func if isinstance(function, functools.partial) else function
     names = getattr(inner, "__globals__", {})
     home = names.get("__name__", type(inner).__module__)
@@ -339,9 +304,10 @@ def is_ours(function: Any) -> bool:
 
 
 def describe_component(component: Any, skipped: Iterable[str] = ()) -> Description:
-    """A component of a pipeline: the attributes of all its modules with its config, a tokenizer's whole vocabulary.
+    """A component of a pipeline: its config and the attributes of all its modules.
 
-    `skipped` names attributes of a tokenizer that the pipeline sets in each call.
+    A tokenizer: its whole vocabulary and its rules. `skipped` names attributes of a tokenizer that
+    the pipeline sets in each call.
     """
     description = Description()
     if hasattr(component, "get_vocab"):
@@ -352,27 +318,26 @@ def describe_component(component: Any, skipped: Iterable[str] = ()) -> Descripti
 
 
 def _describe_tokenizer(description: Description, tokenizer: Any, skipped: Iterable[str]) -> None:
-    """Its rules as they would be saved, but for the padding and truncation that each call sets."""
+    """A tokenizer's rules as they would be saved."""
     description.attributes("", tokenizer, skipped)
     description.add_class(type(tokenizer))
     description.lines.append(repr(sorted(tokenizer.get_vocab().items())))
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         rules = json.loads(backend.to_str())
+        # Each call sets these two.
         rules.pop("truncation", None)
         rules.pop("padding", None)
         description.lines.append(json.dumps(rules, sort_keys=True))
 
 
 def describe_pipeline(pipe: Any) -> Description:
-    """A pipeline's own config and attributes, its image processor's too; compilation and memory layout of its parts.
-
-    Attributes with an underscore are what a call sets.
-    """
+    """A pipeline's own config and attributes, and its parts' compilation and memory layout."""
     description = Description()
     description.lines.append(_full_name(type(pipe)))
     description.add_class(type(pipe))
     description.add("config", pipe.config)
+    # Attributes with an underscore are what a call sets.
     private = {name for name in vars(pipe) if name.startswith("_")}
     description.attributes("", pipe, {*pipe.components, *private})
     for part, component in pipe.components.items():
@@ -395,18 +360,22 @@ def describe_scheduler(scheduler: Any) -> Description:
 
 
 def torch_settings(device: str) -> dict[str, str]:
-    """What torch, diffusers and the environment say of how numbers are computed, by name.
+    """What torch, diffusers and the environment set about how numbers are computed, by name.
 
     Args:
         device: The kind of device that the pipeline computes on, such as "cuda".
 
     Returns:
-        Those that this version of torch knows. The number of threads is not among them: it moves sums in the last bits
-        only, and the same study may run with more or fewer.
+        Those that this version of torch knows. The number of threads is not among them: it moves
+        sums in the last bits only, and the same study may run with more or fewer.
     """
     import torch
 
-    settings = {name: value for name in FLAGS if (value := _flag(torch, name)) is not None}
+    settings = {}
+    for name in FLAGS:
+        value = _flag(torch, name)
+        if value is not None:
+            settings[name] = value
     if torch.is_autocast_enabled(device):
         settings["autocast"] = str(torch.get_autocast_dtype(device))
     settings |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
@@ -432,29 +401,35 @@ def _flag(root: Any, path: str) -> str | None:
 
 
 def replaced_methods(pipe: Any) -> tuple[str, ...]:
-    """Names of methods that somebody has replaced on the pipeline, its scheduler or its modules, and of global hooks.
+    """Names of methods that somebody has replaced in a pipeline, and of global hooks.
 
-    What such code does cannot be known from the model: it may read anything. Those of locogen, of accelerate's offload
-    and of diffusers' storage hooks are no strangers.
+    What such code does cannot be known from the model: it may read anything. Those of locogen, of
+    accelerate's offload and of diffusers' storage hooks are not counted.
     """
-    import torch
-
     names = [f"pipe.{name}" for name in _replaced(pipe)]
-    parts = {name: part for name, part in pipe.components.items() if part is not None}
-    for name, part in parts.items():
-        if not hasattr(part, "named_modules"):
-            names += [f"{name}.{method}" for method in _replaced(part)]
+    for part, component in pipe.components.items():
+        if component is not None and not hasattr(component, "named_modules"):
+            names += [f"{part}.{method}" for method in _replaced(component)]
     for name, module in _modules(pipe):
         names += [f"{name}.{method}" for method in _replaced(module)]
         names += [f"{name} ({hook})" for hook in _other_hooks(module)]
+    names += _replaced_in_torch()
+    return tuple(names)
+
+
+def _replaced_in_torch() -> Iterator[str]:
+    """Global hooks, and functions of torch that somebody has exchanged for all models."""
+    import torch
+
     everywhere = torch.nn.modules.module
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        names.append("every module (a global hook of torch)")
+        yield "every module (a global hook of torch)"
     for name in FUNCTIONS:
         function = getattr(torch.nn.functional, name)
-        if not str(getattr(function, "__module__", None) or "torch").startswith("torch"):
-            names.append(f"torch.nn.functional.{name}")
-    return tuple(names)
+        # Built-in functions have no module: they are torch's.
+        home = getattr(function, "__module__", None) or "torch"
+        if not str(home).startswith("torch"):
+            yield f"torch.nn.functional.{name}"
 
 
 def _modules(pipe: Any) -> Iterator[tuple[str, Any]]:
@@ -466,17 +441,29 @@ def _modules(pipe: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _replaced(owner: Any) -> Iterator[str]:
-    """The methods of a class for which one object has functions of its own; and `forward`, replaced in the class."""
-    offloaded = hasattr(owner, "_hf_hook") or hasattr(owner, "_diffusers_hook")
+    """The methods for which one object has a function of its own; and `forward`, if its class has.
+
+    The class of a library may have had its `forward` exchanged, for all its objects.
+    """
+    yield from _shadowed_methods(owner)
+    forward = getattr(type(owner), "forward", None)
+    if forward is None or not _of_a_library(type(owner).__module__):
+        return
+    home = getattr(forward, "__globals__", {}).get("__name__", "torch")
+    if not _of_a_library(home):
+        yield "forward"
+
+
+def _shadowed_methods(owner: Any) -> Iterator[str]:
+    """Methods of a class in whose place one object has a function of somebody else's."""
+    is_offloaded = hasattr(owner, "_hf_hook") or hasattr(owner, "_diffusers_hook")
     for name, value in getattr(owner, "__dict__", {}).items():
-        shadowed = callable(value) and callable(getattr(type(owner), name, None))
-        if shadowed and not is_ours(value) and not (offloaded and name == "forward"):
+        if not callable(value) or not callable(getattr(type(owner), name, None)):
+            continue
+        # Offload wraps `forward`, to bring the weights.
+        is_offloads = is_offloaded and name == "forward"
+        if not is_ours(value) and not is_offloads:
             yield name
-    method = getattr(type(owner), "forward", None)
-    if _of_a_library(type(owner).__module__) and method is not None:
-        home = getattr(method, "__globals__", {}).get("__name__", "torch")
-        if not _of_a_library(home):
-            yield "forward"
 
 
 def _other_hooks(module: Any) -> list[str]:

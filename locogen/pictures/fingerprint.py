@@ -1,8 +1,9 @@
-"""A hash of a model as it is now: what tells a stored picture from one of the same model after a change.
+"""A hash of a model in its present state, so that a changed model gets new pictures.
 
-SHA-256 of all weights costs seconds for a large model, and it is asked for before every run. It is therefore kept for
-each tensor beside a checksum, computed where the tensor lies: as long as the checksum is the same, so is the hash.
-Pointers and versions would be cheaper still, and miss what is written through `.data` or by fused kernels.
+SHA-256 of all weights costs seconds for a large model, and every run needs it. It is therefore kept
+for each tensor together with a checksum, computed where the tensor lies: as long as the checksum is
+the same, so is the hash. Pointers and versions would be cheaper still, and miss what is written
+through `.data` or by fused kernels.
 """
 
 from __future__ import annotations
@@ -27,9 +28,8 @@ ROW = 8192  # words that share a set of random weights
 BLOCK_IN_CACHE = 2**16  # words at once on a CPU: what is copied stays in its cache
 BLOCK_ON_CARD = 2**24  # words at once elsewhere: few large kernels, 128 MB of memory
 
-Checksum = tuple[
-    str, int
-]  # what the tensor is called, shaped and stored as; and the sum of its words
+# The tensor's name, shape and type, and the sum of its words.
+Checksum = tuple[str, int]
 
 _hashed: ContextVar[dict[int, str] | None] = ContextVar("weights hashed so far", default=None)
 _digests: WeakKeyDictionary[Any, dict[str, tuple[Checksum, str]]] = WeakKeyDictionary()
@@ -37,7 +37,7 @@ _digests: WeakKeyDictionary[Any, dict[str, tuple[Checksum, str]]] = WeakKeyDicti
 
 @contextmanager
 def same_weights() -> Iterator[None]:
-    """Within, the weights of each pipeline are hashed once: for calls that come back to it and change none."""
+    """Within the context, the weights of each pipeline are hashed once: nothing may change them."""
     before = _hashed.set({})
     try:
         yield
@@ -47,16 +47,16 @@ def same_weights() -> Iterator[None]:
 
 def weights_of(pipe: Any) -> str:
     """The fingerprint of a pipeline, remembered within `same_weights`."""
-    known = _hashed.get()
-    if known is None:
+    remembered = _hashed.get()
+    if remembered is None:
         return fingerprint(pipe)
-    if id(pipe) not in known:
-        known[id(pipe)] = fingerprint(pipe)
-    return known[id(pipe)]
+    if id(pipe) not in remembered:
+        remembered[id(pipe)] = fingerprint(pipe)
+    return remembered[id(pipe)]
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of the model as it is now: weights, adapters and their scales, configs, processors, vocabulary.
+    """A hash of the model: weights, adapters and their scales, configs, processors, vocabulary.
 
     Args:
         pipe: A pipeline of diffusers, offloaded or not.
@@ -70,7 +70,8 @@ def fingerprint(pipe: Any) -> str:
     skipped = {"padding_side"} if family_of(pipe).sets_padding else set()
     digest = hashlib.sha256()
     for part, component in sorted(pipe.components.items()):
-        if part == "scheduler":  # it stands in the key by itself
+        # The scheduler is in the key by itself.
+        if part == "scheduler":
             continue
         digest.update(part.encode())
         digest.update(digest_of(describe_component(component, skipped), component).encode())
@@ -78,9 +79,11 @@ def fingerprint(pipe: Any) -> str:
 
 
 def digest_of(description: Description, owner: Any = None) -> str:
-    """A hash of a description and of the tensors in it; `owner` is the module that they belong to, if to one."""
+    """A hash of a description and its tensors; `owner`: the module that they belong to, if any."""
     digest = hashlib.sha256("\n".join(description.lines).encode())
-    tensors = {path: _whole(owner, path, tensor) for path, tensor in description.tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    for path, tensor in description.tensors.items():
+        tensors[path] = _whole(owner, path, tensor)
     for path, tensor_digest in sorted(_tensor_digests(tensors, owner).items()):
         digest.update(f"{path} {tensor_digest}".encode())
     return digest.hexdigest()
@@ -98,11 +101,17 @@ def _tensor_digests(tensors: Mapping[str, Tensor], owner: Any) -> dict[str, str]
     """SHA-256 of each tensor, computed for those whose checksum is not that of the last time."""
     try:
         remembered = _digests.setdefault(owner, {})
-    except TypeError:  # nothing that could be remembered for: no module, or None
+    except TypeError:  # not a module but None, or something that has no weak references
         remembered = {}
-    small = {path for path, tensor in tensors.items() if _is_quick_to_hash(tensor)}
-    digests = {path: _sha256(tensors[path]) for path in small}
-    for path, sums in checksums({path: tensors[path] for path in tensors.keys() - small}).items():
+    digests: dict[str, str] = {}
+    large: dict[str, Tensor] = {}
+    for path, tensor in tensors.items():
+        if _is_quick_to_hash(tensor):
+            digests[path] = _sha256(tensor)
+        else:
+            large[path] = tensor
+    # All checksums of a device are computed before the first is waited for.
+    for path, sums in checksums(large).items():
         if path not in remembered or remembered[path][0] != sums:
             remembered[path] = (sums, _sha256(tensors[path]))
         digests[path] = remembered[path][1]
@@ -123,7 +132,7 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _plain(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a tensor consists of: itself, or of a quantized one the whole numbers and their scales."""
+    """The tensors that a tensor consists of, by name: a quantized one has integers and scales."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     inner = flatten()[0] if flatten is not None else ()
     if not inner:
@@ -149,10 +158,10 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
         tensors: By any name.
 
     Returns:
-        By the same names. Two tensors that differ, in one element or in many, share a checksum with a chance of about
-        1 in 2^31.
+        By the same names. Two tensors that differ, in one element or in many, share a checksum with
+        a chance of about 1 in 2^31.
     """
-    found: dict[str, Checksum] = {}
+    totals: dict[str, Checksum] = {}
     waiting: dict[Any, list[tuple[str, str, Tensor]]] = {}
     for path, tensor in tensors.items():
         for name, plain in _plain(tensor):
@@ -161,9 +170,9 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, Checksum]:
     for sums in waiting.values():
         numbers = _together([each for _, _, each in sums])
         for (path, described, _), number in zip(sums, numbers, strict=True):
-            before, total = found.get(path, ("", 0))
-            found[path] = (f"{before}{described} {number};", total + number)
-    return found
+            before, total = totals.get(path, ("", 0))
+            totals[path] = (f"{before}{described} {number};", total + number)
+    return totals
 
 
 def _together(sums: list[Tensor]) -> list[int]:
@@ -173,13 +182,14 @@ def _together(sums: list[Tensor]) -> list[int]:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """The words of a tensor, 32 bits each, times random numbers, summed up in 64 bits: one number, on its device.
+    """The words of a tensor, 32 bits each, times random weights, summed in 64 bits, on its device.
 
-    A changed word changes its row's sum by (difference below 2^32) x (weight below 2^31), which does not vanish in 64
-    bits, for a changed sign neither; the rows' sums are summed up in the same way. Elements that change places change
-    it too, since their weights differ.
+    Elements that change places change it too, since their weights differ.
     """
     import torch
+
+    # A changed word changes its row's sum by (difference below 2^32) x (weight below 2^31), which
+    # does not vanish in 64 bits, even for a changed sign. The rows' sums are summed the same way.
 
     words = _words(tensor)  # (words,)
     while words.numel() > ROW:
@@ -202,9 +212,8 @@ def _row_sums(words: Tensor) -> Tensor:
     weights = _weights(words.device)
     sums = []
     for piece in words.split(block):
-        rows = torch.nn.functional.pad(piece, (0, -piece.numel() % ROW)).view(
-            -1, ROW
-        )  # (rows, ROW)
+        padded = torch.nn.functional.pad(piece, (0, -piece.numel() % ROW))
+        rows = padded.view(-1, ROW)  # (rows, ROW)
         sums.append((rows.to(torch.int64) * weights).sum(1))
     return torch.cat(sums)  # (rows of all blocks,)
 
@@ -214,5 +223,5 @@ def _weights(device: torch.device) -> Tensor:
     import torch
 
     generator = torch.Generator("cpu").manual_seed(0)
-    drawn = torch.randint(1, 2**31, (ROW,), generator=generator, device="cpu")
-    return drawn.to(device)  # (ROW,)
+    weights = torch.randint(1, 2**31, (ROW,), generator=generator, device="cpu")
+    return weights.to(device)  # (ROW,)

@@ -11,18 +11,19 @@ import tempfile
 import uuid
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts, foreign_hooks
+from locogen.models.defaults import name_of
 from locogen.models.families import warn_unread
-from locogen.pictures.batches import pictures_of
+from locogen.pictures.batches import Batch, pictures_of
 from locogen.pictures.checks import check_scheduler
 from locogen.pictures.description import (
     describe_pipeline,
@@ -35,9 +36,9 @@ from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
 
-PICTURE_FORMAT = (
-    2  # raised when the way pictures are made here changes, so that none made before is taken
-)
+# Part of every key: raised when pictures are made in another way here, so that none of the old way
+# is taken for one of the new.
+PICTURE_FORMAT = 2
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,26 +67,42 @@ class Pictures(Sequence["Image"]):
         if picture is None:
             place = self.store.path(key)
             raise LocogenError(
-                f"picture {place} is missing or damaged: call generate or localize again to remake it"
+                f"picture {place} is missing or damaged: "
+                "call generate or localize again to remake it"
             )
         return picture
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What `generate` and `localize` return: `plan[i]`, `pictures[i]` and `table.iloc[i]` are one row.
+    """What `generate`, `localize` and `causal_trace` return.
 
-    `settings` is everything but the rows that is needed to make the pictures again. It stands in the store too, with
-    the names of the pictures, in the `run-….json` of the run that made them.
+    `plan[i]`, `pictures[i]` and `table.iloc[i]` are one row. A run shows itself in a notebook: its
+    settings, its first pictures and the head of its table.
+
+    Attributes:
+        plan: The rows: Interventions, or Restorations of `causal_trace`.
+        pictures: Their pictures, read from the store when looked at.
+        table: The pictures table, one row a picture.
+        settings: Everything but the rows that is needed to make the pictures again. The store has
+            it too, with the names of the pictures, in the file `run-….json`.
+        made_by: A weak reference to the pipeline, which lives as long as somebody keeps it.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+        >>> run = generate(pipe, ["a picture of a cat"], seeds=[0, 1], **few)
+        >>> len(run.plan), len(run.pictures), len(run.table)
+        (2, 2, 2)
+        >>> run.pictures[1].size, run.plan[1].seed, int(run.table["seed"][1])
+        ((64, 64), 1, 1)
     """
 
-    plan: tuple[Any, ...]  # Interventions; of causal_trace, Restorations
+    plan: tuple[Any, ...]
     pictures: Pictures
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)
-    made_by: weakref.ref[Any] | None = field(
-        default=None, repr=False
-    )  # the pipeline, as long as somebody keeps it
+    made_by: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -97,13 +114,15 @@ class Run:
         return replace(self, table=table, settings={**self.settings, **settings})
 
     def _repr_html_(self) -> str:
-        told = {k: v for k, v in self.settings.items() if not isinstance(v, (dict, list))}
-        items = " · ".join(f"{html.escape(str(k))} {html.escape(str(v))}" for k, v in told.items())
-        strip = "".join(
-            _thumbnail(self.pictures[i], self.plan[i].prompt) for i in range(min(8, len(self)))
-        )
+        items = []
+        for name, value in self.settings.items():
+            if not isinstance(value, (dict, list)):
+                items.append(f"{html.escape(str(name))} {html.escape(str(value))}")
+        first = range(min(8, len(self)))
+        strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in first)
+        facts = " · ".join(items)
         head = self.table.head()._repr_html_()
-        return f"<p><b>Run</b> of {len(self)} pictures</p><p>{items}</p><div>{strip}</div>{head}"
+        return f"<p><b>Run</b> of {len(self)} pictures</p><p>{facts}</p><div>{strip}</div>{head}"
 
 
 def _thumbnail(picture: Image, alt: str) -> str:
@@ -112,9 +131,8 @@ def _thumbnail(picture: Image, alt: str) -> str:
     small.thumbnail((128, 128))
     small.save(buffer, "png")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<img alt="{html.escape(alt, quote=True)}" width="96" src="data:image/png;base64,{data}">'
-    )
+    alt = html.escape(alt, quote=True)
+    return f'<img alt="{alt}" width="96" src="data:image/png;base64,{data}">'
 
 
 def generate(
@@ -130,64 +148,108 @@ def generate(
 ) -> Run:
     """Make the picture of every row, in batches; what the store holds already is not made again.
 
-    `plan_or_prompts`: a plan, or prompts which are then paired with every seed (default: seed 0), prompt by prompt.
-    `store`: a folder; None: a temporary one that goes with the returned run. Each distinct prompt is encoded once, each
-    row has its own CPU generator, the last batch is padded, and the batch size is kept in the run's file, so a resumed
-    run repeats a fresh one, in float32 within one step of 8-bit color. `batch_size`: at most so many; on a GPU fewer
-    where its free memory asks for it, and half as many, with a warning, where memory runs out all the same. SD 3 and
-    FLUX spend places of a batch on the targets' own runs. Warns when the tokenizer cuts a prompt, or lacks its words.
-    Raises `LocogenError` for no rows, a blank prompt (other than ""), steps that the call has not, non-finite pictures,
-    a picture too large for the memory, or a store that lacks pictures and cannot be written: those made are kept.
+    Each distinct prompt is encoded once, each row has its own CPU generator, and the last batch is
+    padded. The batch size is kept in the run's file: a resumed run repeats a fresh one, in float32
+    within one step of 8-bit color. Warns if the tokenizer cuts a prompt or does not know its words.
+
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        plan_or_prompts: The rows of a plan, or one or more prompts, which are then combined with
+            every seed, prompt by prompt.
+        seeds: Random seeds for prompts; None: seed 0. A plan has its own.
+        store: Folder for the pictures; None: a temporary folder, deleted with the run.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 is off.
+        batch_size: Largest number of pictures made at once. On a GPU fewer are made if its free
+            memory asks for it, and half as many, with a warning, if memory runs out all the same.
+            SD 3 and FLUX need places of a batch for the targets' own runs.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A `Run`: the rows, their pictures and the pictures table, row for row.
+
+    Raises:
+        LocogenError: For no rows, a prompt of spaces only, timesteps that the call does not have,
+            pictures that are not finite, a picture too large for the memory, or a store that lacks
+            pictures and cannot be written. Pictures made before the error are kept.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+        >>> cat = Intervention("a neon cat", "a cat", layers=(8, 9), seed=3)
+        >>> run = generate(pipe, [cat], **few)
+        >>> run.table[["prompt", "target", "seed"]].to_dict("records")
+        [{'prompt': 'a neon cat', 'target': 'a cat', 'seed': 3}]
     """
     plan = _as_plan(plan_or_prompts, seeds)
-    chosen = Settings(num_inference_steps, float(guidance_scale), batch_size)
+    settings = Settings(num_inference_steps, float(guidance_scale), batch_size)
     _check_prompts(pipe, plan)
     _check_timesteps(plan, num_inference_steps)
-    shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
-    common = _circumstances(pipe, chosen)
-    model = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-    keys = [_key(row, common) for row in plan]
-    settings = {"model": model, **common, "pictures": len(plan)}
-    table = _table(plan, keys, chosen)
-    missing = {key: row for key, row in zip(keys, plan, strict=True) if shelf.get(key) is None}
-    if missing:
-        told = {**settings, "images": list(table["image"])}
-        whole = dict(zip(keys, plan, strict=True))
-        _make(pipe, missing, list(whole.values()), Record(shelf, told), chosen, progress)
-    pictures = Pictures(shelf, keys)
-    if store is None:
-        weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
-    return Run(tuple(plan), pictures, table, settings, weakref.ref(pipe))
+
+    def batches(
+        missing_rows: Sequence[Intervention],
+        all_rows: Sequence[Intervention],
+        known_batch_size: int | None,
+    ) -> Iterator[Batch[Intervention]]:
+        return pictures_of(
+            pipe, missing_rows, settings, all_rows=all_rows, known_batch_size=known_batch_size
+        )
+
+    return make_run(
+        pipe,
+        plan,
+        settings=settings,
+        key_of=intervention_key,
+        columns=_columns(plan),
+        batches=batches,
+        store=store,
+        verb="generating",
+        progress=progress,
+    )
 
 
 def _as_plan(
-    rows: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None
+    plan_or_prompts: Sequence[Intervention] | Sequence[str] | str, seeds: Iterable[int] | None
 ) -> list[Intervention]:
-    given = [rows] if isinstance(rows, str) else list(rows)
-    if not given:
+    # A text is a sequence too, of letters.
+    rows: list[Any] = (
+        [plan_or_prompts] if isinstance(plan_or_prompts, str) else list(plan_or_prompts)
+    )
+    if not rows:
         raise LocogenError("there is nothing to generate: give a plan or at least one prompt")
-    strangers = [row for row in given if not isinstance(row, (Intervention, str))]
-    if strangers or len({type(row) for row in given}) > 1:
+    if all(isinstance(row, str) for row in rows):
+        return _paired(rows, distinct_seeds((0,) if seeds is None else seeds))
+
+    strangers = [row for row in rows if not isinstance(row, Intervention)]
+    if strangers:
         raise LocogenError(
-            f"generate takes a plan or prompts, not both nor {strangers[:1]}: give one kind"
+            f"generate takes the rows of a plan or prompts, got {strangers[0]!r}: give one kind"
         )
-    if all(isinstance(row, Intervention) for row in given):
-        if seeds is not None:
-            raise LocogenError(
-                "a plan has its own seeds: leave out seeds=, or give prompts in place of the plan"
-            )
-        return given  # pyright: ignore[reportReturnType]
-    drawn = distinct_seeds(seeds if seeds is not None else (0,))
-    return [Intervention(str(p), str(p), (), seed, "baseline") for p in given for seed in drawn]
+    if seeds is not None:
+        raise LocogenError(
+            "a plan has its own seeds: leave out seeds=, or give prompts in place of the plan"
+        )
+    return rows
+
+
+def _paired(prompts: Sequence[str], seeds: Sequence[int]) -> list[Intervention]:
+    """A plain row for each prompt and seed."""
+    # str(): a subclass, such as numpy's, would show in the table.
+    return [
+        Intervention(str(prompt), str(prompt), (), seed, "baseline")
+        for prompt in prompts
+        for seed in seeds
+    ]
 
 
 def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
     prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
-    blank = [prompt for prompt in prompts if prompt and not prompt.strip()]
-    if blank:
-        raise LocogenError(
-            f"a prompt is {blank[0]!r}, which looks empty: give it words, or '' for the empty prompt"
-        )
+    for prompt in prompts:
+        if prompt and not prompt.strip():
+            raise LocogenError(
+                f"a prompt is {prompt!r}, which looks empty: "
+                "give it words, or '' for the empty prompt"
+            )
     warn_unread(pipe, prompts, stacklevel=3)
 
 
@@ -195,35 +257,193 @@ def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
     last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
     if last >= count:
         raise LocogenError(
-            f"step {last} is not there: num_inference_steps={count} makes the steps 0 to {count - 1}"
+            f"step {last} is not there: "
+            f"num_inference_steps={count} makes the steps 0 to {count - 1}"
         )
 
 
-def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
-    """Everything but the row that makes a picture: model, scheduler, settings, active contexts and versions."""
+def intervention_key(row: Intervention, circumstances: Mapping[str, Any]) -> str:
+    """The key of a row's picture; rows that make the same picture share it.
+
+    If nothing is replaced, the target does not matter.
+    """
+    replaces = not row.is_plain and row.target != row.prompt
+    parts: dict[str, Any] = {"prompt": row.prompt, "target": None, "seed": row.seed, "layers": ()}
+    if replaces:
+        parts["target"] = row.target
+        parts["layers"] = row.layers
+        # Left out in the plain cases: keys of pictures from before there was a choice stay valid.
+        if row.timesteps is not None:
+            parts["timesteps"] = row.timesteps
+        if row.pooled != "keep":
+            parts["pooled"] = row.pooled
+    return content_key({**circumstances, **parts})
+
+
+def _columns(plan: Sequence[Intervention]) -> pd.DataFrame:
+    """The columns of the pictures table that come from the rows."""
+    import pandas as pd
+
+    names = ["role", "prompt", "target", "start", "width", "seed", "pooled"]
+    table = pd.DataFrame([[getattr(row, name) for name in names] for row in plan], columns=names)
+    spans = [row.timesteps or (None, None) for row in plan]
+    table["first_timestep"] = [first for first, _ in spans]
+    table["last_timestep"] = [last for _, last in spans]
+    # Int64 has NA: controls have no window, and most rows no timesteps.
+    whole_numbers = ("start", "width", "first_timestep", "last_timestep")
+    return table.astype(dict.fromkeys(whole_numbers, "Int64"))
+
+
+# --- the engine ----------------------------------------------------------------------------------
+
+
+class PlannedPicture(Protocol):
+    """A row of any plan: what an error must say of it."""
+
+    @property
+    def prompt(self) -> str:
+        """What the picture is of."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """The seed of its noise."""
+        ...
+
+    @property
+    def role(self) -> str:
+        """What the row is for."""
+        ...
+
+
+Row = TypeVar("Row", bound=PlannedPicture)
+
+
+def make_run(
+    pipe: Any,
+    plan: Sequence[Row],
+    *,
+    settings: Settings,
+    key_of: Callable[[Row, Mapping[str, Any]], str],
+    columns: pd.DataFrame,
+    batches: Callable[[Sequence[Row], Sequence[Row], int | None], Iterator[Batch[Row]]],
+    store: str | Path | None,
+    verb: str,
+    progress: bool,
+) -> Run:
+    """Make those pictures of a plan that the store does not hold; give all of them as a `Run`.
+
+    Every kind of plan goes through here: its pictures are looked up, made, checked, written in the
+    background and recorded in the same way.
+
+    Args:
+        pipe: The pipeline.
+        plan: The rows.
+        settings: How pictures are made.
+        key_of: The key of a row's picture, given the circumstances (`circumstances_of`).
+        columns: What the pictures table says of each row.
+        batches: Makes pictures, given the distinct rows whose pictures are missing, all distinct
+            rows, and the batch size of an earlier, interrupted call (None: there was none). It
+            yields each missing row once, in any order.
+        store: Folder for the pictures; None: a temporary folder, deleted with the run.
+        verb: What the progress bar says.
+        progress: Whether to show it.
+
+    Returns:
+        The run; its table is `columns`, then edit, image and the settings.
+    """
+    import pandas as pd
+
+    shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
+    # Keys come first: they hold the weights and contexts of this moment.
+    circumstances = circumstances_of(pipe, settings)
+    keys = [key_of(row, circumstances) for row in plan]
+    facts = {"model": name_of(pipe), **circumstances, "pictures": len(plan)}
+    images = [f"{key}.png" for key in keys]
+
+    # Rows that make the same picture share a key: it is made once.
+    rows_by_key = dict(zip(keys, plan, strict=True))
+    missing = {key: row for key, row in rows_by_key.items() if shelf.get(key) is None}
+    if missing:
+        # A store that cannot be written is noticed here, before a batch is made.
+        record = Record(shelf, {**facts, "images": images})
+        new = batches(list(missing.values()), list(rows_by_key.values()), record.batch)
+        _write_pictures(new, missing, record, verb, progress)
+
+    pictures = Pictures(shelf, keys)
+    # Pictures are read from the folder: it goes when they do.
+    if store is None:
+        weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
+    table = columns.assign(edit=pd.NA, image=images, **settings.as_dict())
+    return Run(tuple(plan), pictures, table, facts, weakref.ref(pipe))
+
+
+def _write_pictures(
+    batches: Iterator[Batch[Row]],
+    missing: Mapping[str, Row],
+    record: Record,
+    verb: str,
+    progress: bool,
+) -> None:
+    """Write pictures as they are made, with a progress bar and for the study's progress file."""
+    from tqdm import tqdm
+
+    total = len(missing)
+    keys = {row: key for key, row in missing.items()}
+    beat.ask(total)
+    bar = tqdm(total=total, unit=" pictures", desc=verb, disable=not progress, mininterval=0.5)
+    # The writer is left last to first: all pictures are on disk before an error leaves.
+    with bar, Writer(record.shelf) as writer:
+        for rows, pixels, batch_size in batches:
+            record.settle(batch_size)
+            # Good pictures of a batch are written, even if another one ends the run.
+            is_finite = [bool(np.isfinite(picture).all()) for picture in pixels]
+            good = [(keys[row], pixels[i]) for i, row in enumerate(rows) if is_finite[i]]
+            writer.put(good)
+            _check_finite(rows, is_finite)
+            bar.update(len(rows))
+            beat.add(len(rows))
+
+
+def _check_finite(rows: Sequence[PlannedPicture], is_finite: Sequence[bool]) -> None:
+    for row, good in zip(rows, is_finite, strict=True):
+        if not good:
+            raise LocogenError(
+                f"the {row.role} picture of {row.prompt!r} (seed {row.seed}) has non-finite "
+                "pixels: load the model in float32 or bfloat16, or lower the guidance; pictures "
+                "made before are kept"
+            )
+
+
+def circumstances_of(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """Everything but the row that makes a picture.
+
+    The model, its scheduler, the settings, the active contexts and the versions of the libraries.
+    """
     check_scheduler(pipe)
     foreign = (*foreign_hooks(pipe), *replaced_methods(pipe))
     if foreign:
         warnings.warn(
-            f"hooks or methods that are not locogen's sit on {', '.join(foreign[:3])}: pictures are made afresh, "
-            "none are reused",
-            stacklevel=3,
+            f"hooks or methods that are not locogen's sit on {', '.join(foreign[:3])}: "
+            "pictures are made afresh, none are reused",
+            stacklevel=4,
         )
     if getattr(pipe, "safety_checker", None) is not None:
         warnings.warn(
-            "the safety checker is on: it replaces pictures by black ones, and a run stops at the first of these. "
-            "Turn it off with pipe.safety_checker = None",
-            stacklevel=3,
+            "the safety checker is on: it replaces pictures by black ones, and a run stops at the "
+            "first of these. Turn it off with pipe.safety_checker = None",
+            stacklevel=4,
         )
     device = pipe._execution_device.type
     return {
         "format": PICTURE_FORMAT,
         "weights": weights_of(pipe),
         "contexts": list(active_contexts(pipe)),
+        # What foreign code does cannot be known: a random part makes every key a new one.
         "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],
         "pipeline": digest_of(describe_pipeline(pipe))[:16],
-        "scheduler": _scheduler(pipe.scheduler),
-        **chosen.as_dict(),
+        "scheduler": _scheduler_facts(pipe.scheduler),
+        **settings.as_dict(),
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": device,
         "torch": torch_settings(device),
@@ -232,90 +452,11 @@ def _circumstances(pipe: Any, chosen: Settings) -> dict[str, Any]:
     }
 
 
-def _scheduler(scheduler: Any) -> dict[str, Any]:
+def _scheduler_facts(scheduler: Any) -> dict[str, Any]:
     """Its class and config, to be read, and a hash of these and of all its other attributes."""
-    config = {
-        name: value for name, value in dict(scheduler.config).items() if not name.startswith("_")
-    }
-    state = digest_of(describe_scheduler(scheduler))[:16]
-    return {"class": type(scheduler).__name__, **config, "state": state}
-
-
-def _key(row: Intervention, common: dict[str, Any]) -> str:
-    """Rows that make the same picture share a key: where nothing is replaced, the target does not matter."""
-    changed = not row.is_plain and row.target != row.prompt
-    made: dict[str, Any] = {
-        "prompt": row.prompt,
-        "target": row.target if changed else None,
-        "seed": row.seed,
-    }
-    made["layers"] = row.layers if changed else ()
-    if changed and row.timesteps is not None:
-        made["timesteps"] = row.timesteps
-    if changed and row.pooled != "keep":
-        made["pooled"] = row.pooled
-    return content_key({**common, **made})
-
-
-def _make(
-    pipe: Any,
-    missing: dict[str, Intervention],
-    whole: Sequence[Intervention],
-    record: Record,
-    chosen: Settings,
-    progress: bool,
-) -> None:
-    from tqdm import tqdm
-
-    beat.ask(len(missing))
-    bar = tqdm(
-        total=len(missing),
-        unit=" pictures",
-        desc="generating",
-        disable=not progress,
-        mininterval=0.5,
-    )
-    keys = iter(missing)
-    with bar, Writer(record.shelf) as writer:
-        for rows, made, size in pictures_of(
-            pipe, list(missing.values()), chosen, whole, record.batch
-        ):
-            record.settle(size)
-            finite = [bool(np.isfinite(pixels).all()) for pixels in made]
-            writer.put(
-                [
-                    (key, pixels)
-                    for pixels, good, key in zip(made, finite, keys, strict=False)
-                    if good
-                ]
-            )
-            _check_finite(rows, finite)
-            bar.update(len(rows))
-            beat.add(len(rows))
-
-
-def _check_finite(rows: Sequence[Intervention], finite: Any) -> None:
-    for row in [row for row, good in zip(rows, finite, strict=True) if not good]:
-        raise LocogenError(
-            f"the picture of {row.prompt!r} (seed {row.seed}, layers {row.layers}) has non-finite pixels: load the "
-            "model in float32 or bfloat16, or lower the guidance; pictures made before are kept"
-        )
-
-
-def _table(plan: Sequence[Intervention], keys: Sequence[str], chosen: Settings) -> pd.DataFrame:
-    import pandas as pd
-
-    columns = ["role", "prompt", "target", "start", "width", "seed", "pooled"]
-    table = pd.DataFrame(
-        [[getattr(row, name) for name in columns] for row in plan], columns=columns
-    )
-    spans = [row.timesteps or (None, None) for row in plan]
-    table["first_timestep"], table["last_timestep"] = zip(*spans, strict=True)
-    table = table.astype(
-        dict.fromkeys(("start", "width", "first_timestep", "last_timestep"), "Int64")
-    )
-    table["edit"] = pd.NA
-    table["image"] = [f"{key}.png" for key in keys]
-    for name, value in chosen.as_dict().items():
-        table[name] = value
-    return table
+    facts: dict[str, Any] = {"class": type(scheduler).__name__}
+    for name, value in dict(scheduler.config).items():
+        if not name.startswith("_"):
+            facts[name] = value
+    facts["state"] = digest_of(describe_scheduler(scheduler))[:16]
+    return facts

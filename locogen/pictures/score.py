@@ -1,4 +1,4 @@
-"""Scorers: pictures and texts in, cosines out. The one kept here is CLIP; anything with the same call will do."""
+"""Scorers: pictures and texts in, cosines out. CLIP, or any object with the same call."""
 
 from __future__ import annotations
 
@@ -12,17 +12,35 @@ import numpy as np
 
 from locogen.catalog import entry_of, mini_folder, scorer_entry
 from locogen.errors import LocogenError
+from locogen.models.defaults import source_of
 from locogen.models.memory import memory_named, out_of_memory
+from locogen.models.offload import resting_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Array = np.ndarray[Any, Any]
-REAL = "clip-vit-b-16"  # the backbone of the published scores
+PUBLISHED = "clip-vit-b-16"  # the scorer of the published scores
 
 
 class Scorer(Protocol):
-    """What `localize` needs of a scorer: raw cosines, and what to record of how they were made."""
+    """What `localize` needs of a scorer: raw cosines, and how they are computed, for the records.
+
+    Example:
+        >>> import numpy as np
+        >>> class Brightness:
+        ...     settings = {"scorer": "brightness"}
+        ...
+        ...     def __call__(self, pictures, *texts):
+        ...         means = np.array([np.asarray(picture).mean() for picture in pictures])
+        ...         return [means / 255 for _ in texts]
+        >>> pipe = load("mini")
+        >>> cat = Concept("cat", "object", (PromptPair("a picture of a cat", "a picture"),))
+        >>> few = {"seeds": [0], "num_inference_steps": 1, "controls": False, "progress": False}
+        >>> run = localize(pipe, cat, window=16, scorer=Brightness(), **few)
+        >>> bool(run.table["clip_score"].between(0, 1).all()), run.settings["scorer"]
+        (True, 'brightness')
+    """
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -36,10 +54,11 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """CLIP-score: the raw cosine of picture and text embedding (scale 1, Hessel et al. 2021 without the 2.5).
+    """CLIP score: the raw cosine of picture and text embedding.
 
-    Pictures are read as stored, in 8-bit color; the processor's backend is PIL, so that scores do not depend on
-    whether torchvision is installed.
+    Hessel et al. 2021 (arXiv 2104.08718) with scale 1 in place of their 2.5. Pictures are read as
+    stored, in 8-bit color; the processor's backend is PIL, so that scores do not depend on whether
+    torchvision is installed.
     """
 
     model: Any
@@ -57,7 +76,7 @@ class Clip:
             try:
                 embeddings.append(self._pictures(pictures[start : start + size]))
             except Exception as error:
-                # The pictures are made by now: a full memory should not cost them.
+                # The pictures of the run are there by now: a full memory should not cost them.
                 if size == 1 or not out_of_memory(error):
                     raise
                 size = size // 2
@@ -66,7 +85,8 @@ class Clip:
         return np.concatenate(embeddings)
 
     def texts(self, texts: Iterable[str]) -> dict[str, Array]:
-        """The unit embedding of each distinct text, each read alone."""
+        """The unit embedding of each distinct text, (width,)."""
+        # One by one: in a batch, its neighbors could move the last bits.
         return {text: self._text(text) for text in dict.fromkeys(texts)}
 
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[Array]:
@@ -77,13 +97,15 @@ class Clip:
         for line in texts:
             if len(line) != len(pictures):
                 raise LocogenError(
-                    f"{len(pictures)} pictures and {len(line)} texts: give one text a picture"
+                    f"{len(pictures)} pictures and {len(line)} texts: give each picture a text"
                 )
-        seen = self.pictures(pictures)
-        read = self.texts(text for line in texts for text in line)
-        return [
-            np.einsum("id,id->i", seen, np.stack([read[text] for text in line])) for line in texts
-        ]
+        picture_embeddings = self.pictures(pictures)  # (pictures, width)
+        by_text = self.texts(text for line in texts for text in line)
+        cosines = []
+        for line in texts:
+            text_embeddings = np.stack([by_text[text] for text in line])  # (pictures, width)
+            cosines.append(np.einsum("id,id->i", picture_embeddings, text_embeddings))
+        return cosines
 
     def _pictures(self, pictures: Sequence[Image]) -> Array:
         import torch
@@ -113,29 +135,46 @@ def _unit(features: Any) -> Array:
 
 
 def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = False) -> Clip:
-    """A CLIP scorer: a name of the catalog, a folder, or a hub id.
+    """Load a CLIP scorer.
 
-    `mini` is the mini model's own scoring CLIP, which shares nothing with its generator but the tokenizer.
-    Raises `LocogenError` when there is no such scorer, or its files cannot be had.
+    Args:
+        name: A scorer of the catalog, a folder, or a hub id. "mini" is the mini model's own CLIP,
+            which shares nothing with the generator but the tokenizer.
+        device: Where it computes.
+        local_files_only: Never use the network.
+
+    Returns:
+        The scorer: called with pictures and texts, it gives their cosines.
+
+    Raises:
+        LocogenError: For an unknown name, for files that cannot be loaded, and for a model too
+            large for the memory of the device.
+
+    Example:
+        >>> from PIL import Image
+        >>> judge = scorer("mini")
+        >>> [cosines] = judge([Image.new("RGB", (64, 64))] * 2, ["a black picture", "a cat"])
+        >>> cosines.shape, bool(cosines[0] > cosines[1])
+        ((2,), True)
     """
     from safetensors import SafetensorError
     from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-    where, revision = _source(name)
+    source, revision = _source_of_scorer(name)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        model = CLIPModel.from_pretrained(where, dtype="float32", use_safetensors=True, **options)
-        processor = CLIPImageProcessorPil.from_pretrained(where, **options)
-        tokenizer = CLIPTokenizer.from_pretrained(where, **options)
+        model = CLIPModel.from_pretrained(source, dtype="float32", use_safetensors=True, **options)
+        processor = CLIPImageProcessorPil.from_pretrained(source, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
         if revision:
-            remedy = f"fetch it with: hf download {where} --revision {revision}"
+            remedy = f"fetch it with: hf download {source} --revision {revision}"
         else:
             remedy = "check that the folder holds a CLIP with safetensors weights and its processor"
-        raise LocogenError(f"could not load the scorer {name!r} from {where}: {remedy}") from error
-    told = {
+        raise LocogenError(f"could not load the scorer {name!r} from {source}: {remedy}") from error
+    settings = {
         "scorer": name,
-        "scorer_backbone": where if revision else "",
+        "scorer_backbone": source if revision else "",
         "scorer_revision": revision,
         "preprocessing": "PIL",
         "scale": 1.0,
@@ -144,21 +183,36 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"
     ):
         model.to(device)  # pyright: ignore[reportArgumentType]
-    return Clip(model.eval(), processor, tokenizer, told)
+    return Clip(model.eval(), processor, tokenizer, settings)
+
+
+def scorer_for(pipe: Any, choice: Scorer | str | None) -> Scorer:
+    """The scorer of a run: loaded next to the pipeline if it is a name; None: the model's own."""
+    if choice is None:
+        choice = default_scorer(source_of(pipe))
+    if isinstance(choice, str):
+        # Not onto the card of an offloaded pipeline: that has no room for more.
+        return scorer(choice, device=resting_device(pipe))
+    return choice
 
 
 def default_scorer(model: str) -> str:
-    """The scorer for a model, given the folder or hub id that it was loaded from.
+    """The name of the scorer for a model, given the folder or hub id that it was loaded from.
 
-    The catalog's; for another folder its own `scorer/`, as `locogen.mini.train` makes it; else the published one.
+    The catalog's; for another folder its own `scorer/`, as `locogen.mini.train` writes it; else the
+    published one.
     """
-    if entry := entry_of(model):
+    entry = entry_of(model)
+    if entry is not None:
         return entry.scorer
-    own = Path(model) / "scorer"
-    return str(own) if model and own.is_dir() else REAL
+    folder = Path(model) / "scorer"
+    if model and folder.is_dir():
+        return str(folder)
+    return PUBLISHED
 
 
-def _source(name: str) -> tuple[str, str | None]:
+def _source_of_scorer(name: str) -> tuple[str, str | None]:
+    """The folder or hub id of a scorer, and the revision on the hub."""
     if name == "mini":
         return str(mini_folder() / "scorer"), None
     if Path(name).expanduser().is_dir():

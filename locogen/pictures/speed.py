@@ -1,4 +1,4 @@
-"""How fast pictures are made: `speed(pipe, …)`, a context that says what it changed and what it measured."""
+"""Make pictures faster: `speed(pipe, …)`, a context that says what it changed and measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts, announced
 from locogen.models.families import denoiser_of
 from locogen.models.memory import out_of_memory
-from locogen.pictures.batches import Texts, _batch
+from locogen.pictures.batches import Texts, make_batch
 from locogen.plan import Intervention, Settings
 
 if TYPE_CHECKING:
@@ -22,48 +22,80 @@ if TYPE_CHECKING:
 
 Mode = Literal["exact", "close", "auto", "compile"]
 MODES = ("exact", "close", "auto", "compile")
-GAIN = 1.1  # a way must be so many times as fast as what it replaces: less is noise, and not worth other pictures
-REPEATS, STEPS = 3, 2
-SIZES, MIDDLE = (
-    (2, 8, 32, 128),
-    32,
-)  # of batches that are tried, and the largest that ways are tried at
-LONG = 5.0  # seconds that a batch may take before no larger one is tried, and before it is not repeated
-COMPILED = (
-    "ResnetBlock2D",
-    "FeedForward",
-)  # parts of a denoiser that never hold a layer: hooks keep firing
+
+# An optimization must be this many times as fast as without it: less is noise, and not worth
+# pictures that differ.
+GAIN = 1.1
+
+REPEATS = 3  # measurements of a batch; the fastest counts
+STEPS = 2  # denoising steps of a measured picture
+SIZES = (2, 8, 32, 128)  # batch sizes that are tried
+LARGEST_FOR_CANDIDATES = 32  # the largest batch size at which optimizations are compared
+
+# Seconds: a batch that takes longer is measured once, and no larger one is tried.
+LONG = 5.0
+
+# Parts of a denoiser that never hold a layer: compiled, they leave all hooks in force.
+COMPILED = ("ResnetBlock2D", "FeedForward")
+
 BOUNDS = {
     "exact": "bit for bit the plain pipeline",
-    "close": "as the plain pipeline but for the order of sums: in float32 pictures differ by at most 1 of 255",
-    "half": "matrix products in half precision: on the mini model one call is within 3 % of the plain one (root mean "
-    "square), pictures within 1 of 255 on average; compare pictures with those made in the same way",
+    "close": "as the plain pipeline but for the order of sums: "
+    "in float32 pictures differ by at most 1 of 255",
+    "half": "matrix products in half precision: on the mini model one call is within 3 % of the "
+    "plain one (root mean square), pictures within 1 of 255 on average; "
+    "compare pictures with those made in the same way",
 }
 
 
 @dataclass(frozen=True)
 class Way:
-    """What is done to make pictures faster; as it stands, nothing."""
+    """The optimizations in force; without arguments, none.
+
+    Attributes:
+        threads: Number of threads of the CPU; None: as many as torch uses.
+        channels_last: Whether weights of convolutions lie channels-last.
+        half: What the denoiser computes matrix products in, "bfloat16" or "float16"; None: in the
+            model's own precision.
+        compiled: Whether parts of the denoiser are compiled.
+    """
 
     threads: int | None = None
     channels_last: bool = False
-    half: str | None = (
-        None  # "bfloat16" or "float16": what the denoiser computes matrix products in
-    )
+    half: str | None = None
     compiled: bool = False
 
     def __str__(self) -> str:
-        told = [f"{self.threads} threads"] if self.threads else []
-        told += ["channels-last"] if self.channels_last else []
-        told += [self.half] if self.half else []
-        return " + ".join(told + (["compiled"] if self.compiled else [])) or "plain"
+        parts = []
+        if self.threads:
+            parts.append(f"{self.threads} threads")
+        if self.channels_last:
+            parts.append("channels-last")
+        if self.half:
+            parts.append(self.half)
+        if self.compiled:
+            parts.append("compiled")
+        return " + ".join(parts) or "plain"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """What `speed` chose: the way, how many pictures at once, and the bound of how far pictures move.
+    """What `speed` chose, and what it measured.
 
-    `measured`: pictures per second by way; `sizes`: by batch size, in the chosen way; both at few steps.
+    Attributes:
+        mode: The mode that was asked for.
+        device: The kind of device that the pipeline computes on.
+        way: The optimizations in force.
+        batch_size: The number of pictures to make at once: `localize(…, batch_size=…)`.
+        measured: Pictures per second by way, at few steps.
+        sizes: Pictures per second by batch size in the chosen way, at few steps.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> with speed(pipe, "exact", batch_size=8) as pace:
+        ...     print(pace)
+        speed 'exact' on cpu: plain, 8 at once
+          bit for bit the plain pipeline
     """
 
     mode: str
@@ -76,152 +108,209 @@ class Pace:
     @property
     def bound(self) -> str:
         """How far pictures may be from the plain pipeline's."""
-        return BOUNDS["exact" if self.way == Way() else "half" if self.way.half else "close"]
+        if self.way == Way():
+            return BOUNDS["exact"]
+        return BOUNDS["half" if self.way.half else "close"]
 
     def __repr__(self) -> str:
-        told = [
+        lines = [
             f"speed {self.mode!r} on {self.device}: {self.way}, {self.batch_size} at once",
             self.bound,
         ]
         for what, rates in (("way", self.measured), ("pictures at once", self.sizes)):
-            tried = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-            told += [f"pictures/s of {STEPS} steps by {what}: {tried}"] if tried else []
-        return "\n  ".join(told)
+            if rates:
+                listed = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+                lines.append(f"pictures/s of {STEPS} steps by {what}: {listed}")
+        return "\n  ".join(lines)
 
 
 @contextmanager
 def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> Iterator[Pace]:
-    """Within the context, the pipeline makes pictures in the fastest way that the mode allows; gives a `Pace`.
+    """Within the context, the pipeline makes pictures in the fastest way that the mode allows.
 
-    - "exact": the plain pipeline, bit for bit.
-    - "close": as many threads as there are processors, weights channels-last: other orders of the same sums.
-    - "auto": the same, and a float32 model's denoiser in half precision where the device computes with it (bfloat16, on
-      older GPUs float16; by autocast: the weights stay as they are, normalizations and sums in float32).
-    - "compile": the same, and its convolution blocks and feed-forwards through `torch.compile`, region by region: none
-      holds a layer, so interventions go on being heard. Minutes to begin with.
+    Each optimization is tried on this model and machine, and kept if it makes pictures at least 1.1
+    times as fast. What is kept is part of the run's settings and of each picture's key, so pictures
+    made in different ways are never mixed. Attention is the pipeline's own (diffusers uses
+    `scaled_dot_product_attention`). Afterwards the model is as before.
 
-    Each is tried on this model and kept if at least 1.1 × as fast as without, with as many pictures at once as fit the
-    memory and take seconds, at most 32 or `batch_size`; what was kept is in the `Pace`, in the run's settings, and in
-    the key of every picture, so none is taken for another's. Without a `batch_size`, more and fewer are tried in the
-    end, up to 128 and as far as memory and seconds go, and the smallest taken that none larger beats by as much: hand
-    it on, `localize(…, batch_size=pace.batch_size)`, and it is in these too.
-    Attention is the pipeline's own (diffusers' is `scaled_dot_product_attention`). Afterwards the model is as it was.
-    Only the CPU was tested; on GPUs the same code ran on none yet. Raises `LocogenError` for an unknown mode, a
-    `batch_size` below 1, or within another `speed`.
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        mode: What is tried:
+            "exact", nothing: the plain pipeline, bit for bit;
+            "close", one thread for each processor and weights channels-last: other orders of sums;
+            "auto", also half precision in the denoiser of a float32 model, if the device computes
+            with it (bfloat16, on older GPUs float16; by autocast: weights, normalizations and sums
+            stay in float32);
+            "compile", also `torch.compile` of convolution blocks and feed-forwards, none of which
+            holds a layer, so interventions stay in force; it takes minutes at first.
+        batch_size: The number of pictures that are made at once; None: sizes up to 128, as far as
+            memory and seconds allow, are timed, and the smallest is chosen that no larger one beats
+            by a factor of 1.1.
+
+    Returns:
+        A context that gives a `Pace`: what was chosen and measured. Hand its batch size on:
+        `localize(…, batch_size=pace.batch_size)`.
+
+    Raises:
+        LocogenError: For an unknown mode, a `batch_size` below 1, or within another `speed`.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> with speed(pipe, "exact", batch_size=8) as pace:
+        ...     few = {"num_inference_steps": 1, "batch_size": pace.batch_size}
+        ...     run = generate(pipe, "a picture of a cat", progress=False, **few)
+        >>> pace.batch_size, pace.bound
+        (8, 'bit for bit the plain pipeline')
     """
     if mode not in MODES:
-        raise LocogenError(f"speed is {mode!r}: take one of {', '.join(MODES)}")
+        raise LocogenError(f"speed is {mode!r}: use one of {', '.join(MODES)}")
     if batch_size is not None and batch_size < 1:
         raise LocogenError(f"batch_size is {batch_size}: give at least 1")
-    if any(told.startswith("speed ") for told in active_contexts(pipe)):
+    if any(label.startswith("speed ") for label in active_contexts(pipe)):
         raise LocogenError("speed is chosen already: leave that context first")
-    pace = _chosen(pipe, mode, batch_size)
-    with _done(pipe, pace.way):
+    pace = _choose(pipe, mode, batch_size)
+    with applied(pipe, pace.way):
         yield pace
 
 
-def _chosen(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
-    """Try one change after another, each on top of those that have shown a gain."""
-    device, way, measured = pipe._execution_device.type, Way(), {}
-    changes = list(_changes(pipe, mode))
-    size = max(_by_size(pipe, way, min(batch_size or MIDDLE, MIDDLE))) if changes else 0
-    for change in changes:
-        trial = replace(way, **change)
-        for one in (way, trial):
-            if str(one) not in measured:
-                measured[str(one)] = _rate(pipe, one, size)
+def _choose(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
+    """Try one optimization after another, each on top of those that have shown a gain."""
+    device = pipe._execution_device.type
+    way = Way()
+    measured: dict[str, float] = {}
+
+    candidates = list(_candidates(pipe, mode))
+    size = 0
+    if candidates:
+        # The largest batch that fits: small ones may hide what an optimization gains.
+        largest = min(batch_size or LARGEST_FOR_CANDIDATES, LARGEST_FOR_CANDIDATES)
+        size = max(_rates_by_size(pipe, way, largest))
+    for candidate in candidates:
+        trial = replace(way, **candidate)
+        for each in (way, trial):
+            if str(each) not in measured:
+                measured[str(each)] = measure_rate(pipe, each, size)
         if measured[str(trial)] >= GAIN * measured[str(way)]:
             way = trial
+
     if batch_size is not None:
         return Pace(mode, device, way, batch_size, measured)
-    sizes = _by_size(pipe, way)
-    return Pace(mode, device, way, _enough(sizes), measured, sizes)
+    rates = _rates_by_size(pipe, way)
+    return Pace(mode, device, way, _smallest_sufficient(rates), measured, rates)
 
 
-def _by_size(pipe: Any, way: Way, most: int = SIZES[-1]) -> dict[int, float]:
-    """Pictures per second by batch size up to `most`, as far as the memory and a user's patience go."""
-    sizes: dict[int, float] = {}
-    for size in sorted({*(size for size in SIZES if size < most), most}):
+def _rates_by_size(pipe: Any, way: Way, largest: int = SIZES[-1]) -> dict[int, float]:
+    """Pictures per second by batch size, as far as memory and a user's patience go."""
+    rates: dict[int, float] = {}
+    for size in sorted({*(size for size in SIZES if size < largest), largest}):
         try:
-            sizes[size] = _rate(pipe, way, size)
+            rates[size] = measure_rate(pipe, way, size)
         except Exception as error:
-            if not sizes or not out_of_memory(error):
+            if not rates or not out_of_memory(error):
                 raise
             break
-        if size / sizes[size] > LONG:
+        seconds = size / rates[size]
+        if seconds > LONG:
             break
-    return sizes
+    return rates
 
 
-def _enough(sizes: dict[int, float]) -> int:
+def _smallest_sufficient(rates: dict[int, float]) -> int:
     """The smallest size that no larger one beats by `GAIN`."""
-    return next(size for size, rate in sizes.items() if max(sizes.values()) < GAIN * rate)
+    fastest = max(rates.values())
+    return next(size for size, rate in rates.items() if fastest < GAIN * rate)
 
 
-def _changes(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:
-    """What the mode allows and the device and model can do."""
+def _candidates(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:
+    """The optimizations that the mode allows and that the device and the model can do."""
     import torch
 
     if mode == "exact":
         return
-    denoiser, device = denoiser_of(pipe), pipe._execution_device
-    processors = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    denoiser = denoiser_of(pipe)
+    device = pipe._execution_device
+    processors = _processors()
     if device.type == "cpu" and torch.get_num_threads() != processors:
         yield {"threads": processors}
-    if any(p.dim() == 4 for p in denoiser.parameters()) and not hasattr(denoiser, "_hf_hook"):
+    if _has_convolutions(denoiser) and not hasattr(denoiser, "_hf_hook"):
+        # Not with offload, which moves the weights: the layout would be lost.
         yield {"channels_last": True}
+    if mode == "close":
+        return
     half = half_of(device)
-    if mode != "close" and half is not None and denoiser.dtype == torch.float32:
+    if half is not None and denoiser.dtype == torch.float32:
         yield {"half": half}
     if mode == "compile":
         yield {"compiled": True}
 
 
+def _has_convolutions(denoiser: Any) -> bool:
+    """Whether it has weights of (output, input, height, width)."""
+    return any(weight.dim() == 4 for weight in denoiser.parameters())
+
+
+def _processors() -> int:
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def half_of(device: torch.device) -> str | None:
-    """The half precision that a device computes with; None where it would only emulate it."""
+    """The half precision that a device computes with; None if it would only emulate one."""
     import torch
 
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return (
-        "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else None
-    )
+    if device.type != "cpu":
+        return None
+    capabilities = torch.cpu.get_capabilities()
+    has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if has_bfloat16 else None
 
 
-def _rate(pipe: Any, way: Way, batch_size: int) -> float:
-    """Pictures per second of a batch in that way: the best of a few, since other work only slows; one to warm up."""
+def measure_rate(pipe: Any, way: Way, batch_size: int) -> float:
+    """Pictures per second of a batch in that way.
+
+    It is the best of a few measurements, since other work on the machine only slows; one before
+    them warms up.
+    """
     plan = [
         Intervention("a picture", "a picture", (), seed, "baseline") for seed in range(batch_size)
     ]
-    texts, chosen, took = Texts(pipe, plan), Settings(STEPS, 7.5, batch_size), []
-    with _done(pipe, way):
+    texts = Texts(pipe, plan)
+    settings = Settings(STEPS, 7.5, batch_size)
+    seconds: list[float] = []
+    with applied(pipe, way):
         for _ in range(1 + REPEATS):
             start = time.perf_counter()
-            _batch(
-                pipe, plan, texts, batch_size, chosen
-            )  # its pictures are in main memory: no GPU is still at work
-            took.append(time.perf_counter() - start)
-            if took[-1] > LONG and (
-                took[1:] or not way.compiled
-            ):  # what takes so long needs no warming up
+            # Its pictures are in main memory afterwards: no GPU is still at work.
+            make_batch(pipe, plan, texts, batch_size, settings)
+            seconds.append(time.perf_counter() - start)
+            # What takes so long needs no warming up, unless that compiled it.
+            needs_another = way.compiled and len(seconds) == 1
+            if seconds[-1] > LONG and not needs_another:
                 break
-    return batch_size / min(took[1:] or took)
+    return batch_size / min(seconds[1:] or seconds)
+
+
+# --- the optimizations ---------------------------------------------------------------------------
 
 
 @contextmanager
-def _done(pipe: Any, way: Way) -> Iterator[None]:
+def applied(pipe: Any, way: Way) -> Iterator[None]:
+    """Within the context, the optimizations are in force, and part of each picture's key."""
+    denoiser = denoiser_of(pipe)
     with ExitStack() as stack:
         if way.threads is not None:
             stack.enter_context(_threads(way.threads))
         if way.channels_last:
             stack.enter_context(_channels_last(pipe))
         if way.half is not None:
-            stack.enter_context(_autocast(denoiser_of(pipe), pipe._execution_device.type, way.half))
+            device = pipe._execution_device.type
+            stack.enter_context(_autocast(denoiser, device, way.half))
         if way.compiled:
-            stack.enter_context(_compiled(denoiser_of(pipe)))
+            stack.enter_context(_compiled(denoiser))
         if way != Way():
             stack.enter_context(announced(pipe, f"speed {way}", all_pipelines=True))
         yield
@@ -241,50 +330,58 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _channels_last(pipe: Any) -> Iterator[None]:
-    """Weights of convolutions channel by channel at each place; the same values, and afterwards the same strides."""
+    """Within the context, weights of convolutions lie channels-last; their values are the same."""
     import torch
 
-    parts = [denoiser_of(pipe), *([pipe.vae] if getattr(pipe, "vae", None) is not None else [])]
-    held = [p for part in parts for p in part.parameters() if p.dim() == 4]
-    own = [(p, p.data) for p in held]
+    parts = [denoiser_of(pipe)]
+    if getattr(pipe, "vae", None) is not None:
+        parts.append(pipe.vae)
+    # Weights of convolutions, (output, input, height, width).
+    weights = [p for part in parts for p in part.parameters() if p.dim() == 4]
+    originals = [(weight, weight.data) for weight in weights]
     try:
-        for p in held:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
+        for weight in weights:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         yield
     finally:
-        for p, data in own:
-            p.data = data.copy_(p.data)  # an edit of these weights within the context stays
-        del own
+        # Back into the old memory, by value: an edit of the weights within the context stays.
+        for weight, data in originals:
+            weight.data = data.copy_(weight.data)
 
 
 @contextmanager
 def _autocast(denoiser: Any, device: str, half: str) -> Iterator[None]:
-    """Only the denoiser's own calls: whatever else runs within the context stays in its precision."""
+    """Within the context, the denoiser's own calls are in half precision; all else is not."""
     import torch
 
-    forward, own = denoiser.forward, vars(denoiser).get("forward")
+    forward = denoiser.forward
+    shadow = vars(denoiser).get("forward")  # what somebody put in the place of the class's method
 
     @wraps(forward)
     def cast(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast(device, getattr(torch, half)):
-            found = forward(*args, **kwargs)
-        if isinstance(found, tuple):
-            return tuple(one.float() for one in found)
-        return type(found)(sample=found.sample.float())
+            output = forward(*args, **kwargs)
+        # The scheduler goes on in float32.
+        if isinstance(output, tuple):
+            return tuple(each.float() for each in output)
+        return type(output)(sample=output.sample.float())
 
     denoiser.forward = cast
     try:
         yield
     finally:
-        if own is None:
+        if shadow is None:
             del denoiser.forward
         else:
-            denoiser.forward = own
+            denoiser.forward = shadow
 
 
 @contextmanager
 def _compiled(denoiser: Any) -> Iterator[None]:
-    """Region by region, so that one compilation serves all that are alike; hooks on other modules are untouched."""
+    """Within the context, parts of the denoiser are compiled; hooks on other modules stay in force.
+
+    Part by part, so that one compilation serves all that are alike.
+    """
     regions = [module for module in denoiser.modules() if type(module).__name__ in COMPILED]
     before = [module._compiled_call_impl for module in regions]
     with _compilations_for(len(regions)):
@@ -299,10 +396,11 @@ def _compiled(denoiser: Any) -> Iterator[None]:
 
 @contextmanager
 def _compilations_for(regions: int) -> Iterator[None]:
-    """Let dynamo compile each region as often as it lets one function be compiled, 8 times by default.
+    """Let dynamo compile each region as often as one function, 8 times by default.
 
-    It counts by function, and all regions of a class share one: Stable Diffusion 1.5 has 14 kinds of them by
-    their numbers of channels alone. What comes after the limit runs uncompiled, and only a log says so.
+    It counts by function, and all regions of a class share one: Stable Diffusion 1.5 has 14 kinds
+    of them by their numbers of channels alone. What comes after the limit runs uncompiled, and only
+    a log says so.
     """
     import torch._dynamo
 

@@ -1,4 +1,4 @@
-"""A folder of pictures keyed by everything that makes them; a damaged file is noticed and never used."""
+"""A folder of pictures keyed by everything that makes them; damaged files are never used."""
 
 from __future__ import annotations
 
@@ -25,31 +25,27 @@ WRITERS = 4  # threads; a card makes small pictures faster than one thread write
 
 def content_key(parts: Mapping[str, Any]) -> str:
     """The name of a picture: a hash of all that makes it, the same on every machine."""
-    told = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()[:32]
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def png(pixels: np.ndarray[Any, Any], **texts: str) -> bytes:
-    """A picture as a PNG file, (height, width, 3) bytes; `texts` become its text chunks.
-
-    Pillow tries five filters a row and compresses at length, holding Python's lock all the while, so that
-    a second thread gains nothing. Here each row is stored as its difference from the row above, and runs of
-    equal bytes are all that is searched for: seven times as fast, files of about the same size, and zlib
-    releases the lock.
-    """
+    """A picture as a PNG file, (height, width, 3) bytes; `texts` become its text chunks."""
+    # Pillow tries five filters a row and compresses at length, holding Python's lock all the while,
+    # so that a second thread gains nothing. Here each row is stored as its difference from the row
+    # above, and runs of equal bytes are all that is searched for: seven times as fast, files of
+    # about the same size, and zlib releases the lock.
     height, width, channels = pixels.shape
     rows = pixels.reshape(height, width * channels)  # (height, width x 3)
     filtered = np.empty((height, 1 + rows.shape[1]), np.uint8)  # (height, filter and bytes)
-    filtered[:, 0] = (
-        2  # "up", of the PNG specification's section 9.2; above the first row there are zeros
-    )
+    # Filter 2, "up", of the PNG specification's section 9.2; above the first row there are zeros.
+    filtered[:, 0] = 2
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # modulo 256, as the filter is defined
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     data = packer.compress(filtered.data) + packer.flush()
-    header = struct.pack(
-        ">IIBBBBB", width, height, 8, 2, 0, 0, 0
-    )  # 8 bits a channel, RGB, not interlaced
+    # 8 bits a channel, RGB, not interlaced.
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     words = [_chunk(b"tEXt", f"{key}\0{text}".encode("latin-1")) for key, text in texts.items()]
     return b"".join(
         [
@@ -78,33 +74,40 @@ def _digest(picture: Image.Image) -> str:
 class PictureStore:
     """Pictures as 8-bit PNG files named by their key, each carrying a digest of its own pixels.
 
-    Files are replaced atomically: after a kill at any moment a picture is there whole or not at all. The folder is
-    made when something is first written, so that a store that is only read needs no permission to write.
+    Files are replaced atomically: after a kill at any moment a picture is there whole or not at
+    all. The folder is made when something is first written, so that a store that is only read needs
+    no permission to write.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def path(self, key: str) -> Path:
-        """Where the picture of that key lies."""
+        """The file of that key's picture, whether it exists or not."""
         return self.folder / f"{key}.png"
 
     def get(self, key: str) -> Image.Image | None:
-        """The picture, or None where there is none or its pixels are not those that were written."""
+        """The picture; None if it is missing, or if its pixels are not those that were written."""
         try:
             with Image.open(self.path(key)) as file:
                 file.load()
-                picture, told = file.convert("RGB"), getattr(file, "text", {}).get("digest")
-        except (OSError, SyntaxError, ValueError):  # missing, cut short, or no PNG at all
+                picture = file.convert("RGB")
+                digest = getattr(file, "text", {}).get("digest")
+        except (OSError, SyntaxError, ValueError):  # missing, cut short, or not a PNG
             return None
-        return picture if told == _digest(picture) else None
+        return picture if digest == _digest(picture) else None
 
     def put(self, key: str, pixels: np.ndarray[Any, Any]) -> None:
-        """Keep a picture, (height, width, 3) bytes. Raises `LocogenError` when the disk is full or read-only."""
+        """Write a picture, (height, width, 3) bytes; raises as `write` does."""
         self.write(f"{key}.png", png(pixels, digest=_digest(Image.fromarray(pixels))))
 
     def write(self, name: str, content: bytes) -> None:
-        """Replace a file of the store atomically. Raises `LocogenError` when the disk is full or read-only."""
+        """Replace a file of the store atomically.
+
+        Raises:
+            LocogenError: The disk is full or read-only.
+        """
+        # The name is this thread's own: several threads and processes write at once.
         partial = self.folder / f".{name}.{os.getpid()}-{threading.get_ident()}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -119,42 +122,53 @@ class PictureStore:
                 else "give store= a folder that can"
             )
             raise LocogenError(
-                f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call again; "
-                "what it holds is kept and not made again"
+                f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call "
+                "again; what it holds is kept and not made again"
             ) from None
 
 
 class Record:
-    """The file `run-….json` of a run: what it is, the names of its pictures, and the batch size it settled on.
+    """The file `run-….json` of a run: its settings, the names of its pictures, its batch size.
 
-    Written at once: a store that cannot be written should not cost a batch. `batch` is what an earlier call of the same
-    run left there, else None.
+    It is written at once: a store that cannot be written should not cost a batch.
+
+    Attributes:
+        batch: The batch size that this run, or an earlier call of it, settled on; None: not yet.
     """
 
-    def __init__(self, shelf: PictureStore, told: Mapping[str, Any]) -> None:
-        self.shelf, self.told, self.name = shelf, dict(told), f"run-{content_key(told)}.json"
-        self.batch: int | None = None
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = json.loads((shelf.folder / self.name).read_text("utf-8")).get("batch")
-            self.batch = found if isinstance(found, int) and found > 0 else None
+    def __init__(self, shelf: PictureStore, facts: Mapping[str, Any]) -> None:
+        self.shelf = shelf
+        self.facts = dict(facts)
+        self.name = f"run-{content_key(facts)}.json"
+        self.batch = self._earlier_batch()
         self._write()
 
+    def _earlier_batch(self) -> int | None:
+        """What an earlier call of the same run left; None if the file is missing or damaged."""
+        try:
+            batch = json.loads((self.shelf.folder / self.name).read_text("utf-8")).get("batch")
+        except (OSError, ValueError, AttributeError):
+            return None
+        return batch if isinstance(batch, int) and batch > 0 else None
+
     def settle(self, batch: int) -> None:
-        """Keep the batch size, where none is kept."""
+        """Note the batch size, if there is none yet."""
         if self.batch is None:
             self.batch = batch
             self._write()
 
     def _write(self) -> None:
-        kept = {} if self.batch is None else {"batch": self.batch}
-        self.shelf.write(self.name, json.dumps(self.told | kept, indent=1, default=str).encode())
+        content = dict(self.facts)
+        if self.batch is not None:
+            content["batch"] = self.batch
+        self.shelf.write(self.name, json.dumps(content, indent=1, default=str).encode())
 
 
 class Writer:
     """Within the context, several threads write the pictures of a batch while the next one is made.
 
-    When it ends, by an error too, all are written. One batch at most is waiting: memory stays flat, and a full disk
-    costs no more than a batch.
+    When it ends, even by an error, all are written. One batch at most is waiting: memory stays
+    flat, and a full disk costs no more than a batch.
     """
 
     def __init__(self, shelf: PictureStore) -> None:
@@ -166,22 +180,23 @@ class Writer:
         return self
 
     def put(self, batch: list[tuple[str, np.ndarray[Any, Any]]]) -> None:
-        """Begin to write (key, (height, width, 3) in 0..1), once those before are written; raises what went wrong."""
-        self._wait()
+        """Begin to write (key, pixels in 0..1), (height, width, 3) each; raises what went wrong."""
+        self._wait()  # for the batch before
         self.writing = [self.pool.submit(self._write, key, pixels) for key, pixels in batch]
 
     def _write(self, key: str, pixels: np.ndarray[Any, Any]) -> None:
         self.shelf.put(key, (pixels * 255).round().astype("uint8"))
 
     def _wait(self) -> None:
-        """All of the batch are tried before the first error is raised: what fits the disk is kept."""
         writing = self.writing
         self.writing = []
+        # All are tried before the first error is raised: what fits the disk is kept.
         wait(writing)
         for picture in writing:
             picture.result()
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.pool.shutdown(wait=True)
+        # An error on its way out is not replaced by one of the disk.
         if kind is None:
             self._wait()

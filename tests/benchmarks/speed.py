@@ -199,9 +199,9 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
     print(pace, file=sys.stderr)
 
     def paced(name: str, **more: Any) -> None:
-        from locogen.pictures.speed import _done
+        from locogen.pictures.speed import applied
 
-        with _done(pipe, pace.way):
+        with applied(pipe, pace.way):
             ours(name, **more)
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as saved:

@@ -13,7 +13,7 @@ from locogen.localization.attention import (
     contribution_effect,
     contribution_window,
     contributions,
-    listening,
+    measuring_contributions,
 )
 from locogen.models.families import denoiser_of, subject_occurrences, subject_positions
 from locogen.models.layers import find_layers
@@ -78,7 +78,7 @@ def test_it_is_the_formula(pipe, guidance):
         )
         for layer in find_layers(pipe)
     ]
-    with listening(pipe, at) as said, torch.no_grad():
+    with measuring_contributions(pipe, at) as said, torch.no_grad():
         pipe(
             ["a big cat b", "cat in dog"],
             num_inference_steps=2,
@@ -114,7 +114,7 @@ def test_layers_that_keep_the_pictures_shape_are_measured_over_their_channels():
             inputs.append((args[0], kwargs["encoder_hidden_states"]))
 
     handle = layer.module.register_forward_pre_hook(note, with_kwargs=True)
-    with listening(pipe, [at]) as said, torch.no_grad():
+    with measuring_contributions(pipe, [at]) as said, torch.no_grad():
         pipe("a big cat b", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
     handle.remove()
     (picture, text), attention = inputs[0], layer.module
@@ -144,13 +144,13 @@ def test_the_call_stays_as_it_is(pipe):
         ).images
 
     plain = make()
-    with listening(pipe, [(2, 3)]):
+    with measuring_contributions(pipe, [(2, 3)]):
         assert np.array_equal(make(), plain)
-    with pytest.raises(RuntimeError, match="mine"), listening(pipe, [(2,)]):
+    with pytest.raises(RuntimeError, match="mine"), measuring_contributions(pipe, [(2,)]):
         raise RuntimeError("mine")
     with (
         pytest.raises(LocogenError, match="puts out 2 rows for 3 prompts"),
-        listening(pipe, [(1,)] * 3),
+        measuring_contributions(pipe, [(1,)] * 3),
     ):
         make()
 
@@ -234,7 +234,7 @@ def test_every_occurrence_is_listened_to(pipe, monkeypatch):
         asked.extend(at for _, at, _ in rows)
         return np.zeros((len(rows), 1))
 
-    monkeypatch.setattr(attention, "_measured", measured)
+    monkeypatch.setattr(attention, "measure_batch", measured)
     pair = PromptPair("cat, in b, cat", "b")
     attention_contribution(pipe, Concept("cat", "style", (pair,)), **OPTIONS)  # pyright: ignore[reportArgumentType]
     places = tuple(at for words in subject_occurrences(pipe, pair.prompt, "cat") for at in words)

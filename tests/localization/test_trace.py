@@ -1,5 +1,7 @@
 """Theorems of causal tracing: what restoring everything or nothing gives, row by row, and the model left as found."""
 
+import json
+import threading
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from locogen.models.families import encode, end_position, subject_occurrences, s
 from locogen.models.layers import find_layers
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures import runs
+from locogen.pictures.store import PictureStore
 from locogen.plan import Concept, PromptPair, Settings
 
 CONCEPT = Concept(
@@ -59,7 +62,7 @@ def noise(pipe, prompt="a big cat b", scale=3.0, seed="0"):
 
 def made(pipe, rows, *, settings=SETTINGS):
     """Pictures of the rows, one batch."""
-    return trace._batch(pipe, rows, trace._Texts(pipe, rows), settings)
+    return trace.make_batch(pipe, rows, trace.TracedTexts(pipe, rows), settings)
 
 
 def rows_of(pipe, *restored, scale=3.0):
@@ -401,6 +404,66 @@ def test_a_batch_that_is_too_large_is_halved(pipe, run, monkeypatch):
         traced(4)
 
 
+def test_a_resumed_trace_goes_on_with_the_batch_size_it_had(pipe, tmp_path, monkeypatch):
+    """As a run of `generate` does: another size adds up in another order."""
+    parts = ("cross-attention",)
+    one = Concept("cat", "style", CONCEPT.pairs[:1])
+
+    def traced():
+        return causal_trace(pipe, one, parts=parts, seeds=[0], store=tmp_path, **QUICK)  # pyright: ignore[reportArgumentType]
+
+    whole = traced()
+    (record,) = tmp_path.glob("run-*.json")
+    assert json.loads(record.read_text())["batch"] == 8
+    record.write_text(record.read_text().replace('"batch": 8', '"batch": 4'))
+    for name in whole.table["image"][-3:]:
+        (tmp_path / name).unlink()
+
+    rows: list[int] = []
+    forward = pipe.unet.forward
+
+    def counting(sample, *args, **kwargs):
+        rows.append(len(sample))
+        return forward(sample, *args, **kwargs)
+
+    tiny.stand_in(monkeypatch, pipe.unet, counting)
+    again = traced()
+    assert rows == [8], "four rows, doubled by guidance: three to make, and the clean one"
+    assert again.pictures.keys == whole.pictures.keys
+    assert json.loads(record.read_text())["batch"] == 4
+
+
+def test_a_trace_writes_in_the_background_and_loses_no_picture(pipe, tmp_path, monkeypatch):
+    """Before an error leaves `causal_trace`, too."""
+    put = PictureStore.put
+    forward = pipe.unet.forward
+    threads: list[threading.Thread] = []
+    calls: list[int] = []
+
+    def noted(self, key, pixels):
+        threads.append(threading.current_thread())
+        put(self, key, pixels)
+
+    def broken(sample, *args, **kwargs):
+        calls.append(len(sample))
+        if len(calls) == 3:
+            raise RuntimeError("the third batch")
+        return forward(sample, *args, **kwargs)
+
+    monkeypatch.setattr(PictureStore, "put", noted)
+    tiny.stand_in(monkeypatch, pipe.unet, broken)
+    one = Concept("cat", "style", CONCEPT.pairs[:1])
+    with pytest.raises(RuntimeError, match="the third batch"):
+        causal_trace(pipe, one, parts=["cross-attention"], seeds=[0], store=tmp_path, **QUICK)  # pyright: ignore[reportArgumentType]
+    # The clean picture rides along in both batches, and is written once.
+    assert len(list(tmp_path.glob("*.png"))) == len(threads) == 8 + 7
+    assert threading.main_thread() not in threads
+
+
+def test_a_trace_knows_its_pipeline(pipe, run):
+    assert run.made_by() is pipe
+
+
 def test_effects_are_restored_minus_corrupted(run):
     table: Any = run.table
     effects: Any = recovery.trace_effect(table)
@@ -511,7 +574,7 @@ def test_no_side_is_named_where_no_state_is_the_place():
 
 def test_every_occurrence_of_the_subject_is_corrupted_and_restored(pipe):
     """And nothing else: a comma ends the name, another word does not hold it."""
-    rows = list(trace._rows(pipe, "cat, b concat, cat", "cat", 0, TEXT_PARTS, [(3.0, 0)]))
+    rows = list(trace.planned_rows(pipe, "cat, b concat, cat", "cat", 0, TEXT_PARTS, [(3.0, 0)]))
     first, second = subject_occurrences(pipe, "cat, b concat, cat", "cat")
     assert {row.noise.at for row in rows if row.noise is not None} == {first + second}
     assert first == (1,) and second == (end_position(pipe, "cat, b concat, cat") - 1,)

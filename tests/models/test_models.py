@@ -99,9 +99,9 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
             raise OSError("404")
         return tiny.pipeline()
 
-    wanted = models._Wanted(("gone/model", "gone/mirror", "kept/mirror"), "1a2b")
+    sources = models._Sources(("gone/model", "gone/mirror", "kept/mirror"), "1a2b")
     monkeypatch.setattr(models, "_fetch", fetch)
-    monkeypatch.setattr(models, "_wanted", lambda name, file: wanted)
+    monkeypatch.setattr(models, "_sources_of", lambda name, file: sources)
     assert type(load("sd-1.5")).__name__ == "StableDiffusionPipeline"
     turns = [("gone/model", "1a2b"), ("gone/mirror", "main"), ("kept/mirror", "main")]
     assert asked == [(*turn, local) for local in (True, False) for turn in turns]
@@ -119,7 +119,7 @@ def test_a_model_that_left_the_hub_is_taken_from_its_mirror(monkeypatch):
         load("sd-1.5", local_files_only=True)
     assert {local for *_, local in asked} == {True}
     monkeypatch.undo()
-    assert models._wanted("sd-1.5", None).sources[1:] == model_entry("sd-1.5").mirrors != ()
+    assert models._sources_of("sd-1.5", None).places[1:] == model_entry("sd-1.5").mirrors != ()
 
 
 def test_a_gated_model_names_the_page_of_its_terms():

@@ -9,7 +9,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.pictures import batches
-from locogen.pictures.batches import called, pictures_of
+from locogen.pictures.batches import call_pipeline, pictures_of
 from locogen.pictures.runs import generate
 from locogen.plan import Intervention, Settings
 
@@ -131,8 +131,8 @@ def test_a_picture_decoded_alone_is_the_same_but_for_the_order_of_sums():
     pipe = tiny.pipeline()
     rows = [Intervention("cat", "cat", (), seed) for seed in range(3)]
     chosen = Settings(1, 3.0, 3)
-    together = called(pipe, rows, {"prompt": ["cat"] * 3}, chosen)
-    apart = called(large(pipe), rows, {"prompt": ["cat"] * 3}, chosen)
+    together = call_pipeline(pipe, rows, {"prompt": ["cat"] * 3}, chosen)
+    apart = call_pipeline(large(pipe), rows, {"prompt": ["cat"] * 3}, chosen)
     alone = pipe(
         "cat",
         generator=generators(rows[:1]),
@@ -179,13 +179,13 @@ def test_the_decoder_does_not_limit_the_batch(monkeypatch, is_large, size):
     if is_large:
         large(pipe)
 
-    class OnCard(batches._Memory):
+    class OnCard(batches.GpuMemory):
         def __init__(self, pipe):
             super().__init__(pipe)
-            self.known = True
+            self.is_to_be_measured = True
 
     Card(pipe, monkeypatch, 1112)
-    monkeypatch.setattr(batches, "_Memory", OnCard)
+    monkeypatch.setattr(batches, "GpuMemory", OnCard)
     plan = [Intervention("cat", "cat", (), seed) for seed in range(10)]
     sizes = [(len(rows), after) for rows, _, after in pictures_of(pipe, plan, Settings(1, 3.0, 32))]
     assert sizes[0] == (1, size) and {after for _, after in sizes} == {size}

@@ -39,7 +39,7 @@ def pipe():
 def rates(monkeypatch):
     """What each way is said to reach, by its name: the others reach 1."""
     told: dict[str, float] = {}
-    monkeypatch.setattr(pace, "_rate", lambda pipe, way, batch_size: told.get(str(way), 1.0))
+    monkeypatch.setattr(pace, "measure_rate", lambda pipe, way, batch_size: told.get(str(way), 1.0))
     monkeypatch.setattr(pace, "half_of", lambda device: "bfloat16")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10**6)
     return told
@@ -59,7 +59,7 @@ def state(pipe):
 def test_a_way_changes_pictures_and_leaves_nothing(pipe, way):
     plain, weights = generate(pipe, ROWS, **FAST), fingerprint(pipe)
     before = state(pipe), torch.get_num_threads()
-    with pace._done(pipe, way):
+    with pace.applied(pipe, way):
         other = generate(pipe, ROWS, **FAST)
         assert fingerprint(pipe) == weights and not foreign_hooks(pipe)
         assert not set(plain.pictures.keys) & set(other.pictures.keys), (
@@ -77,7 +77,7 @@ def test_interventions_are_heard_as_ever(pipe, way):
 
     In one batch: of another size, another order of sums may move a pixel.
     """
-    with pace._done(pipe, way):
+    with pace.applied(pipe, way):
         own, window, ceiling, target = pixels(
             generate(pipe, [*ROWS, Intervention("dog", "dog", (), 0)], **FAST)
         )
@@ -91,7 +91,7 @@ def test_interventions_are_heard_as_ever(pipe, way):
 
 def test_nothing_is_left_after_an_error(pipe):
     before = state(pipe)
-    with pytest.raises(RuntimeError, match="stop"), pace._done(pipe, Way(2, True, "bfloat16")):
+    with pytest.raises(RuntimeError, match="stop"), pace.applied(pipe, Way(2, True, "bfloat16")):
         assert state(pipe) != before
         raise RuntimeError("stop")
     assert state(pipe) == before and "forward" not in vars(pipe.unet) and not active_contexts(pipe)
@@ -100,7 +100,7 @@ def test_nothing_is_left_after_an_error(pipe):
 def test_weights_changed_within_stay_changed(pipe):
     """What is put back is the layout, not the values."""
     weight = pipe.unet.conv_in.weight
-    with pace._done(pipe, Way(channels_last=True)), torch.no_grad():
+    with pace.applied(pipe, Way(channels_last=True)), torch.no_grad():
         weight += 1
     changed = weight.clone()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def apart(unet: UNet2DConditionModel, calls, way: Way, pipe) -> list[float]:
     """Root mean square of what the way changes of each call's output, as a share of the output's."""
     with torch.no_grad():
         plain = [unet(*a, **k)[0] for a, k in calls]
-        with pace._done(pipe, way):
+        with pace.applied(pipe, way):
             other = [unet(*a, **k)[0] for a, k in calls]
     assert all(one.dtype == torch.float32 for one in other)
     return [float((a - b).norm() / a.norm()) for a, b in zip(plain, other, strict=True)]
@@ -151,7 +151,7 @@ def test_pictures_stay_within_the_bound(mini_calls):
     options = dict(seeds=range(2), num_inference_steps=4, progress=False, batch_size=2)
 
     def made(way: Way):
-        with pace._done(pipe, way):
+        with pace.applied(pipe, way):
             return pixels(generate(pipe, "a house in the style of neon", **options))
 
     plain = made(Way())
@@ -185,9 +185,9 @@ def test_the_choice_is_measured(pipe, monkeypatch):
     monkeypatch.setattr(pace, "REPEATS", 3)
     ticks = itertools.count()
     monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks) * 0.5)
-    assert pace._rate(pipe, Way(), 3) == 6.0
+    assert pace.measure_rate(pipe, Way(), 3) == 6.0
     ticks = itertools.count(step=12)
-    assert pace._rate(pipe, Way(), 3) == 0.5 and next(ticks) == 24, (
+    assert pace.measure_rate(pipe, Way(), 3) == 0.5 and next(ticks) == 24, (
         "once is enough of what takes long"
     )
 
@@ -210,7 +210,7 @@ def test_the_batch_size_is_measured(pipe, monkeypatch, by_size, chosen):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return by_size[batch_size]
 
-    monkeypatch.setattr(pace, "_rate", rate)
+    monkeypatch.setattr(pace, "measure_rate", rate)
     for mode in ("exact", "auto"):  # to compare ways takes a batch that fits, too
         with speed(pipe, mode) as found:
             assert (
@@ -236,7 +236,7 @@ def test_half_precision_is_the_processors_own(monkeypatch):
 def test_bad_input_is_named(pipe, rates):
     rates["bfloat16"] = 2.0
     with (
-        pytest.raises(LocogenError, match="take one of exact, close, auto, compile"),
+        pytest.raises(LocogenError, match="use one of exact, close, auto, compile"),
         speed(pipe, "fast"),
     ):  # pyright: ignore[reportArgumentType]
         pass

@@ -307,18 +307,20 @@ def test_another_error_is_not_taken_for_too_little_memory(pipe, rows, monkeypatc
 @pytest.mark.parametrize(("free", "size"), [(1000, 3), (500, 3), (250, 2), (100, 1), (10, 1)])
 def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size):
     """As on a GPU: a first batch of one, which takes 100 bytes here, then what fits 90 % of the free memory, evenly."""
-    from locogen.pictures.batches import RESERVE, _Memory, pictures_of
+    from locogen.pictures.batches import RESERVE, GpuMemory, pictures_of
     from locogen.plan import Settings
 
-    class Gpu(_Memory):
+    class Gpu(GpuMemory):
         def __init__(self, pipe):
-            self.device, self.known, self.before = pipe._execution_device, True, 7
+            self.device = pipe._execution_device
+            self.is_to_be_measured = True
+            self.before = 7
 
-        def fitting(self, made):
-            self.known = False
-            return int(RESERVE * free / (100 / made))
+        def fitting(self, size):
+            self.is_to_be_measured = False
+            return int(RESERVE * free / (100 / size))
 
-    monkeypatch.setattr("locogen.pictures.batches._Memory", Gpu)
+    monkeypatch.setattr("locogen.pictures.batches.GpuMemory", Gpu)
     plan = [Intervention(prompt, "cat", (), 0) for prompt in "abcdefghi"]
     made = [(len(rows), told) for rows, _, told in pictures_of(pipe, plan, Settings(1, 1.0, 4))]
     sizes = [count for count, _ in made]
@@ -328,7 +330,10 @@ def test_the_batch_is_chosen_from_the_free_memory(pipe, monkeypatch, free, size)
         and sum(sizes) == 9
         and {told for _, told in made} == {size}
     )
-    again = [len(rows) for rows, *_ in pictures_of(pipe, plan, Settings(1, 1.0, 4), settled=size)]
+    again = [
+        len(rows)
+        for rows, *_ in pictures_of(pipe, plan, Settings(1, 1.0, 4), known_batch_size=size)
+    ]
     assert again[0] == size, "the first batch too, whatever is free by now"
 
 
