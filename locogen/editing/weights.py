@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from locogen.editing.closed_form import doubled
+from locogen.editing.closed_form import to_float64
 from locogen.errors import LocogenError
 from locogen.models.compilation import uncompiled_module
 from locogen.models.offload import kept
@@ -374,7 +374,7 @@ def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
     ]
     if not parts:
         return original
-    total = doubled(original)  # (out, in)
+    total = to_float64(original)  # (out, in)
     for change, strength in parts:
         total = total + strength * (change.up.to(total) @ change.down.to(total))  # (out, in)
     total = total.to(original.dtype).to(original.device)
@@ -424,7 +424,7 @@ def _own_lora(denoiser: Any, change: WeightChange) -> bool:
         place = _place(denoiser, name)
         if place is None or not place.carries_lora:
             continue
-        delta = doubled((own.up @ own.down).detach())  # (out, in)
+        delta = to_float64((own.up @ own.down).detach())  # (out, in)
         for lora in _lora_deltas(place.module):
             if lora.shape != delta.shape:
                 continue
@@ -440,8 +440,8 @@ def _lora_deltas(module: Any) -> Iterator[Tensor]:
         return
     for adapter in getattr(module, "active_adapters", ()):
         if adapter in getattr(module, "lora_A", {}):
-            up = doubled(module.lora_B[adapter].weight.detach())  # (out, rank)
-            down = doubled(module.lora_A[adapter].weight.detach())  # (rank, in)
+            up = to_float64(module.lora_B[adapter].weight.detach())  # (out, rank)
+            down = to_float64(module.lora_A[adapter].weight.detach())  # (rank, in)
             yield up @ down
 
 

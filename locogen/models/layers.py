@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -107,3 +107,25 @@ def _observed_layers(
         Layer(index, names[module], module, module in joined)
         for index, module in enumerate(in_order)
     )
+
+
+def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
+    """Some of a model's layers, in the order of the indices, none twice.
+
+    Args:
+        layers: All layers of the model, as from `find_layers`.
+        indices: A window, or indices of single layers, counted from 0.
+
+    Raises:
+        LocogenError: There is no index, or the model does not have such a layer.
+    """
+    last = len(layers) - 1
+    if isinstance(indices, str):
+        raise LocogenError(f"layers is {indices!r}: give a window, or numbers from 0 to {last}")
+    distinct = list(dict.fromkeys(int(index) for index in indices))
+    if not distinct:
+        raise LocogenError(f"there are no layers: give a window, or numbers from 0 to {last}")
+    missing = [index for index in distinct if not 0 <= index <= last]
+    if missing:
+        raise LocogenError(f"layers {missing} are not there: the model has 0 to {last}")
+    return [layers[index] for index in distinct]
