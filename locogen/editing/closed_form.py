@@ -41,7 +41,7 @@ class LowRank:
         return self.up @ self.down
 
     def balanced(self) -> LowRank:
-        """The same change with factors of equal size and the smallest rank, so that rounding costs least.
+        """The same change with factors of equal size and the smallest rank, for rounding.
 
         Thin QR of each factor, then the SVD of the small core. Directions below the rounding of
         float64 are dropped.
@@ -63,7 +63,7 @@ class LowRank:
 
 
 class Covariance:
-    """The second moment of text states, gathered one by one: `add` rows (n, width), then `matrix()`.
+    """The second moment of text states: `add` rows (n, width) in parts, then `matrix()`.
 
     MEMIT (arXiv 2210.07229): C = E[k kᵀ] over ordinary prompts.
     """
@@ -153,10 +153,10 @@ def shared_factor(
 
 
 def null_space_factor(source: Tensor, preserve: Tensor, *, ridge: float) -> Tensor:
-    """`shared_factor`, (n, in), under the constraint that preserved rows stay exactly where they were.
+    """`shared_factor`, (n, in), under the constraint that preserved rows keep their output exactly.
 
-    Of the sources only the part that is orthogonal to all preserved rows is read: s (I - Q Qᵀ), Q an
-    orthonormal basis of the preserved rows (as AlphaEdit does, arXiv 2410.02355).
+    Of each source, the part is read that is orthogonal to all preserved rows: s (I - Q Qᵀ), with
+    Q an orthonormal basis of the preserved rows (as AlphaEdit does, arXiv 2410.02355).
 
     Args:
         source: Rows that should change, (n, in).
@@ -295,7 +295,7 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
 
 
 def to_float64(values: Tensor) -> Tensor:
-    """The values in float64: on CUDA if they are there, else on the CPU, as Apple's MPS has no float64."""
+    """The values in float64; off CUDA on the CPU, because Apple's MPS has no float64."""
     if values.is_cuda:
         return values.double()
     return values.cpu().double()

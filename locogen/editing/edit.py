@@ -42,7 +42,7 @@ EDIT_FORMAT = 1  # of the file; raised when its meaning changes
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """A fitted change of key and value matrices, from `fit_edit`; it can be applied, undone and shared.
+    """A fitted change of key and value matrices, from `fit_edit`: apply it, undo it, share it.
 
     It holds low-rank factors, some tens of KB, and no weights of the model.
 

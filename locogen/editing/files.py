@@ -1,4 +1,4 @@
-"""The files of an edit: its own, and a LoRA that other tools load; safetensors, whole or not at all."""
+"""The files of an edit, as safetensors: its own format, and a LoRA that other tools load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an edit is fitted: its options, the matrices it changes, the rows it is fitted on, its recipe."""
+"""How an edit is fitted: its options, the matrices, the rows that it is fitted on, its recipe."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Matrix:
 
 
 def layers_to_edit(pipe: Any, indices: Iterable[int]) -> list[Layer]:
-    """The layers with these indices, refused where an edit of the text would change the picture too."""
+    """The layers with these indices. Raises `LocogenError` for those that cannot be edited."""
     layers = find_layers(pipe)
     edited = select(layers, indices)
     joined = [layer.index for layer in edited if layer.joined]
@@ -234,7 +234,7 @@ def recipe_of(
     weights: Mapping[str, Tensor],
     changes: Mapping[str, LowRank],
 ) -> dict[str, Any]:
-    """How an edit was fitted, on which model, and how large it is; plain data, for the edit's file."""
+    """How an edit was fitted, on which model, and how large it is: plain data, for its file."""
     relative_change: dict[str, float] = {}
     rounding = 0.0
     for name, weight in weights.items():
@@ -264,7 +264,7 @@ def recipe_of(
 
 
 def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
-    """What writing the edit as LoRA needs: kept with the edit, which may be loaded without a model."""
+    """What writing the edit as LoRA needs, so that it can be done without the model."""
     family = family_of(pipe)
     facts: dict[str, Any] = {
         "denoiser": family.denoiser,
@@ -279,6 +279,6 @@ def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _model_name(pipe: Any) -> str:
-    """The hub id, or the last two names of the folder: a shared file names no folder of its maker."""
+    """The hub id, or the last two names of the folder: a shared file should not name the rest."""
     name = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
     return "/".join(Path(name).parts[-2:])

@@ -53,7 +53,7 @@ class WeightChange:
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal changes: one that is read from a file is the one that was written to it."""
+        """Equal for equal changes, such as one that was written to a file and read again."""
         factors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             factors[f"{name} up"] = change.up
@@ -102,7 +102,7 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a weight is: `module` is what its parent calls, `owner` the module that holds the weight.
+    """Where a weight is: its parent calls `module`, and `owner` holds the weight.
 
     The two differ where peft has put its own module around the one that it adapts.
     """
@@ -123,7 +123,7 @@ class _Place:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the parent computes with a joint copy of several matrices instead of this weight."""
+        """Whether the parent computes with a joint copy of several matrices instead."""
         by_processor = "Fused" in type(getattr(self.parent, "processor", None)).__name__
         by_itself = hasattr(self.parent, "unfuse_projections") and self.parent.fused_projections
         return by_processor or bool(by_itself)
@@ -155,13 +155,13 @@ def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
         place = _place(denoiser, name)
         if place is None:
             raise LocogenError(
-                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made for "
-                "another model; refit it"
+                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made "
+                "for another model; refit it"
             )
         if place.carries_lora:
             raise LocogenError(
-                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) "
-                "or unload it first"
+                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then "
+                "unload_lora_weights) or unload it first"
             )
         if place.is_fused:
             raise LocogenError(
@@ -191,9 +191,9 @@ def _check_type(name: str, weight: Tensor) -> None:
     stored_as = _type_name(weight)
     if stored_as.startswith("float8"):
         raise LocogenError(
-            f"{name} is stored as {stored_as} (layerwise casting): an edit needs weights of 16 bits "
-            "or more; load the model without enable_layerwise_casting, edit it there, and use the "
-            "edit as LoRA here"
+            f"{name} is stored as {stored_as} (layerwise casting): an edit needs weights of 16 "
+            "bits or more; load the model without enable_layerwise_casting, edit it there, and use "
+            "the edit as LoRA here"
         )
     if not weight.is_floating_point() or weight.ndim != 2:
         raise LocogenError(
@@ -263,7 +263,7 @@ def is_applied(denoiser: Any, change: WeightChange) -> bool:
 
 
 def remove_change(denoiser: Any, change: WeightChange) -> None:
-    """Remove a change, or one that is equal to it. What no other edit changes gets its original bits back.
+    """Remove a change, or one that is equal to it; weights without edits get their bits back.
 
     Interrupted, it is finished first. Warns where LoRA has applied the same change a second time.
 
@@ -425,7 +425,7 @@ def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
 
 
 def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
-    """Raise where an edited weight is no longer what was written: restoring it would mix two models."""
+    """Raise where an edited weight is not what was written: restoring would mix two models."""
     edited = {name: weight for name, weight in weights.items() if name in state.written}
     digests = _digests(edited)
     changed = [name for name in digests if digests[name] != state.written[name]]

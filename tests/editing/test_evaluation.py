@@ -12,17 +12,11 @@ from support import tiny
 
 from locogen import stats
 from locogen.catalog import mini_folder
-from locogen.editing import evaluation
+from locogen.editing import likeness
+from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import (
-    Probe,
-    compare,
-    control_edits,
-    evaluate,
-    lead,
-    probes_for,
-    summary,
-)
+from locogen.editing.evaluation import compare, evaluate, lead, summary
+from locogen.editing.probes import Probe, probes_for
 from locogen.errors import LocogenError
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
@@ -360,7 +354,7 @@ def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
     assert "lpips" not in evaluate(
         pipe, {"none": []}, PROBES[:1], **settings
     )  # its network is not there to fetch
-    net = tmp_path / "checkpoints" / evaluation._LPIPS_NET
+    net = tmp_path / "checkpoints" / likeness.LPIPS_NET
     net.parent.mkdir()
     net.touch()
     table = evaluate(pipe, {"none": [], "edit": edit}, PROBES[:1], **settings)

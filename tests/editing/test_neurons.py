@@ -147,7 +147,7 @@ def test_selections_of_each_matrix(pipe):
     for k in (-1, len(strongest) + 1, 2.5, True):
         with pytest.raises(LocogenError, match="how many neurons a matrix"):
             found.top(k)
-    with pytest.raises(LocogenError, match="take 'k', 'v'"):
+    with pytest.raises(LocogenError, match="use 'k', 'v'"):
         found.top(1, matrices="q")
     with clamp(pipe, found.top(2)):
         pipe("a cat", num_inference_steps=1)

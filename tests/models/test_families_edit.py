@@ -10,8 +10,9 @@ import torch
 from support import tiny
 
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import Probe, evaluate
+from locogen.editing.evaluation import evaluate
 from locogen.editing.neurons import find_neurons
+from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
 from locogen.interventions.layer_inputs import Reader
