@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from locogen.editing.edit import Edit
-from locogen.models.layers import find_layers
+from locogen.models.layers import Layer, find_layers
 from locogen.plan import windows
 
 
@@ -36,29 +37,34 @@ def control_edits(pipe: Any, edit: Edit, *, draws: int = 3, seed: int = 0) -> di
         >>> list(controls)[:2] + list(controls)[-1:]
         ['layers 0-1', 'layers 1-2 (shares 2)', 'all layers']
     """
-    model_layers = find_layers(pipe)
-    width = len(edit.layers)
-    editable = [layer.index for layer in model_layers if not layer.joined]
-    unedited = [index for index in editable if index not in edit.layers]
-
-    places: dict[str, tuple[int, ...]] = {}
-    for window in windows(len(model_layers), width):
-        if not set(window) <= set(editable):
-            continue
-        name = str(window)
-        shared = sorted(set(window) & set(edit.layers))
-        if shared:
-            name += f" (shares {', '.join(map(str, shared))})"
-        places[name] = tuple(window)
-    if len(unedited) >= width:
-        dice = random.Random(seed)
-        for _ in range(draws):
-            sample = tuple(sorted(dice.sample(unedited, width)))
-            places[f"random layers {', '.join(map(str, sample))}"] = sample
-    places["all layers"] = tuple(editable)
-
     controls: dict[str, Edit] = {}
-    for name, layers in places.items():
+    for name, layers in _places(find_layers(pipe), edit.layers, draws, seed).items():
         if set(layers) != set(edit.layers):
             controls[name] = edit.refit(pipe, layers)
     return controls
+
+
+def _places(
+    model_layers: Sequence[Layer], edited: Sequence[int], draws: int, seed: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and layers of all controls; the edit's own window may be among them."""
+    editable = [layer.index for layer in model_layers if not layer.joined]
+    places: dict[str, tuple[int, ...]] = {}
+    for window in windows(len(model_layers), len(edited)):
+        if not set(window) <= set(editable):
+            continue
+        name = str(window)
+        shared = sorted(set(window) & set(edited))
+        if shared:
+            name += f" (shares {', '.join(map(str, shared))})"
+        places[name] = tuple(window)
+
+    # From the other layers alone: a draw that shares layers with the edit would partly be the edit.
+    unedited = [index for index in editable if index not in edited]
+    if len(unedited) >= len(edited):
+        dice = random.Random(seed)
+        for _ in range(draws):
+            sample = tuple(sorted(dice.sample(unedited, len(edited))))
+            places[f"random layers {', '.join(map(str, sample))}"] = sample
+    places["all layers"] = tuple(editable)
+    return places

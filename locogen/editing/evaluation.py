@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -370,27 +370,42 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
             f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both "
             "measures"
         )
-    level_of_each = 1 - (1 - level) / len(rivals)
     lines = []
     for rival in rivals:
         estimate = 0.0
         below = 0.0
         above = 0.0
         for measure in measures:
-            part = parts[arm, measure]
-            sign = int(part["sign"].iloc[0])
-            # Paired: the same prompts and seeds, (prompts, seeds).
-            gap = sign * (_grid(part, "right_after") - _grid(parts[rival, measure], "right_after"))
-            mean = stats.crossed_bootstrap(gap[None], level=level_of_each)
-            margin = 0.0
-            if not gap.any():  # no difference is not certainty, see `_paired_means`
-                margin = stats.wilson(0, len(gap), level)[1]
-            estimate += mean.estimate[0]
+            gap = _gap(parts[arm, measure], parts[rival, measure], level, len(rivals))
+            estimate += gap.estimate
             # The two measures come from different pictures: half-widths add in quadrature.
-            below = np.hypot(below, max(mean.estimate[0] - mean.low[0], margin))
-            above = np.hypot(above, max(mean.high[0] - mean.estimate[0], margin))
+            below = np.hypot(below, gap.below)
+            above = np.hypot(above, gap.above)
         lines.append((rival, estimate, estimate - below, estimate + above))
     return pd.DataFrame(lines, columns=["rival", "estimate", "low", "high"])
+
+
+class _Gap(NamedTuple):
+    """A difference of shares, and how far its interval reaches below and above it."""
+
+    estimate: float
+    below: float
+    above: float
+
+
+def _gap(part: pd.DataFrame, other: pd.DataFrame, level: float, rivals: int) -> _Gap:
+    """How much more of one arm's pictures are as they should be; paired on prompts and seeds."""
+    sign = int(part["sign"].iloc[0])
+    gap = sign * (_grid(part, "right_after") - _grid(other, "right_after"))  # (prompts, seeds)
+    mean = stats.crossed_bootstrap(gap[None], level=1 - (1 - level) / rivals)  # Bonferroni
+    smallest = 0.0
+    if not gap.any():  # no difference is not certainty, see `_paired_means`
+        smallest = stats.wilson(0, len(gap), level)[1]
+    return _Gap(
+        mean.estimate[0],
+        below=max(mean.estimate[0] - mean.low[0], smallest),
+        above=max(mean.high[0] - mean.estimate[0], smallest),
+    )
 
 
 def _grid(part: pd.DataFrame, column: str) -> Array:
