@@ -423,7 +423,9 @@ def fit_edit(
     if not concepts:
         raise LocogenError("there is no concept to edit: give at least one")
     if phrasings is not None and len(concepts) > 1:
-        raise LocogenError("several concepts have phrasings of their own: leave out phrasings=")
+        raise LocogenError(
+            "phrasings= is for one concept: leave it out, or edit the concepts one by one"
+        )
 
     if phrasings is not None:
         phrasings_to_fit = list(own_phrasings(phrasings, subject or concepts[0].name))

@@ -49,7 +49,7 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
         raise LocogenError(f"there is no edit {path}: give the file that Edit.save wrote") from None
     except KeyError:
         raise LocogenError(
-            f"{path} is no edit of locogen's: give the file that Edit.save wrote"
+            f"{path} is not an edit that locogen saved: give the file that Edit.save wrote"
         ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise LocogenError(

@@ -215,8 +215,8 @@ def test_default_phrasings_by_kind() -> None:
         Concept("owl", "object", (PromptPair("a picture of an owl in neon", "a picture in neon"),))
     )
     assert Phrasing("a picture of an owl", "a picture", "owl") in gone
-    told = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
-    fact = default_phrasings(Concept("france", "fact", (told,)))
+    pair = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
+    fact = default_phrasings(Concept("france", "fact", (pair,)))
     assert Phrasing("an image of the animal of france", "an image of a robot", "france") in fact
     other = default_phrasings(
         Concept("owl", "object", (PromptPair("a picture of an owl", "a picture"),)), becomes="a cat"
@@ -662,7 +662,7 @@ def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
         with pytest.raises(LocogenError, match="cut short"):
             Edit.load(path)
     edit.to_lora(path)
-    with pytest.raises(LocogenError, match="no edit of locogen"):
+    with pytest.raises(LocogenError, match="not an edit that locogen saved"):
         Edit.load(path)
     monkeypatch.setattr("locogen.editing.edit.EDIT_FORMAT", 2)
     edit.save(path)

@@ -256,8 +256,8 @@ def test_a_facts_new_answer_should_come_not_go() -> None:
             ones = np.ones((8, 2))
             arms.append(shares(0 * ones, after * ones, arm=arm, sign=sign))
             arms.append(shares(ones, ones, arm=arm, measure="specificity", sign=1))
-        told = describe_edit(summary(pd.concat(arms)), "here")
-        assert f"apart {verb} than the best control" in told
+        description = describe_edit(summary(pd.concat(arms)), "here")
+        assert f"apart {verb} than the best control" in description
 
 
 def test_compare_is_row_by_row(pipe, edit) -> None:
