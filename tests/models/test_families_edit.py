@@ -180,7 +180,7 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
 
 def test_blocks_that_read_text_and_picture_alike_are_not_edited():
     pipe = tiny.flux()
-    with pytest.raises(LocogenError, match="take layers below 2"):
+    with pytest.raises(LocogenError, match="use layers below 2"):
         fit(pipe, (1, 2))
 
 
