@@ -17,7 +17,16 @@ __version__ = "0.1.0"
 # Each public name by the module that defines it. `__init__.pyi` says the same to type checkers.
 _PUBLIC = {
     "errors": ("LocogenError", "UnsupportedModel"),
-    "plan": ("Concept", "Intervention", "PromptPair", "Settings", "sweep", "Window", "with_riders"),
+    "plan": (
+        "Concept",
+        "Intervention",
+        "PromptPair",
+        "Settings",
+        "sweep",
+        "Window",
+        "with_riders",
+        "with_target_runs",
+    ),
     "catalog": ("concept", "concepts", "model_table"),
     "models.layers": ("find_layers", "Layer"),
     "models.load": ("load",),

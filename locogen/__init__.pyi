@@ -92,6 +92,7 @@ from .plan import (
     Window as Window,
     sweep as sweep,
     with_riders as with_riders,
+    with_target_runs as with_target_runs,
 )
 from .views.localizer_plots import (
     plot_trace as plot_trace,

@@ -15,34 +15,46 @@ from locogen.errors import LocogenError
 _ENGINES = """\
 engines:
   serial     one run after the other
-  processes  several at once on this machine: one a GPU where runs ask for cuda, else as cores and memory allow
-  dask       Dask's workers (pip install 'locogen[dask]'): of this machine, one a GPU where runs ask for cuda, which
-             sees no other; or with --scheduler of many machines that share the study's folder at the same path
+  processes  several runs at once on this machine: one for each GPU if runs use cuda, otherwise
+             as many as its cores and memory allow
+  dask       Dask workers (pip install 'locogen[dask]'), on this machine one for each GPU if runs
+             use cuda; or, with --scheduler, on many machines that share the study's folder at the
+             same path
 
 many machines, by hand:
-  dask scheduler                                                             # on one
-  CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 1            # on each, once for every GPU
+  dask scheduler                                                   # on one of them
+  CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 1  # on each, once for every GPU
   locogen run STUDY.toml --scheduler tcp://HOST:8786
 
-on Slurm (pip install dask-jobqueue): in Python, kept running beside the study,
+on Slurm (pip install dask-jobqueue): in Python, kept running during the study,
   from dask_jobqueue import SLURMCluster
-  cluster = SLURMCluster(cores=1, processes=1, memory="16GB", walltime="04:00:00", job_extra_directives=["--gpus=1"])
+  cluster = SLURMCluster(cores=1, processes=1, memory="16GB", walltime="04:00:00",
+                         job_extra_directives=["--gpus=1"])
   cluster.scale(jobs=8)
-  print(cluster.scheduler_address)                                           # give this to --scheduler
+  print(cluster.scheduler_address)                                 # give this to --scheduler
 
-A scheduler runs whatever reaches its port: keep it inside a network that you trust.
+A scheduler executes whatever is sent to its port: use it only inside a network that you trust.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 when runs failed, 2 for a mistake, 130 after Ctrl-C."""
+    """Run a command.
+
+    Args:
+        arguments: Those of the command line, without the program's name. Left out: of this process.
+
+    Returns:
+        The exit code: 0, 1 when runs failed, 2 for a mistake, 130 after Ctrl-C.
+    """
     show_any_text()
-    chosen = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        return chosen.command(chosen)
+        return options.command(options)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `locogen models | head`
+    except BrokenPipeError:
+        # `locogen models | head`: nobody reads further. Python writes what is left when it ends,
+        # and would complain once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (LocogenError, OSError) as error:
@@ -53,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="locogen",
-        description="Find, show and edit where text-to-image models keep what they know.",
+        description="Find, show and edit where text-to-image models store what they know.",
     )
     parser.add_argument("--version", action="version", version=f"locogen {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -64,35 +76,49 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_ENGINES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("study", type=Path, metavar="STUDY.toml")
-    run.add_argument("--force", action="store_true", help="run what is finished again")
     run.add_argument(
-        "--only", action="append", metavar="SLUG", help="only this run (may be given several times)"
+        "study",
+        type=Path,
+        metavar="STUDY.toml",
+        help="its notebooks, models, concepts and parameters; results go to a folder next to it",
+    )
+    run.add_argument("--force", action="store_true", help="also repeat finished runs")
+    run.add_argument(
+        "--only", action="append", metavar="SLUG", help="only this run (can be repeated)"
     )
     run.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the plan, start nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything and print the plan, without starting a run",
     )
-    run.add_argument("--retry", choices=["failed"], help="run again what failed before")
+    run.add_argument("--retry", choices=["failed"], help="also repeat failed runs")
     run.add_argument(
         "--keep-going",
         action="store_true",
-        help="after a failure too; else what has begun is finished",
+        help="start further runs after a failure (default: only finish those at work)",
     )
     run.add_argument(
-        "--engine", choices=["serial", "processes", "dask"], help="see below; default: processes"
+        "--engine",
+        choices=["serial", "processes", "dask"],
+        help="where to run, see below (default: processes)",
     )
     run.add_argument(
-        "--workers", type=int, metavar="N", help="runs at once; default: as many as fit the machine"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="runs at the same time (default: as many as fit the machine)",
     )
     run.add_argument(
-        "--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler; its workers do the runs"
+        "--scheduler",
+        metavar="tcp://HOST:PORT",
+        help="address of a Dask scheduler, whose workers do the runs",
     )
     run.set_defaults(command=_run)
 
     report = commands.add_parser("report", help="make the pages of a study's results")
-    report.add_argument("folder", type=Path, metavar="DIR")
+    report.add_argument("folder", type=Path, metavar="DIR", help="the study's results folder")
     report.add_argument(
-        "--open", action="store_true", help="show them in a browser, where there is a display"
+        "--open", action="store_true", help="show them in a browser, if there is a display"
     )
     report.set_defaults(command=_report)
 
@@ -102,26 +128,29 @@ def _parser() -> argparse.ArgumentParser:
     concepts = commands.add_parser("concepts", help="list the concepts that locogen knows by id")
     concepts.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
     concepts.add_argument(
-        "--file", type=Path, metavar="OWN.toml", help="and those of a file of your own"
+        "--file", type=Path, metavar="FILE.toml", help="also those of your own file"
     )
     concepts.set_defaults(command=_concepts)
     return parser
 
 
-def _run(chosen: argparse.Namespace) -> int:
+# Each command imports what it needs: `locogen --help` should not wait for pandas and papermill.
+
+
+def _run(options: argparse.Namespace) -> int:
     from locogen.studies.study import StudyFailed, run_study
 
     try:
         run_study(
-            chosen.study,
-            only=chosen.only,
-            force=chosen.force,
-            retry_failed=chosen.retry == "failed",
-            keep_going=chosen.keep_going,
-            dry_run=chosen.dry_run,
-            engine=chosen.engine or ("dask" if chosen.scheduler else "processes"),
-            workers=chosen.workers,
-            scheduler=chosen.scheduler,
+            options.study,
+            only=options.only,
+            force=options.force,
+            retry_failed=options.retry == "failed",
+            keep_going=options.keep_going,
+            dry_run=options.dry_run,
+            engine=options.engine or ("dask" if options.scheduler else "processes"),
+            workers=options.workers,
+            scheduler=options.scheduler,
         )
     except StudyFailed as error:
         print(f"locogen: {error}", file=sys.stderr)
@@ -129,12 +158,12 @@ def _run(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _report(chosen: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> int:
     from locogen.pages.build import build
 
-    page = build(chosen.folder).resolve()
+    page = build(options.folder).resolve()
     print(page.as_uri())
-    if chosen.open and has_display():
+    if options.open and has_display():
         import webbrowser
 
         webbrowser.open(page.as_uri())
@@ -142,13 +171,13 @@ def _report(chosen: argparse.Namespace) -> int:
 
 
 def has_display() -> bool:
-    """Whether a browser would have a screen to show itself on: not over ssh, not in a container."""
+    """Whether a browser could show itself: not over ssh, not in a container."""
     if sys.platform in ("win32", "darwin"):
         return "SSH_CONNECTION" not in os.environ
     return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _models(chosen: argparse.Namespace) -> int:
+def _models(options: argparse.Namespace) -> int:
     from locogen.catalog import model_table
 
     columns = ["name", "supported", "family", "size", "layers", "license", "id"]
@@ -156,25 +185,28 @@ def _models(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _concepts(chosen: argparse.Namespace) -> int:
+def _concepts(options: argparse.Namespace) -> int:
     from locogen.catalog import concepts
 
-    table = concepts(chosen.model, file=chosen.file)
+    table = concepts(options.model, file=options.file)
     _show([list(table.columns), *table.to_numpy().tolist()])
     return 0
 
 
 def _show(rows: Sequence[Sequence[object]]) -> None:
-    """Print rows as columns of text, the first row being their names."""
-    told = [
-        ["yes" if cell is True else "no" if cell is False else str(cell) for cell in row]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*told, strict=True)]
-    for row in told:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    """Print rows as columns of text; the first row holds their names."""
+    texts = [[_text(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for row in texts:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        # The last column needs no padding, which would only make lines wrap.
+        print("  ".join(cells).rstrip())
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""What is printed reaches a console whatever its encoding."""
+"""Text reaches a console whatever its encoding."""
 
 from __future__ import annotations
 
 import io
 import sys
 
-_SHOWS_ANYTHING = ("backslashreplace", "replace", "ignore", "namereplace", "xmlcharrefreplace")
+# Ways of handling a character that the console's encoding lacks which never fail.
+_NEVER_FAIL = ("backslashreplace", "replace", "ignore", "namereplace", "xmlcharrefreplace")
 
 
 def show_any_text() -> None:
-    """Have standard output and error write the codes of the characters that they lack.
+    """Let standard output and error write the codes of characters that their encoding lacks.
 
-    A console of an old code page, or `PYTHONIOENCODING=ascii`, otherwise ends a study at the first name with an
-    accent. How such characters are shown stays as it is where somebody has chosen it.
+    On a console with an old code page, or with `PYTHONIOENCODING=ascii`, a study would otherwise
+    end at the first name with an accent. A handling that somebody has chosen is left unchanged.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _SHOWS_ANYTHING:
+        if isinstance(stream, io.TextIOWrapper) and stream.errors not in _NEVER_FAIL:
             stream.reconfigure(errors="backslashreplace")

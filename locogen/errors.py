@@ -9,38 +9,53 @@ from collections.abc import Iterable
 
 
 class LocogenError(Exception):
-    """Something that the caller can mend; the message says what, where and how."""
+    """A mistake that the caller can mend; the message says what, where and how."""
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython and Jupyter show: the message and the line that was typed; all of it on `%tb Verbose`."""
+        """What IPython and Jupyter show: the message and the line of the cell that led to it.
+
+        `%tb Verbose` shows the whole traceback.
+        """
         from IPython.core.getipython import get_ipython
 
         shell = get_ipython()
         if shell is not None and shell.InteractiveTB.mode == "Verbose":
             return shell.InteractiveTB.structured_traceback(type(self), self, self.__traceback__)
-        frames = [
-            at
-            for at in traceback.walk_tb(self.__traceback__)
-            if at[0].f_globals.get("__name__") == "__main__"
-        ]
-        at = [
-            f"in line {line} of the cell: {linecache.getline(f.f_code.co_filename, line).strip()}"
-            for f, line in frames[-1:]
-        ]
-        return [f"{type(self).__name__}: {self}", "", *at, "(the whole traceback: %tb Verbose)"]
+        report = [f"{type(self).__name__}: {self}", ""]
+        place = self._line_of_the_cell()
+        if place:
+            report.append(place)
+        return [*report, "(the whole traceback: %tb Verbose)"]
+
+    def _line_of_the_cell(self) -> str:
+        """The innermost line that the person has written, not the package; empty if unknown."""
+        place = ""
+        for frame, number in traceback.walk_tb(self.__traceback__):
+            if frame.f_globals.get("__name__") == "__main__":
+                source = linecache.getline(frame.f_code.co_filename, number).strip()
+                place = f"in line {number} of the cell: {source}"
+        return place
 
 
 class UnsupportedModel(LocogenError):
-    """The model is of a family that locogen does not know (yet)."""
+    """The model belongs to a family that locogen does not support (yet)."""
 
 
-def unknown(thing: str, name: str, known: Iterable[str]) -> LocogenError:
-    """An error for a name that is not there, with the nearest ones that are."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?"
-        if near
-        else f"there are: {', '.join(choices)}"
-    )
+def unknown(thing: str, name: str, names: Iterable[str]) -> LocogenError:
+    """An error for a name that does not exist, with the nearest ones that do.
+
+    Args:
+        thing: What kind of name it is: "model", "concept", "key".
+        name: As it was given.
+        names: Those that exist.
+
+    Returns:
+        The error, to be raised.
+    """
+    choices = sorted(names)
+    similar = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    # Where nothing is similar it is not a typing mistake, and the whole list helps more.
+    hint = f"there are: {', '.join(choices)}"
+    if similar:
+        hint = f"did you mean {' or '.join(map(repr, similar))}?"
     return LocogenError(f"no {thing} {name!r}: {hint}")

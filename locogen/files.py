@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import json
@@ -14,10 +15,11 @@ from typing import Any
 
 from locogen.errors import LocogenError
 
-# How text of ours is read: editors on Windows put a byte-order mark before it.
+# How our text is read: editors on Windows put a byte-order mark before it.
 ENCODING = "utf-8-sig"
 
-_NO_ROOM = {
+# What a system error means for the person who reads it, and what helps.
+_REMEDIES = {
     errno.ENOSPC: "the disk is full. Free some space there",
     errno.EDQUOT: "your quota of that disk is used up. Free some space there",
     errno.EROFS: "it is on a read-only file system. Copy it to a place that can be written",
@@ -27,56 +29,89 @@ _NO_ROOM = {
 
 
 class CannotWrite(LocogenError):
-    """A folder that takes no files: full, read-only or somebody else's."""
+    """A folder in which no file can be written: full, read-only, or owned by somebody else."""
 
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Say where it was and what helps, when a folder takes no files.
+    """Explain where and why nothing can be written, if that happens in the block.
 
     Args:
         folder: Where files are written, for the message.
 
     Raises:
-        CannotWrite: The disk is full, or nobody may write there. Any other error passes by as it is.
+        CannotWrite: The disk is full, or it is not permitted to write there. Other errors pass
+            unchanged.
     """
     try:
         yield
     except OSError as error:
-        reason = _NO_ROOM.get(error.errno or 0)
-        if reason is None:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
             raise
         file = f" ({error.filename})" if error.filename else ""
         raise CannotWrite(
-            f'cannot write into {folder}{file}: {reason}, or choose another folder (results = "…" in the study\'s file)'
+            f"cannot write into {folder}{file}: {remedy}, "
+            'or choose another folder (results = "…" in the study\'s file)'
         ) from error
 
 
+@contextlib.contextmanager
+def replacing(path: Path, suffix: str = "part") -> Iterator[Path]:
+    """Write a file whole or not at all: it appears under its name when the block has ended well.
+
+    Args:
+        path: The file. A link of that name is replaced by the file, and never followed.
+        suffix: Of the file's name until then. Give different ones to writers who may write the same
+            file at the same time.
+
+    Returns:
+        The path that the block writes to: in the same folder, since only a rename within one file
+        system is a single step.
+    """
+    part = path.with_name(f".{path.name}.{suffix}")
+    # A killed process may have left one. It could also be a link, which writing would follow.
+    part.unlink(missing_ok=True)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and never through a link to somewhere else.
+    """Write a file whole or not at all, and never through a link to another place.
 
     Args:
         path: The file. A link of that name is replaced by the file.
         content: All of it.
 
     Raises:
-        CannotWrite: The folder takes no files.
+        CannotWrite: The folder is full or may not be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    with writing(path.parent):
-        part.unlink(missing_ok=True)  # of a killed process; or a link, which writing would follow
-        with part.open("xb") as stream:
-            stream.write(content)
-        os.replace(part, path)
+    # "x": if somebody puts a link there after all, this fails and does not follow it.
+    with writing(path.parent), replacing(path) as part, part.open("xb") as stream:
+        stream.write(content)
+
+
+# --- folders of runs -----------------------------------------------------------------------------
+
+
+def data_uri(content: bytes, mime: str = "image/png") -> str:
+    """An address that holds the file itself, for pictures inside of HTML."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Put the finished folder in its place: whoever looks finds the old one or the new, never half of it.
+    """Put a finished folder in its place: a reader sees the old one or the new one, never a half.
 
-    A kill between the two steps leaves the old one under its other name, and `alone` puts it back. Raises
-    `LocogenError` where what is there is none of our runs.
+    Raises `LocogenError` where the place is taken by something that is not a run.
     """
     check_place(folder)
+    # A folder cannot replace another in one step. After a kill between these two, the old one is
+    # left under its other name, and `locked` puts it back.
     old = folder.with_name(f".old-{folder.name}")
     if folder.exists():
         os.replace(folder, old)
@@ -85,54 +120,70 @@ def publish(partial: Path, folder: Path) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Raise `LocogenError` where a run's folder would take the place of something that no run has made."""
-    if not os.path.lexists(folder) or any(
-        (folder / name).is_file() for name in ("result.json", "error.json")
-    ):
+    """Raise `LocogenError` if a run's folder would replace something that is not a run."""
+    if not os.path.lexists(folder):
         return
+    if any((folder / name).is_file() for name in ("result.json", "error.json")):
+        return
+    # An empty folder holds nothing that could be lost.
     if not folder.is_dir() or any(folder.iterdir()):
         raise LocogenError(
-            f"{folder} is there and no run of locogen's (it holds neither result.json nor error.json): "
-            'move it, give the run another name, or the study another folder with results = "…"'
+            f"{folder} exists and is not a run of locogen "
+            "(it holds neither result.json nor error.json): move it, give the run another name, "
+            'or the study another folder with results = "…"'
         )
 
 
 @contextlib.contextmanager
-def alone(results: Path) -> Iterator[None]:
-    """Hold the results folder for this process, and clear what a killed one has left."""
-    with writing(results):
-        lock = (results / ".lock").open("a")  # a link of that name empties nothing
-    with lock:
-        try:
-            import fcntl
+def locked(results: Path) -> Iterator[None]:
+    """Hold the results folder for this process, and remove what a killed process has left.
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no such lock
-            pass
-        except OSError:
-            raise LocogenError(
-                f"another locogen is at work in {results}: wait for it, or stop it"
-            ) from None
-        for old in results.glob(".old-*"):
-            if not (folder := results / old.name.removeprefix(".old-")).exists():
-                os.replace(old, folder)
-        clear(results)
+    The operating system releases the lock when its process ends, whatever ended it.
+    """
+    from filelock import FileLock, Timeout
+
+    # Not `with lock`: an error of the block itself would then look as if the lock had failed.
+    lock = FileLock(results / ".lock")
+    try:
+        with writing(results):
+            lock.acquire(blocking=False)
+    except Timeout:
+        raise LocogenError(
+            f"another locogen is at work in {results}: wait for it, or stop it"
+        ) from None
+    try:
+        _restore_old_folders(results)
+        remove_leftovers(results)
         yield
+    finally:
+        lock.release()
 
 
-def clear(results: Path) -> None:
-    """Take away every half-made folder, and with it the right to live of a kernel that still works in it."""
-    for left in (*results.glob(".partial-*"), *results.glob(".old-*"), *results.glob(".gone-*")):
-        gone = left.with_name(f".gone-{left.name.lstrip('.')}")
-        with contextlib.suppress(OSError):
-            os.replace(
-                left, gone
-            )  # in one step: a kernel that still writes cannot keep the folder alive
-        shutil.rmtree(gone, ignore_errors=True)
+def _restore_old_folders(results: Path) -> None:
+    """Put back the runs whose process was killed in the middle of `publish`."""
+    for old in results.glob(".old-*"):
+        folder = results / old.name.removeprefix(".old-")
+        if not folder.exists():
+            os.replace(old, folder)
+
+
+def remove_leftovers(results: Path) -> None:
+    """Delete unfinished run folders. A kernel that still works in one notices, and stops."""
+    for pattern in (".gone-*", ".partial-*", ".old-*"):
+        for folder in list(results.glob(pattern)):
+            # Renamed first, in one step: files that a kernel writes meanwhile could otherwise keep
+            # the folder from being deleted, and so the kernel alive.
+            gone = folder.with_name(f".gone-{folder.name.lstrip('.')}")
+            with contextlib.suppress(OSError):
+                os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+# --- JSON ----------------------------------------------------------------------------------------
 
 
 def load_json(path: Path) -> dict[str, Any]:
-    """A JSON file of ours; one that is damaged counts as empty, so its run is done again."""
+    """Read a JSON file of ours; a damaged or missing one is empty, so that its run is repeated."""
     try:
         content = json.loads(path.read_text(encoding=ENCODING))
     except (OSError, ValueError, RecursionError):
@@ -141,15 +192,17 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write the file whole or not at all; numbers that JSON does not have (infinities, NaN) become null."""
-    text = json.dumps(_strict(value), indent=1, ensure_ascii=False, default=str)
-    # A lone half of a surrogate pair, as JSON can have it, is no text that can be written.
+    """Write a JSON file whole or not at all; infinities and NaN, which JSON lacks, become null."""
+    text = json.dumps(_without_infinities(value), indent=1, ensure_ascii=False, default=str)
+    # Half of a surrogate pair, which JSON can hold, cannot be written as text.
     write_whole(path, (text + "\n").encode("utf-8", errors="replace"))
 
 
-def _strict(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _strict(inner) for key, inner in value.items()}
-    return [_strict(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _without_infinities(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(inner) for inner in value]
+    return value

@@ -187,23 +187,39 @@ def _span(given: Any) -> tuple[int, int]:
     return first, last
 
 
-def riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The targets' own runs that a plan lacks, each once: baselines of the targets, under the same seeds.
-
-    SD 3 and FLUX take what a layer hears from them; for other families they change nothing.
-    """
-    there = {(row.prompt, row.seed) for row in plan if row.is_plain}
+def missing_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """The targets' own runs that a plan lacks, each once: baselines of the targets, under the same seeds."""
+    present = {(row.prompt, row.seed) for row in plan if row.is_plain}
     needed = dict.fromkeys((row.target, row.seed) for row in plan if not row.is_plain)
     return tuple(
         Intervention(text, text, (), seed, "baseline")
         for text, seed in needed
-        if (text, seed) not in there
+        if (text, seed) not in present
     )
 
 
-def with_riders(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The plan, and behind it the targets' own runs that SD 3 and FLUX need in the same batch."""
-    return (*plan, *riders(plan))
+def with_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
+    """Add the targets' own runs that SD 3 and FLUX need in the same batch.
+
+    In these models text changes from block to block, so that a layer takes the target from a run of the target
+    itself. Other families encode the target instead and need no such rows.
+
+    Args:
+        plan: The rows. Of those that replace anything, the target's own run is a plain row (no layers) whose prompt
+            is the target, under the same seed.
+
+    Returns:
+        The plan, and behind it the runs that it lacks, each once.
+
+    Example:
+        >>> plan = [Intervention("a red house", "a house", (3, 4), seed=7)]
+        >>> [(row.prompt, row.layers, row.seed) for row in with_target_runs(plan)]
+        [('a red house', (3, 4), 7), ('a house', (), 7)]
+    """
+    return (*plan, *missing_target_runs(plan))
+
+
+with_riders = with_target_runs  # its name until now
 
 
 @dataclass(frozen=True)

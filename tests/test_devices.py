@@ -29,7 +29,7 @@ from locogen.models.layers import find_layers
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import generate
 from locogen.pictures.speed import speed
-from locogen.plan import Concept, Intervention, PromptPair, with_riders
+from locogen.plan import Concept, Intervention, PromptPair, with_target_runs
 
 CONCEPT = Concept("cat", "style", (PromptPair("a cat in b", "a b"),))
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
@@ -64,14 +64,18 @@ def neurons_of(pipe):
 @functools.cache
 def edit_of(pipe):
     return fit_edit(
-        pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS, entry=family_of(pipe).entry is not None
+        pipe,
+        CONCEPT,
+        layers=(0, 1),
+        phrasings=PAIRS,
+        entry=family_of(pipe).text_projection is not None,
     )
 
 
 def rows(pipe, layers=(0, 1), **more):
     pooled = {"pooled": "target"} if family_of(pipe).pooled and layers else {}
     plan = [Intervention("a cat in b", "dog", layers, seed, **pooled, **more) for seed in range(2)]
-    return with_riders(plan) if family_of(pipe).evolves else plan
+    return with_target_runs(plan) if family_of(pipe).joint_attention else plan
 
 
 def pictures(pipe, plan, steps=2, **more):
@@ -312,7 +316,7 @@ def contexts_of(pipe):
         "clamp": (lambda: clamp(pipe, selection), plain),
         "clamp in time": (lambda: clamp(pipe, selection, to="zero", steps=(0,)), plain),
     }
-    if not family_of(pipe).evolves:
+    if not family_of(pipe).joint_attention:
         every = tuple(range(len(find_states(pipe))))
         opened["restoring"] = (lambda: restoring(pipe, [(0, ()), (0, every)]), plain)
         opened["listening"] = (lambda: listening(pipe, [(1,), (1, 2)]), plain)

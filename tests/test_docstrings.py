@@ -19,10 +19,9 @@ SECTIONS = ("Args", "Returns", "Raises", "Example")
 # Functions that do not explain themselves yet: take a name out when its docstring is done.
 MISSING = {
     *("attention_contribution", "causal_trace", "contribution_effect"),  # localization
-    *("concept", "concepts", "model_table", "find_layers", "load"),  # catalog, models
-    *("clamp", "generators", "intervene", "record"),  # interventions
+    *("concept", "concepts", "model_table", "load"),  # catalog, models
     *("generate", "scorer", "speed"),  # pictures
-    *("sweep", "with_riders"),  # plan
+    "sweep",  # plan
 }
 
 

@@ -12,11 +12,12 @@ from locogen.plan import (
     PromptPair,
     Settings,
     Window,
+    missing_target_runs,
     paraphrase,
-    riders,
     sweep,
     windows,
     with_riders,
+    with_target_runs,
 )
 
 PAIR = PromptPair("a house in the style of van gogh", "a house")
@@ -116,7 +117,7 @@ def test_an_empty_target_is_swept_like_any_other():
     assert placebo not in ("", pair.prompt) and "neon" in placebo
     assert [style.content_text(each) for each in style.pairs] == [None, "a house"]
     assert style.scored_text(pair) == pair.prompt
-    assert riders(rows)[0] == Intervention("", "", (), 0, "baseline")
+    assert missing_target_runs(rows)[0] == Intervention("", "", (), 0, "baseline")
     fact = Concept("king", "fact", (PromptPair("the king", "", text="a queen"),))
     assert fact.scored_text(fact.pairs[0]) == "a queen"
 
@@ -149,6 +150,9 @@ def test_the_targets_own_runs_ride_along_once_each():
         replace(row, layers=()),
         Intervention("b", "c", (), 1),
     ]
-    assert riders(plan) == (Intervention("b", "b", (), 0, "baseline"),)  # that of seed 1 is there
-    assert with_riders(with_riders(plan)) == with_riders(plan)
-    assert riders([replace(row, layers=(), pooled="target")]) != ()
+    assert missing_target_runs(plan) == (
+        Intervention("b", "b", (), 0, "baseline"),
+    )  # that of seed 1 is there
+    assert with_target_runs(with_target_runs(plan)) == with_target_runs(plan)
+    assert missing_target_runs([replace(row, layers=(), pooled="target")]) != ()
+    assert with_riders is with_target_runs  # its old name

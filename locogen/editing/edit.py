@@ -25,14 +25,14 @@ from locogen.editing.weights import (
     weights_of,
 )
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import Reader, Tokens
+from locogen.interventions.layer_inputs import LayerInputs, Tokens
 from locogen.models.compilation import uncompiled_module
 from locogen.models.families import (
     check_encoders,
     check_phrasings,
     denoiser_of,
     family_of,
-    warn_unheard,
+    warn_unread,
 )
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
@@ -418,7 +418,7 @@ def fit_edit(
     # In SD-XL one state holds both encoders'. T5 reads in both directions, so in IF, PixArt, SD 3
     # and FLUX also the other words of a prompt carry something of the subject, which stays. IF is
     # edited after each layer's norm; SD 3 and FLUX on the text side of joint blocks, whose input
-    # is the mean over a short run of the prompt (`layer_inputs.Reader`).
+    # is the mean over a short run of the prompt (`layer_inputs.LayerInputs`).
     concepts = [concept] if isinstance(concept, Concept) else list(concept)
     if not concepts:
         raise LocogenError("there is no concept to edit: give at least one")
@@ -458,7 +458,7 @@ def _fit(
     prompts: list[str] = []
     for phrasing in phrasings:
         prompts += [phrasing.source, phrasing.target]
-    warn_unheard(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
+    warn_unread(pipe, [*prompts, *options.preserve, *options.ordinary], stacklevel=3)
 
     matrices = matrices_to_edit(pipe, edited_layers, options)
     weights = weights_of(denoiser_of(pipe), [matrix.weight_name for matrix in matrices])
@@ -466,7 +466,7 @@ def _fit(
     first = next(iter(weights.values()))
     device = first.device if first.is_cuda else "cpu"
 
-    fit = Fit(Reader(pipe, edited_layers), phrasings, options, device)
+    fit = Fit(LayerInputs(pipe, edited_layers), phrasings, options, device)
     changes: dict[str, LowRank] = {}
     for matrix in matrices:
         changes[matrix.weight_name] = fit.change(matrix, weights[matrix.weight_name])

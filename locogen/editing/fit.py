@@ -19,7 +19,7 @@ from locogen.editing.closed_form import (
 )
 from locogen.editing.weights import plain_name
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
+from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
@@ -123,11 +123,11 @@ def matrices_to_edit(pipe: Any, layers: Iterable[Layer], options: Options) -> li
         for kind, module in family.matrices(layer.module).items():
             matrices.append(Matrix(f"{paths[module]}.weight", kind, layer))
     if options.entry:
-        if family.entry is None:
+        if family.text_projection is None:
             raise LocogenError(
                 f"{family.name} has no map outside of its layers to edit: leave out entry=True"
             )
-        matrices.append(Matrix(f"{family.entry}.weight", "k", None))
+        matrices.append(Matrix(f"{family.text_projection}.weight", "k", None))
     return matrices
 
 
@@ -138,7 +138,7 @@ def matrices_to_edit(pipe: Any, layers: Iterable[Layer], options: Options) -> li
 class Fit:
     """Fits one matrix after another; what several of them share is computed once."""
 
-    reader: Reader
+    inputs: LayerInputs
     phrasings: Sequence[Phrasing]
     options: Options
     device: Any
@@ -149,7 +149,7 @@ class Fit:
         """The change of one matrix, on the CPU; `weight` is the matrix itself, (out, in)."""
         ridge = self.options.ridge_of(matrix.kind)
         source, target = self.rows(matrix.layer)  # (rows, width) each
-        key = (self.reader.key(matrix.layer), ridge)
+        key = (self.inputs.key(matrix.layer), ridge)
         if key not in self._factors:
             self._factors[key] = self._factor(matrix.layer, source, ridge)
         change = update(weight, source, target, self._factors[key])
@@ -159,12 +159,12 @@ class Fit:
         """Source and target states of all phrasings, (rows, width) each."""
         import torch
 
-        key = self.reader.key(layer)
+        key = self.inputs.key(layer)
         if key not in self._rows:
             sources: list[Tensor] = []
             targets: list[Tensor] = []
             for phrasing in self.phrasings:
-                edited, in_their_place = self.reader.exchange(
+                edited, in_their_place = self.inputs.exchange(
                     phrasing.source,
                     phrasing.target,
                     phrasing.subject,
@@ -181,8 +181,8 @@ class Fit:
     def _states(self, prompt: str, positions: Sequence[int], layer: Layer | None) -> Tensor:
         """What the matrices of a layer read at these positions of a prompt, (positions, width)."""
         if layer is None:
-            return self.reader.entry(prompt, positions)
-        return self.reader.states(prompt, layer)[list(positions)]
+            return self.inputs.text_projection_input(prompt, positions)
+        return self.inputs.states(prompt, layer)[list(positions)]
 
     def _factor(self, layer: Layer | None, source: Tensor, ridge: float) -> Tensor:
         """The factor that all matrices of a layer with the same λ share, (rows, width)."""
@@ -192,7 +192,7 @@ class Fit:
         if self.options.preserve:
             preserved: list[Tensor] = []
             for prompt in self.options.preserve:
-                positions = self.reader.places(prompt, self.options.tokens)
+                positions = self.inputs.places(prompt, self.options.tokens)
                 preserved.append(self._states(prompt, positions, layer))
             preserve = torch.cat(preserved).to(source)
         if self.options.null_space and preserve is not None:
@@ -214,8 +214,8 @@ class Fit:
         for caption in self.options.ordinary:
             # All words and the end mark. The start mark is the same in every prompt, and padding
             # would outweigh the words.
-            words = self.reader.places(caption, "subject")
-            positions = sorted({*words, *self.reader.places(caption, "end")})
+            words = self.inputs.places(caption, "subject")
+            positions = sorted({*words, *self.inputs.places(caption, "end")})
             states = self._states(caption, positions, layer)  # (positions, width)
             if covariance is None:
                 covariance = Covariance(states.shape[1])

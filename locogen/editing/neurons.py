@@ -12,9 +12,9 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
-from locogen.interventions.layer_inputs import TOKENS, Reader, Tokens
+from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.interventions.prompts import active_contexts
-from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unheard
+from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unread
 from locogen.models.layers import Layer, find_layers, select
 from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, own_phrasings, subject_in
@@ -180,7 +180,7 @@ def find_neurons(
     """
     # What the matrices put out depends on the text alone, so no picture is needed. Where text
     # evolves from block to block (SD 3, FLUX), a short run of each prompt is read, on average over
-    # its steps (`layer_inputs.Reader`).
+    # its steps (`layer_inputs.LayerInputs`).
     tokens = tokens or family_of(pipe).tokens
     if tokens not in TOKENS:
         raise LocogenError(f"tokens is {tokens!r}: use one of {', '.join(TOKENS)}")
@@ -188,20 +188,20 @@ def find_neurons(
         raise LocogenError(
             "the model is clamped or intervened on: find neurons outside of these contexts"
         )
-    reader = Reader(pipe, select(find_layers(pipe), layers))
+    inputs = LayerInputs(pipe, select(find_layers(pipe), layers))
     phrasings_to_read = _phrasings(concept, phrasings, subject)
     check_phrasings(pipe, phrasings_to_read)
     prompts: list[str] = []
     for phrasing in phrasings_to_read:
         prompts += [phrasing.source, phrasing.target]
-    warn_unheard(pipe, prompts)
+    warn_unread(pipe, prompts)
 
-    pairs = [_pair(reader, phrasing, tokens) for phrasing in phrasings_to_read]
+    pairs = [_pair(inputs, phrasing, tokens) for phrasing in phrasings_to_read]
     if len(pairs) < 2:
         raise LocogenError(
             f"{concept.name!r} has {len(pairs)} pair of prompts: a spread needs at least two"
         )
-    table, without = _scored(reader, pairs)
+    table, without = _scored(inputs, pairs)
     settings = {
         "pairs": len(pairs),
         "tokens": tokens,
@@ -233,21 +233,22 @@ class _At:
     positions: tuple[int, ...]
 
 
-def _pair(reader: Reader, phrasing: Phrasing, tokens: Tokens) -> tuple[_At, _At]:
+def _pair(inputs: LayerInputs, phrasing: Phrasing, tokens: Tokens) -> tuple[_At, _At]:
     """Where to read the source, which has the concept, and the target, which does not."""
     source = phrasing.source
     target = phrasing.target
     if tokens in ("all", "end"):
-        return _At(source, reader.places(source, tokens)), _At(
-            target, reader.places(target, tokens)
-        )
-    # The words in the subject's place; of a target that only leaves the subject out, its last word.
-    in_its_place = reader.places(target, "last_subject", phrasing.instead or None)
-    return _At(source, reader.places(source, tokens, phrasing.subject)), _At(target, in_its_place)
+        of_source = inputs.places(source, tokens)
+        of_target = inputs.places(target, tokens)
+    else:
+        of_source = inputs.places(source, tokens, phrasing.subject)
+        # The words in the subject's place; of a target that only leaves it out, the last word.
+        of_target = inputs.places(target, "last_subject", phrasing.instead or None)
+    return _At(source, of_source), _At(target, of_target)
 
 
 def _scored(
-    reader: Reader, pairs: Sequence[tuple[_At, _At]]
+    inputs: LayerInputs, pairs: Sequence[tuple[_At, _At]]
 ) -> tuple[pd.DataFrame, dict[Place, Tensor]]:
     """The table of `Neurons`, and each matrix' mean output without the concept."""
     import pandas as pd
@@ -256,11 +257,11 @@ def _scored(
     without_concept = [target for _, target in pairs]
     parts: list[pd.DataFrame] = []
     without: dict[Place, Tensor] = {}
-    for layer in reader.layers:
-        for matrix, module in reader.family.matrices(layer.module).items():
+    for layer in inputs.layers:
+        for matrix, module in inputs.family.matrices(layer.module).items():
             # (prompts, tokens, channels) each
-            outputs_with = _outputs(module, reader, with_concept, layer, matrix)
-            outputs_without = _outputs(module, reader, without_concept, layer, matrix)
+            outputs_with = _outputs(module, inputs, with_concept, layer, matrix)
+            outputs_without = _outputs(module, inputs, without_concept, layer, matrix)
             x = _mean_at_positions(outputs_with, with_concept)  # (prompts, channels)
             y = _mean_at_positions(outputs_without, without_concept)  # (prompts, channels)
             part = {
@@ -282,17 +283,17 @@ def _scored(
 
 
 def _outputs(
-    module: Any, reader: Reader, prompts: Iterable[_At], layer: Layer, matrix: str
+    module: Any, inputs: LayerInputs, prompts: Iterable[_At], layer: Layer, matrix: str
 ) -> Tensor:
     """What a matrix puts out, adapters included, in float64, (prompts, tokens, channels)."""
     import torch
 
-    states = torch.stack([reader.states(at.prompt, layer) for at in prompts])
+    states = torch.stack([inputs.states(at.prompt, layer) for at in prompts])
     dtype = next(module.parameters()).dtype
     # Weights stored in 8 bits (float8, quantized) compute in another type: states are not rounded
     # to how weights are stored.
     if dtype.itemsize < 2:
-        dtype = denoiser_of(reader.pipe).dtype
+        dtype = denoiser_of(inputs.pipe).dtype
     with torch.no_grad():
         outputs = module(states.to(stands_on(module), dtype)).cpu().double()
     if not torch.isfinite(outputs).all():

@@ -1,1 +1,1 @@
-"""Contexts that change or record what layers get while a pipeline runs, and leave the model as found."""
+"""Contexts that change or record what layers get, and leave the model unchanged afterwards."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,7 +14,7 @@ from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before
-from locogen.models.layers import Layer, find_layers
+from locogen.models.layers import Layer, find_layers, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,10 @@ Place = tuple[int, str]  # a layer's index and the matrix' name, "k" or "v"
 
 
 class Overlap(NamedTuple):
-    """How many neurons two selections share, and how many two random selections of their sizes would on average.
+    """How many neurons two selections share, and how many two random ones would on average.
 
-    `jaccard`: shared / all that either has, 0 to 1; `jaccard_expected`: the same of the expected number.
+    `jaccard`: shared / all that either has, 0 to 1; `jaccard_expected`: the same of the expected
+    number.
     """
 
     shared: int
@@ -36,53 +37,73 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen neurons: output channels, counted from 0, by (layer, matrix), as `{(8, "v"): (3, 17)}`.
+    """Some neurons of a model: output channels of the matrices that read text.
 
-    `without`: what each matrix puts out at each token position on prompts without the concept, on average,
-    (tokens, channels of the matrix); `find_neurons` measures it, `clamp(to="mean")` and `overlap` need it.
-    Raises `LocogenError` for channels that are no whole numbers from 0 up, or come twice.
+    Attributes:
+        channels: Channels, counted from 0, by (layer, matrix).
+        without: The mean output of each matrix at each token position over prompts without the
+            concept, (tokens, channels of the matrix). `find_neurons` measures it;
+            `clamp(to="mean")` and `overlap` need it.
+
+    Raises:
+        LocogenError: Channels are no whole numbers from 0 up, or come twice.
+
+    Example:
+        >>> selection = Selection({(8, "v"): (17, 3), (9, "k"): (0,)})
+        >>> len(selection)
+        3
+        >>> selection.channels[8, "v"]
+        (3, 17)
     """
 
     channels: Mapping[Place, tuple[int, ...]]
     without: Mapping[Place, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        channels = {}
-        for place, given in self.channels.items():
-            chosen = tuple(int(channel) for channel in given)
-            if len(set(chosen)) < len(chosen) or min(chosen, default=0) < 0:
-                raise LocogenError(f"channels {chosen} of {place}: give each once, counted from 0")
-            channels[place] = tuple(sorted(chosen))
-        object.__setattr__(self, "channels", channels)
+        in_order = {}
+        for place, channels in self.channels.items():
+            numbers = tuple(int(channel) for channel in channels)
+            if len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
+                raise LocogenError(f"channels {numbers} of {place}: give each once, counted from 0")
+            in_order[place] = tuple(sorted(numbers))
+        object.__setattr__(self, "channels", in_order)  # the class is frozen
 
     def __len__(self) -> int:
         return sum(map(len, self.channels.values()))
 
     def overlap(self, other: Selection) -> Overlap:
-        """What this selection shares with another of the same model, beside what chance would give.
+        """How many neurons it shares with another selection of the model, and what chance gives.
 
-        Two random sets of a and b of a matrix' c channels share a b / c on average. Raises `LocogenError` where the
-        matrices' widths are unknown or differ.
+        Raises:
+            LocogenError: The widths of the matrices are unknown or differ.
         """
-        shared, expected = 0, 0.0
+        shared = 0
+        expected = 0.0
         for place in set(self.channels) & set(other.channels):
-            mine, theirs = self.channels[place], other.channels[place]
-            widths = {s.without[place].shape[1] for s in (self, other) if place in s.without}
-            if len(widths) != 1:
-                raise LocogenError(
-                    f"{place} has {sorted(widths) or 'unknown'} channels: compare neurons of one model"
-                )
-            shared += len(set(mine) & set(theirs))
-            expected += len(mine) * len(theirs) / widths.pop()
-        every = len(self) + len(other)
-        if not every:
+            these = self.channels[place]
+            others = other.channels[place]
+            width = self._common_width(other, place)
+            shared += len(set(these) & set(others))
+            # Two random sets of a and b of c channels share a b / c on average (hypergeometric
+            # mean).
+            expected += len(these) * len(others) / width
+        total = len(self) + len(other)
+        if not total:
             raise LocogenError("both selections are empty: there is nothing to compare")
-        return Overlap(shared, expected, shared / (every - shared), expected / (every - expected))
+        return Overlap(shared, expected, shared / (total - shared), expected / (total - expected))
+
+    def _common_width(self, other: Selection, place: Place) -> int:
+        widths = {one.without[place].shape[1] for one in (self, other) if place in one.without}
+        if len(widths) != 1:
+            raise LocogenError(
+                f"{place} has {sorted(widths) or 'unknown'} channels: compare neurons of one model"
+            )
+        return widths.pop()
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><th>{i}</th><td>{m}</td><td>{len(c)}</td></tr>"
-            for (i, m), c in self.channels.items()
+            f"<tr><th>{layer}</th><td>{matrix}</td><td>{len(channels)}</td></tr>"
+            for (layer, matrix), channels in self.channels.items()
         )
         head = "<tr><th>layer</th><th>matrix</th><th>neurons</th></tr>"
         return f"<p><b>Selection</b> of {len(self)} neurons</p><table>{head}{rows}</table>"
@@ -96,43 +117,61 @@ def clamp(
     to: Literal["mean", "zero"] | float = "mean",
     steps: Iterable[int] | None = None,
 ) -> Iterator[None]:
-    """Within the context, the selected neurons do not say what they would, in every call of the pipeline.
+    """Set the output of the selected neurons in every call of the pipeline.
 
-    `to`: "mean", what the channel puts out at the same token position on prompts without the concept, on average
-    (`Selection.without`; Basu et al. 2024, section 6); "zero"; or a number that their output is multiplied with.
-    The mean is taken position by position, because one value for all would also overwrite the start mark, which says
-    the same in every prompt and is attended to most. `steps`: the denoising steps, counted from 0, at which it holds;
-    None: all. Only the conditional rows are changed; an empty selection leaves the call bit for bit as it was.
+    Only the conditional rows are changed. An empty selection leaves the pictures bit for bit as
+    they were.
 
-    Raises `LocogenError` for neurons or steps that the model or the call has not, for fused projections, and for a
-    call whose text has another number of tokens than the means.
+    Args:
+        pipe: The pipeline.
+        selection: The neurons; `find_neurons(...).top(k)` selects some that a concept activates.
+        to: "mean", the mean output at the same token position over prompts without the concept
+            (`Selection.without`); "zero"; or a number that the output is multiplied with.
+        steps: The denoising steps, counted from 0, in which it holds; left out: all.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        LocogenError: The model or the call does not have a neuron or step, projections are fused,
+            or the call's text has another number of tokens than the means.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> with clamp(pipe, Selection({(8, "v"): (3, 17)}), to="zero", steps=[0]):
+        ...     output = pipe("a house", num_inference_steps=2, guidance_scale=1.0)
+        >>> output.images[0].size
+        (64, 64)
     """
-    family, layers = family_of(pipe), find_layers(pipe)
-    scale, moments = _scale(to), _steps(steps)
-    chosen = {place: channels for place, channels in selection.channels.items() if channels}
+    family = family_of(pipe)
+    layers = find_layers(pipe)
+    scale = _scale(to)
+    moments = _steps(steps)
+    neurons = {place: channels for place, channels in selection.channels.items() if channels}
     modules = {
-        place: _matrix(family, layers, place, channels) for place, channels in chosen.items()
+        place: _matrix(family, layers, place, channels) for place, channels in neurons.items()
     }
-    fills = {place: _fill(selection, place, scale) for place in chosen}
-    if not chosen:
+    means: dict[Place, Tensor] = {}
+    if scale is None:
+        means = {place: _means(selection, place) for place in neurons}
+    if not neurons:
         yield
         return
 
     def hooks_for(call: Call) -> list[Hook]:
         clock = _Clock(call, moments)
+        # The step is looked up once a call, before the first matrix.
         hooks = [before(denoiser_of(pipe, family), clock.note_step, "the denoiser")]
         for place, module in modules.items():
-            layer = layers[place[0]]
-            change = _clamped(layer, place, chosen[place], scale, fills[place], clock)
-            label = f"to_{place[1]} of layer {layer.index} ({layer.name})"
-            hooks.append(after(module, change, label))
+            index, matrix = place
+            change = _Clamp(layers[index], place, neurons[place], scale, means.get(place), clock)
+            # After the matrix: a neuron is one of its output channels (Basu et al. 2024, section
+            # 6).
+            hooks.append(after(module, change, f"to_{matrix} of {layers[index].label}"))
         return hooks
 
-    means = [fill.cpu().double().numpy().tobytes() for fill in fills.values() if fill is not None]
-    digest = hashlib.sha256(b"".join(means)).hexdigest()[:16]
-    with on_denoiser(
-        pipe, hooks_for, f"clamp {(scale, moments, sorted(chosen.items()), digest)!r}"
-    ):
+    label = f"clamp {(scale, moments, sorted(neurons.items()), _digest(means))!r}"
+    with on_denoiser(pipe, hooks_for, label):
         yield
 
 
@@ -143,7 +182,7 @@ def _scale(to: Any) -> float | None:
     if to == "zero":
         return 0.0
     if isinstance(to, bool) or not isinstance(to, (int, float)) or not math.isfinite(to):
-        raise LocogenError(f"to is {to!r}: take 'mean', 'zero', or a number to multiply with")
+        raise LocogenError(f"to is {to!r}: use 'mean', 'zero', or a number to multiply with")
     return float(to)
 
 
@@ -151,42 +190,40 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
     if steps is None:
         return None
     try:
-        chosen = tuple(sorted({int(step) for step in steps}))
+        numbers = tuple(sorted({int(step) for step in steps}))
     except (TypeError, ValueError):
         raise LocogenError(
             f"steps is {steps!r}: give several whole numbers, such as range(5)"
         ) from None
-    if chosen and chosen[0] < 0:
-        raise LocogenError(f"steps {chosen} are counted from 0, the first one")
-    return chosen
+    if numbers and numbers[0] < 0:
+        raise LocogenError(f"steps {numbers} are counted from 0, the first one")
+    return numbers
 
 
 def _matrix(
     family: Family, layers: tuple[Layer, ...], place: Place, channels: tuple[int, ...]
 ) -> Any:
-    """The module whose channels these are. Raises `LocogenError` where the model has it not, or never calls it."""
+    """The module whose channels these are. Raises `LocogenError` if the model does not have it."""
     index, name = place
-    if not 0 <= index < len(layers):
-        raise LocogenError(
-            f"layer {index} of the selection is not there: the model has 0 to {len(layers) - 1}"
-        )
-    matrices = family.matrices(layers[index].module)
+    (layer,) = select(layers, [index])
+    matrices = family.matrices(layer.module)
     if name not in matrices:
         raise LocogenError(
-            f"layer {index} has no matrix {name!r}: take one of {', '.join(matrices)}"
+            f"layer {index} has no matrix {name!r}: use one of {', '.join(matrices)}"
         )
     width = matrices[name].out_features
     if channels[-1] >= width:
         raise LocogenError(
-            f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to {width - 1}"
+            f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to "
+            f"{width - 1}"
         )
     return matrices[name]
 
 
-def _fill(selection: Selection, place: Place, scale: float | None) -> Tensor | None:
-    """What takes the place of the channels' output, (tokens, channels); None where it is scaled."""
-    if scale is not None:
-        return None
+def _means(selection: Selection, place: Place) -> Tensor:
+    """What takes the place of the selected channels' output, (tokens, selected channels)."""
+    # The mean is taken position by position: one value for all would also overwrite the start mark,
+    # whose output is the same in every prompt and gets most of the attention.
     if place not in selection.without:
         raise LocogenError(
             f"the selection has no means for {place}: take it from find_neurons, or clamp to='zero'"
@@ -194,16 +231,21 @@ def _fill(selection: Selection, place: Place, scale: float | None) -> Tensor | N
     return selection.without[place][:, list(selection.channels[place])]
 
 
+def _digest(means: Mapping[Place, Tensor]) -> str:
+    parts = [values.cpu().double().numpy().tobytes() for values in means.values()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
 @dataclass(eq=False)
 class _Clock:
-    """Knows at each call of the denoiser whether its step is among the chosen ones."""
+    """Knows in each call of the denoiser whether its step is among the selected ones."""
 
     call: Call
-    steps: tuple[int, ...] | None
+    steps: tuple[int, ...] | None  # None: all
     holds: bool = True
 
     def note_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        """A pre-hook for the denoiser."""
+        """A hook that runs before the denoiser."""
         if self.steps is None:
             return
         last = len(self.call.timesteps()) - 1
@@ -214,35 +256,41 @@ class _Clock:
         self.holds = self.call.step() in self.steps
 
 
-def _clamped(
-    layer: Layer,
-    place: Place,
-    channels: tuple[int, ...],
-    scale: float | None,
-    fill: Tensor | None,
-    clock: _Clock,
-) -> Any:
-    """A hook that changes some channels, in the conditional rows and text tokens of one matrix' output."""
+@dataclass(eq=False)
+class _Clamp:
+    """A hook after a matrix: it sets some channels, in conditional rows and text tokens."""
 
-    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
-        nonlocal fill
-        call = clock.call
-        tokens = call.states.shape[1]
-        if not clock.holds or not call.rows:
+    layer: Layer
+    place: Place
+    channels: Sequence[int]
+    scale: float | None  # None: the means take the place of the output
+    means: Tensor | None  # (tokens, selected channels)
+    clock: _Clock
+
+    def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        call = self.clock.call
+        if not self.clock.holds or not call.rows:
             return None
-        if fill is not None and len(fill) != tokens:
-            raise LocogenError(
-                f"{place} hears {tokens} tokens, its means were taken at {len(fill)}: encode the prompts with "
-                "the same tokenizer length"
-            )
-        changed = output.clone()
-        rows = changed[call.rows.start :, : tokens if layer.joined else None]
-        chosen = index_on(output.device, channels)
-        if fill is not None:
-            fill = fill.to(rows.device)  # kept there for the steps to come
-            rows[..., chosen] = fill.to(rows.dtype)
+        tokens = call.states.shape[1]
+        changed = output.clone()  # (call rows, tokens of text and, if joined, picture, channels)
+        text_tokens = tokens if self.layer.joined else None
+        rows = changed[
+            call.rows.start :, :text_tokens
+        ]  # a view: conditional rows are the last ones
+        channels = index_on(output.device, self.channels)
+        if self.means is not None:
+            rows[..., channels] = self._means_on(rows.device, tokens).to(rows.dtype)
         else:
-            rows[..., chosen] = rows[..., chosen] * scale if scale else 0.0
+            # 0 in place of a product with 0, which would keep what is not finite.
+            rows[..., channels] = rows[..., channels] * self.scale if self.scale else 0.0
         return changed
 
-    return hook
+    def _means_on(self, device: Any, tokens: int) -> Tensor:
+        assert self.means is not None
+        if len(self.means) != tokens:
+            raise LocogenError(
+                f"{self.place} reads {tokens} tokens, its means were taken at {len(self.means)}: "
+                "encode the prompts with the same tokenizer length"
+            )
+        self.means = self.means.to(device)  # stays there for the steps to come
+        return self.means

@@ -1,8 +1,9 @@
-"""Prompts heard wrongly: noise on the embeddings of some tokens, with states of the text encoder restored."""
+"""Corrupted prompts: noise on token embeddings, with states of the text encoder restored."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,112 +20,136 @@ from locogen.models.offload import weight_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from locogen.models.text import Text
+    from locogen.models.text import PromptEncoding
 
-Restored = tuple[tuple[int, int], ...]  # (which of find_text_states, token position), ...
+Restored = tuple[tuple[int, int], ...]  # pairs: a place in `find_text_states`, a token position
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Gaussian noise on the embeddings at token positions `at`: `scale` times the embeddings' own spread.
+    """Gaussian noise on the embeddings at token positions `at`, `scale` times their own spread.
 
-    The spread is the standard deviation of all entries of the encoder's token embeddings; three times that is what
-    Meng et al. 2022 (arXiv 2202.05262) take. `seed` is any text: other texts, other noise.
+    The spread is the standard deviation of all entries of the encoder's token embeddings, and a
+    scale of three is that of Meng et al. 2022 (arXiv 2202.05262). `seed` is any text: another text,
+    another noise.
     """
 
     seed: str
     at: tuple[int, ...]
     scale: float = 3.0
 
-    def drawn(self, embeddings: Tensor) -> Tensor:
-        """The noise for one encoder, whose token embeddings are (words, width): (positions, width), on the CPU."""
+    def values(self, embeddings: Tensor) -> Tensor:
+        """The noise for token embeddings, (words, width): (positions, width), on the CPU."""
         import torch
 
+        # From the text and not from Python's own hash, which differs from process to process.
         seed = int.from_bytes(hashlib.sha256(self.seed.encode()).digest()[:7])
-        drawn = torch.randn(
-            (len(self.at), embeddings.shape[1]), generator=torch.Generator().manual_seed(seed)
-        )
-        return drawn * self.scale * embeddings.detach().float().std().cpu()
+        generator = torch.Generator().manual_seed(seed)
+        normal = torch.randn((len(self.at), embeddings.shape[1]), generator=generator)
+        spread = embeddings.detach().float().std().cpu()
+        return normal * self.scale * spread  # (positions, width)
 
 
 def corrupted_states(
     pipe: Any, prompt: str, noise: Noise, restored: Sequence[Restored] = ()
-) -> Text:
-    """The text of the corrupted prompt, and again with each of `restored`: 1 + restored rows.
+) -> PromptEncoding:
+    """The corrupted prompt encoded, and again with each of `restored`: 1 + restored rows.
 
-    The clean prompt is encoded in the same batch, and states are taken from its row: so a row whose noise is zero, or
-    that has nothing left of it, is the clean prompt's within the rounding of a batch.
+    A row whose noise is zero, or that has nothing left of it, is the clean prompt's within the
+    rounding of a batch.
     """
     rows: list[Restored] = [(), *restored]
     with corrupting(pipe, noise, rows):
-        return encode(pipe, [prompt] * (1 + len(rows)))[1:]
+        return encode(pipe, [prompt] * (1 + len(rows)))[1:]  # the first is the clean one
 
 
 @contextmanager
 def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[None]:
-    """Within the context, the encoder's first row is heard as it is, the others with noise and `rows[i]` restored.
+    """Within the context, encode a clean prompt first, then corrupted ones with `rows[i]` restored.
 
-    Positions are those of the states that layers hear: Sana's encoder reads an instruction before them.
-    Raises `LocogenError` for states that are not there, and when another number of prompts is encoded.
+    Args:
+        pipe: The pipeline.
+        noise: What is added to the token embeddings.
+        rows: States that are taken from the clean row. Positions are those of the states that
+            layers get.
+
+    Raises:
+        LocogenError: States are not there, or another number of prompts is encoded.
     """
-    from torch.nn import Embedding
-
     states = find_text_states(pipe)
-    if any(not 0 <= place < len(states) for row in rows for place, _ in row):
+    places = {place for row in rows for place, _ in row}
+    if not places <= set(range(len(states))):
         raise LocogenError(
             f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}"
         )
     tokens = encode(pipe, [""]).states.shape[1]
+
     hooks: list[Hook] = []
     for part, encoder in text_encoders(pipe).items():
         weight = weight_of(encoder.get_input_embeddings(), f"{part}'s embeddings")
-        for (
-            module
-        ) in encoder.modules():  # T5 has it twice, and looks up in the one that it does not name
-            # Compared by memory: sequential offload gives each module a stand-in of its own.
-            if (
-                isinstance(module, Embedding)
-                and weight_of(module, part).data_ptr() == weight.data_ptr()
-            ):
-                change = _noisy(noise, weight, 1 + len(rows), tokens)
-                hooks.append(after(module, change, f"the token embedding of {part}"))
-    for place, state in enumerate(states):
-        cells = [(i, token) for i, row in enumerate(rows, 1) for at, token in row if at == place]
-        if cells:
-            label = f"{state.part} {state.index} ({state.name})"
-            hooks.append(after(state.module, _cleaned(cells, tokens), label))
+        for module in _embeddings_with(encoder, weight, part):
+            change = _noisy(noise, weight, 1 + len(rows), tokens)
+            hooks.append(after(module, change, f"the token embedding of {part}"))
+
+    # The clean prompt is encoded in the same batch, so that its states are at hand when a row needs
+    # them.
+    cells: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, restored in enumerate(rows, start=1):
+        for place, token in restored:
+            cells[place].append((row, token))
+    for place in sorted(cells):
+        state = states[place]
+        hooks.append(after(state.module, _cleaned(cells[place], tokens), state.label))
+
     label = f"corrupting {noise} {list(rows)}"
     with on_text_encoders(pipe, text_encoders(pipe), hooks), announced(pipe, label):
         yield
 
 
-def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
-    drawn = noise.drawn(weight)
+def _embeddings_with(encoder: Any, weight: Tensor, part: str) -> list[Any]:
+    """The encoder's modules that look words up in this weight."""
+    from torch.nn import Embedding
 
+    # T5 has two, and looks up in the one that `get_input_embeddings` does not name. They are
+    # compared by memory: sequential offload gives each module another tensor in place of the
+    # shared weight.
+    address = weight.data_ptr()
+    return [
+        module
+        for module in encoder.modules()
+        if isinstance(module, Embedding) and weight_of(module, part).data_ptr() == address
+    ]
+
+
+def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
+    """A hook that adds noise in all rows but the first; layers get the last `tokens` states."""
+    values = noise.values(weight)
+
+    # After the embedding and before positions are added: a word is then corrupted, not its place.
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if len(output) != count:
             raise LocogenError(
-                f"{len(output)} prompts are encoded within corrupting, which was given {count - 1} rows"
+                f"{len(output)} prompts are encoded within corrupting, which has {count - 1} rows"
             )
-        ahead = output.shape[1] - tokens
-        changed = output.clone()
-        changed[1:, [ahead + at for at in noise.at]] += drawn.to(output)
+        ahead = output.shape[1] - tokens  # Sana's encoder reads an instruction before the prompt
+        changed = output.clone()  # (rows, tokens of the encoder, width)
+        changed[1:, [ahead + at for at in noise.at]] += values.to(output)
         return changed
 
     return hook
 
 
 def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
-    """A hook that copies what the first row puts out at some tokens into other rows."""
+    """A hook that copies the first row's output into other rows; cells are (row, position)."""
 
     def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        states = (
-            output[0] if isinstance(output, tuple) else output
-        )  # attention puts out its weights as well
-        rows, places = (list(side) for side in zip(*cells, strict=True))
-        tokens = [states.shape[1] - count + place for place in places]
+        is_attention = isinstance(output, tuple)  # which puts out its weights as well
+        states = output[0] if is_attention else output  # (rows, tokens of the encoder, width)
+        ahead = states.shape[1] - count
+        rows = [row for row, _ in cells]
+        tokens = [ahead + position for _, position in cells]
         changed = states.clone()
         changed[rows, tokens] = states[0, tokens]
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return (changed, *output[1:]) if is_attention else changed
 
     return hook

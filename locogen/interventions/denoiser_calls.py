@@ -1,16 +1,17 @@
-"""Follow the denoiser's calls: whose rows each holds, which step it is, and that every hook has fired."""
+"""Follow the denoiser's calls: whose rows each holds, which step it is, whether all hooks fired."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.encoding import Encoding, Follower, calling_pipeline, following_text
+from locogen.interventions.steps import DenoisingSteps
 from locogen.models.compilation import is_compiled, running_uncompiled
 from locogen.models.denoisers import skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
@@ -20,55 +21,53 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REMEDY = (
-    "leave the context, call pipe.unfuse_qkv_projections() where projections are fused, load adapters and "
-    "exchange modules, and then open the context again"
+    "leave the context, call pipe.unfuse_qkv_projections() where projections are fused, load "
+    "adapters and exchange modules, and then open the context again"
 )
 
 
-@dataclass(frozen=True, eq=False)
-class _Schedule:
-    """What a scheduler says of a call of the pipeline: its timesteps, and the denoising step that each belongs to."""
-
-    tensor: Any
-    timesteps: list[float]
-    steps: list[int]
-
-
-@dataclass(eq=False)
 class Call:
-    """Follows a pipeline: what its encoder returned tells which rows of the denoiser's call are conditional.
+    """The denoiser's call in progress: its arguments, its conditional rows, its step.
 
-    Never guessed from their number alone, since twice as many rows may mean guidance or two pictures a prompt, and
-    some pipelines (DeepFloyd IF, PixArt) tell nobody which. The encoder returns the prompts' states, a row a picture:
-    the call's rows are those, or those behind as many negative ones. FLUX guides by a call of its own for the negative
-    states, which has no conditional rows.
+    Which rows are conditional is known from what the pipeline's encoder returned, a row a picture:
+    the call's rows are those, or those behind an equal number of negative ones. It is never guessed
+    from the number of rows alone, since twice as many may mean guidance or two pictures a prompt,
+    and some pipelines (DeepFloyd IF, PixArt) say nowhere which. FLUX guides by a second call for
+    the negative states, which has no conditional rows.
 
-    A call belongs to the pipeline, and to the thread that opened the context: other pipelines may share the
-    denoiser, and call it in between or at the same time.
+    A call belongs to the pipeline, and to the thread that opened the context: other pipelines may
+    share the denoiser, and call it in between or at the same time.
+
+    Attributes:
+        arguments: The keyword arguments that the denoiser is called with.
+        rows: The conditional rows.
+        cache: What was computed once for this call, by name.
+        on_encoded: Called with each encoding within `pipe(…)`, before the denoiser's first call.
+        on_prompts: Called with the one among them that is the prompts'.
     """
 
-    pipe: Any
-    family: Family
-    given: dict[str, Any] = field(default_factory=dict)  # the denoiser's arguments
-    rows: range = range(0)  # the conditional rows
-    made: dict[str, Tensor] = field(default_factory=dict)  # what was computed once for this call
-    encoding: Encoding | None = None  # of the prompts whose pictures are in the making
-    on_encoded: Callable[[Encoding], None] | None = None  # hears of each encoding within `pipe(…)`
-    on_prompts: Callable[[Encoding], None] | None = None  # hears which of them was the prompts'
-    _thread: int = field(default_factory=threading.get_ident)
-    _in_progress: bool = False
-    _encoded: list[Encoding] = field(default_factory=list)
-    _others: list[Encoding] = field(default_factory=list)
-    _timestep: Any = None
-    _read: _Schedule | None = None
-    _step: tuple[Any, Any, int] | None = (
-        None  # the last step that was looked up, and the call that it was for
-    )
+    def __init__(self, pipe: Any, family: Family) -> None:
+        self.pipe = pipe
+        self.family = family
+        self.arguments: dict[str, Any] = {}
+        self.rows = range(0)
+        self.cache: dict[str, Any] = {}
+        self.on_encoded: Callable[[Encoding], None] | None = None
+        self.on_prompts: Callable[[Encoding], None] | None = None
+        self._thread = threading.get_ident()
+        self._in_progress = False
+        self._waiting: list[Encoding] = []  # made within `pipe(…)`, before its first denoiser call
+        # Of the pictures in the making. Not the encodings: their frames would keep all that a call
+        # has computed.
+        self._prompts: Tensor | None = None  # (pictures, tokens, width)
+        self._negatives: list[Tensor] = []
+        self._timestep: Any = None
+        self._steps = DenoisingSteps(pipe, family)
 
     @property
     def states(self) -> Tensor:
-        """The encoded text that the denoiser is called with, all rows."""
-        return self.given["encoder_hidden_states"]
+        """The encoded text that the denoiser is called with, (rows, tokens, width)."""
+        return self.arguments["encoder_hidden_states"]
 
     @property
     def guided(self) -> bool:
@@ -82,124 +81,122 @@ class Call:
 
     @property
     def is_awaited(self) -> bool:
-        """Whether the pipeline has encoded prompts, and has not called the denoiser since."""
-        return bool(self._encoded)
+        """Whether the pipeline has encoded prompts, and has not called the denoiser since.
+
+        A call of the pipeline that raised an error between the two is not waited for.
+        """
+        return any(not _raised(encoding) for encoding in self._waiting)
 
     def step(self) -> int:
-        """The denoising step of this call, counted from 0, as the scheduler's order says: see `steps_of_calls`.
-
-        Returns:
-            The step; looked up once in a call of the denoiser, since timesteps may lie on a card.
+        """The denoising step of this call, counted from 0, as the scheduler's order says.
 
         Raises:
-            LocogenError: For a timestep that is none of the scheduler's.
+            LocogenError: The timestep is none of the scheduler's.
         """
-        if (
-            self._step is None
-            or self._step[0] is not self.made
-            or self._step[1] is not self._timestep
-        ):
-            step = self._schedule().steps[self._position()]
-            self._step = (self.made, self._timestep, step)
-        return self._step[2]
+        # Once in a call of the denoiser: timesteps may lie on a graphics card.
+        if "step" not in self.cache:
+            self.cache["step"] = self._steps.at(self._timestep)
+        return self.cache["step"]
 
     def timesteps(self) -> list[float]:
         """The timesteps at which the denoising steps begin, one a step, in order."""
-        schedule = self._schedule()
-        first_calls = [schedule.steps.index(step) for step in range(schedule.steps[-1] + 1)]
-        return [schedule.timesteps[call] for call in first_calls]
-
-    def _schedule(self) -> _Schedule:
-        """The scheduler's timesteps, read once a call of the pipeline: to read them off a card is to wait for it."""
-        scheduler = self.pipe.scheduler
-        if self._read is None or self._read.tensor is not scheduler.timesteps:
-            self._read = _Schedule(
-                scheduler.timesteps, scheduler.timesteps.tolist(), steps_of_calls(scheduler)
-            )
-        return self._read
-
-    def _position(self) -> int:
-        """Which of the scheduler's timesteps this call is at: equal ones are told apart by the scheduler's count."""
-        now = self.family.time(self.pipe, self._timestep)
-        now = float(now.flatten()[0]) if hasattr(now, "flatten") else float(now)
-        timesteps = self._schedule().timesteps
-        nearest = min(range(len(timesteps)), key=lambda position: abs(timesteps[position] - now))
-        tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
-        if abs(timesteps[nearest] - now) > tolerance:
-            raise LocogenError(
-                f"timestep {now} is none of the scheduler's: the step is known in the pipeline's own call"
-            )
-        counted = _calls_so_far(self.pipe.scheduler)
-        if 0 <= counted < len(timesteps) and abs(timesteps[counted] - now) <= tolerance:
-            return counted
-        return nearest
+        return self._steps.begin()
 
     def encoded(self, encoding: Encoding) -> None:
         """Take note of what the pipeline's encoder returned."""
-        if not encoding.in_call:
+        if encoding.call is None:
             return
         self._check_thread()
         if self.on_encoded is not None:
             self.on_encoded(encoding)
-        self._encoded.append(encoding)
+
+        # An earlier call of the pipeline may have failed before it reached the denoiser, and its
+        # error been caught.
+        self._waiting = [
+            one for one in self._waiting if one.call == encoding.call or not _raised(one)
+        ]
+        self._waiting.append(encoding)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of a call of the denoiser, whoever makes it."""
-        here = threading.get_ident() == self._thread
-        caller = None if is_dry_run() else calling_pipeline()
+        """Take note of a call of the denoiser, whichever pipeline makes it."""
+        if is_dry_run():
+            self._pause()
+            return
+        caller = calling_pipeline()
         if caller is self.pipe:
             self._check_thread()
             self._begin_own(args, kwargs)
-        elif here:
-            self._in_progress = False
-            if caller is None and not is_dry_run():
-                raise LocogenError(
-                    "the denoiser is called by itself: within this context call the pipeline, pipe(…)"
-                )
+            return
+        if self._pause() and caller is None:
+            raise LocogenError(
+                "the denoiser is called by itself: within this context call the pipeline, pipe(…)"
+            )
 
     def end(self) -> None:
         """Take note of the end of a call of the denoiser."""
         self._in_progress = False
 
+    def _pause(self) -> bool:
+        """Let a call pass that is not this pipeline's; whether it is in this thread."""
+        is_here = threading.get_ident() == self._thread
+        if is_here:
+            self._in_progress = False
+        return is_here
+
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise LocogenError(
-                "the pipeline is called in another thread than the one that opened this context: open the context "
-                "in the thread that calls the pipeline, and give each thread a pipeline of its own"
+                "the pipeline is called in another thread than the one that opened this context: "
+                "open the context in the thread that calls the pipeline, and give each thread its "
+                "own pipeline"
             )
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_progress = True
-        self.given = kwargs
-        self.made = {}
+        self.arguments = kwargs
+        self.cache = {}
         self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        if self._encoded:
+        if self._waiting:
             self._begin_pictures()
-        if self.encoding is None:
+        if self._prompts is None:
             raise LocogenError(
-                "the pipeline's call began before this context was opened: open it before you call the pipeline"
+                "the pipeline's call began before this context was opened: open it before you call "
+                "the pipeline"
             )
-        self.rows = self._conditional_rows(self.encoding.returned[0])
+        self.rows = self._conditional_rows(self._prompts)
 
     def _begin_pictures(self) -> None:
         """A new call of the pipeline, whose first call of the denoiser is the conditional one."""
-        same = [one for one in self._encoded if one.returned[0] is self.states]
-        self.encoding = same[0] if same else self._encoded[-1]
-        self._others = [one for one in self._encoded if one is not self.encoding]
-        self._encoded = []
+        # Of several encodings the prompts' is the one whose states arrive here as they were
+        # returned: FLUX makes another for its negative prompt. With guidance they arrive joined to
+        # the negative ones, as a new tensor: then the pipeline has made one encoding for both, the
+        # last.
+        prompts = self._waiting[-1]
+        for encoding in self._waiting:
+            if encoding.returned[0] is self.states:
+                prompts = encoding
+                break
+        self._prompts = prompts.returned[0]
+        self._negatives = [one.returned[0] for one in self._waiting if one is not prompts]
+        self._waiting = []
         if self.on_prompts is not None:
-            self.on_prompts(self.encoding)
+            self.on_prompts(prompts)
 
     def _conditional_rows(self, prompts: Tensor) -> range:
+        if any(self.states is negative for negative in self._negatives):
+            return range(0)
         count = len(prompts)
         all_rows = len(self.states)
-        if any(self.states is other.returned[0] for other in self._others):
-            return range(0)
         if all_rows in (count, 2 * count):
-            return range(all_rows - count, all_rows)
+            return range(all_rows - count, all_rows)  # guidance puts the negative rows first
         raise LocogenError(
             f"the denoiser is called with {all_rows} rows for {count} encoded prompts: unknown rows"
         )
+
+
+def _raised(encoding: Encoding) -> bool:
+    """Whether the pipeline's call that made the encoding has ended by an error."""
+    return encoding.call is not None and encoding.call.raised
 
 
 @contextmanager
@@ -210,76 +207,63 @@ def on_denoiser(
 
     Args:
         pipe: The pipeline. Other pipelines that share its denoiser are left alone.
-        hooks_for: Returns the hooks, on modules of the denoiser, for the `Call` that they may look at.
-        label: What makes the pictures others than the plain pipeline's, for their key; None: nothing does.
+        hooks_for: Returns the hooks, on modules of the denoiser, for the `Call` that they may look
+            at.
+        label: What makes the pictures differ from the plain pipeline's, for their key; None if
+            nothing does.
 
     Yields:
         The `Call`.
 
     Raises:
-        LocogenError: The pipeline is called in another thread, its denoiser by itself, a hooked module was
-            exchanged, or a hook did not fire though the call ought to have run its module.
+        LocogenError: The pipeline is called in another thread, its denoiser by itself, a hooked
+            module was exchanged, or a hook did not fire though the call ought to have run its
+            module.
     """
     family = family_of(pipe)
+    denoiser = denoiser_of(pipe, family)
     call = Call(pipe, family)
-    watch = _Watch(call, denoiser_of(pipe, family), list(hooks_for(call)))
-    modules = [hook.module for hook in watch.hooks]
+    guard = _FiringGuard(denoiser, hooks_for(call))
+
+    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call.begin(args, kwargs)
+        if call.in_progress:
+            guard.begin()
+
+    def end(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if call.in_progress:
+            guard.check_fired(skipped_blocks(call.arguments))
+            call.end()
+
+    # Hooks of one module fire in this order: `begin` must know the call before any other hook looks
+    # at it.
+    hooks = [
+        before(denoiser, begin, "the denoiser"),
+        *(guard.counted(hook, while_=lambda: call.in_progress) for hook in guard.hooks),
+        after(denoiser, end, "the denoiser"),
+    ]
+    modules = [hook.module for hook in hooks]
     with ExitStack() as stack:
 
-        def begins(in_call: bool) -> None:
+        def before_encoding(in_call: bool) -> None:
             # Somebody may have compiled the denoiser since the context was opened.
-            held = getattr(pipe, family.denoiser)
-            if in_call and is_compiled(held):
-                stack.enter_context(running_uncompiled(held, modules))
+            current = getattr(pipe, family.denoiser)
+            if in_call and is_compiled(current):
+                stack.enter_context(running_uncompiled(current, modules))
 
+        # Compiled code passes hooks by, so that it is put aside before they are registered.
         stack.enter_context(running_uncompiled(getattr(pipe, family.denoiser), modules))
-        stack.enter_context(following_text(pipe, Follower(begins, call.encoded)))
-        stack.enter_context(hooked(watch.hooks))
+        stack.enter_context(following_text(pipe, Follower(before_encoding, call.encoded)))
+        stack.enter_context(hooked(hooks))
         if label is not None:
             stack.enter_context(announced(pipe, label))
         yield call
         if call.is_awaited:
             raise LocogenError(
-                "the pipeline was called, and its denoiser ran past the hooks of this context (or not at all): "
-                f"the {family.denoiser} must be the one that was there when the context was opened"
+                "the pipeline was called, and its denoiser ran past the hooks of this context (or "
+                f"not at all): the {family.denoiser} must be the one that was there when the "
+                "context was opened"
             )
-
-
-def steps_of_calls(scheduler: Any) -> list[int]:
-    """The denoising step that each call of the denoiser belongs to, by the scheduler's order.
-
-    A scheduler of second order (Heun, KDPM2) calls the denoiser twice a step, but once in the last. PNDM repeats its
-    second timestep, or begins with steps of four calls (Runge-Kutta). All others call it once a step, at equal
-    timesteps too.
-
-    Args:
-        scheduler: One of diffusers', its timesteps set.
-
-    Returns:
-        One number for each of its timesteps, counted from 0; it rises by one at most.
-    """
-    calls = len(scheduler.timesteps)
-    order = getattr(scheduler, "order", 1)
-    if order > 1:
-        return [call // order for call in range(calls)]
-    surplus = calls - (scheduler.num_inference_steps or calls)
-    if surplus <= 0:
-        return list(range(calls))
-    runge_kutta_timesteps = getattr(scheduler, "prk_timesteps", None)
-    runge_kutta = 0 if runge_kutta_timesteps is None else len(runge_kutta_timesteps)
-    if runge_kutta:
-        first_steps = [call // 4 for call in range(runge_kutta)]
-        return first_steps + [call - surplus for call in range(runge_kutta, calls)]
-    distinct = list(dict.fromkeys(scheduler.timesteps.tolist()))
-    return [distinct.index(timestep) for timestep in scheduler.timesteps.tolist()]
-
-
-def _calls_so_far(scheduler: Any) -> int:
-    """How often the scheduler has stepped in this call of its pipeline; -1 where it does not count."""
-    if hasattr(scheduler, "step_index"):
-        stepped = scheduler.step_index
-        return (getattr(scheduler, "begin_index", None) or 0) if stepped is None else stepped
-    return getattr(scheduler, "counter", -1)
 
 
 @contextmanager
@@ -289,34 +273,33 @@ def following(pipe: Any, family: Family) -> Iterator[Call]:
         yield call
 
 
-class _Watch:
-    """Has hooks act in a pipeline's own calls, and counts that all of them did."""
+class _FiringGuard:
+    """Refuses a call that did not fire every hook: nothing was changed or read there."""
 
-    def __init__(self, call: Call, denoiser: Any, hooks: list[Hook]) -> None:
-        self.call = call
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Any, hooks: Iterable[Hook]) -> None:
         names = {module: name for name, module in denoiser.named_modules()}
+        self.denoiser = denoiser
         self.names = {hook: names[hook.module] for hook in hooks}
         self.fired: set[str] = set()
-        self.hooks = [
-            before(denoiser, self._begin, "the denoiser"),
-            *(self._counted(hook) for hook in hooks),
-            after(denoiser, self._end, "the denoiser"),
-        ]
 
-    def _counted(self, hook: Hook) -> Hook:
+    @property
+    def hooks(self) -> Iterable[Hook]:
+        """Those that are to fire."""
+        return self.names
+
+    def counted(self, hook: Hook, while_: Callable[[], bool]) -> Hook:
+        """The hook, acting while the condition holds, and then counted."""
+
         def function(module: Any, *call: Any) -> Any:
-            if not self.call.in_progress:
+            if not while_():
                 return None
             self.fired.add(hook.label)
             return hook.function(module, *call)
 
         return replace(hook, function=function)
 
-    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.call.begin(args, kwargs)
-        if not self.call.in_progress:
-            return
+    def begin(self) -> None:
+        """Count anew, for another call; the hooked modules must still be there."""
         self.fired.clear()
         for hook, name in self.names.items():
             if _submodule(self.denoiser, name) is not hook.module:
@@ -324,16 +307,14 @@ class _Watch:
                     f"{hook.label} was exchanged while a locogen context was open: {REMEDY}"
                 )
 
-    def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not self.call.in_progress:
-            return
-        skipped = skipped_blocks(self.call.given)
+    def check_fired(self, skipped: tuple[str, ...]) -> None:
+        """All must have fired, except in blocks that the call skipped."""
         for hook, name in self.names.items():
             if hook.label not in self.fired and not name.startswith(skipped):
                 raise LocogenError(
-                    f"{hook.label} was not called, so nothing could be changed or read there: {REMEDY}"
+                    f"{hook.label} was not called, so nothing could be changed or read there: "
+                    f"{REMEDY}"
                 )
-        self.call.end()
 
 
 def _submodule(model: Any, name: str) -> Any | None:
@@ -357,7 +338,7 @@ _ACTIVE: WeakKeyDictionary[Any, list[_Announcement]] = WeakKeyDictionary()
 
 @contextmanager
 def announced(pipe: Any, label: str, *, all_pipelines: bool = False) -> Iterator[None]:
-    """Remember an open context, so that the picture store can tell its pictures from the plain model's.
+    """Remember an open context, so that the store keys its pictures apart from the plain model's.
 
     Args:
         pipe: The pipeline.

@@ -1,7 +1,8 @@
-"""Listen to a pipeline's own `encode_prompt`: what it was called with, and what it returned."""
+"""Follow a pipeline's own `encode_prompt`: what it was called with, and what it returned."""
 
 from __future__ import annotations
 
+import dis
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import update_wrapper
 from inspect import signature
+from types import FrameType
 from typing import Any
 
 from locogen.errors import LocogenError
@@ -16,6 +18,52 @@ from locogen.models.compilation import running_uncompiled
 from locogen.models.hooks import Hook, hooked
 
 _LOCK = threading.RLock()
+
+
+# --- calls of pipelines --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """A call `pipe(…)`, in progress or over, known by its frame in the stack of calls."""
+
+    pipe: Any
+    frame: FrameType
+
+    @property
+    def raised(self) -> bool:
+        """Whether the call has ended by an error; to be asked only of a call that is over."""
+        # Nobody reports this: the error may have been caught. But the last thing that a frame did
+        # was to return, or else to run what raised the error.
+        last = self.frame.f_code.co_code[self.frame.f_lasti]
+        return not dis.opname[last].startswith("RETURN")
+
+
+def pipeline_call() -> PipelineCall | None:
+    """The innermost call of a pipeline that is in progress in this thread; None outside of all.
+
+    The stack of calls alone says so: neither the denoiser, nor the encoded text, nor the thread
+    belongs to one pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, DiffusionPipeline):
+                return PipelineCall(candidate, frame)
+        frame = frame.f_back
+    return None
+
+
+def calling_pipeline() -> Any | None:
+    """The pipeline whose call is in progress in this thread, the innermost; None outside of all."""
+    call = pipeline_call()
+    return None if call is None else call.pipe
+
+
+# --- calls of `encode_prompt` --------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,17 +74,17 @@ class Encoding:
         arguments: The arguments by name, defaults included.
         returned: What it returned.
         encode: The pipeline's method itself, for other prompts with the same arguments.
-        in_call: Whether a call of the pipeline, `pipe(…)`, made it.
+        call: The call of the pipeline, `pipe(…)`, that made it; None if it was made outside of one.
     """
 
     arguments: dict[str, Any]
     returned: tuple[Any, ...]
     encode: Callable[..., tuple[Any, ...]]
-    in_call: bool
+    call: PipelineCall | None
 
     @property
     def prompts(self) -> list[str] | None:
-        """The prompts, or None where the call gave their encoding instead."""
+        """The prompts, or None if the call brought their encoding instead."""
         prompt = self.arguments.get("prompt")
         return [prompt] if isinstance(prompt, str) else prompt
 
@@ -57,14 +105,14 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class Follower:
-    """Who is to hear of each call: before it, with whether `pipe(…)` makes it, and after it."""
+    """What to call before each encoding, with whether `pipe(…)` makes it, and after it."""
 
-    begins: Callable[[bool], None]
-    ends: Callable[[Encoding], None]
+    before: Callable[[bool], None]
+    after: Callable[[Encoding], None]
 
 
-class _Listener:
-    """Stands in for a pipeline's `encode_prompt` as long as anybody follows it."""
+class _FollowedMethod:
+    """Stands in for a pipeline's `encode_prompt` while it is followed."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -74,18 +122,20 @@ class _Listener:
         update_wrapper(self, self.encode_prompt)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        caller = calling_pipeline()
-        if caller is not None and caller is not self.pipe and type(caller) is type(self.pipe):
-            # A shallow copy of the pipeline took this along: it encodes by itself.
-            return type(caller).encode_prompt(caller, *args, **kwargs)
-        followers = list(self.followers)
-        in_call = caller is self.pipe
+        call = pipeline_call()
+        if call is not None and call.pipe is not self.pipe:
+            if type(call.pipe) is type(self.pipe):
+                # A shallow copy of the pipeline took this along: it encodes by itself.
+                return type(call.pipe).encode_prompt(call.pipe, *args, **kwargs)
+            call = None  # another pipeline's, which encodes with this one
+
+        followers = list(self.followers)  # a follower may open or leave contexts
         for follower in followers:
-            follower.begins(in_call)
+            follower.before(call is not None)
         returned = self.encode_prompt(*args, **kwargs)
-        arguments = self._by_name(args, kwargs)
+        encoding = Encoding(self._by_name(args, kwargs), returned, self.encode_prompt, call)
         for follower in followers:
-            follower.ends(Encoding(arguments, returned, self.encode_prompt, in_call))
+            follower.after(encoding)
         return returned
 
     def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +147,7 @@ class _Listener:
         return {**by_name.pop("kwargs", {}), **by_name}
 
     def __reduce__(self) -> Any:
-        """A copied pipeline gets its own method, and nobody follows it."""
+        """A copied pipeline gets the plain method, which is not followed."""
         return _itself, (self.encode_prompt,)
 
 
@@ -107,7 +157,7 @@ def _itself(method: Any) -> Any:
 
 @contextmanager
 def following_text(pipe: Any, follower: Follower) -> Iterator[None]:
-    """Within the context, `follower` hears of every call of the pipeline's `encode_prompt`.
+    """Within the context, call the follower around every call of the pipeline's `encode_prompt`.
 
     Contexts may be left in any order: the last one puts the pipeline's own method back.
 
@@ -116,19 +166,21 @@ def following_text(pipe: Any, follower: Follower) -> Iterator[None]:
         follower: What to call before and after.
     """
     with _LOCK:
-        listener = vars(pipe).get("encode_prompt")
-        if not isinstance(listener, _Listener) or listener.pipe is not pipe:
-            listener = _Listener(pipe)
-            pipe.encode_prompt = listener
-        listener.followers.append(follower)
+        method = vars(pipe).get("encode_prompt")
+        # A copied pipeline may hold the stand-in of the one that it was copied from.
+        if not isinstance(method, _FollowedMethod) or method.pipe is not pipe:
+            method = _FollowedMethod(pipe)
+            pipe.encode_prompt = method
+        method.followers.append(follower)
     try:
         yield
     finally:
         with _LOCK:
-            listener.followers.remove(follower)
-            still_there = vars(pipe).get("encode_prompt") is listener
-            if still_there and not listener.followers:
-                _put_back(pipe, listener.instance_attribute)
+            method.followers.remove(follower)
+            # The user may have set another method in the meantime, which stays.
+            still_there = vars(pipe).get("encode_prompt") is method
+            if still_there and not method.followers:
+                _put_back(pipe, method.instance_attribute)
 
 
 def _put_back(pipe: Any, instance_attribute: Any) -> None:
@@ -142,7 +194,7 @@ def _put_back(pipe: Any, instance_attribute: Any) -> None:
 def on_text_encoders(
     pipe: Any, encoders: Mapping[str, Any], hooks: Sequence[Hook]
 ) -> Iterator[None]:
-    """Within the context, hooks on the text encoders act whenever this pipeline encodes prompts in this thread.
+    """Within the context, hooks on text encoders act while this pipeline encodes in this thread.
 
     Args:
         pipe: The pipeline. Others that share its encoders are left alone.
@@ -183,8 +235,8 @@ class _CountedInEncoders:
         missing = [hook.label for hook in self.hooks if hook.label not in self.fired]
         if missing and encoding.prompts is not None:
             raise LocogenError(
-                f"{missing[0]} was not called when prompts were encoded, so nothing could be changed there: load "
-                "adapters and exchange modules before you open the context"
+                f"{missing[0]} was not called when prompts were encoded, so nothing could be "
+                "changed there: load adapters and exchange modules before you open the context"
             )
 
     def _counted(self, hook: Hook) -> Hook:
@@ -195,21 +247,3 @@ class _CountedInEncoders:
             return hook.function(module, *call)
 
         return replace(hook, function=function)
-
-
-def calling_pipeline() -> Any | None:
-    """The pipeline whose `__call__` is in progress in this thread, the innermost one; None outside of all.
-
-    The stack of calls alone says so: neither the denoiser, nor the encoded text, nor the thread is one
-    pipeline's own.
-    """
-    from diffusers import DiffusionPipeline
-
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            candidate = frame.f_locals.get("self")
-            if isinstance(candidate, DiffusionPipeline):
-                return candidate
-        frame = frame.f_back
-    return None

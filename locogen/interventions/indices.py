@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 def index_on(device: Any, places: Iterable[int]) -> Tensor:
     """The places as a tensor on the device, (places,), copied there once.
 
-    A list as an index is copied to the device each time, and the processor waits for it: in a hook that is
-    once a layer and a denoising step, which leaves a graphics card idle.
+    A list as an index is copied to the device each time, and the processor waits for it: in a hook
+    that is once a layer and a denoising step, which leaves a graphics card idle.
 
     Args:
         device: Where the tensor is that the index reaches into.
         places: Rows, tokens or channels, counted from 0.
 
     Returns:
-        The index. It is shared: nobody may write to it.
+        The index. It is shared: do not write to it.
     """
     return _copied(device, tuple(places))
 

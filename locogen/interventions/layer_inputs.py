@@ -1,4 +1,4 @@
-"""What the matrices of a layer read of a prompt, and which of its states tell of a subject."""
+"""What the matrices of a layer read of a prompt, and which positions of it hold a subject."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
-from locogen.models.denoisers import same
+from locogen.models.denoisers import unchanged
 from locogen.models.families import (
     Family,
     denoiser_of,
     encode,
     encode_guided,
     family_of,
-    spoken,
     subject_occurrences,
+    token_spans,
 )
 from locogen.models.hooks import Hook, before
 from locogen.models.layers import Layer
@@ -25,27 +25,26 @@ from locogen.models.offload import stands_on
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from locogen.models.text import Text
+    from locogen.models.text import PromptEncoding
 
 Tokens = Literal["last_subject", "subject", "end", "all"]
 TOKENS: tuple[Tokens, ...] = ("last_subject", "subject", "end", "all")
-STEPS = 4  # of a run from which evolving text is read
+STEPS = 4  # of the short run from which joint attention's text is read
 
 
 @dataclass(eq=False)
-class Reader:
-    """Reads prompts as a model's layers do, each prompt once.
+class LayerInputs:
+    """What a model's layers read of prompts, computed once for each prompt.
 
-    Where text evolves from block to block (SD 3, FLUX), what a layer reads also depends on the step and the picture:
-    it is taken from a short run of the prompt (`STEPS` steps, seed 0), on average over its steps.
+    With joint attention (SD 3, FLUX) text changes from block to block, and what a layer reads also
+    depends on the step and the picture: it is taken from a short run of the prompt (`STEPS` steps,
+    seed 0), on average over its steps.
     """
 
     pipe: Any
     layers: Sequence[Layer]
-    _texts: dict[str, Text] = field(default_factory=dict)
-    _read: dict[tuple[str, int], Tensor] = field(
-        default_factory=dict
-    )  # by prompt and key, as exact as it was made
+    _encodings: dict[str, PromptEncoding] = field(default_factory=dict)
+    _states: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by prompt and `key`
 
     @property
     def family(self) -> Family:
@@ -53,130 +52,158 @@ class Reader:
         return family_of(self.pipe)
 
     def key(self, layer: Layer | None) -> int:
-        """The same for layers that read the same: all, unless text evolves or each layer norms it in its own way."""
+        """The same for layers that read the same; -1 for the map outside of the layers (None)."""
         if layer is None:
             return -1
-        return layer.index if self.family.evolves or self.family.read is not same else 0
+        # Layers read the same encoding, unless text changes between them or each norms it in its
+        # own way.
+        differ = self.family.joint_attention or self.family.norm_states is not unchanged
+        return layer.index if differ else 0
 
-    def text(self, prompt: str) -> Text:
+    def encoding(self, prompt: str) -> PromptEncoding:
         """The encoded prompt, one row."""
-        if prompt not in self._texts:
-            self._texts[prompt] = encode(self.pipe, [prompt])
-        return self._texts[prompt]
+        if prompt not in self._encodings:
+            self._encodings[prompt] = encode(self.pipe, [prompt])
+        return self._encodings[prompt]
 
     def states(self, prompt: str, layer: Layer) -> Tensor:
         """What the layer's matrices read of the prompt, (tokens, width), in float64."""
-        if (prompt, self.key(layer)) not in self._read:
-            made = self._from_a_run(prompt) if self.family.evolves else self._from_text(prompt)
-            self._read |= {(prompt, key): states for key, states in made.items()}
-        return self._read[prompt, self.key(layer)].double()
+        key = self.key(layer)
+        if (prompt, key) not in self._states:
+            read = self._from_run if self.family.joint_attention else self._from_encoding
+            for other_key, states in read(prompt).items():
+                self._states[prompt, other_key] = states
+        return self._states[prompt, key].double()
 
-    def _from_text(self, prompt: str) -> dict[int, Tensor]:
+    def _from_encoding(self, prompt: str) -> dict[int, Tensor]:
+        """By key, in the model's own type: (tokens, width)."""
         import torch
 
-        denoiser, distinct = (
-            denoiser_of(self.pipe, self.family),
-            {self.key(layer): layer for layer in self.layers},
-        )
+        denoiser = denoiser_of(self.pipe, self.family)
+        layers = {self.key(layer): layer for layer in self.layers}
+        states = self.encoding(prompt).states  # (1, tokens, width)
         with torch.no_grad():
-            heard = self.family.heard(
-                denoiser, self.text(prompt).states.to(stands_on(denoiser), denoiser.dtype)
-            )
+            states = states.to(stands_on(denoiser), denoiser.dtype)
+            projected = self.family.project_states(denoiser, states)
             return {
-                key: self.family.read(layer.module, heard)[0].cpu()
-                for key, layer in distinct.items()
+                key: self.family.norm_states(layer.module, projected)[0].cpu()
+                for key, layer in layers.items()
             }
 
-    def _from_a_run(self, prompt: str) -> dict[int, Tensor]:
+    def _from_run(self, prompt: str) -> dict[int, Tensor]:
+        """By key, in float64: (tokens, width)."""
         import torch
 
-        text, negative = encode_guided(self.pipe, [prompt])
-        found: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
+        prompts, negative = encode_guided(self.pipe, [prompt])
+        by_layer: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
 
         def noting(call: Call, layer: Layer) -> Hook:
             def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-                rows = args[0][call.rows.start : call.rows.stop, : call.states.shape[1]]
-                found[layer.index].extend(rows.detach().clone())
+                # In FLUX's single blocks the picture follows the text.
+                tokens = call.states.shape[1]
+                states = args[0][call.rows.start : call.rows.stop, :tokens]  # (1, tokens, width)
+                by_layer[layer.index].extend(states.detach().clone())
 
-            keys = self.family.matrices(layer.module)["k"]
-            return before(keys, note, f"to_k of layer {layer.index} ({layer.name})")
+            # Before the matrix: there the block's own norm, which depends on the step, is done.
+            matrix = self.family.matrices(layer.module)["k"]
+            return before(matrix, note, f"to_k of {layer.label}")
 
-        with on_denoiser(self.pipe, lambda call: [noting(call, one) for one in self.layers]):
+        arguments = prompts.arguments()
+        if negative is not None:
+            arguments |= negative.arguments("negative_")
+        with on_denoiser(self.pipe, lambda call: [noting(call, layer) for layer in self.layers]):
             self.pipe(
                 **self.family.options(self.pipe),
-                **text.arguments(),
-                **({} if negative is None else negative.arguments("negative_")),
+                **arguments,
                 generator=torch.Generator("cpu").manual_seed(0),
                 num_inference_steps=STEPS,
                 output_type="latent",
             )
         return {
-            index: torch.stack(states).cpu().double().mean(0) for index, states in found.items()
+            index: torch.stack(states).cpu().double().mean(0)  # (steps, tokens, width) → mean
+            for index, states in by_layer.items()
         }
 
-    def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:
-        """Which states are meant, in every encoder and at every occurrence of the subject.
+    def text_projection_input(self, prompt: str, places: Sequence[int]) -> Tensor:
+        """What the map outside of the layers reads of the prompt, (rows, width), in float64."""
+        input_of = self.family.text_projection_input
+        if input_of is None:
+            raise LocogenError(
+                f"{self.family.name} reads text in its layers alone: leave out entry=True"
+            )
+        denoiser = denoiser_of(self.pipe, self.family)
+        return input_of(denoiser, self.encoding(prompt), places).cpu().double()
 
-        Without a subject, those of a prompt that should stay.
+    def places(self, prompt: str, tokens: Tokens, subject: str | None = None) -> tuple[int, ...]:
+        """The positions that `tokens` means in a prompt.
+
+        Args:
+            prompt: Any prompt.
+            tokens: Which positions, in every encoder.
+            subject: Words of the prompt, at every occurrence; None: the prompt as a whole is the
+                subject, as one that should stay.
         """
         if tokens == "all":
-            return self._every(prompt)
+            return self._every_place(prompt)
         places: list[int] = []
-        for number, encoder in enumerate(spoken(self.pipe, prompt)):
+        for number, span in enumerate(token_spans(self.pipe, prompt)):
             if tokens == "end":
-                places.append(encoder.end)
+                places.append(span.end)
             elif subject is not None:
                 for words in subject_occurrences(self.pipe, prompt, subject, encoder=number):
-                    places += _picked(words, tokens)
-            elif tokens == "subject" and encoder.ids:
-                places += range(encoder.start, encoder.start + len(encoder.ids))
+                    places += _meant(words, tokens)
+            elif tokens == "subject" and span.ids:
+                places += range(span.start, span.start + len(span.ids))
             else:
-                places.append(encoder.last)
+                places.append(span.last)
         return tuple(places)
 
-    def _every(self, prompt: str) -> tuple[int, ...]:
-        """All positions but the start mark; of masked text those that are heard."""
-        text, start = self.text(prompt), spoken(self.pipe, prompt)[0].start
-        count = text.states.shape[1] if text.mask is None else int(text.mask[0].sum())
-        return tuple(range(start, count))
+    def _every_place(self, prompt: str) -> tuple[int, ...]:
+        """All positions but the start mark; with a mask, those that attention reads."""
+        # The start mark reads nothing of the prompt, and is the same in every one.
+        start = token_spans(self.pipe, prompt)[0].start
+        encoding = self.encoding(prompt)
+        if encoding.mask is None:
+            return tuple(range(start, encoding.states.shape[1]))
+        return tuple(range(start, int(encoding.mask[0].sum())))
 
     def exchange(
         self, source: str, target: str, subject: str, tokens: Tokens, instead: str | None = None
     ) -> tuple[list[int], list[int]]:
-        """Positions in the source, and for each the position in the target that it should be heard as.
+        """Positions in the source, and those in the target that should take their place.
 
-        "all": the same one; "end": the end; else, encoder by encoder and occurrence by occurrence, the last of the
-        words that the target has `instead` of the subject (its last ones, where it has them another number of times),
-        or of all its words where it has none.
+        Args:
+            source: A prompt that holds the subject.
+            target: The prompt that it should become.
+            subject: Words of the source.
+            tokens: Which positions: "all" and "end" correspond one to one; of the others see
+                `instead`.
+            instead: Words that the target has in place of the subject: the last token of each
+                occurrence corresponds to that occurrence of the subject, or the last one of all if
+                their numbers differ. None: the target's last word.
         """
         if tokens in ("all", "end"):
-            old, new = self.places(source, tokens), self.places(target, tokens)
-            return list(old[: len(new)]), list(new[: len(old)])
-        places: list[int] = []
-        heard_as: list[int] = []
-        for number, encoder in enumerate(spoken(self.pipe, target)):
+            old = self.places(source, tokens)
+            new = self.places(target, tokens)
+            count = min(len(old), len(new))
+            return list(old[:count]), list(new[:count])
+
+        old_places: list[int] = []
+        new_places: list[int] = []
+        for number, span in enumerate(token_spans(self.pipe, target)):
             subjects = subject_occurrences(self.pipe, source, subject, encoder=number)
-            others = [(encoder.last,)]
+            others: Sequence[tuple[int, ...]] = [(span.last,)]
             if instead:
                 others = subject_occurrences(self.pipe, target, instead, encoder=number)
             if len(others) != len(subjects):
                 others = [others[-1]] * len(subjects)
             for words, other in zip(subjects, others, strict=True):
-                edited = _picked(words, tokens)
-                places += edited
-                heard_as += [other[-1]] * len(edited)
-        return places, heard_as
-
-    def entry(self, prompt: str, places: Sequence[int]) -> Tensor:
-        """What the map beside the layers reads of the prompt, (rows, width), in float64."""
-        read, denoiser = self.family.entry_reads, denoiser_of(self.pipe, self.family)
-        if read is None:
-            raise LocogenError(
-                f"{self.family.name} hears text by its layers alone: leave out entry=True"
-            )
-        return read(denoiser, self.text(prompt), places).cpu().double()
+                edited = _meant(words, tokens)
+                old_places += edited
+                new_places += [other[-1]] * len(edited)
+        return old_places, new_places
 
 
-def _picked(words: Sequence[int], tokens: Tokens) -> Sequence[int]:
+def _meant(words: Sequence[int], tokens: Tokens) -> Sequence[int]:
     """Those of a subject's positions that `tokens` means: all of them, or the last one."""
     return words if tokens == "subject" else words[-1:]

@@ -1,4 +1,4 @@
-"""The hook contexts: change or record what each layer hears, then leave the model as found."""
+"""The hook contexts: change or record the text that each layer gets."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, active_contexts, on_denoiser
 from locogen.interventions.encoding import Encoding
 from locogen.interventions.indices import index_on
-from locogen.models.families import Family, denoiser_of, family_of
+from locogen.models.families import Family, denoiser_of, family_of, text_encoders
 from locogen.models.hooks import Hook, Registered, after, before
-from locogen.models.layers import Layer, find_layers
-from locogen.plan import Intervention, riders
+from locogen.models.layers import Layer, find_layers, select
+from locogen.plan import Intervention, missing_target_runs
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from locogen.models.text import Text
+    from locogen.models.text import PromptEncoding
 
 __all__ = ["active_contexts", "foreign_hooks", "generators", "intervene", "record"]
 
@@ -34,63 +34,73 @@ HALF_TOLERANCE = 3e-2
 
 @contextmanager
 def intervene(
-    pipe: Any, plan: Sequence[Intervention], *, targets: Text | None = None
+    pipe: Any, plan: Sequence[Intervention], *, targets: PromptEncoding | None = None
 ) -> Iterator[None]:
-    """Within the context, row `i` of a pipeline call follows `plan[i]`: its layers hear its target.
+    """Let the layers of row `i` of a pipeline call get the target of `plan[i]`, not its prompt.
 
-    The call itself stays the user's: `pipe([row.prompt for row in plan], ...)` with the plan's prompts in
-    the plan's order, any guidance, any `num_images_per_prompt`, and any other argument. The targets are
-    encoded within that call, with its own arguments (`clip_skip`, a LoRA's scale, ...) and prompts
-    exchanged: replacing all layers is the target's own run. A `prompt_2` or `prompt_3` that repeats the
-    prompt is exchanged with it; another text there stays what it is, as it would in the target's own run.
-
-    The negative half of guidance, or the separate negative call, is never touched (Basu et al. 2024,
-    section 4: the conditional part only). A plan without layers leaves the call bit for bit as it was.
-    Calls of other pipelines that share the denoiser are not touched. A compiled denoiser runs without its
-    compiled code within the context, since that passes hooks by.
-
-    Where text changes from block to block (SD 3, FLUX), a layer hears a target by the keys and values that
-    the target's own run has there and then (patching, arXiv 2502.09935). That run rides along in the batch:
-    the plan must hold it, as `with_riders(plan)` does.
+    The call itself stays yours: `pipe([row.prompt for row in plan], ...)` with the plan's prompts
+    in the plan's order, any guidance, any `num_images_per_prompt`, and any other argument. The
+    negative half of guidance is never touched, a plan without layers leaves the pictures bit for
+    bit as they were, and a plan with all layers gives the target's own pictures. A `prompt_2` or
+    `prompt_3` that repeats the prompt is exchanged with it; any other text there stays.
 
     Args:
-        pipe: The pipeline.
-        plan: One row for each prompt of the call.
-        targets: The targets' text, where it is encoded already; needed where the call is given
-            `prompt_embeds` that are not the pipeline's own encoding of the plan's prompts.
+        pipe: The pipeline. Calls of other pipelines that share its denoiser are not touched.
+        plan: One row for each prompt of the call. SD 3 and FLUX also need the targets' own runs in
+            it: `with_target_runs(plan)`.
+        targets: The targets' text, encoded, a row for each row of the plan. Left out, they are
+            encoded within the call, as its prompts are. Needed if the call gets `prompt_embeds`
+            that are not the pipeline's own encoding of the plan's prompts.
+
+    Returns:
+        A context manager. A compiled denoiser runs uncompiled within it.
 
     Raises:
-        LocogenError: The model does not have a layer of the plan, the call has other prompts than the plan,
-            in another order or number, targets do not ride along where they must, pooled="target" where
-            there is no pooled path, a layer was not called, or text reaches the layers in a form that
-            cannot be exchanged.
+        LocogenError: The model does not have a layer of the plan, the call has other prompts than
+            the plan or in another order, the targets' own runs are missing, pooled="target" for a
+            model without pooled text, or a layer was not called.
         UnsupportedModel: The family is unknown.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> prompt, target = "a house in the style of van gogh", "a house"
+        >>> plan = [Intervention(prompt, target, layers=(8, 9), seed=1)]
+        >>> prompts = [row.prompt for row in plan]
+        >>> with intervene(pipe, plan):
+        ...     output = pipe(prompts, generator=generators(plan), num_inference_steps=2)
+        >>> output.images[0].size
+        (64, 64)
     """
     rows = list(plan)
     family = family_of(pipe)
     layers = find_layers(pipe)
-    _check_plan(rows, len(layers), family)
-    exchange_of = _Patched if family.evolves else _Replaced
-    if not family.evolves and targets is None:
+    _check_plan(rows, layers, family)
+    # Where text changes from block to block together with the picture, only a run of the target has
+    # the target's text at a layer: its keys and values are taken (patching, arXiv 2502.09935).
+    # Elsewhere the encoded target is all that a layer would read of it (Basu et al. 2024, arXiv
+    # 2405.01008, section 4).
+    exchange_of = _Patched if family.joint_attention else _Replaced
+    if not family.joint_attention and targets is None:
         _check_encoder(pipe)
 
     def hooks_for(call: Call) -> list[Hook]:
         exchange = exchange_of(call, rows, targets)
         call.on_encoded = exchange.encode
         call.on_prompts = exchange.check
-        hooks = []
+        hooks: list[Hook] = []
         if any(row.pooled == "target" for row in rows) and family.pooled is not None:
             hooks += family.pooled(denoiser_of(pipe, family), exchange.pooled)
-        for layer in layers:
-            if any(layer.index in row.layers for row in rows):
-                hooks += exchange.at(layer)
+        # No hook where nothing is exchanged: then a plan without layers is the plain pipeline.
+        replaced = set().union(*(row.layers for row in rows))
+        for index in sorted(replaced):
+            hooks += exchange.at(layers[index])
         return hooks
 
     with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}"):
         yield
 
 
-def _described(rows: Sequence[Intervention], targets: Text | None) -> str:
+def _described(rows: Sequence[Intervention], targets: PromptEncoding | None) -> str:
     """What of a plan makes the picture, for its key."""
     parts: list[Any] = [(row.target, row.layers, row.timesteps, row.pooled) for row in rows]
     if targets is not None:
@@ -103,145 +113,166 @@ def _digest(state: Tensor) -> str:
 
 
 def _check_encoder(pipe: Any) -> None:
-    encoders = [name for name in pipe.components if name.startswith("text_encoder")]
-    if all(pipe.components[name] is None for name in encoders):
+    if not text_encoders(pipe):
         raise LocogenError(
             "the pipeline has no text encoder to encode the targets with: hand their text to "
             "intervene(pipe, plan, targets=…), encoded as the prompts of the call were"
         )
 
 
-def _check_plan(rows: Sequence[Intervention], count: int, family: Family) -> None:
+def _check_plan(rows: Sequence[Intervention], layers: Sequence[Layer], family: Family) -> None:
     if not rows:
         raise LocogenError("the plan is empty: give intervene at least one row")
     for row in rows:
-        beyond = [i for i in row.layers if not 0 <= i < count]
-        if beyond:
-            raise LocogenError(
-                f"layers {beyond} of {row.prompt!r} are not there: the model has 0 to {count - 1}"
-            )
+        if row.layers:
+            select(layers, row.layers)
         if row.pooled == "target" and family.pooled is None:
             raise LocogenError(
-                f"{family.name} hears text by its layers alone: leave out pooled='target'"
+                f"{family.name} reads text in its layers alone: leave out pooled='target'"
             )
-    missing = riders(rows) if family.evolves else ()
+    missing = missing_target_runs(rows) if family.joint_attention else ()
     if missing:
         raise LocogenError(
-            f"{family.name} hears a target from the target's own run, and that of {missing[0].target!r} with seed "
-            f"{missing[0].seed} is not in the plan: take plan = with_riders(plan), its prompts and its generators"
+            f"{family.name} takes a target from the target's own run, and that of "
+            f"{missing[0].target!r} with seed {missing[0].seed} is not in the plan: use plan = "
+            "with_target_runs(plan), its prompts and its generators"
         )
+
+
+# --- what a call of the denoiser gets ------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class _Exchange:
-    """What the rows of a plan hear in place of their own text, in the denoiser's call in progress."""
+    """Puts targets in the place of prompts, in the denoiser's call in progress."""
 
     call: Call
     plan: Sequence[Intervention]
-    targets: Text | None  # one row a row of the plan, as the caller encoded them
-    text: Text | None = (
-        None  # the targets' text as this call encodes it, its rows those of the call
-    )
+    targets: PromptEncoding | None  # as the caller encoded them, one a row of the plan
+    encoded: PromptEncoding | None = None  # the targets as this call encodes them, before guidance
 
     def encode(self, encoding: Encoding) -> None:
-        """Take note of an encoding within `pipe(…)`, where targets can be encoded in the same way."""
+        """Take note of an encoding within `pipe(…)`: now targets can be encoded in the same way."""
 
     def check(self, encoding: Encoding) -> None:
-        """The pipeline's call must have the plan's prompts, each as often as pictures are made of it."""
+        """The call must have the plan's prompts, each as often as pictures are made of it."""
         count = len(encoding.returned[0])
         if count % len(self.plan):
             raise LocogenError(
-                f"the denoiser is called with {count} conditional rows, the plan has {len(self.plan)}: {PLANS_PROMPTS}"
+                f"the denoiser is called with {count} conditional rows, the plan has "
+                f"{len(self.plan)}: {PLANS_PROMPTS}"
             )
         each = count // len(self.plan)
         if encoding.prompts is None:
-            self._check_encoded(encoding.returned[0].unflatten(0, (len(self.plan), each)))
+            states = encoding.returned[0].unflatten(0, (len(self.plan), each))
+            self._check_states(states)
             return
-        prompts = [text for text in encoding.prompts for _ in range(encoding.pictures_per_prompt)]
+        prompts = _each_repeated(encoding.prompts, encoding.pictures_per_prompt)
         for place, prompt in enumerate(prompts):
             planned = self.plan[place // each].prompt
             if prompt != planned:
                 raise LocogenError(
-                    f"prompt {place // each} of the call is {prompt!r}, that of the plan is {planned!r}: "
-                    f"{PLANS_PROMPTS}"
+                    f"prompt {place // each} of the call is {prompt!r}, that of the plan is "
+                    f"{planned!r}: {PLANS_PROMPTS}"
                 )
 
-    def _check_encoded(self, states: Tensor) -> None:
-        """Of prompts that the caller encoded, (plan rows, pictures of each, tokens, width).
+    def _check_states(self, states: Tensor) -> None:
+        """Prompts that the caller encoded must be able to be the plan's.
 
-        Which text they are cannot be read off them: equal prompts must have equal states, and a prompt that is
-        also a target must be encoded as that target is. Different prompts may be equal: CLIP ignores case.
+        Args:
+            states: (plan rows, pictures of each, tokens, width)
         """
         if states.shape[1] > 1 and not bool((states == states[:, :1]).all()):
             raise LocogenError(
-                f"the call has {states.shape[0] * states.shape[1]} different prompts, the plan has {len(self.plan)} "
-                f"rows: {PLANS_PROMPTS}"
+                f"the call has {states.shape[0] * states.shape[1]} different prompts, the plan has "
+                f"{len(self.plan)} rows: {PLANS_PROMPTS}"
             )
-        first: dict[str, Tensor] = {}
-        for row, state in zip(self.plan, states[:, 0], strict=True):
-            if row.prompt in first and not _same_text(state, first[row.prompt]):
-                raise LocogenError(
-                    f"the call's prompt_embeds differ in rows whose prompt is {row.prompt!r}: {PLANS_PROMPTS}"
-                )
-            first.setdefault(row.prompt, state)
-        if self.targets is not None:
-            self._check_against_targets(first, self.targets)
 
-    def _check_against_targets(self, prompts: dict[str, Tensor], targets: Text) -> None:
+        # Which text states are cannot be read from them. But equal prompts must have equal states,
+        # and a prompt that is also a target must be encoded as that target is. Different prompts
+        # may be equal: CLIP ignores case.
+        by_prompt: dict[str, Tensor] = {}
+        for row, state in zip(self.plan, states[:, 0], strict=True):
+            earlier = by_prompt.setdefault(row.prompt, state)  # (tokens, width)
+            if not _same_text(state, earlier):
+                raise LocogenError(
+                    f"the call's prompt_embeds differ in rows whose prompt is {row.prompt!r}: "
+                    f"{PLANS_PROMPTS}"
+                )
+        if self.targets is not None:
+            self._check_against_targets(by_prompt, self.targets)
+
+    def _check_against_targets(self, prompts: dict[str, Tensor], targets: PromptEncoding) -> None:
         for row, target in zip(self.plan, targets.states, strict=True):
             state = prompts.get(row.target)
             if state is not None and not _same_text(state, target.to(state)):
                 raise LocogenError(
-                    f"the call's prompt_embeds of {row.target!r} are not those of targets=: {PLANS_PROMPTS}"
+                    f"the call's prompt_embeds of {row.target!r} are not those of targets=: "
+                    f"{PLANS_PROMPTS}"
                 )
 
-    def rows_now(self, layer: int | None) -> list[int]:
-        """Which rows of the plan hear their target now, at a layer; None: by the pooled path."""
-        if not self.call.rows:
-            return []
-        if layer is None:
-            replaced = [i for i, row in enumerate(self.plan) if row.pooled == "target"]
-        else:
-            replaced = [i for i, row in enumerate(self.plan) if layer in row.layers]
-        return [i for i in replaced if self._in_time(self.plan[i])]
+    def at(self, layer: Layer) -> list[Hook]:
+        """The hooks that give a layer the targets."""
+        raise NotImplementedError
 
-    def _in_time(self, row: Intervention) -> bool:
+    def pooled(self, rows: Tensor) -> Tensor:
+        """The denoiser's pooled text, the targets' in rows that take it, (call rows, ...)."""
+        raise NotImplementedError
+
+    def rows_now(self, layer: int | None) -> list[int]:
+        """Which rows of the plan take their target now, at a layer; None: by the pooled text."""
+        if not self.call.rows:
+            return []  # FLUX's call for the negative prompt
+        rows = []
+        for i, row in enumerate(self.plan):
+            takes_target = row.pooled == "target" if layer is None else layer in row.layers
+            if takes_target and self._is_in_time(row):
+                rows.append(i)
+        return rows
+
+    def _is_in_time(self, row: Intervention) -> bool:
         if row.timesteps is None:
             return True
         first, last = row.timesteps
-        if last >= len(self.call.timesteps()):
-            raise LocogenError(
-                f"step {last} is not there: the call has 0 to {len(self.call.timesteps()) - 1}"
-            )
+        count = len(self.call.timesteps())
+        if last >= count:
+            raise LocogenError(f"step {last} is not there: the call has 0 to {count - 1}")
         return first <= self.call.step() <= last
 
     def places(self, plan_rows: Sequence[int]) -> Tensor:
         """Where rows of the plan stand in the call, all pictures of each: (places,)."""
-        rows = self.call.rows
+        rows = self.call.rows  # negative rows, if any, are before them
         each = len(rows) // len(self.plan)
-        places = [rows.start + i * each + k for i in plan_rows for k in range(each)]
+        places: list[int] = []
+        for i in plan_rows:
+            first = rows.start + i * each
+            places += range(first, first + each)
         return index_on(self.call.states.device, places)
 
 
 class _Replaced(_Exchange):
-    """The targets' encoding takes the place of the prompts', as the layers hear it."""
+    """The targets' encoding takes the place of the prompts', just before each layer reads it."""
 
     def encode(self, encoding: Encoding) -> None:
         if self.targets is not None:
-            self.text = self.targets
+            self.encoded = self.targets
             return
         targets = [row.target for row in self.plan]
-        self.text = self._encoded_alike(encoding, targets)
+        self.encoded = self._encoded_alike(encoding, targets)
         if encoding.prompts is None:
+            # Prompts that the caller encoded in an unknown way: targets can be encoded alike only
+            # if it is the pipeline's own.
             prompts = self._encoded_alike(encoding, [row.prompt for row in self.plan]).states
-            if not _same_text(encoding.returned[0], _stretched(prompts, len(encoding.returned[0]))):
+            states = encoding.returned[0]  # (pictures, tokens, width)
+            if not _same_text(states, _repeated(prompts, len(states))):
                 raise LocogenError(
-                    "the call's prompt_embeds are not what the pipeline makes of the plan's prompts: encode the "
-                    "targets in the same way and hand them to intervene(pipe, plan, targets=…)"
+                    "the call's prompt_embeds are not what the pipeline makes of the plan's "
+                    "prompts: encode the targets in the same way and hand them to intervene(pipe, "
+                    "plan, targets=…)"
                 )
 
-    def _encoded_alike(self, encoding: Encoding, texts: Sequence[str]) -> Text:
-        """Texts, one a row of the plan, encoded with the arguments of the call."""
+    def _encoded_alike(self, encoding: Encoding, texts: Sequence[str]) -> PromptEncoding:
+        """Texts, one a row of the plan, encoded with the call's arguments, such as `clip_skip`."""
         prompts = encoding.prompts or []
         copies, rest = divmod(len(prompts), len(self.plan))
         changes: dict[str, Any] = dict.fromkeys(ENCODED)
@@ -249,12 +280,15 @@ class _Replaced(_Exchange):
         if rest or not prompts:  # several rows of the plan are pictures of one prompt
             changes["num_images_per_prompt"] = 1
             copies = 1
-        changes["prompt"] = [text for text in texts for _ in range(copies)]
+        changes["prompt"] = _each_repeated(texts, copies)
         for name in OTHER_PROMPTS:
-            changes[name] = _exchanged(encoding.arguments.get(name), prompts, changes["prompt"])
-        return self.call.family.text_of(encoding.again(**changes))
+            other_texts = encoding.arguments.get(name)
+            changes[name] = _other_targets(other_texts, prompts, changes["prompt"])
+        return self.call.family.encoding_of(encoding.again(**changes))
 
     def at(self, layer: Layer) -> list[Hook]:
+        # Before the layer and not before the denoiser: so each layer can get another text, while
+        # the pooled text and whatever else the denoiser makes of its argument stay the prompt's.
         def hook(
             module: Any, args: Any, kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]] | None:
@@ -263,74 +297,88 @@ class _Replaced(_Exchange):
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
-            heard = kwargs.get("encoder_hidden_states")
-            if not isinstance(heard, torch.Tensor):
+            states = kwargs.get("encoder_hidden_states")  # (call rows, tokens, width)
+            if not isinstance(states, torch.Tensor):
                 raise LocogenError(
-                    f"layer {layer.index} ({layer.name}) hears {type(heard).__name__}, not one tensor"
+                    f"layer {layer.index} ({layer.name}) gets {type(states).__name__}, not one "
+                    "tensor of text"
                 )
-            places = self.places(rows).to(heard.device)
-            changed = {**kwargs, "encoder_hidden_states": _moved(heard, self._heard(), places)}
-            if self._text().mask is not None and kwargs.get("attention_mask") is not None:
-                bias = _moved(kwargs["attention_mask"], self._unheard(heard), places)
-                changed["attention_mask"] = bias
+            places = self.places(rows).to(states.device)
+            changed = {
+                **kwargs,
+                "encoder_hidden_states": _with_rows(states, self._projected(), places),
+            }
+            # Another text has another length: without its mask a target would be read as long as
+            # the prompt is.
+            if self._targets().mask is not None and kwargs.get("attention_mask") is not None:
+                bias = _with_rows(kwargs["attention_mask"], self._mask_bias(states), places)
+                changed["attention_mask"] = bias  # (call rows, 1, tokens)
             return args, changed
 
-        return [before(layer.module, hook, _named(layer))]
+        return [before(layer.module, hook, layer.label)]
 
-    def pooled(self, own: Tensor) -> Tensor:
-        rows = self.rows_now(None)
-        if not rows:
-            return own
-        pooled = self._text().pooled
-        other = self._states() if pooled is None else self._all(own, pooled)
-        return _moved(own, other, self.places(rows))
+    def pooled(self, rows: Tensor) -> Tensor:
+        plan_rows = self.rows_now(None)
+        if not plan_rows:
+            return rows
+        vectors = self._targets().pooled
+        # DeepFloyd's U-Net pools the states themselves.
+        other = self._states() if vectors is None else self._in_every_row(rows, vectors)
+        return _with_rows(rows, other, self.places(plan_rows))
 
-    def _text(self) -> Text:
-        if self.text is None:
+    def _targets(self) -> PromptEncoding:
+        if self.encoded is None:
             raise LocogenError(
-                "the pipeline's call began before this context was opened: open it before you call the pipeline"
+                "the pipeline's call began before this context was opened: open it before you call "
+                "the pipeline"
             )
-        return self.text
+        return self.encoded
 
-    def _all(self, own: Tensor, targets: Tensor) -> Tensor:
-        """The denoiser's argument with the targets' text in every conditional row, (rows, ...)."""
-        if own.shape[1:] != targets.shape[1:]:
+    def _in_every_row(self, argument: Tensor, targets: Tensor) -> Tensor:
+        """An argument of the denoiser, the targets' in every conditional row, (call rows, ...)."""
+        if argument.shape[1:] != targets.shape[1:]:
             raise LocogenError(
-                f"the model hears text of shape {tuple(own.shape[1:])}, the targets have {tuple(targets.shape[1:])}: "
-                "encode prompts and targets with the same tokenizer length"
+                f"the model reads text of shape {tuple(argument.shape[1:])}, the targets have "
+                f"{tuple(targets.shape[1:])}: encode prompts and targets with the same tokenizer "
+                "length"
             )
         places = self.places(range(len(self.plan)))
-        return own.index_copy(0, places, _stretched(targets, len(places)).to(own))
+        return argument.index_copy(0, places, _repeated(targets, len(places)).to(argument))
 
     def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Made at its first use in a call: then the denoiser is where it computes, offloaded or not."""
-        made = self.call.made
-        if name not in made:
-            made[name] = make()
-        return made[name]
+        """Made at its first use in a call: then the denoiser is where it computes, if offloaded."""
+        if name not in self.call.cache:
+            self.call.cache[name] = make()
+        return self.call.cache[name]
 
     def _states(self) -> Tensor:
-        return self._once("states", lambda: self._all(self.call.states, self._text().states))
+        """The denoiser's text, the targets' in conditional rows, (call rows, tokens, width)."""
+        states = self.call.states
+        return self._once("states", lambda: self._in_every_row(states, self._targets().states))
 
-    def _heard(self) -> Tensor:
+    def _projected(self) -> Tensor:
+        """The same as the layers get it, (call rows, tokens, width of the layers)."""
+        # The denoiser projects all rows at once, as in the target's own run: so the bits are the
+        # same.
         family = self.call.family
         denoiser = denoiser_of(self.call.pipe, family)
-        return self._once("heard", lambda: family.heard(denoiser, self._states()))
+        return self._once("projected", lambda: family.project_states(denoiser, self._states()))
 
-    def _unheard(self, heard: Tensor) -> Tensor:
-        """The bias of attention for the tokens that the targets' mask leaves out, as diffusers makes it of a mask."""
-        own = self.call.given["encoder_attention_mask"]
+    def _mask_bias(self, states: Tensor) -> Tensor:
+        """What attention adds for the targets' mask, (call rows, 1, tokens)."""
+        argument = self.call.arguments["encoder_attention_mask"]  # (call rows, tokens)
 
         def bias() -> Tensor:
-            mask = self._text().mask
+            mask = self._targets().mask
             assert mask is not None
-            return (1 - self._all(own, mask).to(heard)).unsqueeze(1) * -10000.0
+            # As diffusers makes it of a mask: 0 where a token is read, -10000 where it is not.
+            return (1 - self._in_every_row(argument, mask).to(states)).unsqueeze(1) * -10000.0
 
         return self._once("bias", bias)
 
 
 class _Patched(_Exchange):
-    """The keys and values of the targets' own runs, in the same call, take the place of the rows' own."""
+    """The keys and values of the targets' own runs take the place of the rows' own."""
 
     def check(self, encoding: Encoding) -> None:
         super().check(encoding)
@@ -345,12 +393,12 @@ class _Patched(_Exchange):
     def _check_other_prompts(self, name: str, prompts: Sequence[str], texts: Sequence[str]) -> None:
         """A row and its target's own run must differ in the prompt alone, or repeat it."""
         replaced = [i for i, row in enumerate(self.plan) if not row.is_plain]
-        for row, rider in zip(replaced, self._riding(replaced), strict=True):
-            repeats = texts[row] == prompts[row] and texts[rider] == prompts[rider]
-            if texts[row] != texts[rider] and not repeats:
+        for row, target_run in zip(replaced, self._target_runs(replaced), strict=True):
+            both_repeat = texts[row] == prompts[row] and texts[target_run] == prompts[target_run]
+            if texts[row] != texts[target_run] and not both_repeat:
                 raise LocogenError(
-                    f"{name} of {prompts[row]!r} is {texts[row]!r}, that of its target's own run is {texts[rider]!r}: "
-                    "give both rows the same text, or their prompts"
+                    f"{name} of {prompts[row]!r} is {texts[row]!r}, that of its target's own run "
+                    f"is {texts[target_run]!r}: give both rows the same text, or their prompts"
                 )
 
     def at(self, layer: Layer) -> list[Hook]:
@@ -358,11 +406,12 @@ class _Patched(_Exchange):
             raise LocogenError(
                 "the model's projections are fused: call its unfuse_qkv_projections() first"
             )
-        matrices = self.call.family.matrices(layer.module)
+        # After the matrices and not before the layer: queries stay the row's own, and so does the
+        # text that the block hands on.
         patch = self._patch(layer)
+        matrices = self.call.family.matrices(layer.module)
         return [
-            after(matrix, patch, f"to_{name} of {_named(layer)}")
-            for name, matrix in matrices.items()
+            after(matrix, patch, f"to_{name} of {layer.label}") for name, matrix in matrices.items()
         ]
 
     def _patch(self, layer: Layer) -> Callable[..., Tensor | None]:
@@ -370,39 +419,41 @@ class _Patched(_Exchange):
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
+            # Where text and picture are one sequence, the text is first, and the picture stays the
+            # row's own.
             tokens = self.call.states.shape[1] if layer.joined else output.shape[1]
-            changed = output.clone()  # (rows, tokens, channels)
-            source = self.places(self._riding(rows))
+            source = self.places(self._target_runs(rows))
+            changed = output.clone()  # (call rows, tokens, channels)
             changed[self.places(rows), :tokens] = output[source, :tokens]
             return changed
 
         return hook
 
-    def pooled(self, own: Tensor) -> Tensor:
-        rows = self.rows_now(None)
-        if not rows:
-            return own
-        return own.index_copy(0, self.places(rows), own[self.places(self._riding(rows))])
+    def pooled(self, rows: Tensor) -> Tensor:
+        plan_rows = self.rows_now(None)
+        if not plan_rows:
+            return rows
+        source = self.places(self._target_runs(plan_rows))
+        return rows.index_copy(0, self.places(plan_rows), rows[source])
 
-    def _riding(self, plan_rows: Sequence[int]) -> list[int]:
-        """The rows of the plan that are the targets' own runs."""
-        own_runs = {(row.prompt, row.seed): i for i, row in enumerate(self.plan) if row.is_plain}
-        return [own_runs[self.plan[i].target, self.plan[i].seed] for i in plan_rows]
-
-
-def _named(layer: Layer) -> str:
-    return f"layer {layer.index} ({layer.name})"
+    def _target_runs(self, plan_rows: Sequence[int]) -> list[int]:
+        """For each of some rows, the row of the plan that is its target's own run."""
+        plain = {(row.prompt, row.seed): i for i, row in enumerate(self.plan) if row.is_plain}
+        return [plain[self.plan[i].target, self.plan[i].seed] for i in plan_rows]
 
 
-def _exchanged(texts: Any, prompts: Sequence[str], targets: Sequence[str]) -> Any:
-    """What another encoder hears in the target's own run: the target if it heard the prompt, else the same."""
+def _other_targets(texts: Any, prompts: Sequence[str], targets: Sequence[str]) -> Any:
+    """What another encoder gets for a target: the target if it got the prompt, else its text."""
     if texts is None:
         return None
     as_list = [texts] if isinstance(texts, str) else list(texts)
     if as_list == list(prompts):
         return list(targets)
-    each = len(targets) // len(as_list)
-    return [text for text in as_list for _ in range(each)]
+    return _each_repeated(as_list, len(targets) // len(as_list))
+
+
+def _each_repeated(texts: Sequence[str], times: int) -> list[str]:
+    return [text for text in texts for _ in range(times)]
 
 
 def _same_text(one: Tensor, other: Tensor) -> bool:
@@ -414,61 +465,72 @@ def _same_text(one: Tensor, other: Tensor) -> bool:
     return bool(largest <= tolerance * other.abs().max())
 
 
-def _stretched(text: Tensor, count: int) -> Tensor:
-    """Each row as often as there are pictures of it, `count` in all."""
-    return text.repeat_interleave(count // len(text), dim=0)
+def _repeated(encoding: Tensor, count: int) -> Tensor:
+    """Each row as often as there are pictures of it, (count, ...)."""
+    return encoding.repeat_interleave(count // len(encoding), dim=0)
 
 
-def _moved(own: Tensor, other: Tensor, places: Tensor) -> Tensor:
-    """Some rows of one tensor from another, (rows, ...)."""
-    return own.index_copy(0, places, other[places].to(own))
+def _with_rows(tensor: Tensor, other: Tensor, places: Tensor) -> Tensor:
+    """A copy of a tensor with some rows of another one of the same shape, (call rows, ...)."""
+    return tensor.index_copy(0, places, other[places].to(tensor))
+
+
+# --- look at a model -----------------------------------------------------------------------------
 
 
 @contextmanager
 def record(pipe: Any) -> Iterator[dict[int, list[Tensor]]]:
-    """Within the context, collect what each layer hears in calls of the pipeline.
+    """Collect the text that each layer gets in calls of the pipeline.
 
-    Opened inside `intervene`, it hears the exchanged text, except where keys and values are patched (SD 3,
-    FLUX).
+    Opened inside `intervene`, it collects the exchanged text, except in SD 3 and FLUX, where keys
+    and values are exchanged and not the text.
 
     Args:
         pipe: The pipeline.
 
-    Yields:
-        {layer index: [(rows, tokens, width) at each call]}, copies, detached, on their own device.
+    Returns:
+        A context manager, which yields {layer index: [(rows, tokens, width) at each call of the
+        denoiser]}: copies, detached, on their own device.
 
     Raises:
         LocogenError: A layer was not called.
         UnsupportedModel: The family is unknown.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> with record(pipe) as texts:
+        ...     output = pipe("a house", num_inference_steps=2, guidance_scale=1.0)
+        >>> len(texts[8])  # one a step
+        2
     """
     layers = find_layers(pipe)
-    heard: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
+    texts: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
 
-    def listener(call: Call, layer: Layer) -> Hook:
+    def collecting(call: Call, layer: Layer) -> Hook:
         def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            if layer.joined:
+            if layer.joined:  # text and picture are one sequence, text first
                 states = kwargs["hidden_states"][:, : call.states.shape[1]]
             else:
                 states = kwargs["encoder_hidden_states"]
-            heard[layer.index].append(states.detach().clone())  # (rows, tokens, width)
+            texts[layer.index].append(states.detach().clone())  # (rows, tokens, width)
 
-        return before(layer.module, hook, _named(layer))
+        return before(layer.module, hook, layer.label)
 
-    with on_denoiser(pipe, lambda call: [listener(call, layer) for layer in layers]):
-        yield heard
+    with on_denoiser(pipe, lambda call: [collecting(call, layer) for layer in layers]):
+        yield texts
 
 
 def foreign_hooks(pipe: Any) -> tuple[str, ...]:
-    """Names of the pipeline's modules that carry somebody else's forward hooks, whose effect nobody can key.
+    """Names of modules that carry other programs' forward hooks, whose effect no key can hold.
 
-    Those of transformers are the pipeline's own: left behind to collect hidden states (SD-XL, SD 3), changing
-    nothing. Hooks of locogen that were copied with their module are somebody else's.
+    Those of transformers do not count: left behind to collect hidden states (SD-XL, SD 3), they
+    change nothing. Hooks of locogen that were copied with their module are somebody else's.
     """
     foreign = []
     for part, component in pipe.components.items():
-        for name, module in (
-            component.named_modules() if hasattr(component, "named_modules") else ()
-        ):
+        if not hasattr(component, "named_modules"):
+            continue
+        for name, module in component.named_modules():
             hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
             if any(_is_foreign(hook, module) for hook in hooks):
                 foreign.append(f"{part}.{name}")
@@ -482,7 +544,19 @@ def _is_foreign(hook: Any, module: Any) -> bool:
 
 
 def generators(plan: Sequence[Intervention]) -> list[torch.Generator]:
-    """One CPU generator a row, seeded with the row's seed: the same noise on every device and in every batch."""
+    """Make one CPU generator a row, seeded with its seed: the same noise on every device.
+
+    Args:
+        plan: The rows.
+
+    Returns:
+        A generator for each row, in order: the `generator=` of a pipeline call.
+
+    Example:
+        >>> plan = [Intervention("a house", "a house", seed=seed) for seed in (3, 4)]
+        >>> [generator.initial_seed() for generator in generators(plan)]
+        [3, 4]
+    """
     import torch
 
     return [torch.Generator("cpu").manual_seed(row.seed) for row in plan]

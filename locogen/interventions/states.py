@@ -1,8 +1,12 @@
-"""The states that causal tracing restores: what parts of the denoiser and of the text encoder put out."""
+"""The states that causal tracing restores: outputs of parts of denoiser and text encoder.
+
+The parts are those of Basu et al. 2023 (arXiv 2310.13730), and of Meng et al. 2022 (arXiv
+2202.05262) before.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,12 +36,17 @@ _TEXT_BLOCKS = {  # what CLIP and T5 call them in transformers
 
 @dataclass(frozen=True)
 class State:
-    """What one module puts out: the `index`-th of its `part` in execution order, `name` its path."""
+    """The output of a module: the `index`-th of its `part` in execution order."""
 
     part: str
     index: int
     name: str
     module: Any = field(repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.part} {self.index} ({self.name})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +57,18 @@ class _Remembered:
     states: tuple[State, ...]
 
 
-_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = (
-    WeakKeyDictionary()
-)  # by denoiser, or first text encoder
+# By denoiser, or by first text encoder.
+_REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()
 
 
 def find_states(pipe: Any) -> tuple[State, ...]:
-    """The denoiser's states, all parts in one observed execution order; `index` counts within the part.
+    """The denoiser's states, in observed execution order; `index` counts within the part.
 
-    The index of a cross-attention state is that of `find_layers`. Parts: `DENOISER_PARTS`, as in Basu et al. 2024's
-    baseline. Raises `UnsupportedModel` for an unknown family, `LocogenError` where the denoiser has none of them.
+    The index of a cross-attention state is that of `find_layers`. The parts are `DENOISER_PARTS`.
+
+    Raises:
+        UnsupportedModel: The family is unknown.
+        LocogenError: The denoiser has none of the parts.
     """
     family = family_of(pipe)
     denoiser = denoiser_of(pipe, family)
@@ -78,19 +89,32 @@ def find_states(pipe: Any) -> tuple[State, ...]:
     return states
 
 
+def _is_part(module: Any) -> bool:
+    return type(module).__name__ in _BLOCKS or (hasattr(module, "to_k") and hasattr(module, "to_v"))
+
+
+def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
+    if type(module).__name__ in _BLOCKS:
+        return _BLOCKS[type(module).__name__]
+    # The modules of self- and cross-attention are of one class: what they are called with tells
+    # them apart.
+    has_text = kwargs.get("encoder_hidden_states") is not None
+    return "cross-attention" if has_text else "self-attention"
+
+
 def find_text_states(pipe: Any) -> tuple[State, ...]:
     """The text encoders' states, in observed execution order; `index` is the encoder's layer.
 
-    Raises `LocogenError` for an encoder whose parts are not known.
+    Raises:
+        LocogenError: The parts of the encoder are unknown.
     """
     encoders = text_encoders(pipe)
     first = next(iter(encoders.values()))
-    candidates = {
-        module: f"{part}.{name}"
-        for part, encoder in encoders.items()
-        for name, module in encoder.named_modules()
-        if name.rpartition(".")[2] in _TEXT_BLOCKS
-    }
+    candidates = {}
+    for part, encoder in encoders.items():
+        for name, module in encoder.named_modules():
+            if name.rpartition(".")[2] in _TEXT_BLOCKS:
+                candidates[module] = f"{part}.{name}"
     states = _remembered(first, candidates)
     if states is None:
         calls = _observed_in_encoders(list(encoders.values()), candidates, pipe)
@@ -110,7 +134,7 @@ def _observed_in_encoders(
     """The modules of all encoders in the order in which encoding a prompt calls them."""
     import torch
 
-    together = torch.nn.ModuleList(encoders)
+    together = torch.nn.ModuleList(encoders)  # so that one call encodes a prompt, and is observed
     return list(observed_calls(together, candidates, lambda: encode(pipe, [""])))
 
 
@@ -123,7 +147,7 @@ def _remembered(model: Any, candidates: Mapping[Any, str]) -> tuple[State, ...] 
 
 
 def _numbered(parts: Mapping[Any, str], names: Mapping[Any, str]) -> tuple[State, ...]:
-    """States of modules in the order in which they were called, each with its place among its part's."""
+    """States of modules in the order of their calls, each with its place in its part."""
     counts: Counter[str] = Counter()
     states = []
     for module, part in parts.items():
@@ -133,51 +157,51 @@ def _numbered(parts: Mapping[Any, str], names: Mapping[Any, str]) -> tuple[State
 
 
 def check_apart(pipe: Any, what: str) -> None:
-    """Raise `LocogenError` for a family whose text evolves along with the picture: there is no layer that reads it."""
+    """Refuse joint attention, where no layer reads the text without changing it."""
     family = family_of(pipe)
-    if family.evolves:
+    if family.joint_attention:
         raise LocogenError(
-            f"{family.name} has no cross-attention apart from the picture's own, so {what} says nothing of it: "
-            "take loco.localize"
+            f"{family.name} has no cross-attention apart from the picture's own, so {what} says "
+            "nothing of it: use loco.localize"
         )
-
-
-def _is_part(module: Any) -> bool:
-    return type(module).__name__ in _BLOCKS or (hasattr(module, "to_k") and hasattr(module, "to_v"))
-
-
-def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
-    hears_itself = kwargs.get("encoder_hidden_states") is None
-    attention = "self-attention" if hears_itself else "cross-attention"
-    return _BLOCKS.get(type(module).__name__, attention)
 
 
 @contextmanager
 def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[None]:
-    """Within the context, row `i` of a pipeline call has some states of another row of the same call.
+    """Within the context, row `i` of a call has some states of another row of the same call.
 
-    `rows[i]` is (the row that it takes them from, which of `find_states` it takes); `(i, ())` leaves it as it is. The
-    clean run rides along in the batch, so that its states are those of the same step, and none is kept. Call the
-    pipeline with exactly as many prompts, one picture each. Conditional rows only.
+    Args:
+        pipe: The pipeline, to be called with one prompt for each of `rows`, one picture each.
+        rows: For each row, the row that it takes states from, and which ones, as places in
+            `find_states`; `(i, ())` leaves it unchanged. Conditional rows alone are changed.
 
-    Raises `LocogenError` for states or rows that are not there, and for a call with another number of rows.
+    Raises:
+        LocogenError: The states or rows are not there, or the call has another number of rows.
     """
     states = find_states(pipe)
     count = len(rows)
+    all_places = set(range(len(states)))
     for source, restored in rows:
-        beyond = [place for place in restored if not 0 <= place < len(states)]
-        if beyond or not 0 <= source < count:
+        if not all_places.issuperset(restored) or not 0 <= source < count:
             raise LocogenError(
-                f"row {source} or states {restored} are not there: {count} rows, {len(states)} states"
+                f"row {source} or states {restored} are not there: {count} rows, {len(states)} "
+                "states"
             )
 
+    # One hook a state, for all rows that restore it.
+    pairs: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for row, (source, restored) in enumerate(rows):
+        for place in set(restored):
+            pairs[place].append((row, source))
+
+    # The clean run is in the same batch as the corrupted ones: so its states are those of the same
+    # step, and none has to be stored.
     def hooks_for(call: Call) -> list[Hook]:
         hooks = []
-        for place, state in enumerate(states):
-            pairs = [(i, source) for i, (source, restored) in enumerate(rows) if place in restored]
-            if pairs:
-                label = f"{state.part} {state.index} ({state.name})"
-                hooks.append(after(state.module, _copying(state, pairs, count, call), label))
+        for place in sorted(pairs):
+            state = states[place]
+            change = _copying(state, pairs[place], count, call)
+            hooks.append(after(state.module, change, state.label))
         return hooks
 
     with on_denoiser(pipe, hooks_for, f"restoring {list(rows)}"):
@@ -187,16 +211,19 @@ def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterato
 def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: Call) -> Any:
     """A hook that puts one row's output in the place of another's, among the conditional rows."""
 
+    # After the module: what later modules read of it, the residual stream included, is then
+    # restored.
     def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if not call.rows:
             return None
         if len(call.rows) != count or len(output) != call.rows.stop:
             raise LocogenError(
-                f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline with one prompt a row"
+                f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline "
+                "with one prompt a row"
             )
         first = call.rows.start
-        into = index_on(output.device, [first + row for row, _ in pairs])
-        sources = index_on(output.device, [first + row for _, row in pairs])
-        return output.index_copy(0, into, output[sources])
+        changed = index_on(output.device, [first + row for row, _ in pairs])  # (pairs,)
+        sources = index_on(output.device, [first + source for _, source in pairs])  # (pairs,)
+        return output.index_copy(0, changed, output[sources])  # (call rows, ...)
 
     return hook

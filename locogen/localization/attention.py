@@ -16,7 +16,7 @@ from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
 from locogen.localization.effects import estimates
 from locogen.localization.localize import source_of
-from locogen.models.families import family_of, subject_occurrences, warn_unheard
+from locogen.models.families import family_of, subject_occurrences, warn_unread
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import subject_in
@@ -59,7 +59,7 @@ def attention_contribution(
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
     drawn = distinct_seeds(seeds)
-    warn_unheard(pipe, (pair.prompt for pair in concept.pairs))
+    warn_unread(pipe, (pair.prompt for pair in concept.pairs))
     rows = []
     for pair in concept.pairs:
         occurrences = subject_occurrences(pipe, pair.prompt, subject or subject_in(concept, pair))

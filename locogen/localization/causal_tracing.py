@@ -29,8 +29,8 @@ from locogen.interventions.states import (
     restoring,
 )
 from locogen.localization.localize import in_reading_order, score_columns, scorer_for, source_of
-from locogen.models.families import end_position, subject_occurrences, warn_unheard
-from locogen.models.text import Text
+from locogen.models.families import end_position, subject_occurrences, warn_unread
+from locogen.models.text import PromptEncoding
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures.batches import Texts, called, halved
 from locogen.pictures.progress import beat
@@ -104,7 +104,7 @@ def causal_trace(
     guidance = usual["guidance_scale"] if guidance_scale is None else guidance_scale
     chosen = Settings(steps, float(guidance), batch_size)
     wanted = _known_parts(parts)
-    warn_unheard(pipe, (pair.prompt for pair in concept.pairs))
+    warn_unread(pipe, (pair.prompt for pair in concept.pairs))
     drawn, plan = distinct_seeds(seeds), []
     for pair in concept.pairs:
         words = subject or subject_in(concept, pair)
@@ -278,12 +278,12 @@ class _Texts:
         self.pipe = pipe
         self.clean = Texts(pipe, [Intervention(row.prompt, row.prompt) for row in rows])
         self.asked: dict[tuple[str, Noise], dict[Restored, None]] = {}
-        self.heard: dict[tuple[str, Noise], dict[Restored, Text]] = {}
+        self.heard: dict[tuple[str, Noise], dict[Restored, PromptEncoding]] = {}
         for row in rows:
             if row.noise is not None:
                 self.asked.setdefault((row.prompt, row.noise), {})[row.text] = None
 
-    def of(self, row: Restoration) -> Text:
+    def of(self, row: Restoration) -> PromptEncoding:
         """The row's text; that of few noises is kept, since rows come noise by noise."""
         if row.noise is None:
             return self.clean.of[row.prompt]
@@ -302,7 +302,7 @@ class _Texts:
         """What a call of the pipeline takes for these rows."""
         negative = self.clean.negative
         guided = {} if negative is None else negative.expanded(len(rows)).arguments("negative_")
-        return Text.stack(self.of(row) for row in rows).arguments() | guided
+        return PromptEncoding.stack(self.of(row) for row in rows).arguments() | guided
 
 
 def _batch(pipe: Any, rows: Sequence[Restoration], texts: _Texts, chosen: Settings) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from locogen.files import replacing
 from locogen.mini.muon import Muon
 
 CHECKPOINT_SECONDS = 120.0
@@ -22,14 +22,6 @@ def rate_at(step: int, steps: int, *, warmup: int = 50, decay: float = 0.35) -> 
     rise = min(1.0, (step + 1) / warmup)
     fall = min(1.0, (steps - step) / (decay * steps))
     return min(rise, fall)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a neighbor of `path`, then move it into place: readers see all of it or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
@@ -80,7 +72,9 @@ class Training:
                     tensors[f"state/{key}/{part}"] = moment
         tensors["step"] = torch.tensor(self.step)
         tensors = {k: v.contiguous().clone() for k, v in tensors.items()}
-        write_atomically(self.path, lambda path: save_file(tensors, path))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            save_file(tensors, part)
 
     def resume(self) -> None:
         """Continue from the checkpoint, if there is one."""

@@ -13,19 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from locogen.files import replacing
 from locogen.mini import world
-from locogen.mini.loop import write_atomically
 from locogen.mini.parts import Recipe
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
     """Write an array, whole or not at all, never as a pickle."""
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-
-    write_atomically(path, write)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part, part.open("wb") as stream:
+        np.save(stream, values, allow_pickle=False)
 
 
 def _render_thing(thing: str, recipe: Recipe, path: Path) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from locogen.errors import LocogenError
+from locogen.files import write_whole
 from locogen.mini import contrast, parts, world
-from locogen.mini.loop import Training, fit, write_atomically
+from locogen.mini.loop import Training, fit
 from locogen.mini.parts import Recipe
 from locogen.mini.pictures import draw, renders, samplesheet, save_array, sheet, take
 
@@ -305,7 +306,8 @@ class Workshop:
             raise LocogenError(
                 f"{self.folder} was begun with another recipe ({path}): give an empty folder"
             )
-        write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text.encode())
 
     @cached_property
     def renders(self) -> Tensor:

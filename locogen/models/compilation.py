@@ -1,4 +1,4 @@
-"""Compiled parts of a model: where they are, and how to run them without their compiled code for a while."""
+"""Compiled parts of a model, and how to run them uncompiled for a while."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOCK = threading.RLock()
 
 @dataclass(eq=False)
 class _Suspended:
-    """A module whose compiled code is not used now: by how many contexts, and how to put it back."""
+    """A module whose compiled code is put aside: by how many contexts, and how to put it back."""
 
     contexts: int
     put_back: Callable[[], None]
@@ -36,7 +36,7 @@ def uncompiled_module(module: Any) -> Any:
 def is_compiled(model: Any) -> bool:
     """Whether a module, or any part of it, is compiled.
 
-    It says so also within contexts that do not use the compiled code.
+    So it is, too, within contexts that put its compiled code aside.
 
     Args:
         model: A denoiser, an encoder, or any other component of a pipeline.
@@ -50,8 +50,9 @@ def is_compiled(model: Any) -> bool:
 def running_uncompiled(model: Any, modules: Iterable[Any]) -> Iterator[None]:
     """Within the context, run some modules, and all that contain them, without their compiled code.
 
-    Compiled code was made of the hooks that there were when it was traced: dynamo does not look whether
-    hooks have come or gone since (PyTorch issue 117758). What contains no hook keeps its compiled code.
+    Compiled code was made of the hooks that there were when it was traced: dynamo does not look
+    whether hooks have come or gone since (PyTorch issue 117758). What contains no hook keeps its
+    compiled code.
 
     Args:
         model: The denoiser or encoder that contains the modules, as the pipeline holds it.
@@ -68,20 +69,21 @@ def running_uncompiled(model: Any, modules: Iterable[Any]) -> Iterator[None]:
 
 @contextmanager
 def _suspended(module: Any) -> Iterator[None]:
-    """Contexts may be left in any order, and in several threads: the last one puts the code back."""
+    """Contexts may be left in any order, in several threads: the last one puts the code back."""
     with _LOCK:
-        entry = _SUSPENDED.setdefault(module, _Suspended(0, lambda: None))
-        entry.contexts += 1
+        suspended = _SUSPENDED.setdefault(module, _Suspended(0, lambda: None))
+        suspended.contexts += 1
+        # The user may compile a module anew within a context: then that code is put back.
         if _has_compiled_code(module):
-            entry.put_back = _take_out(module)
+            suspended.put_back = _take_out(module)
     try:
         yield
     finally:
         with _LOCK:
-            entry.contexts -= 1
-            if not entry.contexts:
+            suspended.contexts -= 1
+            if not suspended.contexts:
                 del _SUSPENDED[module]
-                entry.put_back()
+                suspended.put_back()
 
 
 def _is_wrapper(module: Any) -> bool:
@@ -90,12 +92,13 @@ def _is_wrapper(module: Any) -> bool:
 
 
 def _has_compiled_code(module: Any) -> bool:
-    if getattr(module, "_compiled_call_impl", None) is not None and not _is_wrapper(module):
-        return True
     forward = vars(module).get("forward")
     if _is_wrapper(module):
         return forward != module._orig_mod.__call__
-    return hasattr(forward, "_torchdynamo_orig_callable")
+    # `module.compile()` sets the first, `module.forward = torch.compile(module.forward)` the
+    # second.
+    has_compiled_call = getattr(module, "_compiled_call_impl", None) is not None
+    return has_compiled_call or hasattr(forward, "_torchdynamo_orig_callable")
 
 
 def _take_out(module: Any) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""What is particular to each kind of denoiser: its smallest inputs, its matrices, and where text enters it.
+"""What is particular to each kind of denoiser: smallest inputs, matrices, where text enters.
 
 Small functions that `families.FAMILIES` puts together; none asks which pipeline it serves.
 """
@@ -15,84 +15,150 @@ from locogen.models.offload import computes_on
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from locogen.models.text import Text
+    from locogen.models.text import PromptEncoding
 
-Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor that the denoiser is called with
-POOLED = "the pooled text"  # what messages call the path by which text enters beside the layers
+Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor, (rows, ...) in and out
+POOLED = "the pooled text"  # what messages call the path by which text enters outside of the layers
 
 
-def same(denoiser: Any, states: Tensor) -> Tensor:
-    """Nothing stands between the states and who reads them."""
-    return states
+# --- the smallest forward pass -------------------------------------------------------------------
 
 
 def _zeros(denoiser: Any, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    """Zeros where the denoiser computes, the meta device included; under offload, where it will be computed."""
+    """Zeros on the device where the denoiser computes, the meta device included."""
     import torch
 
-    device, dtype = computes_on(denoiser) or denoiser.device, denoiser.dtype
-    return {name: torch.zeros(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+    # Under offload the weights are on another device (or on none) than the one that computes.
+    device = computes_on(denoiser) or denoiser.device
+    return {
+        name: torch.zeros(shape, device=device, dtype=denoiser.dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def unet_inputs(unet: Any) -> dict[str, Any]:
-    """One 8 x 8 latent (64 x 64 pixels) and two text tokens, and what SD-XL is told of the picture's size."""
+    """One 8 x 8 latent and two text tokens; for SD-XL also the size of the picture."""
     config = unet.config
     width = config.encoder_hid_dim or config.cross_attention_dim
     width = width if isinstance(width, int) else width[0]
-    given: dict[str, Any] = _zeros(
+    inputs: dict[str, Any] = _zeros(
         unet, sample=(1, config.in_channels, 8, 8), encoder_hidden_states=(1, 2, width)
     )
-    given["timestep"] = given["sample"].new_zeros(1).long()
+    inputs["timestep"] = inputs["sample"].new_zeros(1).long()
     if config.addition_embed_type == "text_time":
+        # SD-XL's projection reads the pooled text and six numbers of the picture's size, embedded.
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        given["added_cond_kwargs"] = _zeros(unet, text_embeds=(1, pooled), time_ids=(1, 6))
-    return given
+        inputs["added_cond_kwargs"] = _zeros(unet, text_embeds=(1, pooled), time_ids=(1, 6))
+    return inputs
 
 
 def joint_inputs(denoiser: Any) -> dict[str, Any]:
-    """One patch of picture and two text tokens. SD 3 takes latents; FLUX takes packed ones with their positions."""
+    """One patch of picture and two text tokens, for SD 3 and FLUX."""
     config = denoiser.config
-    given: dict[str, Any] = _zeros(
+    inputs: dict[str, Any] = _zeros(
         denoiser,
         encoder_hidden_states=(1, 2, config.joint_attention_dim),
         pooled_projections=(1, config.pooled_projection_dim),
         timestep=(1,),
     )
+
+    # SD 3 takes latents.
     if "sample_size" in config:
         side = config.patch_size
-        return given | _zeros(denoiser, hidden_states=(1, config.in_channels, side, side))
-    given |= _zeros(
+        return inputs | _zeros(denoiser, hidden_states=(1, config.in_channels, side, side))
+
+    # FLUX takes latents that are packed into tokens, and the positions of all tokens.
+    inputs |= _zeros(
         denoiser, hidden_states=(1, 1, config.in_channels), txt_ids=(2, 3), img_ids=(1, 3)
     )
-    return given | (_zeros(denoiser, guidance=(1,)) if config.guidance_embeds else {})
+    if config.guidance_embeds:
+        inputs |= _zeros(denoiser, guidance=(1,))
+    return inputs
 
 
 def caption_inputs(denoiser: Any) -> dict[str, Any]:
-    """One patch of picture and two text tokens, all of it heard, and what PixArt-α is told of the picture's size."""
-    config, side = denoiser.config, denoiser.config.patch_size
-    given: dict[str, Any] = _zeros(
+    """One patch of picture and two text tokens; for PixArt-α also the picture's size."""
+    config = denoiser.config
+    side = config.patch_size
+    inputs: dict[str, Any] = _zeros(
         denoiser,
         hidden_states=(1, config.in_channels, side, side),
         encoder_hidden_states=(1, 2, config.caption_channels),
-        encoder_attention_mask=(1, 2),
+        encoder_attention_mask=(1, 2),  # equal for both tokens, so that neither is left out
         timestep=(1,),
     )
     if getattr(denoiser, "use_additional_conditions", False):
-        given["added_cond_kwargs"] = _zeros(denoiser, resolution=(1, 2), aspect_ratio=(1, 1))
-    return given
+        inputs["added_cond_kwargs"] = _zeros(denoiser, resolution=(1, 2), aspect_ratio=(1, 1))
+    return inputs
 
 
-def check_seen_through(denoiser: Any) -> None:
-    """Refuse what the interventions cannot see through."""
-    name, kind = type(denoiser).__name__, getattr(denoiser.config, "encoder_hid_dim_type", None)
-    if kind != "text_proj" and (kind or getattr(denoiser, "encoder_hid_proj", None) is not None):
+# --- what a denoiser is --------------------------------------------------------------------------
+
+
+def is_unet_with(addition: str | None) -> Callable[[Any], bool]:
+    """Recognizes U-Nets, which share one class, by what they take in addition to text and time."""
+    return lambda model: (
+        type(model).__name__ == "UNet2DConditionModel"
+        and model.config.addition_embed_type == addition
+    )
+
+
+def has_class(name: str) -> Callable[[Any], bool]:
+    """Recognizes a denoiser by the name of its class."""
+    return lambda model: type(model).__name__ == name
+
+
+def check_unmodified(denoiser: Any) -> None:
+    """Raise for additions to a denoiser under which an intervention would be wrong."""
+    name = type(denoiser).__name__
+    projection = getattr(denoiser.config, "encoder_hid_dim_type", None)
+    has_projection = getattr(denoiser, "encoder_hid_proj", None) is not None
+    # "text_proj" is DeepFloyd's own; an IP-Adapter brings another, whose pictures no prompt
+    # replaces.
+    if projection != "text_proj" and (projection or has_projection):
         raise UnsupportedModel(
-            f"this {name} hears pictures too (an IP-Adapter): pipe.unload_ip_adapter() first"
+            f"this {name} reads pictures too (an IP-Adapter): pipe.unload_ip_adapter() first"
         )
     if getattr(denoiser, "is_cache_enabled", False):
         raise LocogenError(
             f"the {name} skips blocks through a feature cache: call its disable_cache() first"
         )
+
+
+def skipped_blocks(call: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of blocks that a call of the denoiser skips: SD 3's guidance by skipped layers.
+
+    Args:
+        call: The keyword arguments of the call.
+    """
+    return tuple(f"transformer_blocks.{index}." for index in call.get("skip_layers") or ())
+
+
+# --- from encoded text to the matrices of a layer ------------------------------------------------
+
+
+def unchanged(module: Any, states: Tensor) -> Tensor:
+    """The states themselves: nothing stands between them and what reads them."""
+    return states
+
+
+def project_t5(unet: Any, states: Tensor) -> Tensor:
+    """What DeepFloyd's U-Net makes of T5's states before its blocks, (rows, tokens, width)."""
+    return unet.encoder_hid_proj(states)
+
+
+def project_caption(denoiser: Any, states: Tensor) -> Tensor:
+    """What PixArt and Sana make of a caption before their blocks, (rows, tokens, width)."""
+    if denoiser.caption_projection is not None:
+        states = denoiser.caption_projection(states)
+    if hasattr(denoiser, "caption_norm"):
+        states = denoiser.caption_norm(states)
+    return states
+
+
+def norm_text(attention: Any, states: Tensor) -> Tensor:
+    """What a layer of DeepFloyd makes of the text before its matrices, (rows, tokens, width)."""
+    return attention.norm_encoder_hidden_states(states) if attention.norm_cross else states
 
 
 def keys_and_values(attention: Any) -> dict[str, Any]:
@@ -101,17 +167,22 @@ def keys_and_values(attention: Any) -> dict[str, Any]:
 
 
 def added_keys_and_values(attention: Any) -> dict[str, Any]:
-    """Of an attention that joins text to the picture's own; FLUX's single blocks have one pair for both."""
+    """Of an attention that joins text to the picture's own tokens."""
+    # FLUX's single blocks have one pair of matrices for text and picture.
     if getattr(attention, "add_k_proj", None) is None:
         return keys_and_values(attention)
     return {"k": attention.add_k_proj, "v": attention.add_v_proj}
 
 
+# --- the pooled text, which enters outside of the layers -----------------------------------------
+
+
 def added_text(denoiser: Any, change: Change) -> list[Hook]:
-    """SD-XL is told the pooled vector beside the size."""
+    """SD-XL takes the pooled vector together with the picture's size."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         conditions = kwargs["added_cond_kwargs"]
+        # A new dictionary: the pipeline hands the same one to each step.
         changed = {**conditions, "text_embeds": change(conditions["text_embeds"])}
         return args, {**kwargs, "added_cond_kwargs": changed}
 
@@ -119,7 +190,7 @@ def added_text(denoiser: Any, change: Change) -> list[Hook]:
 
 
 def pooled_projections(denoiser: Any, change: Change) -> list[Hook]:
-    """SD 3 and FLUX are told the pooled vector as an argument of its own."""
+    """SD 3 and FLUX take the pooled vector as an argument by itself."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "pooled_projections": change(kwargs["pooled_projections"])}
@@ -128,7 +199,7 @@ def pooled_projections(denoiser: Any, change: Change) -> list[Hook]:
 
 
 def pooled_inside(unet: Any, change: Change) -> list[Hook]:
-    """DeepFloyd's U-Net pools the text by itself, in its `add_embedding`."""
+    """DeepFloyd's U-Net pools the text in its `add_embedding`: what that reads is changed."""
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return (change(args[0]), *args[1:]), kwargs
@@ -136,84 +207,47 @@ def pooled_inside(unet: Any, change: Change) -> list[Hook]:
     return [before(unet.add_embedding, hook, POOLED)]
 
 
-def skipped_blocks(call: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of the blocks that a call of the denoiser leaves out by itself: SD 3's guidance by skipped layers.
-
-    Args:
-        call: The keyword arguments of the call.
-    """
-    return tuple(f"transformer_blocks.{index}." for index in call.get("skip_layers") or ())
-
-
-def projected(unet: Any, states: Tensor) -> Tensor:
-    """What DeepFloyd makes of T5 before the blocks."""
-    return unet.encoder_hid_proj(states)
-
-
-def captioned(denoiser: Any, states: Tensor) -> Tensor:
-    """What PixArt and Sana make of a caption before the blocks."""
-    found = (
-        denoiser.caption_projection(states) if denoiser.caption_projection is not None else states
-    )
-    return denoiser.caption_norm(found) if hasattr(denoiser, "caption_norm") else found
-
-
-def normed(attention: Any, heard: Tensor) -> Tensor:
-    """DeepFloyd's layers norm all tokens of a prompt together before their matrices read them."""
-    return attention.norm_encoder_hidden_states(heard) if attention.norm_cross else heard
-
-
-def pooled_entry(unet: Any, text: Text, places: Sequence[int]) -> Tensor:
-    """What SD-XL's `add_embedding.linear_1` reads of a text, (1, width): the pooled vector, and nothing of the size."""
+def pooled_input(unet: Any, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+    """What SD-XL's `add_embedding.linear_1` reads: pooled text, zeros for the size, (1, width)."""
     assert text.pooled is not None
     rows = text.pooled.new_zeros(1, unet.add_embedding.linear_1.in_features)
     rows[:, : text.pooled.shape[1]] = text.pooled
     return rows
 
 
-def embedder_entry(denoiser: Any, text: Text, places: Sequence[int]) -> Tensor:
-    """What the `context_embedder` of SD 3 and FLUX reads of a text at some positions, (positions, width)."""
+def embedder_input(denoiser: Any, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+    """What the `context_embedder` of SD 3 and FLUX reads at some positions, (positions, width)."""
     return text.states[0, list(places)]
 
 
+# --- names in files of other tools ---------------------------------------------------------------
+
+
 def kohya_name_sd(unet: Any, module: str) -> str:
-    """What kohya's sd-scripts call a module of Stable Diffusion 1 and 2, whose U-Net has diffusers' names there."""
+    """A module's name in kohya's sd-scripts, for Stable Diffusion 1 and 2: that of diffusers."""
     return "lora_unet_" + module.replace(".", "_")
 
 
 def kohya_name_sdxl(unet: Any, module: str) -> str:
-    """What kohya's sd-scripts call a module of SD-XL: there the U-Net has the names of the LDM code.
+    """A module's name in kohya's sd-scripts, for SD-XL: that of the LDM code.
 
-    That code counts residual layers and what changes the resolution through all blocks of a side: the input's first
-    is `conv_in`, and each level ends with a downsampler. The attention stands behind the residual layer, at 1.
+    That code counts residual layers and what changes the resolution through all blocks of a side:
+    the input's first is `conv_in`, and each level ends with a downsampler. The attention stands
+    behind the residual layer, at 1.
     """
     parts = module.split(".")
     per_level = unet.config.layers_per_block
     levels = len(unet.config.down_block_types)
     counts = [per_level] * levels if isinstance(per_level, int) else list(per_level)
     if parts[0] == "down_blocks" and parts[2] == "attentions":
-        earlier = sum(count + 1 for count in counts[: int(parts[1])])  # their downsamplers included
+        earlier = sum(count + 1 for count in counts[: int(parts[1])])  # with their downsamplers
         parts[:4] = ["input_blocks", str(1 + earlier + int(parts[3])), "1"]
     elif parts[0] == "up_blocks" and parts[2] == "attentions":
-        earlier = sum(
-            count + 1 for count in counts[::-1][: int(parts[1])]
-        )  # a level up has one layer more
+        # A level up has one residual layer more than a level down, and no downsampler.
+        earlier = sum(count + 1 for count in counts[::-1][: int(parts[1])])
         parts[:4] = ["output_blocks", str(earlier + int(parts[3])), "1"]
     elif parts[:3] == ["mid_block", "attentions", "0"]:
         parts[:3] = ["middle_block", "1"]
     elif module == "add_embedding.linear_1":
         parts = ["label_emb", "0", "0"]
     return kohya_name_sd(unet, ".".join(parts))
-
-
-def unet_with(addition: str | None) -> Callable[[Any], bool]:
-    """Tells U-Nets by what else they are told; the class is one for all."""
-    return lambda model: (
-        type(model).__name__ == "UNet2DConditionModel"
-        and model.config.addition_embed_type == addition
-    )
-
-
-def built_as(name: str) -> Callable[[Any], bool]:
-    """Tells a denoiser by the name of its class."""
-    return lambda model: type(model).__name__ == name

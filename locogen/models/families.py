@@ -1,7 +1,7 @@
-"""All that depends on a model's family: its denoiser, dummy inputs, prompt encoding, and where text enters.
+"""All that depends on a model's family: its denoiser, its encoding, and where text enters.
 
-To add a family: one `Family` entry in `FAMILIES`, keyed by the pipeline's class name. Nothing else in locogen asks
-what kind of model it has.
+To add a family: one `Family` in `FAMILIES`, keyed by the pipeline's class name. Nothing else in
+locogen asks what kind of model it has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from locogen.models.compilation import uncompiled_module
 from locogen.models.denoisers import Change
 from locogen.models.hooks import Hook
 from locogen.models.offload import taken_back
-from locogen.models.text import Encoded, Spoken, Text
+from locogen.models.text import EncodedPrompts, PromptEncoding, TokenSpan
 from locogen.phrasings import Phrasing, occurrences, shared_length, without_marks
 from locogen.plan import Concept
 
@@ -27,72 +27,114 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _nothing(pipe: Any) -> dict[str, Any]:
+def _no_options(pipe: Any) -> dict[str, Any]:
     return {}
 
 
-def _lowered(words: str) -> str:
-    """What diffusers' `_text_preprocessing` makes of a prompt where the caption is not cleaned, locogen's own case."""
-    return words.lower().strip()
-
-
-def _given_time(pipe: Any, given: Any) -> Any:
-    return given
+def _same_time(pipe: Any, timestep: Any) -> Any:
+    return timestep
 
 
 @dataclass(frozen=True)
 class Family:
-    """What locogen must know of a family of pipelines.
-
-    `denoiser`: attribute of the pipeline; `built_as`: whether a bare denoiser is of this family;
-    `dummy_inputs(denoiser)`: keyword arguments of the smallest forward pass; `encode(pipe, prompts, guided)`: the
-    prompts' text, and the pipeline's own negative; `check(denoiser)` raises where an intervention would be wrong;
-    `spelled(words)`: what the pipeline makes of a prompt before its tokenizer; `spoken(pipe, spelled)`: where its
-    words stand in the states, one entry for each encoder with positions of its own, the one that hears most of a
-    prompt last; `matrices(layer.module)`: the linear maps that read text, "k" and "v".
-
-    `heard(denoiser, states)`: what the layers hear of encoded states; `read(layer.module, heard)`: what the matrices
-    read of that. `pooled(denoiser, change)`: hooks that apply a change to the rows of the vector by which text enters
-    beside the layers; None where it does not. `evolves`: text changes from block to block, so that a target is heard
-    from its own run in the same batch (patching) and not from its encoding. `time(pipe, given)`: the scheduler's
-    timestep for the one that the denoiser is given. `options(pipe)`: arguments that every call takes. `sets_padding`:
-    encoding sets the tokenizer's padding side by itself, so that it is no setting of the model.
-
-    For edits: `tokens`, which states hold a subject ("last_subject" where text is read from left to right, "subject"
-    where every word hears every other); `entry`: the map by which text enters beside or before the layers, and
-    `entry_reads(denoiser, text, places)`, what it reads of a text; `kohya_name(denoiser, module)`: the name of a
-    module in LoRA files of kohya's tools, None where they have no such names.
-    """
+    """What locogen must know of a family of pipelines."""
 
     name: str
+
+    # --- the denoiser ---
+
     denoiser: str
-    built_as: Callable[[Any], bool]
+    """attribute of the pipeline"""
+
+    is_denoiser: Callable[[Any], bool]
+    """whether a bare denoiser is of this family"""
+
     dummy_inputs: Callable[[Any], Mapping[str, Any]]
-    encode: Callable[[Any, Sequence[str], bool], Encoded]
+    """`(denoiser)`: keyword arguments of the smallest forward pass"""
+
     check: Callable[[Any], None]
-    spoken: Callable[[Any, str], tuple[Spoken, ...]]
-    matrices: Callable[[Any], Mapping[str, Any]]
-    text_of: Callable[[tuple[Any, ...]], Text] = texts.states_of
-    spelled: Callable[[str], str] = str
-    heard: Callable[[Any, Tensor], Tensor] = denoisers.same
-    read: Callable[[Any, Tensor], Tensor] = denoisers.same
-    pooled: Callable[[Any, Change], list[Hook]] | None = None
-    evolves: bool = False
-    time: Callable[[Any, Any], Any] = _given_time
-    options: Callable[[Any], dict[str, Any]] = _nothing
+    """`(denoiser)`: raises where an intervention would be wrong"""
+
+    # --- from prompts to states ---
+
+    encode: Callable[[Any, Sequence[str], bool], EncodedPrompts]
+    """`(pipe, prompts, guided)`: the prompts, encoded, and if guided the pipeline's negative"""
+
+    token_spans: Callable[[Any, str], tuple[TokenSpan, ...]]
+    """`(pipe, normalized prompt)`: where its tokens stand in the states
+
+    One span for each encoder that has separate positions; the one that reads most of a prompt is
+    the last.
+    """
+
+    encoding_of: Callable[[tuple[Any, ...]], PromptEncoding] = texts.states_of
+    """`(returned)`: the prompts' encoding among what `encode_prompt` returns"""
+
+    normalize: Callable[[str], str] = str
+    """`(prompt)`: what the pipeline makes of a prompt before its tokenizer"""
+
     sets_padding: bool = False
+    """whether encoding sets the tokenizer's padding side: then it is not a setting of the model"""
+
+    # --- from states to the matrices of a layer ---
+
+    matrices: Callable[[Any], Mapping[str, Any]] = denoisers.keys_and_values
+    """`(layer.module)`: the linear maps "k" and "v" that read text"""
+
+    project_states: Callable[[Any, Tensor], Tensor] = denoisers.unchanged
+    """`(denoiser, states)`: what the denoiser makes of encoded states before its layers get them"""
+
+    norm_states: Callable[[Any, Tensor], Tensor] = denoisers.unchanged
+    """`(layer.module, projected states)`: what a layer's matrices read of them"""
+
+    joint_attention: bool = False
+    """whether text changes from block to block together with the picture
+
+    Then a layer takes a target from the target's own run in the same batch, and not from its
+    encoding.
+    """
+
+    pooled: Callable[[Any, Change], list[Hook]] | None = None
+    """`(denoiser, change)`: hooks that change the pooled text; None if only layers read text"""
+
+    # --- calls of the pipeline ---
+
+    time: Callable[[Any, Any], Any] = _same_time
+    """`(pipe, timestep)`: the scheduler's timestep for the one that the denoiser is called with"""
+
+    options: Callable[[Any], dict[str, Any]] = _no_options
+    """`(pipe)`: keyword arguments that every call of the pipeline takes"""
+
+    # --- edits ---
+
     tokens: Literal["last_subject", "subject"] = "last_subject"
-    entry: str | None = None
-    entry_reads: Callable[[Any, Text, Sequence[int]], Tensor] | None = None
+    """which states hold a subject
+
+    The subject's last token where an encoder reads from left to right; all its tokens where each
+    reads all others.
+    """
+
+    text_projection: str | None = None
+    """name of the linear map by which text enters outside of the layers"""
+
+    text_projection_input: Callable[[Any, PromptEncoding, Sequence[int]], Tensor] | None = None
+    """`(denoiser, encoding, positions)`: what that map reads, (rows, width)"""
+
     kohya_name: Callable[[Any, str], str] | None = None
+    """`(denoiser, module's name)`: its name in LoRA files of kohya's tools, if it has one"""
 
 
-def _t5(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[Spoken, ...]]:
-    return lambda pipe, prompt: (texts.spoken_by(pipe, getattr(pipe, tokenizer), prompt, limit),)
+def _lowered(prompt: str) -> str:
+    """What diffusers' `_text_preprocessing` makes of a prompt if it does not clean the caption."""
+    return prompt.lower().strip()
+
+
+def _t5_span(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[TokenSpan, ...]]:
+    return lambda pipe, prompt: (texts.token_span(pipe, getattr(pipe, tokenizer), prompt, limit),)
 
 
 def _exact_size(pipe: Any) -> dict[str, Any]:
-    """Pictures of the checkpoint's own size, not resized; the negative comes encoded."""
+    """Pictures of the checkpoint's own size; and no negative prompt, since it comes encoded."""
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     return {"negative_prompt": None, "use_resolution_binning": False, "height": side, "width": side}
 
@@ -100,25 +142,24 @@ def _exact_size(pipe: Any) -> dict[str, Any]:
 _SD = Family(
     name="Stable Diffusion 1 and 2",
     denoiser="unet",
-    built_as=denoisers.unet_with(None),
+    is_denoiser=denoisers.is_unet_with(None),
     dummy_inputs=denoisers.unet_inputs,
     encode=texts.encode_sd,
-    check=denoisers.check_seen_through,
-    spoken=texts.spoken_clip,
-    matrices=denoisers.keys_and_values,
+    check=denoisers.check_unmodified,
+    token_spans=texts.clip_spans,
     kohya_name=denoisers.kohya_name_sd,
 )
 _PIXART = replace(
     _SD,
     name="PixArt-α",
     denoiser="transformer",
-    built_as=denoisers.built_as("PixArtTransformer2DModel"),
+    is_denoiser=denoisers.has_class("PixArtTransformer2DModel"),
     dummy_inputs=denoisers.caption_inputs,
     encode=texts.encode_masked,
-    text_of=texts.masked_states_of,
-    spelled=_lowered,
-    spoken=_t5("tokenizer", 120),
-    heard=denoisers.captioned,
+    encoding_of=texts.masked_states_of,
+    normalize=_lowered,
+    token_spans=_t5_span("tokenizer", 120),
+    project_states=denoisers.project_caption,
     options=_exact_size,
     tokens="subject",
     kohya_name=None,
@@ -127,17 +168,17 @@ _SD3 = replace(
     _SD,
     name="Stable Diffusion 3",
     denoiser="transformer",
-    built_as=denoisers.built_as("SD3Transformer2DModel"),
+    is_denoiser=denoisers.has_class("SD3Transformer2DModel"),
     dummy_inputs=denoisers.joint_inputs,
     encode=texts.encode_sd3,
-    text_of=texts.pooled_states_of,
-    spoken=texts.spoken_sd3,
+    encoding_of=texts.pooled_states_of,
+    token_spans=texts.sd3_spans,
     matrices=denoisers.added_keys_and_values,
     pooled=denoisers.pooled_projections,
-    evolves=True,
+    joint_attention=True,
     tokens="subject",
-    entry="context_embedder",
-    entry_reads=denoisers.embedder_entry,
+    text_projection="context_embedder",
+    text_projection_input=denoisers.embedder_input,
     kohya_name=None,
 )
 FAMILIES: dict[str, Family] = {
@@ -148,24 +189,24 @@ FAMILIES: dict[str, Family] = {
     "StableDiffusionXLPipeline": replace(
         _SD,
         name="SD-XL",
-        built_as=denoisers.unet_with("text_time"),
+        is_denoiser=denoisers.is_unet_with("text_time"),
         encode=texts.encode_sdxl,
-        text_of=texts.pooled_states_of,
+        encoding_of=texts.pooled_states_of,
         pooled=denoisers.added_text,
-        entry="add_embedding.linear_1",
-        entry_reads=denoisers.pooled_entry,
+        text_projection="add_embedding.linear_1",
+        text_projection_input=denoisers.pooled_input,
         kohya_name=denoisers.kohya_name_sdxl,
     ),
     "IFPipeline": replace(
         _SD,
         name="DeepFloyd IF",
-        built_as=denoisers.unet_with("text"),
+        is_denoiser=denoisers.is_unet_with("text"),
         encode=texts.encode_if,
-        spelled=_lowered,
-        spoken=_t5("tokenizer", 77),
+        normalize=_lowered,
+        token_spans=_t5_span("tokenizer", 77),
         matrices=denoisers.added_keys_and_values,
-        heard=denoisers.projected,
-        read=denoisers.normed,
+        project_states=denoisers.project_t5,
+        norm_states=denoisers.norm_text,
         pooled=denoisers.pooled_inside,
         tokens="subject",
         kohya_name=None,
@@ -174,23 +215,24 @@ FAMILIES: dict[str, Family] = {
     "FluxPipeline": replace(
         _SD3,
         name="FLUX.1",
-        built_as=denoisers.built_as("FluxTransformer2DModel"),
+        is_denoiser=denoisers.has_class("FluxTransformer2DModel"),
         encode=texts.encode_flux,
-        text_of=texts.flux_states_of,
-        spoken=texts.spoken_flux,
-        time=lambda pipe, given: (
-            pipe.current_timestep
-        ),  # the denoiser is given a thousandth of it, rounded
+        encoding_of=texts.flux_states_of,
+        token_spans=texts.flux_spans,
+        # The denoiser is called with a thousandth of it, rounded.
+        time=lambda pipe, timestep: pipe.current_timestep,
     ),
     "PixArtAlphaPipeline": _PIXART,
-    "PixArtSigmaPipeline": replace(_PIXART, name="PixArt-Σ", spoken=_t5("tokenizer", 300)),
+    "PixArtSigmaPipeline": replace(
+        _PIXART, name="PixArt-Σ", token_spans=_t5_span("tokenizer", 300)
+    ),
     "SanaPipeline": replace(
         _PIXART,
         name="Sana",
-        built_as=denoisers.built_as("SanaTransformer2DModel"),
-        spoken=texts.spoken_sana,
+        is_denoiser=denoisers.has_class("SanaTransformer2DModel"),
+        token_spans=texts.sana_spans,
         tokens="last_subject",
-        time=lambda pipe, given: given / pipe.transformer.config.timestep_scale,
+        time=lambda pipe, timestep: timestep / pipe.transformer.config.timestep_scale,
         sets_padding=True,
     ),
 }
@@ -199,16 +241,18 @@ FAMILIES: dict[str, Family] = {
 def family_of(model: Any) -> Family:
     """The family of a pipeline, or of a bare denoiser.
 
-    Raises `UnsupportedModel` with the supported pipelines for any other, `LocogenError` for a model whose current
-    state (feature cache, IP-Adapter) an intervention cannot see through.
+    Raises:
+        UnsupportedModel: The model is of none of them, or has an IP-Adapter.
+        LocogenError: A feature cache skips blocks, so that interventions would be wrong.
     """
     uncompiled = uncompiled_module(model)
     family = FAMILIES.get(type(uncompiled).__name__)
     if family is None:
-        family = next((one for one in FAMILIES.values() if one.built_as(uncompiled)), None)
+        family = next((one for one in FAMILIES.values() if one.is_denoiser(uncompiled)), None)
     if family is None:
         raise UnsupportedModel(
-            f"{type(uncompiled).__name__} is not supported: locogen knows {', '.join(FAMILIES)} and their denoisers"
+            f"{type(uncompiled).__name__} is not supported: locogen knows {', '.join(FAMILIES)} "
+            "and their denoisers"
         )
     family.check(denoiser_of(model, family))
     return family
@@ -221,38 +265,41 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
 
 
 def check_encoders(pipe: Any) -> None:
-    """Raise `LocogenError` where the pipeline cannot read prompts, because a text encoder was left out of it."""
+    """Raise `LocogenError` if the pipeline cannot read prompts: a text encoder was left out."""
     optional = {"text_encoder_3"}  # SD 3 is made to run without its T5
     parts = sorted(name for name in pipe.components if name.startswith("text_encoder"))
     missing = [name for name in parts if getattr(pipe, name) is None and name not in optional]
     if missing:
         raise LocogenError(
-            f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read prompts: load it with "
-            "its text encoders, or encode the prompts with a pipeline that has them: intervene(pipe, plan, targets=…) "
-            "takes the encoded targets, and the pipeline's own call takes prompt_embeds="
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read "
+            "prompts: load it with its text encoders, or encode the prompts with a pipeline that "
+            "has them: intervene(pipe, plan, targets=…) takes the encoded targets, and the "
+            "pipeline's own call takes prompt_embeds="
         )
 
 
-def encode(pipe: Any, prompts: Sequence[str]) -> Text:
-    """The text of prompts as the pipeline itself encodes it."""
+def encode(pipe: Any, prompts: Sequence[str]) -> PromptEncoding:
+    """Prompts as the pipeline itself encodes them."""
+    return _encode(pipe, prompts, guided=False)[0]
+
+
+def encode_guided(pipe: Any, prompts: Sequence[str]) -> EncodedPrompts:
+    """Prompts encoded, and the pipeline's own negative for them, None in families without one."""
+    return _encode(pipe, prompts, guided=True)
+
+
+def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     import torch
 
     check_encoders(pipe)
+    # Encoders that offload brings to the device for this would stay there, since no pipeline's call
+    # ends.
     with torch.no_grad(), taken_back(*text_encoders(pipe).values()):
-        return family_of(pipe).encode(pipe, prompts, False)[0]
-
-
-def encode_guided(pipe: Any, prompts: Sequence[str]) -> Encoded:
-    """The text of prompts, and the pipeline's own negative for them; None where there is no such thing."""
-    import torch
-
-    check_encoders(pipe)
-    with torch.no_grad(), taken_back(*text_encoders(pipe).values()):
-        return family_of(pipe).encode(pipe, prompts, True)
+        return family_of(pipe).encode(pipe, prompts, guided)
 
 
 def text_encoders(pipe: Any) -> dict[str, Any]:
-    """The pipeline's text encoders by their attribute."""
+    """The pipeline's text encoders by their attribute, without compiled code around them."""
     return {
         name: uncompiled_module(part)
         for name, part in pipe.components.items()
@@ -260,40 +307,73 @@ def text_encoders(pipe: Any) -> dict[str, Any]:
     }
 
 
+# --- words that a model does not read ------------------------------------------------------------
+
+
+def token_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+    """Where a prompt stands in its states, a span for each encoder that has separate positions.
+
+    Raises:
+        LocogenError: One position holds the states of two different tokens.
+    """
+    spans = _unchecked_spans(pipe, prompt)
+    for span in spans:
+        if span.paired is not None and span.pieces != span.paired.pieces:
+            raise LocogenError(
+                f"the two tokenizers split {prompt!r} into other tokens, so a position is not one "
+                "word's: load the textual inversion into both, with tokenizer=pipe.tokenizer_2 "
+                "and text_encoder=pipe.text_encoder_2 for the second"
+            )
+    return spans
+
+
+def _unchecked_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+    check_encoders(pipe)
+    family = family_of(pipe)
+    return family.token_spans(pipe, family.normalize(prompt))
+
+
+def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
+    """Where the encoded prompt ends: its (first) end mark, or its last word without one."""
+    return token_spans(pipe, prompt)[encoder].end
+
+
 def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
-    """The end of the prompt that the tokenizer's limit cuts off, empty where all of it is heard; and the limit."""
-    most = _encoders(pipe, prompt)[-1]
-    if most.beside is not None and len(most.beside.unheard) > len(most.unheard):
-        most = most.beside
-    return most.written(most.unheard), most.limit
+    """The end of the prompt that the tokenizer's limit cuts off, empty if none; and the limit."""
+    span = _unchecked_spans(pipe, prompt)[-1]
+    if span.paired is not None and len(span.paired.cut_ids) > len(span.cut_ids):
+        span = span.paired
+    return span.decode(span.cut_ids), span.limit
 
 
 def unknown_words(pipe: Any, prompt: str) -> tuple[str, ...]:
     """The words of a prompt that a tokenizer of the pipeline does not know, each once.
 
-    They become the token for unknown words, or a mark that ends the prompt: the model hears them all alike.
+    They become the token for unknown words, or a mark that ends the prompt, so that the model
+    cannot tell them apart.
     """
     if not _has_unknown(pipe, prompt):
         return ()
-    words: dict[str, None] = {}
+    unknown: dict[str, None] = {}  # in place of a set, for the order
     for word in unicodedata.normalize("NFC", prompt).split():
-        if _has_unknown(pipe, word):
-            parts = [part for part in re.findall(r"\w+|[^\w\s]", word) if _has_unknown(pipe, part)]
-            words |= dict.fromkeys(parts or [word])
-    return tuple(words or [prompt])
+        if not _has_unknown(pipe, word):
+            continue
+        parts = [part for part in re.findall(r"\w+|[^\w\s]", word) if _has_unknown(pipe, part)]
+        unknown |= dict.fromkeys(parts or [word])
+    return tuple(unknown or [prompt])
 
 
 def _has_unknown(pipe: Any, words: str) -> bool:
-    return any(_lacks(encoder) for encoder in _encoders(pipe, words))
+    return any(_lacks(span) for span in _unchecked_spans(pipe, words))
 
 
-def _lacks(encoder: Spoken) -> bool:
+def _lacks(span: TokenSpan) -> bool:
     """Whether a token of the prompt stands for something that the tokenizer does not know."""
-    return not encoder.unknown.isdisjoint(encoder.whole)
+    return not span.unknown.isdisjoint(span.all_ids)
 
 
-def warn_unheard(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> None:
-    """Warn of each prompt that the model does not hear as it is written: it is cut, or has unknown words.
+def warn_unread(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> None:
+    """Warn of each prompt that the model does not read as written: cut, or with unknown words.
 
     Args:
         pipe: A pipeline of a known family.
@@ -303,148 +383,142 @@ def warn_unheard(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> N
     for prompt in dict.fromkeys(prompts):
         cut, limit = cut_words(pipe, prompt)
         if cut:
-            message = f"{prompt!r} is longer than {limit} tokens: the model does not hear {cut!r}"
+            message = f"{prompt!r} is longer than {limit} tokens: the model does not read {cut!r}"
             warnings.warn(message, stacklevel=stacklevel + 1)
         unknown = unknown_words(pipe, prompt)
         if unknown:
             names = ", ".join(map(repr, unknown))
-            message = f"the tokenizer does not know {names} in {prompt!r}: the model hears any other unknown word alike"
+            message = (
+                f"the tokenizer does not know {names} in {prompt!r}: the model cannot tell them "
+                "from any other unknown word"
+            )
             warnings.warn(message, stacklevel=stacklevel + 1)
+
+
+# --- where a subject stands ----------------------------------------------------------------------
 
 
 def subject_occurrences(
     pipe: Any, prompt: str, subject: str, *, encoder: int = 0
 ) -> tuple[tuple[int, ...], ...]:
-    """Where the subject's tokens stand in the encoded prompt, at each of its occurrences, punctuation left out.
+    """Where the subject's tokens stand in the encoded prompt, at each of its occurrences.
 
-    A subject is found in the prompt's text, as words of their own, and its tokens are those that the pipeline's
-    tokenizer makes of them there: several for a token of textual inversion with several vectors.
+    A subject is found in the prompt's text, as whole words, and its tokens are those that the
+    pipeline's tokenizer makes of them there: several for a token of textual inversion with several
+    vectors.
 
     Args:
         pipe: A pipeline of a known family.
         prompt: What is encoded.
         subject: Words that the prompt holds, such as a concept's name.
-        encoder: Which of several encoders that lie one after another along the tokens (SD 3: the CLIPs, then T5).
+        encoder: Which of several encoders that lie one after another along the tokens (SD 3: the
+            CLIPs, then T5).
 
     Returns:
-        For each occurrence, from left to right, its positions, counted from 0. One that the limit cuts is left out.
+        For each occurrence, from left to right, its positions, counted from 0. One that the limit
+        cuts is left out.
 
     Raises:
-        LocogenError: Where the prompt does not hold the subject, is cut before its end, or the tokenizer knows none
-            of its words.
+        LocogenError: The prompt does not hold the subject, is cut before its end, or the tokenizer
+            knows none of its words.
     """
-    family = family_of(pipe)
-    whole = spoken(pipe, prompt)[encoder]
-    text = family.spelled(prompt)
-    words = family.spelled(subject)
-    places = _token_spans(pipe, text, words, encoder) or _token_spans(
-        pipe, text, without_marks(words), encoder
-    )
+    span = token_spans(pipe, prompt)[encoder]
+    places = _spans_of_subject(pipe, prompt, subject, encoder)
     if not places:
         raise LocogenError(
-            f"the prompt {prompt!r} does not hold the subject {subject!r} as words of its own: give subject="
+            f"the prompt {prompt!r} does not hold the subject {subject!r} as whole words: "
+            "give subject="
         )
-    uncut = [tokens for tokens in places if tokens.stop <= len(whole.ids)]
+
+    uncut = [tokens for tokens in places if tokens.stop <= len(span.ids)]
     if not uncut:
         raise LocogenError(
-            f"the prompt {prompt!r} is cut after {whole.limit} tokens, before the end of {subject!r}: make it shorter"
+            f"the prompt {prompt!r} is cut after {span.limit} tokens, before the end of "
+            f"{subject!r}: make it shorter"
         )
-    if all(whole.ids[token] in whole.unknown for tokens in uncut for token in tokens):
+    if all(span.ids[token] in span.unknown for tokens in uncut for token in tokens):
         raise LocogenError(
-            f"the tokenizer knows no word of {subject!r}, so the model cannot hear it: take words that it knows"
+            f"the tokenizer knows no word of {subject!r}, so the model cannot read it: use words "
+            "that it knows"
         )
-    return tuple(whole.words(whole.start + token for token in tokens) for tokens in uncut)
+    return tuple(span.words(span.start + token for token in tokens) for tokens in uncut)
 
 
-def _token_spans(pipe: Any, text: str, words: str, encoder: int) -> list[range]:
-    """Which of a prompt's tokens some words became, at each occurrence.
+def _spans_of_subject(pipe: Any, prompt: str, subject: str, encoder: int) -> list[range]:
+    """Which of a prompt's tokens a subject became, at each occurrence."""
+    family = family_of(pipe)
+    text = family.normalize(prompt)
+    words = family.normalize(subject)
+    # With its punctuation first, such as the "." of "st. petersburg".
+    spans = _spans_of_words(pipe, text, words, encoder)
+    return spans or _spans_of_words(pipe, text, without_marks(words), encoder)
 
-    The tokens of the text up to a letter are the first ones of the whole text's, where a token ends there. Where none
-    does, as inside a token of textual inversion, the words do not stand for themselves.
-    """
-    spoken_by = family_of(pipe).spoken
-    whole = spoken_by(pipe, text)[encoder].whole
+
+def _spans_of_words(pipe: Any, text: str, words: str, encoder: int) -> list[range]:
+    """Which of a prompt's tokens some words became, at each occurrence."""
+    spans_of = family_of(pipe).token_spans
+    all_ids = spans_of(pipe, text)[encoder].all_ids
     spans = []
     for start, end in occurrences(text, words):
-        before = spoken_by(pipe, text[:start].rstrip())[encoder].whole
-        through = spoken_by(pipe, text[:end])[encoder].whole
-        first = shared_length(before, whole)
-        if first < len(through) and through == whole[: len(through)]:
+        # The tokens of the text up to a letter are the first ones of the whole text's, if a token
+        # ends there. If none does, as inside a token of textual inversion, the words do not stand
+        # for themselves.
+        before = spans_of(pipe, text[:start].rstrip())[encoder].all_ids
+        through = spans_of(pipe, text[:end])[encoder].all_ids
+        first = shared_length(before, all_ids)
+        if first < len(through) and through == all_ids[: len(through)]:
             spans.append(range(first, len(through)))
     return spans
 
 
 def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
-    """Where the subject's tokens stand in the encoded prompt, counted from 0, at its last occurrence.
-
-    See `subject_occurrences`, which has all of them.
-    """
+    """Where the subject's tokens stand at its last occurrence: see `subject_occurrences`."""
     return subject_occurrences(pipe, prompt, subject, encoder=encoder)[-1]
 
 
-def check_known(pipe: Any, concept: Concept) -> None:
-    """Raise `LocogenError` for a concept that the model cannot hear, where a measurement would say nothing of it.
+# --- concepts that a model cannot read -----------------------------------------------------------
 
-    That is one whose name has no word that any tokenizer knows, in a prompt that holds it, and one whose prompt and
-    target become the same tokens.
+
+def check_known(pipe: Any, concept: Concept) -> None:
+    """Raise `LocogenError` for a concept that the model cannot read: measuring it means nothing.
+
+    That is one whose name, in a prompt that holds it, has no word that a tokenizer knows, and one
+    whose prompt and target become the same tokens.
     """
     for pair in concept.pairs:
         if occurrences(pair.prompt, concept.name) and _all_unknown(pipe, concept.name):
             raise LocogenError(
-                f"the tokenizer knows no word of {concept.name!r}, so the model cannot hear it in {pair.prompt!r}: "
-                "take words that it knows"
+                f"the tokenizer knows no word of {concept.name!r}, so the model cannot read it in "
+                f"{pair.prompt!r}: use words that it knows"
             )
-        _check_apart(pipe, pair.prompt, pair.target)
+        _check_differ(pipe, pair.prompt, pair.target)
 
 
 def check_phrasings(pipe: Any, phrasings: Iterable[Phrasing]) -> None:
-    """Raise `LocogenError` for a phrasing whose source and target become the same tokens: there is nothing to fit."""
+    """Raise `LocogenError` for a phrasing whose source and target become the same tokens."""
     for phrasing in phrasings:
-        _check_apart(pipe, phrasing.source, phrasing.target)
+        _check_differ(pipe, phrasing.source, phrasing.target)
 
 
-def _check_apart(pipe: Any, prompt: str, target: str) -> None:
+def _check_differ(pipe: Any, prompt: str, target: str) -> None:
     if _ids(pipe, prompt) == _ids(pipe, target):
         raise LocogenError(
-            f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them apart: take words that "
-            "its tokenizer knows, within its limit"
+            f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them "
+            "apart: use words that its tokenizer knows, within its limit"
         )
 
 
 def _ids(pipe: Any, prompt: str) -> list[tuple[int, ...]]:
-    """What every tokenizer makes of the prompt, as far as it is heard."""
-    encoders = _encoders(pipe, prompt)
-    return [one.ids for encoder in encoders for one in (encoder, encoder.beside) if one is not None]
+    """What every tokenizer makes of the prompt, up to its limit."""
+    ids = []
+    for span in _unchecked_spans(pipe, prompt):
+        ids.append(span.ids)
+        if span.paired is not None:
+            ids.append(span.paired.ids)
+    return ids
 
 
 def _all_unknown(pipe: Any, words: str) -> bool:
     """Whether no tokenizer of the pipeline knows any of the words."""
     parts = re.findall(r"\w+", words) or [words]
-    return all(_lacks(encoder) for part in parts for encoder in _encoders(pipe, part))
-
-
-def _encoders(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    check_encoders(pipe)
-    family = family_of(pipe)
-    return family.spoken(pipe, family.spelled(prompt))
-
-
-def spoken(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    """Where a prompt stands in its states, an entry for each encoder with positions of its own.
-
-    Raises `LocogenError` where one position holds the states of two different tokens.
-    """
-    encoders = _encoders(pipe, prompt)
-    for encoder in encoders:
-        if encoder.beside is not None and encoder.pieces != encoder.beside.pieces:
-            raise LocogenError(
-                f"the two tokenizers split {prompt!r} into other tokens, so a position is not one word's: load the "
-                "textual inversion into both, with tokenizer=pipe.tokenizer_2 and text_encoder=pipe.text_encoder_2 "
-                "for the second"
-            )
-    return encoders
-
-
-def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
-    """Where the encoded prompt ends: the position of its (first) end mark, or of its last word where there is none."""
-    return spoken(pipe, prompt)[encoder].end
+    return all(_lacks(span) for part in parts for span in _unchecked_spans(pipe, part))

@@ -1,4 +1,4 @@
-"""Hooks on modules: registered here alone, acting only on the module that they were registered on."""
+"""Hooks on modules: registered here alone, each acting only on its own module."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Hook:
 
     Attributes:
         module: The module.
-        function: Takes (module, args, kwargs), and the output as a fourth where it runs after the module.
-            Returns the changed (args, kwargs) or output, or None to leave them.
+        function: Takes (module, args, kwargs), and the output as a fourth where it runs after the
+            module. Returns the changed (args, kwargs) or output, or None to leave them.
         label: What error messages call it. Of hooks with one label, one has to fire in each call.
         runs_after: Whether it runs after the module.
     """
@@ -56,7 +56,7 @@ class Registered:
         return self.hook.function(module, *call)
 
     def __reduce__(self) -> Any:
-        """Of a copied or pickled module: the copy is not locogen's, and `foreign_hooks` names it."""
+        """In a copied or pickled module: `foreign_hooks` names the copy."""
         return CopiedHook, (self.hook.label,)
 
 
@@ -73,8 +73,8 @@ class CopiedHook:
 
 def _copied(label: str) -> str:
     return (
-        f"the hook on {label} was copied together with its model, within a locogen context: leave the context "
-        "before you copy the pipeline"
+        f"the hook on {label} was copied together with its model, within a locogen context: leave "
+        "the context before you copy the pipeline"
     )
 
 
@@ -87,7 +87,7 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     """
     handles = []
     try:
-        for hook in hooks:
+        for hook in hooks:  # within `try`: an error here takes the first ones off again
             handles.append(_register(hook))
         yield
     finally:
@@ -104,7 +104,7 @@ def _register(hook: Hook) -> Any:
 def observed_calls(
     model: Any, modules: Iterable[Any], run: Callable[[], Any]
 ) -> Mapping[Any, Mapping[str, Any]]:
-    """The modules that a dry run calls, in the order of their first calls, each with its keyword arguments.
+    """The modules that a dry run calls, by first call, each with its keyword arguments.
 
     Contexts that are open on the model let a dry run pass.
 

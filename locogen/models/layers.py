@@ -1,4 +1,4 @@
-"""Find the layers that hear text, in the order in which the denoiser runs them."""
+"""Find the layers that read text, in the order in which the denoiser runs them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ from locogen.models.offload import taken_back
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer that hears text: `index` counts in execution order from 0, `name` is its path in the denoiser.
+    """One layer of a denoiser that reads text.
 
-    `joined`: it hears text and picture as one sequence, text first (FLUX's single blocks), and not apart.
+    Attributes:
+        index: Its place in execution order, counted from 0.
+        name: Its path in the denoiser.
+        module: The attention module itself.
+        joined: Whether it reads text and picture as one sequence, text first, as FLUX's single
+            blocks do.
+
+    Example:
+        >>> layer = find_layers(load("mini"))[0]
+        >>> (layer.index, layer.name, layer.joined)
+        (0, 'down_blocks.0.attentions.0.transformer_blocks.0.attn2', False)
     """
 
     index: int
@@ -25,30 +35,25 @@ class Layer:
     module: Any = field(repr=False, compare=False)
     joined: bool = False
 
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"layer {self.index} ({self.name})"
+
 
 @dataclass(frozen=True, eq=False)
 class _Remembered:
-    """The layers of a denoiser, and the modules among which they were looked for, by name."""
+    """The layers of a denoiser, and the modules among which they were looked for, with names."""
 
-    candidates: Mapping[str, Any]
+    candidates: Mapping[Any, str]
     layers: tuple[Layer, ...]
 
 
 _REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()
 
 
-def _hears_text(module: Any) -> bool:
-    """Whether it has the matrices that read text: `to_k`, `to_v`, or joint attention's added pair."""
-    has_keys_and_values = hasattr(module, "to_k") and hasattr(module, "to_v")
-    return has_keys_and_values or hasattr(module, "add_k_proj")
-
-
 def find_layers(model: Any) -> tuple[Layer, ...]:
-    """The layers of a pipeline or denoiser that hear text, in observed execution order.
-
-    By capability, not by class or name: modules with key and value matrices that a dry run calls with
-    `encoder_hidden_states`, or the only ones of a block that is called so. The dry run is the smallest
-    forward pass; it works on the meta device, and is repeated when a block was exchanged since.
+    """Find the layers of a pipeline or denoiser that read text, in observed execution order.
 
     Args:
         model: A pipeline, or its denoiser; compiled or not.
@@ -58,55 +63,29 @@ def find_layers(model: Any) -> tuple[Layer, ...]:
 
     Raises:
         UnsupportedModel: The family is unknown.
-        LocogenError: No layer hears text.
+        LocogenError: No layer reads text.
+
+    Example:
+        >>> layers = find_layers(load("mini"))
+        >>> [layer.index for layer in layers] == list(range(len(layers)))
+        True
     """
+    # By capability and not by class or name: modules with key and value matrices that a dry run
+    # calls with `encoder_hidden_states`. The order of `named_modules` is that of definition, which
+    # in U-Nets is another one than that of execution (`mid_block` is defined last and runs in the
+    # middle).
     family = family_of(model)
     denoiser = denoiser_of(model, family)
-    candidates = {name: part for name, part in denoiser.named_modules() if _hears_text(part)}
+    candidates = {
+        module: name for name, module in denoiser.named_modules() if _has_text_matrices(module)
+    }
+
+    # A block that was exchanged since brings other candidates: then they are observed anew.
     remembered = _REMEMBERED.get(denoiser)
     if remembered is None or remembered.candidates != candidates:
         remembered = _Remembered(candidates, _observed_layers(denoiser, family, candidates))
         _REMEMBERED[denoiser] = remembered
     return remembered.layers
-
-
-def _observed_layers(
-    denoiser: Any, family: Family, candidates: Mapping[str, Any]
-) -> tuple[Layer, ...]:
-    names = {module: name for name, module in candidates.items()}
-    blocks = {
-        module: denoiser.get_submodule(name.rpartition(".")[0])
-        for name, module in candidates.items()
-    }
-    with taken_back(denoiser):
-        calls = observed_calls(
-            denoiser,
-            [*names, *blocks.values()],
-            lambda: denoiser(**family.dummy_inputs(denoiser)),
-        )
-    with_text = {
-        module
-        for module, kwargs in calls.items()
-        if kwargs.get("encoder_hidden_states") is not None
-    }
-    # Where no attention of a block is called with text, but the block is, its attention hears both.
-    blocks_of_layers = {blocks[module] for module in names if module in with_text}
-    joined = {
-        module
-        for module in names
-        if blocks[module] in with_text and blocks[module] not in blocks_of_layers
-    }
-    in_order = [
-        module for module in calls if module in names and (module in with_text or module in joined)
-    ]
-    if not in_order:
-        raise LocogenError(
-            f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image model?"
-        )
-    return tuple(
-        Layer(index, names[module], module, module in joined)
-        for index, module in enumerate(in_order)
-    )
 
 
 def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
@@ -129,3 +108,47 @@ def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
     if missing:
         raise LocogenError(f"layers {missing} are not there: the model has 0 to {last}")
     return [layers[index] for index in distinct]
+
+
+def _has_text_matrices(module: Any) -> bool:
+    """Whether it has the matrices that read text: `to_k`, `to_v`, or an added pair."""
+    has_keys_and_values = hasattr(module, "to_k") and hasattr(module, "to_v")
+    return has_keys_and_values or hasattr(module, "add_k_proj")
+
+
+def _observed_layers(
+    denoiser: Any, family: Family, candidates: Mapping[Any, str]
+) -> tuple[Layer, ...]:
+    """Those of the candidates that the smallest forward pass calls with text."""
+    blocks = {
+        module: denoiser.get_submodule(name.rpartition(".")[0])
+        for module, name in candidates.items()
+    }
+    gets_text = _observed_text(denoiser, family, [*candidates, *blocks.values()])
+    blocks_of_layers = {blocks[module] for module in candidates if gets_text.get(module)}
+
+    layers: list[Layer] = []
+    for module in gets_text:  # in execution order
+        if module not in candidates:
+            continue
+        # A block that is called with text, while none of its attentions is, has joined text and
+        # picture before its attention (FLUX's single blocks).
+        block = blocks[module]
+        joined = bool(gets_text.get(block)) and block not in blocks_of_layers
+        if gets_text[module] or joined:
+            layers.append(Layer(len(layers), candidates[module], module, joined))
+    if not layers:
+        raise LocogenError(
+            f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image "
+            "model?"
+        )
+    return tuple(layers)
+
+
+def _observed_text(denoiser: Any, family: Family, modules: Sequence[Any]) -> dict[Any, bool]:
+    """The modules that a dry run calls, in order, and whether it is with text."""
+    with taken_back(denoiser):
+        calls = observed_calls(denoiser, modules, lambda: denoiser(**family.dummy_inputs(denoiser)))
+    return {
+        module: kwargs.get("encoder_hidden_states") is not None for module, kwargs in calls.items()
+    }

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 def computes_on(model: Any) -> Any:
     """Where offload brings the weights of a model, or of a part, when they are needed; None where none is offloaded."""
-    found = (
-        getattr(one, "execution_device", None)
-        for module in model.modules()
-        for one in _hooks(module)
-    )
-    return next((device for device in found if device is not None), None)
+    for module in model.modules():
+        for hook in _hooks(module):
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return device
+    return None
 
 
 def stands_on(model: Any) -> Any:

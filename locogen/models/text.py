@@ -1,6 +1,7 @@
-"""How each family reads a prompt: the states its layers hear, what else it makes of the text, and where words stand.
+"""How each family reads a prompt: the states its layers get, and where words stand in them.
 
-Encoding is always the pipeline's own `encode_prompt`; nothing here knows what becomes of the text afterwards.
+Encoding is always the pipeline's own `encode_prompt`. Small functions that `families.FAMILIES` puts
+together.
 """
 
 from __future__ import annotations
@@ -14,123 +15,137 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-SD3_LIMIT = 256  # tokens that SD 3's T5 hears
+SD3_LIMIT = 256  # tokens that SD 3's T5 reads
 SANA_LIMIT = (
-    300  # tokens that Sana's layers hear, the start mark and the instruction's last one included
+    300  # tokens that Sana's layers get, with the start mark and the instruction's last one
 )
 
 
 @dataclass(frozen=True, eq=False)
-class Text:
-    """Encoded prompts.
-
-    `states`: (prompts, tokens, width); `mask`: (prompts, tokens), 1 where a token is heard, for families that pass one;
-    `pooled`: (prompts, width), the vector by which text enters beside the layers, if any.
-    """
+class PromptEncoding:
+    """Encoded prompts."""
 
     states: Tensor
+    """(prompts, tokens, width)"""
+
     mask: Tensor | None = None
+    """(prompts, tokens), 1 where attention reads a token; None for families that pass no mask"""
+
     pooled: Tensor | None = None
+    """(prompts, width), the vector by which text enters outside of the layers, if any"""
 
     def __len__(self) -> int:
         return len(self.states)
 
-    def arguments(self, sign: str = "") -> dict[str, Any]:
-        """The keyword arguments of a pipeline call that take this text; `sign="negative_"` for the negative one."""
-        named = {
+    def arguments(self, prefix: str = "") -> dict[str, Tensor]:
+        """The arguments by which a pipeline takes this encoding; a negative with its prefix."""
+        by_name = {
             "prompt_embeds": self.states,
             "prompt_attention_mask": self.mask,
             "pooled_prompt_embeds": self.pooled,
         }
-        return {sign + name: value for name, value in named.items() if value is not None}
+        return {prefix + name: value for name, value in by_name.items() if value is not None}
 
-    def __getitem__(self, rows: slice) -> Text:
-        return Text(*(None if part is None else part[rows] for part in self._parts))  # pyright: ignore[reportArgumentType]
+    def __getitem__(self, rows: slice) -> PromptEncoding:
+        return PromptEncoding(
+            self.states[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+        )
 
-    def expanded(self, count: int) -> Text:
-        """The one prompt, `count` times."""
-        return Text(
-            *(None if part is None else part.expand(count, *part.shape[1:]) for part in self._parts)
-        )  # pyright: ignore[reportArgumentType]
-
-    @property
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.states, self.mask, self.pooled
+    def expanded(self, count: int) -> PromptEncoding:
+        """The one prompt, `count` times, without copies in memory."""
+        return PromptEncoding(
+            self.states.expand(count, -1, -1),  # (count, tokens, width)
+            mask=None if self.mask is None else self.mask.expand(count, -1),  # (count, tokens)
+            pooled=None if self.pooled is None else self.pooled.expand(count, -1),  # (count, width)
+        )
 
     @staticmethod
-    def stack(texts: Iterable[Text]) -> Text:
-        """Several texts, one after another."""
+    def stack(encodings: Iterable[PromptEncoding]) -> PromptEncoding:
+        """Several encodings of one family, one after another."""
         import torch
 
-        columns = zip(*(text._parts for text in texts), strict=True)
-        return Text(*(None if column[0] is None else torch.cat(column) for column in columns))  # pyright: ignore[reportArgumentType]
+        parts = list(encodings)
+        masks = [part.mask for part in parts if part.mask is not None]
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return PromptEncoding(
+            torch.cat([part.states for part in parts]),  # (prompts, tokens, width)
+            mask=torch.cat(masks) if masks else None,  # (prompts, tokens)
+            pooled=torch.cat(pooled) if pooled else None,  # (prompts, width)
+        )
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """Where a prompt stands in the states of one encoder.
-
-    `ids`: its tokens that are heard, without marks and padding; `start`: the position of the first one; `end`: the
-    position whose state has read all of them (the end mark, or the last word where there is none); `unheard`: the
-    tokens that a limit of `limit` tokens cuts off; `beside`: the same of an encoder whose states lie at the same
-    positions (SD-XL's second one).
-    """
+class TokenSpan:
+    """Where the tokens of a prompt stand in the states of one encoder."""
 
     ids: tuple[int, ...]
+    """the tokens that the encoder reads, without marks and padding"""
+
     start: int
+    """position of the first of them"""
+
     end: int
+    """position whose state has read all: the end mark, or the last word if there is none"""
+
     tokenizer: Any
-    unheard: tuple[int, ...] = ()
+
+    cut_ids: tuple[int, ...] = ()
+    """the tokens that the limit cuts off"""
+
     limit: int = 0
-    beside: Spoken | None = None
+    """how many tokens the encoder reads, marks included"""
+
+    paired: TokenSpan | None = None
+    """the same prompt in an encoder whose states lie at the same positions: SD-XL's second one"""
 
     @property
     def pieces(self) -> list[str]:
         """All tokens of the prompt as the tokenizer writes them."""
-        return self.tokenizer.convert_ids_to_tokens(list(self.whole))
+        return self.tokenizer.convert_ids_to_tokens(list(self.all_ids))
 
     @property
-    def whole(self) -> tuple[int, ...]:
-        """All tokens of the prompt, heard or not."""
-        return self.ids + self.unheard
+    def all_ids(self) -> tuple[int, ...]:
+        """All tokens of the prompt, those that the limit cuts off included."""
+        return self.ids + self.cut_ids
 
     @property
     def last(self) -> int:
-        """The position of the last word, punctuation after it left out; the end of a prompt without words."""
-        added = self._added()
+        """The position of the last word, punctuation left out; the end if there is no word."""
+        inverted = self._inverted_ids()
         for place in reversed(range(len(self.ids))):
-            if self._is_word(self.ids[place], added):
+            if self._is_word(self.ids[place], inverted):
                 return self.start + place
         return self.end
 
     def words(self, positions: Iterable[int]) -> tuple[int, ...]:
-        """Those of some positions that are neither punctuation nor a space; all of them where there is nothing else."""
+        """Those of some positions that are words, not punctuation or a space; all if none is."""
         positions = tuple(positions)
-        added = self._added()
-        words = [at for at in positions if self._is_word(self.ids[at - self.start], added)]
+        inverted = self._inverted_ids()
+        words = [at for at in positions if self._is_word(self.ids[at - self.start], inverted)]
         return tuple(words) or positions
 
-    def _is_word(self, token: int, added: Container[int]) -> bool:
-        if token in added:
+    def _is_word(self, token: int, inverted: Container[int]) -> bool:
+        if token in inverted:
             return True
-        return token not in self.unknown and any(
-            not _is_mark(letter) for letter in self.written([token])
-        )
+        if token in self.unknown:
+            return False
+        return any(not _is_mark(letter) for letter in self.decode([token]))
 
-    def written(self, tokens: Iterable[int]) -> str:
+    def decode(self, tokens: Iterable[int]) -> str:
         """What some tokens stand for, marks left out."""
         letters = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return letters.replace(
-            "</w>", " "
-        ).strip()  # a copied CLIP tokenizer leaves its ends of words
+        # A copied CLIP tokenizer leaves the marks of its ends of words in the text.
+        return letters.replace("</w>", " ").strip()
 
-    def _added(self) -> set[int]:
-        """Tokens of textual inversion: some take "*" for theirs, which is no punctuation then."""
+    def _inverted_ids(self) -> set[int]:
+        """Tokens of textual inversion: some are written "*", which is not punctuation then."""
         return {*self.tokenizer.get_added_vocab().values()} - {*self.tokenizer.all_special_ids}
 
     @property
     def unknown(self) -> frozenset[int]:
-        """Tokens that stand for words which the tokenizer does not know, and marks that no word should be."""
+        """Tokens for words that the tokenizer does not know, and marks that no word should be."""
         names = ("unk_token_id", "eos_token_id", "bos_token_id")  # not padding: SD 2 pads with "!"
         return frozenset(getattr(self.tokenizer, name) for name in names) - {None}
 
@@ -140,96 +155,105 @@ def _is_mark(letter: str) -> bool:
     return unicodedata.category(letter)[0] in "PS" and letter != "\N{REPLACEMENT CHARACTER}"
 
 
-Encoded = tuple[Text, Text | None]  # the prompts, and the pipeline's own negative for them
+# --- the pipelines' own encoding -----------------------------------------------------------------
+
+EncodedPrompts = tuple[
+    PromptEncoding, PromptEncoding | None
+]  # prompts, and the pipeline's negative
 
 
-def states_of(returned: tuple[Any, ...]) -> Text:
-    """The prompts' text among what `encode_prompt` of Stable Diffusion, LCM and IF returns."""
-    return Text(returned[0])
+def states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of Stable Diffusion, LCM and IF returns."""
+    return PromptEncoding(returned[0])
 
 
-def pooled_states_of(returned: tuple[Any, ...]) -> Text:
-    """The prompts' text among what `encode_prompt` of SD-XL and SD 3 returns."""
-    return Text(returned[0], pooled=returned[2])
+def pooled_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of SD-XL and SD 3 returns."""
+    return PromptEncoding(returned[0], pooled=returned[2])
 
 
-def flux_states_of(returned: tuple[Any, ...]) -> Text:
-    """The prompts' text among what `encode_prompt` of FLUX returns."""
-    return Text(returned[0], pooled=returned[1])
+def flux_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of FLUX returns."""
+    return PromptEncoding(returned[0], pooled=returned[1])
 
 
-def masked_states_of(returned: tuple[Any, ...]) -> Text:
-    """The prompts' text among what `encode_prompt` of PixArt and Sana returns."""
-    return Text(returned[0], mask=returned[1])
+def masked_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of PixArt and Sana returns."""
+    return PromptEncoding(returned[0], mask=returned[1])
 
 
-def encode_sd(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
+def encode_sd(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """CLIP's last hidden states after its final norm."""
     states, negative = pipe.encode_prompt(list(prompts), pipe._execution_device, 1, guided)
-    return Text(states), Text(negative) if guided else None
+    return PromptEncoding(states), PromptEncoding(negative) if guided else None
 
 
-def encode_lcm(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
+def encode_lcm(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """As Stable Diffusion, but never with a negative: its guidance was distilled into a number."""
     return encode_sd(pipe, prompts, False)
 
 
-def encode_sdxl(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
-    """Two CLIPs side by side, each one's last but one hidden states; the pooled vector is the second one's."""
-    found = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
-    return _with_pooled(*found, guided=guided)
+def encode_sdxl(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Two CLIPs side by side, before their last layers; the second one's pooled vector."""
+    returned = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
+    return _with_pooled(*returned, guided=guided)
 
 
-def encode_sd3(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
-    """Two CLIPs side by side, then T5 along the tokens; the pooled vectors of both CLIPs side by side."""
-    found = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=guided)
-    return _with_pooled(*found, guided=guided)
+def encode_sd3(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Two CLIPs side by side, then T5 along the tokens; both pooled vectors side by side."""
+    returned = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=guided)
+    return _with_pooled(*returned, guided=guided)
 
 
 def _with_pooled(
     states: Tensor, negative: Any, pooled: Tensor, negative_pooled: Any, *, guided: bool
-) -> Encoded:
-    return Text(states, pooled=pooled), Text(negative, pooled=negative_pooled) if guided else None
+) -> EncodedPrompts:
+    prompts = PromptEncoding(states, pooled=pooled)
+    return prompts, PromptEncoding(negative, pooled=negative_pooled) if guided else None
 
 
-def encode_flux(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
+def encode_flux(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """T5, and CLIP's pooled vector. FLUX is guided by a number, not by a negative prompt."""
     states, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=flux_limit(pipe))
-    return Text(states, pooled=pooled), None
+    return PromptEncoding(states, pooled=pooled), None
 
 
 def flux_limit(pipe: Any) -> int:
-    """How many tokens FLUX hears: schnell, which is told no guidance, was made for half as many as dev."""
+    """How many tokens FLUX reads: dev, which takes a guidance scale, 512; schnell 256."""
     return 512 if pipe.transformer.config.guidance_embeds else 256
 
 
-def encode_if(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
+def encode_if(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """T5, which the U-Net projects, and pools by itself."""
     states, negative = pipe.encode_prompt(list(prompts), guided)
-    return Text(states), Text(negative) if guided else None
+    return PromptEncoding(states), PromptEncoding(negative) if guided else None
 
 
-def encode_masked(pipe: Any, prompts: Sequence[str], guided: bool) -> Encoded:
-    """PixArt's T5 and Sana's Gemma, with the mask of what is heard; Sana's with the instruction of its own call."""
-    usual = inspect.signature(type(pipe).__call__).parameters.get("complex_human_instruction")
-    told = {} if usual is None else {"complex_human_instruction": usual.default}
-    states, mask, negative, negative_mask = pipe.encode_prompt(list(prompts), guided, **told)
-    return Text(states, mask), Text(negative, negative_mask) if guided else None
+def encode_masked(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """PixArt's T5 and Sana's Gemma, masked; Sana's with the instruction of its own call."""
+    # `encode_prompt` of Sana has no default for the instruction that its `__call__` gives it.
+    instruction = inspect.signature(type(pipe).__call__).parameters.get("complex_human_instruction")
+    options = {} if instruction is None else {"complex_human_instruction": instruction.default}
+    states, mask, negative, negative_mask = pipe.encode_prompt(list(prompts), guided, **options)
+    return PromptEncoding(states, mask), PromptEncoding(negative, negative_mask) if guided else None
 
 
-def spoken_by(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> Spoken:
-    """The prompt in the states of an encoder with an end mark and maybe a start mark, cut at `limit` tokens."""
+# --- where words stand ---------------------------------------------------------------------------
+
+
+def token_span(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> TokenSpan:
+    """The prompt in an encoder with an end mark and maybe a start mark, cut at `limit` tokens."""
     ids = _tokens(tokenizer, _converted(pipe, tokenizer, prompt))
     marks = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
     words = tuple(ids[marks:-1])
     count = limit - marks - 1  # the end mark has the last place
     start = offset + marks
     end = start + min(len(words), count)
-    return Spoken(words[:count], start, end, tokenizer, words[count:], limit)
+    return TokenSpan(words[:count], start, end, tokenizer, words[count:], limit)
 
 
 def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
-    """The prompt with each token of textual inversion that has several vectors written out, as the pipeline does."""
+    """The prompt with inverted tokens of several vectors written out, as the pipeline does."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
     return prompt if convert is None else convert(prompt, tokenizer)
 
@@ -238,35 +262,37 @@ def _tokens(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
 
 
-def spoken_clip(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    """In CLIP's states; SD-XL's two encoders share their vocabulary and lie side by side, at the same positions."""
+def clip_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+    """In CLIP's states; SD-XL's two encoders lie side by side, at the same positions."""
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
-    encoders = [
-        spoken_by(pipe, one, prompt, one.model_max_length) for one in tokenizers if one is not None
+    spans = [
+        token_span(pipe, tokenizer, prompt, tokenizer.model_max_length)
+        for tokenizer in tokenizers
+        if tokenizer is not None
     ]
-    return (replace(encoders[0], beside=encoders[-1]),)
+    return (replace(spans[0], paired=spans[-1]),)
 
 
-def spoken_sd3(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    """In the states of the CLIPs, and behind them in those of T5, unless it was left out to save memory."""
+def sd3_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+    """In the states of the CLIPs, and behind them of T5, unless it was left out."""
     limit = pipe.tokenizer_max_length
-    clips = spoken_by(pipe, pipe.tokenizer, prompt, limit)
+    clips = token_span(pipe, pipe.tokenizer, prompt, limit)
     if pipe.text_encoder_3 is None:
         return (clips,)
-    return clips, spoken_by(pipe, pipe.tokenizer_3, prompt, SD3_LIMIT, limit)
+    return clips, token_span(pipe, pipe.tokenizer_3, prompt, SD3_LIMIT, offset=limit)
 
 
-def spoken_flux(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
+def flux_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
     """In T5's states."""
-    return (spoken_by(pipe, pipe.tokenizer_2, prompt, flux_limit(pipe)),)
+    return (token_span(pipe, pipe.tokenizer_2, prompt, flux_limit(pipe)),)
 
 
-def spoken_sana(pipe: Any, prompt: str) -> tuple[Spoken, ...]:
-    """Behind the start mark and the last token of the instruction, which are all that is kept of it; no end mark."""
-    usual = inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
-    instruction = "\n".join(usual)
+def sana_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+    """Behind the start mark and the instruction's last token; there is no end mark."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    instruction = "\n".join(parameters["complex_human_instruction"].default)
     before = len(pipe.tokenizer.encode(instruction))
     words = tuple(_tokens(pipe.tokenizer, instruction + prompt)[before - 1 :])
     count = SANA_LIMIT - 1
     end = min(len(words), count)
-    return (Spoken(words[:count], 1, end, pipe.tokenizer, words[count:], SANA_LIMIT),)
+    return (TokenSpan(words[:count], 1, end, pipe.tokenizer, words[count:], SANA_LIMIT),)

@@ -1,62 +1,72 @@
-"""Results and executed notebooks → pages: an index, a page for each model and concept, and each run with its notebook.
+"""A results folder → pages: the index, a page for each model and concept, and each run's own.
 
-`build` needs only what runs have left in their folders (`locogen.pages.results`). It can be repeated at any time
-and gives the same pages; those of a run are made again only where the run, its place or locogen itself has changed.
+`build` needs only what runs left in their folders (`locogen.pages.results`). It can be repeated at
+any time and gives the same pages; those of a run are made again only if the run, its place or the
+code that makes pages has changed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from locogen.files import ENCODING, CannotWrite, write_whole
-from locogen.pages.cleaning import arrange, clean
-from locogen.pages.html import Html, facts, html, link, page, shrink, table
-from locogen.pages.index import TABLES, comparison_page, data_links, index_page
-from locogen.pages.provenance import duration, study_page
+from locogen.files import CannotWrite, write_whole
+from locogen.pages.entries import Entry, addresses, entries as entries_of
+from locogen.pages.html import page
+from locogen.pages.index import comparison_page, index_page
+from locogen.pages.notebook import notebook_html, read_notebook
+from locogen.pages.pictures import shown_pictures
+from locogen.pages.provenance import fact_groups, study_page, time_spent
 from locogen.pages.results import (
-    Entry,
+    TABLES,
     Finished,
-    addresses,
     damaged,
-    entries,
+    pick,
     read_runs,
     read_study_facts,
     read_table,
     reason_of,
-    shown_pictures,
-)  # fmt: skip
+)
 from locogen.views.tables import describe, missing
 
-LARGE = 1_500_000  # bytes: a page above this is told about
-MOST_ROWS = 250  # of a table that is shown, not only linked
-SHOWN = {  # columns of the tables behind the figures of a run, and how they are ordered
+LARGE = 1_500_000  # bytes; building a larger page gives a warning
+MOST_ROWS = 250  # of a table; a longer one is only linked
+
+# Columns to show of the tables behind a run's figures; of others, all.
+SHOWN_COLUMNS = {
     "effects": ["concept", "axis", "position", "width", "estimate", "low", "high", "share", "n"],
 }
-LIVE = {
-    "application/vnd.jupyter.widget-view+json",
-    "application/javascript",
-}  # dead in a saved page
+# What a run's page links to, as far as the run left it: file → words.
 FILES = {
     "notebook.ipynb": "Notebook",
     **{f"{name}.csv": f"{name.capitalize()} (CSV)" for name in TABLES},
     "edit.safetensors": "Edit",
     "lora.safetensors": "LoRA",
 }
+GENERATOR = '<meta name="generator" content="locogen">'
+HEAD = 2000  # characters of a page in which its meta elements stand
+
+
+@dataclass(frozen=True)
+class ShownTable:
+    """A table of a run, as its page shows it."""
+
+    name: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[Any]]
 
 
 def build(folder: Path | str) -> Path:
-    """Make the pages of all runs in a results folder again, from what the runs left there; returns the index.
+    """Make the pages of all runs in a results folder again, from what the runs left there.
 
-    A run that failed, or left something unreadable, is shown as failed with its error, and never hides the
-    others. Warns of figures without a description (alt text) and of pages above 1.5 MB.
+    A run that failed, or left something unreadable, is shown as failed with its error, and never
+    hides the others. Warns of figures without a description (alt text) and of pages above 1.5 MB.
 
     Args:
         folder: The results folder of a study.
@@ -74,7 +84,8 @@ def build(folder: Path | str) -> Path:
     except CannotWrite:
         raise
     except Exception:
-        # Some run has what nobody thought of. It is found by making each one's part of the pages alone.
+        # Some run has something that no check foresees. To find it, the pages are made of each
+        # run by itself. If all of them succeed, the fault is not in a run.
         proved = [_proved(run) for run in runs]
         if proved == runs:
             raise
@@ -82,13 +93,13 @@ def build(folder: Path | str) -> Path:
 
 
 def _proved(run: Finished) -> Finished:
-    """The run as it is, or as a damaged one where its part of the pages over many runs cannot be made."""
+    """The run itself, or a damaged one if it cannot be shown on the pages over many runs."""
     try:
-        found, models, concepts = gather([run])
-        index_page([run], found, models, concepts)
+        entries, models, concepts = gather([run])
+        index_page([run], entries, models, concepts)
         study_page([run], name="x")
-        comparison_page("x", found, by="concept", others=concepts)
-        comparison_page("x", found, by="model", others=models)
+        comparison_page("x", entries, by="concept", others=concepts)
+        comparison_page("x", entries, by="model", others=models)
     except CannotWrite:
         raise
     except Exception as error:
@@ -97,274 +108,268 @@ def _proved(run: Finished) -> Finished:
 
 
 def _build(folder: Path, runs: Sequence[Finished]) -> Path:
-    found, models, concepts = gather(runs)
-    marks = {run.folder: _mark(run) for run in runs}
+    entries, models, concepts = gather(runs)
+    digests = {run.folder: _digest_of_run(run) for run in runs}
     for run in runs:
-        own = [entry for entry in found if entry.run is run]
-        nav = [link(f"../{models[run.model]}", run.model)] if own else []
-        nav += [link(f"../{concepts[entry.concept]}", entry.concept) for entry in own]
-        _write_pages(run, list(dict.fromkeys(nav)), marks[run.folder])
-    for name, address in models.items():
-        own = [entry for entry in found if entry.run.model == name]
-        _compare(folder / address, f"The model {name}", own, concepts, marks, by="concept")
-    for name, address in concepts.items():
-        own = [entry for entry in found if entry.concept == name]
-        _compare(folder / address, f"The concept {name}", own, models, marks, by="model")
+        links = _links_up(run, entries, models, concepts)
+        _write_run(run, links, digests[run.folder])
+
+    # Entries of a model differ by concept, those of a concept by model.
+    _write_comparisons(folder, entries, "model", models, concepts, digests)
+    _write_comparisons(folder, entries, "concept", concepts, models, digests)
+
     title = read_study_facts(folder).get("title", "")
     _write(folder / "study.html", study_page(runs, name=folder.resolve().name, title=title))
-    _forget(folder, {*models.values(), *concepts.values()})
-    return _write(folder / "index.html", index_page(runs, found, models, concepts, title=title))
+    _remove_stale(folder, {*models.values(), *concepts.values()})
+    return _write(folder / "index.html", index_page(runs, entries, models, concepts, title=title))
 
 
 def gather(runs: Sequence[Finished]) -> tuple[list[Entry], dict[str, str], dict[str, str]]:
-    """What runs say: their entries, and the addresses of the models' and concepts' pages."""
-    found = [
-        replace(entry, pictures=shown_pictures(entry) if entry.row else {})
-        for entry in entries(runs)
-    ]
-    models = addresses("model", list(dict.fromkeys(entry.run.model for entry in found)))
-    concepts = addresses("concept", list(dict.fromkeys(entry.concept for entry in found)))
-    return found, models, concepts
+    """What the pages over many runs are made from.
+
+    Args:
+        runs: All runs of a results folder.
+
+    Returns:
+        Their entries with pictures, and the files of the models' and the concepts' pages by name.
+    """
+    entries = []
+    for entry in entries_of(runs):
+        pictures = shown_pictures(entry) if entry.row else {}
+        entries.append(replace(entry, pictures=pictures))
+    models = dict.fromkeys(entry.run.model for entry in entries)
+    concepts = dict.fromkeys(entry.concept for entry in entries)
+    return entries, addresses("model", list(models)), addresses("concept", list(concepts))
+
+
+# --- the pages of a run --------------------------------------------------------------------------
+
+
+def _links_up(
+    run: Finished,
+    entries: Iterable[Entry],
+    models: Mapping[str, str],
+    concepts: Mapping[str, str],
+) -> dict[str, str]:
+    """Links from a run to the pages of its model and its concepts: address → words."""
+    links = {}
+    for entry in entries:
+        if entry.run is run:
+            links[f"../{models[run.model]}"] = run.model
+            links[f"../{concepts[entry.concept]}"] = entry.concept
+    return links
 
 
 def run_page(
-    run: Finished, notebook: Any, *, code: bool, nav: Sequence[Html] = (), source: str = ""
+    run: Finished, notebook: Any, *, code: bool, links: Mapping[str, str], source: str = ""
 ) -> str:
-    """One run's notebook without its code, or with it (figures are then links to the page without)."""
-    body = _as_html(run, notebook, code=code) if notebook is not None else ""
-    top = f"<h1>{html(run.title)}</h1>\n"
+    """One run's page.
+
+    Args:
+        run: The run.
+        notebook: From `read_notebook`; None if it has none.
+        code: Whether to show the notebook's code; figures are then links to the page without it.
+        links: Pages of its model and concepts, address → words.
+        source: A hash of what the page is made from.
+
+    Returns:
+        The page's HTML.
+    """
+    body = ""
+    if notebook is not None:
+        body = notebook_html(notebook, run=run.folder.name, code=code)
+    return page(
+        "run.html",
+        title=run.title,
+        # The notebook's tables and pictures have sizes.
+        allow_inline_styles=True,
+        source=source,
+        run=run,
+        finding=_finding(run),
+        body=body,
+        code=code,
+        links=links,
+        files={name: words for name, words in FILES.items() if (run.folder / name).exists()},
+        tables=[] if code else _tables(run),
+        facts=fact_groups(_footer_facts(run)),
+    )
+
+
+def _finding(run: Finished) -> str:
+    """What the run found, in its own words or else in those of `describe`."""
+    # A run that failed shows its error; what it left need not be fit for a sentence.
     if run.error:
-        cell = (
-            f" ({link(f'code.html#cell-id-{run.cell}', f'cell {run.cell}')})"
-            if run.cell is not None and body
-            else ""
-        )
-        top += f'<p class="finding failed"><strong class="bad">Failed:</strong> {html(run.error)}{cell}</p>'
-    else:
-        finding = run.facts.get("finding") or (
-            "" if run.effects is None else describe(run.effects, run.carriers)
-        )
-        top += f'<p class="finding">{html(finding)}</p>'
-    other = link("index.html", "Without the code") if code else link("code.html", "With the code")
-    there = [link(name, text) for name, text in FILES.items() if (run.folder / name).exists()]
-    links = [link("../index.html", "All runs"), *nav, *([other] if body else []), *there]
-    behind = "" if code else _tables(run)
-    text = f"{top}\n{body}\n{behind}{_footer(run)}"
-    return page(run.title, text, navigation=links, inline=True, source=source)
+        return ""
+    finding = run.facts.get("finding", "")
+    if not finding and run.effects is not None:
+        finding = describe(run.effects, run.carriers)
+    return finding
 
 
-def _compare(
-    path: Path,
-    title: str,
-    own: Sequence[Entry],
-    others: Mapping[str, str],
-    marks: Mapping[Path, str],
-    *,
-    by: str,
-) -> None:
-    """Write the page of one model (runs told apart by concept) or of one concept (by model), where it has changed."""
-    linked = {
-        name: others[name]
-        for name in dict.fromkeys(e.concept if by == "concept" else e.run.model for e in own)
-    }
-    told = [
-        (entry.concept, entry.name, list(entry.pictures), marks[entry.run.folder]) for entry in own
-    ]
-    source = _hashed(title, linked, told)
-    if not _is_made([path], source):
-        _write(path, comparison_page(title, own, by=by, others=linked, source=source))
-
-
-def _forget(folder: Path, made: Collection[str]) -> None:
-    """Take away the pages of models and concepts that are no longer there; ours only."""
-    for path in folder.glob("*.html"):
-        if (
-            re.fullmatch(r"(model|concept)-.+\.html", path.name)
-            and path.name not in made
-            and path.is_file()
-        ):
-            with path.open(encoding="utf-8", errors="replace") as stream:
-                if '<meta name="generator" content="locogen">' in stream.read(2000):
-                    path.unlink()
-
-
-def _write_pages(run: Finished, nav: Sequence[Html], mark: str) -> None:
-    source = _hashed(mark, nav)
-    names = ["index.html", *(["code.html"] if (run.folder / "notebook.ipynb").exists() else [])]
-    if _is_made((run.folder / name for name in names), source):
-        return
-    try:
-        notebook = _read_notebook(run.folder / "notebook.ipynb")
-        pages = {"index.html": run_page(run, notebook, code=False, nav=nav, source=source)}
-        if notebook is not None:
-            pages["code.html"] = run_page(run, notebook, code=True, nav=nav, source=source)
-    except (
-        Exception
-    ) as error:  # of one notebook; nbformat, nbconvert and Pillow raise what they like
-        reason = f"the notebook cannot be read: {reason_of(error)}"
-        warnings.warn(f"{run.folder.name}: {reason}", stacklevel=3)
-        pages = {
-            "index.html": run_page(
-                replace(run, error=run.error or reason), None, code=False, nav=nav
-            )
-        }
-    for name, text in pages.items():
-        try:
-            _write(run.folder / name, text)
-        except OSError as error:  # such as a folder of that name
-            warnings.warn(
-                f"{run.folder.name}: {name} cannot be written: {reason_of(error)}", stacklevel=3
-            )
-        if len(text) > LARGE:
-            warnings.warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB", stacklevel=3)
-
-
-def _mark(run: Finished) -> str:
-    """A hash of all that a run has left, and of the code that makes pages."""
-    told = [_code(), run.error]
-    for name in ("result.json", "error.json", *FILES):
-        told += [name, _content_hash(run.folder / name)]
-    return _hashed(told)
-
-
-def _content_hash(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:  # it is not there, or not to be read
-        return str(error.strerror)
-
-
-def _hashed(*values: Any) -> str:
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
-
-
-@cache
-def _code() -> str:
-    """A hash of the files that pages are made by: these modules, their templates, and the views they show."""
-    here = Path(__file__).parent
-    files = [*sorted(here.rglob("*.*")), *sorted((here.parent / "views").glob("*.py"))]
-    return hashlib.sha256(
-        b"".join(file.read_bytes() for file in files if file.suffix != ".pyc")
-    ).hexdigest()
-
-
-def _is_made(pages: Iterable[Path], source: str) -> bool:
-    """Whether the pages are there and were made of just this."""
-    for path in pages:
-        if not path.is_file():
-            return False
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            if f'<meta name="source" content="{source}">' not in stream.read(2000):
-                return False
-    return True
-
-
-def _read_notebook(path: Path) -> Any:
-    """The notebook with what a page shows of its outputs; None where a run failed before it had one."""
-    import nbformat
-
-    if not path.exists():
-        return None
-    notebook = nbformat.reads(path.read_text(encoding=ENCODING), as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            if cell.get("execution_count") is not None:
-                cell["id"] = str(
-                    cell["execution_count"]
-                )  # an address for the number that errors are told with
-            cell.outputs = [
-                kept for output in cell.outputs if (kept := _output(output)) is not None
-            ]
-    return notebook
-
-
-def _as_html(run: Finished, notebook: Any, *, code: bool) -> Html:
-    """The notebook as HTML, cleaned and fitted to a page; warns of figures without a description."""
-    fragment, _ = _exporter(code).from_notebook_node(notebook)
-    body, silent = arrange(fragment, figures_at="index.html" if code else "")
-    for label in [] if code else silent:
-        remedy = 'display it with metadata={"image/png": {"alt": "what it shows"}}'
-        warnings.warn(f"{run.folder.name}: {label} has no description: {remedy}", stacklevel=5)
-    return Html(body)
-
-
-@cache
-def _exporter(code: bool) -> Any:
-    from nbconvert.exporters import HTMLExporter
-
-    quiet = logging.getLogger("locogen.nbconvert")
-    quiet.setLevel(logging.ERROR)  # what it warns of is told better here
-    return HTMLExporter(
-        template_name="basic", sanitize_html=True, filters={"clean_html": clean}, exclude_input=not code,
-        exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True, log=quiet,
-        mathjax_url="", require_js_url="", jquery_url="",
-    )  # fmt: skip
-
-
-def _output(output: Any) -> Any:
-    """An output as the page shows it: no standard error, nothing live, the last state of progress lines."""
-    if output.output_type == "stream":
-        if output.name == "stderr":
-            return None
-        output.text = "\n".join(
-            line.rstrip("\r").rpartition("\r")[2] for line in output.text.split("\n")
-        )
-    data = output.get("data")
-    if data is not None:
-        if LIVE & set(data):
-            return None
-        if "image/png" in data:
-            data["image/png"] = shrink(data["image/png"])
-    return output
-
-
-def _tables(run: Finished) -> str:
-    """The numbers behind the run's figures, in elements that open; long tables are linked only."""
-    parts = []
-    for name in data_links(run):
+def _tables(run: Finished) -> list[ShownTable]:
+    """The numbers behind the run's figures."""
+    tables = []
+    for name in run.tables:
+        # A row for each picture: too long, and the pictures are what is looked at.
         if name == "pictures":
             continue
         try:
-            rows: Any = read_table(run.folder / f"{name}.csv")
-        except Exception:  # pandas raises what it likes
+            table: Any = read_table(run.folder / f"{name}.csv")
+        except Exception:  # pandas raises errors of many kinds
             continue
-        if not len(rows) or len(rows) > MOST_ROWS:
+        if not 0 < len(table) <= MOST_ROWS:
             continue
-        columns = [column for column in SHOWN.get(name) or list(rows.columns) if column in rows]
-        lines = [
-            [_number(value) for value in line] for line in rows[columns].itertuples(index=False)
-        ]
-        shown = table([str(column) for column in columns], lines, caption=f"{name}.csv").replace(
-            ' class="cards"', ""
-        )
-        parts.append(
-            f"<details><summary>The numbers behind the figures: {name}</summary>{shown}</details>"
-        )
-    return "\n".join(parts)
+        columns: Any = SHOWN_COLUMNS.get(name, table.columns)
+        table = table[[column for column in columns if column in table]]
+        rows = [[_cell(value) for value in line] for line in table.itertuples(index=False)]
+        tables.append(ShownTable(name, [str(column) for column in table.columns], rows))
+    return tables
 
 
-def _number(value: Any) -> Any:
+def _cell(value: Any) -> Any:
+    """A cell of a table for people."""
     if missing(value):
         return "–"
     return f"{value:.3g}" if isinstance(value, float) else value
 
 
-def _footer(run: Finished) -> Html:
-    told = run.facts
-    general = {
-        name: told[name]
-        for name in ("model", "concepts", "kind", "pictures", "finished")
-        if name in told
-    }
-    if isinstance(told.get("seconds"), int | float):
-        general["time"] = duration(told["seconds"])
-    groups = {"Run": general}
-    groups |= {
-        name.capitalize(): told.get(name) or {} for name in ("settings", "parameters", "versions")
-    }
-    more = link("../study.html", "How all runs were made, and how to make them again")
-    return Html(f"<footer>\n<h2>How this was made</h2>\n{facts(groups)}\n<p>{more}</p>\n</footer>")
+def _footer_facts(run: Finished) -> dict[str, Mapping[str, Any]]:
+    general = pick(run.facts, "model", "concepts", "kind", "pictures", "finished")
+    if "seconds" in run.facts:
+        general["time"] = time_spent(run.facts)
+    groups: dict[str, Mapping[str, Any]] = {"Run": general}
+    for name in ("settings", "parameters", "versions"):
+        groups[name.capitalize()] = run.group(name)
+    return groups
+
+
+def _write_run(run: Finished, links: Mapping[str, str], digest: str) -> None:
+    """Write a run's pages, with and without code, unless they are up to date."""
+    source = _digest(digest, links)
+    names = ["index.html"]
+    if run.has_notebook:
+        names.append("code.html")
+    if _are_up_to_date((run.folder / name for name in names), source):
+        return
+
+    for name, text in _run_pages(run, links, source).items():
+        try:
+            _write(run.folder / name, text)
+        except OSError as error:  # such as a folder of that name
+            _warn(f"{run.folder.name}: {name} cannot be written: {reason_of(error)}")
+        if len(text) > LARGE:
+            _warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB")
+
+
+def _run_pages(run: Finished, links: Mapping[str, str], source: str) -> dict[str, str]:
+    """File → page; with a notebook that cannot be read, one page with the reason."""
+    try:
+        notebook = read_notebook(run.folder / "notebook.ipynb")
+        pages = {"index.html": run_page(run, notebook, code=False, links=links, source=source)}
+        if notebook is not None:
+            pages["code.html"] = run_page(run, notebook, code=True, links=links, source=source)
+        return pages
+    except Exception as error:  # nbformat, nbconvert and Pillow raise errors of many kinds
+        reason = f"the notebook cannot be read: {reason_of(error)}"
+        _warn(f"{run.folder.name}: {reason}")
+        failed = replace(run, error=run.error or reason)
+        return {"index.html": run_page(failed, None, code=False, links=links)}
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+# --- the pages of models and concepts ------------------------------------------------------------
+
+
+def _write_comparisons(
+    folder: Path,
+    entries: Sequence[Entry],
+    subject: str,
+    files: Mapping[str, str],
+    others: Mapping[str, str],
+    digests: Mapping[Path, str],
+) -> None:
+    """Write the pages of all models or of all concepts, except those that are up to date.
+
+    Args:
+        folder: The results folder.
+        entries: All entries.
+        subject: What each page is about, "model" or "concept".
+        files: Model or concept → its page.
+        others: The same for what the entries of a page differ by.
+        digests: Folder of a run → hash of what it left.
+    """
+    by = "concept" if subject == "model" else "model"
+    for name, file in files.items():
+        compared = [entry for entry in entries if entry.distinguished(subject) == name]
+        linked = {entry.distinguished(by): others[entry.distinguished(by)] for entry in compared}
+        title = f"The {subject} {name}"
+        source = _digest(title, linked, [_contents(entry, digests) for entry in compared])
+        if not _are_up_to_date([folder / file], source):
+            text = comparison_page(title, compared, by=by, others=linked, source=source)
+            _write(folder / file, text)
+
+
+def _contents(entry: Entry, digests: Mapping[Path, str]) -> tuple[Any, ...]:
+    """All of an entry that a comparison shows: if it is the same, so is the page."""
+    return entry.concept, entry.name, list(entry.pictures), digests[entry.run.folder]
+
+
+def _remove_stale(folder: Path, current: Collection[str]) -> None:
+    """Remove the pages of models and concepts that no run is about any more; only our own."""
+    for path in folder.glob("*.html"):
+        is_comparison = re.fullmatch(r"(model|concept)-.+\.html", path.name)
+        if not is_comparison or path.name in current or not path.is_file():
+            continue
+        if GENERATOR in _head(path):
+            path.unlink()
+
+
+# --- what is up to date --------------------------------------------------------------------------
+
+
+def _digest_of_run(run: Finished) -> str:
+    """A hash of all that a run left, and of the code that makes pages."""
+    contents = [_digest_of_code(), run.error]
+    for name in ("result.json", "error.json", *FILES):
+        contents += [name, _digest_of_file(run.folder / name)]
+    return _digest(contents)
+
+
+def _digest_of_file(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:  # it is missing, or may not be read
+        return str(error.strerror)
+
+
+def _digest(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:32]
+
+
+@cache
+def _digest_of_code() -> str:
+    """A hash of what makes pages: this folder with its templates, and the views that they show."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in [*sorted(here.rglob("*.*")), *sorted((here.parent / "views").glob("*.py"))]:
+        if file.suffix != ".pyc":
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _are_up_to_date(pages: Iterable[Path], source: str) -> bool:
+    """Whether the pages are there and were made from exactly this."""
+    mark = f'<meta name="source" content="{source}">'
+    return all(path.is_file() and mark in _head(path) for path in pages)
+
+
+def _head(page: Path) -> str:
+    with page.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(HEAD)
 
 
 def _write(path: Path, text: str) -> Path:

@@ -1,19 +1,26 @@
 """Whatever a notebook shows, made harmless and fitted into a page.
 
-A concept may be called `<script>alert(1)</script>`, and a notebook may print what it likes: only tags and
-attributes on a list get through, rewritten and closed one by one, so nothing runs and nothing is fetched.
+A concept may be called `<script>alert(1)</script>`, and a notebook may print anything. Two steps:
+
+1. `nh3` (the Ammonia sanitizer) parses the HTML as browsers do, and writes only the tags and
+   attributes that are listed here. Nothing in the result runs or loads anything.
+2. A `Rewriter` walks over that well-formed HTML and arranges it: links and pictures that would lead
+   out of the results folder become text, and an `Arranger` puts figures on cards as well.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
 from html import escape
 from html.parser import HTMLParser
 
-from locogen.pages.html import link, png_width
+import nh3
+from markupsafe import Markup
 
+from locogen.pages.png import size_of
+
+# What a page may link to: itself, and files in the run's folder.
 SIBLINGS = {
     "index.html",
     "code.html",
@@ -23,21 +30,23 @@ SIBLINGS = {
     "../index.html",
 }
 NO_ALT = "A figure without a description."
-_NO_ALT = {"", NO_ALT, "No description has been provided for this image"}  # the last is nbconvert's
+_NO_ALT = {"", NO_ALT, "No description has been provided for this image"}  # the last: nbconvert's
+_WIDE = 700  # pixels; on a narrow screen a wider figure scrolls on its card
 
-_VOID = {"br", "hr", "img", "wbr", "col"}
-_PLAIN = """
+# --- what is allowed -----------------------------------------------------------------------------
+
+_VOID = {"br", "hr", "img", "wbr", "col"}  # tags without an end
+_PAIRED = """
     a abbr b blockquote caption code colgroup dd del details div dl dt em figcaption figure h1 h2 h3
     h4 h5 h6 i ins kbd li mark ol p pre q s samp small span strong sub summary sup table tbody td
     tfoot th thead tr tt u ul var
 """
-_HIDDEN = (
-    "script style iframe object template svg math title head textarea select noscript audio video"
-)
-_TAGS = _VOID | set(_PLAIN.split())
-_GONE = set(_HIDDEN.split())
-_EVERYWHERE = {"id", "class", "title", "lang", "dir", "style"}
+# The content of any other tag stays, but not of these: it is not meant to be read.
+_DROPPED_WITH_CONTENT = """
+    script style iframe object template svg math title head textarea select noscript audio video
+"""
 _ATTRIBUTES = {
+    "*": {"id", "class", "title", "lang", "dir", "style"},
     "a": {"href"},
     "img": {"src", "alt", "width", "height"},
     "td": {"colspan", "rowspan"},
@@ -45,182 +54,205 @@ _ATTRIBUTES = {
     "ol": {"start"},
     "details": {"open"},
 }
-_STYLES = re.compile(  # layout only: colors are the page's, for light and dark
-    r"(text-align|vertical-align|display|flex|flex-wrap|gap|grid-template-columns|width|max-width|min-width"
-    r"|image-rendering|white-space|font-weight|margin(-\w+)?|padding(-\w+)?)\s*:\s*[\w\s.%,()-]+"
+_MAY_BE_EMPTY = ("alt", "open")
+_VALUES = {
+    "id": re.compile(r"[\w-]+"),
+    "src": re.compile(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*"),
+    # The scheme "data" is allowed for pictures; a link could open a page of scripts with it.
+    "href": re.compile(r"(?!\s*data:).*", re.IGNORECASE | re.DOTALL),
+}
+# Only layout: colors are the page's, for light and dark. No value may load or compute.
+_STYLE = re.compile(
+    r"(text-align|vertical-align|display|flex|flex-wrap|gap|grid-template-columns|width|max-width"
+    r"|min-width|image-rendering|white-space|font-weight|margin(-\w+)?|padding(-\w+)?)"
+    r"\s*:\s*(?!.*(url|expression))[\w\s.%,()-]+",
+    re.IGNORECASE,
 )
-_PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*")
 
 
-def clean(fragment: str) -> str:
-    """HTML from a notebook with only harmless tags and attributes left, and every tag closed.
+def _allowed_value(tag: str, name: str, value: str) -> str | None:
+    """An attribute's value as far as it is allowed; None removes the attribute."""
+    if name == "style":
+        rules = [rule.strip() for rule in value.split(";")]
+        value = "; ".join(rule for rule in rules if _STYLE.fullmatch(rule))
+    if name == "id":
+        value = value.replace("=", "-")  # nbconvert's cells have "cell-id=5"
+    if name in _VALUES and not _VALUES[name].fullmatch(value):
+        return None
+    if not value and name not in _MAY_BE_EMPTY:
+        return None
+    return value
 
-    Links lead to the page itself or the files beside it; others become text with their address. Pictures are
-    inside the page or gone.
+
+_SANITIZER = nh3.Cleaner(
+    tags=_VOID | set(_PAIRED.split()),
+    clean_content_tags=set(_DROPPED_WITH_CONTENT.split()),
+    attributes=_ATTRIBUTES,
+    attribute_filter=_allowed_value,
+    url_schemes={"http", "https", "mailto", "data"},
+    link_rel=None,
+)
+
+
+def clean(fragment: str) -> Markup:
+    """Notebook HTML with only harmless tags and attributes left, and every tag closed.
+
+    Args:
+        fragment: HTML of any kind, broken or malicious.
+
+    Returns:
+        Links lead to the page itself or the files next to it; others become text with their
+        address. Pictures are inside the page, or replaced by their alternative text.
     """
-    return _parsed(fragment, Cleaner())
+    return Rewriter().rewrite(fragment)
 
 
-def arrange(fragment: str, *, figures_at: str = "") -> tuple[str, list[str]]:
-    """Cleaned notebook HTML made ready for a page, and the figures that have no description.
+def arrange(fragment: str, *, figures_at: str = "") -> tuple[Markup, list[str]]:
+    """Clean a notebook's HTML, and fit it into a page.
 
-    Headings go down a level, since the page has its own; figures go on numbered cards and tables scroll. With
-    `figures_at`, the address of a page that shows them, figures are links with their descriptions instead.
+    Headings go down a level, since the page has its own. Figures go on numbered cards, and tables
+    can be scrolled.
+
+    Args:
+        fragment: The notebook as HTML.
+        figures_at: The address of a page that shows the figures: they are linked, with their
+            descriptions. Empty: they are shown.
+
+    Returns:
+        The HTML, and the ids of figures without a description.
     """
     arranger = Arranger(figures_at)
-    return _parsed(fragment, arranger), arranger.silent
+    return arranger.rewrite(fragment), arranger.undescribed
 
 
-def _parsed(fragment: str, parser: Cleaner) -> str:
-    try:
-        parser.feed(fragment)
-        parser.close()
-    except AssertionError:  # html.parser gives up on some broken declarations
-        return f"<pre>{escape(fragment)}</pre>"
-    return "".join(parser.parts)
-
-
-class Cleaner(HTMLParser):
-    """Writes what it reads again, allowed tags and attributes only; `parts` is the result."""
+class Rewriter(HTMLParser):
+    """Writes sanitized HTML again, without what leads out of the results folder."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.open: list[tuple[str, str]] = []  # (tag, what closes it)
-        self.gone: list[str] = []  # open tags whose content is dropped
+        self.parts: list[str] = []  # all HTML so far
+        self.closings: list[str] = []  # what closes each open tag
+
+    def rewrite(self, fragment: str) -> Markup:
+        """Sanitize a fragment, and write it again."""
+        # Every tag of nh3's output is closed in the right order, so a stack of closings suffices.
+        self.feed(_SANITIZER.clean(fragment))
+        self.close()
+        return Markup("".join(self.parts))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Write an allowed tag; drop another, some with all they hold."""
-        if tag in _GONE:
-            self.gone.append(tag)
-        elif tag in _TAGS and not self.gone:
-            self.start(tag, dict(self._allowed(tag, attrs)))
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """As a start and an end."""
-        if tag not in _GONE:
-            self.handle_starttag(tag, attrs)
-            if tag not in _VOID:
-                self.handle_endtag(tag)
+        """Write a tag; links and pictures need a closer look."""
+        attributes = {name: value or "" for name, value in attrs}
+        if tag == "a":
+            self.start_link(attributes)
+        elif tag == "img":
+            self.write_picture(attributes)
+        else:
+            self.start(tag, attributes)
 
     def handle_endtag(self, tag: str) -> None:
-        """Close what is open up to this tag; ignore an end without a start."""
-        if self.gone:
-            if tag in self.gone:
-                del self.gone[self.gone.index(tag) :]
-        elif tag in (opened for opened, _ in self.open):
-            while self.open:
-                opened, closing = self.open.pop()
-                self.parts.append(closing)
-                if opened == tag:
-                    break
+        """Close the tag that was opened last."""
+        self.parts.append(self.closings.pop())
 
     def handle_data(self, data: str) -> None:
         """Text stays text."""
-        if not self.gone:
-            self.parts.append(escape(data, quote=False))
+        self.parts.append(escape(data, quote=False))
 
-    def close(self) -> None:
-        """Close what is still open."""
-        super().close()
-        self.parts += [closing for _, closing in reversed(self.open)]
-        self.open.clear()
-
-    def start(self, tag: str, attributes: dict[str, str]) -> None:
-        """Write an allowed tag and remember how to close it."""
-        closing = f"</{tag}>"
-        if (
-            tag == "a"
-            and not attributes.get("href", "#").startswith("#")
-            and attributes["href"] not in SIBLINGS
-        ):
-            address = re.sub(r"^(https?:|mailto:)?(//)?", "", attributes.pop("href")).rstrip("/")
-            closing = (
-                f' <span class="soft">({escape(address)})</span></a>'
-                if ":" not in address
-                else closing
-            )
-        if tag == "img" and not _PICTURE.fullmatch(attributes.get("src", "")):
-            self.parts.append(
-                f"[{escape(attributes.get('alt') or 'a picture that is not in this page')}]"
-            )
-            return
-        self.write(tag, attributes, closing)
-
-    def write(self, tag: str, attributes: dict[str, str], closing: str) -> None:
-        """Put a tag on the page, and what closes it on the stack."""
-        text = "".join(f' {name}="{escape(value)}"' for name, value in attributes.items())
-        self.parts.append(f"<{tag}{text}>")
+    def start(self, tag: str, attributes: dict[str, str], closing: str = "") -> None:
+        """Write a tag and remember what closes it; `closing`: if that is not only its end tag."""
+        self.parts.append(f"<{tag}{_attributes(attributes)}>")
+        # HTML ignores one line break after <pre>, so nh3 has removed it. Without another one, the
+        # browser would remove the output's first blank line.
+        if tag == "pre":
+            self.parts.append("\n")
         if tag not in _VOID:
-            self.open.append((tag, closing))
+            self.closings.append(closing or f"</{tag}>")
 
-    @staticmethod
-    def _allowed(tag: str, attrs: list[tuple[str, str | None]]) -> Iterable[tuple[str, str]]:
-        for name, given in attrs:
-            value = given or ""
-            if name == "style":
-                value = "; ".join(
-                    part.strip() for part in value.split(";") if _STYLES.fullmatch(part.strip())
-                )
-            if name == "id":  # nbconvert's cells have "cell-id=5"
-                value = value.replace("=", "-")
-            if name == "id" and not re.fullmatch(r"[\w-]+", value):
-                continue
-            if name in _EVERYWHERE | _ATTRIBUTES.get(tag, set()) and (
-                value or name in ("alt", "open")
-            ):
-                yield name, value
+    def start_link(self, attributes: dict[str, str]) -> None:
+        """Write a link within the run's folder; any other becomes text, followed by its address."""
+        address = attributes.get("href", "")
+        closing = "</a>"
+        if address and not address.startswith("#") and address not in SIBLINGS:
+            del attributes["href"]
+            shown = re.sub(r"^(https?:|mailto:)?(//)?", "", address).rstrip("/")
+            if ":" not in shown:
+                closing = Markup(' <span class="soft">({})</span></a>').format(shown)
+        self.start("a", attributes, closing)
+
+    def write_picture(self, attributes: dict[str, str]) -> None:
+        """Write a picture that is inside the page; any other becomes its alternative text."""
+        if "src" in attributes:
+            self.show_picture(attributes)
+        else:
+            self.handle_data(f"[{attributes.get('alt') or 'a picture that is not in this page'}]")
+
+    def show_picture(self, attributes: dict[str, str]) -> None:
+        """Write a picture."""
+        self.start("img", attributes)
 
 
-class Arranger(Cleaner):
-    """A `Cleaner` that also fits the notebook into its page: see `arrange`."""
+class Arranger(Rewriter):
+    """A `Rewriter` that also fits the notebook into its page: see `arrange`."""
 
     def __init__(self, figures_at: str) -> None:
         super().__init__()
         self.figures_at = figures_at
-        self.silent: list[str] = []
+        self.undescribed: list[str] = []  # ids of figures
         self.figures = 0
 
-    def write(self, tag: str, attributes: dict[str, str], closing: str) -> None:
-        """Fit headings, figures and tables into the page."""
+    def start(self, tag: str, attributes: dict[str, str], closing: str = "") -> None:
+        """Write a tag: a heading one level down, a table within what scrolls it."""
         if re.fullmatch(r"h[1-5]", tag):
-            tag = f"h{int(tag[1]) + 1}"
-            self.parts.append(f"<{tag}{_id(attributes)}>")
-            self.open.append((f"h{int(tag[1]) - 1}", f"</{tag}>"))
-        elif tag == "img":
-            self._figure(attributes)
+            lower = f"h{int(tag[1]) + 1}"
+            # Of nbconvert's headings only the id is of use, for links.
+            ids = {name: value for name, value in attributes.items() if name == "id"}
+            super().start(lower, ids)
         elif tag == "table":
+            # Focusable, so that it can be scrolled by keyboard.
             self.parts.append('<div class="scroll" tabindex="0" role="region" aria-label="Table">')
-            super().write(tag, attributes, "</table></div>")
+            super().start(tag, attributes, "</table></div>")
         else:
-            super().write(tag, attributes, closing)
+            super().start(tag, attributes, closing)
 
-    def _figure(self, attributes: dict[str, str]) -> None:
+    def show_picture(self, attributes: dict[str, str]) -> None:
+        """Write a figure with its number, or a link to it."""
         self.figures += 1
         name = f"figure-{self.figures}"
         if attributes.get("alt", "").strip() in _NO_ALT:
-            self.silent.append(name)
+            self.undescribed.append(name)
             attributes["alt"] = NO_ALT
+
         if self.figures_at:
-            shown = link(f"{self.figures_at}#{name}", f"Figure {self.figures}")
-            self.parts.append(f'<p class="soft">{shown}: {escape(attributes["alt"])}</p>')
+            link = Markup('<p class="soft"><a href="{}#{}">Figure {}</a>: {}</p>')
+            self.parts.append(link.format(self.figures_at, name, self.figures, attributes["alt"]))
             return
-        alone = any(
-            "output_png" in part or "output_jpeg" in part or "output_svg" in part
-            for part in self.parts[-2:]
-        )
-        self.parts.append(
-            f'<span class="card" tabindex="0" id="{name}">' if alone else f'<span id="{name}">'
-        )
-        head = base64.b64decode(attributes["src"].partition(",")[2][:40] or "")
-        asked = re.match(
-            r"\s*(\d{1,9})(?!\d|\s*%)", attributes.get("width", "")
-        )  # pixels: "50%" says no width, nor "auto"
-        if (asked and int(asked[1]) > 700) or png_width(head) > 700:
+
+        if _is_wide(attributes):
             attributes["class"] = "wide"
-        super().write("img", attributes, "")
+        # A plot is an output by itself; pictures within other HTML keep their place there.
+        if self._is_alone():
+            self.parts.append(f'<span class="card" tabindex="0" id="{name}">')
+        else:
+            self.parts.append(f'<span id="{name}">')
+        super().show_picture(attributes)
         self.parts.append("</span>")
 
+    def _is_alone(self) -> bool:
+        """Whether what comes is a notebook's output by itself, by the class that nbconvert gives."""
+        before = "".join(self.parts[-2:])
+        return re.search(r"output_(png|jpeg|svg)", before) is not None
 
-def _id(attributes: Mapping[str, str]) -> str:
-    return f' id="{escape(attributes["id"])}"' if "id" in attributes else ""
+
+def _is_wide(attributes: dict[str, str]) -> bool:
+    """Whether a picture is shown too wide for a small screen."""
+    # Pixels only: neither "50%" nor "auto" says how wide it will be.
+    width = re.match(r"\s*(\d{1,9})(?!\d|\s*%)", attributes.get("width", ""))
+    if width is not None and int(width[1]) > _WIDE:
+        return True
+    # 40 characters of base64 hold a PNG's first 24 bytes, in which its size stands.
+    start = attributes["src"].partition(",")[2][:40]
+    return size_of(base64.b64decode(start))[0] > _WIDE
+
+
+def _attributes(attributes: dict[str, str]) -> str:
+    return "".join(f' {name}="{escape(value)}"' for name, value in attributes.items())

@@ -1,168 +1,240 @@
-"""How a study's results were made: settings, versions, seeds, time and pictures spent, and how to make them again."""
+"""How a study's results were made: settings, versions, seeds, time; and how to make them again."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from locogen.errors import LocogenError
-from locogen.pages.html import Html, facts, html, link, page, table
-from locogen.pages.results import Finished, read_table
+from locogen.pages.html import page
+from locogen.pages.results import Finished, count_runs, read_table
+from locogen.studies.estimates import duration
 from locogen.studies.notebooks import notebook_file
 
-TOLD = ("model", "pictures")  # settings that the table of runs has
-MOST = 8  # names of runs in one cell
+IN_RUNS_TABLE = {"model", "pictures"}  # settings that the table of runs shows for each run
+MOST_NAMES = 8  # of runs in one cell
+LONG = 100  # characters of a value; a longer one opens on a click
+SUMMARY = 60  # characters of it that are always shown
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A name and its value in words, as the templates show it."""
+
+    name: str
+    text: str
+    summary: str = ""
+    """What is shown of a long value until it is opened; empty: the whole text."""
 
 
 def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
-    """The page of a whole study; `name`: of its results folder, which its file is called after."""
-    heading = f"How this was made: {title or name}"
-    parts = [
-        f"<h1>{html(heading)}</h1>",
-        f'<p class="finding">{html(_spent(runs))}</p>',
-        "<h2>How to reproduce</h2>",
-    ]
-    version = next(
-        (v for run in runs if (v := (run.facts.get("versions") or {}).get("locogen"))), ""
+    """The page about how a whole study was made.
+
+    Args:
+        runs: All its runs.
+        name: The name of its results folder; the study's file has the same.
+        title: The study's title; empty: its name.
+
+    Returns:
+        The page's HTML.
+    """
+    title = title or name
+    return page(
+        "study.html",
+        title=f"How this was made: {title}",
+        name=name,
+        totals=_totals_sentence(runs),
+        toml=study_toml(runs, title=title),
+        locogen_version=_locogen_version(runs),
+        lines=[_run_line(run) for run in runs],
+        groups=_shared_facts(runs),
+        differences=_differences(runs),
     )
-    install = f"pip install locogen=={version}\n" if version else ""
-    commands = f"{install}locogen run {name}.toml\nlocogen report {name}"
-    parts.append(
-        f"<p>Save this as <code>{html(name)}.toml</code> in an empty folder; files of your own that it names "
-    )
-    parts.append("(notebooks, concepts, models) belong beside it.</p>")
-    parts.append(
-        f'<pre class="code" tabindex="0">{html(study_toml(runs, title=title or name))}</pre>'
-    )
-    parts.append(f'<p>Then:</p><pre class="code" tabindex="0">{html(commands)}</pre>')
-    parts.append("<h2>Runs</h2>")
-    heads = ("run", "model", "notebook", "seeds", "pictures", "time", "finished")
-    parts.append(table(heads, [_line(run) for run in runs], caption="What each run has spent"))
-    parts.append("<h2>Settings and versions</h2>")
-    books = list(dict.fromkeys(map(_notebook, runs)))
-    apart = {book: [run for run in runs if _notebook(run) == book] for book in books}
+
+
+def _locogen_version(runs: Iterable[Finished]) -> str:
+    """The version of the first run that recorded it; empty if none did."""
+    for run in runs:
+        version = run.group("versions").get("locogen")
+        if version:
+            return str(version)
+    return ""
+
+
+def _by_notebook(runs: Sequence[Finished]) -> dict[str, list[Finished]]:
+    """Runs by notebook: only those of the same notebook have the same settings."""
+    groups: dict[str, list[Finished]] = {}
+    for run in runs:
+        groups.setdefault(_notebook(run), []).append(run)
+    return groups
+
+
+def _shared_facts(runs: Sequence[Finished]) -> list[tuple[str, list[Fact]]]:
+    """Versions, and the settings of each notebook, as far as all runs share them."""
     groups = {"Versions": shared(runs, "versions")}
-    groups |= {
-        f"Settings of {book}, all runs": shared(own, "settings") for book, own in apart.items()
-    }
-    parts.append(facts(groups))
-    differing = [line for own in apart.values() for line in _differing(own, "settings")]
-    if differing := [*_differing(runs, "versions"), *differing]:
-        parts.append(
-            table(("setting", "value", "runs"), differing, caption="What differs between runs")
-        )
-    return page(heading, "\n".join(parts), navigation=[link("index.html", "All runs")])
+    for notebook, group in _by_notebook(runs).items():
+        groups[f"Settings of {notebook}, all runs"] = shared(group, "settings")
+    return fact_groups(groups)
+
+
+def _differences(runs: Sequence[Finished]) -> list[list[str]]:
+    """Rows of (setting, value, runs) for versions and settings that are not the same in all."""
+    rows = _differing(runs, "versions")
+    for group in _by_notebook(runs).values():
+        rows += _differing(group, "settings")
+    return rows
 
 
 def study_toml(runs: Sequence[Finished], *, title: str) -> str:
-    """A study file that makes these runs again, from the parameters that each has kept."""
-    given = [run for run in runs if run.facts.get("parameters") or run.facts.get("notebook")]
-    usual = Counter(_notebook(run) for run in given).most_common(1)
-    main = usual[0][0] if usual else "localize"
-    common = shared(given, "parameters")
-    lines = [f"title = {_toml(title)}", f"notebook = {_toml(main)}"]
-    if common:
-        lines += ["", "[defaults]", *_lines(common)]
-    for run in given:
-        own = {key: value for key, value in _group(run, "parameters").items() if key not in common}
-        about = {"name": run.folder.name, "title": run.title}
-        about |= {} if _notebook(run) == main else {"notebook": _notebook(run)}
-        lines += ["", "[[run]]", *_lines(about | own)]
+    """A study file that makes these runs again, from the parameters that each has recorded."""
+    # A run that failed early may have recorded nothing.
+    repeatable = [run for run in runs if run.facts.get("parameters") or run.facts.get("notebook")]
+    notebooks = [_notebook(run) for run in repeatable] or ["localize"]
+    usual_notebook = Counter(notebooks).most_common(1)[0][0]
+    lines = [f"title = {_toml(title)}", f"notebook = {_toml(usual_notebook)}"]
+
+    defaults = shared(repeatable, "parameters")
+    if defaults:
+        lines += ["", "[defaults]", *_toml_lines(defaults)]
+    for run, notebook in zip(repeatable, notebooks, strict=False):
+        values: dict[str, Any] = {"name": run.folder.name, "title": run.title}
+        if notebook != usual_notebook:
+            values["notebook"] = notebook
+        values |= _without(run.group("parameters"), defaults)
+        lines += ["", "[[run]]", *_toml_lines(values)]
     return "\n".join(lines) + "\n"
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as people say them."""
-    if not isinstance(seconds, int | float):
-        return "–"
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 60:.1f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+def _without(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+# --- what is shared, and what is not -------------------------------------------------------------
 
 
 def shared(runs: Sequence[Finished], group: str) -> dict[str, Any]:
     """What is the same in all runs that have this group of facts at all."""
-    told = [each for run in runs if (each := _group(run, group))]
-    first = told[0] if told else {}
+    groups = [run.group(group) for run in runs if run.group(group)]
+    if not groups:
+        return {}
+    first, *others = groups
+    same = {}
+    for key, value in first.items():
+        if all(key in other and other[key] == value for other in others):
+            same[key] = value
+    return same
+
+
+def _differing(runs: Sequence[Finished], group: str) -> list[list[str]]:
+    """Rows of (setting, value, runs) for what is not the same in all of these runs."""
+    hidden = {*shared(runs, group), *IN_RUNS_TABLE}
+    # (setting, value as text) → names of the runs that have it.
+    names: dict[tuple[str, str], list[str]] = {}
+    for run in runs:
+        for key, value in _without(run.group(group), hidden).items():
+            names.setdefault((key, _toml(value)), []).append(run.folder.name)
+    # Settings in the order in which they first occur, the values of each together.
+    settings = list(dict.fromkeys(key for key, _ in names))
+    cells = sorted(names, key=lambda cell: settings.index(cell[0]))
+    return [[key, value, _first_names(names[key, value])] for key, value in cells]
+
+
+def _first_names(names: Sequence[str]) -> str:
+    text = ", ".join(names[:MOST_NAMES])
+    if len(names) > MOST_NAMES:
+        text += f" and {len(names) - MOST_NAMES} more"
+    return text
+
+
+# --- facts in words ------------------------------------------------------------------------------
+
+
+def fact_groups(groups: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Fact]]]:
+    """Groups of names and values in words; empty groups are left out."""
+    shown = []
+    for title, values in groups.items():
+        facts = [_fact(name, value) for name, value in values.items()]
+        if facts:
+            shown.append((title, facts))
+    return shown
+
+
+def _fact(name: str, value: Any) -> Fact:
+    text = _plain(value)
+    if not isinstance(value, Mapping) or len(text) < LONG:
+        return Fact(name, text)
+    key, first = next(iter(value.items()))
+    summary = f"{key}: {_plain(first)}"[:SUMMARY] + f" and {len(value) - 1} more"
+    return Fact(name, text, summary)
+
+
+def _plain(value: Any) -> str:
+    """A value in words: a dash for nothing, and lists and tables by their parts."""
+    if value in (None, "", [], (), {}):
+        return "–"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(inner) for inner in value)
+    return str(value)
+
+
+def time_spent(facts: Mapping[str, Any]) -> str:
+    """How long a run took; a dash if it does not say."""
+    return duration(facts["seconds"]) if "seconds" in facts else "–"
+
+
+def _totals_sentence(runs: Sequence[Finished]) -> str:
+    """Runs, pictures and time of all of them."""
+    # Of the types that `read_record` has checked.
+    seconds = sum(run.facts.get("seconds", 0) for run in runs)
+    pictures = sum(run.facts.get("pictures", 0) for run in runs)
+    models = ", ".join(dict.fromkeys(run.model for run in runs))
+    work = f"{pictures} pictures in {duration(seconds)} of work"
+    if seconds and pictures:
+        work += f" ({pictures / seconds:.1f} a second)"
+    # ISO times sort as text.
+    ends = sorted(run.facts["finished"] for run in runs if run.facts.get("finished"))
+    if ends:
+        work += f", finished between {_moment(ends[0])} and {_moment(ends[-1])}"
+    return f"{count_runs(runs)} on {models}: {work}."
+
+
+def _moment(iso_time: Any) -> str:
+    """A time as people write it."""
+    return str(iso_time or "–").replace("T", " ").replace("+00:00", " UTC")
+
+
+def _run_line(run: Finished) -> dict[str, Any]:
+    """A run in the table of runs."""
     return {
-        key: value
-        for key, value in first.items()
-        if all(key in each and each[key] == value for each in told)
+        "run": run,
+        "notebook": run.facts.get("notebook") or "–",
+        "seeds": _seeds(run),
+        "pictures": run.facts.get("pictures", "–"),
+        "time": time_spent(run.facts),
+        "finished": _moment(run.facts.get("finished")),
     }
 
 
-def _differing(runs: Sequence[Finished], group: str) -> list[list[Any]]:
-    """Rows of (setting, value, runs) for what is not the same in all, but for what the table of runs has."""
-    same = shared(runs, group)
-    keys = dict.fromkeys(
-        key for run in runs for key in _group(run, group) if key not in {*same, *TOLD}
-    )
-    rows = []
-    for key in keys:
-        values: dict[str, list[str]] = {}
-        for run in runs:
-            if key in _group(run, group):
-                values.setdefault(_toml(_group(run, group)[key]), []).append(run.folder.name)
-        rows += [[key, value, _few(names)] for value, names in values.items()]
-    return rows
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
-    return ", ".join(names[:MOST]) + more
-
-
-def _group(run: Finished, group: str) -> Mapping[str, Any]:
-    told = run.facts.get(group)
-    return told if isinstance(told, Mapping) else {}
-
-
-def _spent(runs: Sequence[Finished]) -> str:
-    """Runs, pictures and time of all of them in a sentence."""
-    seconds = sum(s for run in runs if isinstance(s := run.facts.get("seconds"), int | float))
-    pictures = sum(n for run in runs if isinstance(n := run.facts.get("pictures"), int))
-    ends = sorted(str(run.facts["finished"]) for run in runs if run.facts.get("finished"))
-    rate = f" ({pictures / seconds:.1f} a second)" if seconds and pictures else ""
-    between = f", finished between {_moment(ends[0])} and {_moment(ends[-1])}" if ends else ""
-    models = ", ".join(dict.fromkeys(run.model for run in runs))
-    some = f"{len(runs)} run{'s' * (len(runs) != 1)} on {models}"
-    return f"{some}: {pictures} pictures in {duration(seconds)} of work{rate}{between}."
-
-
-def _moment(told: Any) -> str:
-    """A time as the results have it, as people write it."""
-    return str(told or "–").replace("T", " ").replace("+00:00", " UTC")
-
-
-def _line(run: Finished) -> list[Any]:
-    told = run.facts
-    count = ("number", told.get("pictures", "–"))
-    time = ("number", duration(told.get("seconds")))
-    name = link(f"{run.address}/index.html", run.folder.name)
-    ended = (
-        Html('<strong class="bad">failed</strong>') if run.error else _moment(told.get("finished"))
-    )
-    return [name, run.model, told.get("notebook") or "–", _seeds(run), count, time, ended]
-
-
 def _seeds(run: Finished) -> str:
-    """The seeds that its pictures were made from, as a range where they are one; else what was asked for."""
+    """The seeds that its pictures were made from; without pictures, those in its parameters."""
     try:
-        seeds = sorted(
-            {int(seed) for seed in read_table(run.folder / "pictures.csv")["seed"].dropna()}
-        )
+        column = read_table(run.folder / "pictures.csv")["seed"].dropna()
+        seeds = sorted({int(seed) for seed in column})
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
-        asked = _group(run, "parameters").get("seeds")
-        return "–" if asked is None else f"{asked} asked for"
+        requested = run.group("parameters").get("seeds")
+        return "–" if requested is None else f"{requested} asked for"
     if len(seeds) > 2 and seeds[-1] - seeds[0] + 1 == len(seeds):
         return f"{seeds[0]}–{seeds[-1]}"
-    return ", ".join(map(str, seeds)) or "–"
+    return ", ".join(str(seed) for seed in seeds) or "–"
 
 
 def _notebook(run: Finished) -> str:
-    """The notebook as a study names it: one of locogen's own, or a file."""
+    """The notebook as a study file names it: one of locogen's by name, any other by its file."""
     name = str(run.facts.get("notebook") or "localize")
     try:
         notebook_file(name, run.folder)
@@ -171,18 +243,19 @@ def _notebook(run: Finished) -> str:
     return name
 
 
-def _lines(values: Mapping[str, Any]) -> list[str]:
+# --- TOML ----------------------------------------------------------------------------------------
+
+
+def _toml_lines(values: Mapping[str, Any]) -> list[str]:
+    # TOML has no null; a parameter without a value has its default.
     return [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
 
 
 def _toml(value: Any) -> str:
-    """Plain values as TOML, which writes them as JSON does, but for tables and one character."""
+    """A plain value as TOML, which is written like JSON but for tables and one character."""
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items())
-            + "}"
-        )
+        pairs = [f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007F")

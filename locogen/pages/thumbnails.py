@@ -1,6 +1,6 @@
-"""Small pictures for the pages: heat strips, a curve with its intervals, pictures made small. Bytes come out.
+"""Small pictures for the pages: heat strips, curves with their intervals, small copies. As bytes.
 
-All strips and curves of a page share one `Scale`: what looks alike is alike.
+All strips and curves of a page share one `Scale`: equal values look equal.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locogen.pages.html import check_size
+from locogen.pages.png import check_size
 from locogen.views.plots import plot_curve
 from locogen.views.tables import missing
 
-CELL, HEIGHT = 6, 12  # pixels of a strip's cell; the page stretches them
-COLUMNS = ("estimate", "low", "high")
+# Pixels of a strip's cell; the page stretches them.
+CELL = 6
+HEIGHT = 12
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The least and the largest value on a page, zero always among them."""
+    """The smallest and the largest value on a page, zero always among them."""
 
     low: float
     high: float
@@ -30,65 +31,84 @@ class Scale:
     @classmethod
     def of(cls, tables: Iterable[Any], columns: Sequence[str] = ("estimate",)) -> Scale:
         """The scale that holds these columns of all tables."""
-        values = [
-            float(value)
-            for table in tables
-            for name in columns
-            if name in table
-            for value in table[name].dropna()
-        ]
-        finite = [value for value in values if math.isfinite(value)]
-        low, high = min([0.0, *finite]), max([0.0, *finite])
+        low = 0.0
+        high = 0.0
+        for table in tables:
+            for name in columns:
+                values = table[name].dropna() if name in table else ()
+                finite = [float(value) for value in values if math.isfinite(value)]
+                low = min([low, *finite])
+                high = max([high, *finite])
+        # All zeros: any scale will do that has a length.
         return cls(low, high if high > low else low + 1.0)
 
 
 def heat_strip(values: Iterable[Any], scale: Scale, *, marked: int | None = None) -> bytes:
-    """One row of a heatmap as a PNG, a cell a value, `marked` outlined; `vlag` around zero, as in `plot_effect`."""
+    """One row of a heatmap, in the colors of `plot_effect`.
+
+    Args:
+        values: One for each cell; missing ones are gray.
+        scale: Which values have the strongest colors; zero is white.
+        marked: The cell with an outline.
+
+    Returns:
+        A PNG.
+    """
     import numpy as np
     import seaborn as sns
     from PIL import Image
 
-    given = np.array([float("nan") if missing(value) else float(value) for value in values])
+    numbers = [math.nan if missing(value) else float(value) for value in values]
+    heights = np.array(numbers)  # (cells,)
+    # Symmetric around zero, so that equal effects of both signs are equally strong.
     limit = max(-scale.low, scale.high)
-    colors = sns.color_palette("vlag", as_cmap=True)(0.5 + 0.5 * given / limit)  # (cells, RGBA)
-    colors[np.isnan(given)] = (0.6, 0.6, 0.6, 1)
-    pixels = np.repeat(
-        np.repeat((colors[None, :, :3] * 255).round().astype("uint8"), CELL, 1), HEIGHT, 0
-    )
+    palette = sns.color_palette("vlag", as_cmap=True)
+    colors = palette(0.5 + 0.5 * heights / limit)  # (cells, RGBA)
+    colors[np.isnan(heights)] = (0.6, 0.6, 0.6, 1)
+
+    row = (colors[None, :, :3] * 255).round().astype("uint8")  # (1, cells, RGB)
+    pixels = row.repeat(CELL, axis=1).repeat(HEIGHT, axis=0)  # (HEIGHT, cells * CELL, RGB)
     if marked is not None:
-        cell = pixels[:, marked * CELL : (marked + 1) * CELL]
-        cell[:2], cell[-2:], cell[:, :1], cell[:, -1:] = 0, 0, 0, 0
-    Image.fromarray(pixels).quantize(256).save(data := io.BytesIO(), "PNG", optimize=True)
-    return data.getvalue()
+        cell = pixels[:, marked * CELL : (marked + 1) * CELL]  # (HEIGHT, CELL, RGB), a view
+        cell[:2] = 0
+        cell[-2:] = 0
+        cell[:, :1] = 0
+        cell[:, -1:] = 0
+
+    png = io.BytesIO()
+    Image.fromarray(pixels).quantize(256).save(png, "PNG", optimize=True)
+    return png.getvalue()
 
 
 def small_picture(file: Path, size: int) -> bytes | None:
-    """A picture at most `size` pixels wide and high, as WebP; None where it cannot be read."""
+    """A picture at most `size` pixels wide and high, as WebP; None if it cannot be read."""
     from PIL import Image
 
     try:
         with file.open("rb") as stream:
             check_size(stream.read(24))
-            with Image.open(stream, formats=["PNG"]) as opened:
-                picture = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError):
+            # Only PNG: Pillow opens dozens of formats, whose readers have faults of their own.
+            with Image.open(stream, formats=["PNG"]) as original:
+                picture = original.convert("RGB")
+    except (OSError, ValueError, SyntaxError):  # Pillow raises SyntaxError for broken chunks
         return None
     picture.thumbnail((size, size))
-    picture.save(data := io.BytesIO(), "WEBP", quality=60)
-    return data.getvalue()
+    webp = io.BytesIO()
+    picture.save(webp, "WEBP", quality=60)
+    return webp.getvalue()
 
 
 def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
-    """`plot_curve` small, for many beside each other: no title and legend, the page's own scale upwards."""
+    """`plot_curve` as a small PNG, without title and legend, on the page's scale."""
     import matplotlib.style
     from matplotlib.figure import Figure
 
     with matplotlib.style.context("default"):
-        drawing = Figure(figsize=(3.8, 2.3), dpi=110)
-        ax = plot_curve(
-            effects, concept, ax=drawing.add_axes((0.16, 0.2, 0.67, 0.76))
-        )  # alike in all, and quick
-        if legend := ax.get_legend():
+        figure = Figure(figsize=(3.8, 2.3), dpi=110)
+        # Fixed margins: curves next to each other line up, and nothing has to be laid out.
+        ax = plot_curve(effects, concept, ax=figure.add_axes((0.16, 0.2, 0.67, 0.76)))
+        legend = ax.get_legend()
+        if legend is not None:
             legend.remove()
         margin = 0.04 * (scale.high - scale.low)
         ax.set(
@@ -98,5 +118,6 @@ def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
         )
         ax.set_title("", loc="left")
         ax.tick_params(labelsize=8)
-        drawing.savefig(png := io.BytesIO(), format="png")
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
     return png.getvalue()

@@ -12,9 +12,9 @@ from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene
 from locogen.models.families import encode_guided, family_of
 from locogen.models.memory import memory_named, out_of_memory
-from locogen.models.text import Text
+from locogen.models.text import PromptEncoding
 from locogen.pictures.checks import check_flags, from_the_seed_alone, scheduler_errors
-from locogen.plan import Intervention, Settings, riders
+from locogen.plan import Intervention, Settings, missing_target_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,7 @@ def pictures_of(
     runs out, half as many are tried, with a warning. Raises `LocogenError` where the smallest batch does not fit.
     """
     texts = Texts(pipe, plan)
-    ridden = family_of(pipe).evolves
+    ridden = family_of(pipe).joint_attention
     smallest = 2 if ridden else 1
     places, missing = _places(plan if whole is None else whole, ridden), _places(plan, ridden)
     memory = _Memory(pipe)
@@ -83,7 +83,7 @@ def _next(plan: Sequence[Intervention], size: int, ridden: bool) -> Sequence[Int
 
 
 def _places(rows: Sequence[Intervention], ridden: bool) -> int:
-    return len(rows) + (len(riders(rows)) if ridden else 0)
+    return len(rows) + (len(missing_target_runs(rows)) if ridden else 0)
 
 
 class Texts:
@@ -99,9 +99,9 @@ class Texts:
         self.of = {text: own for text, (own, _) in found.items()}
         self.negative = next(iter(found.values()))[1]
 
-    def stack(self, prompts: Iterable[str]) -> Text:
+    def stack(self, prompts: Iterable[str]) -> PromptEncoding:
         """One row a prompt."""
-        return Text.stack(self.of[prompt] for prompt in prompts)
+        return PromptEncoding.stack(self.of[prompt] for prompt in prompts)
 
     def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What a call of the pipeline takes for these prompts."""
@@ -117,7 +117,7 @@ def _batch(
     pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, chosen: Settings
 ) -> Any:
     """Pictures of one batch, padded to `size` by repeating its last row, so that sums are taken alike in each."""
-    padded = [*rows, *(riders(rows) if family_of(pipe).evolves else ())]
+    padded = [*rows, *(missing_target_runs(rows) if family_of(pipe).joint_attention else ())]
     padded += [padded[-1]] * (size - len(padded))
     with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
         made = called(pipe, padded, texts.arguments([row.prompt for row in padded]), chosen)

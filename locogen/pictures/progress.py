@@ -38,10 +38,10 @@ class Heartbeat:
                 write_json(Path(place), {"made": self.made, "asked": self.asked})
 
 
-def heard(folder: Path) -> tuple[int, int]:
-    """Pictures made and asked for so far by the run that works in the folder."""
-    told = load_json(folder / "progress.json")
-    return int(told.get("made", 0)), int(told.get("asked", 0))
+def read_progress(folder: Path) -> tuple[int, int]:
+    """Pictures made so far, and to make in all, by the run that works in the folder."""
+    counts = load_json(folder / "progress.json")
+    return int(counts.get("made", 0)), int(counts.get("asked", 0))
 
 
 beat = Heartbeat()

@@ -21,7 +21,7 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import active_contexts, foreign_hooks
-from locogen.models.families import warn_unheard
+from locogen.models.families import warn_unread
 from locogen.pictures.batches import pictures_of
 from locogen.pictures.checks import check_scheduler
 from locogen.pictures.description import (
@@ -188,7 +188,7 @@ def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
         raise LocogenError(
             f"a prompt is {blank[0]!r}, which looks empty: give it words, or '' for the empty prompt"
         )
-    warn_unheard(pipe, prompts, stacklevel=3)
+    warn_unread(pipe, prompts, stacklevel=3)
 
 
 def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:

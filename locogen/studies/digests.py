@@ -1,7 +1,9 @@
-"""Hashes of large files, remembered by size and times: a plan of several models is shown at once, not after minutes.
+"""Hashes of large files, remembered by size and times.
 
-They are kept for this user, outside of results and models: in `LOCOGEN_CACHE`, or else `XDG_CACHE_HOME/locogen`, or
-`~/.cache/locogen`. Without such a place, or with a damaged file there, everything is hashed as if for the first time.
+A plan of several large models then appears at once, not after minutes. The hashes are kept for this
+user, outside of results and models: in `LOCOGEN_CACHE`, else `XDG_CACHE_HOME/locogen`, else
+`~/.cache/locogen`. Without such a place, or with a damaged file there, everything is hashed as if
+for the first time.
 """
 
 from __future__ import annotations
@@ -16,17 +18,19 @@ from pathlib import Path
 from locogen.errors import LocogenError
 from locogen.files import load_json, write_json
 
-LARGE = 4_000_000  # bytes; a smaller file is hashed sooner than looked up
-SETTLED = (
-    2 * 10**9
-)  # nanoseconds: a file just written may be written again within one tick of its clock
+LARGE = 4_000_000  # bytes; hashing a smaller file takes less time than looking it up
+
+# Nanoseconds: a file just written may be written again within one tick of the file system's clock,
+# and would then have the same times as before.
+SETTLED = 2 * 10**9
 
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file's content.
 
     Args:
-        file: Read again only when its size, times of change or place on the disk are others than before.
+        file: Read again only when its size, its times of change or its place on the disk differ
+            from those that are remembered.
 
     Returns:
         The hash as hexadecimal digits.
@@ -34,11 +38,14 @@ def digest(file: Path) -> str:
     before = _identity(file)
     if before[0] < LARGE:
         return _hashed(file)
+
     name = str(file.resolve())
-    remembered = load_json(_place()).get(name)
+    remembered = load_json(_memory_file()).get(name)
     if isinstance(remembered, list) and remembered[:-1] == before:
         return str(remembered[-1])
+
     content = _hashed(file)
+    # If somebody wrote to it meanwhile, nobody knows which content was hashed.
     if _identity(file) == before and _is_settled(before):
         _remember(name, [*before, content])
     return content
@@ -46,8 +53,8 @@ def digest(file: Path) -> str:
 
 def _identity(file: Path) -> list[int]:
     """Size, both times of change, and number on the disk."""
-    about = file.stat()
-    return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
+    status = file.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _is_settled(identity: list[int]) -> bool:
@@ -60,20 +67,24 @@ def _hashed(file: Path) -> str:
 
 
 def _remember(name: str, entry: list[int | str]) -> None:
-    """Add one, and forget the files that are gone; two processes at once may lose one, never damage any."""
-    place = _place()
-    entries = {file: value for file, value in load_json(place).items() if Path(file).exists()}
-    with contextlib.suppress(OSError, LocogenError):  # a home that takes no files
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(place, {**entries, name: entry})
+    """Add a file, and forget those that are gone.
+
+    No lock: of two processes that write at once, one's entry may be lost, and its file is then
+    hashed again. The memory itself is never damaged.
+    """
+    memory = _memory_file()
+    entries = {file: value for file, value in load_json(memory).items() if Path(file).exists()}
+    with contextlib.suppress(OSError, LocogenError):  # a home that nobody can write to
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, {**entries, name: entry})
 
 
-def _place() -> Path:
-    own = os.environ.get("LOCOGEN_CACHE")
-    if own:
-        return Path(own, "hashes.json")
+def _memory_file() -> Path:
+    folder = os.environ.get("LOCOGEN_CACHE")
+    if folder:
+        return Path(folder, "hashes.json")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         return caches.expanduser() / "locogen" / "hashes.json"
-    except RuntimeError:  # a user of a container who has no home
+    except RuntimeError:  # a user without a home, as in some containers
         return Path(tempfile.gettempdir(), "locogen-hashes.json")

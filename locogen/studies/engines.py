@@ -1,7 +1,8 @@
-"""Where runs are executed: each engine is a plain `concurrent.futures.Executor`, and how many runs it takes at once.
+"""Where runs are executed: an engine is a `concurrent.futures.Executor` and a number of workers.
 
-`serial` and `processes` are threads that each mind one kernel, a process of its own: a kernel that is killed
-takes nothing with it. `dask` gives the same function to Dask's workers, on this machine or on many.
+`serial` and `processes` are threads, each of which waits for one kernel: a kernel is a process of
+its own, and if it is killed it takes nothing with it. `dask` gives the same function to Dask's
+workers, on this machine or on many.
 """
 
 from __future__ import annotations
@@ -15,28 +16,39 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from locogen.catalog import model_entries
 from locogen.errors import LocogenError, unknown
+from locogen.studies.keys import entry_named
 from locogen.studies.planning import Planned
 from locogen.studies.worker import take_gpu
 
 ENGINES = ("serial", "processes", "dask")
-_THREADS = 2  # a kernel's at least: small pictures hardly gain from more, and with one each kernel waits for itself
+PATIENCE = "10s"  # how long a Dask scheduler may take to answer
+
+# Cores for each kernel, at least: more hardly make small pictures faster, but with a single one all
+# kernels wait for themselves.
+_CORES_EACH = 2
 _GIB = 2**30
-# A terminal sends Ctrl-C to all its processes; the study is the one to answer, and it ends its workers.
-_DEAF = "import signal; from locogen.studies.kernel import hush; signal.signal(signal.SIGINT, signal.SIG_IGN); hush()"
-PATIENCE = "10s"  # for a Dask scheduler to answer
+
+# A terminal sends Ctrl-C to all processes that it has started. Dask's workers ignore it: the study
+# answers it, and ends them.
+_IGNORE_INTERRUPT = (
+    "import signal; from locogen.studies.kernel import hush; "
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); hush()"
+)
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An executor, how many runs it takes at once, and the threads of each kernel (None: as the worker has it).
+    """Something that executes runs.
 
-    `lost`: what a future raises whose worker died again and again.
+    Attributes:
+        executor: Takes the runs.
+        workers: How many it executes at the same time.
+        threads: Of each kernel; None leaves them to the worker's environment.
+        lost: What a future raises if every worker that tried it has died.
     """
 
     executor: Executor
@@ -49,9 +61,20 @@ class Engine:
 def opened(
     name: str, runs: Sequence[Planned], workers: int | None, scheduler: str | None
 ) -> Iterator[Engine]:
-    """An engine for these runs; closed without waiting for what has not begun.
+    """Open an engine for the block; when it ends, runs that have not begun are canceled.
 
-    Raises `LocogenError` for an unknown engine, a scheduler that does not answer, or Dask not being installed.
+    Args:
+        name: One of `ENGINES`.
+        runs: What it will execute; on how much of the machine they need depends how many fit.
+        workers: Runs at the same time; None for as many as fit.
+        scheduler: Address of a Dask scheduler; None starts Dask on this machine.
+
+    Returns:
+        The engine.
+
+    Raises:
+        LocogenError: The engine is unknown, Dask is not installed, or its scheduler does not
+            answer.
     """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
@@ -59,90 +82,111 @@ def opened(
         raise LocogenError(
             f"a scheduler is Dask's, and the engine is {name}: add --engine dask, or leave it out"
         )
-    gpus = (
-        visible_gpus() if any(str(run.value("device")).startswith("cuda") for run in runs) else []
-    )
-    count = 1 if name == "serial" else min(workers or fit_at_once(runs, len(gpus)), len(runs))
-    threads = None if os.environ.get("OMP_NUM_THREADS") else max(1, cores() // count)
+    gpus = visible_gpus() if _use(runs, "cuda") else []
+    count = 1
+    if name != "serial":
+        # More workers than runs would only take memory.
+        count = min(workers or fit_at_once(runs, len(gpus)), len(runs))
+    threads = None
+    if not os.environ.get("OMP_NUM_THREADS"):
+        threads = max(1, cores() // count)
+
     if name == "dask":
-        with _dask(count, gpus, scheduler) as (executor, found, lost):
-            # Dask's own workers set the variable to 1, whatever it was.
-            own = threads or int(os.environ.get("OMP_NUM_THREADS", "1"))
-            yield Engine(executor, found, None if scheduler else own, lost)
-        return
-    with _threads(count, gpus) as executor:
-        yield Engine(executor, count, threads)
+        with _dask(count, gpus, threads, scheduler) as engine:
+            yield engine
+    else:
+        with _threads(count, gpus) as executor:
+            yield Engine(executor, count, threads)
+
+
+def _use(runs: Sequence[Planned], *devices: str) -> bool:
+    """Whether some run asks for a device of these kinds ("cuda" includes "cuda:1")."""
+    return any(str(run.value("device")).startswith(devices) for run in runs)
 
 
 @contextlib.contextmanager
 def _threads(count: int, gpus: Sequence[str]) -> Iterator[Executor]:
-    """A thread for each kernel; with GPUs, one each, or shared in turn where there are more kernels than GPUs."""
-    free: SimpleQueue[str] = SimpleQueue()
-    for number in range(count if gpus else 0):
-        free.put(gpus[number % len(gpus)])
-    pin = partial(take_gpu, free) if gpus else None
-    executor = ThreadPoolExecutor(count, "run", pin)
+    """A thread for each kernel, with a GPU each; if there are fewer GPUs, kernels share them."""
+    claim = None
+    if gpus:
+        free: SimpleQueue[str] = SimpleQueue()
+        for number in range(count):
+            free.put(gpus[number % len(gpus)])
+        claim = partial(take_gpu, free)
+    executor = ThreadPoolExecutor(count, "run", claim)
     try:
         yield executor
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-_Opened = tuple[Executor, int, tuple[type[Exception], ...]]
+# --- Dask ----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _dask(count: int, gpus: Sequence[str], scheduler: str | None) -> Iterator[_Opened]:
-    """Dask's own executor on the scheduler's workers, or on a cluster of this machine's; and how many there are."""
+def _dask(
+    count: int, gpus: Sequence[str], threads: int | None, scheduler: str | None
+) -> Iterator[Engine]:
+    """Dask on the workers of a scheduler, or on a cluster of this machine."""
     try:
         import dask
         from distributed import Client, KilledWorker
     except ImportError:
         raise LocogenError(
-            "the engine dask needs Dask: pip install 'locogen[dask]', or take --engine processes"
+            "the engine dask needs Dask: pip install 'locogen[dask]', or use --engine processes"
         ) from None
 
-    quiet = {
+    if scheduler:
+        threads = None  # other machines have other numbers of cores
+    elif threads is None:
+        # Dask's workers set the variable to 1, whatever it was: so it is passed on explicitly.
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    options = {
         "distributed.comm.timeouts.connect": PATIENCE,
         "distributed.admin.large-graph-warning-threshold": "1GB",
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(dask.config.set(quiet))
-        where: Any = scheduler or stack.enter_context(_cluster(count, gpus))
+        stack.enter_context(dask.config.set(options))
+        address: Any = scheduler or stack.enter_context(_cluster(count, gpus))
         try:
-            client: Any = stack.enter_context(Client(where, set_as_default=False))
+            client: Any = stack.enter_context(Client(address, set_as_default=False))
         except (OSError, ValueError):
             raise LocogenError(
                 f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`"
             ) from None
-        there: Any = client.nthreads()  # worker → threads, and each takes a run
-        found = sum(there.values())
-        yield client.get_executor(pure=False), found, (KilledWorker,)
+        # Each thread of each worker takes a run.
+        workers = sum(client.nthreads().values())
+        yield Engine(client.get_executor(pure=False), workers, threads, (KilledWorker,))
 
 
 def _cluster(count: int, gpus: Sequence[str]) -> Any:
-    """Workers of one run at a time, reached from this machine only; with GPUs one for each, and it sees no other."""
+    """Workers of one run at a time; with GPUs one worker for each, which sees no other GPU."""
     from distributed import Nanny, Scheduler, SpecCluster
 
+    environments: list[dict[str, str]] = [{}] * count
+    if gpus:
+        environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
     quiet: Any = logging.CRITICAL
-    common = {
-        "nthreads": 1,
-        "memory_limit": 0,
-        "host": "127.0.0.1",
-        "silence_logs": quiet,
-        "preload": [_DEAF],
-    }
-    pins = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]] or [{}] * count
-    workers = {
-        number: {"cls": Nanny, "options": {**common, "env": pin}} for number, pin in enumerate(pins)
-    }
-    options: dict[str, Any] = {
-        "host": "127.0.0.1",
+    # Only this machine can reach it: whoever reaches a scheduler can execute anything.
+    host = "127.0.0.1"
+    workers: dict[int, dict[str, Any]] = {}
+    for number, environment in enumerate(environments):
+        options = {
+            "nthreads": 1,
+            "memory_limit": 0,  # none: what takes memory is the kernel, which Dask does not see
+            "host": host,
+            "silence_logs": quiet,
+            "preload": [_IGNORE_INTERRUPT],
+            "env": environment,
+        }
+        workers[number] = {"cls": Nanny, "options": options}
+    scheduler: dict[str, Any] = {
+        "host": host,
         "port": 0,
         "dashboard": False,
-        "dashboard_address": "127.0.0.1:0",
+        "dashboard_address": f"{host}:0",
     }
-    return SpecCluster(workers, {"cls": Scheduler, "options": options}, silence_logs=quiet)
+    return SpecCluster(workers, {"cls": Scheduler, "options": scheduler}, silence_logs=quiet)
 
 
 # --- what the machine has ------------------------------------------------------------------------
@@ -150,40 +194,61 @@ def _cluster(count: int, gpus: Sequence[str]) -> Any:
 
 def cores() -> int:
     """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # A container or a batch system may give it only some of the machine's.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch is not asked, it takes seconds."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [gpu.strip() for gpu in chosen.split(",") if gpu.strip()]
-    if not (tool := shutil.which("nvidia-smi")):
-        return []
+    """The GPUs that this process may use, in the form of CUDA_VISIBLE_DEVICES.
+
+    The driver's tool is asked and not torch, whose import takes seconds.
+    """
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if names is None:
+        names = _all_gpus().replace("\n", ",")
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _all_gpus() -> str:
+    """The names of the machine's GPUs, a line each; empty if there are none, or no working driver."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    # By their unique ids: numbers would mean others as soon as some GPUs are hidden.
     command = [tool, "--query-gpu=uuid", "--format=csv,noheader"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        listed = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-        return [line.strip() for line in listed.splitlines() if line.strip()]
-    return []
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def fit_at_once(runs: Sequence[Planned], gpus: int) -> int:
-    """How many runs at once: one a GPU, or as cores (two each) and free memory allow; at least one."""
+    """How many runs fit the machine at the same time, at least one.
+
+    With a GPU, one run for each. Otherwise as many as cores (two each) and free memory allow.
+    """
     import psutil
 
-    if any(str(run.value("device")).startswith(("cuda", "mps")) for run in runs):
+    if _use(runs, "cuda", "mps"):
         return max(gpus, 1)
-    each = max(_memory(run) for run in runs)
-    return max(1, min(cores() // _THREADS, int(psutil.virtual_memory().available / each)))
+    largest = max(_memory(run) for run in runs)
+    by_memory = int(psutil.virtual_memory().available / largest)
+    return max(1, min(cores() // _CORES_EACH, by_memory))
 
 
 def _memory(run: Planned) -> float:
-    """About what a run's kernel needs, in bytes: the libraries and pictures, and the weights two and a half times."""
+    """About what a run's kernel needs, in bytes."""
+    libraries = 2 * _GIB  # and the pictures
     name = run.value("model")
-    entry = next((entry for entry in model_entries() if entry.name == name), None)
-    folder = entry.folder if entry else run.base / str(name or ".") if name else None
-    if folder and Path(folder).is_dir():
-        return 2 * _GIB + 2.5 * sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    return 12 * _GIB if name else 2 * _GIB  # a model of the hub
+    if not name:
+        return libraries
+    entry = entry_named(name)
+    folder = entry.folder if entry else run.base / str(name)
+    if folder is None or not folder.is_dir():
+        return 12 * _GIB  # a model of the hub, whose size is not known
+    # The factor leaves room for copies while weights are loaded, and for what they compute.
+    weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    return libraries + 2.5 * weights

@@ -1,122 +1,173 @@
-"""What a study will cost: pictures counted where a plan can be made, seconds from the runs so far."""
+"""What a study will cost: pictures are counted from plans, seconds estimated from finished runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import concept, model_entries
 from locogen.plan import Concept, PromptPair, sweep
+from locogen.studies.keys import concept_of, entry_named
 from locogen.studies.planning import Planned
 from locogen.studies.records import read_record
 
+# Parameters on which a run's number of pictures does not depend.
+_NO_MATTER = (
+    "model",
+    "concept",
+    "concepts_file",
+    "prompt",
+    "target",
+    "text",
+    "store",
+    "scorer",
+    "device",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a finished run has cost: the part of its `result.json` that matters here."""
+
+    notebook: str
+    model: str
+    parameters: Mapping[str, Any]
+    seconds: float
+    pictures: int
+
 
 class Costs:
-    """What runs of a study have cost so far, and what others of their kind will cost by that measure.
+    """What finished runs have cost, and what other runs like them will cost.
 
-    Runs are alike in time when they execute the same notebook on the same model; a run whose pictures are known
-    costs its share of the seconds per picture, any other the median of those alike.
+    Runs are alike in time when they execute the same notebook on the same model. A run whose
+    pictures can be counted costs that count times the seconds per picture so far; any other costs
+    the median of the runs like it.
     """
 
     def __init__(self, results: Path) -> None:
-        self.known: list[Mapping[str, Any]] = []
-        self._sweeps: dict[str, int | None] = {}  # by the run's key
+        self.finished: list[_Finished] = []
+        self._sweeps: dict[str, int | None] = {}  # a run's key → pictures of its sweep
         for file in sorted(results.glob("*/result.json")):
             self.add(read_record(file).facts)
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Take a finished run into account; one that found its pictures in the store says nothing about time."""
-        if result.get("seconds") and (result.get("made") or not result.get("pictures")):
-            self.known.append(result)
+        """Take a finished run into account, if it says how long others will take.
+
+        Args:
+            result: The facts of its `result.json`.
+        """
+        # One that found all of its pictures in the store took no time that could be compared.
+        has_worked = result.get("made") or not result.get("pictures")
+        if not has_worked or not result.get("seconds") or not result.get("parameters"):
+            return
+        finished = _Finished(
+            notebook=result.get("notebook", ""),
+            model=result.get("model", ""),
+            parameters=result["parameters"],
+            seconds=result["seconds"],
+            pictures=result.get("made", 0),
+        )
+        self.finished.append(finished)
 
     def pictures(self, run: Planned) -> int | None:
-        """How many pictures the run looks at: a sweep is counted, others are as the same run on another subject."""
+        """How many pictures the run needs, or None where that is not known yet."""
+        # The plan of a sweep can be made without a model, so its rows are counted.
         if run.key not in self._sweeps:
-            self._sweeps[run.key] = _swept(run) if run.notebook.stem == "localize" else None
-        if (count := self._sweeps[run.key]) is not None:
-            return count
-        same = [
-            told
-            for told in self._alike(run)
-            if _setting(told["parameters"]) == _setting(run.parameters)
-        ]
-        counts = [told["made"] for told in same if told.get("made")]
+            is_sweep = run.notebook.stem == "localize"
+            self._sweeps[run.key] = _sweep_length(run) if is_sweep else None
+        length = self._sweeps[run.key]
+        if length is not None:
+            return length
+
+        # Others need as many as finished runs with the same parameters, whatever their subject was.
+        parameters = _relevant(run.parameters)
+        counts: list[int] = []
+        for other in self._alike(run):
+            if other.pictures and _relevant(other.parameters) == parameters:
+                counts.append(other.pictures)
         return round(statistics.median(counts)) if counts else None
 
     def seconds(self, run: Planned) -> float | None:
-        """How long the run will take in a worker of its own; None where nothing like it has been run."""
+        """How long the run will take in a worker of its own; None if no run like it is finished."""
         alike = self._alike(run)
         if not alike:
             return None
-        made = sum(told.get("made", 0) for told in alike)
-        if made and (count := self.pictures(run)):
-            return count * sum(told["seconds"] for told in alike) / made
-        return statistics.median(told["seconds"] for told in alike)
+        seconds = [other.seconds for other in alike]
+        pictures = sum(other.pictures for other in alike)
+        count = self.pictures(run)
 
-    def _alike(self, run: Planned) -> list[Mapping[str, Any]]:
-        """Finished runs of the notebook, on the same model where there are such."""
-        same = [
-            told
-            for told in self.known
-            if told.get("notebook") == run.notebook.stem and told.get("parameters")
-        ]
-        return [
-            told for told in same if told.get("model") == run.parameters.get("model", "")
-        ] or same
+        # Seconds per picture hold for a run that needs more pictures than any before.
+        if pictures and count:
+            return count * sum(seconds) / pictures
+        return statistics.median(seconds)
 
     def left(self, runs: Iterable[Planned], workers: int) -> float | None:
-        """Seconds until all of these are done; None while one of them cannot be told."""
-        each = [self.seconds(run) for run in runs]
-        known = [seconds for seconds in each if seconds is not None]
-        if len(known) < len(each):
-            return None
-        return max(sum(known) / max(workers, 1), *known, 0.0)
+        """Seconds until all of these are done; None while one of them cannot be estimated."""
+        estimates: list[float] = []
+        for run in runs:
+            seconds = self.seconds(run)
+            if seconds is None:
+                return None
+            estimates.append(seconds)
+        # A run is not divided among workers, so the longest one is a lower bound.
+        return max(sum(estimates) / max(workers, 1), *estimates, 0.0)
+
+    def _alike(self, run: Planned) -> list[_Finished]:
+        """Finished runs of the notebook, of the same model if there are any such."""
+        model = run.parameters.get("model", "")
+        same_notebook = [other for other in self.finished if other.notebook == run.notebook.stem]
+        same_model = [other for other in same_notebook if other.model == model]
+        return same_model or same_notebook
 
 
-def _setting(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's number of pictures depends on, its subject left out."""
-    apart = (
-        "model",
-        "concept",
-        "concepts_file",
-        "prompt",
-        "target",
-        "text",
-        "store",
-        "scorer",
-        "device",
-        "dtype",
-    )
-    return {name: value for name, value in parameters.items() if name not in apart}
+def _relevant(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a run's number of pictures depends on."""
+    return {name: value for name, value in parameters.items() if name not in _NO_MATTER}
 
 
-def _swept(run: Planned) -> int | None:
-    """The rows of `localize`'s plan; None for a model of which the catalog does not know the layers.
+def _sweep_length(run: Planned) -> int | None:
+    """The number of rows of `localize`'s plan, or None where it cannot be known.
 
-    None too for a notebook of one's own that has the name, but not the parameters.
+    That is so for a model whose layers the catalog does not know, and for another notebook of the
+    same name that has not the same parameters.
     """
-    seeds, window, most = (run.value(name) for name in ("seeds", "window", "max_prompts"))
-    if not (run.value("prompt") or run.value("concept")) or any(
-        type(n or 0) is not int for n in (seeds, window, most)
-    ):
+    values = run.values()
+    entry = entry_named(values.get("model"))
+    prompts = _count_prompts(values, run.base)
+    if entry is None or entry.layers is None or prompts is None:
         return None
-    entry = next((entry for entry in model_entries() if entry.name == run.value("model")), None)
-    if entry is None or entry.layers is None or not seeds or seeds < 1:
+
+    # 0 or nothing stands for "as is usual" in our notebooks; in others it could be any text.
+    seeds: Any = values.get("seeds")
+    window: Any = values.get("window") or entry.window
+    limit = values.get("max_prompts") or prompts
+    if not all(type(number) is int for number in (seeds, window, limit)):
         return None
-    pairs = 1
-    if not run.value("prompt"):
-        own = run.value("concepts_file")
-        pairs = len(concept(run.value("concept"), file=run.base / own if own else None).pairs)
-    one = Concept("x", "style", (PromptPair("x", "y"),))  # a sweep is as long whatever it is about
-    rows = sweep(one, n_layers=entry.layers, window=window or entry.window, seeds=range(seeds))
-    return min(pairs, most or pairs) * len(rows)
+    if seeds < 1:
+        return None
+
+    # The plan of one pair of prompts; it has the same length for every subject.
+    subject = Concept("x", "style", (PromptPair("x", "y"),))
+    rows = sweep(subject, n_layers=entry.layers, window=window, seeds=range(seeds))
+    return min(prompts, limit) * len(rows)
+
+
+def _count_prompts(values: Mapping[str, Any], base: Path) -> int | None:
+    """How many pairs of prompts a run compares; None for one without a subject."""
+    if values.get("prompt"):
+        return 1
+    subject = concept_of(values, base)
+    return len(subject.pairs) if subject else None
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 8 s, 3 min, 2 h 05 min."""
+    """Seconds in words for a person: 8 s, 3 min, 2 h 05 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

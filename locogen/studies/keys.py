@@ -1,4 +1,4 @@
-"""What a result depends on, in one hash: a finished run is skipped for as long as it stays the same."""
+"""What a result depends on, in one hash: a finished run is skipped while its hash is the same."""
 
 from __future__ import annotations
 
@@ -11,115 +11,183 @@ from pathlib import Path
 from typing import Any
 
 from locogen import __version__
-from locogen.catalog import concept, mini_folder, model_entries, scorer_entry
+from locogen.catalog import ModelEntry, concept, mini_folder, model_entries, scorer_entry
 from locogen.errors import LocogenError
+from locogen.plan import Concept
 from locogen.studies.digests import digest
 from locogen.studies.notebooks import defaults_of, source_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _WEIGHTS = ("model", "scorer")  # parameters that name some
+_LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "pandas")
 
-
-# What no notebook reaches: a change there leaves results as they are.
-_APART = ("__main__.py", "mini", "pages", "studies")
+# What no notebook can reach: a change there leaves results as they are.
+_UNREACHED = ("__main__.py", "mini", "pages", "studies")
 
 
 def hashed(value: Any) -> str:
-    """A hash of anything that JSON can tell; of other things as they print."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of anything that JSON can hold; other objects count by what they print."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def circumstances() -> dict[str, Any]:
-    """What every run of a study rests on: the code that notebooks reach, and the versions beneath it."""
+    """What all runs of a study depend on: the code that notebooks reach, and the versions used."""
     return {"code": _code_hash(), "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """The versions of locogen, Python and the libraries that results depend on."""
+    # `platform` and the metadata take some time to load, and most commands need neither.
+    import platform
+    from importlib.metadata import version
+
+    numbers = {"locogen": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        numbers[name] = version(name)
+    return numbers
+
+
+def entry_named(model: Any) -> ModelEntry | None:
+    """The catalog's entry of a model by its name; None for a folder, a hub id, or nothing."""
+    for entry in model_entries():
+        if entry.name == model:
+            return entry
+    return None
+
+
+def concept_of(values: Mapping[str, Any], base: Path) -> Concept | None:
+    """The concept that parameters name; None if they name none, or a prompt replaces it.
+
+    Args:
+        values: Parameters of a notebook.
+        base: The study's folder, where the path of a file of concepts starts.
+
+    Raises:
+        LocogenError: There is no such concept.
+    """
+    name = values.get("concept")
+    if not name or values.get("prompt"):
+        return None
+    file = values.get("concepts_file")
+    return concept(name, file=base / file if file else None)
+
+
+# --- the key of a run ----------------------------------------------------------------------------
 
 
 def run_key(
     notebook: Path, values: Mapping[str, Any], base: Path, common: Mapping[str, Any]
 ) -> str:
-    """Changes with what a result depends on: notebook, parameters, concept, weights, and the `circumstances`."""
-    told: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values}
+    """The hash of all that a run's result depends on.
+
+    Args:
+        notebook: Its cells count, its outputs and metadata do not.
+        values: The parameters of the run. Those left out count by the notebook's defaults.
+        base: The study's folder, where paths among the parameters start.
+        common: What `circumstances` returns; the same for all runs of a study.
+
+    Returns:
+        The hash as hexadecimal digits.
+    """
+    parts: dict[str, Any] = {"notebook": source_of(notebook), "parameters": values}
     used = {**defaults_of(notebook), **values}
-    own = used.get("concepts_file")
-    if used.get("concept") and not used.get("prompt"):
-        told["concept"] = repr(concept(used["concept"], file=base / own if own else None))
-    told |= {name: _weights_hash(str(used[name]), base) for name in _WEIGHTS if used.get(name)}
-    return hashed({**told, **common})
+
+    # By its content, so that a change in a file of concepts counts.
+    subject = concept_of(used, base)
+    if subject is not None:
+        parts["concept"] = repr(subject)
+    for parameter in _WEIGHTS:
+        if used.get(parameter):
+            parts[parameter] = _weights_hash(str(used[parameter]), base)
+    return hashed({**parts, **common})
 
 
 def _code_hash() -> str:
-    """Of what a notebook can reach: not the command line, studies and pages, nor the mini model's trainer."""
-    files = [
-        file
-        for file in sorted(_PACKAGE.rglob("*.py"))
-        if file.relative_to(_PACKAGE).parts[0] not in _APART
-    ]
-    files.append(_PACKAGE / "catalog" / "models.toml")  # what is usual for a model
-    return hashed([__version__, *(file.read_text(encoding="utf-8") for file in files)])
+    """The hash of what a notebook can reach: no command line, studies, pages, or trainer."""
+    texts = [__version__]
+    for file in sorted(_PACKAGE.rglob("*.py")):
+        if file.relative_to(_PACKAGE).parts[0] not in _UNREACHED:
+            texts.append(file.read_text(encoding="utf-8"))
+    # It holds the usual settings of a model, which a notebook takes where a study sets none.
+    texts.append((_PACKAGE / "catalog" / "models.toml").read_text(encoding="utf-8"))
+    return hashed(texts)
 
 
 def _weights_hash(name: str, base: Path) -> list[Any]:
-    """A model or scorer by the content of its folder, a scorer inside included; others by their name or id."""
-    entry = next((entry for entry in model_entries() if entry.name == name), None)
+    """A model or scorer by the content of its folder, if it has one; others by their name or id."""
+    entry = entry_named(name)
     folders = [entry.folder if entry else base / name]
-    folders += [mini_folder()] if name == "mini-b" else []  # it has but a U-Net of its own
-    told: list[Any] = [name]
-    for folder in [folder for folder in folders if folder]:
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        told += [
-            (file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)) for file in files
-        ]
-    return told
+    if name == "mini-b":
+        # Only its U-Net is its own: all other parts are those of the first mini model.
+        folders.append(mini_folder())
+
+    parts: list[Any] = [name]
+    for folder in folders:
+        if folder is None:  # of a model that is not in the package
+            continue
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                parts.append((file.relative_to(folder), _digest(file, file.stat().st_mtime_ns)))
+    return parts
+
+
+@functools.cache
+def _digest(file: Path, changed: int) -> str:
+    """The hash of a file's content; with `changed`, the cache forgets a file that was written."""
+    return digest(file)
+
+
+# --- weights of the hub --------------------------------------------------------------------------
 
 
 def commits(notebook: Path, values: Mapping[str, Any]) -> dict[str, str]:
-    """Of the model and scorer from the hub: what this machine holds of them; nothing for those it does not hold.
+    """The commits of model and scorer that this machine holds from the hub; nothing for the others.
 
-    They are no part of the key: a first run fetches its model, and is not to be done again for that.
+    They are not part of the key: a first run fetches its model, and must not count as outdated for
+    that reason.
     """
     used = {**defaults_of(notebook), **values}
-    found = {
-        name: _commit(str(used[name]), scores=name == "scorer")
-        for name in _WEIGHTS
-        if used.get(name)
+    sources = {
+        "model": _model_sources(str(used.get("model") or "")),
+        "scorer": _scorer_sources(str(used.get("scorer") or "")),
     }
-    return {name: commit for name, commit in found.items() if commit}
+    present = {parameter: _cached_commit(ids) for parameter, ids in sources.items()}
+    return {parameter: commit for parameter, commit in present.items() if commit}
 
 
-def _commit(name: str, *, scores: bool) -> str:
-    """As the hub's cache has it, of the first source that is there, in the order in which they are loaded."""
+def _model_sources(name: str) -> list[tuple[str, str]]:
+    """The (id, revision) that a model is loaded from, in the order in which they are tried."""
+    entry = entry_named(name)
+    if entry is None or entry.embedded:
+        return _hub_id(name)
+    mirrors = [(mirror, "main") for mirror in entry.mirrors]
+    return [(entry.id, entry.revision), *mirrors]
+
+
+def _scorer_sources(name: str) -> list[tuple[str, str]]:
+    if not name or "/" in name:
+        return _hub_id(name)
+    # The name of a folder, which the catalog does not know, has no source on the hub.
+    with contextlib.suppress(LocogenError):
+        entry = scorer_entry(name)
+        return [(entry.id, entry.revision)]
+    return []
+
+
+def _hub_id(name: str) -> list[tuple[str, str]]:
+    """The name itself if it can be an id of the hub: an owner and a name, not a path."""
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return [(name, "main")]
+    return []
+
+
+def _cached_commit(sources: list[tuple[str, str]]) -> str:
+    """`id@commit` of the first source that the hub's cache holds; empty if it holds none."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    sources = (
-        [(name, "main")] if name.count("/") == 1 and not name.startswith((".", "/", "~")) else []
-    )
-    if scores and "/" not in name:
-        with contextlib.suppress(LocogenError):  # a folder
-            entry = scorer_entry(name)
-            sources = [(entry.id, entry.revision)]
-    elif own := next(
-        (entry for entry in model_entries() if entry.name == name and not entry.embedded), None
-    ):
-        sources = [(own.id, own.revision), *((mirror, "main") for mirror in own.mirrors)]
     for id, revision in sources:
         ref = Path(HF_HUB_CACHE, "models--" + id.replace("/", "--"), "refs", revision)
         if ref.is_file():
             return f"{id}@{ref.read_text(encoding='utf-8').strip()}"
     return ""
-
-
-@functools.cache
-def _digest(file: Path, changed: int) -> str:
-    """Of a file's content; asked again when it has `changed`, and not for every run of a study."""
-    return digest(file)
-
-
-def versions() -> dict[str, str]:
-    """Of locogen, Python and the libraries that results depend on."""
-    import platform
-    from importlib.metadata import version
-
-    own = {"locogen": __version__, "python": platform.python_version()}
-    return own | {
-        name: version(name) for name in ("torch", "diffusers", "transformers", "numpy", "pandas")
-    }

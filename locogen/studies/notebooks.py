@@ -1,4 +1,4 @@
-"""What a notebook takes: find it, read its parameters without starting a kernel, check values against them."""
+"""What a notebook takes: find it, read its parameters without a kernel, and check values."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from locogen.errors import LocogenError, unknown
 
 ARRANGED = ("results",)  # parameters that a study sets itself
 _PACKAGE = Path(__file__).resolve().parent.parent
+# Annotations that are checked. Others, such as `list[int]`, are left to the notebook.
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "str": str,
     "int": int,
@@ -26,20 +27,33 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def notebook_file(name: str, base: Path) -> Path:
-    """A notebook by its path from `base` (with .ipynb), or one of locogen's own by its name."""
+    """Find a notebook.
+
+    Args:
+        name: A path that ends in .ipynb, or the name of one of locogen's notebooks.
+        base: The folder where paths start.
+
+    Returns:
+        The file.
+
+    Raises:
+        LocogenError: There is no such notebook.
+    """
     if name.endswith(".ipynb"):
         if not (base / name).is_file():
             raise LocogenError(f"there is no notebook {base / name}")
         return base / name
-    places = (_PACKAGE / "notebooks", _PACKAGE.parent / "notebooks")  # in a wheel, in a checkout
-    own = {file.stem: file for place in places for file in place.glob("*.ipynb")}
-    if name not in own:
-        raise unknown("notebook", name, own)
-    return own[name]
+    # In a wheel they lie within the package, in a checkout next to it.
+    inside = (_PACKAGE / "notebooks").glob("*.ipynb")
+    outside = (_PACKAGE.parent / "notebooks").glob("*.ipynb")
+    files = {file.stem: file for file in (*inside, *outside)}
+    if name not in files:
+        raise unknown("notebook", name, files)
+    return files[name]
 
 
 def source_of(notebook: Path) -> list[tuple[str, str]]:
-    """The notebook's cells, (kind, source): what it does, without outputs and metadata."""
+    """The notebook's cells as (kind, source): what it does, without outputs and metadata."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
         return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
@@ -47,82 +61,116 @@ def source_of(notebook: Path) -> list[tuple[str, str]]:
         raise LocogenError(f"{notebook} is not a notebook: save it from JupyterLab") from None
 
 
-def parameters_of(notebook: Path) -> dict[str, dict[str, str]]:
-    """Name → type, default and help of the notebook's parameters, as papermill's `inspect_notebook` tells them.
+# --- its parameters ------------------------------------------------------------------------------
 
-    Read from the source here: importing papermill alone takes longer than a plan may take to be shown.
+
+def parameters_of(notebook: Path) -> dict[str, dict[str, str]]:
+    """The notebook's parameters, in the form of papermill's `inspect_notebook`.
+
+    They are read from the source here, since importing papermill alone takes longer than a person
+    should wait for a plan.
+
+    Args:
+        notebook: The file.
+
+    Returns:
+        Name → name, `inferred_type_name`, default and help, all as text.
+
+    Raises:
+        LocogenError: The file is not a notebook, or has no cell with plain parameters.
     """
     return _read(notebook, notebook.stat().st_mtime_ns)
 
 
 @functools.lru_cache
 def _read(notebook: Path, changed: int) -> dict[str, dict[str, str]]:
-    source_of(notebook)  # refuses what is not a notebook
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if not tagged:
+    """`changed` makes the cache forget a notebook that was saved again."""
+    source_of(notebook)  # raises for what is not a notebook
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell.get("metadata", {}).get("tags", []):
+            source = "".join(cell["source"])
+            break
+    else:
         raise LocogenError(
             f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'"
         )
-    source = "".join(tagged[0]["source"])
     try:
-        return {told["name"]: told for told in _assigned(source)}
+        return {parameter["name"]: parameter for parameter in _assignments(source)}
     except (SyntaxError, tokenize.TokenError):
         raise LocogenError(
             f"{notebook}: its parameters are not plain Python, a line each: seeds: int = 4"
         ) from None
 
 
-def _assigned(source: str) -> Iterator[dict[str, str]]:
-    """Each assignment of a cell: name, type as annotated, default as written, and the comment behind it."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokens
-        if token.type == tokenize.COMMENT
-    }
+def _assignments(source: str) -> Iterator[dict[str, str]]:
+    """Each assignment of a cell: name, type as annotated, default as written, and its comment."""
+    comments = _comments(source)
     for node in ast.parse(source).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+        if isinstance(node, ast.AnnAssign):
+            target = node.target
+            kind = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign) and len(node.targets) == 1:
             target = node.targets[0]
-        if (
-            isinstance(target, ast.Name)
-            and isinstance(node, ast.Assign | ast.AnnAssign)
-            and node.value is not None
-        ):
-            kind = ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "None"
-            default = ast.get_source_segment(source, node.value) or ""
-            told = {"name": target.id, "inferred_type_name": kind, "default": default}
-            yield told | {"help": comments.get(node.end_lineno or 0, "")}
+            kind = "None"  # papermill's word for a parameter without an annotation
+        else:
+            continue
+        if not isinstance(target, ast.Name) or node.value is None:
+            continue
+        yield {
+            "name": target.id,
+            "inferred_type_name": kind,
+            "default": ast.get_source_segment(source, node.value) or "",
+            "help": comments.get(node.end_lineno or 0, ""),
+        }
+
+
+def _comments(source: str) -> dict[int, str]:
+    """Line → comment: the syntax tree has none, so they are found among the tokens."""
+    comments: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ")
+    return comments
 
 
 def defaults_of(notebook: Path) -> dict[str, Any]:
-    """Name → default of the notebook's parameters; one that is not plainly written down is left out."""
-    found: dict[str, Any] = {}
-    for name, told in parameters_of(notebook).items():
+    """Name → default of the notebook's parameters, without those that are computed."""
+    defaults: dict[str, Any] = {}
+    for name, parameter in parameters_of(notebook).items():
         with contextlib.suppress(ValueError, SyntaxError):
-            found[name] = ast.literal_eval(told["default"])
-    return found
+            defaults[name] = ast.literal_eval(parameter["default"])
+    return defaults
 
 
 def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
-    """Raise `LocogenError` for a parameter that the notebook does not have, or a value of another type."""
+    """Compare values with the parameters of a notebook.
+
+    Args:
+        values: Name → value.
+        notebook: The file.
+
+    Raises:
+        LocogenError: The notebook has no such parameter, or it has another type.
+    """
     valid = parameters_of(notebook)
     for name, value in values.items():
         if name in ARRANGED:
             raise LocogenError(f"{name} is set by the study itself: leave it out")
         if name not in valid:
-            listed = ", ".join(each for each in valid if each not in ARRANGED)
+            names = ", ".join(each for each in valid if each not in ARRANGED)
             raise LocogenError(
-                f"{unknown('parameter', name, valid)} ({notebook.name} takes: {listed})"
+                f"{unknown('parameter', name, valid)} ({notebook.name} takes: {names})"
             )
         kind = valid[name]["inferred_type_name"]
-        if kind in _TYPES and not _fits(value, kind):
+        if kind in _TYPES and not _has_type(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
 
 
-def _fits(value: Any, kind: str) -> bool:
-    return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+def _has_type(value: Any, kind: str) -> bool:
+    # For Python true and false are whole numbers too; for a person they are not.
+    if isinstance(value, bool):
+        return kind == "bool"
+    return isinstance(value, _TYPES[kind])
 
 
 def plain(value: Any) -> Any:
@@ -138,5 +186,5 @@ def plain(value: Any) -> Any:
     if isinstance(value, Iterable):
         return [plain(inner) for inner in value]
     raise LocogenError(
-        f"{value!r} is no parameter: give a text, a number, true, false or a list of these"
+        f"{value!r} is not a parameter: give a text, a number, true, false or a list of these"
     )

@@ -1,49 +1,52 @@
-"""What a study asks for: a TOML file to a list of runs, all of it checked, no kernel started.
+"""What a study asks for: from a TOML file to a list of runs, all checked, no kernel started.
 
     title = "Where two models keep styles"
-    notebook = "localize"               # of locogen's notebooks, or a path from here, such as "mine.ipynb"
+    notebook = "localize"               # of locogen's, or a path from here: "mine.ipynb"
     models = ["mini", "./my-model"]     # names, hub ids, or folders from here
     concepts = ["mini/neon", "mini/van-gogh"]
     [grid]                              # parameters of the notebook, each with the values to try
     window = [1, 2]
     [defaults]                          # parameters that are the same in every run
     seeds = 4
-    [[exclude]]                         # runs of which all of this is true are left out
+    [[exclude]]                         # runs for which all of this is true are left out
     model = "./my-model"
     window = 1
 
-Runs are the product of the lists: `notebooks`, `models`, `concepts` and the grid; one value that is no list is written
-`notebook`, `model`, `concept`. Tables `[[run]]` replace the product: each is one of its own, with parameters and lists
-of its own, and takes from the top what it does not say:
+Runs are the product of the lists: `notebooks`, `models`, `concepts` and the grid. A single value is
+written without a list, as `notebook`, `model`, `concept`. Tables `[[run]]` replace the product:
+each has its own parameters and lists, and takes from the top of the file what it does not set
+itself:
 
     [[run]]
     concepts = ["mini/neon", "mini/van-gogh"]
     [[run]]
     notebook = "edit"
-    name = "edit-neon"                  # its folder; otherwise that is called by title or concept
+    name = "edit-neon"                  # its folder; if left out, it is called by title or concept
     title = "neon, edited away"
     concept = "mini/neon"
     grid.ridge = [0.01, 0.1]
 
-Results go to the folder of the study's name beside it (reports/mini.toml: reports/mini/), each run to one of its own.
-What is written as a list is in the folders' names, so that a list can grow without a run being done again. A notebook
-is given those lists and defaults whose parameters it has; one of them must have each.
+Results go to a folder next to the study, of the same name (reports/mini.toml: reports/mini/), each
+run to its own folder there. Values that come from a list are part of the folders' names, so that a
+list can grow and no finished run has to be repeated. A notebook gets those lists and defaults whose
+parameters it has; at least one notebook must have each of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import concept, model_entries, read_toml
+from locogen.catalog import model_entries, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
-from locogen.studies.keys import circumstances, commits, hashed, run_key
+from locogen.studies.keys import circumstances, commits, concept_of, entry_named, hashed, run_key
 from locogen.studies.notebooks import (
     ARRANGED,
     check_parameters,
@@ -53,323 +56,402 @@ from locogen.studies.notebooks import (
     plain,
 )
 
-_ABOUT = ("title", "name")  # keys of a run that are not parameters
 _LISTS = {"notebooks": "notebook", "models": "model", "concepts": "concept"}
+# Keys of a `[[run]]` that are not parameters of its notebook.
+_NOT_PARAMETERS = ("title", "name", "notebook", "grid", *_LISTS)
+_TOP_KEYS = ("title", "results", "defaults", "grid", "exclude", "run", *_LISTS, *_LISTS.values())
 _RESERVED = ("con", "prn", "aux", "nul", "store")  # Windows' device names, and our own folder
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run: the notebook, its parameters in plain JSON types, and the folder it becomes."""
+    """One run: the notebook, its parameters, and the folder that it becomes.
+
+    Attributes:
+        slug: The folder's name, by which a person refers to the run.
+        title: What the run is called on pages.
+        subject: The name of its concept or prompt; else its title.
+        notebook: What is executed.
+        parameters: Name → value, in plain JSON types.
+        base: The study's own folder: paths among the parameters start there.
+        folder: Where the run is published.
+        key: The hash of everything that the result depends on.
+        commits: Of weights from the hub, as this machine has them.
+    """
 
     slug: str
     title: str
-    subject: str  # the name of its concept or prompt; else its title
+    subject: str
     notebook: Path
     parameters: Mapping[str, Any]
-    base: Path  # the study's own folder: paths among the parameters start there
+    base: Path
     folder: Path
     key: str = field(repr=False)
-    commits: Mapping[str, str] = field(
-        default_factory=dict, repr=False
-    )  # of hub weights, as this machine has them
+    commits: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def state(self) -> str:
         """`done` or `failed` (and still valid), `outdated` (done or failed otherwise) or `new`."""
         for name, state in (("result.json", "done"), ("error.json", "failed")):
             if (self.folder / name).is_file():
-                told = load_json(self.folder / name)
-                return (
-                    state if told.get("key") == self.key and not self._moved(told) else "outdated"
-                )
+                record = load_json(self.folder / name)
+                is_valid = record.get("key") == self.key and not self._has_other_weights(record)
+                return state if is_valid else "outdated"
         return "new"
 
-    def _moved(self, told: Mapping[str, Any]) -> bool:
-        """Whether the hub's weights are others than those of a result; what one of them does not know is the same."""
-        before = told.get("commits")
-        before = before if isinstance(before, Mapping) else {}
+    def _has_other_weights(self, record: Mapping[str, Any]) -> bool:
+        """Whether the hub has moved on since a result was made.
+
+        Weights that only one of the two knows count as the same: the run may have fetched them
+        itself, and they may be gone from the cache since.
+        """
+        before = record.get("commits")
+        if not isinstance(before, Mapping):
+            return False
         return any(before.get(name, commit) != commit for name, commit in self.commits.items())
 
     def value(self, name: str) -> Any:
-        """A parameter as the notebook will have it: given, or its default."""
-        return {**defaults_of(self.notebook), **self.parameters}.get(name)
+        """A parameter as the notebook will have it: the study's value, or its default."""
+        return self.values().get(name)
+
+    def values(self) -> dict[str, Any]:
+        """All parameters as the notebook will have them."""
+        return {**defaults_of(self.notebook), **self.parameters}
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The values that one parameter takes in a product."""
+
+    values: Sequence[Any] = ()
+    is_list: bool = False  # written as a list, even of one value: it is then part of the name
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One combination of a `[[run]]` and the lists: its notebook as asked for, and what is in its name."""
+    """One combination of a `[[run]]` and the lists, before it has a slug."""
 
     notebook: Path
     values: dict[str, Any]
     name: str
     title: str
-    marks: tuple[str, ...]
+    marks: tuple[str, ...]  # what the lists chose, in words
+
+    def all_values(self) -> dict[str, Any]:
+        """The values as an `[[exclude]]` sees them: with the notebook's name and its defaults."""
+        return {"notebook": self.notebook.stem, **defaults_of(self.notebook), **self.values}
 
 
 def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
-    """A study's title, results folder and runs, all of it checked; starts no kernel."""
+    """Read and check a study; no kernel is started.
+
+    Args:
+        path: The TOML file.
+
+    Returns:
+        The study's title, its results folder, and its runs in the order of the file.
+
+    Raises:
+        LocogenError: Something in the file is wrong, or names what does not exist.
+    """
     path = Path(path).absolute()
+    base = path.parent
     study = read_toml(path)
-    blocks = _blocks(study, path)
-    rows: list[_Row] = []
-    for number, block in enumerate(blocks, 1):
-        try:
-            rows += _rows(study, block, path.parent)
-        except LocogenError as error:
-            raise LocogenError(f"{path}: run {number}: {error}") from None
-    _check_common(study, rows, path)
-    rows = _kept(rows, study.get("exclude", []), path)
-    results = path.parent / study.get("results", path.stem)
+    with _at(path):
+        _check_form(study)
+        rows = _all_rows(study, base)
+        _check_top_parameters(study, rows, base)
+        _check_subjects(rows, base)
+        rows = _without_excluded(rows, study.get("exclude", []))
+        slugs = _slugs(rows)
+
+    results = base / study.get("results", path.stem)
     common = circumstances()
-    runs = tuple(
-        Planned(
-            slug,
-            _title(row, path.parent),
-            _called(row.values, path.parent) or row.title or row.name,
-            row.notebook,
-            row.values,
-            path.parent,
-            results / slug,
-            run_key(row.notebook, row.values, path.parent, common),
-            commits(row.notebook, row.values),
+    runs: list[Planned] = []
+    for slug, row in zip(slugs, rows, strict=True):
+        run = Planned(
+            slug=slug,
+            title=_title(row, base),
+            subject=_subject(row.values, base) or row.title or row.name,
+            notebook=row.notebook,
+            parameters=row.values,
+            base=base,
+            folder=results / slug,
+            key=run_key(row.notebook, row.values, base, common),
+            commits=commits(row.notebook, row.values),
         )
-        for slug, row in zip(_slugs(rows, path), rows, strict=True)
-    )
-    for run in runs:
         check_place(run.folder)
-    return str(study.get("title", path.stem)), results, runs
+        runs.append(run)
+    return str(study.get("title", path.stem)), results, tuple(runs)
 
 
-def _blocks(study: Mapping[str, Any], path: Path) -> list[dict[str, Any]]:
-    """The tables `[[run]]`, or one that takes everything from the top; the form of the rest is looked at too."""
-    known = ("title", "results", "defaults", "grid", "exclude", "run", *_LISTS, *_LISTS.values())
+@contextlib.contextmanager
+def _at(place: object) -> Iterator[None]:
+    """Put the place before the message of an error, so that no check has to know it."""
+    try:
+        yield
+    except LocogenError as error:
+        raise LocogenError(f"{place}: {error}") from None
+
+
+def _check_form(study: Mapping[str, Any]) -> None:
+    """Raise `LocogenError` where the file has other keys or types than a study."""
     for key in study:
-        if key not in known:
-            raise LocogenError(f"{path}: {unknown('key', key, known)}")
-    if not isinstance(study.get("results", ""), str):
+        if key not in _TOP_KEYS:
+            raise unknown("key", key, _TOP_KEYS)
+    results = study.get("results", "")
+    if not isinstance(results, str):
         raise LocogenError(
-            f'{path}: results is {study["results"]!r}: give a folder from here, such as results = "out"'
+            f"results is {results!r}: "
+            'give a folder, seen from the study\'s own, such as results = "out"'
         )
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
-            raise LocogenError(f"{path}: {name} is not a table: begin it with a line [{name}]")
+            raise LocogenError(f"{name} is not a table: begin it with a line [{name}]")
     for name in ("exclude", "run"):
-        tables = study.get(name, [])
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            none = "has no runs: " if name == "run" else ""
-            raise LocogenError(
-                f"{path} {none}{name} is not a list of tables: begin each with a line [[{name}]]"
-            )
-    if not study.get("run") and not any(name in study for name in (*_LISTS, "concept", "grid")):
+        _check_tables(name, study.get(name, []))
+    has_lists = any(name in study for name in (*_LISTS, "concept", "grid"))
+    if not has_lists and not study.get("run"):
         raise LocogenError(
-            f'{path} has no runs: add some, each a line [[run]] and a line concept = "…"'
+            'the study has no runs: add some, each a line [[run]] and a line concept = "…"'
         )
-    return list(study.get("run", [])) or [{}]
+
+
+def _check_tables(name: str, tables: Any) -> None:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise LocogenError(f"{name} is not a list of tables: begin each with a line [[{name}]]")
 
 
 # --- the product ---------------------------------------------------------------------------------
 
 
+def _all_rows(study: Mapping[str, Any], base: Path) -> list[_Row]:
+    # A study without tables [[run]] is one run that takes everything from the top.
+    blocks = study.get("run") or [{}]
+    rows: list[_Row] = []
+    for number, block in enumerate(blocks, 1):
+        with _at(f"run {number}"):
+            rows += _rows(study, block, base)
+    return rows
+
+
 def _rows(study: Mapping[str, Any], block: Mapping[str, Any], base: Path) -> Iterator[_Row]:
     """Every combination of the lists that a `[[run]]` has or takes from the top."""
-    apart = (*_ABOUT, *_LISTS, "notebook", "grid")
-    own = {name: plain(value) for name, value in block.items() if name not in apart}
-    books, many_books = _axis("notebook", block, study, ["localize"])
-    grid = {**study.get("grid", {}), **_table(block.get("grid", {}))}
-    for book in books:
-        notebook = notebook_file(str(book), base)
-        valid = parameters_of(notebook)
-        axes: dict[str, tuple[list[Any], bool]] = {}
-        for name in ("model", "concept"):
-            axes[name] = _axis(name, block, study, [])
-        axes |= {name: (_listed(name, values), True) for name, values in grid.items()}
-        asked = {name for name in ("model", "concept", *block.get("grid", {})) if _has(block, name)}
-        used = {
-            n: axis
-            for n, axis in axes.items()
-            if axis[0] and (n in valid or n in asked) and n not in own
-        }
-        common = {
-            name: plain(value) for name, value in study.get("defaults", {}).items() if name in valid
-        }
-        for chosen in itertools.product(*(values for values, _ in used.values())):
-            picked = {name: plain(value) for name, value in zip(used, chosen, strict=True)}
-            values = {**common, **picked, **own}
+    # What the run's own table sets wins over all lists and defaults.
+    names = block.keys() - set(_NOT_PARAMETERS)
+    fixed = _selected(block, names)
+
+    notebooks = _axis("notebook", block, study) or _Axis(["localize"])
+    for name in notebooks.values:
+        notebook = notebook_file(str(name), base)
+        defaults = _selected(study.get("defaults", {}), parameters_of(notebook))
+        axes = _axes(study, block, notebook)
+        for name in axes.keys() & fixed.keys():
+            del axes[name]
+        listed = [parameter for parameter, axis in axes.items() if axis.is_list]
+        for combination in itertools.product(*(axis.values for axis in axes.values())):
+            choice = plain(dict(zip(axes, combination, strict=True)))
+            values = {**defaults, **choice, **fixed}
             check_parameters(values, notebook)
-            marked = [name for name, (_, many) in used.items() if many]
-            yield _row(block, notebook, values, marked, many_books)
+            yield _named_row(block, notebook, values, listed, notebooks.is_list)
 
 
-def _has(block: Mapping[str, Any], name: str) -> bool:
-    """Whether a `[[run]]` itself says something of a parameter, whose notebook must know it then."""
-    return name in block or f"{name}s" in block or name in block.get("grid", {})
+def _selected(table: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """The entries of a table that have one of these names, in plain JSON types."""
+    return {name: plain(value) for name, value in table.items() if name in names}
 
 
-def _axis(
-    name: str, block: Mapping[str, Any], study: Mapping[str, Any], default: list[Any]
-) -> tuple[list[Any], bool]:
-    """The values of `name`, or of its plural, in the run's table or else at the top; and whether it is a list."""
+def _axes(study: Mapping[str, Any], block: Mapping[str, Any], notebook: Path) -> dict[str, _Axis]:
+    """The parameters that vary in a `[[run]]`: model, concept, and those of the grids."""
+    own_grid = block.get("grid", {})
+    if not isinstance(own_grid, dict):
+        raise LocogenError("grid is not a table: write grid.seeds = [2, 4]")
+
+    # What stands at the top is for those notebooks that have such a parameter. What the run's own
+    # table says must reach its notebook, or else be reported as a mistake.
+    accepted = {*parameters_of(notebook), *own_grid}
+    accepted |= {name for plural, name in _LISTS.items() if name in block or plural in block}
+
+    axes: dict[str, _Axis] = {}
+    for name in ("model", "concept"):
+        axis = _axis(name, block, study)
+        if axis is not None:
+            axes[name] = axis
+    for name, values in {**study.get("grid", {}), **own_grid}.items():
+        axes[name] = _Axis(_checked_list(name, values), is_list=True)
+    return {name: axis for name, axis in axes.items() if name in accepted}
+
+
+def _axis(name: str, block: Mapping[str, Any], study: Mapping[str, Any]) -> _Axis | None:
+    """The values of `name`, or of its plural, from the run's table or else from the top."""
+    plural = f"{name}s"
     for table in (block, study):
-        if name in table and f"{name}s" in table:
-            raise LocogenError(f"there are both {name} and {name}s: keep one")
+        if name in table and plural in table:
+            raise LocogenError(f"there are both {name} and {plural}: keep one")
         if name in table:
-            return [table[name]], False
-        if f"{name}s" in table:
-            return _listed(f"{name}s", table[f"{name}s"]), True
-    return default, False
+            return _Axis([table[name]])
+        if plural in table:
+            return _Axis(_checked_list(plural, table[plural]), is_list=True)
+    return None
 
 
-def _listed(name: str, values: Any) -> list[Any]:
+def _checked_list(name: str, values: Any) -> list[Any]:
     if not isinstance(values, list) or not values:
         raise LocogenError(f"{name} is {values!r}: give a list of values, such as [1, 2]")
+    # By hash, since 1 and true are equal for Python, and lists have no hash of their own.
     if len({hashed(value) for value in values}) < len(values):
         raise LocogenError(f"{name} has a value twice: take one out")
     return values
 
 
-def _table(grid: Any) -> dict[str, Any]:
-    if not isinstance(grid, dict):
-        raise LocogenError("grid is not a table: write grid.seeds = [2, 4]")
-    return grid
-
-
-def _row(
+def _named_row(
     block: Mapping[str, Any],
     notebook: Path,
     values: dict[str, Any],
-    marked: list[str],
-    many_books: bool,
+    listed: Sequence[str],
+    many_notebooks: bool,
 ) -> _Row:
-    """The name of a combination: notebook, model, concept or own name, and the grid's values that it has."""
-    called = str(block.get("name") or block.get("title") or "")
-    before = [notebook.stem] if many_books else []
-    before += [str(values["model"])] if "model" in marked else []
-    after = [_named(values)] if "concept" in marked and called else []
-    after += [f"{name} {values[name]}" for name in marked if name not in ("model", "concept")]
-    name = " ".join([*before, called or _named(values), *after])
-    return _Row(notebook, values, name, str(block.get("title") or ""), (*before, *after))
+    """A combination with its name: notebook, model, concept or own name, and the grid's values.
+
+    Only what is written as a list is named, so that a value more renames no other run.
+    """
+    title = str(block.get("title") or "")
+    own_name = str(block.get("name") or title)
+    before: list[str] = []
+    if many_notebooks:
+        before.append(notebook.stem)
+    if "model" in listed:
+        before.append(str(values["model"]))
+    after: list[str] = []
+    if "concept" in listed and own_name:
+        after.append(_short_subject(values))
+    for name in listed:
+        if name not in ("model", "concept"):
+            after.append(f"{name} {values[name]}")
+    name = " ".join([*before, own_name or _short_subject(values), *after])
+    return _Row(notebook, values, name, title, (*before, *after))
 
 
-def _named(values: Mapping[str, Any]) -> str:
-    """What a run without a name is called after: its prompt, or its concept less the model's own prefix."""
+def _short_subject(values: Mapping[str, Any]) -> str:
+    """The name of a run without its own: its prompt, or its concept without the model's prefix."""
     id = str(values.get("prompt") or values.get("concept") or "run")
-    entry = next((entry for entry in model_entries() if entry.name == values.get("model")), None)
-    return id.removeprefix(f"{entry.concepts if entry else values.get('model')}/")
+    model = values.get("model")
+    entry = entry_named(model)
+    return id.removeprefix(f"{entry.concepts if entry else model}/")
 
 
 def _title(row: _Row, base: Path) -> str:
     """What a run is called on pages: its own title or its concept, and what the lists chose."""
-    called = row.title or _called(row.values, base)
-    return ", ".join([called, *row.marks]) if called else row.name
+    title = row.title or _subject(row.values, base)
+    return ", ".join([title, *row.marks]) if title else row.name
 
 
-def _called(values: Mapping[str, Any], base: Path) -> str:
-    """The name of a run's prompt or concept. Raises `LocogenError` for a concept that is not there."""
-    if values.get("prompt") or not values.get("concept"):
-        return str(values.get("prompt", ""))
-    own = values.get("concepts_file")
-    return concept(values["concept"], file=base / own if own else None).name
+def _subject(values: Mapping[str, Any], base: Path) -> str:
+    """The name of a run's prompt or concept. Raises `LocogenError` for an unknown concept."""
+    subject = concept_of(values, base)
+    return subject.name if subject else str(values.get("prompt", ""))
 
 
 # --- checks --------------------------------------------------------------------------------------
 
 
-def _check_common(study: Mapping[str, Any], rows: Iterable[_Row], path: Path) -> None:
-    """What stands at the top is known to one of the notebooks; models and concepts are there."""
-    valid: dict[str, Any] = {}
-    for notebook in {row.notebook for row in rows} | {
-        notebook_file(str(b), path.parent) for b in _at_top(study)
-    }:
-        valid |= parameters_of(notebook)
-    common = {**study.get("defaults", {}), **study.get("grid", {})}
-    common |= {
-        name: None
-        for many, name in _LISTS.items()
-        if name != "notebook" and (many in study or name in study)
-    }
-    for name in common:
+def _check_top_parameters(study: Mapping[str, Any], rows: Sequence[_Row], base: Path) -> None:
+    """Raise `LocogenError` for a parameter at the top that none of the notebooks has."""
+    # The notebook at the top counts even where every run has another one.
+    top = _axis("notebook", {}, study) or _Axis()
+    notebooks = {notebook_file(str(name), base) for name in top.values}
+    notebooks |= {row.notebook for row in rows}
+    valid: set[str] = set().union(*map(parameters_of, notebooks))
+
+    names = [*study.get("defaults", {}), *study.get("grid", {})]
+    names += [name for name in ("model", "concept") if _axis(name, {}, study) is not None]
+    for name in names:
         if name in ARRANGED:
-            raise LocogenError(f"{path}: {name} is set by the study itself: leave it out")
+            raise LocogenError(f"{name} is set by the study itself: leave it out")
         if name not in valid:
-            raise LocogenError(f"{path}: {unknown('parameter', name, set(valid) - set(ARRANGED))}")
-    known = [entry.name for entry in model_entries()]
+            raise unknown("parameter", name, valid - set(ARRANGED))
+
+
+def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
+    """Raise `LocogenError` for a model or a concept that does not exist."""
     for row in rows:
         model = row.values.get("model")
-        if isinstance(model, str) and "/" not in model and model not in known:
-            raise LocogenError(f"{path}: {unknown('model', model, known)}")
-        if (
-            isinstance(model, str)
-            and model.startswith((".", "/"))
-            and not (path.parent / model).is_dir()
-        ):
-            raise LocogenError(
-                f"{path}: there is no folder {path.parent / model} to load a model from"
-            )
-        try:
-            _called(row.values, path.parent)
-        except LocogenError as error:
-            raise LocogenError(f"{path}: {error}") from None
+        if isinstance(model, str):
+            _check_model(model, base)
+        _subject(row.values, base)
 
 
-def _at_top(study: Mapping[str, Any]) -> list[Any]:
-    return _axis("notebook", {}, study, [])[0]
+def _check_model(model: str, base: Path) -> None:
+    # With a slash inside it may be an id of the hub, which only the kernel can look up.
+    if "/" not in model and entry_named(model) is None:
+        raise unknown("model", model, [entry.name for entry in model_entries()])
+    if model.startswith((".", "/")) and not (base / model).is_dir():
+        raise LocogenError(f"there is no folder {base / model} to load a model from")
 
 
-def _kept(rows: list[_Row], rules: list[dict[str, Any]], path: Path) -> list[_Row]:
-    """The rows that no `[[exclude]]` leaves out; one that leaves out none, or all of them, is a mistake."""
-    told = [
-        {"notebook": row.notebook.stem, **defaults_of(row.notebook), **row.values} for row in rows
-    ]
-    known = {name for values in told for name in values}
-    left = [True] * len(rows)
+def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> list[_Row]:
+    """The rows that no `[[exclude]]` leaves out; one that leaves out none, or all, is a mistake."""
+    values = [row.all_values() for row in rows]
+    excluded: set[int] = set()  # positions among the rows
     for number, rule in enumerate(rules, 1):
-        for name in rule:
-            if name not in known:
-                raise LocogenError(f"{path}: exclude {number}: {unknown('key', name, known)}")
-        hits = [_matches(values, rule) for values in told]
-        if not rule or not any(hits):
-            raise LocogenError(
-                f"{path}: exclude {number} leaves nothing out: no run has {rule or 'no condition'}"
-            )
-        left = [keep and not hit for keep, hit in zip(left, hits, strict=True)]
-    if not any(left):
-        raise LocogenError(f"{path} has no runs: its exclusions leave out all {len(rows)}")
-    return [row for row, keep in zip(rows, left, strict=True) if keep]
+        with _at(f"exclude {number}"):
+            excluded |= _matching(rule, values)
+    if len(excluded) == len(rows):
+        raise LocogenError(
+            f"the study has no runs: its exclusions leave out all {len(rows)}, so take one out"
+        )
+    return [row for position, row in enumerate(rows) if position not in excluded]
 
 
-def _matches(values: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
-    """Whether all of a rule is true of a run; a list in it means any of these."""
-    listed = {name: value if isinstance(value, list) else [value] for name, value in rule.items()}
-    return all(values.get(name) in wanted for name, wanted in listed.items())
+def _matching(rule: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The positions of the rows of which all of a rule is true; a list in it means any of these."""
+    names: set[str] = set().union(*rows)
+    matching = set(range(len(rows)))
+    for name, condition in rule.items():
+        if name not in names:
+            raise unknown("key", name, names)
+        accepted = condition if isinstance(condition, list) else [condition]
+        matching = {position for position in matching if rows[position].get(name) in accepted}
+
+    # A rule without conditions matches every run: surely it is not meant so.
+    if not rule or not matching:
+        raise LocogenError(
+            f"it leaves nothing out: no run has {rule or 'no condition'}; change it or take it out"
+        )
+    return matching
 
 
 # --- names ---------------------------------------------------------------------------------------
 
 
 def slugify(name: str) -> str:
-    """A folder name that is safe on every system: lower-case letters of any script, digits, hyphens."""
+    """A folder name for any system: lower-case letters of any script, digits, hyphens."""
     text = unicodedata.normalize("NFKC", name).lower()
-    short = "-".join("".join(c if c.isalnum() else " " for c in text).split())[:60].rstrip("-")
-    while len(short.encode()) > 120:  # letters of other scripts take several bytes
-        short = short[:-1]
-    reserved = short in _RESERVED or re.fullmatch(r"(com|lpt)\d", short)
-    return f"{short}-{hashed(name)[:6]}".lstrip("-") if reserved or not short else short
+    words = "".join(c if c.isalnum() else " " for c in text).split()
+    slug = "-".join(words)[:60].rstrip("-")
+    while len(slug.encode()) > 120:  # letters of other scripts take several bytes
+        slug = slug[:-1]
+    is_reserved = slug in _RESERVED or re.fullmatch(r"(com|lpt)\d", slug)
+    if is_reserved or not slug:
+        return f"{slug}-{hashed(name)[:6]}".lstrip("-")
+    return slug
 
 
-def _slugs(rows: list[_Row], path: Path) -> list[str]:
-    """A slug for each run; of several alike, the first keeps it and the others get a short hash."""
-    taken: dict[str, None] = {}  # in the order of the runs
-    there: set[str] = set()
+def _slugs(rows: Sequence[_Row]) -> list[str]:
+    """A slug for each run; where several are alike, all but the first get a short hash."""
+    slugs: list[str] = []
+    contents: set[str] = set()
     for number, row in enumerate(rows, 1):
-        whole = hashed([row.name, row.notebook, row.values])
-        if whole in there:
+        content = hashed([row.name, row.notebook, row.values])
+        if content in contents:
             raise LocogenError(
-                f"{path}: run {number} ({row.name}) is there twice: change a parameter or take it out"
+                f"run {number} ({row.name}) is there twice: change a parameter or take it out"
             )
-        there.add(whole)
+        contents.add(content)
         slug = slugify(row.name)
-        while slug in taken:  # once, but for the odd run that is called by another's hash
+        # The hash depends on the run alone, never on its place in the file. Once is enough, unless
+        # another run happens to be called by this very hash.
+        while slug in slugs:
             slug = f"{slug}-{hashed([row.name, row.notebook.stem, row.values])[:6]}"
-        taken[slug] = None
-    return list(taken)
+        slugs.append(slug)
+    return slugs

@@ -1,138 +1,196 @@
-"""How a study goes on, for a person: live on a terminal, plain lines in a log."""
+"""How far a study is, for a person: moving bars on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from locogen.pictures.progress import heard
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from locogen.pictures.progress import read_progress
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned
 from locogen.studies.records import read_record
 from locogen.studies.worker import Outcome
 
-QUIET = 60.0  # seconds after which a log gets a line about what is at work
+QUIET = 60.0  # seconds after which a log gets a line about the runs at work
+WINDOW = 60.0  # seconds over which a bar's speed is taken
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How far a run at work is: seconds since it was first seen, pictures made and asked for so far."""
+class RunProgress:
+    """How far a run at work is.
+
+    Attributes:
+        seconds: Since it was first seen.
+        pictures: Made so far.
+        total: Pictures to make, as far as the run knows by now; 0 before the first.
+        speed: Pictures a second; None stands for the mean over `seconds`.
+    """
 
     seconds: float
-    made: int
-    asked: int
-
-    @property
-    def left(self) -> float | None:
-        """Seconds until the pictures asked for are made; None before the first."""
-        return self.seconds * (self.asked - self.made) / self.made if self.made else None
+    pictures: int
+    total: int
+    speed: float | None = None
 
     def __str__(self) -> str:
-        if not self.made:
+        if not self.pictures:
             return f"{duration(self.seconds)}, no picture yet"
-        told = f"{self.made}/{self.asked} pictures, {self.made / max(self.seconds, 0.1):.1f}/s"
-        return f"{told}, {duration(self.left)} left" if self.left else told
+        speed = self.speed or self.pictures / max(self.seconds, 0.1)
+        text = f"{self.pictures}/{self.total} pictures, {speed:.1f}/s"
+        missing = self.total - self.pictures
+        return f"{text}, {duration(missing / speed)} left" if missing > 0 else text
 
 
 class Board:
-    """The lines about a study: one a run when it is over, and what is at work in between.
+    """The lines about a study: one for each run when it is over, and the runs at work in between.
 
-    On a terminal, the runs at work stand below and move (rich); elsewhere nothing is ever written over.
+    On a terminal the runs at work are bars below these lines. In a log nothing is written over, so
+    they get a line of their own, but only after a while without any.
     """
 
     def __init__(self, results: Path, todo: Sequence[Planned], workers: int, costs: Costs) -> None:
-        self.results, self.workers, self.costs = results, max(workers, 1), costs
-        self.left = {run.slug: run for run in todo}
+        self.results = results
+        self.workers = max(workers, 1)
+        self.costs = costs
         self.total = len(todo)
-        self.seen: dict[str, float] = {}  # folder of a run at work → when it was first seen
-        self.last: dict[str, tuple[int, int]] = {}  # slug → pictures made and asked for
-        self.told = time.monotonic()
-        self.end = self._end()
-        self.live = self._display() if sys.stdout.isatty() else None
-
-    def _display(self) -> Any:
-        from rich.live import Live
-
-        return Live(get_renderable=self._table, refresh_per_second=4, transient=True)
+        self.left = {run.slug: run for run in todo}
+        self.first_seen: dict[str, float] = {}  # folder of a run at work → when
+        self.counts: dict[str, tuple[int, int]] = {}  # slug → pictures made, pictures in total
+        self.last_line = time.monotonic()
+        self.end = self._estimate_end()
+        self.bars = Bars(self.total) if sys.stdout.isatty() else None
 
     def __enter__(self) -> Board:
-        if self.live:
-            self.live.start()
+        if self.bars:
+            self.bars.progress.start()
         return self
 
     def __exit__(self, *about: object) -> None:
-        if self.live:
-            self.live.stop()
+        if self.bars:
+            self.bars.progress.stop()
 
-    def at_work(self) -> dict[str, Pace]:
-        """Slug → how far it is, of the runs that have a folder to work in."""
-        now, found = time.monotonic(), {}
+    def at_work(self) -> dict[str, RunProgress]:
+        """Slug → how far it is, for the runs that have a folder to work in."""
+        now = time.monotonic()
+        running: dict[str, RunProgress] = {}
         for folder in sorted(self.results.glob(".partial-*")):
             slug = folder.name.removeprefix(".partial-").rpartition("-")[0]
-            if slug in self.left:
-                since = self.seen.setdefault(folder.name, now)
-                # A run that is being published has put its file away: what was heard last holds.
-                self.last[slug] = max(self.last.get(slug, (0, 0)), heard(folder))
-                found[slug] = Pace(now - since, *self.last[slug])
-        return found
+            if slug not in self.left:
+                continue
+            since = self.first_seen.setdefault(folder.name, now)
+            # A run that is about to be published has deleted its file: what was last read holds.
+            self.counts[slug] = max(self.counts.get(slug, (0, 0)), read_progress(folder))
+            pictures, total = self.counts[slug]
+            running[slug] = RunProgress(now - since, pictures, total)
+        return running
 
-    def over(self, run: Planned, outcome: Outcome) -> None:
-        """A run has come to its end: its line."""
+    def finish(self, run: Planned, outcome: Outcome) -> None:
+        """Print the line of a run that has come to its end."""
         self.left.pop(run.slug, None)
         if not outcome.error:
             self.costs.add(read_record(run.folder / "result.json").facts)
-        self.end = self._end()
+        self.end = self._estimate_end()
+
         state = "failed" if outcome.error else "done"
-        rate = (
-            f" · {outcome.made} pictures, {outcome.made / outcome.seconds:.1f}/s"
-            if outcome.made
-            else ""
-        )
-        told = f"[{self.total - len(self.left)}/{self.total}] {run.slug}  {state} in {duration(outcome.seconds)}{rate}"
-        self.say(f"{told} · {outcome.error or outcome.said}{self._remaining()}")
+        line = f"[{self.total - len(self.left)}/{self.total}] {run.slug}  "
+        line += f"{state} in {duration(outcome.seconds)}"
+        if outcome.pictures:
+            speed = outcome.pictures / outcome.seconds
+            line += f" · {outcome.pictures} pictures, {speed:.1f}/s"
+        self.print(f"{line} · {outcome.error or outcome.summary}{self._remaining()}")
 
-    def look(self) -> None:
-        """Called again and again: in a log, a line about the runs at work once nothing was said for a while."""
-        if self.live is None and time.monotonic() - self.told > QUIET:
-            each = "; ".join(f"{slug} {pace}" for slug, pace in self.at_work().items())
-            self.say(f"at work: {each or 'nothing yet'}{self._remaining()}")
+    def refresh(self) -> None:
+        """Show the runs at work; to be called again and again."""
+        if self.bars:
+            self.bars.show(self.at_work(), self.total - len(self.left), self._remaining())
+        elif time.monotonic() - self.last_line > QUIET:
+            each = "; ".join(f"{slug} {run}" for slug, run in self.at_work().items())
+            self.print(f"at work: {each or 'nothing yet'}{self._remaining()}")
 
-    def say(self, line: str) -> None:
-        """One line, above what moves."""
-        self.told = time.monotonic()
-        if self.live:
-            self.live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    def print(self, line: str) -> None:
+        """Print a line, above the bars if there are any."""
+        self.last_line = time.monotonic()
+        if self.bars:
+            # No markup: a run may be called "[red]".
+            console = self.bars.progress.console
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
-    def _end(self) -> float | None:
-        """When the study will be over, by the runs so far; None while there is nothing to tell it by."""
+    def _estimate_end(self) -> float | None:
+        """When the study will be over, by the runs so far; None while that is not known."""
         left = self.costs.left(self.left.values(), self.workers)
         if left is None:
             return None
-        spent = sum(pace.seconds for pace in self.at_work().values())
+        # What the runs at work have done already is part of what is left.
+        spent = sum(run.seconds for run in self.at_work().values())
         return time.monotonic() + left - spent / self.workers
 
     def _remaining(self) -> str:
-        seconds = (self.end or 0.0) - time.monotonic()
-        return f" · about {duration(seconds)} left" if self.left and seconds > 1 else ""
+        if self.end is None or not self.left:
+            return ""
+        seconds = self.end - time.monotonic()
+        return f" · about {duration(seconds)} left" if seconds > 1 else ""
 
-    def _table(self) -> Any:
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
 
-        table = Table.grid(padding=(0, 2))
-        for slug, pace in self.at_work().items():
-            bar = ProgressBar(pace.asked or None, pace.made, width=24, pulse=not pace.asked)
-            table.add_row(
-                Text(slug, overflow="ellipsis", no_wrap=True), bar, Text(str(pace), no_wrap=True)
-            )
-        done = self.total - len(self.left)
-        told = Text(f"{done}/{self.total} runs{self._remaining()}", no_wrap=True)
-        table.add_row(Text("all"), ProgressBar(self.total, done, width=24), told)
-        return table
+class Bars:
+    """A bar for the study and one for each run at work, moved by rich."""
+
+    def __init__(
+        self,
+        total: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}", markup=False),  # a run may be called "[red]"
+            BarColumn(24),
+            _StateColumn(),
+            console=console,
+            get_time=clock,
+            refresh_per_second=4,
+            speed_estimate_period=WINDOW,
+            transient=True,
+        )
+        self.total = total
+        self.all = self.progress.add_task("all", total=total, state=f"0/{total} runs")
+        self.runs: dict[str, TaskID] = {}
+
+    def show(self, running: Mapping[str, RunProgress], done: int, remaining: str) -> None:
+        """Move the bars to where the runs are; those that are over lose theirs.
+
+        Args:
+            running: Slug → how far it is.
+            done: Runs that are over.
+            remaining: The time that is left, in words; empty if that is not known.
+        """
+        for slug in self.runs.keys() - running.keys():
+            self.progress.remove_task(self.runs.pop(slug))
+        for slug, run in running.items():
+            if slug not in self.runs:
+                self.runs[slug] = self.progress.add_task(slug, total=None)
+            # Without a total the bar pulses: nobody knows yet how many pictures there will be.
+            self.progress.update(self.runs[slug], completed=run.pictures, total=run.total or None)
+        state = f"{done}/{self.total} runs{remaining}"
+        self.progress.update(self.all, completed=done, state=state)
+
+
+class _StateColumn(ProgressColumn):
+    """What a bar says: a state in words, or else the pictures, speed and time left of a run."""
+
+    def render(self, task: Task) -> Text:
+        if "state" in task.fields:
+            return Text(task.fields["state"], no_wrap=True)
+        run = RunProgress(
+            seconds=task.elapsed or 0.0,
+            pictures=int(task.completed),
+            total=int(task.total or 0),
+            speed=task.speed,  # over the last minute: a model that is still loading says nothing
+        )
+        return Text(str(run), no_wrap=True)

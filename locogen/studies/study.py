@@ -1,35 +1,37 @@
-"""Studies: notebooks run for many models and concepts, resumed, each run published whole or not at all.
+"""Studies: notebooks run for many models and concepts, resumed, each run published whole or not.
 
-`locogen.studies.planning` says what a study file may hold. A finished run is skipped while its `key` holds: the hash of
-notebook, parameters, concept, weights (model, own scorer) and code. A failed one leaves `error.json`, and is left as it
-is until it is asked for again.
+`locogen.studies.planning` says what a study file may hold. A finished run is skipped while its
+`key` is the same: the hash of notebook, parameters, concept, weights (model, own scorer) and code.
+A failed run leaves `error.json`, and is not tried again until somebody asks for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from locogen.console import show_any_text
 from locogen.errors import LocogenError, unknown
-from locogen.files import alone, clear, load_json, write_json, writing
+from locogen.files import load_json, locked, remove_leftovers, write_json, writing
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned, read_study
+from locogen.studies.worker import Outcome, first_line, give_up, run_one
 
+# A plan should appear at once: rich, papermill and Dask are imported when runs are started.
 if TYPE_CHECKING:
     from locogen.studies.engines import Engine
     from locogen.studies.progress import Board
-    from locogen.studies.worker import Outcome
 
 __all__ = ["StudyFailed", "read_study", "run_study"]
 
 
 class StudyFailed(LocogenError):
-    """Some runs of a study failed; the others are there."""
+    """Some runs of a study failed; the results of the others are there."""
 
 
 def run_study(
@@ -44,224 +46,302 @@ def run_study(
     workers: int | None = None,
     scheduler: str | None = None,
 ) -> Path:
-    """Run what a study still lacks, and return its results folder.
+    """Run what a study still lacks.
 
-    `only`: slugs, as the plan prints them; `force`: finished ones too; `retry_failed`: those too that failed before;
-    `keep_going`: after a failure too; `dry_run`: the plan, no run. `engine`: serial, processes or dask, with so many
-    `workers` at once (None: as many as fit the machine), or those of Dask's `scheduler` ("tcp://…").
-    Every parameter is checked before the first kernel starts. Raises `LocogenError` when the study is not in
-    order, `StudyFailed` at the end when runs failed. Ctrl-C says what is left; the same call goes on there.
+    Every parameter is checked before the first kernel starts. After Ctrl-C, the same call continues
+    where the study was interrupted.
+
+    Args:
+        path: The study's TOML file.
+        only: One or several slugs, as the plan prints them. Left out: all runs.
+        force: Repeat finished and failed runs too.
+        retry_failed: Repeat failed runs too.
+        keep_going: Start further runs after a failure. If not, only those at work are finished.
+        dry_run: Print the plan, and start no run.
+        engine: "serial", "processes" or "dask".
+        workers: Runs at the same time. Left out: as many as fit the machine.
+        scheduler: Address of a Dask scheduler, "tcp://…", whose workers do the runs.
+
+    Returns:
+        The results folder.
+
+    Raises:
+        LocogenError: Something in the study is wrong, or cannot be executed; no run was started.
+        StudyFailed: In the end, when runs have failed.
     """
     if workers is not None and workers < 1:
         raise LocogenError(f"workers is {workers}: give a whole number from 1 up")
     show_any_text()
     title, results, runs = read_study(path)
-    wanted = _selected(runs, only)
+    selection = _select(runs, only)
     if dry_run:
-        _todo(title, results, wanted, force, retry_failed)
+        _show_plan(_plan(title, results, selection, force, retry_failed))
         return results
+
     with writing(results):
         results.mkdir(parents=True, exist_ok=True)
-    with alone(results):
-        todo, costs = _todo(title, results, wanted, force, retry_failed)
-        kept = {run.slug: _told(run) for run in wanted if run not in todo and run.state == "failed"}
+    with locked(results):
+        # Not before: another process may have finished some of the runs until it gave up the lock.
+        plan = _plan(title, results, selection, force, retry_failed)
+        _show_plan(plan)
+        failed_before = _failed_before(plan)
         failed: dict[str, str] = {}
-        if todo:
-            base = Path(
-                os.path.relpath(runs[0].base, results)
-            ).as_posix()  # where the runs' paths begin
-            write_json(
-                results / "study.json",
-                {"title": title, "base": base, "runs": [run.slug for run in runs]},
-            )
-            with _board(results, todo, costs, engine, workers, scheduler) as (board, opened):
-                failed = _go(results, todo, board, opened, keep_going)
-    if failed or kept:
-        raise StudyFailed(_complaint(len(wanted), failed, kept))
+        if plan.todo:
+            _write_study_file(title, results, runs)
+            with _started(plan, engine, workers, scheduler) as (board, started_engine):
+                failed = _execute(plan, board, started_engine, keep_going)
+    if failed or failed_before:
+        raise StudyFailed(_summary(len(selection), failed, failed_before))
     return results
 
 
-def _todo(
-    title: str, results: Path, wanted: list[Planned], force: bool, retry_failed: bool
-) -> tuple[list[Planned], Costs]:
-    """The runs to do, shown among the others, and what runs have cost so far."""
-    states = {run.slug: run.state for run in wanted}
-    skipped = () if force else ("done",) if retry_failed else ("done", "failed")
-    todo = [run for run in wanted if states[run.slug] not in skipped]
-    costs = Costs(results)
-    _show_plan(title, results, wanted, todo, states, costs)
-    return todo, costs
+# --- what there is to do -------------------------------------------------------------------------
 
 
-def _selected(runs: tuple[Planned, ...], only: str | Iterable[str] | None) -> list[Planned]:
+@dataclass(frozen=True)
+class _Entry:
+    """A run that was asked for, and whether it has to be done."""
+
+    run: Planned
+    state: str  # before anything was started
+    is_todo: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The runs of a study that were asked for, and what runs like them have cost."""
+
+    title: str
+    results: Path
+    entries: Sequence[_Entry]
+    costs: Costs
+
+    @property
+    def todo(self) -> list[Planned]:
+        """The runs that have to be done."""
+        return [entry.run for entry in self.entries if entry.is_todo]
+
+
+def _select(runs: Sequence[Planned], only: str | Iterable[str] | None) -> list[Planned]:
     if only is None:
         return list(runs)
     slugs = [only] if isinstance(only, str) else list(only)
+    existing = [run.slug for run in runs]
     for slug in slugs:
-        if slug not in {run.slug for run in runs}:
-            raise unknown("run", slug, [run.slug for run in runs])
+        if slug not in existing:
+            raise unknown("run", slug, existing)
     return [run for run in runs if run.slug in slugs]
 
 
-def _told(run: Planned) -> str:
-    """Why a run failed before, in a line."""
-    return (
-        str(load_json(run.folder / "error.json").get("error", "")).strip().splitlines()
-        or ["it did not say why"]
-    )[0]
+def _plan(
+    title: str, results: Path, runs: Sequence[Planned], force: bool, retry_failed: bool
+) -> _Plan:
+    repeated = {"new", "outdated"}
+    if retry_failed:
+        repeated |= {"failed"}
+    if force:
+        repeated |= {"failed", "done"}
+    entries: list[_Entry] = []
+    for run in runs:
+        state = run.state
+        entries.append(_Entry(run, state, is_todo=state in repeated))
+    return _Plan(title, results, entries, Costs(results))
 
 
-def _complaint(total: int, failed: dict[str, str], kept: dict[str, str]) -> str:
-    told = "".join(f"\n  {slug}: {error}" for slug, error in {**kept, **failed}.items())
-    before = f", {len(kept)} of them before" if kept else ""
-    return f"{len(failed) + len(kept)} of {total} runs failed{before}; --retry failed tries them again:{told}"
+def _failed_before(plan: _Plan) -> dict[str, str]:
+    """Slug → error of the runs that failed in an earlier call and are not tried again."""
+    errors: dict[str, str] = {}
+    for entry in plan.entries:
+        if entry.state == "failed" and not entry.is_todo:
+            record = load_json(entry.run.folder / "error.json")
+            errors[entry.run.slug] = first_line(str(record.get("error", "")))
+    return errors
 
 
-def _show_plan(
-    title: str,
-    results: Path,
-    wanted: list[Planned],
-    todo: list[Planned],
-    states: dict[str, str],
-    costs: Costs,
-) -> None:
-    """The runs, the pictures they look at, what is there, and the time it takes, as far as these can be told."""
-    print(f"{title}: {len(wanted)} runs, {len(todo)} to do, into {results}", flush=True)
-    counts = {run.slug: costs.pictures(run) for run in todo}
-    slugs = {run.slug for run in todo}
-    width = max(len(run.slug) for run in wanted)
-    for run in wanted:
-        state = states[run.slug]
-        again = " (again)" if run.slug in slugs and state in ("done", "failed") else ""
-        cost = [f"{counts[run.slug]} pictures"] if counts.get(run.slug) else []
-        if run.slug in slugs and (seconds := costs.seconds(run)):
-            cost.append(f"about {duration(seconds)}")
-        told = "  ".join(
-            [f"{run.slug:{width}}", state + again, *([", ".join(cost)] if cost else [])]
-        )
-        print(f"  {told}", flush=True)
+def _write_study_file(title: str, results: Path, runs: Sequence[Planned]) -> None:
+    """Leave what the pages need to know of the study as a whole."""
+    # The paths among the runs' parameters start at `base`; relative, so that results can be moved.
+    base = Path(os.path.relpath(runs[0].base, results)).as_posix()
+    slugs = [run.slug for run in runs]
+    write_json(results / "study.json", {"title": title, "base": base, "runs": slugs})
+
+
+def _summary(total: int, failed: Mapping[str, str], failed_before: Mapping[str, str]) -> str:
+    errors = {**failed_before, **failed}
+    lines = "".join(f"\n  {slug}: {error}" for slug, error in errors.items())
+    before = f", {len(failed_before)} of them before" if failed_before else ""
+    return f"{len(errors)} of {total} runs failed{before}; --retry failed tries them again:{lines}"
+
+
+# --- the plan in words ---------------------------------------------------------------------------
+
+
+def _show_plan(plan: _Plan) -> None:
+    """Print the runs, their states, and what they will cost as far as that can be estimated."""
+    todo = plan.todo
+    count = len(plan.entries)
+    print(f"{plan.title}: {count} runs, {len(todo)} to do, into {plan.results}", flush=True)
+    width = max(len(entry.run.slug) for entry in plan.entries)
+    for entry in plan.entries:
+        line = f"  {entry.run.slug:{width}}  {entry.state}"
+        if entry.is_todo:
+            if entry.state in ("done", "failed"):
+                line += " (again)"
+            line += _cost(entry.run, plan.costs)
+        print(line, flush=True)
     if todo:
-        print(_sum(results, todo, counts, costs), flush=True)
+        print(_totals(plan), flush=True)
 
 
-def _sum(results: Path, todo: list[Planned], counts: dict[str, int | None], costs: Costs) -> str:
-    """What is to be made in all, what the store holds, and the time in one worker."""
-    known = [count for count in counts.values() if count is not None]
-    more = (
-        f" and those of {len(todo) - len(known)} more that cannot be told yet"
-        if len(known) < len(todo)
-        else ""
-    )
-    held = sum(1 for _ in (results / "store").glob("*.png")) if (results / "store").is_dir() else 0
-    seconds = costs.left(todo, 1)
-    took = (
-        "no run like these has been timed yet"
-        if seconds is None
-        else f"about {duration(seconds)} in one worker"
-    )
-    return f"to make: {sum(known)} pictures{more}; the store holds {held}; {took}"
+def _cost(run: Planned, costs: Costs) -> str:
+    """The pictures and the time of a run as the last column of its line, as far as known."""
+    parts: list[str] = []
+    pictures = costs.pictures(run)
+    if pictures:
+        parts.append(f"{pictures} pictures")
+    seconds = costs.seconds(run)
+    if seconds:
+        parts.append(f"about {duration(seconds)}")
+    return f"  {', '.join(parts)}" if parts else ""
+
+
+def _totals(plan: _Plan) -> str:
+    """The pictures to make in all, those that the store holds, and the time in one worker."""
+    todo = plan.todo
+    each = [plan.costs.pictures(run) for run in todo]
+    counts = [count for count in each if count is not None]
+    unknown_runs = len(each) - len(counts)
+    more = f" and those of {unknown_runs} more runs, not yet known" if unknown_runs else ""
+
+    stored = len(list((plan.results / "store").glob("*.png")))
+    seconds = plan.costs.left(todo, 1)
+    time = "no run like these has been timed yet"
+    if seconds is not None:
+        time = f"about {duration(seconds)} in one worker"
+    return f"to make: {sum(counts)} pictures{more}; the store holds {stored}; {time}"
+
+
+# --- the runs at work ----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _board(
-    results: Path,
-    todo: list[Planned],
-    costs: Costs,
-    engine: str,
-    workers: int | None,
-    scheduler: str | None,
+def _started(
+    plan: _Plan, name: str, workers: int | None, scheduler: str | None
 ) -> Iterator[tuple[Board, Engine]]:
-    """The engine at work, and the board that tells of it."""
+    """Start the engine, and the board that shows a person how far the study is."""
     from locogen.studies.engines import opened
     from locogen.studies.kernel import silence
     from locogen.studies.progress import Board
 
     try:
-        with silence(), opened(engine, todo, workers, scheduler) as chosen:
-            threads = f" (threads of each: {chosen.threads})" if chosen.threads else ""
-            print(
-                f"{engine}: {chosen.workers or 'no worker yet, so none'} at once{threads}",
-                flush=True,
-            )
-            with Board(results, todo, chosen.workers, costs) as board:
-                yield board, chosen
+        todo = plan.todo
+        with silence(), opened(name, todo, workers, scheduler) as engine:
+            count = engine.workers or "no worker yet, so none"
+            threads = f" (threads of each: {engine.threads})" if engine.threads else ""
+            print(f"{name}: {count} at once{threads}", flush=True)
+            with Board(plan.results, todo, engine.workers, plan.costs) as board:
+                yield board, engine
     finally:
-        clear(results)  # of a Dask worker that was told to stop in the middle
+        # A Dask worker that was stopped in the middle could not do it itself.
+        remove_leftovers(plan.results)
 
 
-def _go(
-    results: Path, todo: list[Planned], board: Board, engine: Engine, keep_going: bool
-) -> dict[str, str]:
-    """Submit every run, and tell of each when it is over; slug → error of those that failed."""
-    from locogen.studies.worker import run_one
+_Waiting = dict[Future[Outcome], Planned]  # what is at work, in the order of the plan
 
+
+def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dict[str, str]:
+    """Submit every run and wait for their ends; slug → error of those that failed."""
     failed: dict[str, str] = {}
-    waiting = {engine.executor.submit(run_one, run, engine.threads): run for run in todo}
-    left = {run.slug: run for run in todo}
+    left = {run.slug: run for run in plan.todo}
+    waiting = _submit(plan, engine)
     try:
         while waiting:
-            over, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            for future in [future for future in waiting if future in over]:
-                run = waiting.pop(future)
-                if future.cancelled():
-                    continue
-                outcome = _outcome(future, run, engine)
+            for run, outcome in _ended(waiting, engine):
                 del left[run.slug]
-                board.over(run, outcome)
+                board.finish(run, outcome)
                 if outcome.error:
                     failed[run.slug] = outcome.error
             if failed and not keep_going:
                 _hold(waiting, board)
-            board.look()
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            # Some may have ended since anybody looked.
-            named = [slug for slug, run in left.items() if run.state not in ("done", "failed")]
-            board.say(f"interrupted\nleft: {', '.join(named)}. The same command goes on from here.")
-        _stop(results, waiting)
-        raise
-    if left and failed and not keep_going:
-        board.say(
-            f"stopped at the first failure; left: {', '.join(left)}. --keep-going runs them all the same."
+            board.refresh()
+    except KeyboardInterrupt:
+        board.print(
+            f"interrupted\nleft: {_unfinished(left)}. The same command continues from here."
         )
-        return failed
-    return failed | _lost(left)
+        _stop(plan.results, waiting)
+        raise
+    except BaseException:
+        _stop(plan.results, waiting)
+        raise
+    was_held = bool(failed) and not keep_going
+    return failed | _never_ended(left, was_held, board)
 
 
-def _lost(left: Mapping[str, Planned]) -> dict[str, str]:
-    """Runs whose end nobody heard of, though nobody stopped them either: slug → error.
+def _submit(plan: _Plan, engine: Engine) -> _Waiting:
+    return {engine.executor.submit(run_one, run, engine.threads): run for run in plan.todo}
 
-    A Dask scheduler that goes away cancels all its futures. What was published before counts.
-    """
-    message = (
-        "not finished: Dask's scheduler or the way to it was lost. The same command runs it again"
-    )
-    return {slug: message for slug, run in left.items() if run.state != "done"}
+
+def _ended(waiting: _Waiting, engine: Engine) -> Iterator[tuple[Planned, Outcome]]:
+    """Wait half a second at most; take out the runs that have ended, with what became of them."""
+    ended, _ = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+    # In the order in which they were submitted, which a set does not keep.
+    for future in [future for future in waiting if future in ended]:
+        run = waiting.pop(future)
+        if not future.cancelled():
+            yield run, _outcome(future, run, engine)
 
 
 def _outcome(future: Future[Outcome], run: Planned, engine: Engine) -> Outcome:
-    """What became of a run; one whose workers all died has failed."""
-    from locogen.studies.worker import give_up
-
+    """What became of a run; if all workers that tried it died, it has failed."""
     try:
         return future.result()
     except engine.lost:
-        return give_up(run, "its worker died again and again, most often for want of memory")
+        return give_up(run, "its worker died again and again, most often for lack of memory")
 
 
-def _hold(waiting: Mapping[Future[Outcome], Planned], board: Board) -> None:
-    """Let none begin that is not at work. Dask's futures can be canceled at any time, so ask for the folders."""
+def _hold(waiting: _Waiting, board: Board) -> None:
+    """Cancel the runs that have not begun.
+
+    Dask cancels a future even while it is at work, so the folders say which have begun.
+    """
     begun = board.at_work()
     for future, run in waiting.items():
         if run.slug not in begun:
             future.cancel()
 
 
-def _stop(results: Path, waiting: Iterable[Future[Outcome]]) -> None:
-    """End all runs: their kernels go with their folders."""
-    waiting = list(waiting)
-    for future in waiting:
+def _stop(results: Path, waiting: _Waiting) -> None:
+    """End all runs: a kernel stops when its folder is gone."""
+    futures = list(waiting)
+    for future in futures:
         future.cancel()
-    while waiting:
-        clear(results)
-        waiting = list(wait(waiting, timeout=0.2).not_done)
+    # Again and again: a run could have begun, and made its folder, after the first look.
+    while futures:
+        remove_leftovers(results)
+        futures = list(wait(futures, timeout=0.2).not_done)
+
+
+def _unfinished(left: Mapping[str, Planned]) -> str:
+    """The slugs of runs that are left; some may have ended since anybody looked."""
+    return ", ".join(slug for slug, run in left.items() if run.state not in ("done", "failed"))
+
+
+def _never_ended(left: Mapping[str, Planned], was_held: bool, board: Board) -> dict[str, str]:
+    """Explain why some runs did not end: slug → error of those that count as failed.
+
+    Args:
+        left: The runs of which no end is known.
+        was_held: Whether they were canceled here, after another run had failed.
+        board: Where a person reads about it.
+    """
+    if left and was_held:
+        slugs = ", ".join(left)
+        board.print(f"stopped at the first failure; left: {slugs}. --keep-going runs them too.")
+        return {}
+    # Nobody canceled them here, so it was Dask: it cancels everything when its scheduler is lost.
+    # What a worker published before that counts.
+    message = (
+        "not finished: the Dask scheduler, or the connection to it, was lost. "
+        "The same command runs it again"
+    )
+    return {slug: message for slug, run in left.items() if run.state != "done"}

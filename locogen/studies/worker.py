@@ -1,6 +1,7 @@
-"""One run of a study, from its parameters to its published folder; in this process or in a worker far away.
+"""One run of a study, from its parameters to its published folder; also in a remote worker.
 
-A run works in a folder `.partial-…`, which becomes the run's folder when all of it is there.
+A run works in a folder `.partial-…`, which becomes the run's folder when everything in it is
+complete.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from locogen.errors import LocogenError
 from locogen.files import CannotWrite, load_json, publish, write_json, writing
-from locogen.pictures.progress import ASKED, heard
+from locogen.pictures.progress import ASKED, read_progress
 from locogen.plan import Window
 from locogen.studies.kernel import Failure, execute
 from locogen.studies.keys import commits, versions
@@ -27,77 +28,98 @@ from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned
 from locogen.studies.records import is_window
 
-_PATHS = (
-    "concepts_file",
-    "store",
-    "model",
-    "scorer",
-)  # parameters that may be paths, from the study's folder
-_here = threading.local()  # the GPU of this thread
+# Parameters that may be paths, which start at the study's folder.
+_PATHS = ("concepts_file", "store", "model", "scorer")
+_thread = threading.local()  # its GPU, where each thread has one
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run: the error if there was one, the seconds, pictures made, and what was found."""
+    """What became of a run.
+
+    Attributes:
+        error: Its first line; empty where there was none.
+        seconds: That the run took.
+        pictures: That it made, without those that were in the store.
+        summary: What it found, for a line on the terminal.
+    """
 
     error: str
     seconds: float
-    made: int = 0
-    said: str = ""
+    pictures: int = 0
+    summary: str = ""
 
 
 def take_gpu(free: SimpleQueue[str]) -> None:
-    """Keep one of the GPUs for the runs of this thread."""
-    _here.gpu = free.get()
+    """Keep one of the free GPUs for all runs of this thread."""
+    _thread.gpu = free.get()
 
 
 def run_one(run: Planned, threads: int | None = None) -> Outcome:
-    """Execute one notebook and publish its folder. `threads`: of its kernel; None: as the environment says.
+    """Execute one notebook and publish its folder.
 
-    Raises `LocogenError` where the study's folder is not to be seen, and what the disk raises.
+    Args:
+        run: What to execute.
+        threads: Of its kernel. Left out: as the environment says.
+
+    Returns:
+        What became of it. A notebook that fails is published too.
+
+    Raises:
+        LocogenError: The study's folder is not visible from here, or cannot be written.
     """
     partial = _working_folder(run)
     start = time.perf_counter()
     try:
         with writing(partial.parent):
-            error = execute(
-                run.notebook, partial, _for_kernel(run, partial), _environment(partial, threads)
-            )
+            parameters = _for_kernel(run, partial)
+            error = execute(run.notebook, partial, parameters, _environment(partial, threads))
             return _publish(run, partial, error, time.perf_counter() - start)
     except (OSError, CannotWrite):
         if partial.is_dir():
             raise
+        # Without its folder nothing can be written: somebody has stopped the run by deleting it.
         return Outcome("stopped", time.perf_counter() - start)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def give_up(run: Planned, message: str) -> Outcome:
+    """Publish a run as failed whose workers did not live to do so."""
+    partial = _working_folder(run)
+    with writing(partial.parent):
+        return _publish(run, partial, Failure(message), 0.0)
+
+
 def _working_folder(run: Planned) -> Path:
-    """A new folder for a run to work in, beside the one that it becomes."""
+    """A new folder for a run to work in, next to the one that it becomes."""
+    # A name of its own: Dask may start a run again while a lost worker still works on it.
     partial = run.folder.with_name(f".partial-{run.slug}-{os.urandom(4).hex()}")
     try:
         with writing(partial.parent):
             partial.mkdir()
     except FileNotFoundError:
         raise LocogenError(
-            f"this worker sees no folder {partial.parent}: workers share it, at the same path"
+            f"this worker sees no folder {partial.parent}: "
+            "all workers must share the study's folder, at the same path"
         ) from None
     return partial
 
 
 def _environment(partial: Path, threads: int | None) -> dict[str, str]:
-    """What the kernel finds in its environment, beside what is there already."""
-    told = {ASKED: str(partial / "progress.json")}
+    """Variables for the kernel, in addition to those that it inherits."""
+    variables = {ASKED: str(partial / "progress.json")}
     if threads:
-        told["OMP_NUM_THREADS"] = str(threads)
-    if gpu := getattr(_here, "gpu", ""):
-        told["CUDA_VISIBLE_DEVICES"] = gpu
-    return told
+        variables["OMP_NUM_THREADS"] = str(threads)
+    gpu = getattr(_thread, "gpu", "")
+    if gpu:
+        variables["CUDA_VISIBLE_DEVICES"] = gpu
+    return variables
 
 
 def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float) -> Outcome:
     """Write what the run is and found, last of all its result, and put the folder in its place."""
-    made, _ = heard(partial)
+    made, _ = read_progress(partial)
     found = load_json(partial / "finding.json")
     for name in ("finding.json", "progress.json"):
         (partial / name).unlink(missing_ok=True)
@@ -129,15 +151,8 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
     return Outcome(first_line(error.message) if error else "", seconds, made, _places(found))
 
 
-def give_up(run: Planned, message: str) -> Outcome:
-    """Publish a run as failed that no worker lived to tell of."""
-    partial = _working_folder(run)
-    with writing(partial.parent):
-        return _publish(run, partial, Failure(message), 0.0)
-
-
 def first_line(message: str) -> str:
-    """Of an error, for the terminal."""
+    """The first line of an error, for the terminal."""
     return (message.strip().splitlines() or ["it failed and did not say why"])[0]
 
 
@@ -165,23 +180,26 @@ def _about(run: Planned) -> dict[str, Any]:
 
 def forget_place(executed: Path) -> None:
     """Take out where on this machine the notebook was executed: pages are shared."""
-    if book := load_json(executed):
-        told = book.get("metadata", {}).get("papermill", {})
-        told.update(
-            {key: Path(told[key]).name for key in ("input_path", "output_path") if told.get(key)}
-        )
-        write_json(executed, book)
+    book = load_json(executed)
+    if not book:
+        return
+    record = book.get("metadata", {}).get("papermill", {})
+    for key in ("input_path", "output_path"):
+        if record.get(key):
+            record[key] = Path(record[key]).name
+    write_json(executed, book)
 
 
 def _for_kernel(run: Planned, folder: Path) -> dict[str, Any]:
-    """The parameters as the kernel sees them, which works in `folder`: paths are made relative to it."""
+    """The parameters for the kernel, which works in `folder`: paths are made relative to it."""
     valid = parameters_of(run.notebook)
     values = dict(run.parameters)
     for name in _PATHS:
         if _is_path(name, values.get(name), run.base):
-            with contextlib.suppress(ValueError):  # Windows: another drive
+            with contextlib.suppress(ValueError):  # Windows: on another drive
                 values[name] = Path(os.path.relpath(run.base / values[name], folder)).as_posix()
     if "store" in valid:
+        # One for the whole study: runs share pictures, such as those without an intervention.
         values.setdefault("store", "../store")
     if "results" in valid:
         values["results"] = "."
@@ -189,7 +207,9 @@ def _for_kernel(run: Planned, folder: Path) -> dict[str, Any]:
 
 
 def _is_path(name: str, value: Any, base: Path) -> bool:
-    """Files are always paths; a model or a scorer is one when it has a slash and is there, else a hub id."""
+    """Files are always paths; a model or a scorer with a slash may also be an id of the hub."""
     if not value or not isinstance(value, str):
         return False
-    return name in ("concepts_file", "store") or ("/" in value and (base / value).exists())
+    if name in ("concepts_file", "store"):
+        return True
+    return "/" in value and (base / value).exists()

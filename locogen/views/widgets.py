@@ -5,7 +5,6 @@ Each view also leaves a static twin, which stays in saved notebooks and pages wh
 
 from __future__ import annotations
 
-import base64
 import functools
 import io
 import uuid
@@ -17,6 +16,7 @@ import ipywidgets
 from IPython.display import HTML, display, update_display
 
 from locogen.errors import LocogenError
+from locogen.files import data_uri
 from locogen.plan import Window
 from locogen.views.explorer import Explorer, Look, Shown
 from locogen.views.plots import figure_size, plot_effect
@@ -352,6 +352,7 @@ def _png(picture: Image) -> bytes:
 
 
 def _image(png: bytes, alt: str, width: int, style: str = "") -> str:
-    data = base64.b64encode(png).decode()
-    style = f"max-width: 100%; {style}"
-    return f'<img alt="{escape(alt)}" width="{width}" style="{style}" src="data:image/png;base64,{data}">'
+    return (
+        f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" '
+        f'src="{data_uri(png)}">'
+    )

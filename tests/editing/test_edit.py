@@ -17,7 +17,7 @@ from locogen.editing import weights as editing_weights
 from locogen.editing.edit import Edit, fit_edit, undo_all
 from locogen.editing.fit import Options
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import Reader
+from locogen.interventions.layer_inputs import LayerInputs
 from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
 from locogen.models.layers import find_layers
 from locogen.phrasings import Phrasing, default_phrasings, exchanged
@@ -149,7 +149,7 @@ def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
         for name, weight in weights(pipe, edit).items():
             changed = weight.double() + edit.changes[name].change
             assert torch.allclose(x @ changed.T, y @ weight.double().T, atol=1e-5)
-    reader = Reader(pipe, find_layers(pipe)[:1])
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
     assert reader.exchange(source, "a dog.", "cat", "last_subject", "dog") == (
         old,
         [2, 2],
@@ -157,7 +157,7 @@ def test_every_occurrence_of_the_subject_is_edited_and_no_comma(pipe) -> None:
 
 
 def test_punctuation_is_not_what_is_edited(pipe) -> None:
-    reader = Reader(pipe, find_layers(pipe)[:1])
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
     assert reader.exchange("a cat, b", "a dog.", "cat,", "last_subject", "dog.") == ([2], [2])
     assert reader.exchange("a cat", "a dog.", "cat", "last_subject") == ([2], [2])
     assert reader.places("a dog.", "last_subject") == (2,)

@@ -16,7 +16,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene
 from locogen.models.families import encode_guided, family_of
 from locogen.models.layers import find_layers
-from locogen.plan import Intervention, with_riders
+from locogen.plan import Intervention, with_target_runs
 
 PATCHED = {"sd-3", "flux"}
 POOLED = {"sd-xl", "if", "sd-3", "flux"}
@@ -197,7 +197,7 @@ def plan(pipe, name, layers):
     texts = [("cat in a", "dog on b, a long one"), ("dog in c d", "cat")]
     pooled = {"pooled": "target"} if layers and name in POOLED else {}
     rows = [Intervention(p, t, layers, seed, **pooled) for seed, (p, t) in enumerate(texts)]
-    return with_riders(rows) if family_of(pipe).evolves else tuple(rows)
+    return with_target_runs(rows) if family_of(pipe).joint_attention else tuple(rows)
 
 
 def pictures(pipe, rows, prompts, given):

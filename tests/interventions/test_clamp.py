@@ -163,7 +163,7 @@ def test_steps_that_never_come_are_refused(pipe):
         pictures(pipe)
         assert call.step() == 2
         call._timestep = 12345.0  # what no call of the pipeline gives
-        call.made.clear()  # what is remembered of a call goes with it
+        call.cache.clear()  # what is remembered of a call goes with it
         with pytest.raises(LocogenError, match=r"timestep 12345\.0 is none"):
             call.step()
 
@@ -174,7 +174,7 @@ def test_an_exception_leaves_nothing(pipe):
         assert foreign_hooks(pipe) == ()
         raise RuntimeError("the user's own")
     short = Selection({(0, "v"): (1,)}, {(0, "v"): torch.zeros(7, 8)})
-    with pytest.raises(LocogenError, match="hears 40 tokens"), clamp(pipe, short):
+    with pytest.raises(LocogenError, match="reads 40 tokens"), clamp(pipe, short):
         pictures(pipe)
 
 
@@ -229,8 +229,8 @@ def test_fused_or_exchanged_matrices_are_refused():
 @pytest.mark.parametrize(
     ("channels", "options", "says"),
     [
-        ({(16, "v"): (0,)}, {}, "layer 16 .* not there: the model has 0 to 15"),
-        ({(2, "q"): (0,)}, {}, "no matrix 'q': take one of k, v"),
+        ({(16, "v"): (0,)}, {}, r"layers \[16\] are not there: the model has 0 to 15"),
+        ({(2, "q"): (0,)}, {}, "no matrix 'q': use one of k, v"),
         ({(0, "v"): (8,)}, {}, "channel 8 of 'v' in layer 0 is not there: it has 0 to 7"),
         ({(0, "v"): (1,)}, dict(to="mean"), "no means"),
         ({(0, "v"): (1,)}, dict(to="average"), "to is 'average'"),

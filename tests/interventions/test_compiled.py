@@ -14,7 +14,7 @@ from locogen.localization.attention import listening
 from locogen.models.compilation import is_compiled, uncompiled_module
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import find_layers
-from locogen.plan import Intervention, with_riders
+from locogen.plan import Intervention, with_target_runs
 
 POOLED = {"sd-xl", "if", "sd-3", "flux"}
 PROMPTS = ["cat in a", "dog in c"]
@@ -26,7 +26,7 @@ def plan(pipe, name="sd"):
     pooled = {"pooled": "target"} if name in POOLED else {}
     texts = zip(PROMPTS, TARGETS, strict=True)
     rows = [Intervention(p, t, layers, seed, **pooled) for seed, (p, t) in enumerate(texts)]
-    return with_riders(rows) if family_of(pipe).evolves else rows
+    return with_target_runs(rows) if family_of(pipe).joint_attention else rows
 
 
 def pictures(pipe, rows, prompts=None):

@@ -249,6 +249,35 @@ def test_a_denoiser_that_is_exchanged_within_a_context_is_refused(pipe, context)
         pictures(pipe)
 
 
+def fail_before_the_denoiser(pipe):
+    """As a user does who gives too few generators, and goes on in the same context."""
+    with pytest.raises(ValueError, match="list of generators of length 1"):
+        pipe(PROMPTS, generator=generators(plan()[:1]), num_inference_steps=2)
+
+
+def test_a_call_that_failed_between_encoder_and_denoiser_is_no_call_past_the_hooks(pipe, context):
+    with context(pipe):
+        fail_before_the_denoiser(pipe)
+
+
+def test_after_a_failed_call_the_next_one_is_changed_as_ever(pipe):
+    own = pictures(pipe, TARGETS)
+    with intervene(pipe, plan()):
+        fail_before_the_denoiser(pipe)
+        assert np.array_equal(pictures(pipe), own)
+        fail_before_the_denoiser(pipe)
+
+
+def test_a_failed_call_hides_no_denoiser_that_was_exchanged(pipe):
+    """The twin: a call that ended well, and ran past the hooks, is named all the same."""
+    with pytest.raises(LocogenError, match="denoiser ran past the hooks"), record(pipe):
+        unet = pipe.unet
+        pipe.unet = tiny.unet()
+        pictures(pipe)
+        pipe.unet = unet
+        fail_before_the_denoiser(pipe)
+
+
 def test_a_text_encoder_that_leaves_out_a_state_is_named(pipe, monkeypatch):
     state = find_text_states(pipe)[1]
     parent = pipe.text_encoder.get_submodule(state.name.partition(".")[2].rpartition(".")[0])

@@ -7,7 +7,8 @@ from support import tiny
 
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
-from locogen.interventions.denoiser_calls import following, steps_of_calls
+from locogen.interventions.denoiser_calls import following
+from locogen.interventions.steps import steps_of_calls
 from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.pictures.batches import pictures_of

@@ -201,10 +201,10 @@ def test_noise_is_on_the_subjects_tokens_and_scaled_to_the_spread(pipe):
     added = heard[0][1] - heard[0][0]
     others = [i for i in range(len(added)) if i not in told.at]
     assert (added[others] == 0).all() and (added[list(told.at)] != 0).all()
-    large = Noise("1", tuple(range(40))).drawn(embedding.weight)
+    large = Noise("1", tuple(range(40))).values(embedding.weight)
     assert large.std() == pytest.approx(3 * float(embedding.weight.detach().std()), rel=0.1)
-    assert torch.equal(large, Noise("1", tuple(range(40))).drawn(embedding.weight))
-    assert not torch.equal(large, Noise("2", tuple(range(40))).drawn(embedding.weight))
+    assert torch.equal(large, Noise("1", tuple(range(40))).values(embedding.weight))
+    assert not torch.equal(large, Noise("2", tuple(range(40))).values(embedding.weight))
 
 
 def test_noise_is_where_the_layers_hear_the_subject():

@@ -10,9 +10,9 @@ from support import full, tiny
 
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import foreign_hooks, generators, intervene, record
-from locogen.models.families import denoiser_of, encode, family_of, spoken, subject_positions
+from locogen.models.families import denoiser_of, encode, family_of, subject_positions, token_spans
 from locogen.models.layers import find_layers
-from locogen.plan import Intervention, with_riders
+from locogen.plan import Intervention, with_target_runs
 
 POOLED = {"sd-xl", "if", "sd-3", "flux"}
 PATCHED = {"sd-3", "flux"}
@@ -71,7 +71,7 @@ def pictures(pipe, rows, *, prompts=None, guidance=5.0, each=1, steps=2, **more)
 
 def plan(pipe, layers, count=2, **more):
     rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(TEXTS[:count])]
-    return with_riders(rows) if family_of(pipe).evolves else tuple(rows)
+    return with_target_runs(rows) if family_of(pipe).joint_attention else tuple(rows)
 
 
 def every(pipe):
@@ -142,13 +142,13 @@ def test_windows_in_one_batch_equal_separate_runs(pipe):
     """As nearly as plain pictures made in a batch equal those made alone: sums in another order, nothing else."""
     starts = every(pipe)[-5:]
     count, rows = len(starts), [Intervention(*TEXTS[0], (start,), 7) for start in starts]
-    ride = with_riders(rows) if family_of(pipe).evolves else rows
+    ride = with_target_runs(rows) if family_of(pipe).joint_attention else rows
     sums = np.abs(pictures(pipe, ride)[0] - pictures(pipe, rows[:1])[0]).max()
     with intervene(pipe, ride):
         together = pictures(pipe, ride)[:count]
     apart = []
     for row in rows:
-        one = with_riders([row]) if family_of(pipe).evolves else [row]
+        one = with_target_runs([row]) if family_of(pipe).joint_attention else [row]
         with intervene(pipe, one):
             apart.append(pictures(pipe, one)[0])
     bound = 1e-5 + 4 * sums
@@ -220,15 +220,15 @@ def test_masks_are_exchanged_with_the_text(pipes, name, monkeypatch):
     own = pictures(pipe, rows, prompts=[row.target for row in rows])
     monkeypatch.setattr(
         hooks._Replaced,
-        "_unheard",
-        lambda self, heard: self.call.made.setdefault("no", bias_of(self.call)),
+        "_mask_bias",
+        lambda self, states: self.call.cache.setdefault("no", bias_of(self.call)),
     )
     with intervene(pipe, rows):
         assert np.abs(pictures(pipe, rows) - own).max() > 1e-5
 
 
 def bias_of(call):
-    mask = call.given["encoder_attention_mask"]
+    mask = call.arguments["encoder_attention_mask"]
     return (1 - mask.float()).unsqueeze(1) * -10000.0
 
 
@@ -302,7 +302,7 @@ def test_patching_needs_the_targets_own_runs(pipes):
     for name in sorted(PATCHED):
         pipe = pipes(name)
         alone = [row for row in plan(pipe, (0,)) if row.layers]
-        with pytest.raises(LocogenError, match="with_riders"), intervene(pipe, alone):
+        with pytest.raises(LocogenError, match="with_target_runs"), intervene(pipe, alone):
             pass
 
 
@@ -444,7 +444,7 @@ def test_capitals_are_heard_as_small_letters(kind):
     assert torch.equal(
         encode(pipe, [" A B Cat in b"]).states, encode(pipe, ["a b cat in b"]).states
     )
-    assert spoken(pipe, " A B Cat in b") == spoken(pipe, "a b cat in b")
+    assert token_spans(pipe, " A B Cat in b") == token_spans(pipe, "a b cat in b")
     assert subject_positions(pipe, "A B Cat in b", " Cat ") == subject_positions(
         pipe, "a b cat in b", "cat"
     )

@@ -15,9 +15,9 @@ from locogen.editing.neurons import find_neurons
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
-from locogen.interventions.layer_inputs import Reader
+from locogen.interventions.layer_inputs import LayerInputs
 from locogen.localization.localize import localize
-from locogen.models.families import denoiser_of, family_of, spoken, subject_positions
+from locogen.models.families import denoiser_of, family_of, subject_positions, token_spans
 from locogen.models.layers import find_layers
 from locogen.phrasings import Phrasing
 from locogen.pictures.fingerprint import fingerprint
@@ -49,7 +49,7 @@ def fit(pipe, layers=(0, 1), **options):
 
 def test_a_small_ridge_sends_what_a_layer_reads_where_its_target_goes(pipe):
     """Per layer, by its own readings (after IF's norm, after a projection, inside joint blocks), biases included."""
-    edit, reader = fit(pipe, ridge=1e-10), Reader(pipe, find_layers(pipe)[:2])
+    edit, reader = fit(pipe, ridge=1e-10), LayerInputs(pipe, find_layers(pipe)[:2])
     denoiser, family = denoiser_of(pipe), family_of(pipe)
     paths = {module: path for path, module in denoiser.named_modules()}
     assert len(edit.changes) == 4
@@ -105,9 +105,9 @@ def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(nam
 
 def test_layers_that_read_the_same_share_what_is_kept_of_a_prompt(pipe, name):
     """Or a thousand concepts would not fit in the memory."""
-    reader = Reader(pipe, find_layers(pipe)[:2])
+    reader = LayerInputs(pipe, find_layers(pipe)[:2])
     assert all(reader.states("a cat", layer).dtype == torch.float64 for layer in reader.layers)
-    assert len(reader._read) == (2 if name in ("if", "sd-3", "flux") else 1)
+    assert len(reader._states) == (2 if name in ("if", "sd-3", "flux") else 1)
 
 
 def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
@@ -132,14 +132,14 @@ def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
 
 def test_every_encoder_has_its_own_subject_tokens():
     pipe = tiny.sd3()
-    reader = Reader(pipe, find_layers(pipe)[:1])
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
     first, second = (
         subject_positions(pipe, "a cat in b", "cat", encoder=number) for number in (0, 1)
     )
     assert second[0] >= pipe.tokenizer_max_length > first[-1]
     assert reader.places("a cat in b", "subject", "cat") == first + second
     assert reader.exchange("a cat", "a dog", "cat", "last_subject")[1] == [
-        told.last for told in spoken(pipe, "a dog")
+        told.last for told in token_spans(pipe, "a dog")
     ]
 
 
@@ -149,7 +149,7 @@ def test_what_t5_tells_of_a_subject_elsewhere():
     for name in ("sd", "if"):
         pipe = tiny.FAMILIES[name]()
         layer = find_layers(pipe)[0]
-        reader = Reader(pipe, [layer])
+        reader = LayerInputs(pipe, [layer])
         places = reader.places("a b cat", "subject", "cat")
         change = (reader.states("a b cat", layer) - reader.states("a b dog", layer)).norm(dim=1)
         shares[name] = float(change[: places[0]].norm() / change.norm())
@@ -164,14 +164,14 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
         return
     plain, entry = fit(pipe, layers, ridge=1e-10), fit(pipe, layers, ridge=1e-10, entry=True)
     added = set(entry.changes) - set(plain.changes)
-    assert added == {f"{family_of(pipe).entry}.weight"}  # off by default
+    assert added == {f"{family_of(pipe).text_projection}.weight"}  # off by default
     weight = denoiser_of(pipe).get_parameter(*added).detach().double()
-    reader = Reader(pipe, find_layers(pipe)[:1])
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
     source, target = PAIRS[0]
     old, new = reader.exchange(
         source, target, "cat", family_of(pipe).tokens, Phrasing(source, target, "cat").instead
     )
-    x, y = reader.entry(source, old), reader.entry(target, new)
+    x, y = reader.text_projection_input(source, old), reader.text_projection_input(target, new)
     gap = (x @ (weight + entry.changes[next(iter(added))].change).T - y @ weight.T).norm()
     assert gap < 1e-3 * ((x - y) @ weight.T).norm()
     if name == "sd-xl":  # what the map is told of the picture's size stays as it was

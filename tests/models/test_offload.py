@@ -80,6 +80,15 @@ def test_a_trace_of_a_model_whose_weights_are_kept_elsewhere_is_the_same():
     assert plain["clip_score"].tolist() == kept["clip_score"].tolist()
 
 
+@pytest.mark.parametrize("name", ["sd", "if"])
+def test_attention_contributions_of_weights_that_are_kept_elsewhere_are_the_same(name):
+    """IF's layers put out pictures in place of tokens: where weights are makes no difference to it."""
+    plain = loco.attention_contribution(tiny.FAMILIES[name](), CONCEPT, **FAST)
+    kept = loco.attention_contribution(kept_off(tiny.FAMILIES[name]()), CONCEPT, **FAST)
+    assert plain["contribution"].tolist() == kept["contribution"].tolist()
+    assert (plain["contribution"] > 0).all(), "the twin: there is something to compare"
+
+
 # --- model offload: what is on the card at once --------------------------------------------------
 
 

@@ -9,18 +9,18 @@ from support import tiny
 
 import locogen as loco
 from locogen.errors import LocogenError
-from locogen.interventions.layer_inputs import Reader
+from locogen.interventions.layer_inputs import LayerInputs
 from locogen.models.families import (
     check_known,
     cut_words,
     encode,
     end_position,
     family_of,
-    spoken,
     subject_occurrences,
     subject_positions,
+    token_spans,
     unknown_words,
-    warn_unheard,
+    warn_unread,
 )
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
@@ -60,9 +60,9 @@ def pipe(request):
 
 def letters(pipe, prompt, subject, encoder=0):
     """What is written at each occurrence's positions."""
-    heard = spoken(pipe, prompt)[encoder]
+    heard = token_spans(pipe, prompt)[encoder]
     found = subject_occurrences(pipe, prompt, subject, encoder=encoder)
-    return [heard.written(heard.ids[at - heard.start] for at in words) for words in found]
+    return [heard.decode(heard.ids[at - heard.start] for at in words) for words in found]
 
 
 # --- textual inversion ---------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_every_vector_of_a_textual_inversion_has_a_position(kind):
 def test_the_end_is_behind_every_vector(inverted):
     """The state at the end is the pooled one of CLIP: the first end mark, of the prompt as it is encoded."""
     prompt = "cat <neon> dog"
-    reader = Reader(inverted, find_layers(inverted)[:1])
+    reader = LayerInputs(inverted, find_layers(inverted)[:1])
     converted = inverted.maybe_convert_prompt(prompt, inverted.tokenizer)
     ids = inverted.tokenizer(converted).input_ids
     assert reader.places(prompt, "end") == (ids.index(inverted.tokenizer.eos_token_id),)
@@ -103,13 +103,13 @@ def test_a_prompt_is_cut_where_its_vectors_are(inverted):
     cut, limit = cut_words(inverted, fits + "<neon> cat")
     assert limit == 40 and cut.startswith("<neon>_2") and cut.endswith("cat")
     with pytest.warns(UserWarning, match="longer than 40 tokens"):
-        warn_unheard(inverted, [fits + "cat <neon>"])
+        warn_unread(inverted, [fits + "cat <neon>"])
 
 
 def test_a_sign_may_be_the_token_of_a_textual_inversion():
     pipe = with_inversion(tiny.pipeline(), token="<*>", parts=("",), vectors=2)
     assert len(subject_positions(pipe, "a <*>, b", "<*>")) == 2
-    assert spoken(pipe, "a <*> .")[0].last == spoken(pipe, "a <*>")[0].last == 3
+    assert token_spans(pipe, "a <*> .")[0].last == token_spans(pipe, "a <*>")[0].last == 3
 
 
 def test_a_token_that_one_encoder_of_two_knows_has_no_position():
@@ -147,7 +147,7 @@ def test_a_name_inside_a_token_of_textual_inversion_is_not_its(inverted):
     ],
 )
 def test_a_subject_stands_at_its_own_tokens(pipe, prompt, subject, written):
-    for encoder in range(len(spoken(pipe, prompt))):
+    for encoder in range(len(token_spans(pipe, prompt))):
         found = letters(pipe, prompt, subject, encoder)
         assert ["".join(words.split()) for words in found] == [
             "".join(words.split()) for words in written
@@ -156,7 +156,7 @@ def test_a_subject_stands_at_its_own_tokens(pipe, prompt, subject, written):
 
 def test_no_position_is_that_of_punctuation(pipe):
     """Not inside a name either, and not at the end of a prompt."""
-    for encoder, heard in enumerate(spoken(pipe, "a wall-e.")):
+    for encoder, heard in enumerate(token_spans(pipe, "a wall-e.")):
         (places,) = subject_occurrences(pipe, "a wall-e.", "wall-e", encoder=encoder)
         assert heard.last == places[-1]
         assert all(
@@ -183,7 +183,7 @@ def test_capitals_are_found_by_tokenizers_that_hear_them(mini):
         subject_positions(mini, "A CAT", "cat") == subject_positions(mini, "a cat", "Cat") == (2,)
     )
     pipe = tiny.flux()
-    assert family_of(pipe).spelled("A B") == "A B"
+    assert family_of(pipe).normalize("A B") == "A B"
     assert letters(pipe, "a CAT, cat", "cat")[1] == "cat"
 
 
@@ -208,7 +208,7 @@ def test_a_tokenizer_of_t5_says_what_it_does_not_know():
 def test_unheard_words_are_warned_of_once_a_prompt(mini):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_unheard(mini, ["a 猫", "a 猫", "a cat"], stacklevel=1)
+        warn_unread(mini, ["a 猫", "a 猫", "a cat"], stacklevel=1)
     (warning,) = caught
     assert "does not know '猫' in 'a 猫'" in str(warning.message)
     assert warning.filename == __file__

@@ -4,14 +4,15 @@ Chromium is Debian's, driven by Playwright; the network is off, and every reques
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.made_up import EVIL, fail, finish, study
+from support.made_up import ATTACKS, EVIL, fail, finish, study
 
 from locogen.pages.build import build
+from locogen.pages.cleaning import arrange, clean
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -148,6 +149,29 @@ def test_what_people_typed_is_shown_and_not_run(reports: Path, opened: Any) -> N
         page = opened(reports / path)
         assert page.said == [] and page.locator("img[src=x], img[onerror]").count() == 0, path
         assert IMAGE in page.inner_text("body") or path == "study.html", path
+
+
+@pytest.mark.parametrize("cleaning", [clean, lambda text: arrange(text)[0]])
+def test_cleaned_attacks_do_nothing_even_without_a_policy(
+    tmp_path: Path, opened: Any, cleaning: Callable[[str], str]
+) -> None:
+    (tmp_path / "clean.html").write_text("".join(map(cleaning, ATTACKS)), encoding="utf-8")
+    page = opened(tmp_path / "clean.html")
+    page.wait_for_timeout(200)
+    assert foreign(page) == [] and page.said == []
+
+
+@pytest.mark.slow
+def test_attacks_do_something(tmp_path: Path, opened: Any) -> None:
+    """The twin of the test above, each by itself: some wait for a click or for another browser."""
+    harmful = 0
+    for number, attack in enumerate(ATTACKS):
+        (tmp_path / f"{number}.html").write_text(f"<!DOCTYPE html>{attack}", encoding="utf-8")
+        page = opened(tmp_path / f"{number}.html")
+        page.wait_for_timeout(50)
+        harmful += bool(foreign(page) or page.said)
+        page.close()
+    assert harmful >= len(ATTACKS) / 2
 
 
 @pytest.mark.slow

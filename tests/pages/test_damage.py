@@ -26,7 +26,7 @@ from locogen import files
 from locogen.files import CannotWrite
 from locogen.pages import build as building, results as reading
 from locogen.pages.build import build
-from locogen.pages.html import shrink
+from locogen.pages.png import shrink
 from locogen.pages.thumbnails import small_picture
 from locogen.studies.records import Record, read_record
 
@@ -254,11 +254,9 @@ def test_what_nobody_thought_of_damages_its_run_only(
 def mistaken(file: Path) -> Record:
     """A record of which the check forgot a key."""
     record = read_record(file)
-    return (
-        replace(record, facts={**record.facts, "settings": 3})
-        if file.parent.name == "odd"
-        else record
-    )
+    if file.parent.name != "odd":
+        return record
+    return replace(record, facts={**record.facts, "pictures": "many"})
 
 
 def test_a_fault_of_the_pages_themselves_is_no_damage(
@@ -266,7 +264,7 @@ def test_a_fault_of_the_pages_themselves_is_no_damage(
 ) -> None:
     """The twin: what no run is to blame for is raised."""
     finish(tmp_path / "whole", "neon")
-    monkeypatch.setattr(building, "_forget", lambda folder, made: 1 / 0)
+    monkeypatch.setattr(building, "_remove_stale", lambda folder, current: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build(tmp_path)
 

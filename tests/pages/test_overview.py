@@ -14,9 +14,10 @@ from support.made_up import EVIL, effects, fail, finish, pictures, study
 from test_report import Reader, complaints, pages
 
 from locogen.pages.build import build, gather
+from locogen.pages.entries import addresses, entries
 from locogen.pages.index import comparison_page, index_page
 from locogen.pages.provenance import study_toml
-from locogen.pages.results import addresses, entries, read_run, read_runs
+from locogen.pages.results import read_run, read_runs
 from locogen.pages.thumbnails import CELL, Scale, heat_strip, small_picture
 
 MODELS, CONCEPTS = ("mini", "mini-b"), ("neon", "van gogh", "owl")

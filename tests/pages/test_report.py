@@ -7,19 +7,23 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from markupsafe import Markup
 from PIL import Image
-from support.made_up import ALT, EVIL, finish, png
+from support.made_up import ALT, ATTACKS, EVIL, finish, png
 
 from locogen.errors import LocogenError
 from locogen.pages.build import build
 from locogen.pages.cleaning import NO_ALT, arrange, clean
-from locogen.pages.html import POLICY, shrink, template
+from locogen.pages.html import POLICY, environment, read_template
+from locogen.pages.png import shrink
+from locogen.pages.provenance import Fact
 
 
 @pytest.fixture
@@ -109,7 +113,7 @@ def complaints(path: Path, text: str) -> list[str]:
     found += [
         f"a script that is not ours: {script}"
         for script in read.scripts
-        if script != template("index.js")
+        if script != read_template("index.js")
     ]
     if f'http-equiv="Content-Security-Policy" content="{POLICY}; style-src \'sha256-' not in text:
         found.append("no content security policy")
@@ -200,7 +204,7 @@ def test_a_page_shows_the_run_without_its_code(results: Path) -> None:
     said = Reader(text).text
     for words in (
         "van gogh in mini", "van gogh: found", "Where is van gogh?", "9/9 pictures", "<b>plain</b>", "The last words.",
-        "paper (arxiv.org/abs/2405.01008)", "window", "2.13.0", "2.2 minutes", "384",
+        "paper (arxiv.org/abs/2405.01008)", "window", "2.13.0", "2 min", "384",
     ):  # fmt: skip
         assert words in said, words
     for words in ("loco.localize", "SECRET", "5/9", "IntSlider", "alert(2)"):
@@ -287,9 +291,8 @@ def test_a_result_with_groups_that_are_none_is_shown_as_damaged(results: Path) -
         json.dumps({**told, "settings": "x", "parameters": 3, "versions": ["y"]}), encoding="utf-8"
     )
     shown = Reader(build(results).read_text(encoding="utf-8")).text
-    assert "result.json is damaged" in shown
-    assert "settings is 'x', not a table of plain values" in shown
-    assert "parameters is 3" in shown
+    assert "result.json is damaged: settings is 'x', not a table of plain values" in shown
+    assert "versions is ['y'], not" in shown and "parameters is 3, not" in shown
 
 
 def test_an_unfinished_run_is_shown_as_such(results: Path) -> None:
@@ -360,10 +363,10 @@ def test_no_torch(results: Path) -> None:
             '<img src="data:image/png;base64,QQ==" alt="a&quot;b">',
         ),
         ("<img src=\"data:text/html;base64,QQ==\" alt='x'>", "[x]"),
-        ("</div></p>x", "x"),
-        ("<table><tr><td>x", "<table><tr><td>x</td></tr></table>"),
+        ("</div></p>x", "<p></p>x"),
+        ("<table><tr><td>x", "<table><tbody><tr><td>x</td></tr></tbody></table>"),
         ("<style>@import url(//x)</style>y", "y"),
-        ("<b><i>x</b>y</i>", "<b><i>x</i></b>y"),
+        ("<b><i>x</b>y</i>", "<b><i>x</i></b><i>y</i>"),
         ("<form action='//x'><input></form>", ""),
         ("<meta http-equiv='refresh' content='0;url=//x'>", ""),
     ],
@@ -378,6 +381,55 @@ def test_clean(given: str, kept: str) -> None:
 )
 def test_clean_survives_broken_html(given: str) -> None:
     assert "<script" not in clean(given + EVIL)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("cleaning", [clean, lambda text: arrange(text)[0]])
+def test_attacks_leave_nothing_that_runs_or_loads(cleaning: Callable[[str], str], attack: str):
+    cleaned = cleaning(f"<p>before</p>{attack}")
+    assert "before" in cleaned
+    assert dangers(cleaned) == []
+    assert cleaning(cleaned) == cleaned or "class=" in cleaned, "stable: no mutation"
+
+
+def test_dangers_can_be_found() -> None:
+    """The twin of the test above: most attacks are dangerous as they are."""
+    harmless = [attack for attack in ATTACKS if not dangers(attack)]
+    assert len(harmless) < len(ATTACKS) / 4, harmless
+
+
+def dangers(text: str) -> list[str]:
+    """What a browser could run or load, as far as a parser finds it."""
+    tags = Reader(text).tags
+    found = [tag for tag, _ in tags if tag in ("script", "style", "form", "meta", "base", "link")]
+    found += [tag for tag, _ in tags if tag in ("svg", "math", "iframe", "object", "embed", "body")]
+    for _, attrs in tags:
+        for name, value in attrs.items():
+            address = name in ("href", "src") and not (value or "").startswith(("data:image/", "#"))
+            style = name == "style" and re.search(r"url|expression", value or "")
+            if address or style or name in LOADING or name.startswith("on"):
+                found.append(f"{name}={value}")
+    return found
+
+
+LOADING = ("srcset", "srcdoc", "background", "action", "formaction")
+
+
+def test_a_blank_first_line_of_an_output_stays() -> None:
+    """HTML ignores one line break after `<pre>`: a second one is the output's own."""
+    for cleaned in (clean("<pre>\n\na</pre>"), clean(clean("<pre>\n\na</pre>"))):
+        assert cleaned == "<pre>\n\na</pre>"
+    assert clean("<pre>a</pre>") == "<pre>\na</pre>"
+
+
+def test_templates_escape_everything() -> None:
+    """Each value of each template, but for HTML that is marked as such."""
+    picture = {"source": EVIL, "alt": '" onerror="x', "width": 0}
+    pieces: Any = environment().get_template("pieces.html").module
+    shown = pieces.image(picture) + pieces.value_table([EVIL], [[EVIL]], EVIL)
+    shown += pieces.facts([(EVIL, [Fact(EVIL, EVIL, EVIL)])])
+    assert "<script" not in shown and dangers(shown) == ["src=" + EVIL]
+    assert EVIL in pieces.cell("x", Markup(EVIL)), "the twin"
 
 
 def test_arrange_lowers_headings_and_wraps() -> None:

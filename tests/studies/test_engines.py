@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from rich.console import Console
 from test_study import result, wait_for, write_notebook
 
 from locogen.errors import LocogenError
-from locogen.files import alone, publish
-from locogen.pictures.progress import Heartbeat, heard
+from locogen.files import locked, publish
+from locogen.pictures.progress import Heartbeat, read_progress
 from locogen.studies import engines, worker
 from locogen.studies.estimates import Costs
 from locogen.studies.planning import Planned, read_study
-from locogen.studies.progress import Board, Pace
+from locogen.studies.progress import Bars, Board, RunProgress
 from locogen.studies.study import run_study
 from locogen.studies.worker import Outcome
 
@@ -237,13 +238,13 @@ def test_a_kernel_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
     assert not list(tmp_path.iterdir()), "nobody asked"
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
     beat.add(2)
-    assert heard(tmp_path) == (2, 3)
+    assert read_progress(tmp_path) == (2, 3)
     beat.add(1)
     beat.ask(4)  # another call of generate
-    assert heard(tmp_path) == (3, 7)
+    assert read_progress(tmp_path) == (3, 7)
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "gone" / "progress.json"))
     beat.add(1)
-    assert heard(tmp_path / "gone") == (0, 0)
+    assert read_progress(tmp_path / "gone") == (0, 0)
 
 
 def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None:
@@ -252,7 +253,7 @@ def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None
     from locogen.pictures.runs import generate
 
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
-    before = heard(tmp_path)
+    before = read_progress(tmp_path)
     generate(
         tiny.pipeline(),
         ["a cat", "a dog"],
@@ -261,15 +262,15 @@ def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None
         store=tmp_path,
         progress=False,
     )
-    made, asked = heard(tmp_path)
+    made, asked = read_progress(tmp_path)
     assert made == asked and (before, made >= 2) == ((0, 0), True)
 
 
 def test_a_pace_in_words() -> None:
-    assert str(Pace(10.0, 20, 60)) == "20/60 pictures, 2.0/s, 20 s left"
+    assert str(RunProgress(10.0, 20, 60)) == "20/60 pictures, 2.0/s, 20 s left"
     assert (
-        str(Pace(3.0, 0, 0)) == "3 s, no picture yet"
-        and str(Pace(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
+        str(RunProgress(3.0, 0, 0)) == "3 s, no picture yet"
+        and str(RunProgress(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
     )
 
 
@@ -295,9 +296,9 @@ def test_a_log_has_a_line_a_run(board: Board, capsys) -> None:
         json.dumps({**told, "key": first.key, "pictures": 40})
     )
     with board:
-        board.over(first, Outcome("", 20.0, 40, "layers 0-1"))
-        board.over(second, Outcome("ValueError: no", 4.0))
-        board.over(third, Outcome("", 2.0, 0, "executed"))
+        board.finish(first, Outcome("", 20.0, 40, "layers 0-1"))
+        board.finish(second, Outcome("ValueError: no", 4.0))
+        board.finish(third, Outcome("", 2.0, 0, "executed"))
     assert capsys.readouterr().out.splitlines() == [
         "[1/3] run-number-0  done in 20 s · 40 pictures, 2.0/s · layers 0-1 · about 20 s left",
         "[2/3] run-number-1  failed in 4 s · ValueError: no · about 20 s left",
@@ -306,43 +307,74 @@ def test_a_log_has_a_line_a_run(board: Board, capsys) -> None:
 
 
 def test_a_log_is_not_silent_for_long(board: Board, capsys) -> None:
-    board.look()
+    board.refresh()
     assert capsys.readouterr().out == "", "nothing was to be said yet"
     work = board.results / ".partial-run-number-1-0123abcd"
     work.mkdir()
     (work / "progress.json").write_text('{"made": 3, "asked": 12}')
-    board.seen[work.name] = time.monotonic() - 6
-    board.told -= 61
-    board.look()
+    board.first_seen[work.name] = time.monotonic() - 6
+    board.last_line -= 61
+    board.refresh()
     assert capsys.readouterr().out == "at work: run-number-1 3/12 pictures, 0.5/s, 18 s left\n"
-    board.look()
+    board.refresh()
     assert capsys.readouterr().out == ""
-    (work / "progress.json").unlink()  # it is being published
-    assert board.at_work()["run-number-1"].made == 3
+    (work / "progress.json").unlink()  # it is about to be published
+    assert board.at_work()["run-number-1"].pictures == 3
+
+
+def shown(bars: Bars) -> list[str]:
+    """The lines of the bars, as a terminal has them."""
+    console = Console(file=io.StringIO(), width=100, force_terminal=False)
+    console.print(bars.progress.get_renderable())
+    return console.file.getvalue().splitlines()
 
 
 def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
     work = board.results / ".partial-run-number-1-0123abcd"
     work.mkdir()
+    seconds = 0.0
+    bars = Bars(3, clock=lambda: seconds)
+    bars.show(board.at_work(), 0, "")
+    assert "0 s, no picture yet" in shown(bars)[1]
     (work / "progress.json").write_text('{"made": 3, "asked": 12}')
-    board.seen[work.name] = time.monotonic() - 6
-    console = Console(file=io.StringIO(), width=100, force_terminal=False)
-    console.print(board._table())
-    first, last = console.file.getvalue().splitlines()
-    assert first.startswith("run-number-1") and "3/12 pictures, 0.5/s, 18 s left" in first
-    assert last.startswith("all") and "0/3 runs" in last
+    seconds = 6.0
+    bars.show(board.at_work(), 0, " · about 1 min left")
+    first, last = shown(bars)
+    assert first.startswith("all") and "0/3 runs · about 1 min left" in first
+    assert last.startswith("run-number-1") and "3/12 pictures, 0.5/s, 18 s left" in last
+    shutil.rmtree(work)
+    bars.show(board.at_work(), 1, "")
+    (line,) = shown(bars)
+    assert "1/3 runs" in line
+
+
+def test_the_speed_is_that_of_the_last_minute() -> None:
+    """A model that was loading for long, or pictures that were quick at first, say little of now."""
+    seconds = 0.0
+    bars = Bars(1, clock=lambda: seconds)
+    for pictures in range(0, 61, 10):
+        bars.show({"x": RunProgress(seconds, pictures, 100)}, 0, "")
+        seconds += 1.0
+    assert "60/100 pictures, 10.0/s" in shown(bars)[1]
+    for pictures in range(61, 71):
+        seconds += 20.0
+        bars.show({"x": RunProgress(seconds, pictures, 100)}, 0, "")
+    assert "70/100 pictures, 0.1/s" in shown(bars)[1]
+    assert "0.3/s" in str(RunProgress(seconds, 70, 100)), "the twin: the mean of all"
 
 
 def test_a_name_is_no_markup(board: Board, monkeypatch) -> None:
     """What a user calls a run is shown as it is, on a terminal too."""
-    shown = io.StringIO()
+    output = io.StringIO()
     monkeypatch.setattr(
         sys, "stdout", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})()
     )
     live = Board(board.results, list(board.left.values()), 1, board.costs)
-    live.live = type("Live", (), {"console": Console(file=shown, width=200)})()
-    live.say("[red]neon[/red] [1/2]")
-    assert shown.getvalue() == "[red]neon[/red] [1/2]\n"
+    live.bars = Bars(1, Console(file=output, width=200))
+    live.print("[red]neon[/red] [1/2]")
+    assert output.getvalue() == "[red]neon[/red] [1/2]\n"
+    live.bars.show({"[red]neon": RunProgress(1.0, 0, 0)}, 0, "")
+    assert shown(live.bars)[1].startswith("[red]neon")
 
 
 # --- kill -9 -------------------------------------------------------------------------------------
@@ -405,7 +437,7 @@ def test_a_study_killed_at_any_moment_loses_nothing_finished(write, kills: int) 
             time.sleep(chance.random() * 0.5)
             process.kill()
         results_of(path)  # nothing half-written looks finished, right after the kill
-        with alone(path.with_suffix("")):  # as the next start begins
+        with locked(path.with_suffix("")):  # as the next start begins
             found = results_of(path)
         assert found.keys() >= seen.keys(), f"lost in round {round}"
         seen = {slug: told["finished"] for slug, told in found.items()}

@@ -156,9 +156,12 @@ BAD = {
     ),
     "exclusion of nothing": (
         'concepts = ["mini/neon"]\n[[exclude]]\nseeds = 77',
-        "exclude 1 leaves nothing out",
+        "exclude 1: it leaves nothing out",
     ),
-    "empty exclusion": ('concepts = ["mini/neon"]\n[[exclude]]', "exclude 1 leaves nothing out"),
+    "empty exclusion": (
+        'concepts = ["mini/neon"]\n[[exclude]]',
+        "exclude 1: it leaves nothing out",
+    ),
     "misspelt exclusion": (
         'concepts = ["mini/neon"]\n[[exclude]]\nsedes = 4',
         "exclude 1: no key 'sedes'",

@@ -379,7 +379,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, 
     kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
-    assert "left: blueprint, cat. The same command goes on" in capsys.readouterr().out
+    assert "left: blueprint, cat. The same command continues" in capsys.readouterr().out
     assert not left_over(path.with_suffix("")) and result(path, "neon")
     kernel.interrupts = ""
     run_study(path)
@@ -398,7 +398,7 @@ def test_ctrl_c_before_an_end_was_noticed(write, kernel: Kernel, capsys, monkeyp
     kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
-    assert "left: blueprint, cat. The same command goes on" in capsys.readouterr().out
+    assert "left: blueprint, cat. The same command continues" in capsys.readouterr().out
 
 
 def test_what_a_killed_process_left_is_cleared(write, kernel: Kernel) -> None:
@@ -455,11 +455,11 @@ BAD = {
     "fraction for a whole number": ("[[run]]\nseeds = 2.5", "type int"),
     "truth for a number": ("[[run]]\nseeds = true", "seeds is True"),
     "number for truth": ("[[run]]\nfast = 1", "fast is 1: small.ipynb takes a value of type bool"),
-    "date": ("[[run]]\nscale = 2026-01-01", "is no parameter: give a text"),
+    "date": ("[[run]]\nscale = 2026-01-01", "is not a parameter: give a text"),
     "unknown concept": ('[[run]]\nconcept = "mini/nen"', "no concept 'mini/nen': did you mean 'mini/neon'"),
     "unknown model": ('[[run]]\nmodel = "minni"', "no model 'minni': did you mean 'mini'"),
     "no runs": ("", "has no runs: add some"),
-    "runs that are none": ("run = 3", "has no runs"),
+    "runs that are none": ("run = 3", "run is not a list of tables"),
     "unknown key": ("runs = 3", "no key 'runs': did you mean 'run'"),
     "defaults that are none": ("defaults = 3\n[[run]]\nseeds = 1", "defaults is not a table"),
     "twice the same": ("[[run]]\nseeds = 1\n[[run]]\nseeds = 1\n[[run]]\nseeds = 1", "is there twice"),
@@ -492,11 +492,11 @@ def test_a_folder_that_no_run_has_made_is_left_alone(write, kernel: Kernel, tmp_
     (tmp_path / "neon").mkdir()
     run_study(path, dry_run=True)  # an empty one may be taken
     (tmp_path / "neon" / "mine.txt").write_text("mine")
-    with pytest.raises(LocogenError, match=r"neon is there and no run of locogen's.*results = "):
+    with pytest.raises(LocogenError, match=r"neon exists and is not a run of locogen.*results = "):
         run_study(path)
     assert not kernel.calls
     (partial := tmp_path / ".partial-neon-x").mkdir()
-    with pytest.raises(LocogenError, match="neon is there and no run"):
+    with pytest.raises(LocogenError, match="neon exists and is not a run"):
         publish(partial, tmp_path / "neon")
     assert (tmp_path / "neon" / "mine.txt").read_text() == "mine"
 
@@ -589,7 +589,7 @@ def test_values_become_plain() -> None:
     told = plain(given)
     assert told == {"a": [1, 2], "b": 3, "c": "x", "d": 0.5, "e": [1], "f": None, "g": True}
     assert [type(told[key]) for key in "bd"] == [int, float] and told["g"] is True
-    with pytest.raises(LocogenError, match="is no parameter"):
+    with pytest.raises(LocogenError, match="is not a parameter"):
         plain(object())
 
 
@@ -740,7 +740,7 @@ def test_no_kernel_outlives_its_study(write, tmp_path: Path, name: str) -> None:
     assert error == ""
     if name == "SIGINT":
         assert process.returncode == 130 and out.endswith(
-            "interrupted\nleft: neon, blueprint. The same command goes on from here.\n"
+            "interrupted\nleft: neon, blueprint. The same command continues from here.\n"
         )
         assert not left_over(tmp_path / "mini")
 

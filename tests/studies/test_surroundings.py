@@ -159,11 +159,13 @@ def test_a_results_folder_that_takes_no_files_is_named(
         )
     elif step == "the lock":
         path.with_suffix("").mkdir()
-        opens = Path.open
+        opens = os.open
         monkeypatch.setattr(
-            Path,
+            os,
             "open",
-            lambda at, *how, **more: (refuse if at.name == ".lock" else opens)(at, *how, **more),
+            lambda at, *how, **more: (refuse if str(at).endswith(".lock") else opens)(
+                at, *how, **more
+            ),
         )
     else:
         monkeypatch.setattr("locogen.studies.worker.execute", lambda *about: None)
@@ -185,6 +187,30 @@ def test_a_file_is_whole_or_not_at_all_and_no_link_is_followed(tmp_path: Path) -
     write_whole(tmp_path / "x.json", b"new")
     assert (tmp_path / "x.json").read_text() == "new" and (tmp_path / "mine").read_text() == "mine"
     assert not (tmp_path / "x.json").is_symlink() and not (tmp_path / ".x.json.part").exists()
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), files.replacing(path) as part:
+        part.write_text("half of the ne")
+        _ = 1 / 0
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with files.replacing(path, suffix="mine") as part:  # the twin
+        part.write_text("new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need permission there")
+def test_a_lock_follows_no_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError), files.locked(tmp_path):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
+    (tmp_path / ".lock").unlink()
+    with files.locked(tmp_path):  # the twin
+        assert (tmp_path / ".lock").is_file()
 
 
 def test_what_is_no_want_of_room_passes_by(tmp_path: Path) -> None:
@@ -308,7 +334,7 @@ def test_a_notebook_may_say_odd_things(
 
     monkeypatch.setattr("locogen.studies.worker.execute", execute)
     path.with_suffix("").mkdir()
-    assert run_one(read_study(path)[2][0]).said == "executed"
+    assert run_one(read_study(path)[2][0]).summary == "executed"
     assert "result.json is damaged: carriers" in build(path.with_suffix("")).read_text(
         encoding="utf-8"
     )

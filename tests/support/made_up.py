@@ -13,6 +13,54 @@ import pandas as pd
 from PIL import Image
 
 EVIL = "<script>alert(1)</script>"
+# HTML that runs or loads something in a browser; each tries it in another way.
+ATTACKS = (
+    EVIL,
+    "<svg><script>alert(1)</script></svg>",
+    "<svg onload=alert(1)>",
+    "<svg><animate onbegin=alert(1) attributeName=x dur=1s></svg>",
+    "<svg><use href='//outside.example/x.svg#a'></use></svg>",
+    "<img src=x onerror=alert(1)>",
+    "<img src='data:,' srcset='//outside.example/x.png 2x' alt='x'>",
+    "<body onload=alert(1)>",
+    "<details open ontoggle=alert(1)>x</details>",
+    "<b autofocus tabindex=0 onfocus=alert(1)>x</b>",
+    "<audio src=x onerror=alert(1)></audio>",
+    "<a href='javascript:alert(1)'>x</a>",
+    "<a href='&#x6A;ava&Tab;script:alert(1)'>x</a>",
+    "<a href=' \x01javascript:alert(1)'>x</a>",
+    "<a href='vbscript:msgbox(1)'>x</a>",
+    "<a href='data:text/html,<script>alert(1)</script>'>x</a>",
+    "<a href='DATA:text/html;base64,PHNjcmlwdD5hbGVydCgxKTwvc2NyaXB0Pg=='>x</a>",
+    "<iframe src='javascript:alert(1)'></iframe>",
+    "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
+    "<object data='data:text/html,<script>alert(1)</script>'></object>",
+    "<embed src='//outside.example/x.swf'>",
+    "<meta http-equiv=refresh content='0;url=//outside.example'>",
+    "<base href='//outside.example/'>",
+    "<link rel=stylesheet href='//outside.example/x.css'>",
+    "<form action='//outside.example'><input type=image src='//outside.example/x.png'></form>",
+    "<form><button formaction='javascript:alert(1)'>x</button></form>",
+    "<isindex action='javascript:alert(1)' type=image>",
+    "<style>@import url(//outside.example/x.css);</style>",
+    "<div style='background: url(//outside.example/x.png)'>x</div>",
+    "<div style='width: url(//outside.example/x.png)'>x</div>",
+    "<div style='width: expression(alert(1)); -moz-binding: url(//outside.example/x)'>x</div>",
+    "<table background='//outside.example/x.png'><tr><td>x</table>",
+    # Mutation: harmless for one parser, and something else when a browser reads the result again.
+    "<svg></p><style><a id='</style><img src=1 onerror=alert(1)>'>",
+    "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror=alert(1)&gt;'>",
+    "<form><math><mtext></form><form><mglyph><style></math><img src=x onerror=alert(1)>",
+    "<noscript><p title='</noscript><img src=x onerror=alert(1)>'></noscript>",
+    "<textarea><p title='</textarea><img src=x onerror=alert(1)>'></textarea>",
+    "<template><p title='</template><img src=x onerror=alert(1)>'></template>",
+    "<xmp><p title='</xmp><img src=x onerror=alert(1)>'></xmp>",
+    "<!--><img src=x onerror=alert(1)>-->",
+    "<![CDATA[><img src=x onerror=alert(1)>]]>",
+    "<p title='`'><img src=x alt='`onerror=alert(1)'>",
+    "<scr<script>ipt>alert(1)</scr</script>ipt>",
+    "<img title='</title><script>alert(1)</script>' src=x onerror\x00=alert(1)>",
+)
 ALT = "van gogh: the window of 2 layers from 1 lowers the CLIP-score by 0.34"
 
 

@@ -1,0 +1,112 @@
+"""Which denoising step a call of the denoiser belongs to, as the pipeline's scheduler says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from locogen.errors import LocogenError
+from locogen.models.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class _Schedule:
+    """A scheduler's timesteps, one a call of the denoiser, and the step of each."""
+
+    tensor: Any
+    timesteps: list[float]
+    steps: list[int]
+
+
+@dataclass(eq=False)
+class DenoisingSteps:
+    """The denoising steps of a pipeline's call, by the timesteps of its scheduler."""
+
+    pipe: Any
+    family: Family
+    _latest: _Schedule | None = field(default=None, init=False)
+
+    def begin(self) -> list[float]:
+        """The timesteps at which the steps begin, one a step, in order."""
+        schedule = self._schedule()
+        first_calls = [schedule.steps.index(step) for step in range(schedule.steps[-1] + 1)]
+        return [schedule.timesteps[call] for call in first_calls]
+
+    def at(self, timestep: Any) -> int:
+        """The step of the denoiser's call at a timestep, counted from 0.
+
+        Raises:
+            LocogenError: The timestep is none of the scheduler's.
+        """
+        timestep = self.family.time(self.pipe, timestep)
+        now = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
+        schedule = self._schedule()
+        return schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler)]
+
+    def _schedule(self) -> _Schedule:
+        # A scheduler makes a new tensor for each call of the pipeline. It is read once: to read
+        # numbers off a graphics card is to wait for it.
+        scheduler = self.pipe.scheduler
+        if self._latest is None or self._latest.tensor is not scheduler.timesteps:
+            timesteps = scheduler.timesteps.tolist()
+            self._latest = _Schedule(scheduler.timesteps, timesteps, steps_of_calls(scheduler))
+        return self._latest
+
+
+def _call_at(now: float, timesteps: list[float], scheduler: Any) -> int:
+    """Which of the denoiser's calls is at a timestep."""
+    nearest = min(range(len(timesteps)), key=lambda call: abs(timesteps[call] - now))
+    tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
+    if abs(timesteps[nearest] - now) > tolerance:
+        raise LocogenError(
+            f"timestep {now} is none of the scheduler's: the step is known in the pipeline's own "
+            "call"
+        )
+
+    # Some schedules have equal timesteps (second order; or from rounding): then the scheduler's own
+    # count decides.
+    counted = _calls_so_far(scheduler)
+    if 0 <= counted < len(timesteps) and abs(timesteps[counted] - now) <= tolerance:
+        return counted
+    return nearest
+
+
+def _calls_so_far(scheduler: Any) -> int:
+    """How often the scheduler has stepped in this call of its pipeline; -1 if it does not count."""
+    if not hasattr(scheduler, "step_index"):
+        return getattr(scheduler, "counter", -1)
+    if scheduler.step_index is not None:
+        return scheduler.step_index
+    return getattr(scheduler, "begin_index", None) or 0
+
+
+def steps_of_calls(scheduler: Any) -> list[int]:
+    """The denoising step that each call of the denoiser belongs to, by the scheduler's order.
+
+    Args:
+        scheduler: One of diffusers', its timesteps set.
+
+    Returns:
+        One number for each of its timesteps, counted from 0; it rises by one at most.
+    """
+    calls = len(scheduler.timesteps)
+
+    # A scheduler of second order (Heun, KDPM2) calls the denoiser twice a step, but once in the
+    # last.
+    order = getattr(scheduler, "order", 1)
+    if order > 1:
+        return [call // order for call in range(calls)]
+
+    # All others call it once a step, at equal timesteps too, except PNDM.
+    surplus = calls - (scheduler.num_inference_steps or calls)
+    if surplus <= 0:
+        return list(range(calls))
+
+    # PNDM begins with steps of four calls (Runge-Kutta), or repeats its second timestep.
+    runge_kutta_timesteps = getattr(scheduler, "prk_timesteps", None)
+    runge_kutta = 0 if runge_kutta_timesteps is None else len(runge_kutta_timesteps)
+    if runge_kutta:
+        first_steps = [call // 4 for call in range(runge_kutta)]
+        return first_steps + [call - surplus for call in range(runge_kutta, calls)]
+    distinct = list(dict.fromkeys(scheduler.timesteps.tolist()))
+    return [distinct.index(timestep) for timestep in scheduler.timesteps.tolist()]
