@@ -42,9 +42,11 @@ _PUBLIC = {
     "localization.localize": ("localize",),
     "localization.sample_size": ("plan_seeds",),
     "localization.trace_effects": ("trace_effect",),
+    "editing.control_edits": ("control_edits",),
     "editing.edit": ("Edit", "fit_edit", "undo_all"),
-    "editing.evaluation": ("compare", "control_edits", "evaluate", "Probe", "probes_for"),
+    "editing.evaluation": ("compare", "evaluate"),
     "editing.neurons": ("find_neurons", "Neurons"),
+    "editing.probes": ("Probe", "probes_for"),
     "views.localizer_plots": ("plot_trace",),
     "views.plots": (
         "describe",

@@ -5,21 +5,25 @@ from .catalog import (
     concepts as concepts,
     model_table as model_table,
 )
+from .editing.control_edits import (
+    control_edits as control_edits,
+)
 from .editing.edit import (
     Edit as Edit,
     fit_edit as fit_edit,
     undo_all as undo_all,
 )
 from .editing.evaluation import (
-    Probe as Probe,
     compare as compare,
-    control_edits as control_edits,
     evaluate as evaluate,
-    probes_for as probes_for,
 )
 from .editing.neurons import (
     Neurons as Neurons,
     find_neurons as find_neurons,
+)
+from .editing.probes import (
+    Probe as Probe,
+    probes_for as probes_for,
 )
 from .errors import (
     LocogenError as LocogenError,

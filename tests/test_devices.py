@@ -14,8 +14,9 @@ from support import tiny
 from support.device import is_there, pretended
 
 from locogen.editing.edit import Edit, fit_edit, undo_all
-from locogen.editing.evaluation import Probe, evaluate
+from locogen.editing.evaluation import evaluate
 from locogen.editing.neurons import find_neurons
+from locogen.editing.probes import Probe
 from locogen.interventions import prompts, states
 from locogen.interventions.clamping import clamp
 from locogen.interventions.prompts import generators, intervene, record

@@ -19,15 +19,6 @@ SECTIONS = ("Args", "Returns", "Raises", "Example")
 # Functions that do not explain themselves yet: take a name out when its docstring is done.
 MISSING = {
     *("concept", "concepts", "model_table"),  # catalog
-    *(
-        "compare",
-        "control_edits",
-        "evaluate",
-        "find_neurons",
-        "fit_edit",
-        "probes_for",
-        "undo_all",
-    ),  # editing
     "sweep",  # plan
 }
 

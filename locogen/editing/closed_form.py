@@ -1,13 +1,15 @@
 """Closed-form edits of linear maps as low-rank factors: tensors in, tensors out, all in float64.
 
-A map reads row vectors: `y = x @ weight.T`, weight (out, in). Every solver here answers "which change of the weight
-sends `source[i]` where the old weight sends `target[i]`, and changes little else?". The answer is always
+A map reads row vectors: `y = x @ weight.T`, weight (out, in). Every solver here answers "which
+change of the weight sends `source[i]` where the old weight sends `target[i]`, and changes little
+else?". The answer is always
 
     change = weight @ (target - source).T @ down,   down (n, in), n the number of source rows,
 
-so its rank is at most n, and `down` is the same for every matrix that reads the same rows: solve once, apply to keys
-and values of every layer. With unregularized parts (the d x d form of the published scripts) float32 loses 22 % to 83 %
-of the answer for near-parallel rows; the n x n system in float64 does not.
+so its rank is at most n, and `down` is the same for every matrix that reads the same rows: solve
+once, apply to keys and values of every layer. With unregularized parts (the d x d form of the
+published scripts) float32 loses 22 % to 83 % of the answer for near-parallel rows; the n x n system
+in float64 does not.
 """
 
 from __future__ import annotations
@@ -39,27 +41,29 @@ class LowRank:
         return self.up @ self.down
 
     def balanced(self) -> LowRank:
-        """The same change with both factors equally large and its rank as small as it is, for rounding.
+        """The same change with factors of equal size and the smallest rank, for rounding.
 
-        Thin QR of each factor, then the SVD of the small core: singular values split evenly between the factors.
-        Directions below the rounding of float64 are dropped.
+        Thin QR of each factor, then the SVD of the small core. Directions below the rounding of
+        float64 are dropped.
         """
-        left, core_left = torch.linalg.qr(self.up)
-        right, core_right = torch.linalg.qr(self.down.T)
-        u, sizes, v = torch.linalg.svd(core_left @ core_right.T)
-        count = min(u.shape[1], v.shape[0])
-        kept = (
-            int((sizes > sizes.max() * torch.finfo(sizes.dtype).eps * count).sum())
-            if len(sizes)
-            else 0
-        )
-        kept = max(kept, 1)
-        half = sizes[:kept].sqrt()
-        return LowRank(left @ u[:, :kept] * half, (half[:, None] * v[:kept]) @ right.T)
+        left, left_core = torch.linalg.qr(self.up)  # (out, rank), (rank, rank)
+        right, right_core = torch.linalg.qr(self.down.T)  # (in, rank), (rank, rank)
+        u, sizes, v = torch.linalg.svd(left_core @ right_core.T)
+
+        rank = 1  # at least: a file holds no factor without rows
+        if len(sizes):
+            rounding = sizes.max() * torch.finfo(sizes.dtype).eps * len(sizes)
+            rank = max(rank, int((sizes > rounding).sum()))
+
+        # Each factor gets the square roots of the singular values, so both have the same norm.
+        roots = sizes[:rank].sqrt()  # (rank,)
+        up = left @ u[:, :rank] * roots  # (out, rank)
+        down = (roots[:, None] * v[:rank]) @ right.T  # (rank, in)
+        return LowRank(up, down)
 
 
 class Covariance:
-    """The second moment of text states, gathered streaming: `add` rows (n, width), then `matrix()`.
+    """The second moment of text states: `add` rows (n, width) in parts, then `matrix()`.
 
     MEMIT (arXiv 2210.07229): C = E[k kᵀ] over ordinary prompts.
     """
@@ -69,27 +73,34 @@ class Covariance:
         self.count = 0
 
     def add(self, rows: Tensor) -> Covariance:
-        """Take more rows in, (n, width); returns itself."""
-        rows = _rows(rows, "rows").cpu()
+        """Add more rows, (n, width); returns itself."""
+        rows = _rows(rows, "rows").cpu()  # (n, width)
         self.total += rows.T @ rows
         self.count += len(rows)
         return self
 
     def matrix(self, shrinkage: float = 1e-3) -> Tensor:
-        """The mean outer product, (width, width), drawn toward a multiple of the identity so that it has an inverse.
+        """The mean outer product, (width, width), shrunk so that it has an inverse.
 
-        Raises `LocogenError` where no row was added.
+        Args:
+            shrinkage: Share of a multiple of the identity with the same trace, 0 to 1.
+
+        Raises:
+            LocogenError: No row was added.
         """
         if not self.count:
             raise LocogenError(
                 "the covariance has no rows yet: add the text states of some ordinary prompts"
             )
-        mean = self.total / self.count
+        mean = self.total / self.count  # (width, width)
         even = torch.eye(len(mean), dtype=torch.float64) * mean.trace() / len(mean)
         return (1 - shrinkage) * mean + shrinkage * even
 
 
-def reader(
+# --- the factor that all matrices share ----------------------------------------------------------
+
+
+def shared_factor(
     source: Tensor,
     *,
     ridge: float,
@@ -97,61 +108,83 @@ def reader(
     preserve_weight: float = 1.0,
     covariance: Tensor | None = None,
 ) -> Tensor:
-    """The factor `down`, (n, in), that all matrices reading `source`, (n, in), share.
+    """The factor `down`, (n, in), that all matrices reading `source` share.
 
     It minimizes, over changes Δ of a weight Ŵ, for targets t and sources s,
 
         Σ ‖Δ s - Ŵ (t - s)‖² + preserve_weight Σ ‖Δ p‖² + ridge tr(Δ C Δᵀ)
 
-    with C the identity (LocoEdit, arXiv 2405.01008; TIME, arXiv 2303.08084), plus the rows p of `preserve`, (m, in),
-    (UCE, arXiv 2308.14761), or with C a covariance (MEMIT, arXiv 2210.07229: R Kᵀ (λ C + K Kᵀ)⁻¹).
-    Solved as (n + m) x (n + m) or as d x d, whichever is smaller; with a covariance, as d x d.
-    Raises `LocogenError` for ridge <= 0, a negative weight, non-finite values, and a covariance without inverse.
+    with C the identity (LocoEdit, arXiv 2405.01008; TIME, arXiv 2303.08084), plus the rows p of
+    `preserve` (UCE, arXiv 2308.14761), or with C a covariance (MEMIT, arXiv 2210.07229:
+    R Kᵀ (λ C + K Kᵀ)⁻¹).
+
+    Args:
+        source: Rows that should change, (n, in).
+        ridge: λ, above 0.
+        preserve: Rows that should stay, (m, in); None: none.
+        preserve_weight: How much a preserved row counts next to a source row, from 0 up.
+        covariance: C, (in, in); None: the identity.
+
+    Raises:
+        LocogenError: A ridge or a weight out of its range, values that are not finite, or a
+            covariance without inverse.
     """
-    s = _rows(source, "source")
-    if not ridge > 0:
+    s = _rows(source, "source")  # (n, in)
+    if not ridge > 0:  # so that NaN is refused too
         raise LocogenError(f"ridge is {ridge}: give it a number above 0 (0.01 is the paper's)")
     if preserve_weight < 0:
         raise LocogenError(f"preserve_weight is {preserve_weight}: give it a number from 0 up")
+
+    # A preserved row is a source row whose target is itself, weighted by the root of its weight.
+    preserved = s[:0]  # (m, in)
     if preserve is not None and preserve_weight > 0 and len(preserve):
-        kept = _rows(preserve, "preserve") * preserve_weight**0.5
-    else:
-        kept = s[:0]
-    every = torch.cat([s, kept])
-    if covariance is None and len(every) <= s.shape[1]:
-        gram = every @ every.T + ridge * torch.eye(len(every), dtype=s.dtype, device=s.device)
-        return _solve(gram, every)[: len(s)]  # (S Sᵀ + λ I)⁻¹ S, rows of the sources
-    penalty = (
-        torch.eye(s.shape[1], dtype=s.dtype, device=s.device)
-        if covariance is None
-        else covariance.to(s)
-    )
-    return _solve(every.T @ every + ridge * penalty, s.T).T  # S (SᵀS + λ C)⁻¹
+        preserved = _rows(preserve, "preserve") * preserve_weight**0.5
+    rows = torch.cat([s, preserved])  # (n + m, in)
+
+    # Two forms of one answer: the smaller system is solved. A covariance needs the d x d form.
+    if covariance is None and len(rows) <= s.shape[1]:
+        gram = rows @ rows.T  # (n + m, n + m)
+        gram = gram + ridge * torch.eye(len(rows), dtype=s.dtype, device=s.device)
+        return _solve(gram, rows)[: len(s)]  # (S Sᵀ + λ I)⁻¹ S, rows of the sources
+    penalty = torch.eye(s.shape[1], dtype=s.dtype, device=s.device)  # (in, in)
+    if covariance is not None:
+        penalty = covariance.to(s)
+    return _solve(rows.T @ rows + ridge * penalty, s.T).T  # S (SᵀS + λ C)⁻¹
 
 
-def null_space_reader(source: Tensor, preserve: Tensor, *, ridge: float) -> Tensor:
-    """`reader` under the constraint that the rows of `preserve`, (m, in), stay exactly where they were.
+def null_space_factor(source: Tensor, preserve: Tensor, *, ridge: float) -> Tensor:
+    """`shared_factor`, (n, in), under the constraint that preserved rows keep their output exactly.
 
-    The sources are read only where no preserved row reaches: s (I - Q Qᵀ), Q an orthonormal basis of the preserved
-    rows (as AlphaEdit does, arXiv 2410.02355). Raises `LocogenError` as `reader`, and where the preserved rows leave
-    nothing of a source to be read.
+    Of each source, the part is read that is orthogonal to all preserved rows: s (I - Q Qᵀ), with
+    Q an orthonormal basis of the preserved rows (as AlphaEdit does, arXiv 2410.02355).
+
+    Args:
+        source: Rows that should change, (n, in).
+        preserve: Rows that must stay, (m, in).
+        ridge: λ, above 0.
+
+    Raises:
+        LocogenError: As `shared_factor`, and where nothing of a source is left.
     """
-    s, kept = _rows(source, "source"), _rows(preserve, "preserve")
-    _, sizes, basis = torch.linalg.svd(kept, full_matrices=False)
-    basis = (
-        basis[sizes > sizes.max() * max(kept.shape) * torch.finfo(kept.dtype).eps]
-        if len(kept)
-        else basis
-    )
+    s = _rows(source, "source")  # (n, in)
+    preserved = _rows(preserve, "preserve")  # (m, in)
+    _, sizes, basis = torch.linalg.svd(preserved, full_matrices=False)
+    if len(preserved):
+        rounding = sizes.max() * max(preserved.shape) * torch.finfo(preserved.dtype).eps
+        basis = basis[sizes > rounding]  # (rank, in), Qᵀ
+
     free = s
-    for _ in range(2):  # twice is enough: what rounding leaves of the preserved rows goes too
+    for _ in range(2):  # once more, since rounding leaves a little of the preserved rows
         free = free - (free @ basis.T) @ basis
     if (free.norm(dim=1) < 1e-9 * s.norm(dim=1)).any():
         raise LocogenError(
             "the preserved rows span a source: nothing could change. Preserve fewer prompts"
         )
-    down = reader(free, ridge=ridge)
+    down = shared_factor(free, ridge=ridge)
     return down - (down @ basis.T) @ basis
+
+
+# --- the change of each matrix -------------------------------------------------------------------
 
 
 def ridge_update(
@@ -164,12 +197,23 @@ def ridge_update(
     preserve_weight: float = 1.0,
     covariance: Tensor | None = None,
 ) -> LowRank:
-    """The change of `weight`, (out, in), that sends `source`, (n, in), where `target`, (n, in), goes (see `reader`).
+    """The change of one weight that sends the source rows where the target rows go.
 
-    LocoEdit's closed form (Basu et al. 2024) exactly, in float64, as factors of rank n. Raises
-    `LocogenError` as `reader`, and for shapes that do not fit.
+    LocoEdit's closed form (Basu et al. 2024) exactly, in float64, as factors of rank n.
+
+    Args:
+        weight: Ŵ, (out, in).
+        source: Rows that should change, (n, in).
+        target: For each the row whose output it should get, (n, in).
+        ridge: As in `shared_factor`, like the others.
+        preserve: Rows that should stay, (m, in).
+        preserve_weight: How much they count.
+        covariance: C, (in, in).
+
+    Raises:
+        LocogenError: As `shared_factor`, and for shapes that do not fit.
     """
-    down = reader(
+    down = shared_factor(
         source,
         ridge=ridge,
         preserve=preserve,
@@ -180,7 +224,7 @@ def ridge_update(
 
 
 def update(weight: Tensor, source: Tensor, target: Tensor, down: Tensor) -> LowRank:
-    """The change of one matrix with the factor `down` of `reader`: up = Ŵ (T - S)ᵀ, (out, n). See `updates`."""
+    """The change of one matrix, `down` from `shared_factor`: up = Ŵ (T - S)ᵀ, (out, n)."""
     return updates([weight], source, target, down)[0]
 
 
@@ -189,60 +233,79 @@ def updates(
 ) -> list[LowRank]:
     """The changes of several matrices that read the same rows: what they share is computed once.
 
-    With more rows than a matrix is high or wide, its change is smaller than the factors, and stands beside an
-    identity in their place: Ŵ P with P = (T - S)ᵀ down, (in, in).
+    Args:
+        weights: Matrices, (out, in) each.
+        source: Rows that should change, (n, in).
+        target: For each the row whose output it should get, (n, in).
+        down: The factor from `shared_factor`, (n, in).
+
+    Raises:
+        LocogenError: Shapes that do not fit, or values that are not finite.
     """
-    s, t = _rows(source, "source"), _rows(target, "target")
+    s = _rows(source, "source")  # (n, in)
+    t = _rows(target, "target")  # (n, in)
     for weight in weights:
         _check_matrix(weight, "weight")
         if s.shape != t.shape or s.shape[1] != weight.shape[1]:
             shapes = ", ".join(str(tuple(part.shape)) for part in (s, t, weight))
             raise LocogenError(f"source, target and weight of shapes {shapes} do not fit")
+
     step = (t - s).T  # (in, n)
-    crowded = [len(s) > min(weight.shape) for weight in weights]
-    pull = step @ down if any(crowded) else step
-    return [
-        _whole(_product(weight.detach(), pull))
-        if many
-        else LowRank(_product(weight.detach(), step), down)
-        for weight, many in zip(weights, crowded, strict=True)
-    ]
+    whole_step: Tensor | None = None  # (in, in), computed once for all that need it
+    changes: list[LowRank] = []
+    for weight in weights:
+        if len(s) <= min(weight.shape):
+            changes.append(LowRank(_product(weight.detach(), step), down))
+            continue
+        # More rows than the matrix is high or wide: the change is smaller than its factors.
+        if whole_step is None:
+            whole_step = step @ down
+        changes.append(_with_identity(_product(weight.detach(), whole_step)))
+    return changes
 
 
-def _whole(change: Tensor) -> LowRank:
-    one = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
-    return LowRank(one, change) if len(one) == len(change) else LowRank(change, one)
+def _with_identity(change: Tensor) -> LowRank:
+    """A whole change, (out, in), as factors of which one is the identity."""
+    identity = torch.eye(min(change.shape), dtype=change.dtype, device=change.device)
+    if len(identity) == len(change):
+        return LowRank(identity, change)
+    return LowRank(change, identity)
 
 
 def total(changes: Iterable[LowRank]) -> LowRank:
     """The sum of changes of one weight, as one pair of factors."""
     parts = list(changes)
-    return LowRank(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts]))
+    up = torch.cat([part.up for part in parts], 1)  # (out, sum of ranks)
+    down = torch.cat([part.down for part in parts])  # (sum of ranks, in)
+    return LowRank(up, down)
 
 
 def _product(weight: Tensor, right: Tensor) -> Tensor:
-    """Weight @ right in float64, (out, n); for few columns cast block by block: a whole copy costs more than the rest.
+    """Weight @ right in float64, (out, n).
 
-    Raises `LocogenError` for non-finite weights, which leave no row of the product finite that they are in.
+    Raises `LocogenError` for a weight that is not finite: each such value spoils its whole row.
     """
     product = torch.empty(len(weight), right.shape[1], dtype=right.dtype, device=right.device)
+    # Cast block by block: a copy of the whole weight in float64 costs more than the rest.
     height = max(128, right.shape[1])
-    for rows, part in zip(product.split(height), weight.split(height), strict=True):
-        torch.mm(doubled(part).to(right.device), right, out=rows)
+    for block, part in zip(product.split(height), weight.split(height), strict=True):
+        torch.mm(to_float64(part).to(right.device), right, out=block)
     _check_finite(product, "weight")
     return product
 
 
+def to_float64(values: Tensor) -> Tensor:
+    """The values in float64; off CUDA on the CPU, because Apple's MPS has no float64."""
+    if values.is_cuda:
+        return values.double()
+    return values.cpu().double()
+
+
 def _rows(values: Tensor, name: str) -> Tensor:
-    """A matrix in float64. Raises `LocogenError` for other shapes, no rows, and non-finite values."""
+    """A matrix of rows in float64, refused unless it is a finite floating-point matrix."""
     _check_matrix(values, name)
     _check_finite(values, name)
-    return doubled(values.detach())
-
-
-def doubled(values: Tensor) -> Tensor:
-    """In float64: on CUDA where it is, else on the CPU, since Apple's MPS has no float64."""
-    return (values if values.is_cuda else values.cpu()).double()
+    return to_float64(values.detach())
 
 
 def _check_matrix(values: Tensor, name: str) -> None:

@@ -1,152 +1,78 @@
-"""What an edit did and what it broke: paired pictures before and after, with controls that a claim must beat."""
+"""What an edit did and what it broke: pictures before and after, in pairs, and what they show."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from locogen import stats
 from locogen.editing.edit import Edit
+from locogen.editing.likeness import likeness
+from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
-from locogen.models.layers import find_layers
 from locogen.models.offload import resting_device
-from locogen.phrasings import phrase_in
 from locogen.pictures.runs import Run, generate
-from locogen.plan import Concept, PromptPair, distinct_seeds, windows
+from locogen.plan import distinct_seeds
+from locogen.stats import Array
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL.Image import Image
 
     from locogen.pictures.score import Scorer
 
-Measure = Literal["efficacy", "generality", "specificity", "ordinary"]
-MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary")
-Array = np.ndarray[Any, Any]
-_BOUNDS = (("ssim", -1.0, 1.0), ("distance", 0.0, 2.0), ("lpips", 0.0, np.inf))
-_LPIPS_NET = (
-    "alexnet-owt-7be5be79.pth"  # torchvision's file of the network that LPIPS is trained on
-)
+# Quantities with a value before and one after an edit: their columns.
+BEFORE_AND_AFTER = {"score": ("before", "after"), "right": ("right_before", "right_after")}
+# Quantities of a pair of pictures: the smallest and the largest value that they can have.
+OF_PAIRS = {"ssim": (-1.0, 1.0), "distance": (0.0, 2.0), "lpips": (0.0, np.inf)}
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One prompt to look at before and after, scored against `text`; it is right where no text of `among` beats it.
-
-    `measure`: efficacy, the edited concept on prompts that the fit has not seen; generality, the same in other
-    words; specificity, neighbors that should stay; ordinary, pictures that have nothing to do with it. `comes`: the
-    edit should make it right (a fact's new answer), instead of wrong; neighbors should always stay right.
-    """
-
-    measure: Measure
-    prompt: str
-    text: str
-    among: tuple[str, ...] = ()
-    comes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.measure not in MEASURES:
-            raise LocogenError(f"measure is {self.measure!r}: take one of {', '.join(MEASURES)}")
-
-    @property
-    def sign(self) -> int:
-        """1 where more right pictures are what the edit should bring, -1 where fewer are."""
-        return 1 if self.comes or self.measure in ("specificity", "ordinary") else -1
+# --- from pictures to a table --------------------------------------------------------------------
 
 
 def compare(
     before: Run, after: Run, *, text: str | None = None, scorer: Scorer | str | None = None
 ) -> pd.DataFrame:
-    """Two runs of the same prompts and seeds, row by row: prompt, seed, text, before, after, change (raw cosines).
+    """Score two runs of the same prompts and seeds, row by row.
 
-    `text`: what both are scored against; None: each row's own prompt. `scorer`: None is the catalog's for the model
-    of the first run. Raises `LocogenError` where the rows of the runs are not the same.
+    Args:
+        before: A run of `generate`.
+        after: The same prompts and seeds, for example with an edit applied.
+        text: What all pictures are scored against; None: each row's own prompt.
+        scorer: A scorer or its name (see `scorer`); None: the catalog's for the first run's model.
+
+    Returns:
+        A table with one row a prompt and seed: `prompt`, `seed`, `text`, `before` and `after`
+        (raw cosines), `change`.
+
+    Raises:
+        LocogenError: The runs have different prompts or seeds.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+        >>> before = generate(pipe, ["a picture of a cat"], **few)
+        >>> with fit_edit(pipe, concept("mini/cat"), layers=range(8)).applied(pipe):
+        ...     after = generate(pipe, ["a picture of a cat"], **few)
+        >>> list(compare(before, after, text="a cat").columns)
+        ['prompt', 'seed', 'text', 'before', 'after', 'change']
     """
     import pandas as pd
 
     rows = [(row.prompt, row.seed) for row in before.plan]
     if rows != [(row.prompt, row.seed) for row in after.plan]:
         raise LocogenError("the runs have other prompts or seeds: generate both with the same")
-    judge = _judge(scorer, str(before.settings["model"]))
+    score = _scorer_for(scorer, str(before.settings["model"]))
     texts = [text or prompt for prompt, _ in rows]
-    old, new = (judge(list(run.pictures), texts)[0] for run in (before, after))
+    old = score(list(before.pictures), texts)[0]  # (rows,)
+    new = score(list(after.pictures), texts)[0]
     table = pd.DataFrame(rows, columns=["prompt", "seed"])
     return table.assign(text=texts, before=old, after=new, change=new - old)
-
-
-def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe, ...]:
-    """Probes from a concept's pairs and its neighbors': prompts, their paraphrases, and the neighbors' prompts.
-
-    Each is right where its own text scores highest among the same text with the neighbors of its kind in its place,
-    and the text without the concept. A fact's text names the new answer, so there an edit should make it right. The
-    ordinary pictures are those of the pairs' targets, but for empty ones. A pair without a paraphrase has no probe of
-    generality.
-    """
-    every = [concept, *others]
-    names = {c.name: _words(c) for c in every}
-    found: list[Probe] = []
-    for c in every:
-        rivals = [names[o.name] for o in every if o.kind == c.kind and o is not c]
-        for pair in c.pairs:
-            text = pair.prompt if c is not concept else c.scored_text(pair)
-            among = (
-                _among(pair, names[c.name], rivals)
-                if c.kind != "fact"
-                else (pair.target, pair.prompt)
-            )
-            texts = dict.fromkeys((text, *among))
-            asked: dict[str, Any] = dict(text=text, among=tuple(rival for rival in texts if rival))
-            if c is not concept:
-                found.append(Probe("specificity", pair.prompt, **asked))
-                continue
-            comes = c.kind == "fact"
-            found.append(Probe("efficacy", pair.prompt, **asked, comes=comes))
-            if pair.placebo:
-                found.append(Probe("generality", pair.placebo, **asked, comes=comes))
-            if pair.target:  # nothing can be scored against an empty text
-                found.append(Probe("ordinary", pair.target, pair.target))
-    return tuple(dict.fromkeys(found))
-
-
-def _words(concept: Concept) -> str:
-    """The words that stand for the concept in its prompts."""
-    return concept.name if concept.kind == "style" else phrase_in(concept, concept.pairs[0])
-
-
-def _among(pair: PromptPair, own: str, rivals: Iterable[str]) -> tuple[str, ...]:
-    return (*(pair.prompt.replace(own, rival) for rival in rivals), pair.target)
-
-
-def control_edits(pipe: Any, edit: Edit, *, draws: int = 3, seed: int = 0) -> dict[str, Edit]:
-    """The same edit elsewhere: at every other window of as many layers, on random layers as many, and on all.
-
-    The keys are names for the table: "layers 2-3", "layers 7-8 (shares 8)" where a window shares layers with the edit,
-    "random layers 4, 9" of those that the edit leaves alone, "all layers". Of layers that can be edited, each time:
-    those that read text and picture by the same matrices (`Layer.joined`) are left out.
-    """
-    found, width = find_layers(pipe), len(edit.layers)
-    apart = [layer.index for layer in found if not layer.joined]
-    dice, free = random.Random(seed), [i for i in apart if i not in edit.layers]
-    places = {}
-    for window in [w for w in windows(len(found), width) if set(w) <= set(apart)]:
-        shared = sorted(set(window) & set(edit.layers))
-        places[f"{window} (shares {', '.join(map(str, shared))})" if shared else str(window)] = (
-            tuple(window)
-        )
-    for _ in range(draws if len(free) >= width else 0):
-        drawn = tuple(sorted(dice.sample(free, width)))
-        places.setdefault(f"random layers {', '.join(map(str, drawn))}", drawn)
-    places["all layers"] = tuple(apart)
-    return {
-        name: edit.refit(pipe, layers)
-        for name, layers in places.items()
-        if set(layers) != set(edit.layers)
-    }
 
 
 def evaluate(
@@ -161,227 +87,331 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Pictures of every probe and seed without and with each arm's edit (or edits, together), measured in pairs.
+    """Measure edits in pairs: pictures of every probe and seed without and with each of them.
 
-    `arms`: name → edit (or () for none), applied `strength` times (above 1 makes up for what `preserve` holds back,
-    at the neighbors' cost). `scorer`: None is the catalog's for the model, as in `localize`. `settings`:
-    `num_inference_steps`, `guidance_scale`, `batch_size` of `generate`. One row an arm, probe and seed: `before` and
-    `after` (raw cosine with the probe's text), `right_before` and `right_after` (1 where it beats the texts of
-    `among`, else 0; NaN where there are none), `sign` (`Probe.sign`), `ssim` of the two pictures (1: the same),
-    `distance` of their features (1 - cosine of the scorer's picture embeddings, where it has them) and `lpips` where
-    that package is installed.
-    The model is left as found.
+    The model is left as it was.
+
+    Args:
+        pipe: The pipeline.
+        arms: What is compared: name -> an edit, several that are applied together, or () for none.
+        probes: Prompts to look at, as from `probes_for`.
+        seeds: Random seeds; every prompt is made with each of them.
+        strength: How many times each edit is added. Above 1 makes up for what `preserve` holds
+            back, at the neighbors' cost.
+        scorer: A scorer or its name (see `scorer`); None: the catalog's for the model.
+        store: Folder for the pictures; None: a temporary folder.
+        progress: Whether to show a progress bar.
+        settings: `num_inference_steps`, `guidance_scale` and `batch_size` of `generate`.
+
+    Returns:
+        A table with one row an arm, probe and seed. `before`, `after`: raw cosines with the
+        probe's text. `right_before`, `right_after`: 1 if that text beats those of `among`, else 0;
+        NaN without such texts. `sign`: see `Probe`. `ssim`: likeness of the two pictures (1: the
+        same). `distance`: 1 - cosine of their features, if the scorer has features. `lpips`: if
+        that package is installed.
+
+    Raises:
+        LocogenError: No arm or no probe, an edit of another model, and as `generate`.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> edit = fit_edit(pipe, concept("mini/neon"), layers=[2, 3])
+        >>> probe = Probe("efficacy", "a picture of a cat in the style of neon", "neon")
+        >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+        >>> table = evaluate(pipe, {"carrier": edit, "none": ()}, [probe], seeds=[0], **few)
+        >>> (table["before"] == table["after"]).tolist()
+        [False, True]
     """
     import pandas as pd
 
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
     model = str(getattr(pipe.config, "_name_or_path", "") or "")
-    drawn, judge = distinct_seeds(seeds), _judge(scorer, model, resting_device(pipe))
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
-    rows = {(p, s): i for i, (p, s) in enumerate((p, s) for p in prompts for s in drawn)}
-    index = [(probe, s, rows[probe.prompt, s]) for probe in probes for s in drawn]
+    seeds = distinct_seeds(seeds)
+    measuring = _Measuring(
+        pipe,
+        prompts,
+        seeds,
+        _rows(probes, prompts, seeds),
+        # Before the pictures: a mistake in the scorer should not cost a run.
+        _scorer_for(scorer, model, resting_device(pipe)),
+        {"store": store, "progress": progress, **settings},
+    )
 
-    def look() -> tuple[list[Any], Array, Array]:
-        run = generate(pipe, prompts, seeds=drawn, store=store, progress=progress, **settings)
-        pictures = list(run.pictures)
-        return pictures, *_measured(judge, pictures, index)
-
-    old, before, right_before = look()
-    features = _features(judge, old)
-    frames = []
-    for arm, edits in arms.items():
-        several = [edits] if isinstance(edits, Edit) else list(edits)
-        new, after, right = (
-            _under(pipe, several, strength, look) if several else (old, before, right_before)
-        )
-        likeness = _likeness(old, new, features, _features(judge, new))
-        measured = dict(before=before, after=after, right_before=right_before, right_after=right)
-        measured |= {name: values[[i for *_, i in index]] for name, values in likeness.items()}
-        frames.append(_asked(index).assign(**measured).assign(arm=arm))
-    table = pd.concat(frames, ignore_index=True)
+    old = measuring.measure((), strength)
+    tables = []
+    for name, edits in arms.items():
+        edits = [edits] if isinstance(edits, Edit) else list(edits)
+        new = measuring.measure(edits, strength) if edits else old
+        tables.append(measuring.table(old, new).assign(arm=name))
+    table = pd.concat(tables, ignore_index=True)
     return table.loc[:, ["arm", *table.columns.drop("arm")]]
 
 
-def _asked(index: Sequence[tuple[Probe, int, int]]) -> pd.DataFrame:
-    """The columns that are the same in every arm."""
-    import pandas as pd
+@dataclass(frozen=True)
+class _Row:
+    """A row of every arm: a probe under a seed, and the number of its picture.
 
-    rows = [(p.measure, p.prompt, p.text, s, p.sign) for p, s, _ in index]
-    return pd.DataFrame(rows, columns=["measure", "prompt", "text", "seed", "sign"])
+    Probes with one prompt share its pictures.
+    """
+
+    probe: Probe
+    seed: int
+    picture: int
 
 
-def _under(pipe: Any, edits: Sequence[Edit], strength: float, look: Any) -> Any:
-    """What `look` sees with all of the edits applied."""
-    if not edits:
-        return look()
-    with edits[0].applied(pipe, strength):
-        return _under(pipe, edits[1:], strength, look)
+def _rows(probes: Iterable[Probe], prompts: Sequence[str], seeds: Sequence[int]) -> list[_Row]:
+    """All rows, probe by probe. Pictures are numbered prompt by prompt, as in `generate`."""
+    rows: list[_Row] = []
+    for probe in probes:
+        first = prompts.index(probe.prompt) * len(seeds)
+        rows += [_Row(probe, seed, first + place) for place, seed in enumerate(seeds)]
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Pictures of all prompts and seeds, and what the scorer says of them."""
+
+    pictures: Sequence[Image]
+    scores: Array  # (rows,), raw cosines with the probe's text
+    right: Array  # (rows,), 1, 0 or NaN
+    features: Array | None  # (pictures, width)
+
+
+@dataclass(frozen=True, eq=False)
+class _Measuring:
+    """Makes and scores the pictures of the rows, always with the same pipeline and settings."""
+
+    pipe: Any
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    rows: Sequence[_Row]
+    scorer: Scorer
+    settings: Mapping[str, Any]
+
+    def measure(self, edits: Iterable[Edit], strength: float) -> _Measured:
+        """With all of the edits applied."""
+        with ExitStack() as contexts:
+            for edit in edits:
+                contexts.enter_context(edit.applied(self.pipe, strength))
+            run = generate(self.pipe, self.prompts, seeds=self.seeds, **self.settings)
+            pictures = list(run.pictures)
+            scores, right = self._scores(pictures)
+        # A scorer need not have features: those of the catalog do.
+        features_of = getattr(self.scorer, "pictures", None)
+        features = None if features_of is None else features_of(pictures)
+        return _Measured(pictures, scores, right, features)
+
+    def _scores(self, pictures: Sequence[Image]) -> tuple[Array, Array]:
+        """Scores with the probes' own texts, and whether no other text is higher, (rows,) each."""
+        pictures_of_rows = [pictures[row.picture] for row in self.rows]
+        own_texts = [row.probe.text for row in self.rows]
+        most = max(len(row.probe.among) for row in self.rows)
+        other_texts: list[list[str]] = []
+        for k in range(most):
+            line = []
+            for row in self.rows:
+                # Shorter lists are filled up with the own text, which cannot beat itself.
+                among = row.probe.among
+                line.append(among[k] if k < len(among) else row.probe.text)
+            other_texts.append(line)
+        own_scores, *other_scores = self.scorer(pictures_of_rows, own_texts, *other_texts)
+
+        if not other_scores:
+            return own_scores, np.full(len(self.rows), np.nan)
+        highest = np.max(other_scores, axis=0)  # (rows,)
+        comparable = np.array([bool(row.probe.among) for row in self.rows])
+        return own_scores, np.where(comparable, own_scores >= highest, np.nan)
+
+    def table(self, old: _Measured, new: _Measured) -> pd.DataFrame:
+        """One row a probe and seed: what it is, and what was measured before and after."""
+        import pandas as pd
+
+        lines = []
+        for row in self.rows:
+            probe = row.probe
+            lines.append((probe.measure, probe.prompt, probe.text, row.seed, probe.sign))
+        table = pd.DataFrame(lines, columns=["measure", "prompt", "text", "seed", "sign"])
+        table = table.assign(
+            before=old.scores,
+            after=new.scores,
+            right_before=old.right,
+            right_after=new.right,
+        )
+        places = [row.picture for row in self.rows]
+        alike = likeness(old.pictures, new.pictures, old.features, new.features)
+        return table.assign(**{name: values[places] for name, values in alike.items()})
+
+
+def _scorer_for(scorer: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
+    """The scorer, or the one of that name; None: the catalog's for a model's folder or hub id."""
+    from locogen.pictures import score
+
+    scorer = scorer or score.default_scorer(model)
+    if isinstance(scorer, str):
+        return score.scorer(scorer, device=device)
+    return scorer
+
+
+# --- from the table to claims --------------------------------------------------------------------
 
 
 def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Means with intervals, one row an arm, measure and quantity: `before after change low high n sign`, of the change.
+    """Means with intervals, one row an arm, measure and quantity.
 
-    Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` where there is one; the last
-    three have no before, and their interval is of the mean itself. Prompts and seeds are crossed
-    (`stats.crossed_bootstrap`), probes that share a prompt averaged. `after_low` and `after_high` of `right` are the
-    wider of the bootstrap's and Wilson's, of as many trials as there are prompts: the bootstrap says nothing where
-    every picture agrees, and seeds of one prompt are no trials of their own. Where no picture changed, the change has
-    Wilson's bound of none in as many.
+    Prompts and seeds are crossed (`stats.crossed_bootstrap`); probes that share a prompt are
+    averaged.
+
+    Args:
+        table: From `evaluate`.
+        level: Coverage of the intervals.
+
+    Returns:
+        A table of `arm measure sign quantity before after after_low after_high change low high n`.
+        Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` if it
+        was measured. `low` and `high` are of the change; the last three quantities have none, only
+        the interval of `after`. `n`: number of pictures.
     """
     import pandas as pd
 
     lines: list[dict[str, Any]] = []
     for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):  # pyright: ignore
-        told = dict(arm=arm, measure=measure, sign=int(part["sign"].iloc[0]))
-        for quantity, old, new in (
-            ("score", "before", "after"),
-            ("right", "right_before", "right_after"),
-        ):
-            if bool(part[new].notna().to_numpy().all()):
-                share = quantity == "right"
-                lines.append(
-                    told
-                    | dict(quantity=quantity)
-                    | _paired(_grid(part, old), _grid(part, new), level, share)
-                )
-        for quantity, least, most in [bounds for bounds in _BOUNDS if bounds[0] in part]:
-            values = _grid(part, quantity)
-            found = stats.crossed_bootstrap(values[None], level=level)
-            lines.append(
-                told
-                | dict(quantity=quantity, before=np.nan, after=found.estimate[0], change=np.nan)
-                | dict(after_low=max(found.low[0], least), after_high=min(found.high[0], most))
-                | dict(low=np.nan, high=np.nan, n=values.size)
+        labels = {"arm": arm, "measure": measure, "sign": int(part["sign"].iloc[0])}
+        for quantity, (before, after) in BEFORE_AND_AFTER.items():
+            if bool(part[after].isna().to_numpy().any()):
+                continue  # probes without alternatives are neither right nor wrong
+            means = _paired_means(
+                _grid(part, before), _grid(part, after), level, shares=quantity == "right"
             )
+            lines.append(labels | {"quantity": quantity} | means)
+        for quantity, bounds in OF_PAIRS.items():
+            if quantity in part:
+                means = _pair_means(_grid(part, quantity), level, bounds)
+                lines.append(labels | {"quantity": quantity} | means)
     return pd.DataFrame(lines)
 
 
-def _paired(old: Array, new: Array, level: float, share: bool) -> dict[str, Any]:
-    """Means and change of two (prompts, seeds) arrays, with intervals; `share`: they are shares of right pictures."""
-    change, mean = (stats.crossed_bootstrap(v[None], level=level) for v in (new - old, new))
-    ends = [change.low[0], change.high[0], mean.low[0], mean.high[0]]
-    if share:
-        low, high = stats.wilson(new.mean() * len(new), len(new), level)
-        ends[2:] = max(0.0, np.fmin(ends[2], low)), min(1.0, np.fmax(ends[3], high))
-        if (new == old).all():
-            ends[1] = stats.wilson(0, len(new), level)[1]
-            ends[0] = -ends[1]
-    return dict(before=old.mean(), after=new.mean(), after_low=ends[2], after_high=ends[3]) | dict(
-        change=change.estimate[0], low=ends[0], high=ends[1], n=new.size
-    )
+def _paired_means(old: Array, new: Array, level: float, *, shares: bool) -> dict[str, Any]:
+    """Means and change of two (prompts, seeds) arrays, with intervals.
+
+    `shares`: they are shares of right pictures.
+    """
+    change = stats.crossed_bootstrap((new - old)[None], level=level)
+    mean = stats.crossed_bootstrap(new[None], level=level)
+    change_low = change.low[0]
+    change_high = change.high[0]
+    after_low = mean.low[0]
+    after_high = mean.high[0]
+    if shares:
+        # The bootstrap says nothing where every picture agrees. So the wider of its interval and
+        # Wilson's is taken; the number of trials is that of prompts, since pictures of one prompt
+        # succeed and fail together.
+        wilson_low, wilson_high = stats.wilson(new.mean() * len(new), len(new), level)
+        after_low = max(0.0, np.fmin(after_low, wilson_low))
+        after_high = min(1.0, np.fmax(after_high, wilson_high))
+        if (new == old).all():  # no change is not certainty: Wilson's bound of none in as many
+            change_high = stats.wilson(0, len(new), level)[1]
+            change_low = -change_high
+    return {
+        "before": old.mean(),
+        "after": new.mean(),
+        "after_low": after_low,
+        "after_high": after_high,
+        "change": change.estimate[0],
+        "low": change_low,
+        "high": change_high,
+        "n": new.size,
+    }
+
+
+def _pair_means(values: Array, level: float, bounds: tuple[float, float]) -> dict[str, Any]:
+    """The mean of a quantity of pairs, (prompts, seeds), with its interval within the bounds."""
+    smallest, largest = bounds
+    mean = stats.crossed_bootstrap(values[None], level=level)
+    return {
+        "before": np.nan,
+        "after": mean.estimate[0],
+        "change": np.nan,
+        "after_low": max(mean.low[0], smallest),
+        "after_high": min(mean.high[0], largest),
+        "low": np.nan,
+        "high": np.nan,
+        "n": values.size,
+    }
 
 
 def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
-    """How much better an arm tells its concept from the neighbors than each other arm: `rival estimate low high`.
+    """How much better an arm separates its concept from the neighbors than each other arm does.
 
-    What it brings is the change of `efficacy` in the wanted direction (`sign`) plus that of `specificity`, in shares
-    of right pictures: 1 is all one can have. Paired on the same prompts and seeds; both differences' half-widths are
-    added in quadrature; intervals are Bonferroni-corrected for the number of rivals, so that all hold at once. A
-    window that shares layers with the arm's is a rival that should do alike. Raises `LocogenError` where the table
-    lacks the arm, others, or one of the measures.
+    An arm's outcome is the change of `efficacy` in the direction that is meant (`sign`) plus that
+    of `specificity`, in shares of right pictures: at most 1. A window that shares layers with the
+    arm's is a rival that should do about as well.
+
+    Args:
+        table: From `evaluate`.
+        arm: The arm that is compared with all others.
+        level: Coverage of all intervals together (Bonferroni).
+
+    Returns:
+        A table of `rival estimate low high`, one row another arm; above 0 the arm is better.
+
+    Raises:
+        LocogenError: The table lacks the arm, others, or one of the two measures.
     """
     import pandas as pd
 
-    rivals = [a for a in table["arm"].unique() if a != arm]
-    measures = [m for m in ("efficacy", "specificity") if m in set(table["measure"])]
-    if not rivals or len(rivals) == table["arm"].nunique() or len(measures) < 2:
-        raise LocogenError(
-            f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both measures"
-        )
+    rivals = [name for name in table["arm"].unique() if name != arm]
     parts = dict(iter(table.groupby(["arm", "measure"], sort=False)))
+    measures = [name for name in ("efficacy", "specificity") if name in set(table["measure"])]
+    if not rivals or arm not in set(table["arm"]) or len(measures) < 2:
+        raise LocogenError(
+            f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both "
+            "measures"
+        )
     lines = []
     for rival in rivals:
-        estimate, below, above = 0.0, 0.0, 0.0
+        estimate = 0.0
+        below = 0.0
+        above = 0.0
         for measure in measures:
-            own, other = parts[arm, measure], parts[rival, measure]
-            gap = int(own["sign"].iloc[0]) * (
-                _grid(own, "right_after") - _grid(other, "right_after")
-            )
-            found = stats.crossed_bootstrap(gap[None], level=1 - (1 - level) / len(rivals))
-            none = stats.wilson(0, len(gap), level)[1] if not gap.any() else 0.0
-            estimate += found.estimate[0]
-            below = np.hypot(below, max(found.estimate[0] - found.low[0], none))
-            above = np.hypot(above, max(found.high[0] - found.estimate[0], none))
+            gap = _gap(parts[arm, measure], parts[rival, measure], level, len(rivals))
+            estimate += gap.estimate
+            # The two measures come from different pictures: half-widths add in quadrature.
+            below = np.hypot(below, gap.below)
+            above = np.hypot(above, gap.above)
         lines.append((rival, estimate, estimate - below, estimate + above))
     return pd.DataFrame(lines, columns=["rival", "estimate", "low", "high"])
 
 
-def _grid(part: pd.DataFrame, column: str) -> Array:
-    """(prompts, seeds) of one column; probes that share a prompt share its pictures, and are averaged."""
-    return part.pivot_table(index="prompt", columns="seed", values=column, sort=False).to_numpy(
-        float
+class _Gap(NamedTuple):
+    """A difference of shares, and how far its interval reaches below and above it."""
+
+    estimate: float
+    below: float
+    above: float
+
+
+def _gap(part: pd.DataFrame, other: pd.DataFrame, level: float, rivals: int) -> _Gap:
+    """How much more of one arm's pictures are as they should be; paired on prompts and seeds."""
+    sign = int(part["sign"].iloc[0])
+    gap = sign * (_grid(part, "right_after") - _grid(other, "right_after"))  # (prompts, seeds)
+    mean = stats.crossed_bootstrap(gap[None], level=1 - (1 - level) / rivals)  # Bonferroni
+    smallest = 0.0
+    if not gap.any():  # no difference is not certainty, see `_paired_means`
+        smallest = stats.wilson(0, len(gap), level)[1]
+    return _Gap(
+        mean.estimate[0],
+        below=max(mean.estimate[0] - mean.low[0], smallest),
+        above=max(mean.high[0] - mean.estimate[0], smallest),
     )
 
 
-def _judge(chosen: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
-    """The scorer asked for, else the one for a model by the folder or hub id that it was loaded from."""
-    from locogen.pictures.score import default_scorer, scorer
+def _grid(part: pd.DataFrame, column: str) -> Array:
+    """One column as (prompts, seeds); probes that share a prompt are averaged."""
+    import pandas as pd
 
-    chosen = chosen or default_scorer(model)
-    return scorer(chosen, device=device) if isinstance(chosen, str) else chosen
-
-
-def _measured(
-    judge: Scorer, pictures: Sequence[Any], index: Sequence[tuple[Probe, int, int]]
-) -> tuple[Array, Array]:
-    """Scores against the probes' own texts, and whether each is the highest among its rivals."""
-    seen = [pictures[i] for *_, i in index]
-    longest = max(len(probe.among) for probe, *_ in index)
-    lines = [[probe.text for probe, *_ in index]]
-    lines += [
-        [(*probe.among, *[probe.text] * longest)[k] for probe, *_ in index] for k in range(longest)
-    ]
-    own, *others = judge(seen, *lines)
-    alone = np.array([not probe.among for probe, *_ in index])
-    highest = np.max(others, axis=0) if others else own
-    return own, np.where(alone, np.nan, own >= highest)
-
-
-def _features(judge: Any, pictures: Sequence[Any]) -> Array | None:
-    return judge.pictures(pictures) if hasattr(judge, "pictures") else None
-
-
-def _likeness(
-    old: Sequence[Any], new: Sequence[Any], was: Array | None, now: Array | None
-) -> dict[str, Array]:
-    """How alike the pictures of one prompt and seed stayed."""
-    from skimage.metrics import structural_similarity
-
-    pairs = [(np.asarray(a), np.asarray(b)) for a, b in zip(old, new, strict=True)]
-    size = min(7, *(side - 1 + side % 2 for side in pairs[0][0].shape[:2]))
-    columns = {
-        "ssim": np.array(
-            [structural_similarity(a, b, channel_axis=-1, win_size=size) for a, b in pairs]
-        )
-    }
-    if was is not None and now is not None:
-        columns["distance"] = 1 - np.einsum("id,id->i", was, now)
-    perceived = _lpips(pairs)
-    return columns if perceived is None else columns | {"lpips": perceived}
-
-
-def _lpips(pairs: Sequence[tuple[Array, Array]]) -> Array | None:
-    """LPIPS (Zhang et al. 2018) of picture pairs, where the package `lpips` and its network are installed."""
-    try:
-        lpips = import_module("lpips")
-    except ImportError:
-        return None
-    import torch
-
-    if not (
-        Path(torch.hub.get_dir()) / "checkpoints" / _LPIPS_NET
-    ).exists():  # it would be fetched, unasked
-        return None
-    net = lpips.LPIPS(net="alex", verbose=False)
-    sides = [
-        torch.from_numpy(np.stack([p[k] for p in pairs])).permute(0, 3, 1, 2) / 127.5 - 1
-        for k in (0, 1)
-    ]
-    with torch.no_grad():
-        return np.concatenate(
-            [
-                net(a, b).reshape(-1).numpy()
-                for a, b in zip(*(s.split(32) for s in sides), strict=True)
-            ]
-        )
+    means = pd.DataFrame(part.groupby(["prompt", "seed"], sort=False)[column].mean()).reset_index()
+    levels = {name: list(means[name].unique()) for name in ("prompt", "seed")}
+    return stats.cube(means, column, levels)

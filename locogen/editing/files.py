@@ -1,64 +1,67 @@
-"""The files of an edit: its own, and a LoRA that other tools load; safetensors, written whole or not at all."""
+"""The files of an edit, as safetensors: its own format, and a LoRA that other tools load."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locogen.editing.closed_form import LowRank
 from locogen.errors import LocogenError
+from locogen.files import CannotWrite, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LORA_STYLES = ("diffusers", "kohya")
-_PARTS = ("up", "down")
 
 
-def write_edit(path: Path, told: Mapping[str, Any], changes: Mapping[str, LowRank]) -> None:
-    """Factors as tensors, what is told of them as metadata."""
-    from safetensors.torch import save_file
-
-    # Keys and values share a factor, which the format refuses to hold twice.
-    tensors = {
-        f"{n}/{part}": getattr(c, part).contiguous().clone()
-        for n, c in changes.items()
-        for part in _PARTS
-    }
-    _written(path, lambda partial: save_file(tensors, partial, {"locogen_edit": json.dumps(told)}))
+def write_edit(path: Path, metadata: Mapping[str, Any], changes: Mapping[str, LowRank]) -> None:
+    """Write factors as tensors, everything else as metadata."""
+    tensors: dict[str, Tensor] = {}
+    for name, change in changes.items():
+        # Keys and values share a factor, which the format refuses to hold twice.
+        tensors[f"{name}/up"] = change.up.contiguous().clone()
+        tensors[f"{name}/down"] = change.down.contiguous().clone()
+    _write(path, tensors, {"locogen_edit": json.dumps(metadata)})
 
 
 def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
-    """What `write_edit` wrote. Raises `LocogenError` for a file that is not there, cut short, or another's."""
+    """What `write_edit` wrote: metadata and changes.
+
+    Raises:
+        LocogenError: There is no such file, or it is cut short or from another program.
+    """
     from safetensors import SafetensorError, safe_open
 
+    tensors: dict[str, Tensor] = {}
+    changes: dict[str, LowRank] = {}
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})["locogen_edit"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        names = dict.fromkeys(key.rpartition("/")[0] for key in tensors)
-        return told, {n: LowRank(*(tensors[f"{n}/{part}"] for part in _PARTS)) for n in names}
+            metadata = json.loads((file.metadata() or {})["locogen_edit"])
+            for key in file.keys():  # noqa: SIM118
+                tensors[key] = file.get_tensor(key)
+        for key in tensors:
+            name = key.rpartition("/")[0]
+            changes[name] = LowRank(tensors[f"{name}/up"], tensors[f"{name}/down"])
     except FileNotFoundError:
         raise LocogenError(f"there is no edit {path}: give the file that Edit.save wrote") from None
     except KeyError:
         raise LocogenError(
-            f"{path} is no edit of locogen's: give the file that Edit.save wrote"
+            f"{path} is not an edit that locogen saved: give the file that Edit.save wrote"
         ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise LocogenError(
             f"{path} is cut short or damaged ({error}): save the edit again"
         ) from None
+    return metadata, changes
 
 
 def write_lora(
     path: Path, name: str, changes: Mapping[str, LowRank], modules: Mapping[str, str], style: str
 ) -> None:
-    """The changes as LoRA in float32, the factors of each balanced.
-
-    All have one rank, padded with zeros: diffusers reads one alpha for all of a kohya-style file.
+    """Write the changes as LoRA in float32, the factors of each balanced.
 
     Args:
         path: The file to write.
@@ -70,16 +73,15 @@ def write_lora(
     Raises:
         LocogenError: An unknown style, or a place that cannot be written to.
     """
-    from safetensors.torch import save_file
-
     if style not in LORA_STYLES:
         raise LocogenError(f"style is {style!r}: use 'diffusers' or 'kohya'")
     balanced = {weight: change.balanced() for weight, change in changes.items()}
+    # All get one rank, padded with zeros: diffusers reads one alpha for all of a kohya-style file.
     rank = max(change.rank for change in balanced.values())
     tensors: dict[str, Tensor] = {}
     for weight, change in balanced.items():
         tensors |= _lora_tensors(modules[weight], change, rank, style)
-    _written(path, lambda partial: save_file(tensors, partial, {"format": "pt", "locogen": name}))
+    _write(path, tensors, {"format": "pt", "locogen": name})
 
 
 def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[str, Tensor]:
@@ -90,7 +92,7 @@ def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[s
     down = pad(change.down.float(), (0, 0, 0, rank - change.rank)).contiguous()  # (rank, in)
     if style == "diffusers":
         return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
-    alpha = torch.tensor(float(rank))  # kohya's scale is alpha / rank
+    alpha = torch.tensor(float(rank))  # kohya's scale is alpha / rank: 1
     return {
         f"{module}.lora_up.weight": up,
         f"{module}.lora_down.weight": down,
@@ -98,15 +100,11 @@ def _lora_tensors(module: str, change: LowRank, rank: int, style: str) -> dict[s
     }
 
 
-def _written(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    from safetensors import SafetensorError
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    from safetensors.torch import save
 
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise LocogenError(f"{path} cannot be written ({error}): give another place") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        write_whole(path, save(dict(tensors), dict(metadata)))
+    except (OSError, CannotWrite) as error:
+        reason = error.__cause__ or error  # the system's words, without advice about a study
+        raise LocogenError(f"{path} cannot be written ({reason}): give another place") from None

@@ -1,16 +1,27 @@
-"""How an edit is fitted: its options, the rows that it is fitted on, and the factor that matrices share."""
+"""How an edit is fitted: its options, the matrices, the rows that it is fitted on, its recipe."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from locogen.editing import closed_form as solve
+from locogen import __version__
+from locogen.editing.closed_form import (
+    Covariance,
+    LowRank,
+    null_space_factor,
+    shared_factor,
+    update,
+)
+from locogen.editing.weights import plain_name
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
-from locogen.models.layers import Layer
+from locogen.models.families import denoiser_of, family_of
+from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
 
 if TYPE_CHECKING:
@@ -19,20 +30,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How an edit is fitted; see `fit_edit`."""
+    """The settings of a fit, checked; `fit_edit` says what each of them means."""
 
     ridge: float = 0.01
     ridge_v: float | None = None
     tokens: Tokens = "last_subject"
-    preserve: tuple[str, ...] = ()
+    preserve: Sequence[str] = ()
     preserve_weight: float = 1.0
     null_space: bool = False
-    ordinary: tuple[str, ...] = ()
+    ordinary: Sequence[str] = ()
     entry: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
-            raise LocogenError(f"tokens is {self.tokens!r}: take one of {', '.join(TOKENS)}")
+            raise LocogenError(f"tokens is {self.tokens!r}: use one of {', '.join(TOKENS)}")
+        object.__setattr__(self, "preserve", _prompts(self.preserve, "preserve"))
+        object.__setattr__(self, "ordinary", _prompts(self.ordinary, "ordinary"))
         if self.null_space and not self.preserve:
             raise LocogenError(
                 "null_space keeps the preserved prompts exactly: give preserve= some prompts"
@@ -45,87 +58,227 @@ class Options:
             raise LocogenError(
                 f"preserve_weight is {self.preserve_weight}: give a finite number above 0"
             )
-        for name in ("preserve", "ordinary"):
-            if isinstance(getattr(self, name), str):
-                raise LocogenError(
-                    f"{name} is one text, {getattr(self, name)!r}: give a list of prompts"
-                )
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def ridge_of(self, matrix: str) -> float:
+        """λ of keys ("k") or values ("v")."""
+        if matrix == "v" and self.ridge_v is not None:
+            return self.ridge_v
+        return self.ridge
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as JSON holds them, for an edit's recipe."""
+        values = dict(vars(self))
+        values["preserve"] = list(self.preserve)
+        values["ordinary"] = list(self.ordinary)
+        return values
+
+
+def _prompts(prompts: Sequence[str], name: str) -> tuple[str, ...]:
+    # A text is a sequence too: each of its letters would be taken for a prompt.
+    if isinstance(prompts, str):
+        raise LocogenError(f"{name} is one text, {prompts!r}: give a list of prompts")
+    return tuple(prompts)
+
+
+# --- what is edited ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A matrix that reads text: the name of its weight, "k" or "v", and its layer.
+
+    `layer` is None for the map by which text enters before or next to the layers.
+    """
+
+    weight_name: str
+    kind: str
+    layer: Layer | None
+
+
+def layers_to_edit(pipe: Any, indices: Iterable[int]) -> list[Layer]:
+    """The layers with these indices. Raises `LocogenError` for those that cannot be edited."""
+    layers = find_layers(pipe)
+    edited = select(layers, indices)
+    joined = [layer.index for layer in edited if layer.joined]
+    if joined:
+        first_joined = min(layer.index for layer in layers if layer.joined)
+        raise LocogenError(
+            f"layers {joined} read text and picture by the same matrices, so an edit would change "
+            f"both: use layers below {first_joined}"
+        )
+    return edited
+
+
+def matrices_to_edit(pipe: Any, layers: Iterable[Layer], options: Options) -> list[Matrix]:
+    """The key and value matrices of the layers, and with `entry` the map outside of them."""
+    family = family_of(pipe)
+    # The names of the model as it is saved: a compiled one is the same model, and its edits fit
+    # every other.
+    paths: dict[Any, str] = {}
+    for path, module in denoiser_of(pipe).named_modules():
+        paths[module] = plain_name(path)
+
+    matrices: list[Matrix] = []
+    for layer in layers:
+        for kind, module in family.matrices(layer.module).items():
+            matrices.append(Matrix(f"{paths[module]}.weight", kind, layer))
+    if options.entry:
+        if family.text_projection is None:
+            raise LocogenError(
+                f"{family.name} has no map outside of its layers to edit: leave out entry=True"
+            )
+        matrices.append(Matrix(f"{family.text_projection}.weight", "k", None))
+    return matrices
+
+
+# --- what it is fitted on ------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class Fit:
-    """Rows and factors of a fit; what layers that read the same share is computed once."""
+    """Fits one matrix after another; what several of them share is computed once."""
 
-    reader: LayerInputs
-    told: Sequence[Phrasing]
+    inputs: LayerInputs
+    phrasings: Sequence[Phrasing]
     options: Options
     device: Any
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _downs: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    _factors: dict[tuple[int, float], Tensor] = field(default_factory=dict)
 
-    def change(self, weight: Tensor, layer: Layer | None, matrix: str) -> solve.LowRank:
-        """The change of one matrix that reads what the layer reads; None: of the map beside the layers."""
-        ridge = (
-            self.options.ridge_v
-            if matrix == "v" and self.options.ridge_v is not None
-            else self.options.ridge
-        )
-        source, target = self.rows(layer)
-        key = (self.reader.key(layer), ridge)
-        if key not in self._downs:
-            self._downs[key] = self._down(layer, source, ridge)
-        found = solve.updates([weight], source, target, self._downs[key])[0]
-        return solve.LowRank(found.up.cpu(), found.down.cpu())
+    def change(self, matrix: Matrix, weight: Tensor) -> LowRank:
+        """The change of one matrix, on the CPU; `weight` is the matrix itself, (out, in)."""
+        ridge = self.options.ridge_of(matrix.kind)
+        source, target = self.rows(matrix.layer)  # (rows, width) each
+        key = (self.inputs.key(matrix.layer), ridge)
+        if key not in self._factors:
+            self._factors[key] = self._factor(matrix.layer, source, ridge)
+        change = update(weight, source, target, self._factors[key])
+        return LowRank(change.up.cpu(), change.down.cpu())
 
     def rows(self, layer: Layer | None) -> tuple[Tensor, Tensor]:
-        """Source and target states of every phrasing, (rows, width) each."""
+        """Source and target states of all phrasings, (rows, width) each."""
         import torch
 
-        key = self.reader.key(layer)
+        key = self.inputs.key(layer)
         if key not in self._rows:
-            found = []
-            for phrasing in self.told:
-                words = (phrasing.source, phrasing.target, phrasing.subject)
-                old, new = self.reader.exchange(*words, self.options.tokens, phrasing.instead)
-                found.append(
-                    (
-                        self._read(phrasing.source, old, layer),
-                        self._read(phrasing.target, new, layer),
-                    )
+            sources: list[Tensor] = []
+            targets: list[Tensor] = []
+            for phrasing in self.phrasings:
+                edited, in_their_place = self.inputs.exchange(
+                    phrasing.source,
+                    phrasing.target,
+                    phrasing.subject,
+                    self.options.tokens,
+                    phrasing.instead,
                 )
-            source, target = zip(*found, strict=True)
-            self._rows[key] = torch.cat(source).to(self.device), torch.cat(target).to(self.device)
+                sources.append(self._states(phrasing.source, edited, layer))
+                targets.append(self._states(phrasing.target, in_their_place, layer))
+            source = torch.cat(sources).to(self.device)  # (rows, width)
+            target = torch.cat(targets).to(self.device)  # (rows, width)
+            self._rows[key] = (source, target)
         return self._rows[key]
 
-    def _read(self, prompt: str, places: Sequence[int], layer: Layer | None) -> Tensor:
+    def _states(self, prompt: str, positions: Sequence[int], layer: Layer | None) -> Tensor:
+        """What the matrices of a layer read at these positions of a prompt, (positions, width)."""
         if layer is None:
-            return self.reader.text_projection_input(prompt, places)
-        return self.reader.states(prompt, layer)[list(places)]
+            return self.inputs.text_projection_input(prompt, positions)
+        return self.inputs.states(prompt, layer)[list(positions)]
 
-    def _down(self, layer: Layer | None, source: Tensor, ridge: float) -> Tensor:
-        """The factor that all matrices of one λ share."""
+    def _factor(self, layer: Layer | None, source: Tensor, ridge: float) -> Tensor:
+        """The factor that all matrices of a layer with the same λ share, (rows, width)."""
         import torch
 
-        options = self.options
-        kept = [
-            self._read(p, self.reader.places(p, options.tokens), layer) for p in options.preserve
-        ]
-        preserve = torch.cat(kept).to(source) if kept else None
-        if options.null_space and preserve is not None:
-            return solve.null_space_reader(source, preserve, ridge=ridge)
-        covariance = self._ordinary(layer).to(source) if options.ordinary else None
-        weight = options.preserve_weight
-        return solve.reader(
-            source, ridge=ridge, preserve=preserve, preserve_weight=weight, covariance=covariance
+        preserve: Tensor | None = None  # (preserved rows, width)
+        if self.options.preserve:
+            preserved: list[Tensor] = []
+            for prompt in self.options.preserve:
+                positions = self.inputs.places(prompt, self.options.tokens)
+                preserved.append(self._states(prompt, positions, layer))
+            preserve = torch.cat(preserved).to(source)
+        if self.options.null_space and preserve is not None:
+            return null_space_factor(source, preserve, ridge=ridge)
+        covariance: Tensor | None = None  # (width, width)
+        if self.options.ordinary:
+            covariance = self._covariance(layer).to(source)
+        return shared_factor(
+            source,
+            ridge=ridge,
+            preserve=preserve,
+            preserve_weight=self.options.preserve_weight,
+            covariance=covariance,
         )
 
-    def _ordinary(self, layer: Layer | None) -> Tensor:
-        """The covariance of what is read of ordinary captions, start mark and padding left out, (width, width)."""
-        gathered = None
+    def _covariance(self, layer: Layer | None) -> Tensor:
+        """The second moment of what is read of ordinary captions, (width, width)."""
+        covariance: Covariance | None = None
         for caption in self.options.ordinary:
-            ends = self.reader.places(caption, "subject") + self.reader.places(caption, "end")
-            rows = self._read(caption, sorted(set(ends)), layer)
-            gathered = (gathered or solve.Covariance(rows.shape[1])).add(rows)
-        assert gathered is not None
-        return gathered.matrix()
+            # All words and the end mark. The start mark is the same in every prompt, and padding
+            # would outweigh the words.
+            words = self.inputs.places(caption, "subject")
+            positions = sorted({*words, *self.inputs.places(caption, "end")})
+            states = self._states(caption, positions, layer)  # (positions, width)
+            if covariance is None:
+                covariance = Covariance(states.shape[1])
+            covariance.add(states)
+        assert covariance is not None  # there is at least one caption, see `_factor`
+        return covariance.matrix()
+
+
+# --- how it was fitted ---------------------------------------------------------------------------
+
+
+def recipe_of(
+    pipe: Any,
+    phrasings: Sequence[Phrasing],
+    options: Options,
+    weights: Mapping[str, Tensor],
+    changes: Mapping[str, LowRank],
+) -> dict[str, Any]:
+    """How an edit was fitted, on which model, and how large it is: plain data, for its file."""
+    relative_change: dict[str, float] = {}
+    rounding = 0.0
+    for name, weight in weights.items():
+        old = weight.detach().cpu().double()  # (out, in)
+        change = changes[name].change  # (out, in)
+        relative_change[name] = float(change.norm() / old.norm())
+        # What is lost of the change when the sum is rounded to the weight's own type.
+        rounded = (old + change).to(weight.dtype).double()
+        lost = (rounded - old - change).norm() / change.norm().clamp_min(1e-300)
+        rounding = max(rounding, float(lost))
+
+    versions = {"locogen": __version__}
+    for package in ("torch", "diffusers", "transformers"):
+        versions[package] = version(package)
+    encoder_config = getattr(getattr(pipe, "text_encoder", None), "config", None)
+    recipe = {
+        "phrasings": [vars(phrasing) for phrasing in phrasings],
+        "options": options.as_dict(),
+        "model": _model_name(pipe),
+        "revision": getattr(encoder_config, "_commit_hash", None),
+        "dtype": sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()}),
+        "relative_change": relative_change,
+        "rounding": rounding,
+        "versions": versions,
+    }
+    return recipe | _about_files(pipe, changes)
+
+
+def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What writing the edit as LoRA needs, so that it can be done without the model."""
+    family = family_of(pipe)
+    facts: dict[str, Any] = {
+        "denoiser": family.denoiser,
+        "loads_lora": hasattr(pipe, "load_lora_weights"),
+    }
+    if family.kohya_name is not None:
+        denoiser = denoiser_of(pipe)
+        facts["kohya_names"] = {
+            name: family.kohya_name(denoiser, name.removesuffix(".weight")) for name in names
+        }
+    return facts
+
+
+def _model_name(pipe: Any) -> str:
+    """The hub id, or the last two names of the folder: a shared file should not name the rest."""
+    name = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    return "/".join(Path(name).parts[-2:])

@@ -1,4 +1,4 @@
-"""Neurons: which output channels of a layer's key and value matrices tell that a concept is in the prompt."""
+"""Neurons: output channels of key and value matrices that differ with and without a concept."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from locogen.interventions.clamping import Place, Selection
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.interventions.prompts import active_contexts
 from locogen.models.families import check_phrasings, denoiser_of, family_of, warn_unread
-from locogen.models.layers import Layer, find_layers
+from locogen.models.layers import Layer, find_layers, select
 from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, own_phrasings, subject_in
 from locogen.plan import Concept, PromptPair
+from locogen.stats import Array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,12 +30,24 @@ MATRICES = ("k", "v")
 
 @dataclass(frozen=True, eq=False)
 class Neurons:
-    """Every neuron of some layers with how surely it tells a concept.
+    """Every neuron of some layers, and how clearly it separates prompts with and without a concept.
 
-    `table`, one row a neuron: `layer matrix channel z mean_with mean_without p_value`. z is Welch's, positive where
-    the neuron puts out more with the concept; the means are its output at the chosen tokens; `p_value` is two-sided
-    and adjusted for all rows of the table (Benjamini & Hochberg), since among thousands of neurons some stand out by
-    chance. `without`: see `Selection`.
+    Attributes:
+        concept: The concept's name.
+        table: One row a neuron: `layer matrix channel z mean_with mean_without p_value`. `z` is
+            Welch's, positive if the neuron's output is larger with the concept; the means are of
+            its output at the chosen tokens. `p_value` is two-sided and adjusted for all rows
+            (Benjamini & Hochberg): among thousands of neurons some stand out by chance.
+        without: What each matrix puts out on prompts without the concept, see `Selection`.
+        settings: How it was measured.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> neurons = find_neurons(pipe, concept("mini/neon"), layers=[2, 3])
+        >>> with clamp(pipe, neurons.top(5)):  # 5 of the keys and 5 of the values in each layer
+        ...     run = generate(pipe, ["a picture of a cat"], num_inference_steps=1, progress=False)
+        >>> neurons.random(5, seed=1).overlap(neurons.random(5, seed=1)).shared
+        20
     """
 
     concept: str
@@ -46,64 +59,83 @@ class Neurons:
         return len(self.table)
 
     def top(self, k: int, *, matrices: Iterable[str] = MATRICES) -> Selection:
-        """The `k` neurons of each matrix (each layer's, keys and values apart, as published) with the largest |z|.
+        """The `k` neurons of each matrix with the largest |z|.
 
-        `matrices`: "k", "v" or both. Raises `LocogenError` where a matrix has not so many.
+        Each layer's keys and values are ranked separately, as published.
+
+        Args:
+            k: Number of neurons a matrix.
+            matrices: "k", "v" or both.
+
+        Returns:
+            A `Selection`, for `clamp`.
+
+        Raises:
+            LocogenError: A matrix has fewer neurons, or there is no such matrix.
         """
-        order = {
-            place: np.argsort(-rows["z"].abs().to_numpy(), kind="stable")
-            for place, rows in self._by_place()
-        }
-        return self._select(k, matrices, order)
+        order: dict[Place, list[int]] = {}
+        for place, rows in self._by_place():
+            order[place] = np.argsort(-rows["z"].abs().to_numpy(), kind="stable").tolist()
+        return self._first(k, matrices, order)
 
     def random(self, k: int, seed: int = 0, *, matrices: Iterable[str] = MATRICES) -> Selection:
-        """As many neurons of each matrix, drawn from all of them: what `top` is compared with."""
-        rng = np.random.default_rng(seed)
-        return self._select(
-            k, matrices, {place: rng.permutation(len(rows)) for place, rows in self._by_place()}
-        )
+        """`k` random neurons of each matrix: what `top` is compared with.
+
+        Args:
+            k: Number of neurons a matrix, drawn from all of them.
+            seed: Seed of the draw.
+            matrices: "k", "v" or both.
+
+        Returns:
+            A `Selection`, for `clamp`.
+
+        Raises:
+            LocogenError: As `top`.
+        """
+        dice = np.random.default_rng(seed)
+        order: dict[Place, list[int]] = {}
+        for place, rows in self._by_place():
+            order[place] = dice.permutation(len(rows)).tolist()
+        return self._first(k, matrices, order)
 
     def _by_place(self) -> list[tuple[Place, pd.DataFrame]]:
-        table: Any = self.table
-        return [
-            (place, table[(table.layer == place[0]) & (table.matrix == place[1])])
-            for place in self.without
-        ]
+        """The rows of each matrix, in the order of their channels."""
+        rows_by_place = []
+        for layer, matrix in self.without:
+            inside = (self.table["layer"] == layer) & (self.table["matrix"] == matrix)
+            rows_by_place.append(((layer, matrix), self.table[inside]))
+        return rows_by_place
 
-    def _select(self, k: int, matrices: Iterable[str], order: Mapping[Place, Any]) -> Selection:
-        wanted = set(matrices)
-        if not wanted or not wanted <= set(MATRICES):
-            raise LocogenError(f"matrices {sorted(wanted)}: take 'k', 'v', or both")
-        narrow = min(map(len, order.values()))
-        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or not 0 <= k <= narrow:
+    def _first(
+        self, k: int, matrices: Iterable[str], order: Mapping[Place, Sequence[int]]
+    ) -> Selection:
+        """The first `k` channels of each matrix, in an order of all of them."""
+        selected = set(matrices)
+        if not selected or not selected <= set(MATRICES):
+            raise LocogenError(f"matrices {sorted(selected)}: use 'k', 'v', or both")
+        smallest = min(map(len, order.values()))
+        is_whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+        if not is_whole or not 0 <= k <= smallest:
             raise LocogenError(
-                f"k is {k!r}: give how many neurons a matrix, a whole number from 0 to {narrow}"
+                f"k is {k!r}: give how many neurons a matrix, a whole number from 0 to {smallest}"
             )
-        channels = {
-            place: tuple(map(int, found[:k]))
-            for place, found in order.items()
-            if place[1] in wanted
-        }
+        channels: dict[Place, tuple[int, ...]] = {}
+        for place, ranked in order.items():
+            if place[1] in selected:
+                channels[place] = tuple(ranked[:k])
         return Selection(channels, {place: self.without[place] for place in channels})
 
     def _repr_html_(self) -> str:
         table: Any = self.table
-        sure = int((table["p_value"] <= 0.05).sum())
-        told = " · ".join(f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items())
-        head = (
-            table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)._repr_html_()
+        clear = int((table["p_value"] <= 0.05).sum())
+        settings = " · ".join(
+            f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items()
         )
-        return f"<p><b>Neurons</b> of {escape(self.concept)}: {sure} of {len(self)} at p ≤ 0.05</p><p>{told}</p>{head}"
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Two prompts, and the token positions at which each is listened to."""
-
-    source: str
-    target: str
-    at_source: tuple[int, ...]
-    at_target: tuple[int, ...]
+        strongest = table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)
+        return (
+            f"<p><b>Neurons</b> of {escape(self.concept)}: {clear} of {len(self)} at p ≤ 0.05</p>"
+            f"<p>{settings}</p>{strongest._repr_html_()}"
+        )
 
 
 def find_neurons(
@@ -115,136 +147,168 @@ def find_neurons(
     subject: str | None = None,
     tokens: Tokens | None = None,
 ) -> Neurons:
-    """Score each output channel of `to_k` and `to_v` by how it differs between prompts with and without a concept.
+    """Score each output channel of `to_k` and `to_v` by how it differs with and without a concept.
 
-    Welch's z (Basu et al. 2024, section 6) over the concept's pairs, prompts against targets, or over your own
-    `phrasings` (source, target) that share the `subject` words (default: the concept's name). What a layer's matrices
-    put out depends on the text alone, so no picture is made; where text evolves from block to block (SD 3, FLUX), a
-    short run of each prompt is read, on average over its steps. `layers`: a window, or any ints.
+    Welch's z (Basu et al. 2024, section 6) over prompts with the concept against prompts without
+    it. A prompt counts once: outputs at several positions are averaged. No picture is made.
 
-    `tokens`, where to listen (None: "subject" for families with T5, else "last_subject"): "last_subject", the last
-    token of the subject against that of the words in its place, or else the target's last word; "subject", all its
-    tokens; "end", the state after the prompt; "all", every position but the start mark, padding included where it is
-    heard. A prompt counts once: several positions are averaged.
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: What to look for.
+        layers: A window, or indices of layers, counted from 0.
+        phrasings: Texts (source, target) with and without the concept, at least two; None: the
+            concept's pairs.
+        subject: Words of the sources that are the concept; None: the concept's name.
+        tokens: Where outputs are read. "last_subject": the subject's last token, in the target
+            the last one of the words in its place, or of the target if nothing is in its place.
+            "subject": all its tokens. "end": the state after the prompt. "all": every position
+            but the start mark, with padding if the model reads it. None: "subject" for families
+            with T5, else "last_subject".
 
-    Raises `LocogenError` for fewer than two pairs, a prompt without its subject, layers that are not there, non-finite
-    outputs, and within `intervene` or `clamp`.
+    Returns:
+        The `Neurons` of all these layers.
+
+    Raises:
+        LocogenError: Fewer than two pairs, a prompt without its subject, a layer that the model
+            does not have, outputs that are not finite, or an open `intervene` or `clamp`.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> neurons = find_neurons(pipe, concept("mini/neon"), layers=[2, 3], tokens="end")
+        >>> sorted(neurons.top(1).channels)
+        [(2, 'k'), (2, 'v'), (3, 'k'), (3, 'v')]
     """
+    # What the matrices put out depends on the text alone, so no picture is needed. Where text
+    # evolves from block to block (SD 3, FLUX), a short run of each prompt is read, on average over
+    # its steps (`layer_inputs.LayerInputs`).
     tokens = tokens or family_of(pipe).tokens
     if tokens not in TOKENS:
-        raise LocogenError(f"tokens is {tokens!r}: take one of {', '.join(TOKENS)}")
+        raise LocogenError(f"tokens is {tokens!r}: use one of {', '.join(TOKENS)}")
     if active_contexts(pipe):
         raise LocogenError(
             "the model is clamped or intervened on: find neurons outside of these contexts"
         )
-    chosen = _chosen(find_layers(pipe), layers)
-    reader = LayerInputs(pipe, chosen)
-    told = _phrasings(concept, phrasings, subject)
-    check_phrasings(pipe, told)
-    warn_unread(pipe, [text for phrasing in told for text in (phrasing.source, phrasing.target)])
-    asked = [_question(reader, phrasing, tokens) for phrasing in told]
-    if len(asked) < 2:
-        raise LocogenError(
-            f"{concept.name!r} has {len(asked)} pair of prompts: a spread needs at least two"
-        )
-    return _score(reader, concept.name, asked, tokens)
+    inputs = LayerInputs(pipe, select(find_layers(pipe), layers))
+    phrasings_to_read = _phrasings(concept, phrasings, subject)
+    check_phrasings(pipe, phrasings_to_read)
+    prompts: list[str] = []
+    for phrasing in phrasings_to_read:
+        prompts += [phrasing.source, phrasing.target]
+    warn_unread(pipe, prompts)
 
-
-def _chosen(found: Sequence[Layer], layers: Iterable[int]) -> list[Layer]:
-    wanted = list(dict.fromkeys(int(i) for i in layers))
-    if not wanted:
+    pairs = [_pair(inputs, phrasing, tokens) for phrasing in phrasings_to_read]
+    if len(pairs) < 2:
         raise LocogenError(
-            "there are no layers to search: give a window or some of find_layers(pipe)"
+            f"{concept.name!r} has {len(pairs)} pair of prompts: a spread needs at least two"
         )
-    beyond = [i for i in wanted if not 0 <= i < len(found)]
-    if beyond:
-        raise LocogenError(f"layers {beyond} are not there: the model has 0 to {len(found) - 1}")
-    return [found[i] for i in wanted]
+    table, without = _scored(inputs, pairs)
+    settings = {
+        "pairs": len(pairs),
+        "tokens": tokens,
+        "p_value": "Welch t, Benjamini-Hochberg over all neurons",
+    }
+    return Neurons(concept.name, table, without, settings)
 
 
 def _phrasings(
-    concept: Concept, own: Sequence[Any] | None, subject: str | None
+    concept: Concept,
+    phrasings: Sequence[Phrasing | PromptPair | tuple[str, str]] | None,
+    subject: str | None,
 ) -> Sequence[Phrasing]:
-    """Prompts with and without the concept: its pairs, whose subject follows from the kind, or the user's own."""
-    if own is not None or subject is not None:
-        return own_phrasings(concept.pairs if own is None else own, subject or concept.name)
-    return [Phrasing(pair.prompt, pair.target, subject_in(concept, pair)) for pair in concept.pairs]
+    """Prompts with and without the concept: its pairs, or the user's phrasings."""
+    if phrasings is None and subject is None:
+        return [
+            Phrasing(pair.prompt, pair.target, subject_in(concept, pair)) for pair in concept.pairs
+        ]
+    if phrasings is None:
+        phrasings = concept.pairs
+    return own_phrasings(phrasings, subject or concept.name)
 
 
-def _question(reader: LayerInputs, told: Phrasing, tokens: Tokens) -> _Question:
-    source, target = told.source, told.target
+@dataclass(frozen=True)
+class _At:
+    """A prompt, and the token positions at which outputs are read."""
+
+    prompt: str
+    positions: tuple[int, ...]
+
+
+def _pair(inputs: LayerInputs, phrasing: Phrasing, tokens: Tokens) -> tuple[_At, _At]:
+    """Where to read the source, which has the concept, and the target, which does not."""
+    source = phrasing.source
+    target = phrasing.target
     if tokens in ("all", "end"):
-        return _Question(
-            source, target, reader.places(source, tokens), reader.places(target, tokens)
-        )
-    instead = told.instead
-    other = (
-        reader.places(target, "last_subject", instead)
-        if instead
-        else reader.places(target, "last_subject")
-    )
-    return _Question(source, target, reader.places(source, tokens, told.subject), other)
+        of_source = inputs.places(source, tokens)
+        of_target = inputs.places(target, tokens)
+    else:
+        of_source = inputs.places(source, tokens, phrasing.subject)
+        # The words in the subject's place; of a target that only leaves it out, the last word.
+        of_target = inputs.places(target, "last_subject", phrasing.instead or None)
+    return _At(source, of_source), _At(target, of_target)
 
 
-def _score(reader: LayerInputs, name: str, asked: Sequence[_Question], tokens: Tokens) -> Neurons:
+def _scored(
+    inputs: LayerInputs, pairs: Sequence[tuple[_At, _At]]
+) -> tuple[pd.DataFrame, dict[Place, Tensor]]:
+    """The table of `Neurons`, and each matrix' mean output without the concept."""
     import pandas as pd
 
-    parts, without = [], {}
-    for layer in reader.layers:
-        for matrix, module in reader.family.matrices(layer.module).items():
-            a = _outputs(
-                module, reader, [q.source for q in asked], layer, matrix
-            )  # (prompts, tokens, channels)
-            b = _outputs(module, reader, [q.target for q in asked], layer, matrix)
-            x = _heard(a, [q.at_source for q in asked])  # (prompts, channels)
-            y = _heard(b, [q.at_target for q in asked])
-            without[layer.index, matrix] = b.mean(0).float().cpu()
+    with_concept = [source for source, _ in pairs]
+    without_concept = [target for _, target in pairs]
+    parts: list[pd.DataFrame] = []
+    without: dict[Place, Tensor] = {}
+    for layer in inputs.layers:
+        for matrix, module in inputs.family.matrices(layer.module).items():
+            # (prompts, tokens, channels) each
+            outputs_with = _outputs(module, inputs, with_concept, layer, matrix)
+            outputs_without = _outputs(module, inputs, without_concept, layer, matrix)
+            x = _mean_at_positions(outputs_with, with_concept)  # (prompts, channels)
+            y = _mean_at_positions(outputs_without, without_concept)  # (prompts, channels)
             part = {
                 "layer": layer.index,
                 "matrix": matrix,
                 "channel": range(x.shape[1]),
                 "z": stats.welch_z(x, y),
+                "mean_with": x.mean(0),
+                "mean_without": y.mean(0),
+                "p_value": stats.welch_p(x, y),
             }
-            means = {"mean_with": x.mean(0), "mean_without": y.mean(0)}
-            parts.append(pd.DataFrame(part | means | {"p_value": stats.welch_p(x, y)}))
+            parts.append(pd.DataFrame(part))
+            # By position: a clamped neuron must not put a word's value at the start mark, which
+            # is the same in every prompt and gets most of the attention.
+            without[layer.index, matrix] = outputs_without.mean(0).float().cpu()
     table = pd.concat(parts, ignore_index=True)
     table["p_value"] = stats.false_discovery(table["p_value"].to_numpy())
-    told = {
-        "pairs": len(asked),
-        "tokens": tokens,
-        "p_value": "Welch t, Benjamini-Hochberg over all neurons",
-    }
-    return Neurons(name, table, without, told)
+    return table, without
 
 
 def _outputs(
-    module: Any, reader: LayerInputs, prompts: Sequence[str], layer: Layer, matrix: str
+    module: Any, inputs: LayerInputs, prompts: Iterable[_At], layer: Layer, matrix: str
 ) -> Tensor:
-    """What a matrix puts out, adapters included, in float64."""
+    """What a matrix puts out, adapters included, in float64, (prompts, tokens, channels)."""
     import torch
 
-    states = torch.stack(
-        [reader.states(prompt, layer) for prompt in prompts]
-    )  # (prompts, tokens, width)
+    states = torch.stack([inputs.states(at.prompt, layer) for at in prompts])
     dtype = next(module.parameters()).dtype
-    if (
-        dtype.itemsize < 2
-    ):  # how the weights are stored (float8, quantized): the states are not rounded to that
-        dtype = denoiser_of(reader.pipe).dtype
+    # Weights stored in 8 bits (float8, quantized) compute in another type: states are not rounded
+    # to how weights are stored.
+    if dtype.itemsize < 2:
+        dtype = denoiser_of(inputs.pipe).dtype
     with torch.no_grad():
-        outputs = (
-            module(states.to(stands_on(module), dtype)).cpu().double()
-        )  # (prompts, tokens, channels)
+        outputs = module(states.to(stands_on(module), dtype)).cpu().double()
     if not torch.isfinite(outputs).all():
         raise LocogenError(
-            f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in float32"
+            f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in "
+            "float32"
         )
     return outputs
 
 
-def _heard(outputs: Tensor, places: Sequence[tuple[int, ...]]) -> np.ndarray[Any, Any]:
-    """Each prompt's mean over its positions, (prompts, channels)."""
+def _mean_at_positions(outputs: Tensor, prompts: Sequence[_At]) -> Array:
+    """Each prompt's mean over its positions, (prompts, tokens, channels) -> (prompts, channels)."""
     import torch
 
-    picked = (rows[list(at)] for rows, at in zip(outputs, places, strict=True))
-    return torch.stack([rows.mean(0) for rows in picked]).cpu().numpy()
+    means: list[Tensor] = []
+    for states, at in zip(outputs, prompts, strict=True):
+        means.append(states[list(at.positions)].mean(0))
+    return torch.stack(means).cpu().numpy()

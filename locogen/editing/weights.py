@@ -1,9 +1,10 @@
 """Edits in the weights of a denoiser: applied as a whole or not at all, and removed bit for bit.
 
-Changing weights is a transaction. For each denoiser a frozen `_State` says which edits are applied, what the weights
-were before the first of them (`originals`), and what was written last (`written`, as hashes). Adding a change and
-subtracting it again would round twice; the originals are copied back instead. That is right only while the weights
-still are what was written, so each write compares first: a fused LoRA, training, or a conversion in between raises.
+Changing weights is a transaction. For each denoiser a frozen `_State` says which edits are applied,
+what the weights were before the first of them (`originals`), and what was written last (`written`,
+as hashes). Adding a change and subtracting it again would round twice; the originals are copied
+back instead. That is right only while the weights still are what was written, so each write
+compares first: a fused LoRA, training, or a conversion in between raises.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from locogen.editing.closed_form import doubled
+from locogen.editing.closed_form import to_float64
 from locogen.errors import LocogenError
 from locogen.models.compilation import uncompiled_module
 from locogen.models.offload import kept
@@ -28,15 +29,20 @@ if TYPE_CHECKING:
     from locogen.editing.closed_form import LowRank
 
 COMPILED = "_orig_mod"  # the attribute under which torch.compile keeps the module that it wraps
-SAME_DIRECTION = 0.999  # cosine from which a LoRA and an edit are taken for the same change; rounding costs 1e-3 less
+# Cosine from which a LoRA and an edit count as the same change. Rounding lowers it by about 1e-6.
+SAME_DIRECTION = 0.999
 
 
 @dataclass(frozen=True, eq=False)
 class WeightChange:
-    """Low-rank changes of weights, by parameter name.
+    """Low-rank changes of weights that are applied and removed together.
 
-    `digest`: of the weights that they were made for, see `digest_of`. `dtype`: the types of those weights, if known.
-    `hashed_as`: for names that entered the digest in another spelling, that spelling.
+    Attributes:
+        name: For messages.
+        changes: By the weights' names.
+        digest: Of the weights that the changes were made for, see `digest_of`.
+        dtype: The types of those weights, if known.
+        hashed_as: The spelling in which a name entered the digest, where it is another one.
     """
 
     name: str
@@ -47,7 +53,7 @@ class WeightChange:
 
     @cached_property
     def key(self) -> str:
-        """Equal for equal changes: one that is read from a file is the one that was written to it."""
+        """Equal for equal changes, such as one that was written to a file and read again."""
         factors: dict[str, Tensor] = {}
         for name, change in self.changes.items():
             factors[f"{name} up"] = change.up
@@ -56,15 +62,13 @@ class WeightChange:
 
     def was_made_for(self, weights: Mapping[str, Tensor]) -> bool:
         """Whether these are, to the bit, the weights that the change was made for."""
-        return (
-            digest_of({self.hashed_as.get(name, name): weight for name, weight in weights.items()})
-            == self.digest
-        )
+        as_hashed = {self.hashed_as.get(name, name): weight for name, weight in weights.items()}
+        return digest_of(as_hashed) == self.digest
 
 
 @dataclass(frozen=True, eq=False)
 class _Applied:
-    """A change in force. `stacked`: made for weights that earlier changes had altered, so those must stay."""
+    """A change in force. `stacked`: it was made for weights that earlier changes had altered."""
 
     change: WeightChange
     strength: float
@@ -73,15 +77,18 @@ class _Applied:
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """All that is known of one denoiser. Replaced as a whole, so that an interrupt never finds half of it."""
+    """The edits of one denoiser. Replaced as a whole, so that an interrupt never finds half of it.
+
+    `originals`: edited weights as they were before any edit. `written`: digests of what was written
+    last, by name.
+    """
 
     applied: tuple[_Applied, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
-    written: Mapping[str, str] = field(
-        default_factory=dict
-    )  # name: digest of what was written last
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
+# By denoiser, without compiled wrappers. A copied denoiser is not in it: its weights are its own.
 _STATES: WeakKeyDictionary[Any, _State] = WeakKeyDictionary()
 
 
@@ -95,7 +102,10 @@ def plain_name(name: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a weight stands: `module` is what its parent calls, `owner` the module that holds the weight itself."""
+    """Where a weight is: its parent calls `module`, and `owner` holds the weight.
+
+    The two differ where peft has put its own module around the one that it adapts.
+    """
 
     name: str
     parent: Any
@@ -108,51 +118,55 @@ class _Place:
 
     @property
     def carries_lora(self) -> bool:
-        """Peft puts its own module in the place of the one that it adapts."""
+        """Whether peft has put LoRA around the module."""
         return self.owner is not self.module
 
     @property
     def is_fused(self) -> bool:
-        """Whether the parent computes with a copy in which several matrices are joined, and not with this weight."""
+        """Whether the parent computes with a joint copy of several matrices instead."""
         by_processor = "Fused" in type(getattr(self.parent, "processor", None)).__name__
         by_itself = hasattr(self.parent, "unfuse_projections") and self.parent.fused_projections
         return by_processor or bool(by_itself)
 
 
 def _place(denoiser: Any, name: str) -> _Place | None:
-    """Where the weight `name` stands; None where the denoiser has no such weight."""
+    """Where the weight `name` is; None if the denoiser has no such weight."""
     path = name.rpartition(".")[0]
     try:
         module = denoiser.get_submodule(path)
         parent = denoiser.get_submodule(path.rpartition(".")[0])
     except AttributeError:
         return None
-    owner = getattr(module, "base_layer", module)
-    return _Place(name, parent, module, owner) if hasattr(owner, "weight") else None
+    owner = getattr(module, "base_layer", module)  # peft's name for the module that it adapts
+    if not hasattr(owner, "weight"):
+        return None
+    return _Place(name, parent, module, owner)
 
 
 def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Weights by name, to be edited.
+    """Weights by name, where they are stored: writing to them changes the model.
 
     Raises:
-        LocogenError: a weight is missing, wrapped by LoRA, fused with others, quantized, stored in float8, or
-            offloaded to the disk.
+        LocogenError: A weight is missing, wrapped by LoRA, fused with others, quantized, stored in
+            float8, or offloaded to the disk.
     """
     weights: dict[str, Tensor] = {}
     for name in names:
         place = _place(denoiser, name)
         if place is None:
             raise LocogenError(
-                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made for another "
-                "model; refit it"
+                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made "
+                "for another model; refit it"
             )
         if place.carries_lora:
             raise LocogenError(
-                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then unload_lora_weights) or unload it first"
+                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then "
+                "unload_lora_weights) or unload it first"
             )
         if place.is_fused:
             raise LocogenError(
-                f"{place.path} is fused with its neighbors and not read: call pipe.unfuse_qkv_projections() first"
+                f"{place.path} is fused with its neighbors and not read: call "
+                "pipe.unfuse_qkv_projections() first"
             )
         weights[name] = _weight_at(place)
         _check_type(name, weights[name])
@@ -165,9 +179,8 @@ def _weight_at(place: _Place) -> Tensor:
     if not weight.is_meta:
         return weight
     weight = kept(place.owner, "weight", place.name)
-    if (
-        kept(place.owner, "weight", place.name) is not weight
-    ):  # a fresh copy each time: writing would be lost
+    # Offload to the disk reads a fresh copy each time: what is written to it would be lost.
+    if kept(place.owner, "weight", place.name) is not weight:
         raise LocogenError(
             f"{place.name} is offloaded to the disk: load the model with another offload to edit it"
         )
@@ -175,17 +188,22 @@ def _weight_at(place: _Place) -> Tensor:
 
 
 def _check_type(name: str, weight: Tensor) -> None:
-    stored_as = str(weight.dtype).removeprefix("torch.")
+    stored_as = _type_name(weight)
     if stored_as.startswith("float8"):
         raise LocogenError(
-            f"{name} is stored as {stored_as} (layerwise casting): an edit needs weights of 16 bits or more; load the "
-            "model without enable_layerwise_casting, edit it there, and use the edit as LoRA here"
+            f"{name} is stored as {stored_as} (layerwise casting): an edit needs weights of 16 "
+            "bits or more; load the model without enable_layerwise_casting, edit it there, and use "
+            "the edit as LoRA here"
         )
     if not weight.is_floating_point() or weight.ndim != 2:
         raise LocogenError(
-            f"{name} is stored as {stored_as} of shape {tuple(weight.shape)}: quantized weights cannot be edited in "
-            "place; load the model unquantized, or use the edit as LoRA"
+            f"{name} is stored as {stored_as} of shape {tuple(weight.shape)}: quantized weights "
+            "cannot be edited in place; load the model unquantized, or use the edit as LoRA"
         )
+
+
+def _type_name(weight: Tensor) -> str:
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
@@ -195,7 +213,8 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        values = weight.detach().contiguous().cpu().reshape(-1)  # (out * in,)
+        digest.update(values.view(torch.uint8).numpy().data)  # numpy does not know bfloat16
     return digest.hexdigest()[:16]
 
 
@@ -210,8 +229,8 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
     """Add a change, `strength` times, to the weights: all of it or, whatever interrupts, nothing.
 
     Raises:
-        LocogenError: the change is applied already; the weights are not those it was made for, cannot hold the sum,
-            or were changed by something else while another edit was applied.
+        LocogenError: The change is applied already; the weights are not those it was made for,
+            cannot hold the sum, or were changed by something else while another edit was applied.
     """
     if not math.isfinite(strength):
         raise LocogenError(f"strength is {strength}: give a finite number")
@@ -221,14 +240,17 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
         raise LocogenError(f"the edit of {change.name!r} is applied already: undo it first")
     if _own_lora(denoiser, change):
         raise LocogenError(
-            f"the LoRA of the edit of {change.name!r} is loaded: with the edit it would be applied twice; use one of "
-            "them, for example after pipe.unload_lora_weights()"
+            f"the LoRA of the edit of {change.name!r} is loaded: with the edit it would be applied "
+            "twice; use one of them, for example after pipe.unload_lora_weights()"
         )
     weights = weights_of(denoiser, change.changes)
     _check_shapes(change, weights)
     _check_unchanged(state, weights)
-    bare = {name: state.originals.get(name, weight) for name, weight in weights.items()}
-    stacked = not change.was_made_for(bare)
+
+    # A change was made for the original weights, or for what earlier edits made of them. Only in
+    # the second case those edits must not be removed before it.
+    originals = {name: state.originals.get(name, weight) for name, weight in weights.items()}
+    stacked = not change.was_made_for(originals)
     if stacked and not change.was_made_for(weights):
         raise LocogenError(_made_for_others(change, weights, bool(state.applied)))
     _commit(denoiser, weights, (*state.applied, _Applied(change, float(strength), stacked)))
@@ -236,44 +258,48 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
 
 def is_applied(denoiser: Any, change: WeightChange) -> bool:
     """Whether the change, or one that is equal to it, is applied."""
-    return any(
-        one.change.key == change.key
-        for one in _STATES.get(uncompiled_module(denoiser), _State()).applied
-    )
+    state = _STATES.get(uncompiled_module(denoiser), _State())
+    return any(applied.change.key == change.key for applied in state.applied)
 
 
 def remove_change(denoiser: Any, change: WeightChange) -> None:
-    """Remove a change, or one that is equal to it. What no other edit changes gets its original bits back.
+    """Remove a change, or one that is equal to it; weights without edits get their bits back.
 
     Interrupted, it is finished first. Warns where LoRA has applied the same change a second time.
 
     Raises:
-        LocogenError: the change is not applied, one that was applied later was made for its result, or something else
-            has changed the weights since.
+        LocogenError: The change is not applied, one that was applied later was made for its result,
+            or something else has changed the weights since.
     """
     denoiser = uncompiled_module(denoiser)
     applied = _STATES.get(denoiser, _State()).applied
-    place = next((i for i, one in enumerate(applied) if one.change.key == change.key), None)
-    if place is None:
+    keys = [one.change.key for one in applied]
+    if change.key not in keys:
         raise LocogenError(
-            f"the edit of {change.name!r} is not applied to this model: there is nothing to undo (a copy of an edited "
-            "model keeps the edit; load the model again)"
+            f"the edit of {change.name!r} is not applied to this model: there is nothing to undo "
+            "(a copy of an edited model keeps the edit; load the model again)"
         )
+    place = keys.index(change.key)
     for later in reversed(applied[place + 1 :]):
         if later.stacked and set(later.change.changes) & set(change.changes):
             raise LocogenError(
-                f"{later.change.name!r} was fitted on top of {change.name!r}: undo it first, last one first"
+                f"{later.change.name!r} was fitted on top of {change.name!r}: undo it first, last "
+                "one first"
             )
-    _remove(denoiser, change.changes, applied[:place] + applied[place + 1 :], overwrite=False)
+    others = applied[:place] + applied[place + 1 :]
+    _remove(denoiser, change.changes, others, overwrite=False)
 
 
 def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
     """Remove every change: all weights get their original bits back. Returns whether there was one.
 
-    `overwrite`: also where something else has changed the weights since; its changes to these weights are lost.
+    Args:
+        denoiser: The denoiser.
+        overwrite: Whether to do it also if something else has changed the weights since; its
+            changes of these weights are lost.
 
     Raises:
-        LocogenError: something else has changed the weights, and `overwrite` is not set.
+        LocogenError: Something else has changed the weights, and `overwrite` is not set.
     """
     denoiser = uncompiled_module(denoiser)
     state = _STATES.get(denoiser, _State())
@@ -283,9 +309,9 @@ def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
 
 
 def _remove(
-    denoiser: Any, names: Iterable[str], left: tuple[_Applied, ...], *, overwrite: bool
+    denoiser: Any, names: Iterable[str], remaining: tuple[_Applied, ...], *, overwrite: bool
 ) -> None:
-    """Write the weights as they are with only the edits `left` applied."""
+    """Set these weights to what they are with only the `remaining` edits applied."""
     state = _STATES[denoiser]
     weights: dict[str, Tensor] = {}
     for name in names:
@@ -294,27 +320,28 @@ def _remove(
             raise LocogenError(f"{name} is gone since it was edited: load the model again")
         if place.is_fused:
             raise LocogenError(
-                f"the projections of {place.path} were fused while it was edited, and the fused copy holds the edit: "
-                "call pipe.unfuse_qkv_projections(), then undo the edit; nothing is undone yet"
+                f"the projections of {place.path} were fused while it was edited, and the fused "
+                "copy holds the edit: call pipe.unfuse_qkv_projections(), then undo the edit; "
+                "nothing is undone yet"
             )
         weights[name] = _weight_at(place)  # LoRA around the weight leaves the weight itself alone
     if not overwrite:
         _check_unchanged(state, weights)
-    for one in state.applied:
-        if one not in left and _own_lora(denoiser, one.change):
+    for applied in state.applied:
+        if applied not in remaining and _own_lora(denoiser, applied.change):
             warnings.warn(
-                f"the edit of {one.change.name!r} was applied twice: its own LoRA is loaded as well; pictures made "
-                "with both have the change two times. Use one of them",
+                f"the edit of {applied.change.name!r} was applied twice: its own LoRA is loaded as "
+                "well; pictures made with both have the change two times. Use one of them",
                 stacklevel=4,
             )
-    _commit(denoiser, weights, left)
+    _commit(denoiser, weights, remaining)
 
 
 def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applied, ...]) -> None:
     """Set these weights to originals plus the edits in `applied`, as a transaction.
 
-    Interrupted while adding an edit, it goes back; while removing one, it goes forward: in the end there is less of
-    an edit, never half of it.
+    Interrupted while adding an edit, it goes back; while removing one, it goes forward: in the end
+    there is less of an edit, never half of it.
     """
     state = _STATES.get(denoiser, _State())
     adding = len(applied) > len(state.applied)
@@ -323,9 +350,9 @@ def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applie
     after = {name: _sum(originals[name], name, applied) for name in weights}
     final = _next_state(state, applied, originals, after)
     try:
-        if (
-            adding
-        ):  # known before the first write: wherever an interrupt falls, undoing finds the originals
+        # Adding: known before the first write, so that after an interrupt anywhere, undoing finds
+        # the originals. Removing: known after the last write, when they are no longer needed.
+        if adding:
             _STATES[denoiser] = final
         _write(weights, after)
         _STATES[denoiser] = final
@@ -341,12 +368,15 @@ def _next_state(
     originals: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> _State:
-    edited = {name for one in applied for name in one.change.changes}
-    written = {**state.written, **_digests(after)}
+    """The state once `after` is written; weights that no edit changes any longer are forgotten."""
+    digests = {**state.written, **_digests(after)}
+    edited: set[str] = set()
+    for one in applied:
+        edited |= set(one.change.changes)
     return _State(
         applied,
-        {name: value for name, value in originals.items() if name in edited},
-        {name: value for name, value in written.items() if name in edited},
+        originals={name: originals[name] for name in originals if name in edited},
+        written={name: digests[name] for name in digests if name in edited},
     )
 
 
@@ -359,7 +389,10 @@ def _write(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
 
 
 def _write_to_the_end(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write all of them, begun again when Ctrl-C is pressed once more: a model is never left half edited."""
+    """Write all of them, from the start again when Ctrl-C is pressed once more.
+
+    A model is never left half edited.
+    """
     while True:
         try:
             return _write(weights, values)
@@ -368,19 +401,21 @@ def _write_to_the_end(weights: Mapping[str, Tensor], values: Mapping[str, Tensor
 
 
 def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
-    """The original plus all changes of that weight, added in float64 and rounded once; the very original for none."""
-    parts = [
-        (one.change.changes[name], one.strength) for one in applied if name in one.change.changes
-    ]
-    if not parts:
+    """The original plus all changes of that weight, added in float64 and rounded once, (out, in).
+
+    Without a change of it, the original itself.
+    """
+    edits = [one for one in applied if name in one.change.changes]
+    if not edits:
         return original
-    total = doubled(original)  # (out, in)
-    for change, strength in parts:
-        total = total + strength * (change.up.to(total) @ change.down.to(total))  # (out, in)
+    total = to_float64(original)  # (out, in)
+    for edit in edits:
+        change = edit.change.changes[name]
+        total = total + edit.strength * (change.up.to(total) @ change.down.to(total))  # (out, in)
     total = total.to(original.dtype).to(original.device)
     if not total.isfinite().all():
         raise LocogenError(
-            f"{name} cannot hold the edit in {str(total.dtype).removeprefix('torch.')}: it would overflow; use less "
+            f"{name} cannot hold the edit in {_type_name(total)}: it would overflow; use less "
             "strength, or load the model in float32"
         )
     return total
@@ -390,9 +425,10 @@ def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
 
 
 def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
-    """Raise where an edited weight is no longer what was written: restoring it would mix two models."""
-    now = _digests({name: weight for name, weight in weights.items() if name in state.written})
-    changed = [name for name, digest in now.items() if digest != state.written[name]]
+    """Raise where an edited weight is not what was written: restoring would mix two models."""
+    edited = {name: weight for name, weight in weights.items() if name in state.written}
+    digests = _digests(edited)
+    changed = [name for name in digests if digests[name] != state.written[name]]
     if not changed:
         return
     first = changed[0]
@@ -401,10 +437,11 @@ def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
         repr(one.change.name) for one in state.applied if first in one.change.changes
     )
     raise LocogenError(
-        f"{first}{more} changed while the edit of {edits} was applied ({_difference(state, first, weights[first])}). "
-        "Nothing is undone, because putting the old weights back would mix two models. Take back what changed them "
-        "and undo the edit again, or call undo_all(pipe, overwrite=True): it restores the weights from before the edit "
-        "over the change. If other weights changed too, load the model again"
+        f"{first}{more} changed while the edit of {edits} was applied "
+        f"({_difference(state, first, weights[first])}). Nothing is undone, because putting the "
+        "old weights back would mix two models. Take back what changed them and undo the edit "
+        "again, or call undo_all(pipe, overwrite=True): it restores the weights from before the "
+        "edit over the change. If other weights changed too, load the model again"
     )
 
 
@@ -412,19 +449,19 @@ def _difference(state: _State, name: str, weight: Tensor) -> str:
     """What may have changed a weight, in words."""
     original = state.originals[name]
     if weight.dtype != original.dtype:
-        return " is now ".join(str(one.dtype).removeprefix("torch.") for one in (original, weight))
+        return f"{_type_name(original)} is now {_type_name(weight)}"
     if weight.shape != original.shape:
         return f"another layer of shape {tuple(weight.shape)} is in its place"
     return "a LoRA was fused or unfused, the model was trained, or other weights were loaded"
 
 
 def _own_lora(denoiser: Any, change: WeightChange) -> bool:
-    """Whether LoRA is loaded that is the change itself, at whatever scale, on one of its weights."""
-    for name, own in change.changes.items():
+    """Whether LoRA is loaded that is the change itself, at any scale, on one of its weights."""
+    for name, factors in change.changes.items():
         place = _place(denoiser, name)
         if place is None or not place.carries_lora:
             continue
-        delta = doubled((own.up @ own.down).detach())  # (out, in)
+        delta = to_float64(factors.change.detach())  # (out, in)
         for lora in _lora_deltas(place.module):
             if lora.shape != delta.shape:
                 continue
@@ -435,31 +472,34 @@ def _own_lora(denoiser: Any, change: WeightChange) -> bool:
 
 
 def _lora_deltas(module: Any) -> Iterator[Tensor]:
-    """What each active adapter of peft's adds to a weight, but for its scale, (out, in)."""
+    """What each active adapter of peft's adds to a weight, without its scale, (out, in)."""
     if getattr(module, "disable_adapters", False):
         return
     for adapter in getattr(module, "active_adapters", ()):
         if adapter in getattr(module, "lora_A", {}):
-            up = doubled(module.lora_B[adapter].weight.detach())  # (out, rank)
-            down = doubled(module.lora_A[adapter].weight.detach())  # (rank, in)
+            up = to_float64(module.lora_B[adapter].weight.detach())  # (out, rank)
+            down = to_float64(module.lora_A[adapter].weight.detach())  # (rank, in)
             yield up @ down
 
 
 def _check_shapes(change: WeightChange, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        made_for = (change.changes[name].up.shape[0], change.changes[name].down.shape[1])
+        factors = change.changes[name]
+        made_for = (factors.up.shape[0], factors.down.shape[1])
         if tuple(weight.shape) != made_for:
             raise LocogenError(
-                f"{name} is {tuple(weight.shape)} here, the edit of {change.name!r} was made for {made_for}: refit it"
+                f"{name} is {tuple(weight.shape)} here, the edit of {change.name!r} was made for "
+                f"{made_for}: refit it"
             )
 
 
-def _made_for_others(change: WeightChange, weights: Mapping[str, Tensor], busy: bool) -> str:
-    kinds = sorted({str(w.dtype).removeprefix("torch.") for w in weights.values()})
-    also = " (or other edits are in the way: undo them)" if busy else ""
+def _made_for_others(change: WeightChange, weights: Mapping[str, Tensor], others: bool) -> str:
+    """The message for a model with other weights. `others`: whether other edits are applied."""
+    types = ", ".join(sorted({_type_name(weight) for weight in weights.values()}))
     made_for = f", {', '.join(change.dtype)} where it was made," if change.dtype else ","
+    also = " (or other edits are in the way: undo them)" if others else ""
     return (
-        f"the edit of {change.name!r} was made for other weights: names and shapes agree, but the bits of "
-        f"{next(iter(weights))} and {len(weights) - 1} more, {', '.join(kinds)} here{made_for} do not{also}; make it "
-        "anew with edit.refit(pipe)"
+        f"the edit of {change.name!r} was made for other weights: names and shapes agree, but the "
+        f"bits of {next(iter(weights))} and {len(weights) - 1} more, {types} here{made_for} do "
+        f"not{also}; make it anew with edit.refit(pipe)"
     )

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import locogen as loco
 from locogen import stats
-from locogen.editing.evaluation import Probe, summary
+from locogen.editing.evaluation import summary
+from locogen.editing.probes import Probe
 from locogen.mini import world
 from locogen.phrasings import Phrasing, default_phrasings
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import locogen as loco
 from locogen import stats
-from locogen.editing.evaluation import Probe
+from locogen.editing.probes import Probe
 from locogen.phrasings import Phrasing, default_phrasings
 
 SHARES = (0.05, 0.15, 0.5, 1.0)  # of each matrix's neurons

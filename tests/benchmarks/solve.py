@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from locogen.editing import closed_form as solve
+from locogen.editing import closed_form
 
 RIDGE = 0.01
 SHAPES = {  # (out, in) of the matrices edited, keys and values of each layer
@@ -50,11 +50,13 @@ def published(weight: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return left @ torch.inverse(right)
 
 
-def ours(weights: Sequence[Tensor], source: Tensor, target: Tensor) -> list[solve.LowRank]:
-    return solve.updates(weights, source, target, solve.reader(source, ridge=RIDGE))
+def ours(weights: Sequence[Tensor], source: Tensor, target: Tensor) -> list[closed_form.LowRank]:
+    return closed_form.updates(
+        weights, source, target, closed_form.shared_factor(source, ridge=RIDGE)
+    )
 
 
-def added(weight: Tensor, change: solve.LowRank) -> Tensor:
+def added(weight: Tensor, change: closed_form.LowRank) -> Tensor:
     """New weights in float32."""
     return torch.addmm(weight, change.up.float(), change.down.float())
 
@@ -85,7 +87,7 @@ def compare(name: str, rounds: int) -> None:
     ours(weights, source, target)
     times: list[tuple[float, float, float]] = []
     theirs: list[Tensor] = []
-    found: list[solve.LowRank] = []
+    found: list[closed_form.LowRank] = []
     for _ in range(rounds):
         slow, theirs = timed(lambda: [published(w, source, target) for w in weights])
         fast, found = timed(lambda: ours(weights, source, target))

@@ -1,5 +1,7 @@
 """Edits on a tiny Stable Diffusion: fit, apply, undo, save, share; and what they refuse."""
 
+import dataclasses
+import inspect
 import itertools
 import json
 import subprocess
@@ -11,8 +13,9 @@ import pytest
 import torch
 from support import tiny
 
-from locogen.editing import weights as patches
+from locogen.editing import weights as editing_weights
 from locogen.editing.edit import Edit, fit_edit, undo_all
+from locogen.editing.fit import Options
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import LayerInputs
 from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
@@ -47,7 +50,7 @@ def weights(pipe, edit: Edit) -> dict[str, torch.Tensor]:
 
 
 def originals(pipe):
-    return patches._STATES.get(pipe.unet, patches._State()).originals
+    return editing_weights._STATES.get(pipe.unet, editing_weights._State()).originals
 
 
 def same(one, two) -> bool:
@@ -212,8 +215,8 @@ def test_default_phrasings_by_kind() -> None:
         Concept("owl", "object", (PromptPair("a picture of an owl in neon", "a picture in neon"),))
     )
     assert Phrasing("a picture of an owl", "a picture", "owl") in gone
-    told = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
-    fact = default_phrasings(Concept("france", "fact", (told,)))
+    pair = PromptPair("a picture of the animal of france in neon", "a picture of a robot in neon")
+    fact = default_phrasings(Concept("france", "fact", (pair,)))
     assert Phrasing("an image of the animal of france", "an image of a robot", "france") in fact
     other = default_phrasings(
         Concept("owl", "object", (PromptPair("a picture of an owl", "a picture"),)), becomes="a cat"
@@ -359,7 +362,9 @@ def test_ctrl_c_pressed_again_and_again_leaves_nothing_half(pipe, monkeypatch, a
         edit.apply_(pipe)
     monkeypatch.undo()
     assert same(weights(pipe, edit), own)
-    assert not patches.is_applied(pipe.unet, patches.WeightChange("", edit.changes, edit.digest))
+    assert not editing_weights.is_applied(
+        pipe.unet, editing_weights.WeightChange("", edit.changes, edit.digest)
+    )
 
 
 @pytest.mark.parametrize("at", [{1}, {3}, {3, 4}])
@@ -384,7 +389,7 @@ def traced(nth: int, run) -> bool:
     lines = iter(range(nth + 1))
 
     def trace(frame, event, _):
-        if frame.f_code not in (patches._commit.__code__, patches._write.__code__):
+        if frame.f_code not in (editing_weights._commit.__code__, editing_weights._write.__code__):
             return None
         if event == "line" and next(lines, None) == nth:
             raise KeyboardInterrupt
@@ -412,8 +417,8 @@ def test_wherever_an_interrupt_falls_the_originals_are_known(pipe, undoing) -> N
         if undoing:
             edit.apply_(pipe)
         came = traced(nth, lambda: (edit.undo_ if undoing else edit.apply_)(pipe))
-        assert same(weights(pipe, edit), own) != patches.is_applied(pipe.unet, edit._change)
-        patches.remove_all(pipe.unet)
+        assert same(weights(pipe, edit), own) != editing_weights.is_applied(pipe.unet, edit._change)
+        editing_weights.remove_all(pipe.unet)
         assert same(weights(pipe, edit), own)
         if not came:
             break
@@ -422,7 +427,9 @@ def test_wherever_an_interrupt_falls_the_originals_are_known(pipe, undoing) -> N
 
 def test_an_interrupt_before_the_first_write_keeps_no_stale_originals(pipe, monkeypatch) -> None:
     edit = fit(pipe)
-    monkeypatch.setattr(patches, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        editing_weights, "_sum", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         edit.apply_(pipe)
     assert not originals(pipe)
@@ -564,7 +571,7 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
     ("options", "says"),
     [
         (dict(ridge=0), "ridge is 0"),
-        (dict(layers=[]), "layers is "),
+        (dict(layers=[]), "there are no layers"),
         (dict(layers="12-13"), "layers is '12-13'"),
         (dict(preserve="a dog"), "preserve is one text"),
         (dict(preserve=["a dog"], preserve_weight=float("nan")), "preserve_weight is nan"),
@@ -581,6 +588,15 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
 def test_bad_input(pipe, options: dict, says: str) -> None:
     with pytest.raises(LocogenError, match=says):
         fit(pipe, **options)
+
+
+def test_every_option_of_a_fit_is_spelled_out() -> None:
+    """With the default of `Options`; only the family knows which tokens to edit."""
+    parameters = inspect.signature(fit_edit).parameters
+    assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    for option in dataclasses.fields(Options):
+        expected = None if option.name == "tokens" else option.default
+        assert parameters[option.name].default == expected
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -646,7 +662,7 @@ def test_bad_files(pipe, tmp_path, monkeypatch) -> None:
         with pytest.raises(LocogenError, match="cut short"):
             Edit.load(path)
     edit.to_lora(path)
-    with pytest.raises(LocogenError, match="no edit of locogen"):
+    with pytest.raises(LocogenError, match="not an edit that locogen saved"):
         Edit.load(path)
     monkeypatch.setattr("locogen.editing.edit.EDIT_FORMAT", 2)
     edit.save(path)
@@ -718,7 +734,7 @@ def test_shows_itself(pipe) -> None:
         assert "<b>x</b>" not in Edit("<b>x</b>", (2,), fit(pipe).changes, "", recipe)._repr_html_()
 
 
-def test_originals_are_forgotten_when_nothing_is_worn(pipe) -> None:
+def test_originals_are_forgotten_when_no_edit_is_applied(pipe) -> None:
     edit = fit(pipe)
     with edit.applied(pipe):
         assert originals(pipe)

@@ -12,17 +12,11 @@ from support import tiny
 
 from locogen import stats
 from locogen.catalog import mini_folder
-from locogen.editing import evaluation
+from locogen.editing import likeness
+from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import (
-    Probe,
-    compare,
-    control_edits,
-    evaluate,
-    lead,
-    probes_for,
-    summary,
-)
+from locogen.editing.evaluation import compare, evaluate, lead, summary
+from locogen.editing.probes import Probe, probes_for
 from locogen.errors import LocogenError
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
@@ -262,8 +256,8 @@ def test_a_facts_new_answer_should_come_not_go() -> None:
             ones = np.ones((8, 2))
             arms.append(shares(0 * ones, after * ones, arm=arm, sign=sign))
             arms.append(shares(ones, ones, arm=arm, measure="specificity", sign=1))
-        told = describe_edit(summary(pd.concat(arms)), "here")
-        assert f"apart {verb} than the best control" in told
+        description = describe_edit(summary(pd.concat(arms)), "here")
+        assert f"apart {verb} than the best control" in description
 
 
 def test_compare_is_row_by_row(pipe, edit) -> None:
@@ -360,7 +354,7 @@ def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
     assert "lpips" not in evaluate(
         pipe, {"none": []}, PROBES[:1], **settings
     )  # its network is not there to fetch
-    net = tmp_path / "checkpoints" / evaluation._LPIPS_NET
+    net = tmp_path / "checkpoints" / likeness.LPIPS_NET
     net.parent.mkdir()
     net.touch()
     table = evaluate(pipe, {"none": [], "edit": edit}, PROBES[:1], **settings)

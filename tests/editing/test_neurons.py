@@ -59,8 +59,8 @@ def states(pipe, text):
     return encode(pipe, [text]).states[0].double()
 
 
-def heard(pipe, pair: PromptPair, tokens: str):
-    """States of a pair at the places listened to, one row each, by hand; `ab` are the subject's two tokens."""
+def states_read(pipe, pair: PromptPair, tokens: str):
+    """States of a pair at the positions that are read, one row each, by hand; `ab` are the subject's two tokens."""
     one, two, end = (
         states(pipe, pair.prompt),
         states(pipe, pair.target),
@@ -77,7 +77,7 @@ def heard(pipe, pair: PromptPair, tokens: str):
 def test_scores_equal_those_made_by_hand(pipe, tokens):
     pairs = tuple(PromptPair(f"{c} in ab", c) for c in CONTENTS)
     found = find_neurons(pipe, Concept("ab", "style", pairs), layers=LAYERS, tokens=tokens)
-    have, lack = zip(*(heard(pipe, pair, tokens) for pair in pairs), strict=True)
+    have, lack = zip(*(states_read(pipe, pair, tokens) for pair in pairs), strict=True)
     for index in LAYERS:
         module = find_layers(pipe)[index].module
         for name, linear in (("k", module.to_k), ("v", module.to_v)):
@@ -107,16 +107,18 @@ def test_planted_neurons_are_found_and_no_others():
     pipe = tiny.pipeline()
     have, lack = (
         torch.stack(side)
-        for side in zip(*(heard(pipe, p, "last_subject") for p in STYLE.pairs), strict=True)
+        for side in zip(*(states_read(pipe, p, "last_subject") for p in STYLE.pairs), strict=True)
     )
-    told = torch.nn.functional.normalize((have - lack).mean(0), dim=0)
+    direction = torch.nn.functional.normalize((have - lack).mean(0), dim=0)
     planted = {(2, "k"): (4,), (3, "v"): (1, 6)}
     honest = find_neurons(pipe, STYLE, layers=LAYERS)  # the twin: before, others stand out
     with torch.no_grad():
         for index in LAYERS:
             for name, linear in family_of(pipe).matrices(find_layers(pipe)[index].module).items():
-                linear.weight -= (linear.weight.double() @ told)[:, None].float() * told.float()
-                linear.weight[list(planted.get((index, name), ()))] = told.float()
+                linear.weight -= (linear.weight.double() @ direction)[
+                    :, None
+                ].float() * direction.float()
+                linear.weight[list(planted.get((index, name), ()))] = direction.float()
     found = find_neurons(pipe, STYLE, layers=LAYERS)
     rows = found.table[found.table.p_value < 1e-3]
     assert {(r.layer, r.matrix, r.channel) for r in rows.itertuples()} == {
@@ -147,7 +149,7 @@ def test_selections_of_each_matrix(pipe):
     for k in (-1, len(strongest) + 1, 2.5, True):
         with pytest.raises(LocogenError, match="how many neurons a matrix"):
             found.top(k)
-    with pytest.raises(LocogenError, match="take 'k', 'v'"):
+    with pytest.raises(LocogenError, match="use 'k', 'v'"):
         found.top(1, matrices="q")
     with clamp(pipe, found.top(2)):
         pipe("a cat", num_inference_steps=1)
@@ -233,7 +235,7 @@ def test_states_are_not_rounded_to_the_type_in_which_weights_are_stored():
 
 @pytest.mark.parametrize("tokens", ["last_subject", "subject", "end", "all"])
 def test_neurons_are_found_against_nothing(pipe, tokens):
-    """The empty prompt is heard by its end, in the place of the words that it has not."""
+    """Of an empty prompt the end is read, in the place of the words that it does not have."""
     pairs = (PromptPair("a cat, b", ""), PromptPair("cat", ""))
     neurons = find_neurons(pipe, Concept("cat", "style", pairs), layers=[1], tokens=tokens)
     assert np.isfinite(neurons.table["z"]).all()

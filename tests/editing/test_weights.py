@@ -335,12 +335,12 @@ def test_a_tree_that_is_not_installed_knows_its_version(pipe, monkeypatch) -> No
     from importlib import metadata
 
     import locogen
-    from locogen.editing import edit as edit_module
+    from locogen.editing import fit as fit_module
 
     def installed(name: str) -> str:
         if name == "locogen":
             raise metadata.PackageNotFoundError(name)
         return metadata.version(name)
 
-    monkeypatch.setattr(edit_module, "version", installed)
+    monkeypatch.setattr(fit_module, "version", installed)
     assert fit(pipe).recipe["versions"]["locogen"] == locogen.__version__

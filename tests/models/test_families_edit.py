@@ -10,8 +10,9 @@ import torch
 from support import tiny
 
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import Probe, evaluate
+from locogen.editing.evaluation import evaluate
 from locogen.editing.neurons import find_neurons
+from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
 from locogen.interventions.layer_inputs import LayerInputs
@@ -179,7 +180,7 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
 
 def test_blocks_that_read_text_and_picture_alike_are_not_edited():
     pipe = tiny.flux()
-    with pytest.raises(LocogenError, match="take layers below 2"):
+    with pytest.raises(LocogenError, match="use layers below 2"):
         fit(pipe, (1, 2))
 
 

@@ -8,7 +8,7 @@ from accelerate.hooks import CpuOffload
 from support import tiny
 
 import locogen as loco
-from locogen.editing.evaluation import Probe
+from locogen.editing.probes import Probe
 from locogen.interventions.corruption import Noise, corrupted_states
 from locogen.interventions.states import TEXT_PARTS, find_states
 from locogen.models.families import encode

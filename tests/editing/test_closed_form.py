@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, strategies as st
 from torch import Tensor
 
-from locogen.editing import closed_form as solve
+from locogen.editing import closed_form
 from locogen.errors import LocogenError
 
 OUT, IN = 7, 12
@@ -49,11 +49,11 @@ def test_gradient_vanishes_at_the_answer_only(
 ) -> None:
     w, s, t, p = case(seed, rows, kept)
     c = (
-        solve.Covariance(IN).add(normal(40, IN, seed=seed + 1)).matrix()
+        closed_form.Covariance(IN).add(normal(40, IN, seed=seed + 1)).matrix()
         if learned
         else torch.eye(IN).double()
     )
-    found = solve.ridge_update(
+    found = closed_form.ridge_update(
         w, s, t, ridge=ridge, preserve=p, preserve_weight=weight, covariance=c if learned else None
     )
 
@@ -70,7 +70,7 @@ def test_gradient_vanishes_at_the_answer_only(
 @given(seeds, counts, ridges)
 def test_rank_and_what_is_not_touched(seed: int, rows: int, ridge: float) -> None:
     w, s, t, _ = case(seed, rows)
-    change = solve.ridge_update(w, s, t, ridge=ridge).change
+    change = closed_form.ridge_update(w, s, t, ridge=ridge).change
     assert torch.linalg.matrix_rank(change) <= rows
     stranger = normal(1, IN, seed=seed + 2)
     q = torch.linalg.qr(s.T)[0]
@@ -86,7 +86,7 @@ def test_equals_the_published_d_by_d_form(seed: int, rows: int, ridge: float, ke
     left = ridge * w + (w @ t.T) @ s + (w @ p.T) @ p
     right = ridge * torch.eye(IN).double() + s.T @ s + p.T @ p
     published = left @ torch.linalg.inv(right)
-    found = w + solve.ridge_update(w, s, t, ridge=ridge, preserve=p).change
+    found = w + closed_form.ridge_update(w, s, t, ridge=ridge, preserve=p).change
     assert torch.allclose(found, published, rtol=0, atol=1e-8 * (1 + 1 / ridge))
     assert not torch.allclose(w, published, rtol=0, atol=1e-8 * (1 + 1 / ridge))
 
@@ -95,7 +95,7 @@ def test_float32_inverse_of_the_published_form_is_far_off_for_near_parallel_rows
     w = normal(32, 768)
     s = normal(1, 768, seed=1) * 27 + 0.05 * normal(4, 768, seed=2)
     t = s + normal(4, 768, seed=3)
-    exact = solve.ridge_update(w, s, t, ridge=0.01).change
+    exact = closed_form.ridge_update(w, s, t, ridge=0.01).change
     a = 0.01 * torch.eye(768) + (s.T @ s).float()
     lossy = (0.01 * w + (w @ t.T) @ s).float() @ torch.linalg.inv(a) - w.float()
     assert (lossy.double() - exact).norm() > 0.01 * exact.norm()
@@ -107,11 +107,11 @@ def test_float32_inverse_of_the_published_form_is_far_off_for_near_parallel_rows
 @given(seeds, st.integers(1, 5))
 def test_limits_of_the_ridge(seed: int, rows: int) -> None:
     w, s, t, _ = case(seed, rows)
-    nothing = solve.ridge_update(w, s, t, ridge=1e14).change
+    nothing = closed_form.ridge_update(w, s, t, ridge=1e14).change
     assert nothing.norm() < 1e-9
-    everything = w + solve.ridge_update(w, s, t, ridge=1e-11).change
+    everything = w + closed_form.ridge_update(w, s, t, ridge=1e-11).change
     assert torch.allclose(s @ everything.T, t @ w.T, atol=1e-6)
-    half = w + solve.ridge_update(w, s, t, ridge=10.0).change
+    half = w + closed_form.ridge_update(w, s, t, ridge=10.0).change
     assert not torch.allclose(s @ half.T, t @ w.T, atol=1e-6)
 
 
@@ -119,28 +119,28 @@ def test_limits_of_the_ridge(seed: int, rows: int) -> None:
 def test_order_of_rows_does_not_matter(seed: int, rows: int, kept: int) -> None:
     w, s, t, p = case(seed, rows, kept)
     turn = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    one = solve.ridge_update(w, s, t, ridge=0.1, preserve=p).change
-    two = solve.ridge_update(w, s[turn], t[turn], ridge=0.1, preserve=p.flip(0)).change
+    one = closed_form.ridge_update(w, s, t, ridge=0.1, preserve=p).change
+    two = closed_form.ridge_update(w, s[turn], t[turn], ridge=0.1, preserve=p.flip(0)).change
     assert torch.allclose(one, two, atol=1e-9)
     if not torch.equal(turn, torch.arange(rows)):
-        mixed = solve.ridge_update(w, s[turn], t, ridge=0.1, preserve=p).change
+        mixed = closed_form.ridge_update(w, s[turn], t, ridge=0.1, preserve=p).change
         assert not torch.allclose(one, mixed, atol=1e-9)
 
 
 @given(seeds, counts)
 def test_no_op_stays_a_no_op(seed: int, rows: int) -> None:
     w, s, t, p = case(seed, rows, 3)
-    assert solve.ridge_update(w, s, s, ridge=0.1, preserve=p).change.abs().max() == 0
-    assert solve.ridge_update(w, s, t, ridge=0.1, preserve=p).change.abs().max() > 0
+    assert closed_form.ridge_update(w, s, s, ridge=0.1, preserve=p).change.abs().max() == 0
+    assert closed_form.ridge_update(w, s, t, ridge=0.1, preserve=p).change.abs().max() > 0
 
 
 @given(seeds, st.integers(1, 4), ridges)
 def test_both_forms_agree(seed: int, rows: int, ridge: float) -> None:
     """Fewer rows than columns: n x n; the same rows many times over: d x d. Repeating k times divides ridge by k."""
     w, s, t, _ = case(seed, rows)
-    small = solve.ridge_update(w, s, t, ridge=ridge).change
+    small = closed_form.ridge_update(w, s, t, ridge=ridge).change
     times = 1 + IN // rows
-    large = solve.ridge_update(
+    large = closed_form.ridge_update(
         w, s.repeat(times, 1), t.repeat(times, 1), ridge=ridge * times
     ).change
     assert torch.allclose(small, large, atol=1e-8 * (1 + 1 / ridge))
@@ -149,10 +149,12 @@ def test_both_forms_agree(seed: int, rows: int, ridge: float) -> None:
 @given(seeds, st.integers(1, 3), st.integers(1, 6), ridges)
 def test_null_space_moves_no_preserved_row(seed: int, rows: int, kept: int, ridge: float) -> None:
     w, s, t, p = case(seed, rows, kept)
-    down = solve.null_space_reader(s, p, ridge=ridge)
-    change = solve.update(w, s, t, down).change
+    down = closed_form.null_space_factor(s, p, ridge=ridge)
+    change = closed_form.update(w, s, t, down).change
     assert (p @ change.T).abs().max() < 1e-12 * (1 + change.norm())
-    assert (p @ solve.ridge_update(w, s, t, ridge=ridge, preserve=p).change.T).abs().max() > 1e-9
+    assert (
+        p @ closed_form.ridge_update(w, s, t, ridge=ridge, preserve=p).change.T
+    ).abs().max() > 1e-9
     q = torch.linalg.qr(p.T)[0]
     hidden = torch.eye(IN).double() - q @ q.T
     free = (
@@ -172,17 +174,20 @@ def test_null_space_moves_no_preserved_row(seed: int, rows: int, kept: int, ridg
 )
 def test_many_rows_are_kept_as_the_change_itself(out: int, width: int, rows: int) -> None:
     w, s, t = normal(out, width), normal(rows, width, seed=1), normal(rows, width, seed=2)
-    found = solve.ridge_update(w, s, t, ridge=0.1)
-    plain = w @ (t - s).T @ solve.reader(s, ridge=0.1)
+    found = closed_form.ridge_update(w, s, t, ridge=0.1)
+    plain = w @ (t - s).T @ closed_form.shared_factor(s, ridge=0.1)
     assert torch.allclose(found.change, plain, atol=1e-9)
     assert found.rank == min(out, width) < rows
-    assert solve.ridge_update(w, s[:2], t[:2], ridge=0.1).rank == 2
+    assert closed_form.ridge_update(w, s[:2], t[:2], ridge=0.1).rank == 2
 
 
 def test_several_matrices_at_once_are_the_same_changes() -> None:
     s, t = normal(8, IN, seed=1), normal(8, IN, seed=2)
-    down, weights = solve.reader(s, ridge=0.1), [normal(out, IN, seed=out) for out in (5, 9)]
-    found = solve.updates(weights, s, t, down)
+    down, weights = (
+        closed_form.shared_factor(s, ridge=0.1),
+        [normal(out, IN, seed=out) for out in (5, 9)],
+    )
+    found = closed_form.updates(weights, s, t, down)
     assert [c.rank for c in found] == [5, 8]  # more rows than the first matrix is high
     for w, change in zip(weights, found, strict=True):
         assert torch.allclose(change.change, w @ (t - s).T @ down, atol=1e-9)
@@ -191,13 +196,13 @@ def test_several_matrices_at_once_are_the_same_changes() -> None:
 def test_null_space_refuses_a_source_that_is_preserved() -> None:
     s = normal(2, IN)
     with pytest.raises(LocogenError, match="span a source"):
-        solve.null_space_reader(s, torch.cat([s[:1], normal(2, IN, seed=1)]), ridge=0.1)
+        closed_form.null_space_factor(s, torch.cat([s[:1], normal(2, IN, seed=1)]), ridge=0.1)
 
 
 @given(seeds, counts)
 def test_balanced_factors_are_the_same_change_and_round_better(seed: int, rows: int) -> None:
     w, s, t, _ = case(seed, rows)
-    found = solve.ridge_update(w, s * 30, t * 30, ridge=0.01)
+    found = closed_form.ridge_update(w, s * 30, t * 30, ridge=0.01)
     even = found.balanced()
     assert torch.allclose(even.change, found.change, atol=1e-9 * (1 + found.change.norm()))
     assert torch.allclose(even.up.norm(), even.down.norm())
@@ -205,25 +210,27 @@ def test_balanced_factors_are_the_same_change_and_round_better(seed: int, rows: 
 
 
 def test_balanced_of_nothing_is_nothing() -> None:
-    even = solve.LowRank(torch.zeros(3, 2).double(), torch.ones(2, 4).double()).balanced()
+    even = closed_form.LowRank(torch.zeros(3, 2).double(), torch.ones(2, 4).double()).balanced()
     assert even.change.abs().max() == 0
     assert even.rank == 1
 
 
 def test_covariance_streams() -> None:
     rows = normal(30, IN)
-    whole = solve.Covariance(IN).add(rows).matrix(0.0)
-    parts = solve.Covariance(IN).add(rows[:7]).add(rows[7:]).matrix(0.0)
+    whole = closed_form.Covariance(IN).add(rows).matrix(0.0)
+    parts = closed_form.Covariance(IN).add(rows[:7]).add(rows[7:]).matrix(0.0)
     assert torch.allclose(whole, parts)
     assert torch.allclose(whole, rows.T @ rows / 30)
     with pytest.raises(LocogenError, match="no rows yet"):
-        solve.Covariance(IN).matrix()
+        closed_form.Covariance(IN).matrix()
 
 
 def test_total_is_the_sum() -> None:
     w, s, t, _ = case(0, 4)
-    one, two = (solve.ridge_update(w, s[k], t[k], ridge=0.1) for k in (slice(0, 2), slice(2, 4)))
-    assert torch.allclose(solve.total([one, two]).change, one.change + two.change)
+    one, two = (
+        closed_form.ridge_update(w, s[k], t[k], ridge=0.1) for k in (slice(0, 2), slice(2, 4))
+    )
+    assert torch.allclose(closed_form.total([one, two]).change, one.change + two.change)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +251,4 @@ def test_bad_input(change: dict, says: str) -> None:
     w, s, t, _ = case(0, 2)
     given = dict(weight=w, source=s, target=t, ridge=0.1) | change
     with pytest.raises(LocogenError, match=says):
-        solve.ridge_update(**given)
+        closed_form.ridge_update(**given)

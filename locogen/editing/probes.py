@@ -1,0 +1,131 @@
+"""Probes: prompts that show what an edit does, and the texts to score their pictures with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from locogen.errors import LocogenError
+from locogen.phrasings import phrase_in
+from locogen.plan import Concept, PromptPair
+
+Measure = Literal["efficacy", "generality", "specificity", "ordinary"]
+MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt to look at before and after an edit.
+
+    Attributes:
+        measure: What it measures. "efficacy": the edited concept, on prompts that the fit did not
+            see; "generality": the same in other words; "specificity": neighbors that should stay;
+            "ordinary": pictures that have nothing to do with the concept.
+        prompt: The prompt.
+        text: What its pictures are scored against.
+        among: Texts that it is compared with: a picture is right if none of them scores higher
+            than `text`. Empty: it is neither right nor wrong.
+        comes: Whether the edit should make it right (a fact's new answer) instead of wrong.
+            Neighbors should always stay right.
+
+    Example:
+        >>> Probe("specificity", "a dog in pink", text="pink", among=("pink", "blue")).sign
+        1
+    """
+
+    measure: Measure
+    prompt: str
+    text: str
+    among: tuple[str, ...] = ()
+    comes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES:
+            raise LocogenError(f"measure is {self.measure!r}: use one of {', '.join(MEASURES)}")
+
+    @property
+    def sign(self) -> int:
+        """1 where an edit should bring or keep right pictures, -1 where it should remove them."""
+        if self.comes or self.measure in ("specificity", "ordinary"):
+            return 1
+        return -1
+
+
+def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe, ...]:
+    """Probes from the prompt pairs of a concept and of its neighbors.
+
+    They are the concept's prompts (efficacy), its paraphrases (generality; a pair without a
+    paraphrase has none), the neighbors' prompts (specificity), and the concept's targets, unless
+    they are empty (ordinary). A picture is right if its own text scores highest: among the same
+    text with the neighbors of its kind instead, and the text without the concept. A fact's text
+    names the new answer, so there an edit should make the picture right.
+
+    Args:
+        concept: The concept that is edited.
+        others: Neighbors that should stay.
+
+    Returns:
+        The probes, each once.
+
+    Raises:
+        LocogenError: A pair's prompt and target do not show which words are the concept.
+
+    Example:
+        >>> neon, pink = (
+        ...     Concept(name, "style", (PromptPair(f"a dog in {name}", "a dog"),))
+        ...     for name in ("neon", "pink")
+        ... )
+        >>> for probe in probes_for(neon, [pink]):
+        ...     print(probe.measure, "|", probe.prompt, "|", probe.among)
+        efficacy | a dog in neon | ('a dog in neon', 'a dog in pink', 'a dog')
+        ordinary | a dog | ()
+        specificity | a dog in pink | ('a dog in pink', 'a dog in neon', 'a dog')
+    """
+    every = [concept, *others]
+    probes: list[Probe] = []
+    for one in every:
+        # Only concepts of one kind can stand in each other's place in a prompt.
+        same_kind = [other for other in every if other.kind == one.kind and other is not one]
+        neighbors = [_words_of(other) for other in same_kind]
+        for pair in one.pairs:
+            if one is concept:
+                probes += _probes_of(concept, pair, neighbors)
+            else:
+                among = _alternatives(one, pair, pair.prompt, neighbors)
+                probes.append(Probe("specificity", pair.prompt, pair.prompt, among))
+    return tuple(dict.fromkeys(probes))
+
+
+def _probes_of(concept: Concept, pair: PromptPair, neighbors: Sequence[str]) -> list[Probe]:
+    """The probes of the edited concept from one of its pairs."""
+    text = concept.scored_text(pair)
+    among = _alternatives(concept, pair, text, neighbors)
+    comes = concept.kind == "fact"
+    probes = [Probe("efficacy", pair.prompt, text, among, comes)]
+    if pair.placebo:
+        probes.append(Probe("generality", pair.placebo, text, among, comes))
+    if pair.target:  # nothing can be scored against an empty text
+        probes.append(Probe("ordinary", pair.target, pair.target))
+    return probes
+
+
+def _alternatives(
+    concept: Concept, pair: PromptPair, text: str, neighbors: Iterable[str]
+) -> tuple[str, ...]:
+    """The texts that one picture could show, its own first, each once and none empty."""
+    texts = [text]
+    if concept.kind == "fact":
+        texts += [pair.target, pair.prompt]
+    else:
+        words = _words_of(concept)
+        texts += [pair.prompt.replace(words, neighbor) for neighbor in neighbors]
+        texts.append(pair.target)
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
+def _words_of(concept: Concept) -> str:
+    """The words that stand for the concept in its prompts."""
+    if concept.kind == "style":
+        return concept.name
+    return phrase_in(concept, concept.pairs[0])
