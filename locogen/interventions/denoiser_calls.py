@@ -155,6 +155,7 @@ class Call:
         self._in_progress = True
         self.arguments = kwargs
         self.cache = {}
+        # U-Nets are called with the timestep as their second argument, transformers by its name.
         self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         if self._waiting:
             self._begin_pictures()

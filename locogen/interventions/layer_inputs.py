@@ -195,6 +195,7 @@ class LayerInputs:
             others: Sequence[tuple[int, ...]] = [(span.last,)]
             if instead:
                 others = subject_occurrences(self.pipe, target, instead, encoder=number)
+            # Occurrences correspond one to one, or not at all.
             if len(others) != len(subjects):
                 others = [others[-1]] * len(subjects)
             for words, other in zip(subjects, others, strict=True):

@@ -449,6 +449,7 @@ def _other_targets(texts: Any, prompts: Sequence[str], targets: Sequence[str]) -
     as_list = [texts] if isinstance(texts, str) else list(texts)
     if as_list == list(prompts):
         return list(targets)
+    # Another text is not the prompt's: it stays, as often as there are targets for it.
     return _each_repeated(as_list, len(targets) // len(as_list))
 
 
@@ -460,6 +461,8 @@ def _same_text(one: Tensor, other: Tensor) -> bool:
     """Whether two encodings are of one text, to the rounding of batches of other sizes."""
     if one.shape != other.shape:
         return False
+    # Sums over a batch of another size may be taken in another order: equal texts then differ in
+    # their last digits, and different ones by far more.
     tolerance = TOLERANCE.get(str(one.dtype).removeprefix("torch."), HALF_TOLERANCE)
     largest = (one - other).abs().max()
     return bool(largest <= tolerance * other.abs().max())
