@@ -27,6 +27,7 @@ _PUBLIC = {
         "with_riders",
         "with_target_runs",
     ),
+    "finding": ("Finding",),
     "catalog": ("concept", "concepts", "model_table"),
     "models.layers": ("find_layers", "Layer"),
     "models.load": ("load",),
@@ -46,6 +47,7 @@ _PUBLIC = {
     "editing.evaluation": ("compare", "control_edits", "evaluate", "Probe", "probes_for"),
     "editing.neurons": ("find_neurons", "Neurons"),
     "views.localizer_plots": ("plot_trace",),
+    "views.notebook": ("save", "show"),
     "views.plots": (
         "describe",
         "plot_curve",

@@ -25,6 +25,9 @@ from .errors import (
     LocogenError as LocogenError,
     UnsupportedModel as UnsupportedModel,
 )
+from .finding import (
+    Finding as Finding,
+)
 from .interventions.clamping import (
     Selection as Selection,
     clamp as clamp,
@@ -92,6 +95,10 @@ from .plan import (
 )
 from .views.localizer_plots import (
     plot_trace as plot_trace,
+)
+from .views.notebook import (
+    save as save,
+    show as show,
 )
 from .views.plots import (
     describe as describe,

@@ -16,8 +16,9 @@ from urllib.parse import quote
 from locogen.files import data_uri
 from locogen.pages.entries import STATES, Entry
 from locogen.pages.html import page
-from locogen.pages.results import KINDS, Finished, count_runs
+from locogen.pages.results import Finished, count_runs
 from locogen.pages.thumbnails import Scale, heat_strip, small_curve, small_picture
+from locogen.plan import KINDS
 from locogen.views.tables import interval, missing, number, precision, sentence
 
 TITLE = "Which layers carry what the model knows"
@@ -85,7 +86,7 @@ class ShownEntry:
     @property
     def published(self) -> str:
         """Where the authors of LocoGen found concepts of this kind in this model, if anywhere."""
-        start = self.run.facts.get("published")
+        start = self.run.finding.published
         return "" if start is None else f"published: from layer {start}"
 
     @property
