@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from locogen.catalog import entry_of, mini_folder, model_entry
+from locogen.catalog import entry_of, mini_folder, model_entry, register
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.checkpoint import (
     INDEX,
@@ -64,7 +64,7 @@ def load(
         offload: "model" keeps the weights in main memory and brings one part at a time to the device;
             "sequential" brings one layer at a time, which takes the least memory and is slow.
         local_files_only: never use the network. Files in the local cache are used without it anyway.
-        file: a TOML file with models of your own (see `locogen.catalog`).
+        file: a TOML file with models of your own (see `locogen.catalog.models`).
 
     Returns:
         The pipeline, of one of the classes in `locogen.models.families.FAMILIES`.
@@ -425,6 +425,8 @@ def _wanted(name: str, file: str | Path | None) -> _Wanted:
     if "/" in name and file is None:
         return _Wanted((name,), "main")
     entry = model_entry(name, file)
+    if file is not None:
+        register(entry)
     if entry.family not in FAMILIES:
         raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
     place = Path(entry.id).expanduser()
