@@ -62,6 +62,7 @@ class Finding:
     more: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # A list may be given, and read: two findings are equal whichever it was.
         object.__setattr__(self, "concepts", tuple(self.concepts))
 
     def facts(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Finding:
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Finding:
         """The finding among the facts of a file, each value checked. Never raises for what is in it."""
+        # What a notebook wrote by mistake stays in `more`: the page of the run has to say so.
         fields: dict[str, Any] = {}
         more: dict[str, Any] = {}
         for name, value in facts.items():
@@ -150,13 +152,21 @@ def is_count(value: Any) -> bool:
 
 def is_plain(value: Any, depth: int = 0) -> bool:
     """Whether it is a text, a number, true, false, null, or lists and tables of these."""
-    if value is None or isinstance(value, bool) or is_text(value) or is_number(value):
+    if value is None or isinstance(value, bool):
         return True
+    if isinstance(value, str):
+        return is_text(value)
+    if not isinstance(value, list | Mapping):
+        return is_number(value)
+    # Python gives up on a few hundred levels, with an error that is no `ValueError`.
     if depth >= DEEPEST:
         return False
+    parts = list(value)
     if isinstance(value, Mapping):
-        return all(is_text(name) and is_plain(inner, depth + 1) for name, inner in value.items())
-    return isinstance(value, list) and all(is_plain(inner, depth + 1) for inner in value)
+        if not all(is_text(name) for name in value):
+            return False
+        parts = list(value.values())
+    return all(is_plain(part, depth + 1) for part in parts)
 
 
 def are_texts(value: Any) -> bool:
