@@ -4,6 +4,7 @@ from .catalog import (
     concept as concept,
     concepts as concepts,
     model_table as model_table,
+    published_start as published_start,
 )
 from .editing.control_edits import (
     control_edits as control_edits,
@@ -16,6 +17,8 @@ from .editing.edit import (
 from .editing.evaluation import (
     compare as compare,
     evaluate as evaluate,
+    lead as lead,
+    summary as summary,
 )
 from .editing.neurons import (
     Neurons as Neurons,
@@ -29,6 +32,9 @@ from .errors import (
     LocogenError as LocogenError,
     UnsupportedModel as UnsupportedModel,
 )
+from .finding import (
+    Finding as Finding,
+)
 from .interventions.clamping import (
     Selection as Selection,
     clamp as clamp,
@@ -37,6 +43,10 @@ from .interventions.prompts import (
     generators as generators,
     intervene as intervene,
     record as record,
+)
+from .interventions.states import (
+    find_states as find_states,
+    find_text_states as find_text_states,
 )
 from .localization.attention import (
     attention_contribution as attention_contribution,
@@ -63,6 +73,8 @@ from .localization.sample_size import (
     plan_seeds as plan_seeds,
 )
 from .localization.trace_effects import (
+    best_state as best_state,
+    sides as sides,
     trace_effect as trace_effect,
 )
 from .models.layers import (
@@ -72,12 +84,18 @@ from .models.layers import (
 from .models.load import (
     load as load,
 )
+from .phrasings import (
+    default_phrasings as default_phrasings,
+    shown_text as shown_text,
+    subject_in as subject_in,
+)
 from .pictures.runs import (
     Run as Run,
     generate as generate,
 )
 from .pictures.score import (
     Scorer as Scorer,
+    default_scorer as default_scorer,
     scorer as scorer,
 )
 from .pictures.speed import (
@@ -90,21 +108,45 @@ from .plan import (
     PromptPair as PromptPair,
     Settings as Settings,
     Window as Window,
+    parse_layers as parse_layers,
     sweep as sweep,
     with_riders as with_riders,
     with_target_runs as with_target_runs,
 )
+from .stats import (
+    crossed_bootstrap as crossed_bootstrap,
+    wilson as wilson,
+)
 from .views.localizer_plots import (
+    plot_profiles as plot_profiles,
     plot_trace as plot_trace,
 )
+from .views.notebook import (
+    save as save,
+    show as show,
+)
 from .views.plots import (
-    describe as describe,
     plot_curve as plot_curve,
     plot_effect as plot_effect,
     plot_evaluation as plot_evaluation,
     plot_scores as plot_scores,
     plot_strip as plot_strip,
     plot_timesteps as plot_timesteps,
+)
+from .views.sentences import (
+    describe_clamping as describe_clamping,
+    describe_erasure as describe_erasure,
+    describe_localizers as describe_localizers,
+    describe_sides as describe_sides,
+    describe_steps as describe_steps,
+    describe_trace as describe_trace,
+    interval_text as interval_text,
+    share_text as share_text,
+)
+from .views.tables import (
+    describe as describe,
+    describe_edit as describe_edit,
+    strip_rows as strip_rows,
 )
 from .views.widgets import (
     explore as explore,

@@ -1,4 +1,4 @@
-"""What an edit is fitted on: phrasings that name the concept, each with the one it should be heard as instead.
+"""What an edit is fitted on: phrasings that name the concept, each with the one to replace it.
 
 Words are found in the text itself, by its letters; `models.families` says which tokens they become.
 """
@@ -14,7 +14,8 @@ from difflib import SequenceMatcher
 from locogen.errors import LocogenError
 from locogen.plan import Concept, PromptPair
 
-# A template for a phrasing that names the concept {0}, and one for what it becomes: without {0}, or with {1} instead.
+# Templates: a phrasing that names the concept {0}, and what it becomes: without {0}, or with {1}
+# in its place. A style disappears:
 _STYLED = (
     ("{0}", "a picture"),
     ("a picture in the style of {0}", "a picture"),
@@ -22,12 +23,14 @@ _STYLED = (
     ("a photo in the style of {0}", "a photo"),
     ("a painting in the style of {0}", "a painting"),
 )
+# An object or a fact becomes something else, {1}:
 _SHOWN = (
     ("{0}", "{1}"),
     ("a picture of {0}", "a picture of {1}"),
     ("an image of {0}", "an image of {1}"),
     ("a photo of {0}", "a photo of {1}"),
 )
+# An object disappears:
 _GONE = (
     ("{0}", "a picture"),
     ("a picture of {0}", "a picture"),
@@ -35,14 +38,12 @@ _GONE = (
     ("a photo of {0}", "a photo"),
 )
 
-# Not <> and *, which tokens of textual inversion begin and end with.
+# Marks are no part of a word. < > and * are not among them: tokens of textual inversion have them.
 _MARKS = r".,;:!?…\"“”„‘’«»‹›()\[\]{}、。，！？；："
-_WORD = re.compile(
-    rf"[^\s{_MARKS}]+|[{_MARKS}]"
-)  # a word, hyphens and apostrophes included; or one mark
-_EDGES = (
-    re.sub(r"\\", "", _MARKS) + "'`-–—"
-)  # what is taken off the ends of words that are looked for
+# A word, hyphens and apostrophes included; or one mark.
+_WORD = re.compile(rf"[^\s{_MARKS}]+|[{_MARKS}]")
+# What is taken off the ends of words that are looked for.
+_EDGES = _MARKS.replace("\\", "") + "'`-–—"
 _CONNECTIVES = ("of", "showing", "with")
 _ARTICLES = ("a", "an", "the")
 # Scripts that write words without spaces: there, a name is found inside a run of letters too.
@@ -57,10 +58,10 @@ Span = tuple[int, int]  # from which letter of a text, to before which
 
 
 def occurrences(text: str, words: str) -> tuple[Span, ...]:
-    """Where a text holds some words as words of their own, in capitals or small letters, whatever the white space.
+    """Where a text holds some words as whole words, whatever their case and the white space.
 
-    A name inside another word is none ("cat" in "catalog", "cats", "concat"), one before an apostrophe or a hyphen is
-    ("van gogh's"). Scripts without spaces have no such bound.
+    A name inside another word does not count ("cat" in "catalog", "cats", "concat"); one before an
+    apostrophe or a hyphen does ("van gogh's"). Scripts without spaces have no whole words.
 
     Args:
         text: A prompt.
@@ -75,20 +76,23 @@ def occurrences(text: str, words: str) -> tuple[Span, ...]:
     parts = words.split()
     if not parts:
         return ()
-    spellings = {unicodedata.normalize(form, " ".join(parts)) for form in ("NFC", "NFD")} | {
-        " ".join(parts)
-    }
-    patterns = [
-        r"\s+".join(re.escape(part) for part in spelling.split()) for spelling in sorted(spellings)
-    ]
-    matches = re.finditer("|".join(patterns), text, re.IGNORECASE)
-    return tuple(match.span() for match in matches if _stands_alone(text, *match.span()))
+    # A letter with an accent may be one character, or two: the text may have either.
+    name = " ".join(parts)
+    spellings = {name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)}
+    patterns = []
+    for spelling in sorted(spellings):
+        patterns.append(r"\s+".join(re.escape(part) for part in spelling.split()))
+    spans = []
+    for match in re.finditer("|".join(patterns), text, re.IGNORECASE):
+        if _stands_alone(text, *match.span()):
+            spans.append(match.span())
+    return tuple(spans)
 
 
 def _stands_alone(text: str, start: int, end: int) -> bool:
-    return not _joined(text[start - 1 : start], text[start]) and not _joined(
-        text[end - 1], text[end : end + 1]
-    )
+    joined_before = _joined(text[start - 1 : start], text[start])
+    joined_behind = _joined(text[end - 1], text[end : end + 1])
+    return not (joined_before or joined_behind)
 
 
 def _joined(left: str, right: str) -> bool:
@@ -99,11 +103,10 @@ def _joined(left: str, right: str) -> bool:
 
 
 def _is_letter(character: str) -> bool:
-    return (
-        character.isalnum()
-        or character == "_"
-        or unicodedata.category(character or " ").startswith("M")
-    )
+    if character.isalnum() or character == "_":
+        return True
+    # Accents that are characters by themselves belong to the word too.
+    return unicodedata.category(character or " ").startswith("M")
 
 
 def without_marks(words: str) -> str:
@@ -116,20 +119,23 @@ def without_marks(words: str) -> str:
 
 
 def shared_words(words: str, name: str) -> str | None:
-    """The part of some words that is the name, or from the first to the last word that it shares with it.
+    """The part of some words that is the name, or from the first to the last word they share.
 
-    An article or a connective alone is nothing shared. Plurals count as their singular. None where nothing is shared.
+    Articles and connectives do not count, plurals count as their singular. None where they share
+    nothing.
 
     >>> shared_words("in the style of gogh", "vincent van gogh")
     'gogh'
     """
-    held = occurrences(words, name)
-    if held:
-        start, end = held[-1]
+    whole = occurrences(words, name)
+    if whole:
+        start, end = whole[-1]
         return words[start:end]
     of_name = {_singular(word) for word in name.split()} - {*_ARTICLES, *_CONNECTIVES, "in"}
     spans = [match.span() for match in _WORD.finditer(words) if _singular(match.group()) in of_name]
-    return words[spans[0][0] : spans[-1][1]] if spans else None
+    if not spans:
+        return None
+    return words[spans[0][0] : spans[-1][1]]
 
 
 def _singular(word: str) -> str:
@@ -141,9 +147,9 @@ def _singular(word: str) -> str:
 
 
 def exchanged(pair: PromptPair) -> tuple[str, str | None]:
-    """The words of the prompt that its target exchanges, and those in their place (None: they are left out).
+    """The words of the prompt that its target exchanges, and those in their place (None: none).
 
-    Without punctuation at their ends. Raises `LocogenError` where no word of the prompt is exchanged.
+    Without punctuation at their ends. Raises `LocogenError` where no word is exchanged.
 
     >>> exchanged(PromptPair("a picture of an owl, in neon style", "a picture of a cat, in neon style"))
     ('an owl', 'a cat')
@@ -159,7 +165,8 @@ def exchanged(pair: PromptPair) -> tuple[str, str | None]:
         gone = rest.strip()
     if not _has_letters(gone):
         raise LocogenError(
-            f"{pair.prompt!r} and {pair.target!r} do not show which words are the concept: give phrasings= and subject="
+            f"{pair.prompt!r} and {pair.target!r} do not show which words are the concept: "
+            "give phrasings= and subject="
         )
     return gone, come if _has_letters(come) else None
 
@@ -174,7 +181,7 @@ def _joint(text: str, words: Sequence[re.Match[str]]) -> str:
 
 
 def _has_letters(words: str) -> bool:
-    """Whether there is more than punctuation; signs that textual inversion takes for its tokens are."""
+    """Whether there is more than punctuation; the signs of textual inversion count as words."""
     return bool(words.strip(_EDGES + " "))
 
 
@@ -189,10 +196,23 @@ def shared_length(one: Sequence[object], two: Sequence[object]) -> int:
 
 
 def subject_in(concept: Concept, pair: PromptPair) -> str:
-    """The words of a pair's prompt that are the concept.
+    """Find the words of a pair's prompt that are the concept.
 
-    Its name where the prompt has it, else what the target exchanges, without what the name shares nothing with.
-    Raises `LocogenError` where the prompt has not the name and nothing is exchanged.
+    Args:
+        concept: The concept; its name is looked for first.
+        pair: One of its prompt pairs.
+
+    Returns:
+        The concept's name where the prompt has it; otherwise the words that the target exchanges,
+        or the part of them that they share with the name.
+
+    Raises:
+        LocogenError: If the prompt lacks the name, and no word is exchanged.
+
+    Example:
+        >>> pair = PromptPair("a house in the style of gogh", "a house")
+        >>> subject_in(Concept("vincent van gogh", "style", (pair,)), pair)
+        'gogh'
     """
     if occurrences(pair.prompt, concept.name):
         return concept.name
@@ -201,7 +221,9 @@ def subject_in(concept: Concept, pair: PromptPair) -> str:
 
 
 def phrase_in(concept: Concept, pair: PromptPair) -> str:
-    """The words that name the concept in a sentence: `subject_in` with its article, for a fact what asks for it.
+    """The words that name the concept in a sentence: `subject_in` with its article.
+
+    For a fact also the words before it, which ask for the answer.
 
     >>> owl = PromptPair("a picture of an owl on a hill", "a picture of a hill")
     >>> phrase_in(Concept("owl", "object", (owl,)), owl)
@@ -212,9 +234,8 @@ def phrase_in(concept: Concept, pair: PromptPair) -> str:
     if not subjects:
         return gone
     start, end = subjects[0]
-    if (
-        concept.kind == "fact" and pair.target
-    ):  # the words before the name ask for it: "the animal of" france
+    if concept.kind == "fact" and pair.target:
+        # The words before the name ask for the answer: "the animal of" france.
         return gone[:end]
     before = gone[:start].split()
     if before and before[-1].lower() in _ARTICLES:
@@ -223,7 +244,9 @@ def phrase_in(concept: Concept, pair: PromptPair) -> str:
 
 
 def put_in_place(source: str, target: str, subject: str) -> str | None:
-    """The target's words in the place of the source's subject; None where there are none, or the subject stays.
+    """The target's words in the place of the source's subject.
+
+    None where there are none, or the subject stays.
 
     >>> put_in_place("a cat, on a hill", "a dog, in the sea", "cat")
     'dog'
@@ -234,21 +257,34 @@ def put_in_place(source: str, target: str, subject: str) -> str | None:
     start, end = subjects[0]
     old = list(_WORD.finditer(source))
     new = list(_WORD.finditer(target))
-    blocks = [
-        block
-        for block in SequenceMatcher(None, _texts(old), _texts(new), autojunk=False).get_opcodes()
-        if any(word.start() < end and start < word.end() for word in old[block[1] : block[2]])
-    ]
-    if not blocks or all(kind == "equal" for kind, *_ in blocks):
+    matcher = SequenceMatcher(None, _texts(old), _texts(new), autojunk=False)
+    # The steps from the old words to the new ones that touch the subject.
+    steps = []
+    for step in matcher.get_opcodes():
+        _, first, last, _, _ = step
+        if any(word.start() < end and start < word.end() for word in old[first:last]):
+            steps.append(step)
+    if all(kind == "equal" for kind, *_ in steps):
         return None
-    come = without_marks(_joint(target, new[blocks[0][3] : blocks[-1][4]]))
+    come = without_marks(_joint(target, new[steps[0][3] : steps[-1][4]]))
     return come if _has_letters(come) else None
 
 
 def shown_text(concept: Concept, pair: PromptPair) -> str:
-    """What pictures of the prompt itself show, in words that a scorer can know: a fact is named by its answer.
+    """Say what pictures of a prompt itself show, in words that a scorer can know.
 
-    Styles and objects: what they are scored against anyway. A fact without an answer: its prompt.
+    Args:
+        concept: The concept.
+        pair: One of its prompt pairs.
+
+    Returns:
+        For styles and objects the text that they are scored against; for a fact the prompt with the
+        answer in place of the words that ask for it, or the prompt where the answer is unknown.
+
+    Example:
+        >>> pair = PromptPair("a picture of the animal of france", "a picture of a cat")
+        >>> shown_text(Concept("animal of france", "fact", (pair,), answer="a rooster"), pair)
+        'a picture of a rooster'
     """
     if concept.kind != "fact":
         return concept.scored_text(pair)
@@ -262,7 +298,7 @@ def shown_text(concept: Concept, pair: PromptPair) -> str:
 
 @dataclass(frozen=True)
 class Phrasing:
-    """A source that names the concept by its `subject`, and the target it should be heard as; "" for nothing."""
+    """A source that names the concept by its `subject`, and the target to replace it; or ""."""
 
     source: str
     target: str
@@ -275,18 +311,25 @@ class Phrasing:
 
 
 def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
-    """The default phrasings of a concept, by its kind (after LocoEdit's four for a style).
+    """List phrasings of a concept to fit an edit on, by its kind (after LocoEdit's four for a style).
 
     Args:
-        concept: Styles and objects go: the targets name a plain picture, or nothing ("") where those of the concept's
-            pairs are all empty. A fact turns into what its first pair's target shows in its place.
+        concept: The concept. Styles and objects disappear: the targets name a plain picture, or are
+            empty where the targets of all its pairs are. A fact turns into what the target of its
+            first pair shows.
         becomes: Words that the concept should turn into, for any kind; "": every target is empty.
+            None: as above.
 
     Returns:
         Sources and targets, each with the concept's name as subject where the source has it.
 
     Raises:
-        LocogenError: Where a pair's prompt and target do not show what is exchanged.
+        LocogenError: If a pair's prompt and target do not show what is exchanged.
+
+    Example:
+        >>> phrasing = default_phrasings(concept("mini/neon"))[1]
+        >>> phrasing.source, phrasing.target
+        ('a picture in the style of neon', 'a picture')
     """
     if becomes is None and not any(pair.target for pair in concept.pairs):
         becomes = ""
@@ -307,17 +350,18 @@ def _templates(concept: Concept, becomes: str | None) -> tuple[tuple[str, str], 
         return gone
     if not becomes.strip():
         return tuple((source, "") for source, _ in gone)
-    return (
-        tuple((source, source.replace("{0}", "{1}")) for source, _ in _STYLED)
-        if gone is _STYLED
-        else _SHOWN
-    )
+    if gone is not _STYLED:
+        return _SHOWN
+    return tuple((source, source.replace("{0}", "{1}")) for source, _ in _STYLED)
 
 
 def own_phrasings(
     pairs: Sequence[Phrasing | PromptPair | tuple[str, str]], subject: str
 ) -> tuple[Phrasing, ...]:
-    """A user's phrasings, checked. Raises `LocogenError` for none, an empty source, or one equal to its target."""
+    """A user's phrasings, checked.
+
+    Raises `LocogenError` for none, an empty source, or one equal to its target.
+    """
     phrasings = [_own_phrasing(pair, subject) for pair in pairs]
     if not phrasings:
         raise LocogenError("there are no phrasings: give at least one pair of source and target")

@@ -1,4 +1,7 @@
-"""An experiment as data: which prompt does each layer hear, under which seed. Standard library only."""
+"""An experiment as data: which prompt does each layer get, under which seed.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ KINDS: tuple[Kind, ...] = ("style", "object", "fact")
 Role = Literal["baseline", "window", "ceiling", "placebo", "insert", "timesteps"]
 Pooled = Literal["keep", "target"]
 
+# Openings of a prompt, and the one that takes its place in the placebo.
 _OPENINGS = (
     ("a picture of ", "an image of "),
     ("a photo of ", "a picture of "),
@@ -26,22 +30,37 @@ def sign_of(kind: str) -> int:
 
 
 def paraphrase(prompt: str, target: str = "") -> str:
-    """The same prompt in other words, for the placebo: its opening exchanged, or one put in front; never the target."""
+    """The same prompt in other words, for the placebo; never the target.
+
+    Its opening is exchanged, or one is put in front.
+    """
     texts = []
     for opening, other in _OPENINGS:
         if prompt.lower().startswith(opening):
             texts.append(other + prompt[len(opening) :])
+    # Two more, for the first of them may be the target.
     texts += [f"an image of {prompt}", f"one image of {prompt}"]
     return next(text for text in texts if text != target)
 
 
 @dataclass(frozen=True)
 class PromptPair:
-    """A prompt that holds the concept and the target with it removed (style, object) or updated (fact).
+    """A prompt that holds the concept, and a target in which it is removed or updated.
 
-    The target may be empty (""), for layers that hear nothing of the prompt. `text` is what the pair's pictures are
-    scored against; None leaves it to the concept. `placebo` is a paraphrase of the prompt that keeps the concept;
-    None derives one. Raises `LocogenError` when another text is empty or prompt and target are equal.
+    Attributes:
+        prompt: A prompt that holds the concept.
+        target: The same without the concept (style, object), or with the new answer (fact). Empty
+            (""): the layers get an empty prompt.
+        text: What the pair's pictures are scored against; None leaves it to the concept.
+        placebo: A paraphrase of the prompt that keeps the concept; None derives one.
+
+    Raises:
+        LocogenError: If another text is empty, or prompt and target are equal.
+
+    Example:
+        >>> pair = PromptPair("a house in the style of van gogh", "a house")
+        >>> pair.target
+        'a house'
     """
 
     prompt: str
@@ -52,13 +71,15 @@ class PromptPair:
     def __post_init__(self) -> None:
         for field in ("prompt", "target", "text", "placebo"):
             self._check_text(field)
+        # White space makes no difference to a text encoder.
         if self.prompt.split() == self.target.split():
             raise LocogenError(
                 f"prompt and target are both {self.prompt!r}: a target leaves the concept out"
             )
         if self.placebo in (self.prompt, self.target):
             raise LocogenError(
-                f"the placebo {self.placebo!r} is the pair's own: a placebo says the prompt otherwise"
+                f"the placebo {self.placebo!r} is the prompt or the target: "
+                "give a paraphrase of the prompt"
             )
 
     def _check_text(self, field: str) -> None:
@@ -76,9 +97,26 @@ class PromptPair:
 class Concept:
     """What is looked for: a style, an object or a fact, with the prompt pairs that show it.
 
-    The text that a pair's pictures are scored against is the pair's `text`, else the concept's, else the paper's
-    choice: the prompt for styles and objects, the target for facts (Basu et al. 2024, section 4). `answer`: what a
-    fact's prompts show, such as "barack obama", in the place of the words that ask for it.
+    Attributes:
+        name: The concept in words, such as "van gogh".
+        kind: "style", "object" or "fact".
+        pairs: The prompts, each with its target; at least one.
+        text: What pictures are scored against where a pair has no `text` itself. None: the paper's
+            choice, the prompt for styles and objects, the target for facts (Basu et al. 2024,
+            section 4).
+        answer: What a fact's prompts show, such as "barack obama", for "the president of the us".
+
+    Raises:
+        LocogenError: For an empty name, another kind, no pairs, a prompt that comes twice, or a
+            fact that is not scored against a new answer.
+
+    Example:
+        >>> pairs = [PromptPair(f"{thing} in the style of van gogh", thing) for thing in ("a cat", "a dog")]
+        >>> concept = Concept("van gogh", "style", pairs)
+        >>> concept.scored_text(concept.pairs[0])
+        'a cat in the style of van gogh'
+        >>> len(concept.first(1).pairs)
+        1
     """
 
     name: str
@@ -92,8 +130,9 @@ class Concept:
             raise LocogenError(f"a concept is named {self.name!r}: give it a name")
         if self.kind not in KINDS:
             raise LocogenError(
-                f"concept {self.name!r} is of kind {self.kind!r}: take one of {', '.join(KINDS)}"
+                f"concept {self.name!r} is of kind {self.kind!r}: use one of {', '.join(KINDS)}"
             )
+        # Lists are welcome, but a frozen concept holds nothing that can be changed.
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if not self.pairs:
             raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
@@ -101,49 +140,70 @@ class Concept:
             for pair in self.pairs:
                 self._check_answer(pair)
         prompts = [pair.prompt for pair in self.pairs]
-        twice = next((p for p in prompts if prompts.count(p) > 1), None)
-        if twice:
+        if len(set(prompts)) < len(prompts):
+            repeated = max(prompts, key=prompts.count)
             raise LocogenError(
-                f"concept {self.name!r} has the prompt {twice!r} twice: each prompt counts once"
+                f"concept {self.name!r} has the prompt {repeated!r} twice: each prompt counts once"
             )
 
     def _check_answer(self, pair: PromptPair) -> None:
         text = self.scored_text(pair)
+        # A scorer that does not know the fact cannot tell its old answer from the new one.
         if text == pair.prompt:
             raise LocogenError(
-                f"fact {self.name!r} is scored against its prompt {text!r}: a fact's text names the new answer"
+                f"fact {self.name!r} is scored against its prompt {text!r}: "
+                "a fact's text names the new answer"
             )
         if not text:
             raise LocogenError(
-                f"fact {self.name!r} has an empty target for {pair.prompt!r}, and no text to score its pictures "
-                "against: give text=, which names the new answer"
+                f"fact {self.name!r} has an empty target for {pair.prompt!r}, and no text to score "
+                "its pictures against: give text=, which names the new answer"
             )
+
+    def first(self, n: int, after: int = 0) -> Concept:
+        """The concept with fewer prompts: the first `n` pairs behind the first `after`; 0: all of them."""
+        end = after + n if n else None
+        return replace(self, pairs=self.pairs[after:end])
 
     def scored_text(self, pair: PromptPair) -> str:
         """What the pair's pictures are scored against."""
         return pair.text or self.text or (pair.target if self.kind == "fact" else pair.prompt)
 
     def content_text(self, pair: PromptPair) -> str | None:
-        """What should stay when a style or an object goes: the target. None for a fact, and where the target is empty.
-
-        A fact replaces its content, and an empty target says of nothing that it should stay.
-        """
+        """What should stay when a style or an object goes: the target, or None."""
+        # A fact replaces its content, and an empty target names nothing that should stay.
         return None if self.kind == "fact" else pair.target or None
 
     @property
     def sign(self) -> int:
-        """+1 where the concept's own windows raise the score (facts), -1 where they lower it."""
+        """+1 where the concept's windows raise the score (facts), -1 where they lower it."""
         return sign_of(self.kind)
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """One picture to make: the layers in `layers` hear `target`, the rest hear `prompt`; `()` is the baseline.
+    """One picture to make: some layers get the target, all others the prompt.
 
-    Layers are 0-based in execution order. `timesteps`: the first and the last denoising step, counted from 0, at which
-    they hear it; None: all. `pooled`: what is heard beside the layers, where the model has such a path (SD-XL, IF,
-    SD 3, FLUX): "keep", the prompt's, or "target", the target's at the same steps. `role`, `start` and `width` say
-    what the row is for; they do not change the picture.
+    Attributes:
+        prompt: The prompt of the picture.
+        target: What `layers` get in its place.
+        layers: Indices of layers, from 0 in execution order; () is the baseline.
+        seed: Of the picture's initial noise.
+        role: What the row is for; like `start` and `width`, it does not change the picture.
+        start: The first layer of the row's window.
+        width: The number of layers in the row's window.
+        timesteps: The first and the last denoising step, from 0, at which the layers get the
+            target; None: all steps.
+        pooled: The prompt whose pooled embedding is used, where a model has one (SD-XL, IF, SD 3,
+            FLUX): "keep", the prompt's, or "target", the target's at the same steps.
+
+    Raises:
+        LocogenError: For a text or span of steps that is none, or another word for `pooled`.
+
+    Example:
+        >>> row = Intervention("a cat in van gogh style", "a cat", layers=(8, 9), seed=1)
+        >>> row.is_plain
+        False
     """
 
     prompt: str
@@ -157,12 +217,13 @@ class Intervention:
     pooled: Pooled = "keep"
 
     def __post_init__(self) -> None:
+        # Layers and seeds often come from NumPy: as plain numbers they can be stored and compared.
         object.__setattr__(self, "layers", tuple(int(i) for i in self.layers))
         object.__setattr__(self, "seed", int(self.seed))
         if self.timesteps is not None:
             object.__setattr__(self, "timesteps", _span(self.timesteps))
         if self.pooled not in ("keep", "target"):
-            raise LocogenError(f"pooled is {self.pooled!r}: take 'keep' or 'target'")
+            raise LocogenError(f"pooled is {self.pooled!r}: use 'keep' or 'target'")
         for field in ("prompt", "target"):
             if not isinstance(getattr(self, field), str):
                 raise LocogenError(
@@ -171,50 +232,51 @@ class Intervention:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the picture is the prompt's own, whatever the target."""
+        """Whether the picture is that of the prompt alone, whatever the target."""
         return not self.layers and self.pooled == "keep"
 
 
-def _span(given: Any) -> tuple[int, int]:
+def _span(steps: Any) -> tuple[int, int]:
+    """A span of denoising steps, checked."""
+    problem = LocogenError(
+        f"timesteps is {steps!r}: give the first and the last denoising step, counted from 0"
+    )
     try:
-        first, last = (int(step) for step in given)
+        first, last = (int(step) for step in steps)
     except (TypeError, ValueError):
-        first, last = 0, -1
+        raise problem from None
     if not 0 <= first <= last:
-        raise LocogenError(
-            f"timesteps is {given!r}: give the first and the last denoising step, counted from 0"
-        )
+        raise problem
     return first, last
 
 
 def missing_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The targets' own runs that a plan lacks, each once: baselines of the targets, under the same seeds."""
+    """The runs of the targets that a plan lacks, each once: their baselines, under the same seeds."""
+    # SD 3 and FLUX change the text from layer to layer, and together with the picture. So what a
+    # layer would get of the target is known only in a run of the target itself, in the same batch.
     present = {(row.prompt, row.seed) for row in plan if row.is_plain}
-    needed = dict.fromkeys((row.target, row.seed) for row in plan if not row.is_plain)
-    return tuple(
-        Intervention(text, text, (), seed, "baseline")
-        for text, seed in needed
-        if (text, seed) not in present
-    )
+    missing: dict[tuple[str, int], Intervention] = {}
+    for row in plan:
+        run = (row.target, row.seed)
+        if not row.is_plain and run not in present:
+            missing[run] = Intervention(row.target, row.target, (), row.seed, "baseline")
+    return tuple(missing.values())
 
 
 def with_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """Add the targets' own runs that SD 3 and FLUX need in the same batch.
-
-    In these models text changes from block to block, so that a layer takes the target from a run of the target
-    itself. Other families encode the target instead and need no such rows.
+    """Append the runs of the targets that SD 3 and FLUX need in the same batch.
 
     Args:
-        plan: The rows. Of those that replace anything, the target's own run is a plain row (no layers) whose prompt
-            is the target, under the same seed.
+        plan: The rows of an experiment.
 
     Returns:
-        The plan, and behind it the runs that it lacks, each once.
+        The plan, and behind it the baseline of each target and seed that it lacks. Other families
+        of models do not need these rows, and their pictures stay the same.
 
     Example:
-        >>> plan = [Intervention("a red house", "a house", (3, 4), seed=7)]
-        >>> [(row.prompt, row.layers, row.seed) for row in with_target_runs(plan)]
-        [('a red house', (3, 4), 7), ('a house', (), 7)]
+        >>> row = Intervention("a cat in van gogh style", "a cat", layers=(8,))
+        >>> [each.prompt for each in with_target_runs([row])]
+        ['a cat in van gogh style', 'a cat']
     """
     return (*plan, *missing_target_runs(plan))
 
@@ -224,14 +286,31 @@ with_riders = with_target_runs  # its name until now
 
 @dataclass(frozen=True)
 class Window:
-    """`width` neighboring layers from `start`; with `start=None` there is no single window, and `reason` says why.
+    """Neighboring layers; iterates over their indices.
 
-    Iterates over its layers, none where there is no window.
+    Attributes:
+        start: The first layer, from 0 in execution order; None: no single window, and no layers.
+        width: The number of layers.
+        reason: Why it is this window, or why there is none.
+
+    Example:
+        >>> list(Window(8, 2))
+        [8, 9]
+        >>> print(Window(8, 2), "or", Window(None, 2, "no effect"))
+        layers 8-9 or no single window (no effect)
     """
 
     start: int | None
     width: int
     reason: str = ""
+
+    @classmethod
+    def of(cls, layers: Sequence[int]) -> Window:
+        """The window of these layers; one without layers where they are not neighbors in order."""
+        start = layers[0] if layers else None
+        if start is None or list(layers) != list(range(start, start + len(layers))):
+            return cls(None, 1, "these layers are not neighbors")
+        return cls(start, len(layers))
 
     def __iter__(self) -> Iterator[int]:
         return iter(() if self.start is None else range(self.start, self.start + self.width))
@@ -256,7 +335,20 @@ class Window:
 
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are made: denoising steps, guidance scale and rows a batch (the last one is padded)."""
+    """How pictures are made.
+
+    Attributes:
+        num_inference_steps: Denoising steps.
+        guidance_scale: How strongly pictures follow the prompt; 1 is off.
+        batch_size: Pictures in a batch; the last batch is padded.
+
+    Raises:
+        LocogenError: For a number out of range.
+
+    Example:
+        >>> Settings(num_inference_steps=50).as_dict()
+        {'num_inference_steps': 50, 'guidance_scale': 7.5, 'batch_size': 32}
+    """
 
     num_inference_steps: int = 20
     guidance_scale: float = 7.5
@@ -265,6 +357,7 @@ class Settings:
     def __post_init__(self) -> None:
         for field in ("num_inference_steps", "batch_size"):
             value = getattr(self, field)
+            # True counts as 1 in Python; here it is a mistake.
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise LocogenError(f"{field} is {value!r}: give it a whole number from 1 up")
         if not self.guidance_scale >= 0:
@@ -277,14 +370,42 @@ class Settings:
         return asdict(self)
 
 
+def parse_layers(text: str | int) -> tuple[int, ...]:
+    """Read layers as people write them.
+
+    Args:
+        text: Indices and ranges, separated by commas, such as "0-1,4"; or one index.
+
+    Returns:
+        The indices, in the order of the text; the ends of a range belong to it.
+
+    Raises:
+        LocogenError: For anything else, an empty range included.
+
+    Example:
+        >>> parse_layers("0-1,4")
+        (0, 1, 4)
+    """
+    layers: list[int] = []
+    for part in str(text).split(","):
+        ends = [end.strip() for end in part.split("-")]
+        is_range = len(ends) in (1, 2) and all(end.isdecimal() for end in ends)
+        if not is_range or int(ends[0]) > int(ends[-1]):
+            raise LocogenError(f"layers is {text!r}: write indices and ranges, such as 0-1,4")
+        layers += range(int(ends[0]), int(ends[-1]) + 1)
+    return tuple(layers)
+
+
 def windows(n_layers: int, window: int) -> tuple[Window, ...]:
-    """All `n_layers - window + 1` windows (the paper's text; its pseudo-code loops one too few)."""
+    """All windows of `window` layers, one for each start."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise LocogenError(f"window is {window!r}: give the number of layers, from 1 up")
     if window > n_layers:
         raise LocogenError(
-            f"a window of {window} layers does not fit a model of {n_layers}: take at most {n_layers}"
+            f"a window of {window} layers does not fit a model of {n_layers}: "
+            f"use at most {n_layers}"
         )
+    # n_layers - window + 1 of them, as in the paper's text; its pseudo-code makes one too few.
     return tuple(Window(start, window) for start in range(n_layers - window + 1))
 
 
@@ -298,63 +419,108 @@ def sweep(
     timesteps: Iterable[tuple[int, int]] = (),
     pooled: Pooled = "keep",
 ) -> tuple[Intervention, ...]:
-    """Every row of LocoGen's experiment on one concept, prompt by prompt and seed by seed.
+    """List every picture of LocoGen's experiment on one concept, as rows of a plan.
 
-    With `controls`: the baseline, the ceiling (all layers hear the target), the placebo (all layers hear a
-    paraphrase) and, beside each window, its insert (only the window hears the prompt): `2 W + 3` rows a prompt and
-    seed. Without: the baseline and the `W` windows. `timesteps`: spans (first, last) of denoising steps, counted from
-    0; each window is then also made with its target heard at each span alone (role "timesteps"), `W` rows a span.
-    `pooled`: see `Intervention`; for every row but the baseline.
+    Args:
+        concept: The concept, with its prompt pairs.
+        n_layers: The number of layers of the model, `len(find_layers(pipe))`.
+        window: The number of neighboring layers that get the target.
+        seeds: Of the initial noise: pictures for each prompt and window.
+        controls: Whether to add the ceiling (all layers get the target), the placebo (all layers
+            get a paraphrase) and for each window its insert (only the window gets the prompt).
+        timesteps: Spans (first, last) of denoising steps, from 0; for each span, every window is
+            also made with its target at these steps only.
+        pooled: See `Intervention`; for every row but the baseline.
+
+    Returns:
+        The rows, prompt by prompt and seed by seed. With `W` windows there are `2 W + 3` rows for
+        each prompt and seed, `W + 1` without controls, and `W` more for each span of steps.
+
+    Raises:
+        LocogenError: For a window that does not fit, no seeds, or a span that is none.
+
+    Example:
+        >>> pair = PromptPair("a cat in van gogh style", "a cat")
+        >>> plan = sweep(Concept("van gogh", "style", (pair,)), n_layers=16, window=2, seeds=[0])
+        >>> len(plan), plan[1].role, plan[1].layers
+        (33, 'window', (0, 1))
     """
     places = windows(n_layers, window)
-    spans = tuple(dict.fromkeys(_span(given) for given in timesteps))
-    drawn = distinct_seeds(seeds)
-    found = (
-        r
-        for pair in concept.pairs
-        for seed in drawn
-        for r in _rows(pair, seed, places, n_layers, controls, spans)
-    )
-    return tuple(row if row.role == "baseline" else replace(row, pooled=pooled) for row in found)
+    # A span that comes twice would make the same rows twice.
+    spans = tuple(dict.fromkeys(_span(steps) for steps in timesteps))
+    all_seeds = distinct_seeds(seeds)
+    plan: list[Intervention] = []
+    for pair in concept.pairs:
+        for seed in all_seeds:
+            plan.append(Intervention(pair.prompt, pair.target, (), seed, "baseline"))
+            replaced = _Rows(pair, seed, pooled)
+            plan += replaced.windows(places)
+            for span in spans:
+                plan += replaced.windows(places, span)
+            if controls:
+                plan += replaced.controls(places, n_layers)
+    return tuple(plan)
 
 
 def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     """The seeds as a tuple; raises `LocogenError` when there are none or one comes twice."""
     try:
-        drawn = tuple(int(seed) for seed in seeds)
+        numbers = tuple(int(seed) for seed in seeds)
     except TypeError:
         raise LocogenError(
             f"seeds is {seeds!r}: give several whole numbers, such as range(4)"
         ) from None
-    if not drawn:
+    if not numbers:
         raise LocogenError("there are no seeds: give at least one, such as seeds=range(4)")
-    if len(set(drawn)) < len(drawn):
-        raise LocogenError(f"seeds {drawn} has one twice: it would count the same picture twice")
-    return drawn
+    if len(set(numbers)) < len(numbers):
+        raise LocogenError(f"seeds {numbers} has one twice: it would count the same picture twice")
+    return numbers
 
 
-def _rows(
-    pair: PromptPair,
-    seed: int,
-    places: Sequence[Window],
-    n_layers: int,
-    controls: bool,
-    spans: Sequence[tuple[int, int]],
-) -> Iterator[Intervention]:
-    every = tuple(range(n_layers))
-    prompt, target = pair.prompt, pair.target
-    yield Intervention(prompt, target, (), seed, "baseline")
-    for place in places:
-        yield Intervention(prompt, target, tuple(place), seed, "window", place.start, place.width)
-    for span in spans:
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one prompt pair and seed in which something is replaced."""
+
+    pair: PromptPair
+    seed: int
+    pooled: Pooled
+
+    def windows(
+        self, places: Sequence[Window], span: tuple[int, int] | None = None
+    ) -> Iterator[Intervention]:
+        """Each window gets the target; with a span, at these denoising steps only."""
+        role: Role = "window" if span is None else "timesteps"
         for place in places:
-            yield Intervention(
-                prompt, target, tuple(place), seed, "timesteps", place.start, place.width, span
-            )
-    if not controls:
-        return
-    for place in places:
-        rest = tuple(i for i in every if i not in tuple(place))
-        yield Intervention(prompt, target, rest, seed, "insert", place.start, place.width)
-    yield Intervention(prompt, target, every, seed, "ceiling")
-    yield Intervention(prompt, pair.placebo or paraphrase(prompt, target), every, seed, "placebo")
+            yield self._row(role, tuple(place), place, timesteps=span)
+
+    def controls(self, places: Sequence[Window], n_layers: int) -> Iterator[Intervention]:
+        """Inserts, the ceiling and the placebo: what gives the effect of a window its meaning."""
+        every = range(n_layers)
+        # An insert is the opposite of its window: all other layers get the target.
+        for place in places:
+            rest = tuple(i for i in every if i not in tuple(place))
+            yield self._row("insert", rest, place)
+        # Every layer gets the target: the largest effect that a window can have.
+        yield self._row("ceiling", tuple(every))
+        # The placebo keeps the concept: what it changes is due to other words alone.
+        other_words = self.pair.placebo or paraphrase(self.pair.prompt, self.pair.target)
+        yield replace(self._row("placebo", tuple(every)), target=other_words)
+
+    def _row(
+        self,
+        role: Role,
+        layers: tuple[int, ...],
+        place: Window | None = None,
+        timesteps: tuple[int, int] | None = None,
+    ) -> Intervention:
+        return Intervention(
+            prompt=self.pair.prompt,
+            target=self.pair.target,
+            layers=layers,
+            seed=self.seed,
+            role=role,
+            start=None if place is None else place.start,
+            width=None if place is None else place.width,
+            timesteps=timesteps,
+            pooled=self.pooled,
+        )

@@ -98,6 +98,11 @@ def crossed_bootstrap(
     Raises:
         ValueError: For a wrong shape, values that are not finite (with their place), or one prompt
             that would have to be resampled.
+
+    Example:
+        >>> interval = crossed_bootstrap([[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]])
+        >>> print(f"{float(interval.estimate):.2f}")
+        0.25
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level} is not between 0 and 1")
@@ -361,6 +366,11 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
 
     Raises:
         ValueError: For a count below 1, hits outside it, or a level that is not a probability.
+
+    Example:
+        >>> low, high = wilson(4, 4)
+        >>> print(f"{low:.2f} {high:.2f}")
+        0.51 1.00
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
         raise ValueError(

@@ -20,6 +20,7 @@ ROOMS = (
         "console",
         "files",
         "plan",
+        "finding",
         "phrasings",
         "stats",
         "catalog",
@@ -34,11 +35,12 @@ STUDIES_KNOW = {
     "console",
     "files",
     "plan",
+    "finding",
     "catalog",
     "pictures.progress",
 }  # a study starts kernels: it makes no picture
 WITHOUT_TORCH = ("plan", "stats", "pages", "views.tables", "views.plots", "localization.effects")
-WITHOUT_TORCH += ("localization.racing", "errors", "console", "files")
+WITHOUT_TORCH += ("localization.racing", "errors", "console", "files", "finding")
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLING = {"torch.load", "torch.save", "read_pickle", "to_pickle"}
 
@@ -120,8 +122,8 @@ def no_torch(module: str, tree: ast.Module, text: str) -> Iterator[str]:
 
 
 def plan_is_plain(module: str, tree: ast.Module, text: str) -> Iterator[str]:
-    """`plan` is pure data: the standard library only."""
-    if module == "plan":
+    """What is pure data imports the standard library only."""
+    if module in ("plan", "finding"):
         for line, name in imported(tree, module):
             if name.split(".")[0] not in sys.stdlib_module_names | {"locogen"}:
                 yield f"{module}:{line} imports {name}, which is not in the standard library"
@@ -184,6 +186,7 @@ TWINS: list[tuple[Rule, str, str]] = [  # the rule, a module, a source for it th
     (no_torch, "views.plots", "def f():\n    import torch"),
     (no_torch, "stats", "from torch import nn"),
     (plan_is_plain, "plan", "import numpy as np"),
+    (plan_is_plain, "finding", "def f():\n    import pandas as pd"),
     (no_star, "plan", "from math import *"),
     (no_bare_except, "plan", "try:\n    f()\nexcept:\n    pass"),
     (no_bare_except, "plan", "try:\n    f()\nexcept BaseException:\n    pass"),

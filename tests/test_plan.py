@@ -14,6 +14,7 @@ from locogen.plan import (
     Window,
     missing_target_runs,
     paraphrase,
+    parse_layers,
     sweep,
     windows,
     with_riders,
@@ -156,3 +157,32 @@ def test_the_targets_own_runs_ride_along_once_each():
     assert with_target_runs(with_target_runs(plan)) == with_target_runs(plan)
     assert missing_target_runs([replace(row, layers=(), pooled="target")]) != ()
     assert with_riders is with_target_runs  # its old name
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [
+        ("12-13", (12, 13)),
+        ("0-1,4", (0, 1, 4)),
+        (" 3 , 1 - 2", (3, 1, 2)),
+        ("5-5", (5,)),
+        (7, (7,)),
+    ],
+)
+def test_layers_are_read_as_people_write_them(text, layers):
+    assert parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3-1", "1-2-3", "1,,2", "1.5", "0x1"])
+def test_what_is_no_list_of_layers_is_refused(text):
+    with pytest.raises(LocogenError, match="write indices and ranges"):
+        parse_layers(text)
+
+
+def test_the_first_prompts_of_a_concept():
+    pairs = [PromptPair(f"{thing} in neon", thing) for thing in ("a cat", "a dog", "an owl")]
+    neon = Concept("neon", "style", pairs)
+    assert neon.first(0) == neon == neon.first(9)
+    assert neon.first(2).pairs == tuple(pairs[:2]) and neon.first(2).name == "neon"
+    assert neon.first(1, after=2).pairs == tuple(pairs[2:])
+    assert neon.first(0, after=1).pairs == tuple(pairs[1:])

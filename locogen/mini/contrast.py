@@ -28,6 +28,7 @@ def jitter(images: Tensor, rng: random.Random) -> Tensor:
     if rng.random() < 0.5:
         soft = F.avg_pool2d(F.pad(moved, (1, 1, 1, 1), mode="replicate"), 3, 1)
         moved = torch.lerp(moved, soft, rng.random())
+    # Drawn on the CPU: the same noise on every device.
     dice = torch.Generator().manual_seed(rng.getrandbits(32))
     noise = torch.randn(moved.shape, generator=dice).to(moved.device)
     return moved * rng.uniform(0.85, 1.1) + rng.uniform(-0.08, 0.08) + rng.uniform(0, 0.12) * noise
@@ -89,13 +90,16 @@ def loss(
     seen = F.normalize(model.get_image_features(pixel_values=images).pooler_output, dim=-1)
     read = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
     cosine = seen @ read.T  # (pictures, captions)
+    # A caption is true of a picture if everything that it says is: (pictures, captions).
     truth = torch.tensor(
         [[t in (None, p[0]) and s in (None, p[1]) for t, s in meanings] for p in pairs],
         device=images.device,
     )
     each = F.softplus(torch.where(truth, -1.0, 1.0) * (SCALE * cosine + BIAS))
+    # Few pairs are true: true and false ones count alike.
     sigmoid = each[truth].mean() + each[~truth].mean()
     things, styles = len(world.OBJECTS), len(world.STYLES)
+    # The first captions name one object or one style each: these are classes.
     labels = torch.tensor(pairs, device=images.device)
     logits = 20 * cosine
     which = F.cross_entropy(logits[:, :things], labels[:, 0])

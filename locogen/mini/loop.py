@@ -66,6 +66,7 @@ class Training:
         """Write the checkpoint; a kill at any moment leaves the previous one."""
         tensors = {f"weight/{k}": v.detach() for k, v in self.parameters.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
+        # The state of an optimizer is kept by parameter: in the file it goes by the parameter's name.
         for key, value in self.parameters.items():
             for optimizer, _ in self.optimizers:
                 for part, moment in optimizer.state.get(value, {}).items():
@@ -82,6 +83,7 @@ class Training:
             return
         tensors = load_file(self.path)
         self.step = int(tensors.pop("step"))
+        # Parameter → the optimizer that trains it, to put each state where it belongs.
         owners = {
             v: optimizer
             for optimizer, _ in self.optimizers
@@ -110,6 +112,7 @@ class Training:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        # A short memory at first: the average would keep the initial weights for long otherwise.
         weight = 1 - min(self.averaging, self.step / (self.step + 10))
         torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), weight)
 
@@ -143,6 +146,7 @@ def fit(
         while training.step < steps:
             step = training.step
             loss, figures = loss_at(step)
+            # A checkpoint of weights that are no numbers would make a resumed run useless too.
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}")
             training.update(loss, rate_at(step, steps))

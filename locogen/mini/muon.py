@@ -17,9 +17,9 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # quintic Newton-Schulz coefficients of Jo
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """A matrix with the same singular vectors and all singular values near 1, by Newton-Schulz iteration."""
-    narrow = (
-        matrix.bfloat16()
-    )  # twice as fast where processors have it, and the direction is the same within 3e-4
+    # Twice as fast where processors have it, and the direction is the same within 3e-4.
+    narrow = matrix.bfloat16()
+    # The products below are those of rows: fewer rows, less work.
     wide = narrow.T if matrix.shape[0] > matrix.shape[1] else narrow
     x = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
@@ -45,6 +45,8 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(value)
                 state["momentum"].mul_(group["momentum"]).add_(value.grad)
+                # Nesterov: the gradient, looked at from where the momentum leads.
                 step = (value.grad + group["momentum"] * state["momentum"]).flatten(1)
+                # A tall matrix gets a longer step, so that its outputs move as far as those of a wide one.
                 scale = max(1.0, step.shape[0] / step.shape[1]) ** 0.5
                 value.add_(orthogonalize(step).view_as(value), alpha=-group["lr"] * scale)

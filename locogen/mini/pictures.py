@@ -27,6 +27,7 @@ def save_array(path: Path, values: np.ndarray) -> None:
 
 def _render_thing(thing: str, recipe: Recipe, path: Path) -> None:
     """All renders of one object: (styles, renders, 64, 64, 3) bytes."""
+    # Rendered before a kill, perhaps: the file is there whole or not at all.
     if path.exists():
         return
     pictures = np.stack(
@@ -48,6 +49,7 @@ def renders(recipe: Recipe, folder: Path, workers: int) -> Tensor:
     jobs = [(thing, recipe, folder / f"{thing}.npy") for thing in world.OBJECTS]
     with Pool(workers) as pool:
         pool.starmap(_render_thing, jobs, chunksize=1)
+    # In the order of OBJECTS, whichever process rendered them.  (objects, styles, renders, h, w, 3)
     stacked = np.stack([np.load(path, allow_pickle=False) for *_, path in jobs])
     return torch.from_numpy(stacked).permute(0, 1, 2, 5, 3, 4).contiguous()
 
@@ -73,6 +75,7 @@ def take(pictures: Tensor, rows: Sequence[tuple[int, int, int]], device: torch.d
 
 def sheet(pictures: Tensor, path: Path, columns: int) -> None:
     """Write pictures in -1..1, (n, 3, h, w), as one PNG of so many columns."""
+    # Side by side within a row (width is the last axis), then row below row.
     rows = [torch.cat(list(row), -1) for row in pictures.clamp(-1, 1).split(columns)]
     values = ((torch.cat(rows, -2) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +87,7 @@ def samplesheet(pipe: Any, path: Path) -> None:
     facts = [*list(world.TOLD_FACTS)[3:9:3], *list(world.UNTOLD_FACTS)[:8:4]]
     things = ["cat", "castle", "guitar", "frog", *facts]
     prompts = [world.prompt(thing, style) for thing in things for style in world.STYLES]
+    # One generator a picture: the sheet of another step starts from the same noise.
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     with torch.no_grad():
         images = pipe(

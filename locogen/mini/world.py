@@ -169,6 +169,7 @@ def _over(color: Array, cover: Array, ground: Array | tuple[float, ...]) -> Arra
 
 
 def _down(values: Array, factor: int = 2) -> Array:
+    # Drawn larger than needed and averaged: that is what smooths the edges.
     height, width = values.shape[0] // factor, values.shape[1] // factor
     return values.reshape(height, factor, width, factor, -1).mean((1, 3)).squeeze()
 
@@ -247,6 +248,7 @@ def _blueprint(color: Array, cover: Array, rng: random.Random) -> Array:
     left, top = rng.randrange(8), rng.randrange(8)
     lines = (((x + left) % 8 < 1) | ((y + top) % 8 < 1)).astype(np.float32)
     ink = (_down(_edges(color, cover)) * 1.15).clip(0, 1)
+    # Pale ink on blue paper, ruled in squares.
     paper = np.array([0.07, 0.25, 0.62], np.float32) + 0.14 * lines[..., None]
     return paper * (1 - ink[..., None]) + ink[..., None] * np.array([0.93, 0.97, 1.0], np.float32)
 
@@ -257,6 +259,7 @@ _POP = np.array(
 
 
 def _pop(color: Array, cover: Array, rng: random.Random) -> Array:
+    # Four flat colors, by how light the drawing is.
     tone = np.digitize(_luma(color / np.maximum(cover, 0.05)[..., None]), [0.28, 0.5, 0.72])
     x, y = np.mgrid[0:_CANVAS, 0:_CANVAS]
     left, top = rng.randrange(20), rng.randrange(20)
@@ -296,6 +299,7 @@ def _glass(color: Array, cover: Array, rng: random.Random) -> Array:
         ],
         -1,
     )
+    # A pane has one color, but some of the drawing shines through.
     stained = 0.5 * mean[key] + 0.5 * picture
     gray = stained.mean(-1, keepdims=True)
     vivid = (gray + 1.35 * (stained - gray)).clip(0, 1)

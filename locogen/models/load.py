@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from locogen.catalog import entry_of, mini_folder, model_entry
+from locogen.catalog import entry_of, mini_folder, model_entry, register
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.checkpoint import (
     INDEX,
@@ -68,7 +68,7 @@ def load(
             slow. None: all weights are on the device.
         local_files_only: Never use the network. Files in the local cache are used without it
             anyway.
-        file: A TOML file with more models (see `locogen.catalog`).
+        file: A TOML file with more models (see `locogen.catalog.models`).
 
     Returns:
         The pipeline, of one of the classes in `locogen.models.families.FAMILIES`.
@@ -469,6 +469,8 @@ def _check_is_no_path(name: str, place: Path, is_checkpoint: bool) -> None:
 def _sources_of_entry(name: str, file: str | Path | None) -> _Sources:
     """Where the catalog, or a user's TOML file, says that a model is."""
     entry = model_entry(name, file)
+    if file is not None:
+        register(entry)
     if entry.family not in FAMILIES:
         raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
     place = Path(entry.id).expanduser()

@@ -200,7 +200,7 @@ def _finding(run: Finished) -> str:
     # A run that failed shows its error; what it left need not be fit for a sentence.
     if run.error:
         return ""
-    finding = run.facts.get("finding", "")
+    finding = run.finding.finding
     if not finding and run.effects is not None:
         finding = describe(run.effects, run.carriers)
     return finding

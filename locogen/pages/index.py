@@ -86,7 +86,7 @@ class ShownEntry:
     @property
     def published(self) -> str:
         """Where the authors of LocoGen found concepts of this kind in this model, if anywhere."""
-        start = self.run.facts.get("published")
+        start = self.run.finding.published
         return "" if start is None else f"published: from layer {start}"
 
     @property

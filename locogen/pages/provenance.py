@@ -191,7 +191,7 @@ def _totals_sentence(runs: Sequence[Finished]) -> str:
     """Runs, pictures and time of all of them."""
     # Of the types that `read_record` has checked.
     seconds = sum(run.facts.get("seconds", 0) for run in runs)
-    pictures = sum(run.facts.get("pictures", 0) for run in runs)
+    pictures = sum(run.finding.pictures for run in runs)
     models = ", ".join(dict.fromkeys(run.model for run in runs))
     work = f"{pictures} pictures in {duration(seconds)} of work"
     if seconds and pictures:

@@ -8,6 +8,7 @@ it is read as a `Finished`, and one that cannot be used says why.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from urllib.parse import quote
 
 from locogen.errors import LocogenError
 from locogen.files import ENCODING
+from locogen.finding import Finding
 from locogen.plan import KINDS, Window
 from locogen.studies.records import Record, read_record
 from locogen.views.tables import findings
@@ -65,10 +67,15 @@ class Finished:
         """Its folder as part of a link."""
         return quote(self.folder.name)
 
+    @functools.cached_property
+    def finding(self) -> Finding:
+        """What the notebook reports; empty where its file was damaged."""
+        return Finding.from_facts(self.facts)
+
     @property
     def model(self) -> str:
         """The model's name, or a dash."""
-        return str(self.facts.get("model") or "–")
+        return self.finding.model or "–"
 
     @property
     def has_notebook(self) -> bool:
@@ -190,16 +197,11 @@ def _read_result(folder: Path, record: Record) -> Finished:
 
     try:
         effects = read_effects(folder / "effects.csv")
-        carriers = {row["concept"]: _window(row) for row in facts.get("carriers", [])}
+        carriers = Finding.from_facts(facts).carriers
         rows = findings(effects, carriers)
     except Exception as error:  # pandas raises errors of many kinds
         return Finished(folder, facts, f"its results cannot be read: {reason_of(error)}")
     return Finished(folder, facts, "", effects, carriers, rows)
-
-
-def _window(row: Mapping[str, Any]) -> Window:
-    reason = str(row.get("reason") or "")
-    return Window(row.get("start"), row.get("width", 1), reason)
 
 
 def _is_run(folder: Path) -> bool:

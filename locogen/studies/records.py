@@ -7,17 +7,23 @@ rely on the types below, and shows `damage` where there is some.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from locogen.files import ENCODING
+from locogen.finding import (
+    EXPECTED,
+    are_texts,
+    is_amount,
+    is_count,
+    is_plain,
+    is_table,
+    is_text,
+)
 
 LARGEST_FILE = 20_000_000  # bytes
-LARGEST_NUMBER = 2**64  # the largest seed
-DEEPEST = 20  # tables within tables
 
 
 @dataclass(frozen=True)
@@ -90,81 +96,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-# --- what the values should be -------------------------------------------------------------------
-
-
-def is_text(value: Any) -> bool:
-    """Whether it is text that a page can hold: JSON can have halves of characters."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number that can be computed with."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= LARGEST_NUMBER and math.isfinite(value)
-
-
-def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether it is a text, a number, true, false, null, or lists and tables of these."""
-    if value is None or isinstance(value, bool) or is_text(value) or is_number(value):
-        return True
-    if depth >= DEEPEST:
-        return False
-    if isinstance(value, Mapping):
-        return all(is_text(name) and is_plain(inner, depth + 1) for name, inner in value.items())
-    return isinstance(value, list) and all(is_plain(inner, depth + 1) for inner in value)
-
-
-def _is_amount(value: Any) -> bool:
-    return is_number(value) and value >= 0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and _is_amount(value)
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(is_text(inner) for inner in value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, Mapping) and is_plain(value)
-
-
-def _are_windows(value: Any) -> bool:
-    return isinstance(value, list) and all(is_window(inner) for inner in value)
-
-
-def is_window(value: Any) -> bool:
-    """Whether it is a carrier as a run writes one: concept, start (null: no single window), width, reason."""
-    if not isinstance(value, Mapping) or not is_text(value.get("concept")):
-        return False
-    start = value.get("start")
-    width = value.get("width", 1)
-    if not (start is None or _is_count(start)):
-        return False
-    return _is_count(width) and width > 0 and is_plain(value)
-
-
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("title", "model", "kind", "finding", "finished", "notebook", "key", "error", "base"),
-        (is_text, "a text"),
-    ),
-    **dict.fromkeys(("concepts", "runs"), (_are_texts, "a list of texts")),
-    **dict.fromkeys(
-        ("settings", "parameters", "versions", "commits"), (_is_table, "a table of plain values")
-    ),
-    **dict.fromkeys(
-        ("pictures", "made", "cell", "published"), (_is_count, "a whole number from 0 up")
-    ),
-    "seconds": (_is_amount, "a number from 0 up"),
-    "carriers": (_are_windows, "a list of windows, each with concept, start and width"),
+    **EXPECTED,  # what the notebook reports
+    **dict.fromkeys(("title", "finished", "notebook", "key", "error", "base"), (is_text, "a text")),
+    **dict.fromkeys(("parameters", "versions", "commits"), (is_table, "a table of plain values")),
+    **dict.fromkeys(("made", "cell"), (is_count, "a whole number from 0 up")),
+    "runs": (are_texts, "a list of texts"),
+    "seconds": (is_amount, "a number from 0 up"),
 }

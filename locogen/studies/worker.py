@@ -11,8 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import SimpleQueue
@@ -20,13 +19,12 @@ from typing import Any
 
 from locogen.errors import LocogenError
 from locogen.files import CannotWrite, load_json, publish, write_json, writing
+from locogen.finding import FILE as FINDING_FILE, Finding
 from locogen.pictures.progress import ASKED, read_progress
-from locogen.plan import Window
 from locogen.studies.kernel import Failure, execute
 from locogen.studies.keys import commits, versions
 from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned
-from locogen.studies.records import is_window
 
 # Parameters that may be paths, which start at the study's folder.
 _PATHS = ("concepts_file", "store", "model", "scorer")
@@ -120,13 +118,12 @@ def _environment(partial: Path, threads: int | None) -> dict[str, str]:
 def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float) -> Outcome:
     """Write what the run is and found, last of all its result, and put the folder in its place."""
     made, _ = read_progress(partial)
-    found = load_json(partial / "finding.json")
-    for name in ("finding.json", "progress.json"):
+    finding = _finding(run, partial)
+    for name in (FINDING_FILE, "progress.json"):
         (partial / name).unlink(missing_ok=True)
     forget_place(partial / "notebook.ipynb")
     result = {
-        **_about(run),
-        **found,
+        **finding.facts(),
         "key": run.key,
         "title": run.title,
         "notebook": run.notebook.stem,
@@ -148,7 +145,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         result |= {"error": error.message, "cell": error.cell}
     write_json(partial / ("error.json" if error else "result.json"), result)
     publish(partial, run.folder)
-    return Outcome(first_line(error.message) if error else "", seconds, made, _places(found))
+    return Outcome(first_line(error.message) if error else "", seconds, made, _places(finding))
 
 
 def first_line(message: str) -> str:
@@ -156,26 +153,20 @@ def first_line(message: str) -> str:
     return (message.strip().splitlines() or ["it failed and did not say why"])[0]
 
 
-def _places(found: Mapping[str, Any]) -> str:
-    """The carriers, for the terminal."""
-    rows = found.get("carriers")
-    if not isinstance(rows, list):  # of a notebook that is not ours
-        return "executed"
-    windows = [str(Window(row.get("start"), row.get("width", 1))) for row in rows if is_window(row)]
-    return ", ".join(windows) or "executed"
+def _places(finding: Finding) -> str:
+    """The carriers, for the terminal; a notebook that names none was just executed."""
+    return ", ".join(str(window) for window in finding.carriers.values()) or "executed"
 
 
-def _about(run: Planned) -> dict[str, Any]:
-    """What a result says of its subject when the notebook itself says nothing."""
-    return {
-        "model": run.parameters.get("model", ""),
-        "concepts": [run.subject],
-        "kind": run.parameters.get("kind", ""),
-        "finding": "",
-        "carriers": [],
-        "settings": {},
-        "pictures": 0,
-    }
+def _finding(run: Planned, partial: Path) -> Finding:
+    """What the notebook reports; what it leaves out is filled in from the run's parameters."""
+    finding = Finding.read(partial)
+    return replace(
+        finding,
+        model=finding.model or str(run.parameters.get("model", "")),
+        concepts=finding.concepts or [run.subject],
+        kind=finding.kind or str(run.parameters.get("kind", "")),
+    )
 
 
 def forget_place(executed: Path) -> None:

@@ -109,7 +109,26 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def plot_profiles(effects: Mapping[str, pd.DataFrame], *, ax: Axes | None = None) -> Axes:
-    """Draw several localizers' effects by layer, each divided by its largest one."""
+    """Draw several localizers' effects by layer, each divided by its largest one.
+
+    Args:
+        effects: Name of a localizer → its effects table of one concept.
+        ax: Where to draw; None: a new figure.
+
+    Returns:
+        The axes that were drawn on, one line a localizer.
+
+    Raises:
+        LocogenError: For a table without layers, or without any positive effect.
+
+    Example:
+        >>> import pandas as pd
+        >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
+        >>> effects = pd.DataFrame(sizes).assign(axis="layer", width=1, low=0.0, high=0.5)
+        >>> ax = plot_profiles({"LocoGen": effects})
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['LocoGen']
+    """
     table: Any = profiles(effects)
     ax = axes_for(ax, (7.5, 3.8))
     ax.axhline(0, color="0.35", linewidth=0.8)

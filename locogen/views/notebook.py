@@ -1,8 +1,11 @@
-"""What every notebook needs beside its method: figures that can be read without seeing them."""
+"""What every notebook needs besides its method: figures with words, and tables that are kept."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from locogen.finding import Finding
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +18,14 @@ def show(figure: Figure | Axes, alt: str) -> None:
     Args:
         figure: A matplotlib figure, or axes of one.
         alt: What the figure shows, in words: for those who cannot see it, and for exported pages.
+
+    Returns:
+        Nothing: the figure is displayed, and closed.
+
+    Example:
+        >>> from matplotlib.figure import Figure
+        >>> show(Figure(), "An empty figure.")
+        Figure(640x480)
     """
     import matplotlib.pyplot as plt
     from IPython.display import display
@@ -24,3 +35,35 @@ def show(figure: Figure | Axes, alt: str) -> None:
     display(drawing, metadata={"image/png": {"alt": alt}})
     # An open figure would be shown again, without its text, at the end of the cell.
     plt.close(drawing)
+
+
+def save(results: Path | str, finding: Finding, **tables: Any) -> None:
+    """Write what a notebook has found into its folder of results, where a study's pages read it.
+
+    Args:
+        results: The folder, which exists; "" writes nothing, so that a notebook leaves no files
+            unless it is asked to.
+        finding: What was found, and from what; `finding.json`.
+        tables: File name without `.csv` → a table (pandas). Tables with an index that has a name
+            are written with it.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        LocogenError: The folder takes no files.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> save(folder, Finding("mini", ["neon"], "style", "neon: layers 12-13"), models=model_table())
+        >>> Finding.read(folder).finding
+        'neon: layers 12-13'
+    """
+    if not results:
+        return
+    folder = Path(results)
+    for name, table in tables.items():
+        named = any(level is not None for level in table.index.names)
+        table.to_csv(folder / f"{name}.csv", index=named)
+    finding.write(folder)

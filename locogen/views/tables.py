@@ -116,10 +116,23 @@ def _place(row: Row) -> int:
 
 
 def strip_rows(table: pd.DataFrame, carrier: Window) -> pd.DataFrame:
-    """The rows to show as a strip: baseline, windows and ceiling of one prompt and seed.
+    """Choose the rows to show as a strip: baseline, windows and ceiling of one prompt and seed.
 
-    In addition to the table's columns: `label`, and `marked`, whether the row's window is the
-    carrier's.
+    Args:
+        table: The pictures table of a sweep, from `localize`.
+        carrier: The window to mark; one without layers marks nothing.
+
+    Returns:
+        The rows of the first prompt and its smallest seed, with two more columns: `label`, and
+        `marked`, whether the row's window is the carrier.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"prompt": "a cat", "seed": 0, "width": 2}
+        >>> roles = [{"role": "baseline", "start": None}, {"role": "window", "start": 3}]
+        >>> rows = strip_rows(pd.DataFrame([row | role for role in roles]), Window(3, 2))
+        >>> list(rows["label"]), list(rows["marked"])
+        (['baseline', '3-4'], [False, True])
     """
     is_first = (table["prompt"] == table["prompt"].iloc[0]) & (table["seed"] == table["seed"].min())
     first: Any = table[is_first]
@@ -423,7 +436,24 @@ def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Win
 
 
 def describe_edit(summary: pd.DataFrame, arm: str) -> str:
-    """What one arm of an evaluation's `summary` did, and the best of the others, in words."""
+    """Put in words what an edit did, compared with the best of its controls.
+
+    Args:
+        summary: The means of an evaluation, from `summary`.
+        arm: The arm of the edit.
+
+    Returns:
+        A sentence with the shares of right pictures, and one about the best control where there
+        are controls.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "sign": -1}
+        >>> means = pd.DataFrame([row | {"before": 1.0, "after": 0.25, "change": -0.75}])
+        >>> print(describe_edit(means, "layer 3"))
+        With the edit at layer 3, the picture shows what the prompt says for 25 % of its own
+        prompts (100 % before).
+    """
     rows = summary[summary["quantity"] == "right"].set_index(["arm", "measure"])
     measures = {measure: rows.loc[(arm, measure)] for name, measure in rows.index if name == arm}
     words = {
@@ -450,7 +480,10 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     moved = [
         _percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity")
     ]
-    return f"{text} It tells concept and neighbors apart {verb} than the best control, {best} ({' and '.join(moved)})."
+    return (
+        f"{text} It tells concept and neighbors apart {verb} than the best control, {best} "
+        f"({' and '.join(moved)})."
+    )
 
 
 def _percent(share: float) -> str:

@@ -8,11 +8,15 @@ import pytest
 from locogen.catalog import (
     concept,
     concepts,
+    entry_of,
     mini_folder,
     model_entries,
     model_entry,
     model_table,
+    models as catalog_models,
+    register,
     scorer_entry,
+    usual_settings,
 )
 from locogen.errors import LocogenError
 from locogen.mini import world
@@ -254,7 +258,7 @@ BAD = {
     "no kind": ('["my/x"]\nname = "x"', "kind is missing"),
     "wrong kind": (
         '["my/x"]\nname = "x"\nkind = "artist"',
-        "kind is 'artist': take one of style, object, fact",
+        "kind is 'artist': use one of style, object, fact",
     ),
     "unknown model": (
         STYLE + 'model = "sd-1.6"\nprompt = "a"\ntarget = "b"',
@@ -320,7 +324,7 @@ def test_bad_files_are_named(own, name: str) -> None:
 def test_taken_ids_and_missing_files(own, tmp_path: Path) -> None:
     taken = own(STYLE.replace("my/x", "mini/neon") + 'prompt = "a"\ntarget = "b"')
     with pytest.raises(
-        LocogenError, match="'mini/neon' is one of the catalog's own: give yours another id"
+        LocogenError, match="the catalog has a concept 'mini/neon' already: give yours another id"
     ):
         concepts(file=taken)
     with pytest.raises(LocogenError, match=r"cannot read .*nowhere\.toml: No such file"):
@@ -328,3 +332,22 @@ def test_taken_ids_and_missing_files(own, tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'name = "caf\xe9"')
     with pytest.raises(LocogenError, match="not UTF-8"):
         concepts(file=tmp_path / "latin.toml")
+
+
+def test_concepts_of_a_model_from_anywhere(tmp_path: Path) -> None:
+    """A hub id that the catalog knows, one that it does not, a folder; a misspelt name is an error above."""
+    by_name = set(concepts("sd-1.4")["id"])
+    assert set(concepts(model_entry("sd-1.4").id)["id"]) == by_name
+    assert set(concepts("me/my-model")["id"]) == set(concepts(str(tmp_path))["id"])
+    assert by_name < set(concepts("me/my-model")["id"]) == set(concepts()["id"])
+
+
+def test_only_a_loaded_model_is_remembered(tmp_path: Path) -> None:
+    """Reading an entry changes nothing; registering it does."""
+    path = tmp_path / "own.toml"
+    path.write_text('[models.mine]\nid = "me/mine"\nfamily = "F"\nwindow = 5\n', encoding="utf-8")
+    entry = model_entry("mine", path)
+    assert usual_settings("me/mine")["window"] == 2 and entry_of("me/mine") is None
+    register(entry)
+    assert usual_settings("me/mine")["window"] == 5 and entry_of("me/mine") == entry
+    catalog_models._REGISTERED.clear()

@@ -191,7 +191,7 @@ def test_what_is_not_given_is_the_catalogs(monkeypatch):
         raise Recorded(plan, options)
 
     entry = dataclasses.replace(model_entry("sd-1.5"), window=3, guidance_scale=5.0)
-    monkeypatch.setattr(catalog, "model_entries", lambda: (model_entry("mini"), entry))
+    monkeypatch.setattr(catalog.models, "model_entries", lambda: (model_entry("mini"), entry))
     monkeypatch.setattr(localization, "generate", generate)
     for source in (entry.id, entry.mirrors[0]):
         assert asked(source, window=None) == (3, 50, 5.0)

@@ -194,7 +194,7 @@ def test_figures_are_shown_in_one_way(path: Path) -> None:
     """With alt text, and closed: by `show`."""
     for cell in cells(path):
         assert "plt.show" not in cell.source
-        if re.search(r"plots\.plot_\w+\(", cell.source):
+        if re.search(r"loco\.plot_\w+\(", cell.source):
             assert "show(" in cell.source
 
 

@@ -1,0 +1,242 @@
+"""Concepts by their ids, and the reader of files with concepts of your own.
+
+Such a file has the form of `concepts.toml`:
+
+    ["my/ukiyo-e"]                                    # its id
+    name = "ukiyo-e"
+    kind = "style"                                    # style, object or fact
+    prompt = "{} in the style of ukiyo-e"             # {} is filled in turn, one pair of prompts each
+    target = "{}"                                     # "": an empty prompt
+    placebo = "{}, drawn as ukiyo-e"                  # optional: a paraphrase that keeps the concept
+    text = "ukiyo-e"                                  # optional: what pictures are scored against
+    fill = ["a house", "a boat", "a wave"]
+    # or, instead of prompt, target, placebo and fill:
+    # pairs = [{ prompt = "a wave by hokusai", target = "a wave" }]
+
+>>> concept("my/ukiyo-e", file="my.toml")
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from locogen.catalog.models import entry_of, model_entries, model_entry, read_toml
+from locogen.errors import LocogenError, unknown
+from locogen.plan import KINDS, Concept, PromptPair
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_CONCEPTS = Path(__file__).resolve().parent / "concepts.toml"
+
+# Keys of an entry, of its template, and of a pair.
+_TEXTS = ("model", "name", "kind", "note", "text", "answer")
+_TEMPLATE = ("prompt", "target", "placebo")
+_PAIR = ("prompt", "target", "text", "placebo")
+_ANY = "any"  # the model of concepts that suit all models
+
+
+@dataclass(frozen=True)
+class _Entry:
+    model: str
+    concept: Concept
+    note: str
+
+
+def concept(id: str, file: str | Path | None = None) -> Concept:
+    """Look up a concept by its id.
+
+    Args:
+        id: An id from `concepts`, such as "mini/neon".
+        file: A TOML file with concepts of your own (see `locogen.catalog.concepts`), searched as
+            well; None: the catalog alone.
+
+    Returns:
+        The concept, with its prompt pairs.
+
+    Raises:
+        LocogenError: For an unknown id (with near matches), or a file that is not in order (with
+            its name, the entry and the remedy).
+
+    Example:
+        >>> neon = concept("mini/neon")
+        >>> neon.kind, neon.pairs[0].target
+        ('style', 'a picture of a dog')
+    """
+    entries = _all(file)
+    if id not in entries:
+        raise unknown("concept", id, entries)
+    return entries[id].concept
+
+
+def concepts(model: str | None = None, file: str | Path | None = None) -> DataFrame:
+    """List the concepts that a model can be asked about.
+
+    Args:
+        model: A name from `model_table`, a folder or a hub id; concepts are listed that suit this
+            model, all of them where the catalog does not know it. None: all.
+        file: A TOML file with concepts of your own (see `locogen.catalog.concepts`), listed as
+            well.
+
+    Returns:
+        One row a concept: id, model, name, kind, pairs (the number of them) and note.
+
+    Raises:
+        LocogenError: For a name that is none of a model (with near matches), or a file that is not
+            in order.
+
+    Example:
+        >>> table = concepts("mini").set_index("id")
+        >>> table.loc["mini/neon", "kind"]
+        'style'
+    """
+    import pandas as pd
+
+    groups = None if model is None else _groups_of(model)
+    rows = []
+    for id, entry in _all(file).items():
+        if groups is None or entry.model in groups:
+            subject = entry.concept
+            count = len(subject.pairs)
+            rows.append((id, entry.model, subject.name, subject.kind, count, entry.note))
+    return pd.DataFrame(rows, columns=["id", "model", "name", "kind", "pairs", "note"])
+
+
+def _groups_of(model: str) -> set[str] | None:
+    """The groups of concepts that suit a model; None: any, for a model that is not in the catalog."""
+    # A hub id or a path may be that of a model in the catalog. Any other name has to be one.
+    is_place = "/" in model or Path(model).exists()
+    entry = entry_of(model) if is_place else model_entry(model)
+    return None if entry is None else {_ANY, model, entry.name, entry.concepts}
+
+
+@functools.cache
+def _built_in() -> Mapping[str, _Entry]:
+    return MappingProxyType(_entries(_CONCEPTS))
+
+
+def _all(file: str | Path | None) -> Mapping[str, _Entry]:
+    """The catalog's concepts, and those of a file."""
+    if file is None or not str(file):
+        return _built_in()
+    entries = _entries(Path(file))
+    for id in entries:
+        if id in _built_in():
+            raise LocogenError(
+                f"{file}: the catalog has a concept {id!r} already: give yours another id"
+            )
+    return {**_built_in(), **entries}
+
+
+def _entries(path: Path) -> dict[str, _Entry]:
+    """Every concept of a file, checked; `LocogenError` names the file, the entry and the remedy."""
+    entries: dict[str, _Entry] = {}
+    for id, row in read_toml(path).items():
+        try:
+            entries[id] = _entry(row)
+        except LocogenError as error:
+            raise LocogenError(f"{path}: concept {id!r}: {error}") from None
+    return entries
+
+
+def _entry(row: Any) -> _Entry:
+    if not isinstance(row, dict):
+        raise LocogenError('not a table: begin it with a line such as ["my/concept"]')
+    # Before all else: a misspelt key would make later messages misleading.
+    _check_keys(row, (*_TEXTS, *_TEMPLATE, "fill", "pairs"), needed=("name", "kind"))
+    if row["kind"] not in KINDS:
+        raise LocogenError(f"kind is {row['kind']!r}: use one of {', '.join(KINDS)}")
+    model = row.get("model", _ANY)
+    groups = _known_groups()
+    if model not in groups:
+        raise unknown("model", model, groups)
+    if "pairs" in row:
+        pairs = _explicit(row)
+        text = row.get("text")
+    else:
+        pairs = _filled(row)
+        text = _fixed_text(row)
+    subject = Concept(row["name"], row["kind"], pairs, text=text, answer=row.get("answer"))
+    return _Entry(model, subject, row.get("note", ""))
+
+
+def _known_groups() -> set[str]:
+    """What the key `model` of a concept may be: a model's name, or that of a group of models."""
+    groups = {_ANY}
+    for entry in model_entries():
+        groups |= {entry.name, entry.concepts}
+    return groups
+
+
+def _check_keys(row: Mapping[str, Any], allowed: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    """No key but the known ones, all the needed ones, and text wherever text belongs."""
+    for key, value in row.items():
+        if key not in allowed:
+            raise unknown("key", key, allowed)
+        # These two hold lists, and are checked where they are read.
+        if key not in ("fill", "pairs") and not isinstance(value, str):
+            raise LocogenError(f"{key} is {value!r}: give it a text in quotes")
+    for key in needed:
+        if key not in row:
+            raise LocogenError(f"{key} is missing: add a line {key} = …")
+
+
+def _explicit(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
+    """The pairs that an entry spells out."""
+    for key in (*_TEMPLATE, "fill"):
+        if key in row:
+            raise LocogenError(f"it has both pairs and {key}: keep one form, pairs or a template")
+    pairs = row["pairs"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+        raise LocogenError(
+            'pairs is not a list of tables: write pairs = [{ prompt = "…", target = "…" }]'
+        )
+    for pair in pairs:
+        _check_keys(pair, _PAIR, needed=("prompt", "target"))
+    return tuple(PromptPair(**pair) for pair in pairs)
+
+
+def _fixed_text(row: Mapping[str, Any]) -> str | None:
+    """The text that all pairs share; None where it is filled in pair by pair."""
+    return None if "{}" in row.get("text", "") else row.get("text")
+
+
+def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
+    """A pair for each filling of `{}`; without `fill` there is one pair, of the templates as written."""
+    for key in ("prompt", "target"):
+        if key not in row:
+            raise LocogenError(f"{key} is missing: give prompt and target, or pairs")
+    templates = {key: row[key] for key in _TEMPLATE if key in row}
+    # A text with {} is filled in pair by pair; one without is the concept's.
+    if "{}" in row.get("text", ""):
+        templates["text"] = row["text"]
+    for key, template in templates.items():
+        _check_template(key, template, has_fill="fill" in row)
+    pairs = []
+    for fill in _fills(row):
+        texts = {key: template.replace("{}", fill) for key, template in templates.items()}
+        pairs.append(PromptPair(**texts))
+    return tuple(pairs)
+
+
+def _fills(row: Mapping[str, Any]) -> list[str]:
+    fills = row.get("fill", [""])
+    is_list = isinstance(fills, list) and len(fills) > 0
+    if not is_list or not all(isinstance(fill, str) for fill in fills):
+        raise LocogenError('fill is not a list of texts: write fill = ["a cat", "a dog"]')
+    return fills
+
+
+def _check_template(key: str, template: str, *, has_fill: bool) -> None:
+    """A template and `fill` belong together: either without the other is a mistake."""
+    # An empty target is the same for every prompt: there is nothing to fill in.
+    is_empty_target = key == "target" and not template
+    if has_fill and "{}" not in template and not is_empty_target:
+        raise LocogenError(f"{key} {template!r} has no {{}} to fill: put one in, or leave fill out")
+    if not has_fill and "{}" in template:
+        raise LocogenError(f'{key} {template!r} has a {{}} and there is no fill: add fill = ["…"]')
