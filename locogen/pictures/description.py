@@ -8,13 +8,16 @@ twice; a line too few gives back the wrong one.
 
 from __future__ import annotations
 
+import copyreg
+import dis
 import enum
 import functools
 import hashlib
-import inspect
 import json
+import logging
 import os
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,15 +25,36 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen.models.compilation import is_compiled
+from locogen.models.compilation import is_compiled, uncompiled_module
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LIBRARIES = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "tokenizers"}
-PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
+LIBRARIES = {
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "tokenizers"),
+    *("huggingface_hub", "safetensors"),  # whose classes and decorators diffusers builds on
+}
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
 SIMPLE = {bool, int, float, str, type(None)}
-DEEPEST = 8  # objects within objects
+LONGEST = 256  # characters of a text, or bytes, that stand in a line; longer ones are hashed
+TREE_DEPTH = 8  # objects within objects; further down each object is described once, see `add`
+
+# Objects that only wait, count or write messages.
+SILENT = (type(threading.Lock()), type(threading.RLock()), logging.Logger, logging.LoggerAdapter)
+# What a class statement leaves in a class besides what was written there.
+OF_THE_STATEMENT = {
+    *("__doc__", "__module__", "__qualname__", "__dict__", "__weakref__", "__slots__"),
+    *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
+    *("__firstlineno__", "__static_attributes__", "__type_params__", "__parameters__"),
+    *("__orig_bases__", "__abstractmethods__", "_abc_impl", "__match_args__"),
+    *("__dataclass_fields__", "__dataclass_params__", "__conditional_annotations__"),
+}
+# Parts of a class that only say where an object keeps an attribute.
+SLOTS = (types.MemberDescriptorType, types.GetSetDescriptorType)
+NAMED_BY_PYTHON = (
+    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
+)
 
 # Attributes that cannot move a picture.
 WITHOUT_EFFECT = {
@@ -116,88 +140,213 @@ class Description:
     Attributes:
         lines: The lines, each with the path of attributes that leads to what it says.
         tensors: Tensors by that path; they are hashed apart.
+        undescribed: Paths, with their classes, of values that no line can describe.
     """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.tensors: dict[str, Tensor] = {}
+        self.undescribed: list[str] = []
         # The objects that are being described: one of their parts may hold its owner.
-        self._within: list[int] = []
+        self._within: set[int] = set()
         self._classes: set[type] = set()
+        # Where each module of a described tree is, each function, and each object far down.
+        self._places: dict[int, str] = {}
+        # Objects that were made on the way: while they exist, no other gets their id.
+        self._alive: list[Any] = []
         # Configs of transformers: all layers of a model hold the same one.
         self._configs: set[int] = set()
 
     def add(self, path: str, value: Any) -> None:
-        """Describe a value of any kind; what cannot be described is named by its class."""
+        """Describe a value of any kind; what cannot be described is named in `undescribed`."""
         import torch
 
         if isinstance(value, torch.Tensor):
-            self.tensors[path] = value
-            if vars(value):
-                self.attributes(path, value, ())
-        elif isinstance(value, (*PLAIN, torch.dtype, torch.device, torch.Size)):
+            self._add_tensor(path, value)
+        elif type(value) in SIMPLE or isinstance(value, PLAIN):
+            self._add_plain(path, value)
+        elif isinstance(value, (torch.dtype, torch.device, torch.Size)):
             self.lines.append(f"{path} = {value!r}")
-        elif isinstance(value, np.ndarray):
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             pixels = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
             self.lines.append(f"{path} = {value.dtype} {value.shape} {pixels}")
         elif isinstance(value, torch.Generator):
             self.tensors[path] = value.get_state()
-        elif id(value) not in self._within and len(self._within) < DEEPEST:
-            self._within.append(id(value))
-            self._add_parts(path, value)
-            self._within.pop()
+        elif id(value) in self._within:
+            self.lines.append(f"{path} holds its owner")
+        elif len(self._within) >= TREE_DEPTH and id(value) in self._places:
+            # Objects that share others, at many levels, would otherwise have endless paths.
+            self.lines.append(f"{path} is {self._places[id(value)]}")
+        else:
+            self._places.setdefault(id(value), path)
+            self._alive.append(value)
+            self._within.add(id(value))
+            try:
+                self._add_parts(path, value)
+            except Exception as error:  # code of the object's own class, such as its `__reduce__`
+                self._give_up(path, value, error)
+            self._within.discard(id(value))
+
+    def _give_up(self, path: str, value: Any, reason: object = "") -> None:
+        kind = _full_name(type(value))
+        self.lines.append(f"{path} is {kind}, which cannot be described")
+        self.undescribed.append(f"{path.strip('.')} ({kind}) {reason or ''}".rstrip())
+
+    def _add_tensor(self, path: str, value: Tensor) -> None:
+        # Two classes of one name, as in a notebook, may both have a tensor of the same path.
+        while path in self.tensors and self.tensors[path] is not value:
+            path += "'"
+        self.tensors[path] = value
+        if vars(value):
+            self.attributes(path, value, ())
+
+    def _add_plain(self, path: str, value: Any) -> None:
+        kind: Any = type(value)
+        if isinstance(value, enum.Enum):
+            self.lines.append(f"{path} = {_full_name(kind)}.{value.name}")
+            self.add_class(kind)
+            return
+        if isinstance(value, (str, bytes)) and len(value) > LONGEST:
+            raw = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+            text = hashlib.sha256(raw).hexdigest()
+        elif isinstance(value, int) and value.bit_length() > LONGEST:
+            text = hex(value)  # Python writes no decimal number of many thousand digits
+        else:
+            base = next(each for each in PLAIN if isinstance(value, each))
+            text = base.__repr__(value)
+        name = "" if kind in PLAIN else f"{_full_name(kind)} "
+        self.lines.append(f"{path} = {name}{text}")
+        if name and not _of_a_library(kind.__module__):
+            self.add_class(kind)
+            self.attributes(path, value, ())
 
     def _add_parts(self, path: str, value: Any) -> None:
         if isinstance(value, Mapping):
             self._add_mapping(path, value)
-        elif isinstance(value, (list, tuple)):
-            self.lines.append(f"{path} has {len(value)}")
-            for place, part in enumerate(value):
-                self.add(f"{path}[{place}]", part)
-        elif isinstance(value, (set, frozenset)):
-            self.lines.append(f"{path} = {sorted(map(str, value))}")
+        elif type(value) in (list, tuple) or _is_list_of_a_library(value):
+            self._add_items(path, value)
+        elif type(value) in (set, frozenset):
+            # Sets have another order in each process.
+            self.lines.append(f"{path} = {sorted(self._text(path, part) for part in value)}")
+        elif isinstance(value, enum.Enum):
+            self._add_plain(path, value)
         elif isinstance(value, functools.partial):
+            self.lines.append(f"{path} is {_full_name(type(value))}")
             self.add(path, (value.func, value.args, value.keywords))
         elif isinstance(value, types.MethodType):
-            self._add_function(path, value.__func__)
+            self.add(path, value.__func__)
+            self.add(f"{path}.__self__", value.__self__)
         elif isinstance(value, types.FunctionType):
             self._add_function(path, value)
+        elif isinstance(value, NAMED_BY_PYTHON):
+            self._add_builtin(path, value)
         elif isinstance(value, type):
             self.add_class(value)
             self.lines.append(f"{path} = {_full_name(value)}")
+        elif isinstance(value, types.ModuleType):
+            self._add_python_module(path, value, names=None)
         else:
             self._add_object(path, value)
 
+    def _add_items(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} has {len(value)} in a {type(value).__name__}")
+        for place, part in enumerate(value):
+            self.add(f"{path}[{place}]", part)
+
     def _add_mapping(self, path: str, value: Mapping[Any, Any]) -> None:
+        names = {self._text(path, key): part for key, part in value.items()}
         # A config's private entries are the versions that wrote it and the folder it came from.
-        names = {str(key): part for key, part in value.items() if not str(key).startswith("_")}
+        if type(value).__name__ == "FrozenDict":
+            names = {name: part for name, part in names.items() if not name.startswith(" = '_")}
         self.lines.append(f"{path} has {sorted(names)}")
-        for name, part in sorted(names.items()):
+        for name, part in sorted(names.items(), key=lambda item: item[0]):
             self.add(f"{path}[{name}]", part)
+        if type(value) is not dict and not _of_a_library(type(value).__module__):
+            self.lines.append(f"{path} is {_full_name(type(value))}")
+            self.add_class(type(value))
+            self.attributes(path, value, ())
+
+    def _text(self, path: str, part: Any) -> str:
+        """A key of a mapping, or a part of a set, as one text that says its type and value."""
+        if type(part) in SIMPLE:
+            return f" = {part!r}"
+        # One that stands for itself, whichever part comes first.
+        inner = Description()
+        inner._within = self._within
+        inner.add("", part)
+        self.undescribed += [f"{path}{{{name}}}" for name in inner.undescribed]
+        if inner.tensors:
+            self._give_up(path, part, "within a set, or as a key")
+        return "\n".join(inner.lines)
 
     def _add_object(self, path: str, value: Any) -> None:
         import torch
 
-        self.lines.append(f"{path} is {_full_name(type(value))}")
-        self.add_class(type(value))
-        # Python's own objects, such as locks, say nothing that moves a picture.
-        is_pythons_own = _root(type(value)) in sys.stdlib_module_names
-        if is_pythons_own and not isinstance(value, types.SimpleNamespace):
-            return
-        if isinstance(value, torch.nn.Module):
+        kind = type(value)
+        if isinstance(value, (weakref.ref, *SILENT)):
+            self.lines.append(f"{path} is {_full_name(kind)}")
+        elif isinstance(value, torch.nn.Module):
             self.module(path, value)
+        elif isinstance(value, os.PathLike):
+            self.lines.append(f"{path} = {_full_name(kind)} {os.fspath(value)!r}")
+        elif kind.__module__ in ("typing", "torch._ops") or kind is types.GenericAlias:
+            self.lines.append(f"{path} = {_full_name(kind)} {value!s}")
+        elif hasattr(value, "components") and hasattr(value, "register_modules"):
+            self._add_pipeline(path, value)
+        elif hasattr(value, "get_vocab") and hasattr(value, "all_special_tokens"):
+            _describe_tokenizer(self, value, ())
         elif hasattr(value, "to_dict") and hasattr(value, "to_json_string"):
             self._add_config(path, value)
+        elif hasattr(kind, "__array_interface__"):
+            self.add(path, np.asarray(value))  # a picture of Pillow
         else:
-            self.attributes(path, value, ())
+            self._add_any_object(path, value)
+
+    def _add_any_object(self, path: str, value: Any) -> None:
+        """An object's attributes, and what it was made of in C: as `copy.copy` would take it apart.
+
+        It is only taken apart: nothing is pickled.
+        """
+        kind = type(value)
+        self.lines.append(f"{path} is {_full_name(kind)}")
+        self.add_class(kind)
+        is_scheduler = any(each.__name__ == "SchedulerMixin" for each in kind.__mro__)
+        self.attributes(path, value, SET_BY_A_CALL if is_scheduler else ())
+        if isinstance(value, functools._lru_cache_wrapper):
+            self.add(f"{path}.__wrapped__", value.__wrapped__)
+        elif not _is_all_python(kind):
+            reduce = copyreg.dispatch_table.get(kind)
+            reduced: Any = value.__reduce_ex__(2) if reduce is None else reduce(value)
+            self.add(f"{path} made by", reduced if isinstance(reduced, str) else list(reduced[:2]))
+            # What the state, the items of a list, and the items of a mapping are.
+            for name, part in zip(("state", "items", "entries"), reduced[2:5], strict=False):
+                if not isinstance(reduced, str):
+                    is_iterator = name != "state" and part is not None
+                    self.add(f"{path} {name}", list(part) if is_iterator else part)
 
     def _add_config(self, path: str, config: Any) -> None:
         """A config of transformers, and which attention it chose, which it would not save."""
         if id(config) in self._configs:
             return
         self._configs.add(id(config))
-        self.add(path, {name: str(part) for name, part in config.to_dict().items()})
+        for name, part in sorted(config.to_dict().items()):
+            if not name.startswith("_"):
+                self.add(f"{path}[{name}]", part)
         self.lines.append(f"{path} attends by {getattr(config, '_attn_implementation', None)}")
+
+    def _add_pipeline(self, path: str, pipe: Any) -> None:
+        """A pipeline that an object holds: its own settings, and its parts."""
+        self._add_own_settings(path, pipe)
+        for name, part in sorted(pipe.components.items()):
+            self.add(f"{path}.{name}", part)
+
+    def _add_own_settings(self, path: str, pipe: Any) -> None:
+        self.lines.append(f"{path} is {_full_name(type(pipe))}")
+        self.add_class(type(pipe))
+        self.add(f"{path}.config", pipe.config)
+        # Attributes with an underscore are what a call sets.
+        private = {name for name in vars(pipe) if name.startswith("_")}
+        self.attributes(path, pipe, {*pipe.components, *private})
 
     def attributes(self, path: str, owner: Any, skipped: Iterable[str]) -> None:
         """Describe the attributes that an object has of its own, by name."""
@@ -212,12 +361,21 @@ class Description:
 
     def module(self, path: str, module: Any) -> None:
         """Describe a module and all modules in it: class, attributes, tensors, training or not."""
+        if self._places.get(id(module), path) != path:
+            self.lines.append(f"{path} is the module {self._places[id(module)]}")
+            return
         skipped = _bookkeeping() | {"forward"}
-        for name, layer in module.named_modules():
+        layers = dict(module.named_modules())
+        # All places first: an attribute of one layer may hold another one.
+        for name, layer in layers.items():
+            self._places[id(layer)] = path if layer is module else f"{path}.{name}"
+        for name, layer in layers.items():
             place = f"{path}.{name}"
             self.lines.append(f"{place} is {_full_name(type(layer))}, training {layer.training}")
-            self.add_class(type(layer))
-            self.attributes(place, layer, skipped)
+            # What `torch.compile` wraps follows as a module of its own.
+            if uncompiled_module(layer) is layer:
+                self.add_class(type(layer))
+                self.attributes(place, layer, skipped)
         # Buffers may be left out of the state dictionary, and still be computed with.
         tensors = module.state_dict()
         for name, tensor in module.named_buffers():
@@ -226,26 +384,105 @@ class Description:
             self.add(f"{path}.{name}", tensor)
 
     def add_class(self, kind: type) -> None:
-        """Describe the code of a class that is not a library's."""
-        # In a notebook, such a class may change under the same name.
+        """Describe a class that is not a library's: its code, and all its attributes."""
         for each in kind.__mro__:
-            if each in self._classes or _of_a_library(each.__module__):
+            if each in self._classes:
                 continue
             self._classes.add(each)
+            if _of_a_library(each.__module__):
+                self._add_changes_of(each)
+                continue
+            # In a notebook, such a class may change under the same name.
             self.lines.append(f"class {_full_name(each)}")
+            everything = not _is_installed(each.__module__)
             for name, value in sorted(vars(each).items()):
-                if name in ("__doc__", "__module__"):
+                if name in OF_THE_STATEMENT or isinstance(value, SLOTS):
                     continue
-                if isinstance(value, (types.FunctionType, *PLAIN)):
+                if issubclass(each, enum.Enum):
+                    value = value.value if isinstance(value, enum.Enum) else value
+                    if not isinstance(value, (*PLAIN, types.FunctionType)):
+                        continue
+                if everything or isinstance(value, (*PLAIN, types.FunctionType)):
                     self.add(f"{_full_name(each)}.{name}", value)
 
+    def _add_changes_of(self, kind: type) -> None:
+        """What may have been exchanged in a class of a library, in this process, by another one's.
+
+        Its own code is that of its version. Replaced by code that is no library's, it is not
+        described here but named by `replaced_methods`.
+        """
+        for name, value in vars(kind).items():
+            if name in OF_THE_STATEMENT:
+                continue
+            function = _inner_function(value)
+            if type(value) in SIMPLE:
+                self.lines.append(f"{_full_name(kind)}.{name} = {value!r}")
+            elif hasattr(function, "_torchdynamo_orig_callable"):
+                self.lines.append(f"{_full_name(kind)}.{name} is compiled")
+            elif isinstance(function, types.FunctionType):
+                home = f"{function.__module__}.{function.__qualname__}"
+                if home != f"{_full_name(kind)}.{name}":
+                    self.lines.append(f"{_full_name(kind)}.{name} = {home}")
+
     def _add_function(self, path: str, function: Any) -> None:
-        name = f"{function.__module__}.{function.__qualname__}"
-        self.lines.append(f"{path} = {name}")
-        if not _of_a_library(function.__module__):
+        self.lines.append(f"{path} = {function.__module__}.{function.__qualname__}")
+        original = getattr(function, "_torchdynamo_orig_callable", None)
+        if original is not None:
+            self.lines.append(f"{path} is compiled")
+            self.add(path, original)
+            return
+        home = _home(function)
+        if not _of_a_library(home):
             self.lines.append(f"{path} does {_code(function.__code__)}")
-        enclosed = inspect.getclosurevars(function).nonlocals
+        # Many objects may hold one function: what it names is described at the first of them.
+        place = self._places[id(function)]
+        if place != path:
+            self.lines.append(f"{path} is {place}")
+            return
+        enclosed = _enclosed(function)
         self.add(f"{path} has", [function.__defaults__, function.__kwdefaults__, enclosed])
+        if not _of_a_library(home) and not _is_installed(home):
+            own = {name: part for name, part in vars(function).items() if name != "__wrapped__"}
+            self.add(f"{path} keeps", own)
+            self._add_globals(path, function)
+
+    def _add_globals(self, path: str, function: Any) -> None:
+        """What a function takes from its module: settings, and other functions."""
+        names, attributes = _names(function.__code__)
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            place = f"{path} uses {function.__globals__.get('__name__')}.{name}"
+            if isinstance(value, types.ModuleType):
+                self._add_python_module(place, value, attributes)
+            elif not is_ours(value):
+                self.add(place, value)
+
+    def _add_python_module(
+        self, path: str, module: types.ModuleType, names: Iterable[str] | None
+    ) -> None:
+        """A library by its name; another module by those of its variables that are named."""
+        name = module.__name__
+        self.lines.append(f"{path} = module {name} {_version(name)}".rstrip())
+        if _of_a_library(name) or _is_installed(name):
+            return
+        known = {part for part in vars(module) if not part.startswith("__")}
+        for part in sorted(known if names is None else known.intersection(names)):
+            value = vars(module)[part]
+            place = f"module {name}.{part}"
+            if isinstance(value, types.ModuleType) and id(value) not in self._places:
+                self._places[id(value)] = place
+                self._add_python_module(place, value, names)
+            elif not isinstance(value, types.ModuleType):
+                self.add(place, value)
+
+    def _add_builtin(self, path: str, function: Any) -> None:
+        """A function written in C, by its name; a method of an object with the object."""
+        name = getattr(function, "__qualname__", function.__name__)
+        owner = getattr(function, "__self__", None)
+        home = getattr(function, "__module__", None) or getattr(function, "__objclass__", None)
+        self.lines.append(f"{path} = {home} {name}")
+        if owner is not None and not isinstance(owner, (type, types.ModuleType)):
+            self.add(f"{path}.__self__", owner)
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
@@ -275,21 +512,106 @@ def _root(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
 
+@functools.lru_cache(maxsize=4096)
 def _of_a_library(module: str | None) -> bool:
     """Whether code comes from a library, whose version is in the key, or is Python's own."""
     root = str(module).partition(".")[0]
     if root == "__main__":  # a notebook or a script
         return False
+    # Named tuples are made by code that is evaluated under a name of its own.
+    if root.startswith("namedtuple_"):
+        return True
     return root in LIBRARIES or root == "locogen" or root in sys.stdlib_module_names
 
 
+@functools.lru_cache(maxsize=4096)
+def _is_installed(module: str | None) -> bool:
+    """Whether code comes from an installed package, and does not change but with its version."""
+    root = sys.modules.get(str(module).partition(".")[0])
+    places = [getattr(root, "__file__", None) or "", *getattr(root, "__path__", ())]
+    return any("site-packages" in place or "dist-packages" in place for place in places)
+
+
+def _version(module: str) -> str:
+    root = sys.modules.get(module.partition(".")[0])
+    return str(getattr(root, "__version__", ""))
+
+
+def _is_list_of_a_library(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and _of_a_library(type(value).__module__)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_all_python(kind: type) -> bool:
+    """Whether all that an object of this class is lies in its attributes: none of it in C."""
+    for each in kind.__mro__:
+        if each is object:
+            return True
+        if not each.__flags__ & (1 << 9):  # a class of C that is not on the heap
+            return False
+        # Only a class statement adds these; to a class whose base has them it need not.
+        is_statement = not {"__dict__", "__weakref__", "__slots__"}.isdisjoint(vars(each))
+        if not is_statement and each.__base__ is object:
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
 def _code(code: types.CodeType) -> str:
     """A hash of what a function does, without the place where it stands."""
-    constants = [
-        _code(part) if isinstance(part, types.CodeType) else repr(part) for part in code.co_consts
-    ]
+    constants = [_constant(part) for part in code.co_consts]
     text = repr((code.co_code, constants, code.co_names, code.co_varnames))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _constant(part: Any) -> str:
+    if isinstance(part, types.CodeType):
+        return _code(part)
+    # Sets of texts have another order in each process.
+    return str(sorted(map(repr, part))) if isinstance(part, frozenset) else repr(part)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """The global names that a function reads, functions within it included; and all its names."""
+    names: set[str] = set()
+    attributes = set(code.co_names)
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
+            names.add(step.argval)
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            inner, inner_attributes = _names(part)
+            names |= inner
+            attributes |= inner_attributes
+    return frozenset(names), frozenset(attributes)
+
+
+def _enclosed(function: Any) -> dict[str, Any]:
+    """The variables of an outer function that a function reads."""
+    enclosed = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            enclosed[name] = cell.cell_contents
+        except ValueError:  # not set yet
+            enclosed[name] = None
+    return enclosed
+
+
+def _home(function: Any) -> str:
+    """The module in which a function was written: a decorator may claim another in `__module__`."""
+    return str(getattr(function, "__globals__", {}).get("__name__", "torch"))
+
+
+def _inner_function(value: Any) -> Any:
+    """The function of a method of any kind, as it stands in its class."""
+    if isinstance(value, property):
+        return value.fget
+    if isinstance(value, (staticmethod, classmethod, types.MethodType)):
+        return value.__func__
+    if isinstance(value, (functools.partialmethod, functools.partial, functools.cached_property)):
+        return value.func
+    return value
 
 
 def is_ours(function: Any) -> bool:
@@ -334,12 +656,7 @@ def _describe_tokenizer(description: Description, tokenizer: Any, skipped: Itera
 def describe_pipeline(pipe: Any) -> Description:
     """A pipeline's own config and attributes, and its parts' compilation and memory layout."""
     description = Description()
-    description.lines.append(_full_name(type(pipe)))
-    description.add_class(type(pipe))
-    description.add("config", pipe.config)
-    # Attributes with an underscore are what a call sets.
-    private = {name for name in vars(pipe) if name.startswith("_")}
-    description.attributes("", pipe, {*pipe.components, *private})
+    description._add_own_settings("", pipe)
     for part, component in pipe.components.items():
         if hasattr(component, "named_modules") and is_compiled(component):
             description.lines.append(f"{part} is compiled")
@@ -404,17 +721,56 @@ def replaced_methods(pipe: Any) -> tuple[str, ...]:
     """Names of methods that somebody has replaced in a pipeline, and of global hooks.
 
     What such code does cannot be known from the model: it may read anything. Those of locogen, of
-    accelerate's offload and of diffusers' storage hooks are not counted.
+    accelerate's offload and of diffusers' storage hooks are not counted, nor is `torch.compile`.
     """
-    names = [f"pipe.{name}" for name in _replaced(pipe)]
+    names = [f"pipe.{name}" for name in _shadowed_methods(pipe)]
     for part, component in pipe.components.items():
         if component is not None and not hasattr(component, "named_modules"):
-            names += [f"{part}.{method}" for method in _replaced(component)]
+            names += [f"{part}.{method}" for method in _shadowed_methods(component)]
     for name, module in _modules(pipe):
-        names += [f"{name}.{method}" for method in _replaced(module)]
+        names += [f"{name}.{method}" for method in _shadowed_methods(module)]
         names += [f"{name} ({hook})" for hook in _other_hooks(module)]
+    names += _replaced_in_classes(pipe)
     names += _replaced_in_torch()
     return tuple(names)
+
+
+def _replaced_in_classes(pipe: Any) -> Iterator[str]:
+    """Methods that somebody has replaced in a class of a library, for all objects of it."""
+    modules = [module for _, module in _modules(pipe)]
+    owners = [pipe, *pipe.components.values(), *modules]
+    kinds = dict.fromkeys(type(owner) for owner in owners)
+    # Attention processors, image processors and their like.
+    for owner in (pipe, *modules):
+        kinds |= dict.fromkeys(type(part) for part in vars(owner).values())
+    classes = dict.fromkeys(each for kind in kinds for each in kind.__mro__)
+    for each in classes:
+        if not _of_a_library(each.__module__):
+            continue  # its code is described
+        for name, value in vars(each).items():
+            if _is_foreign(value):
+                yield f"{each.__qualname__}.{name}"
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a method, as it stands in a class, is code that is not a library's."""
+    if isinstance(value, property):
+        return any(map(_is_foreign, (value.fget, value.fset)))
+    function = _inner_function(value)
+    # Decorators of a library stand around functions of anybody.
+    for _ in range(TREE_DEPTH):
+        if isinstance(function, types.FunctionType):
+            if not _of_a_library(_home(function)):
+                return True
+        elif callable(function) and not isinstance(function, type):
+            if not _of_a_library(type(function).__module__):
+                return True
+        around = getattr(function, "__wrapped__", None)
+        inner = getattr(function, "_torchdynamo_orig_callable", around)
+        if inner is None:
+            return False
+        function = _inner_function(inner)
+    return False
 
 
 def _replaced_in_torch() -> Iterator[str]:
@@ -440,20 +796,6 @@ def _modules(pipe: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{part}.{name}".rstrip("."), module
 
 
-def _replaced(owner: Any) -> Iterator[str]:
-    """The methods for which one object has a function of its own; and `forward`, if its class has.
-
-    The class of a library may have had its `forward` exchanged, for all its objects.
-    """
-    yield from _shadowed_methods(owner)
-    forward = getattr(type(owner), "forward", None)
-    if forward is None or not _of_a_library(type(owner).__module__):
-        return
-    home = getattr(forward, "__globals__", {}).get("__name__", "torch")
-    if not _of_a_library(home):
-        yield "forward"
-
-
 def _shadowed_methods(owner: Any) -> Iterator[str]:
     """Methods of a class in whose place one object has a function of somebody else's."""
     is_offloaded = hasattr(owner, "_hf_hook") or hasattr(owner, "_diffusers_hook")
@@ -462,8 +804,18 @@ def _shadowed_methods(owner: Any) -> Iterator[str]:
             continue
         # Offload wraps `forward`, to bring the weights.
         is_offloads = is_offloaded and name == "forward"
-        if not is_ours(value) and not is_offloads:
+        if not is_ours(value) and not is_offloads and not _is_compiled_method(owner, name, value):
             yield name
+
+
+def _is_compiled_method(owner: Any, name: str, value: Any) -> bool:
+    """Whether `torch.compile` put this function in the place of the very same method."""
+    original = getattr(value, "_torchdynamo_orig_callable", value)
+    model = uncompiled_module(owner)
+    if model is not owner:  # the wrapper that `torch.compile` makes of a module
+        return name == "forward" and getattr(original, "__self__", original) is model
+    is_method = getattr(original, "__self__", None) is owner and original is not value
+    return is_method and original.__name__ == name and not _is_foreign(original)
 
 
 def _other_hooks(module: Any) -> list[str]:

@@ -18,7 +18,12 @@ from weakref import WeakKeyDictionary
 
 from locogen.models.families import family_of
 from locogen.models.offload import kept
-from locogen.pictures.description import Description, describe_component
+from locogen.pictures.description import (
+    Description,
+    describe_component,
+    describe_pipeline,
+    describe_scheduler,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +38,8 @@ Checksum = tuple[str, int]
 
 _hashed: ContextVar[dict[int, str] | None] = ContextVar("weights hashed so far", default=None)
 _digests: WeakKeyDictionary[Any, dict[str, tuple[Checksum, str]]] = WeakKeyDictionary()
+# By pipeline, what its fingerprint could not take in when it was last computed.
+_left_out: WeakKeyDictionary[Any, tuple[str, ...]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -69,13 +76,30 @@ def fingerprint(pipe: Any) -> str:
     """
     skipped = {"padding_side"} if family_of(pipe).sets_padding else set()
     digest = hashlib.sha256()
+    left_out: list[str] = []
     for part, component in sorted(pipe.components.items()):
         # The scheduler is in the key by itself.
         if part == "scheduler":
             continue
+        description = describe_component(component, skipped)
+        left_out += [f"{part}.{name}" for name in description.undescribed]
         digest.update(part.encode())
-        digest.update(digest_of(describe_component(component, skipped), component).encode())
+        digest.update(digest_of(description, component).encode())
+    _left_out[pipe] = tuple(left_out)
     return digest.hexdigest()[:16]
+
+
+def undescribed(pipe: Any) -> tuple[str, ...]:
+    """Paths, with their classes, of what a pipeline holds that no line and no hash can describe.
+
+    Its pictures cannot be known again: they have to be made afresh. Of the components it says what
+    `fingerprint` met when it last looked at the pipeline.
+    """
+    if pipe not in _left_out:
+        fingerprint(pipe)
+    own = [f"pipe.{name}" for name in describe_pipeline(pipe).undescribed]
+    steps = [f"scheduler.{name}" for name in describe_scheduler(pipe.scheduler).undescribed]
+    return (*_left_out[pipe], *own, *steps)
 
 
 def digest_of(description: Description, owner: Any = None) -> str:

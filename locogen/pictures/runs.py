@@ -31,7 +31,7 @@ from locogen.pictures.description import (
     replaced_methods,
     torch_settings,
 )
-from locogen.pictures.fingerprint import digest_of, weights_of
+from locogen.pictures.fingerprint import digest_of, undescribed, weights_of
 from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
@@ -421,11 +421,13 @@ def circumstances_of(pipe: Any, settings: Settings) -> dict[str, Any]:
     The model, its scheduler, the settings, the active contexts and the versions of the libraries.
     """
     check_scheduler(pipe)
-    foreign = (*foreign_hooks(pipe), *replaced_methods(pipe))
+    # First: what is left out of the weights' hash is known once it is computed.
+    weights = weights_of(pipe)
+    foreign = (*foreign_hooks(pipe), *replaced_methods(pipe), *undescribed(pipe))
     if foreign:
         warnings.warn(
-            f"hooks or methods that are not locogen's sit on {', '.join(foreign[:3])}: "
-            "pictures are made afresh, none are reused",
+            "hooks or methods that are not locogen's, or settings that it cannot describe, sit on "
+            f"{', '.join(foreign[:3])}: pictures are made afresh, none are reused",
             stacklevel=4,
         )
     if getattr(pipe, "safety_checker", None) is not None:
@@ -437,7 +439,7 @@ def circumstances_of(pipe: Any, settings: Settings) -> dict[str, Any]:
     device = pipe._execution_device.type
     return {
         "format": PICTURE_FORMAT,
-        "weights": weights_of(pipe),
+        "weights": weights,
         "contexts": list(active_contexts(pipe)),
         # What foreign code does cannot be known: a random part makes every key a new one.
         "foreign": [*foreign, uuid.uuid4().hex] if foreign else [],

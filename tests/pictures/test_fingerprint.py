@@ -1,24 +1,33 @@
 """The key knows all that moves a picture: whatever is changed, a store gives back no picture of before."""
 
+import collections
 import copy
+import decimal
+import fractions
+import functools
 import types
 
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from support import tiny
 from tokenizers import normalizers
 
 from locogen.models.layers import find_layers
 from locogen.pictures import fingerprint as fingerprints
 from locogen.pictures.description import (
+    describe_component,
     describe_pipeline,
     describe_scheduler,
     replaced_methods,
     torch_settings,
 )
-from locogen.pictures.fingerprint import checksum, digest_of, fingerprint
+from locogen.pictures.fingerprint import checksum, digest_of, fingerprint, undescribed
 from locogen.pictures.runs import generate
 
 FAST = {"num_inference_steps": 1, "guidance_scale": 3.0, "batch_size": 1, "progress": False}
@@ -291,7 +300,12 @@ def patched(function):
 
 REPLACED = {
     "unet.conv_in.forward": lambda pipe: (pipe.unet.conv_in, "forward"),
-    "unet.forward": lambda pipe: (type(pipe.unet), "forward"),
+    "UNet2DConditionModel.forward": lambda pipe: (type(pipe.unet), "forward"),
+    "AutoencoderKL.decode": lambda pipe: (type(pipe.vae), "decode"),
+    "DDIMScheduler.step": lambda pipe: (type(pipe.scheduler), "step"),
+    "StableDiffusionPipeline.encode_prompt": lambda pipe: (type(pipe), "encode_prompt"),
+    "AttnProcessor2_0.__call__": lambda pipe: (AttnProcessor2_0, "__call__"),
+    "VaeImageProcessor.postprocess": lambda pipe: (type(pipe.image_processor), "postprocess"),
     "vae.decode": lambda pipe: (pipe.vae, "decode"),
     "scheduler.step": lambda pipe: (pipe.scheduler, "step"),
     "pipe.prepare_latents": lambda pipe: (pipe, "prepare_latents"),
@@ -328,6 +342,278 @@ def test_hooks_on_all_modules_are_named():
         assert replaced_methods(pipe) == ("every module (a global hook of torch)",)
     finally:
         handle.remove()
+
+
+# --- settings of any type, and code of the user's ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One pipeline for tests that put a processor into one layer, and take it out again."""
+    return tiny.pipeline()
+
+
+def layer_of(pipe):
+    return pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+
+@torch.no_grad()
+def look(pipe, attention=None):
+    """The key of the denoiser, and what it puts out: this moves the picture."""
+    layer = layer_of(pipe)
+    before = layer.processor
+    layer.processor = before if attention is None else attention
+    text = torch.linspace(-1, 1, 5 * tiny.WIDTH).view(1, 5, tiny.WIDTH)
+    latents = torch.linspace(-1, 1, 4 * 64).view(1, 4, 8, 8)
+    try:
+        description = describe_component(pipe.unet)
+        output = pipe.unet(latents, 1, text).sample
+    finally:
+        layer.processor = before
+    assert description.undescribed == []
+    return digest_of(description, pipe.unet), output
+
+
+class Set:
+    """A processor with a setting, and what it does with it."""
+
+    def __init__(self, value, change):
+        self.value = value
+        self.change = change
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        out = AttnProcessor()(attn, hidden_states, *args, **kwargs)
+        return self.change(self.value, out)
+
+
+class Factor:
+    def __init__(self, by):
+        self.by = by
+
+    def times(self, out):
+        return out * self.by
+
+
+class Slotted:
+    __slots__ = ("by",)
+
+    def __init__(self, by):
+        self.by = by
+
+
+class Counted(collections.deque):
+    pass
+
+
+class Twelve(float):
+    pass
+
+
+def nested(value):
+    for _ in range(12):
+        value = {"a": [value]}
+    return value
+
+
+def innermost(value):
+    while not isinstance(value, float):
+        value = value["a"][0]
+    return value
+
+
+def multiplied(value, out):
+    return out * float(value)
+
+
+def called(value, out):
+    return value(out)
+
+
+def summed(value, out):
+    return out * sum(value)
+
+
+VALUES = {  # two values, and what a processor does with them
+    "np.float32": (np.float32(1), np.float32(3), multiplied),
+    "np.int64": (np.int64(1), np.int64(3), multiplied),
+    "np.float64": (np.float64(1), np.float64(3), multiplied),
+    "range": (range(1), range(3), lambda value, out: out * len(value)),
+    "slice": (slice(0, 1), slice(0, 3), lambda value, out: out * value.stop),
+    "deque": (collections.deque([1]), collections.deque([3]), summed),
+    "a class of a deque": (Counted([1]), Counted([3]), summed),
+    "a class of float": (Twelve(1), Twelve(3), multiplied),
+    "Fraction": (fractions.Fraction(1), fractions.Fraction(3), multiplied),
+    "Decimal": (decimal.Decimal(1), decimal.Decimal(3), multiplied),
+    "bytearray": (bytearray([1]), bytearray([3]), summed),
+    "slots": (Slotted(1.0), Slotted(3.0), lambda value, out: out * value.by),
+    "a function of torch": (torch.tanh, torch.exp, called),
+    "a method of a tensor": (torch.Tensor.tanh, torch.Tensor.exp, called),
+    "a function of numpy": (np.tanh, np.exp, lambda value, out: out * float(value(1.0))),
+    "a bound method": (Factor(1.0).times, Factor(3.0).times, called),
+    "a partial": (
+        functools.partial(torch.mul, other=1.0),
+        functools.partial(torch.mul, other=3.0),
+        lambda value, out: value(out),
+    ),
+    "a remembered function": (
+        functools.lru_cache(lambda: 1.0),
+        functools.lru_cache(lambda: 3.0),
+        lambda value, out: out * value(),
+    ),
+    "deep down": (nested(1.0), nested(3.0), lambda value, out: out * innermost(value)),
+    "a key's type": ({1: 1.0}, {"1": 1.0}, lambda value, out: out * value.get(1, 3.0)),
+    "a private key": ({"_by": 1.0}, {"_by": 3.0}, lambda value, out: out * value["_by"]),
+    "a set": ({1}, {"1"}, lambda value, out: out * (1 if 1 in value else 3)),
+    "random numbers": (
+        np.random.default_rng(0),
+        np.random.default_rng(1),
+        lambda value, out: out * copy.deepcopy(value).normal(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_settings_of_every_type_are_in_the_key(name, shared):
+    one, two, change = VALUES[name]
+    key, output = look(shared, Set(one, change))
+    again, _ = look(shared, Set(one, change))
+    other, moved = look(shared, Set(two, change))
+    assert key == again, "the twin: the same setting has the same key"
+    assert not torch.equal(output, moved)
+    assert key != other
+
+
+SCALE = 1.0
+TABLE = {"scales": [1.0]}
+
+
+def helper(out):
+    return out * SCALE
+
+
+def through_a_helper(out, by=helper):
+    return [helper(part) for part in (out,)][0]
+
+
+class InTheClass:
+    table = {"scale": 1.0}  # noqa: RUF012
+    tensor = torch.tensor(1.0)
+
+    @staticmethod
+    def still():
+        return 1.0
+
+    @property
+    def factor(self):
+        return 1.0
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        out = AttnProcessor()(attn, hidden_states, *args, **kwargs)
+        return out * self.table["scale"] * self.tensor * self.still() * self.factor
+
+
+CHANGES = {  # a processor, what is exchanged, and for what
+    "a global": (lambda: Set(None, lambda _, out: out * SCALE), "SCALE", 3.0),
+    "a global that a helper reads": (
+        lambda: Set(None, lambda _, out: through_a_helper(out)),
+        "SCALE",
+        3.0,
+    ),
+    "a global in a global": (
+        lambda: Set(None, lambda _, out: out * TABLE["scales"][0]),
+        "TABLE",
+        {"scales": [3.0]},
+    ),
+    "a helper": (lambda: Set(None, lambda _, out: helper(out)), "helper", lambda out: out * 3.0),
+    "a dict of a class": (InTheClass, "InTheClass.table", {"scale": 3.0}),
+    "a tensor of a class": (InTheClass, "InTheClass.tensor", torch.tensor(3.0)),
+    "a static method": (InTheClass, "InTheClass.still", staticmethod(lambda: 3.0)),
+    "a property": (InTheClass, "InTheClass.factor", property(lambda self: 3.0)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_users_code_reads_is_in_the_key(name, shared, monkeypatch):
+    make, place, value = CHANGES[name]
+    key, output = look(shared, make())
+    assert key == look(shared, make())[0]
+    monkeypatch.setattr(f"{__name__}.{place}", value)
+    other, moved = look(shared, make())
+    assert not torch.equal(output, moved)
+    assert key != other
+
+
+def test_what_holds_itself_or_the_model_is_described(shared):
+    """Objects that hold their owner, a layer, or the whole pipeline: no endless paths."""
+    around = Set(1.0, multiplied)
+    around.itself = around
+    around.layer = layer_of(shared)
+    around.forward = layer_of(shared).to_q.forward
+    around.everything = shared
+    levels = [1.0]
+    for _ in range(40):
+        levels = [levels, levels]
+    around.shared = levels
+    assert look(shared, around)[0] == look(shared, around)[0]
+
+
+def test_what_cannot_be_described_makes_pictures_afresh(tmp_path):
+    pipe = tiny.pipeline()
+    layer_of(pipe).processor = Set(iter(()), lambda value, out: out)
+    assert undescribed(pipe) == ()
+    layer_of(pipe).processor = Set((part for part in ()), lambda value, out: out)
+    assert "attn2.processor.value (builtins.generator)" in undescribed(pipe)[0]
+    with pytest.warns(UserWarning, match=r"attn2\.processor\.value .*: pictures are made afresh"):
+        run = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    with pytest.warns(UserWarning, match="made afresh"):
+        again = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    assert run.table["image"][0] != again.table["image"][0]
+
+
+def compiled(owner, name):
+    setattr(owner, name, torch.compile(getattr(owner, name), backend="eager"))
+
+
+COMPILED = {
+    "the denoiser": lambda pipe: compiled(pipe, "unet"),
+    "a block": lambda pipe: compiled(pipe.unet, "mid_block"),
+    "a layer's forward": lambda pipe: compiled(layer_of(pipe), "forward"),
+    "the text encoder": lambda pipe: compiled(pipe, "text_encoder"),
+    "the decoder": lambda pipe: compiled(pipe.vae, "decode"),
+    "in place": lambda pipe: pipe.unet.mid_block.compile(backend="eager"),
+    "every layer's class": lambda pipe: compiled(type(layer_of(pipe)), "forward"),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_parts_are_in_the_key_and_are_nobodys_methods(name, monkeypatch):
+    pipe = tiny.pipeline()
+    kind = type(layer_of(pipe))
+    monkeypatch.setattr(kind, "forward", kind.forward)  # put back afterwards
+
+    def key():
+        return fingerprint(pipe), digest_of(describe_pipeline(pipe))
+
+    plain = key()
+    COMPILED[name](pipe)
+    assert key() == key() != plain
+    assert (*replaced_methods(pipe), *undescribed(pipe)) == ()
+
+
+def test_pictures_of_a_compiled_model_are_kept(tmp_path, recwarn):
+    pipe = tiny.pipeline()
+    compiled(pipe, "unet")
+    run = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    again = generate(pipe, ["cat"], store=tmp_path, **FAST)
+    assert run.table["image"][0] == again.table["image"][0]
+    assert not [warning for warning in recwarn if "afresh" in str(warning.message)]
+
+
+def test_somebodys_own_function_stays_foreign_when_compiled():
+    pipe = tiny.pipeline()
+    layer = layer_of(pipe)
+    layer.forward = torch.compile(patched(layer.forward), backend="eager")
+    assert any(name.endswith("attn2.forward") for name in replaced_methods(pipe))
 
 
 # --- checksums -----------------------------------------------------------------------------------
