@@ -46,7 +46,7 @@ OF_THE_STATEMENT = {
     *("__doc__", "__module__", "__qualname__", "__dict__", "__weakref__", "__slots__"),
     *("__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"),
     *("__firstlineno__", "__static_attributes__", "__type_params__", "__parameters__"),
-    *("__orig_bases__", "__abstractmethods__", "_abc_impl", "__match_args__"),
+    *("__orig_bases__", "__abstractmethods__", "_abc_impl", "__match_args__", "__slotnames__"),
     *("__dataclass_fields__", "__dataclass_params__", "__conditional_annotations__"),
 }
 # Parts of a class that only say where an object keeps an attribute.
@@ -212,7 +212,7 @@ class Description:
         elif isinstance(value, int) and value.bit_length() > LONGEST:
             text = hex(value)  # Python writes no decimal number of many thousand digits
         else:
-            base = next(each for each in PLAIN if isinstance(value, each))
+            base: Any = next(each for each in PLAIN if isinstance(value, each))
             text = base.__repr__(value)
         name = "" if kind in PLAIN else f"{_full_name(kind)} "
         self.lines.append(f"{path} = {name}{text}")
@@ -238,6 +238,11 @@ class Description:
             self.add(f"{path}.__self__", value.__self__)
         elif isinstance(value, types.FunctionType):
             self._add_function(path, value)
+        elif isinstance(value, property):
+            self.add(path, (value.fget, value.fset, value.fdel))
+        elif isinstance(value, (staticmethod, classmethod)):
+            self.lines.append(f"{path} is {_full_name(type(value))}")
+            self.add(path, value.__func__)
         elif isinstance(value, NAMED_BY_PYTHON):
             self._add_builtin(path, value)
         elif isinstance(value, type):
@@ -759,12 +764,11 @@ def _is_foreign(value: Any) -> bool:
     function = _inner_function(value)
     # Decorators of a library stand around functions of anybody.
     for _ in range(TREE_DEPTH):
-        if isinstance(function, types.FunctionType):
-            if not _of_a_library(_home(function)):
-                return True
-        elif callable(function) and not isinstance(function, type):
-            if not _of_a_library(type(function).__module__):
-                return True
+        is_function = isinstance(function, types.FunctionType)
+        is_callable = callable(function) and not isinstance(function, type)
+        home = _home(function) if is_function else type(function).__module__
+        if is_callable and not _of_a_library(home):
+            return True
         around = getattr(function, "__wrapped__", None)
         inner = getattr(function, "_torchdynamo_orig_callable", around)
         if inner is None:

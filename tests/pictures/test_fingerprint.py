@@ -492,7 +492,7 @@ def helper(out):
 
 
 def through_a_helper(out, by=helper):
-    return [helper(part) for part in (out,)][0]
+    return next(helper(part) for part in (out,))
 
 
 class InTheClass:
@@ -562,6 +562,7 @@ def test_what_cannot_be_described_makes_pictures_afresh(tmp_path):
     layer_of(pipe).processor = Set(iter(()), lambda value, out: out)
     assert undescribed(pipe) == ()
     layer_of(pipe).processor = Set((part for part in ()), lambda value, out: out)
+    fingerprint(pipe)
     assert "attn2.processor.value (builtins.generator)" in undescribed(pipe)[0]
     with pytest.warns(UserWarning, match=r"attn2\.processor\.value .*: pictures are made afresh"):
         run = generate(pipe, ["cat"], store=tmp_path, **FAST)
