@@ -750,8 +750,10 @@ def _replaced_in_classes(pipe: Any) -> Iterator[str]:
         kinds |= dict.fromkeys(type(part) for part in vars(owner).values())
     classes = dict.fromkeys(each for kind in kinds for each in kind.__mro__)
     for each in classes:
-        if not _of_a_library(each.__module__):
-            continue  # its code is described
+        # The code of users' classes is described; locogen's contexts announce themselves.
+        is_of_locogen = each.__module__.startswith("locogen.")
+        if is_of_locogen or not _of_a_library(each.__module__):
+            continue
         for name, value in vars(each).items():
             if _is_foreign(value):
                 yield f"{each.__qualname__}.{name}"
