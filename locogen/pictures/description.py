@@ -20,7 +20,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -159,20 +159,9 @@ class Description:
 
     def add(self, path: str, value: Any) -> None:
         """Describe a value of any kind; what cannot be described is named in `undescribed`."""
-        import torch
-
-        if isinstance(value, torch.Tensor):
-            self._add_tensor(path, value)
-        elif type(value) in SIMPLE or isinstance(value, PLAIN):
-            self._add_plain(path, value)
-        elif isinstance(value, (torch.dtype, torch.device, torch.Size)):
-            self.lines.append(f"{path} = {value!r}")
-        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
-            pixels = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
-            self.lines.append(f"{path} = {value.dtype} {value.shape} {pixels}")
-        elif isinstance(value, torch.Generator):
-            self.tensors[path] = value.get_state()
-        elif id(value) in self._within:
+        if self._add_value(path, value):
+            return
+        if id(value) in self._within:
             self.lines.append(f"{path} holds its owner")
         elif len(self._within) >= TREE_DEPTH and id(value) in self._places:
             # Objects that share others, at many levels, would otherwise have endless paths.
@@ -186,6 +175,25 @@ class Description:
             except Exception as error:  # code of the object's own class, such as its `__reduce__`
                 self._give_up(path, value, error)
             self._within.discard(id(value))
+
+    def _add_value(self, path: str, value: Any) -> bool:
+        """Describe what has no parts: plain values and arrays. Returns whether it is one of these."""
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            self._add_tensor(path, value)
+        elif type(value) in SIMPLE or isinstance(value, PLAIN):
+            self._add_plain(path, value)
+        elif isinstance(value, (torch.dtype, torch.device, torch.Size)):
+            self.lines.append(f"{path} = {value!r}")
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            digest = hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+            self.lines.append(f"{path} = {value.dtype} {value.shape} {digest}")
+        elif isinstance(value, torch.Generator):
+            self.tensors[path] = value.get_state()
+        else:
+            return False
+        return True
 
     def _give_up(self, path: str, value: Any, reason: object = "") -> None:
         kind = _full_name(type(value))
@@ -206,14 +214,7 @@ class Description:
             self.lines.append(f"{path} = {_full_name(kind)}.{value.name}")
             self.add_class(kind)
             return
-        if isinstance(value, (str, bytes)) and len(value) > LONGEST:
-            raw = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
-            text = hashlib.sha256(raw).hexdigest()
-        elif isinstance(value, int) and value.bit_length() > LONGEST:
-            text = hex(value)  # Python writes no decimal number of many thousand digits
-        else:
-            base: Any = next(each for each in PLAIN if isinstance(value, each))
-            text = base.__repr__(value)
+        text = _plain_text(value)
         name = "" if kind in PLAIN else f"{_full_name(kind)} "
         self.lines.append(f"{path} = {name}{text}")
         if name and not _of_a_library(kind.__module__):
@@ -221,37 +222,37 @@ class Description:
             self.attributes(path, value, ())
 
     def _add_parts(self, path: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            self._add_mapping(path, value)
-        elif type(value) in (list, tuple) or _is_list_of_a_library(value):
-            self._add_items(path, value)
-        elif type(value) in (set, frozenset):
-            # Sets have another order in each process.
-            self.lines.append(f"{path} = {sorted(self._text(path, part) for part in value)}")
-        elif isinstance(value, enum.Enum):
-            self._add_plain(path, value)
-        elif isinstance(value, functools.partial):
-            self.lines.append(f"{path} is {_full_name(type(value))}")
-            self.add(path, (value.func, value.args, value.keywords))
-        elif isinstance(value, types.MethodType):
-            self.add(path, value.__func__)
-            self.add(f"{path}.__self__", value.__self__)
-        elif isinstance(value, types.FunctionType):
-            self._add_function(path, value)
-        elif isinstance(value, property):
-            self.add(path, (value.fget, value.fset, value.fdel))
-        elif isinstance(value, (staticmethod, classmethod)):
-            self.lines.append(f"{path} is {_full_name(type(value))}")
-            self.add(path, value.__func__)
-        elif isinstance(value, NAMED_BY_PYTHON):
-            self._add_builtin(path, value)
-        elif isinstance(value, type):
-            self.add_class(value)
-            self.lines.append(f"{path} = {_full_name(value)}")
-        elif isinstance(value, types.ModuleType):
-            self._add_python_module(path, value, names=None)
-        else:
-            self._add_object(path, value)
+        for matches, describe in PARTS:
+            if matches(value):
+                describe(self, path, value)
+                return
+        self._add_object(path, value)
+
+    def _add_set(self, path: str, value: Any) -> None:
+        # Sets have another order in each process.
+        self.lines.append(f"{path} = {sorted(self._text(path, part) for part in value)}")
+
+    def _add_partial(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} is {_full_name(type(value))}")
+        self.add(path, (value.func, value.args, value.keywords))
+
+    def _add_bound_method(self, path: str, value: Any) -> None:
+        self.add(path, value.__func__)
+        self.add(f"{path}.__self__", value.__self__)
+
+    def _add_property(self, path: str, value: Any) -> None:
+        self.add(path, (value.fget, value.fset, value.fdel))
+
+    def _add_method_of_a_class(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} is {_full_name(type(value))}")
+        self.add(path, value.__func__)
+
+    def _add_named_class(self, path: str, value: Any) -> None:
+        self.add_class(value)
+        self.lines.append(f"{path} = {_full_name(value)}")
+
+    def _add_whole_python_module(self, path: str, value: Any) -> None:
+        self._add_python_module(path, value, names=None)
 
     def _add_items(self, path: str, value: Any) -> None:
         self.lines.append(f"{path} has {len(value)} in a {type(value).__name__}")
@@ -285,27 +286,26 @@ class Description:
         return "\n".join(inner.lines)
 
     def _add_object(self, path: str, value: Any) -> None:
-        import torch
+        for matches, describe in OBJECTS:
+            if matches(value):
+                describe(self, path, value)
+                return
+        self._add_any_object(path, value)
 
-        kind = type(value)
-        if isinstance(value, (weakref.ref, *SILENT)):
-            self.lines.append(f"{path} is {_full_name(kind)}")
-        elif isinstance(value, torch.nn.Module):
-            self.module(path, value)
-        elif isinstance(value, os.PathLike):
-            self.lines.append(f"{path} = {_full_name(kind)} {os.fspath(value)!r}")
-        elif kind.__module__ in ("typing", "torch._ops") or kind is types.GenericAlias:
-            self.lines.append(f"{path} = {_full_name(kind)} {value!s}")
-        elif hasattr(value, "components") and hasattr(value, "register_modules"):
-            self._add_pipeline(path, value)
-        elif hasattr(value, "get_vocab") and hasattr(value, "all_special_tokens"):
-            _describe_tokenizer(self, value, ())
-        elif hasattr(value, "to_dict") and hasattr(value, "to_json_string"):
-            self._add_config(path, value)
-        elif hasattr(kind, "__array_interface__"):
-            self.add(path, np.asarray(value))  # a picture of Pillow
-        else:
-            self._add_any_object(path, value)
+    def _add_kind(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} is {_full_name(type(value))}")
+
+    def _add_path(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} = {_full_name(type(value))} {os.fspath(value)!r}")
+
+    def _add_named_object(self, path: str, value: Any) -> None:
+        self.lines.append(f"{path} = {_full_name(type(value))} {value!s}")
+
+    def _add_tokenizer(self, path: str, value: Any) -> None:
+        _describe_tokenizer(self, value, ())
+
+    def _add_picture(self, path: str, value: Any) -> None:
+        self.add(path, np.asarray(value))
 
     def _add_any_object(self, path: str, value: Any) -> None:
         """An object's attributes, and what it was made of in C: as `copy.copy` would take it apart.
@@ -320,14 +320,22 @@ class Description:
         if isinstance(value, functools._lru_cache_wrapper):
             self.add(f"{path}.__wrapped__", value.__wrapped__)
         elif not _is_all_python(kind):
-            reduce = copyreg.dispatch_table.get(kind)
-            reduced: Any = value.__reduce_ex__(2) if reduce is None else reduce(value)
-            self.add(f"{path} made by", reduced if isinstance(reduced, str) else list(reduced[:2]))
-            # What the state, the items of a list, and the items of a mapping are.
-            for name, part in zip(("state", "items", "entries"), reduced[2:5], strict=False):
-                if not isinstance(reduced, str):
-                    is_iterator = name != "state" and part is not None
-                    self.add(f"{path} {name}", list(part) if is_iterator else part)
+            self._add_c_part(path, value)
+
+    def _add_c_part(self, path: str, value: Any) -> None:
+        """What an object keeps outside of its attributes."""
+        reduce = copyreg.dispatch_table.get(type(value))
+        reduced: Any = value.__reduce_ex__(2) if reduce is None else reduce(value)
+        if isinstance(reduced, str):  # the name of a global
+            self.add(f"{path} made by", reduced)
+            return
+        # A function with its arguments; the state; iterators over items and entries, or None.
+        function, arguments, state, items, entries = (*reduced, None, None, None)[:5]
+        self.add(f"{path} made by", [function, arguments])
+        self.add(f"{path} state", state)
+        for name, iterator in (("items", items), ("entries", entries)):
+            if iterator is not None:
+                self.add(f"{path} {name}", list(iterator))
 
     def _add_config(self, path: str, config: Any) -> None:
         """A config of transformers, and which attention it chose, which it would not save."""
@@ -399,16 +407,8 @@ class Description:
                 continue
             # In a notebook, such a class may change under the same name.
             self.lines.append(f"class {_full_name(each)}")
-            everything = not _is_installed(each.__module__)
-            for name, value in sorted(vars(each).items()):
-                if name in OF_THE_STATEMENT or isinstance(value, SLOTS):
-                    continue
-                if issubclass(each, enum.Enum):
-                    value = value.value if isinstance(value, enum.Enum) else value
-                    if not isinstance(value, (*PLAIN, types.FunctionType)):
-                        continue
-                if everything or isinstance(value, (*PLAIN, types.FunctionType)):
-                    self.add(f"{_full_name(each)}.{name}", value)
+            for name, value in sorted(_class_attributes(each).items()):
+                self.add(f"{_full_name(each)}.{name}", value)
 
     def _add_changes_of(self, kind: type) -> None:
         """What may have been exchanged in a class of a library, in this process, by another one's.
@@ -447,8 +447,9 @@ class Description:
         enclosed = _enclosed(function)
         self.add(f"{path} has", [function.__defaults__, function.__kwdefaults__, enclosed])
         if not _of_a_library(home) and not _is_installed(home):
-            own = {name: part for name, part in vars(function).items() if name != "__wrapped__"}
-            self.add(f"{path} keeps", own)
+            attributes = dict(vars(function))
+            attributes.pop("__wrapped__", None)
+            self.add(f"{path} keeps", attributes)
             self._add_globals(path, function)
 
     def _add_globals(self, path: str, function: Any) -> None:
@@ -470,8 +471,10 @@ class Description:
         self.lines.append(f"{path} = module {name} {_version(name)}".rstrip())
         if _of_a_library(name) or _is_installed(name):
             return
-        known = {part for part in vars(module) if not part.startswith("__")}
-        for part in sorted(known if names is None else known.intersection(names)):
+        variables = {part for part in vars(module) if not part.startswith("__")}
+        if names is not None:
+            variables &= set(names)
+        for part in sorted(variables):
             value = vars(module)[part]
             place = f"module {name}.{part}"
             if isinstance(value, types.ModuleType) and id(value) not in self._places:
@@ -490,10 +493,97 @@ class Description:
             self.add(f"{path}.__self__", owner)
 
 
+def _is_a(*kinds: Any) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+def _is_exactly(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: type(value) in kinds
+
+
+def _has(*names: str) -> Callable[[Any], bool]:
+    return lambda value: all(hasattr(value, name) for name in names)
+
+
+def _is_items(value: Any) -> bool:
+    return type(value) in (list, tuple) or _is_list_of_a_library(value)
+
+
+def _is_torch_module(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.nn.Module)
+
+
+def _is_named_by_its_text(value: Any) -> bool:
+    """A type hint, or an operator of torch."""
+    kind = type(value)
+    return kind.__module__ in ("typing", "torch._ops") or kind is types.GenericAlias
+
+
+def _is_a_picture(value: Any) -> bool:
+    """A picture of Pillow, or another object that says how to read it as an array."""
+    return hasattr(type(value), "__array_interface__")
+
+
+# How values with parts are described: the first rule that fits holds.
+PARTS: tuple[tuple[Callable[[Any], bool], Callable[[Description, str, Any], None]], ...] = (
+    (_is_a(Mapping), Description._add_mapping),
+    (_is_items, Description._add_items),
+    (_is_exactly(set, frozenset), Description._add_set),
+    (_is_a(enum.Enum), Description._add_plain),
+    (_is_a(functools.partial), Description._add_partial),
+    (_is_a(types.MethodType), Description._add_bound_method),
+    (_is_a(types.FunctionType), Description._add_function),
+    (_is_a(property), Description._add_property),
+    (_is_a(staticmethod, classmethod), Description._add_method_of_a_class),
+    (_is_a(*NAMED_BY_PYTHON), Description._add_builtin),
+    (_is_a(type), Description._add_named_class),
+    (_is_a(types.ModuleType), Description._add_whole_python_module),
+)
+# Of all other objects, those that say in a way of their own what they are.
+OBJECTS: tuple[tuple[Callable[[Any], bool], Callable[[Description, str, Any], None]], ...] = (
+    (_is_a(weakref.ref, *SILENT), Description._add_kind),
+    (_is_torch_module, Description.module),
+    (_is_a(os.PathLike), Description._add_path),
+    (_is_named_by_its_text, Description._add_named_object),
+    (_has("components", "register_modules"), Description._add_pipeline),
+    (_has("get_vocab", "all_special_tokens"), Description._add_tokenizer),
+    (_has("to_dict", "to_json_string"), Description._add_config),
+    (_is_a_picture, Description._add_picture),
+)
+
+
+def _plain_text(value: Any) -> str:
+    """A plain value as a text that is not too long for a line."""
+    if isinstance(value, str) and len(value) > LONGEST:
+        return hashlib.sha256(value.encode(errors="surrogatepass")).hexdigest()
+    if isinstance(value, bytes) and len(value) > LONGEST:
+        return hashlib.sha256(value).hexdigest()
+    if isinstance(value, int) and value.bit_length() > LONGEST:
+        return hex(value)  # Python writes no decimal number of many thousand digits
+    base: Any = next(each for each in PLAIN if isinstance(value, each))
+    return base.__repr__(value)
+
+
 def _attributes(owner: Any) -> dict[str, Any]:
     """An object's own attributes, those in slots included."""
     values = {name: getattr(owner, name) for name in _slots(type(owner)) if hasattr(owner, name)}
     return {**values, **getattr(owner, "__dict__", {})}
+
+
+def _class_attributes(kind: type) -> dict[str, Any]:
+    """What was written in a class that may have another content under the same name."""
+    # The rest of an installed class does not change but with its version.
+    only_simple = _is_installed(kind.__module__) or issubclass(kind, enum.Enum)
+    attributes = {}
+    for name, value in vars(kind).items():
+        if name in OF_THE_STATEMENT or isinstance(value, SLOTS):
+            continue
+        part = value.value if isinstance(value, enum.Enum) else value
+        if not only_simple or isinstance(part, (*PLAIN, types.FunctionType)):
+            attributes[name] = part
+    return attributes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -742,14 +832,7 @@ def replaced_methods(pipe: Any) -> tuple[str, ...]:
 
 def _replaced_in_classes(pipe: Any) -> Iterator[str]:
     """Methods that somebody has replaced in a class of a library, for all objects of it."""
-    modules = [module for _, module in _modules(pipe)]
-    owners = [pipe, *pipe.components.values(), *modules]
-    kinds = dict.fromkeys(type(owner) for owner in owners)
-    # Attention processors, image processors and their like.
-    for owner in (pipe, *modules):
-        kinds |= dict.fromkeys(type(part) for part in vars(owner).values())
-    classes = dict.fromkeys(each for kind in kinds for each in kind.__mro__)
-    for each in classes:
+    for each in _classes_of(pipe):
         # The code of users' classes is described; locogen's contexts announce themselves.
         is_of_locogen = each.__module__.startswith("locogen.")
         if is_of_locogen or not _of_a_library(each.__module__):
@@ -757,6 +840,17 @@ def _replaced_in_classes(pipe: Any) -> Iterator[str]:
         for name, value in vars(each).items():
             if _is_foreign(value):
                 yield f"{each.__qualname__}.{name}"
+
+
+def _classes_of(pipe: Any) -> list[type]:
+    """The classes of a pipeline, its components, their modules, and what these hold; with bases."""
+    modules = [module for _, module in _modules(pipe)]
+    owners = [pipe, *pipe.components.values(), *modules]
+    kinds = dict.fromkeys(type(owner) for owner in owners)
+    # Attention processors, image processors and their like.
+    for owner in (pipe, *modules):
+        kinds |= dict.fromkeys(type(part) for part in vars(owner).values())
+    return list(dict.fromkeys(each for kind in kinds for each in kind.__mro__))
 
 
 def _is_foreign(value: Any) -> bool:
