@@ -74,6 +74,8 @@ def _random_states(pipe: Any) -> list[bytes]:
     states = [torch.get_rng_state().numpy().tobytes()]
     if device.type == "cuda" and torch.cuda.is_available():
         states.append(torch.cuda.get_rng_state(device).numpy().tobytes())
+    if device.type == "mps":
+        states.append(torch.mps.get_rng_state().numpy().tobytes())
     # numpy's global state itself is what is compared, so the newer generators do not help.
     name, numbers, *position = np.random.get_state()  # noqa: NPY002
     return [*states, np.asarray(numbers).tobytes(), repr((name, position)).encode()]

@@ -10,7 +10,7 @@ from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.corruption import Noise, corrupted_states
 from locogen.interventions.prompts import generators, intervene, record
 from locogen.interventions.states import restoring
-from locogen.localization.attention import listening
+from locogen.localization.attention import measuring_contributions
 from locogen.models.compilation import is_compiled, uncompiled_module
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import find_layers
@@ -80,7 +80,7 @@ CONTEXTS = {
     "clamp": lambda pipe: clamp(pipe, Selection({(15, "v"): (0, 1, 2, 3)}), to="zero"),
     "restoring": lambda pipe: restoring(pipe, [(0, ()), (0, (0, 5, 9))]),
     "record": record,
-    "listening": lambda pipe: listening(pipe, [(1,), (1,)]),
+    "attention contribution": lambda pipe: measuring_contributions(pipe, [(1,), (1,)]),
 }
 
 

@@ -21,7 +21,7 @@ from locogen.interventions.prompts import (
     record,
 )
 from locogen.interventions.states import find_states, find_text_states, restoring
-from locogen.localization.attention import listening
+from locogen.localization.attention import measuring_contributions
 from locogen.models.families import encode
 from locogen.models.layers import find_layers
 from locogen.pictures.runs import generate
@@ -61,7 +61,7 @@ CONTEXTS = {
     "clamp": lambda pipe: clamp(pipe, Selection({(LAYER, "v"): (0, 1, 2, 3)}), to="zero"),
     "restoring": lambda pipe: restoring(pipe, [(0, ()), (0, tuple(range(len(find_states(pipe)))))]),
     "record": record,
-    "listening": lambda pipe: listening(pipe, [(1,), (1,)]),
+    "attention contribution": lambda pipe: measuring_contributions(pipe, [(1,), (1,)]),
 }
 
 

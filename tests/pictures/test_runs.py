@@ -432,7 +432,7 @@ def test_bad_input_is_named(pipe, rows):
         generate(pipe, rows, **(FAST | {"batch_size": 0}))
     with pytest.raises(LocogenError, match="own seeds"):
         generate(pipe, rows, seeds=(1,), **FAST)
-    with pytest.warns(UserWarning, match="does not hear 'z z'"):
+    with pytest.warns(UserWarning, match="does not read 'z z'"):
         generate(
             pipe,
             "a b c d e f g h i j k l m n o p q r s t u v w x y 0 1 2 3 4 5 6 7 8 9 a b c z z",

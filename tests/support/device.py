@@ -103,6 +103,7 @@ def pretended(name: str = "cuda:0", *, free: int = 8 << 30) -> Iterator[Pretende
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
     }
 
     def autocast(device_type: str, *args: Any, **options: Any) -> Any:
@@ -113,6 +114,9 @@ def pretended(name: str = "cuda:0", *, free: int = 8 << 30) -> Iterator[Pretende
         if mode.device.type == "cuda":
             for question, answer in answers.items():
                 stack.enter_context(mock.patch.object(torch.cuda, question, answer))
+        if mode.device.type == "mps":
+            state = answers["get_rng_state"]
+            stack.enter_context(mock.patch.object(torch.mps, "get_rng_state", state))
         stack.enter_context(mock.patch.object(torch, "autocast", autocast))
         yield stack.enter_context(mode)
 
