@@ -36,6 +36,7 @@ LIBRARIES = {
 }
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 SIMPLE = {bool, int, float, str, type(None)}
+BUFFER_MARKS = ("_is_buffer", "persistent")  # of torch; lost when a model moves to another device
 LONGEST = 256  # characters of a text, or bytes, that stand in a line; longer ones are hashed
 TREE_DEPTH = 8  # objects within objects; further down each object is described once, see `add`
 
@@ -206,7 +207,7 @@ class Description:
             path += "'"
         self.tensors[path] = value
         if vars(value):
-            self.attributes(path, value, ())
+            self.attributes(path, value, BUFFER_MARKS)
 
     def _add_plain(self, path: str, value: Any) -> None:
         kind: Any = type(value)
