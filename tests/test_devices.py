@@ -36,13 +36,8 @@ PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "progress": False}
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
 EVOLVING = ("sd-3", "flux")  # no localizer but locogen's own
-QUICK = ("sd", "if", "flux")  # one of each way in which layers get text; `make test-all` has all
-FAMILIES = [
-    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny.FAMILIES
-]
-WAIT_ALIKE = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "sd-xl", "sd-3", "flux", "sana")
-]
+# One of each way in which layers get text; the slow tests have all.
+FAMILIES = tiny.fast("sd", "flux")
 pytestmark = [
     # diffusers', of SD-XL's decoder in half precision; the CPU's, of norms within autocast
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),
@@ -194,7 +189,7 @@ def test_nor_in_half_precision(name):
             assert len(pictures(pipe, plan)) == len(plan)
 
 
-@pytest.mark.parametrize("name", ["sd", "if", "sd-3"])
+@pytest.mark.parametrize("name", tiny.fast("sd", of=("sd", "if", "sd-3")))
 def test_nor_where_there_is_no_float64(name, tmp_path):
     """On Apple's GPUs."""
     pipe = on_device(name, device="mps")
@@ -280,7 +275,7 @@ def test_edits_and_texts_of_another_device_are_brought_along():
             pictures(pipe, plan)
 
 
-@pytest.mark.parametrize("name", ["if", pytest.param("sd", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", tiny.fast("if", of=("if", "sd")))
 def test_weights_that_are_brought_layer_by_layer(name, tmp_path):
     """With sequential offload parameters stand nowhere: the scorer goes where the pipeline computes."""
     pipe = tiny.FAMILIES[name]()
@@ -334,7 +329,7 @@ def waits_a_step(device, pipe, opened, plan):
     return counts[2] - counts[1]
 
 
-@pytest.mark.parametrize("name", ["sd", "if", "pixart-alpha", *WAIT_ALIKE])
+@pytest.mark.parametrize("name", tiny.fast("sd"))
 def test_hooks_do_not_wait_for_the_device(name):
     """At most once a step, to read which it is: not once a layer and row. A GPU that is waited for stands idle."""
     pipe = on_device(name)

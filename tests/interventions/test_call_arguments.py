@@ -150,7 +150,12 @@ SANA = {
 }
 ARGUMENTS = {"sd": SD, "lcm": LCM, "sd-xl": SDXL, "if": IF, "sd-3": SD3, "flux": FLUX, "sana": SANA}
 ARGUMENTS |= {"pixart-alpha": PIXART, "pixart-sigma": PIXART}
-CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+FAST = ("sd", "sd-xl", "flux")  # the others run in the slow tests
+CASES = [
+    pytest.param(name, argument, marks=() if name in FAST else pytest.mark.slow)
+    for name, arguments in ARGUMENTS.items()
+    for argument in arguments
+]
 
 NOT_TRIED = {
     # the prompt itself, and what is no part of the picture

@@ -58,7 +58,7 @@ def parts(pipe, part):
     return [denoiser] if part == "all" else [denoiser.get_submodule(find_layers(pipe)[-1].name)]
 
 
-@pytest.mark.parametrize("name", list(tiny.FAMILIES))
+@pytest.mark.parametrize("name", tiny.fast("sd", "flux"))
 def test_all_layers_are_the_targets_own_run_and_none_the_plain_one(name):
     pipe = tiny.FAMILIES[name]()
     rows = plan(pipe, name)
@@ -84,7 +84,7 @@ CONTEXTS = {
 }
 
 
-@pytest.mark.parametrize("part", ["all", "one layer"])
+@pytest.mark.parametrize("part", tiny.fast("all", of=("all", "one layer")))
 @pytest.mark.parametrize("context", list(CONTEXTS))
 def test_every_context_acts_on_compiled_code(context, part):
     pipe, compiled = tiny.pipeline(), tiny.pipeline()

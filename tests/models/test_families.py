@@ -450,6 +450,7 @@ def test_capitals_are_heard_as_small_letters(kind):
     )
 
 
+@pytest.mark.slow
 def test_full_size_denoisers_on_the_meta_device():
     """As many layers as the papers count, where they put them; in transformers one for each block, in order."""
     with torch.device("meta"):

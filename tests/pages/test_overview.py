@@ -196,6 +196,7 @@ def test_a_store_of_its_own_is_one_in_the_studys_folder(
     assert ("image/webp" in text(build(folder))) is shown
 
 
+@pytest.mark.slow
 def test_the_index_of_100_runs_is_under_1_mb(tmp_path: Path) -> None:
     """With pictures of pure noise, which no format makes small."""
     folder = study(tmp_path / "reports", MODELS, [f"concept {number}" for number in range(50)])

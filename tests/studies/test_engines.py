@@ -98,7 +98,12 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "engine, seen", [("serial", {"5"}), ("processes", {"5", "7"}), ("dask", {"5", "7"})]
+    "engine, seen",
+    [
+        ("serial", {"5"}),
+        ("processes", {"5", "7"}),
+        pytest.param("dask", {"5", "7"}, marks=pytest.mark.slow),
+    ],
 )
 def test_engines_do_the_same_work(write, engine: str, seen: set[str]) -> None:
     """One run a GPU, and it sees no other. There need be none for this: it is in the kernel's environment."""
@@ -516,7 +521,7 @@ def run_and_strike(path: Path, engine: str, victim: str, chance: random.Random) 
 @pytest.mark.parametrize(
     "kills, victims",
     [
-        pytest.param(1, ["kernel"], id="kernel"),
+        pytest.param(1, ["kernel"], id="kernel", marks=pytest.mark.slow),
         pytest.param(50, ["kernel", "worker", "study"], id="50", marks=pytest.mark.slow),
     ],
 )

@@ -2,9 +2,11 @@
 
 import functools
 import tempfile
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AutoencoderDC,
@@ -438,6 +440,12 @@ FAMILIES: dict[str, Any] = {
     "pixart-sigma": functools.partial(pixart, PixArtSigmaPipeline),
     "sana": sana,
 }
+
+
+def fast(*names: str, of: Iterable[str] = FAMILIES) -> list[Any]:
+    """Parameters of a test: those named run in the fast tests, the others in the slow ones too."""
+    slow = pytest.mark.slow
+    return [name if name in names else pytest.param(name, marks=slow) for name in of]
 
 
 class FakeScorer:

@@ -277,6 +277,7 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow  # `make demo` runs it too
 def test_localize_runs(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(TINY + '[[run]]\nconcept = "mini/neon"\n')
     folder = run_study(tmp_path / "tiny.toml")
