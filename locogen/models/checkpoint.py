@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ _WEIGHTS = re.compile(
     r"(?:-\d{5}-of-\d{5})?"
     r"(?:\.(?P<old>\w+))?"
     r"\.safetensors"
+)
+
+# The files of which a tokenizer needs all of one line.
+VOCABULARIES = (
+    {"tokenizer.json"},
+    {"vocab.json", "merges.txt"},
+    {"spiece.model"},
+    {"tokenizer.model"},
+    {"vocab.txt"},
 )
 
 # The beginning of a file that stands for one that Git LFS did not fetch.
@@ -55,6 +65,11 @@ class Part:
     def has_weights(self) -> bool:
         """Whether it is a model: schedulers, tokenizers and processors have no `config.json`."""
         return (self.folder / "config.json").is_file()
+
+    @property
+    def is_tokenizer(self) -> bool:
+        """Whether it turns text into tokens, by the name of its class."""
+        return "Tokenizer" in self.kind
 
     @property
     def only_variant(self) -> str | None:
@@ -114,16 +129,38 @@ def complaint(folder: Path, left_out: Collection[str] = ()) -> str | None:
         return _no_pipeline(folder)
     index = model_index(folder)
     if not index:
-        return f"{folder / INDEX} is damaged: fetch it again"
+        return f"{folder / INDEX} {_json_problem(folder / INDEX) or 'is damaged: fetch it again'}"
     if not isinstance(index.get("_class_name"), str):
         return (
             f"{folder / INDEX} asks for a pipeline class of its own, {index.get('_class_name')}: "
             "code from a checkpoint is not run; use one of diffusers' own pipelines"
         )
+    return _first_problem(folder, left_out, _problem)
+
+
+def replaced_in_silence(folder: Path, left_out: Collection[str] = ()) -> str | None:
+    """What a folder lacks, and diffusers and transformers would make up without an error.
+
+    A tokenizer without files is one without words, and a model without its configuration is one of
+    the size that its class has by default.
+
+    Args:
+        folder: where the checkpoint lies.
+        left_out: the names of parts that are not loaded.
+
+    Returns:
+        The first gap, with its place and remedy; None if there is none.
+    """
+    return _first_problem(folder, left_out, _missing_files)
+
+
+def _first_problem(
+    folder: Path, left_out: Collection[str], problem_of: Callable[[Part], str | None]
+) -> str | None:
     for part in parts_of(folder):
         if part.name in left_out:
             continue
-        problem = _problem(part)
+        problem = problem_of(part)
         if problem is not None:
             return f"the part {part.name!r} of {folder} {problem}"
     return None
@@ -170,11 +207,9 @@ def _pickled_in(folder: Path) -> list[str]:
 
 def _problem(part: Part) -> str | None:
     """What is wrong with one part, as the end of a sentence."""
-    if not part.folder.is_dir():
-        return (
-            f"is missing: fetch its folder again, or set it to [null, null] in {INDEX} "
-            "where the pipeline allows it"
-        )
+    gap = _missing_files(part)
+    if gap is not None:
+        return gap
     if part.library not in LIBRARIES and any(part.folder.glob("*.py")):
         return (
             f"is of a class of its own, {part.library}.{part.kind}: "
@@ -184,9 +219,64 @@ def _problem(part: Part) -> str | None:
         problem = file_problem(file)
         if problem is not None:
             return problem
+    for file in sorted(part.folder.glob("*.json")):
+        problem = _json_problem(file)
+        if problem is not None:
+            return f"has a file that cannot be read: {file.name} {problem}"
     if not part.has_weights:
         return None
     return _missing_shard(part) or _missing_weights(part)
+
+
+def _missing_files(part: Part) -> str | None:
+    """Which file of a part is not there, as the end of a sentence."""
+    if not part.folder.is_dir():
+        return (
+            f"is missing: fetch its folder again, or set it to [null, null] in {INDEX} "
+            "where the pipeline allows it"
+        )
+    names = {file.name for file in part.folder.iterdir()}
+    if not names:
+        return "is an empty folder: fetch it again"
+    if (part.plain or part.variants) and not part.has_weights:
+        return "has weights but no config.json: fetch its folder again"
+    if not part.is_tokenizer:
+        return None
+
+    if not any(files <= names for files in VOCABULARIES):
+        return "has no vocabulary (such as tokenizer.json): fetch its folder again"
+    # CLIP's pipelines ask the tokenizer how long a prompt may be. Those with T5 know it themselves.
+    if part.kind.startswith("CLIP") and "tokenizer_config.json" not in names:
+        return "has no tokenizer_config.json: fetch its folder again"
+    return None
+
+
+def _json_problem(file: Path) -> str | None:
+    """Why a JSON file cannot be read, as the end of a sentence; None if it can."""
+    content = file.read_bytes()
+    if content.startswith(codecs.BOM_UTF8):
+        return (
+            "begins with a byte-order mark, which diffusers does not read: "
+            "save the file as UTF-8 without byte-order mark"
+        )
+    try:
+        json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        return (
+            "is not UTF-8 text: save the file as UTF-8 without byte-order mark, or fetch it again"
+        )
+    except ValueError:
+        return "is damaged: fetch it again"
+    return None
+
+
+def missing_weights(names: Sequence[str]) -> str:
+    """What to do about weights that are in none of a part's files, as the end of a sentence."""
+    more = f" and {len(names) - 1} more of its weights" if len(names) > 1 else ""
+    return (
+        f"lacks {names[0]}{more}, in all of its files: the checkpoint is incomplete; fetch the "
+        "part again, or save it again with the tool that made it"
+    )
 
 
 def _missing_weights(part: Part) -> str | None:

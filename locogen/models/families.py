@@ -265,14 +265,16 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
 
 
 def check_encoders(pipe: Any) -> None:
-    """Raise `LocogenError` if the pipeline cannot read prompts: a text encoder was left out."""
-    optional = {"text_encoder_3"}  # SD 3 is made to run without its T5
-    parts = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+    """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out."""
+    optional = {"text_encoder_3", "tokenizer_3"}  # SD 3 is made to run without its T5
+    parts = sorted(
+        name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))
+    )
     missing = [name for name in parts if getattr(pipe, name) is None and name not in optional]
     if missing:
         raise LocogenError(
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read "
-            "prompts: load it with its text encoders, or encode the prompts with a pipeline that "
+            "prompts: load it with its text encoders and tokenizers, or encode the prompts with a pipeline that "
             "has them: intervene(pipe, plan, targets=…) takes the encoded targets, and the "
             "pipeline's own call takes prompt_embeds="
         )

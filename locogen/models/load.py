@@ -17,11 +17,14 @@ from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.checkpoint import (
     INDEX,
     PICKLED,
+    Part,
     complaint,
     file_problem,
+    missing_weights,
     model_index,
     parts_of,
     pickled_remedy,
+    replaced_in_silence,
 )
 from locogen.models.families import FAMILIES, family_of
 from locogen.models.memory import out_of_memory
@@ -218,12 +221,25 @@ def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool
         if Path(source).is_file():
             pipe = _from_file(Path(source), dtype, local_files_only)
         elif Path(source).is_dir():
-            return _from_folder(Path(source), dtype)
+            pipe = _from_folder(Path(source), dtype)
         else:
             pipe = _from_folder(_downloaded(source, revision, local_files_only), dtype)
+    _check_complete(pipe)
     # Not the place in the cache: the catalog's settings are looked up by it.
-    pipe.register_to_config(_name_or_path=source)
+    if not Path(source).is_dir():
+        pipe.register_to_config(_name_or_path=source)
     return pipe
+
+
+def _check_complete(pipe: Any) -> None:
+    """Raise for weights that no file holds: diffusers leaves them without values."""
+    for name, part in pipe.components.items():
+        if not hasattr(part, "named_parameters"):
+            continue
+        weights = [*part.named_parameters(), *part.named_buffers()]
+        missing = [path for path, weight in weights if weight.is_meta]
+        if missing:
+            raise LocogenError(f"the part {name!r} {missing_weights(missing)}")
 
 
 @contextmanager
@@ -263,6 +279,9 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
     """The pipeline of a folder; raises `LocogenError` with what is wrong with the folder."""
     from diffusers import DiffusionPipeline
 
+    gap = replaced_in_silence(folder, _left_out(folder))
+    if gap is not None and folder != mini_folder("mini-b"):
+        raise LocogenError(gap)
     try:
         return DiffusionPipeline.from_pretrained(
             str(folder),
@@ -271,6 +290,8 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
             local_files_only=True,
             **_parts_apart(folder, dtype),
         )
+    except LocogenError:
+        raise
     except Exception as error:
         if out_of_memory(error):
             raise LocogenError(
@@ -284,21 +305,46 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
 
 
 def _parts_apart(folder: Path, dtype: Any) -> dict[str, Any]:
-    """Parts that `from_pretrained` cannot find by itself, and None for those that are left out."""
+    """Parts that the pipeline's `from_pretrained` does not load, or not safely; None: left out."""
     if folder == mini_folder("mini-b"):
         return _shared_with_mini(dtype)
     parts: dict[str, Any] = dict.fromkeys(_left_out(folder))
     for part in parts_of(folder):
-        if part.name not in parts and part.has_weights and part.only_variant is not None:
-            kind = getattr(importlib.import_module(part.library), part.kind)
-            parts[part.name] = kind.from_pretrained(
-                part.folder,
-                variant=part.only_variant,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-            )
+        if part.name in parts or not part.has_weights:
+            continue
+        # The pipeline looks for one variant in all parts. And it passes over what transformers
+        # says of a weight that no file holds: that it now has random values.
+        can_be_incomplete = part.library == "transformers" and part.plain
+        if can_be_incomplete or part.only_variant is not None:
+            parts[part.name] = _load_part(part, dtype)
     return parts
+
+
+def _load_part(part: Part, dtype: Any) -> Any:
+    """One part by itself; raises `LocogenError` if its files lack a weight or have another shape."""
+    kind = getattr(importlib.import_module(part.library), part.kind)
+    # Only in transformers this makes a wrong shape an entry of the report: in diffusers it raises.
+    options = {"ignore_mismatched_sizes": True} if part.library == "transformers" else {}
+    model, report = kind.from_pretrained(
+        part.folder,
+        variant=part.only_variant,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    # Buffers may be missing: the model computes them.
+    missing = [name for name, _ in model.named_parameters() if name in report["missing_keys"]]
+    if missing:
+        raise LocogenError(f"the part {part.name!r} of {part.folder} {missing_weights(missing)}")
+    for name, in_file, in_model in sorted(report["mismatched_keys"]):
+        raise LocogenError(
+            f"the part {part.name!r} of {part.folder} has {name} of shape {tuple(in_file)}, where "
+            f"its config.json asks for {tuple(in_model)}: weights and config.json are of two "
+            "models; fetch the folder again"
+        )
+    return model
 
 
 def _shared_with_mini(dtype: Any) -> dict[str, Any]:
@@ -317,11 +363,17 @@ def _left_out(folder: Path) -> list[str]:
 
     kind = getattr(diffusers, str(model_index(folder).get("_class_name")), None)
     optional = getattr(kind, "_optional_components", [])
-    return [
-        part.name
-        for part in parts_of(folder)
-        if part.name == "safety_checker" or (part.name in optional and not part.folder.is_dir())
-    ]
+    parts = list(parts_of(folder))
+    existing = {part.name for part in parts if part.folder.is_dir()}
+
+    left_out: list[str] = []
+    for part in parts:
+        # A text encoder reads nothing without its tokenizer: the two go together.
+        is_needed = part.is_tokenizer and part.name.replace("tokenizer", "text_encoder") in existing
+        deleted = part.name in optional and part.name not in existing
+        if part.name == "safety_checker" or (deleted and not is_needed):
+            left_out.append(part.name)
+    return left_out
 
 
 def _first_line(error: BaseException) -> str:
@@ -342,6 +394,9 @@ def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
         raise LocogenError(f"the checkpoint {file} {problem}")
     class_name, original = _kind_of_file(file)
     config = _config_of(file, original, local_files_only)
+    gap = replaced_in_silence(config, _left_out(config))
+    if gap is not None:
+        raise LocogenError(f"{file} is configured by {config}: {gap}")
     try:
         kind = getattr(diffusers, class_name)
         return kind.from_single_file(
@@ -351,6 +406,12 @@ def _from_file(file: Path, dtype: Any, local_files_only: bool) -> Any:
         if out_of_memory(error):
             raise LocogenError(
                 f"the weights of {file} do not fit the main memory: use a smaller dtype"
+            ) from error
+        # What the file does not hold stays without values, and cannot be cast.
+        if "meta tensor" in str(error):
+            raise LocogenError(
+                f"the checkpoint {file} lacks weights that its configuration {config} asks for: "
+                "fetch it again, or give it the configuration of its own model"
             ) from error
         raise LocogenError(
             f"diffusers cannot convert {file} with the configuration {config} "

@@ -379,3 +379,129 @@ def test_float32_on_a_card_is_hinted_at_once(original, monkeypatch):
         load(original, device="cuda")
         load(original, device="cuda")
     assert len(hints) == 1 and hints[0].filename == __file__
+
+
+# --- incomplete checkpoints ----------------------------------------------------------------------
+
+PARTS_OF = {
+    "sd": ("scheduler", "text_encoder", "tokenizer", "unet", "vae"),
+    "sd-xl": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet"),
+    "flux": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer"),
+}
+FAMILY_PARTS = [(family, part) for family, parts in PARTS_OF.items() for part in parts]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A saved pipeline of each family: its folder."""
+    places = {}
+    for family in PARTS_OF:
+        places[family] = tmp_path_factory.mktemp(family)
+        tiny.FAMILIES[family]().save_pretrained(places[family])
+    return places
+
+
+def load_and_encode(folder):
+    return encode(load(folder), ["cat"]).states
+
+
+@pytest.mark.parametrize("emptied", [False, True], ids=["deleted", "empty"])
+@pytest.mark.parametrize(("family", "part"), FAMILY_PARTS)
+def test_a_part_that_is_not_there_is_named(saved, tmp_path, family, part, emptied):
+    """A tokenizer without files would be one without words. SD-XL may do without an encoder."""
+    folder = Path(shutil.copytree(saved[family], tmp_path / "model"))
+    shutil.rmtree(folder / part)
+    if emptied:
+        (folder / part).mkdir()
+    words = rf"the part '{part}' of .* is (missing|an empty folder): fetch|has no {part}, so it"
+    with pytest.raises(LocogenError, match=words):
+        load_and_encode(folder)
+
+
+@pytest.mark.parametrize("family", PARTS_OF)
+def test_a_file_that_is_not_there_is_named_or_not_needed(saved, tmp_path, family):
+    """The twin is the folder as it was saved, which loads."""
+    whole = load_and_encode(saved[family])
+    tokenizer = Path(shutil.copytree(saved[family], tmp_path / "model")) / "tokenizer"
+    for name, words in {
+        "tokenizer.json": r"'tokenizer'.*has no vocabulary",
+        "tokenizer_config.json": r"'tokenizer'.*has no tokenizer_config\.json",
+    }.items():
+        content = (tokenizer / name).read_bytes()
+        (tokenizer / name).unlink()
+        with pytest.raises(LocogenError, match=words):
+            load(tokenizer.parent)
+        (tokenizer / name).write_bytes(content)
+    assert torch.equal(load_and_encode(tokenizer.parent), whole)
+    (tokenizer.parent / "text_encoder" / "config.json").unlink()
+    with pytest.raises(LocogenError, match=r"'text_encoder'.*has weights but no config\.json"):
+        load(tokenizer.parent)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_a_weight_that_no_file_holds_is_named(folder, part):
+    """In transformers it would have random values, in diffusers none, which would blame the device."""
+    file = weights_of(folder, part)
+    tensors = load_file(file)
+    first, second = sorted(name for name in tensors if name.endswith(".weight"))[:2]
+    del tensors[first]
+    save_file(tensors, file, {"format": "pt"})
+    tail = first.removeprefix("text_model.")
+    with pytest.raises(LocogenError, match=rf"'{part}'.* lacks \S*{tail}, in all.*fetch the part"):
+        load(folder)
+    del tensors[second]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(LocogenError, match=rf"'{part}'.* lacks .* and 1 more of its weights"):
+        load(folder)
+
+
+def test_weights_and_configuration_of_two_text_encoders_are_named(folder):
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 41}))
+    with pytest.raises(LocogenError, match=r"'text_encoder'.*\(40, 16\).*asks for \(41, 16\)"):
+        load(folder)
+
+
+def test_a_single_file_that_lacks_a_weight_is_named(single, tmp_path):
+    _, file, folder = single
+    place = Path(
+        shutil.copytree(folder, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
+    tensors = load_file(file)
+    del tensors["model.diffusion_model.out.0.weight"]
+    save_file(tensors, place / "model.safetensors")
+    with pytest.raises(
+        LocogenError, match=r"model\.safetensors lacks weights that.*fetch it again"
+    ):
+        load(place / "model.safetensors")
+    shutil.rmtree(place / "tokenizer")
+    with pytest.raises(LocogenError, match=r"configured by .*'tokenizer'.*is missing"):
+        load(place / "model.safetensors")
+
+
+# --- text files ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"]
+)
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("utf-8-sig", "begins with a byte-order mark.*save the file as UTF-8 without byte-order"),
+        ("utf-16", "is not UTF-8 text: save the file as UTF-8 without byte-order mark"),
+        (None, "is damaged: fetch it again"),
+    ],
+)
+def test_an_encoding_that_diffusers_does_not_read_is_named(folder, file, encoding, words):
+    """Editors on Windows write both. Nothing is damaged then, and fetching again is no remedy."""
+    place = folder / file
+    text = place.read_text(encoding="utf-8")
+    if encoding is None:
+        place.write_text(text[:-4])
+    else:
+        place.write_text(text, encoding=encoding)
+    with pytest.raises(LocogenError, match=f"{place.name} {words}"):
+        load(folder)
+    place.write_text(text, encoding="utf-8")
+    load(folder)  # the twin
