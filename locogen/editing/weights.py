@@ -4,7 +4,8 @@ Changing weights is a transaction. For each denoiser a frozen `_State` says whic
 what the weights were before the first of them (`originals`), and what was written last (`written`,
 as hashes). Adding a change and subtracting it again would round twice; the originals are copied
 back instead. That is right only while the weights still are what was written, so each write
-compares first: a fused LoRA, training, or a conversion in between raises.
+compares first: a fused LoRA, training, or a conversion in between raises. Before pictures are made
+of an edited model, `_oddities` compares as well, by cheaper checksums, and warns.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from weakref import WeakKeyDictionary
 from locogen.editing.closed_form import to_float64
 from locogen.errors import LocogenError
 from locogen.models.compilation import uncompiled_module
-from locogen.models.offload import kept
+from locogen.models.families import denoiser_of
+from locogen.models.offload import kept, weight_of
+from locogen.pictures.checks import model_check
+from locogen.pictures.fingerprint import Checksum, checksums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,12 +84,13 @@ class _State:
     """The edits of one denoiser. Replaced as a whole, so that an interrupt never finds half of it.
 
     `originals`: edited weights as they were before any edit. `written`: digests of what was written
-    last, by name.
+    last, by name. `checksums`: of the same, quicker to compare.
     """
 
     applied: tuple[_Applied, ...] = ()
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
+    checksums: Mapping[str, Checksum] = field(default_factory=dict)
 
 
 # By denoiser, without compiled wrappers. A copied denoiser is not in it: its weights are its own.
@@ -370,6 +375,7 @@ def _next_state(
 ) -> _State:
     """The state once `after` is written; weights that no edit changes any longer are forgotten."""
     digests = {**state.written, **_digests(after)}
+    sums = {**state.checksums, **checksums(after)}
     edited: set[str] = set()
     for one in applied:
         edited |= set(one.change.changes)
@@ -377,6 +383,7 @@ def _next_state(
         applied,
         originals={name: originals[name] for name in originals if name in edited},
         written={name: digests[name] for name in digests if name in edited},
+        checksums={name: sums[name] for name in sums if name in edited},
     )
 
 
@@ -473,13 +480,73 @@ def _own_lora(denoiser: Any, change: WeightChange) -> bool:
 
 def _lora_deltas(module: Any) -> Iterator[Tensor]:
     """What each active adapter of peft's adds to a weight, without its scale, (out, in)."""
+    for adapter in _active_lora(module):
+        up = to_float64(module.lora_B[adapter].weight.detach())  # (out, rank)
+        down = to_float64(module.lora_A[adapter].weight.detach())  # (rank, in)
+        yield up @ down
+
+
+def _active_lora(module: Any) -> list[str]:
+    """The names of peft's LoRA adapters that take part in a module's calls."""
     if getattr(module, "disable_adapters", False):
-        return
-    for adapter in getattr(module, "active_adapters", ()):
-        if adapter in getattr(module, "lora_A", {}):
-            up = to_float64(module.lora_B[adapter].weight.detach())  # (out, rank)
-            down = to_float64(module.lora_A[adapter].weight.detach())  # (rank, in)
-            yield up @ down
+        return []
+    lora = getattr(module, "lora_A", {})  # other kinds of adapters have none
+    return [name for name in getattr(module, "active_adapters", ()) if name in lora]
+
+
+@model_check
+def _oddities(pipe: Any) -> Iterator[str]:
+    """What else changes the edited matrices of a pipeline whose pictures are to be made."""
+    denoiser = denoiser_of(pipe)
+    state = _STATES.get(denoiser, _State())
+    for applied in state.applied:
+        change = applied.change
+        if _own_lora(denoiser, change):
+            yield (
+                f"the edit of {change.name!r} is applied, and its own LoRA is loaded as well: the "
+                "change counts twice in these pictures. Undo the edit, or call "
+                "pipe.unload_lora_weights()"
+            )
+            continue
+        adapted = _with_lora(denoiser, change)
+        if adapted:
+            yield (
+                f"the edit of {change.name!r} is applied, and LoRA on {len(adapted)} of the same "
+                f"matrices too (the first is {adapted[0]}): these pictures show both. For the edit "
+                "alone call pipe.disable_lora()"
+            )
+
+    changed = _changed_since(denoiser, state)
+    if changed:
+        more = f" and {len(changed) - 1} more weights" if len(changed) > 1 else ""
+        edits = " + ".join(repr(applied.change.name) for applied in state.applied)
+        yield (
+            f"{changed[0]}{more} changed while the edit of {edits} was applied: these pictures are "
+            "of the model as it is now. Take back what changed them (such as a fused LoRA), or "
+            "call undo_all(pipe, overwrite=True) and apply the edit again"
+        )
+
+
+def _with_lora(denoiser: Any, change: WeightChange) -> list[str]:
+    """The names of a change's weights on which LoRA of any kind is active."""
+    names: list[str] = []
+    for name in change.changes:
+        place = _place(denoiser, name)
+        if place is not None and place.carries_lora and _active_lora(place.module):
+            names.append(name)
+    return names
+
+
+def _changed_since(denoiser: Any, state: _State) -> list[str]:
+    """The names of edited weights that are not what was written last, or are gone."""
+    weights: dict[str, Tensor] = {}
+    for name in state.checksums:
+        place = _place(denoiser, name)
+        if place is not None:
+            weights[name] = weight_of(place.owner, name)
+    # Pointers and versions of tensors would be cheaper still, and miss a LoRA that was fused.
+    sums = checksums(weights)
+    return [name for name in state.checksums if sums.get(name) != state.checksums[name]]
 
 
 def _check_shapes(change: WeightChange, weights: Mapping[str, Tensor]) -> None:

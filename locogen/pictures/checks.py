@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,26 @@ MISFITS = (
     AssertionError,
     RuntimeError,
 )
+
+# Given a pipeline, says what is odd about it, each in a sentence with its remedy.
+ModelCheck: TypeAlias = Callable[[Any], Iterator[str]]
+
+_model_checks: list[ModelCheck] = []
+
+
+def model_check(check: ModelCheck) -> ModelCheck:
+    """Have a check called with the pipeline before the pictures of a run are made.
+
+    For rooms that this one does not import: what they do to a model, they check themselves.
+    """
+    _model_checks.append(check)
+    return check
+
+
+def oddities(pipe: Any) -> Iterator[str]:
+    """What the registered checks say of the model as it is now."""
+    for check in _model_checks:
+        yield from check(pipe)
 
 
 def check_scheduler(pipe: Any) -> None:

@@ -24,7 +24,7 @@ from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.defaults import name_of
 from locogen.models.families import warn_unread
 from locogen.pictures.batches import Batch, pictures_of
-from locogen.pictures.checks import check_scheduler
+from locogen.pictures.checks import check_scheduler, oddities
 from locogen.pictures.description import (
     describe_pipeline,
     describe_scheduler,
@@ -436,6 +436,8 @@ def circumstances_of(pipe: Any, settings: Settings) -> dict[str, Any]:
             "first of these. Turn it off with pipe.safety_checker = None",
             stacklevel=4,
         )
+    for oddity in oddities(pipe):
+        warnings.warn(oddity, stacklevel=4)
     device = pipe._execution_device.type
     return {
         "format": PICTURE_FORMAT,

@@ -1,6 +1,7 @@
 """What else happens to the weights of an edited model: it is noticed, and nothing is restored over it in silence."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,10 +11,15 @@ from locogen.editing import weights as editing_weights
 from locogen.editing.edit import Edit, fit_edit, undo_all
 from locogen.editing.files import write_edit
 from locogen.errors import LocogenError
+from locogen.localization.causal_tracing import causal_trace
 from locogen.models.families import denoiser_of
+from locogen.models.offload import weight_of
+from locogen.pictures.checks import oddities
+from locogen.pictures.runs import generate
 from locogen.plan import Concept, PromptPair
 
 STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"),))
+CAT = Concept("cat", "object", (PromptPair("a cat", "a dog"),))
 PAIRS = [("a cat", "a do"), ("the cat", "the do")]
 LAYERS = (2, 3)
 
@@ -157,6 +163,82 @@ def test_changes_of_other_weights_are_no_matter(pipe, edit) -> None:
     now = bits(pipe.unet)
     assert torch.equal(now.pop("conv_in.weight"), originals.pop("conv_in.weight") + 1.0)
     assert same(now, originals)
+
+
+# --- what is said before pictures are made -------------------------------------------------------
+
+
+FEW = {"num_inference_steps": 1, "guidance_scale": 1.0, "progress": False}
+
+
+def warnings_of(pipe) -> list[str]:
+    """What is said of edits when a picture is made; all of it points at the call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        generate(pipe, ["a cat"], **FEW)
+    messages = [warning for warning in caught if "the edit of" in str(warning.message)]
+    assert all(warning.filename == __file__ for warning in messages)
+    return [str(warning.message) for warning in messages]
+
+
+def add_lora(pipe, edit) -> None:
+    from peft import LoraConfig
+
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
+
+
+def test_an_edit_and_its_own_lora_are_noticed_before_pictures_are_made(pipe, edit, tmp_path):
+    edit.to_lora(tmp_path / "lora.safetensors")
+    edit.apply_(pipe)
+    assert warnings_of(pipe) == []
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    (message,) = warnings_of(pipe)
+    assert "its own LoRA is loaded as well: the change counts twice" in message
+    assert "pipe.unload_lora_weights()" in message
+
+    with pytest.warns(UserWarning, match="the change counts twice"):
+        causal_trace(pipe, CAT, parts=["text MLP"], seeds=[0], scorer=tiny.FakeScorer(), **FEW)
+    pipe.disable_lora()
+    assert warnings_of(pipe) == []
+    pipe.enable_lora()
+    pipe.unload_lora_weights()
+    assert warnings_of(pipe) == []
+
+
+def test_an_edit_and_another_lora_on_the_same_matrices_are_noticed(pipe, edit) -> None:
+    add_lora(pipe, edit)
+    assert warnings_of(pipe) == []  # the twin: without an edit it is the user's own matter
+    pipe.unload_lora_weights()
+    edit.apply_(pipe)
+    add_lora(pipe, edit)
+    (message,) = warnings_of(pipe)
+    assert f"LoRA on {len(edit.changes)} of the same matrices too" in message
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_changed_are_noticed_before_pictures_are_made(pipe, edit, change) -> None:
+    edit.apply_(pipe)
+    pipe.unet.conv_in.weight.data += 0.01  # the twin: this one is not edited
+    assert warnings_of(pipe) == []
+    change(pipe, edit)
+    if change is exchange_for_another_shape:  # such a model makes no pictures
+        assert any("changed while the edit of 'cat'" in message for message in oddities(pipe))
+        return
+    (message,) = warnings_of(pipe)
+    assert "changed while the edit of 'cat' was applied" in message
+    assert "overwrite=True" in message
+
+
+def test_weights_are_compared_where_offload_keeps_them(pipe, edit) -> None:
+    from accelerate import cpu_offload
+
+    edit.apply_(pipe)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    module = edited_module(pipe, edit)
+    assert module.weight.is_meta
+    assert list(oddities(pipe)) == []
+    weight_of(module, "").data[0, 0] += 1.0
+    assert any("changed while the edit of 'cat'" in message for message in oddities(pipe))
 
 
 def test_a_second_edit_is_not_added_to_changed_weights(pipe, edit) -> None:
