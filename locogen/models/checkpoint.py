@@ -215,6 +215,14 @@ def _problem(part: Part) -> str | None:
             f"is of a class of its own, {part.library}.{part.kind}: "
             "code from a checkpoint is not run"
         )
+    problem = _unreadable_file(part)
+    if problem is not None or not part.has_weights:
+        return problem
+    return _missing_shard(part) or _missing_weights(part)
+
+
+def _unreadable_file(part: Part) -> str | None:
+    """The first file of a part that cannot be read, and why."""
     for file in sorted(part.folder.glob("*.safetensors")):
         problem = file_problem(file)
         if problem is not None:
@@ -223,9 +231,7 @@ def _problem(part: Part) -> str | None:
         problem = _json_problem(file)
         if problem is not None:
             return f"has a file that cannot be read: {file.name} {problem}"
-    if not part.has_weights:
-        return None
-    return _missing_shard(part) or _missing_weights(part)
+    return None
 
 
 def _missing_files(part: Part) -> str | None:
@@ -240,10 +246,12 @@ def _missing_files(part: Part) -> str | None:
         return "is an empty folder: fetch it again"
     if (part.plain or part.variants) and not part.has_weights:
         return "has weights but no config.json: fetch its folder again"
-    if not part.is_tokenizer:
-        return None
+    return _missing_words(part, names) if part.is_tokenizer else None
 
-    if not any(files <= names for files in VOCABULARIES):
+
+def _missing_words(part: Part, names: Collection[str]) -> str | None:
+    """Which file a tokenizer lacks among the `names` of its files, as the end of a sentence."""
+    if not any(files.issubset(names) for files in VOCABULARIES):
         return "has no vocabulary (such as tokenizer.json): fetch its folder again"
     # CLIP's pipelines ask the tokenizer how long a prompt may be. Those with T5 know it themselves.
     if part.kind.startswith("CLIP") and "tokenizer_config.json" not in names:
