@@ -280,10 +280,10 @@ def _json_problem(file: Path) -> str | None:
 
 def missing_weights(names: Sequence[str]) -> str:
     """What to do about weights that are in none of a part's files, as the end of a sentence."""
-    more = f" and {len(names) - 1} more of its weights" if len(names) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return (
-        f"lacks {names[0]}{more}, in all of its files: the checkpoint is incomplete; fetch the "
-        "part again, or save it again with the tool that made it"
+        f"lacks the weight {names[0]}{more}: the checkpoint is incomplete; fetch the part again, "
+        "or save it again with the tool that made it"
     )
 
 
