@@ -312,7 +312,7 @@ class _FiringGuard:
         self.denoiser = denoiser
         self.names = {hook: names[hook.module] for hook in hooks}
         self.fired: set[str] = set()
-        self.layers_at_opening = set(possible_layers(denoiser).values())
+        self.layers_at_opening = possible_layers(denoiser)
 
     @property
     def hooks(self) -> Iterable[Hook]:
@@ -336,8 +336,11 @@ class _FiringGuard:
             return
         # Once in a call of the pipeline: to list a large denoiser's modules takes milliseconds. A
         # dry run would tell layers from self-attention, but would also fire hooks of copied blocks.
-        names = possible_layers(self.denoiser).values()
-        added = [name for name in names if name not in self.layers_at_opening]
+        layers = possible_layers(self.denoiser)
+        new_modules = layers.keys() - self.layers_at_opening.keys()
+        # `torch.compile` renames a module that was there; an exchanged one has the old name.
+        new_names = {layers[module] for module in new_modules}
+        added = sorted(new_names.difference(self.layers_at_opening.values()))
         if added:
             raise LocogenError(
                 f"{' and '.join(added)} was added to the {type(self.denoiser).__name__} while a "
