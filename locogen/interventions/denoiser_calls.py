@@ -16,6 +16,7 @@ from locogen.models.compilation import is_compiled, running_uncompiled
 from locogen.models.denoisers import skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before, hooked, is_dry_run
+from locogen.models.layers import possible_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +45,8 @@ class Call:
         cache: What was computed once for this call, by name.
         on_encoded: Called with each encoding within `pipe(…)`, before the denoiser's first call.
         on_prompts: Called with the one among them that is the prompts'.
+        keeps_prompts: Whether a call of the pipeline whose prompts are exchanged while it makes a
+            picture, as a callback can, is refused.
     """
 
     def __init__(self, pipe: Any, family: Family) -> None:
@@ -54,6 +57,7 @@ class Call:
         self.cache: dict[str, Any] = {}
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
+        self.keeps_prompts = False
         self._thread = threading.get_ident()
         self._in_progress = False
         self._waiting: list[Encoding] = []  # made within `pipe(…)`, before its first denoiser call
@@ -61,6 +65,8 @@ class Call:
         # has computed.
         self._prompts: Tensor | None = None  # (pictures, tokens, width)
         self._negatives: list[Tensor] = []
+        self._first_text: Tensor | None = None  # conditional rows of the first denoiser call
+        self._checked_states: list[Tensor] = []  # what the denoiser got with that text
         self._timestep: Any = None
         self._steps = DenoisingSteps(pipe, family)
 
@@ -165,6 +171,8 @@ class Call:
                 "the pipeline"
             )
         self.rows = self._conditional_rows(self._prompts)
+        if self.keeps_prompts and self.rows:
+            self._check_text()
 
     def _begin_pictures(self) -> None:
         """A new call of the pipeline, whose first call of the denoiser is the conditional one."""
@@ -180,8 +188,28 @@ class Call:
         self._prompts = prompts.returned[0]
         self._negatives = [one.returned[0] for one in self._waiting if one is not prompts]
         self._waiting = []
+        self._first_text = None
+        self._checked_states = []
         if self.on_prompts is not None:
             self.on_prompts(prompts)
+
+    def _check_text(self) -> None:
+        """The conditional rows must be those of the pipeline call's first denoiser call."""
+        import torch
+
+        # Pipelines hand over one tensor at all steps, and SD 3's skipped layers get a second one.
+        # Only where another comes are values compared: that waits for the device.
+        if any(self.states is states for states in self._checked_states):
+            return
+        text = self.states[self.rows.start : self.rows.stop]  # (pictures, tokens, width)
+        if self._first_text is None:
+            self._first_text = text
+        elif not torch.equal(text, self._first_text):
+            raise LocogenError(
+                f"the prompts were exchanged at step {self.step()}, while the picture was made: "
+                "within this context leave prompt_embeds as they are in callback_on_step_end"
+            )
+        self._checked_states = [*self._checked_states[:1], self.states]  # the first and the latest
 
     def _conditional_rows(self, prompts: Tensor) -> range:
         if any(self.states is negative for negative in self._negatives):
@@ -218,7 +246,7 @@ def on_denoiser(
 
     Raises:
         LocogenError: The pipeline is called in another thread, its denoiser by itself, a hooked
-            module was exchanged, or a hook did not fire though the call ought to have run its
+            module was exchanged, a layer was added, or a hook did not fire though the call ought to have run its
             module.
     """
     family = family_of(pipe)
@@ -251,6 +279,8 @@ def on_denoiser(
             current = getattr(pipe, family.denoiser)
             if in_call and is_compiled(current):
                 stack.enter_context(running_uncompiled(current, modules))
+            if in_call:
+                guard.check_none_was_added()
 
         # Compiled code passes hooks by, so that it is put aside before they are registered.
         stack.enter_context(running_uncompiled(getattr(pipe, family.denoiser), modules))
@@ -282,6 +312,7 @@ class _FiringGuard:
         self.denoiser = denoiser
         self.names = {hook: names[hook.module] for hook in hooks}
         self.fired: set[str] = set()
+        self.layers_at_opening = possible_layers(denoiser)
 
     @property
     def hooks(self) -> Iterable[Hook]:
@@ -298,6 +329,23 @@ class _FiringGuard:
             return hook.function(module, *call)
 
         return replace(hook, function=function)
+
+    def check_none_was_added(self) -> None:
+        """A layer that was added has no hook: nothing would be changed or read there."""
+        if not self.names:
+            return
+        # Once in a call of the pipeline: to list a large denoiser's modules takes milliseconds. A
+        # dry run would tell layers from self-attention, but would also fire hooks of copied blocks.
+        layers = possible_layers(self.denoiser)
+        new_modules = layers.keys() - self.layers_at_opening.keys()
+        # `torch.compile` renames a module that was there; an exchanged one has the old name.
+        new_names = {layers[module] for module in new_modules}
+        added = sorted(new_names.difference(self.layers_at_opening.values()))
+        if added:
+            raise LocogenError(
+                f"{' and '.join(added)} was added to the {type(self.denoiser).__name__} while a "
+                f"locogen context was open: {REMEDY}"
+            )
 
     def begin(self) -> None:
         """Count anew, for another call; the hooked modules must still be there."""

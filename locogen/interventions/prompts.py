@@ -5,14 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, active_contexts, on_denoiser
 from locogen.interventions.encoding import Encoding
 from locogen.interventions.indices import index_on
-from locogen.models.families import Family, denoiser_of, family_of, text_encoders
+from locogen.models.families import (
+    Family,
+    denoiser_of,
+    family_of,
+    missing_encoders,
+    text_encoders,
+)
 from locogen.models.hooks import Hook, Registered, after, before
 from locogen.models.layers import Layer, find_layers, select
 from locogen.plan import Intervention, missing_target_runs
@@ -23,7 +30,14 @@ if TYPE_CHECKING:
 
     from locogen.models.text import PromptEncoding
 
-__all__ = ["active_contexts", "foreign_hooks", "generators", "intervene", "record"]
+__all__ = [
+    "active_contexts",
+    "foreign_hooks",
+    "generators",
+    "intervene",
+    "intervene_encoded",
+    "record",
+]
 
 PLANS_PROMPTS = "call the pipeline with exactly the plan's prompts, [row.prompt for row in plan]"
 OTHER_PROMPTS = ("prompt_2", "prompt_3")  # of SD-XL, SD 3 and FLUX: for their other text encoders
@@ -44,21 +58,27 @@ def intervene(
     bit as they were, and a plan with all layers gives the target's own pictures. A `prompt_2` or
     `prompt_3` that repeats the prompt is exchanged with it; any other text there stays.
 
+    A call may bring `prompt_embeds` in place of prompts. If the pipeline has its text encoders,
+    they must be what it makes of the plan's prompts. Text that was encoded in another way needs a
+    pipeline without text encoders (`pipe.text_encoder = None`), and targets that were encoded in
+    the same way: then nothing says whether it is the plan's.
+
     Args:
         pipe: The pipeline. Calls of other pipelines that share its denoiser are not touched.
         plan: One row for each prompt of the call. SD 3 and FLUX also need the targets' own runs in
             it: `with_target_runs(plan)`.
         targets: The targets' text, encoded, a row for each row of the plan. Left out, they are
-            encoded within the call, as its prompts are. Needed if the call gets `prompt_embeds`
-            that are not the pipeline's own encoding of the plan's prompts.
+            encoded within the call, as its prompts are. Needed if the pipeline has no text
+            encoder.
 
     Returns:
         A context manager. A compiled denoiser runs uncompiled within it.
 
     Raises:
         LocogenError: The model does not have a layer of the plan, the call has other prompts than
-            the plan or in another order, the targets' own runs are missing, pooled="target" for a
-            model without pooled text, or a layer was not called.
+            the plan or in another order, a callback exchanges its prompts, the targets' own runs
+            are missing, pooled="target" for a model without pooled text, a layer was added since,
+            or a layer was not called.
         UnsupportedModel: The family is unknown.
 
     Example:
@@ -71,6 +91,30 @@ def intervene(
         >>> output.images[0].size
         (64, 64)
     """
+    with _intervening(pipe, plan, targets, are_plans_prompts=False):
+        yield
+
+
+@contextmanager
+def intervene_encoded(
+    pipe: Any, plan: Sequence[Intervention], targets: PromptEncoding
+) -> Iterator[None]:
+    """As `intervene`, for a caller that has encoded the plan's prompts itself with this pipeline.
+
+    They are not encoded a second time to compare.
+    """
+    with _intervening(pipe, plan, targets, are_plans_prompts=True):
+        yield
+
+
+@contextmanager
+def _intervening(
+    pipe: Any,
+    plan: Sequence[Intervention],
+    targets: PromptEncoding | None,
+    *,
+    are_plans_prompts: bool,
+) -> Iterator[None]:
     rows = list(plan)
     family = family_of(pipe)
     layers = find_layers(pipe)
@@ -84,7 +128,8 @@ def intervene(
         _check_encoder(pipe)
 
     def hooks_for(call: Call) -> list[Hook]:
-        exchange = exchange_of(call, rows, targets)
+        exchange = exchange_of(call, rows, targets, are_plans_prompts)
+        call.keeps_prompts = True
         call.on_encoded = exchange.encode
         call.on_prompts = exchange.check
         hooks: list[Hook] = []
@@ -149,10 +194,44 @@ class _Exchange:
     call: Call
     plan: Sequence[Intervention]
     targets: PromptEncoding | None  # as the caller encoded them, one a row of the plan
+    are_plans_prompts: bool  # whether the caller has encoded the plan's prompts itself
     encoded: PromptEncoding | None = None  # the targets as this call encodes them, before guidance
+    plans_prompts: WeakKeyDictionary[Encoding, PromptEncoding] = field(
+        default_factory=WeakKeyDictionary
+    )  # the plan's prompts encoded in the same way, where a call brought encoded ones instead
 
     def encode(self, encoding: Encoding) -> None:
-        """Take note of an encoding within `pipe(…)`: now targets can be encoded in the same way."""
+        """Take note of an encoding within `pipe(…)`: now texts can be encoded in the same way."""
+        # Which text `prompt_embeds` are cannot be read from them: only encoding the plan's prompts
+        # shows it. Here and not in `check`: there the denoiser has taken the encoders' place on a
+        # device that model offload shares among them.
+        is_unknown = encoding.prompts is None and not self.are_plans_prompts
+        if is_unknown and not missing_encoders(self.call.pipe):
+            prompts = [row.prompt for row in self.plan]
+            self.plans_prompts[encoding] = self._encoded_alike(encoding, prompts)
+
+    def _encoded_alike(self, encoding: Encoding, texts: Sequence[str]) -> PromptEncoding:
+        """Texts, one a row of the plan, encoded with the call's arguments, such as `clip_skip`."""
+        prompts = encoding.prompts or []
+        copies, rest = divmod(len(prompts), len(self.plan))
+        changes: dict[str, Any] = dict.fromkeys(ENCODED)
+        changes["do_classifier_free_guidance"] = False  # the negative text is not exchanged
+        if rest or not prompts:  # several rows of the plan are pictures of one prompt
+            changes["num_images_per_prompt"] = 1
+            copies = 1
+        changes["prompt"] = _each_repeated(texts, copies)
+        for name in OTHER_PROMPTS:
+            other_texts = encoding.arguments.get(name)
+            changes[name] = _other_targets(other_texts, prompts, changes["prompt"])
+        encoded = self.call.family.encoding_of(encoding.again(**changes))
+
+        # A call that brings `prompt_embeds` need not say to which length they were padded.
+        length = encoding.arguments.get("max_sequence_length")
+        missing = encoding.returned[0].shape[1] - encoded.states.shape[1]
+        if length is None or not missing or length + missing < 1:
+            return encoded
+        changes["max_sequence_length"] = length + missing
+        return self.call.family.encoding_of(encoding.again(**changes))
 
     def check(self, encoding: Encoding) -> None:
         """The call must have the plan's prompts, each as often as pictures are made of it."""
@@ -165,7 +244,7 @@ class _Exchange:
         each = count // len(self.plan)
         if encoding.prompts is None:
             states = encoding.returned[0].unflatten(0, (len(self.plan), each))
-            self._check_states(states)
+            self._check_states(states, self.plans_prompts.get(encoding))
             return
         prompts = _each_repeated(encoding.prompts, encoding.pictures_per_prompt)
         for place, prompt in enumerate(prompts):
@@ -176,11 +255,12 @@ class _Exchange:
                     f"{planned!r}: {PLANS_PROMPTS}"
                 )
 
-    def _check_states(self, states: Tensor) -> None:
-        """Prompts that the caller encoded must be able to be the plan's.
+    def _check_states(self, states: Tensor, plans_prompts: PromptEncoding | None) -> None:
+        """Prompts that the caller encoded must be the plan's, or be able to be.
 
         Args:
             states: (plan rows, pictures of each, tokens, width)
+            plans_prompts: The plan's prompts, encoded in the same way; None: not known.
         """
         if states.shape[1] > 1 and not bool((states == states[:, :1]).all()):
             raise LocogenError(
@@ -188,9 +268,9 @@ class _Exchange:
                 f"{len(self.plan)} rows: {PLANS_PROMPTS}"
             )
 
-        # Which text states are cannot be read from them. But equal prompts must have equal states,
-        # and a prompt that is also a target must be encoded as that target is. Different prompts
-        # may be equal: CLIP ignores case.
+        # Without an encoder it cannot be known which text states are. But equal prompts must have
+        # equal states, and a prompt that is also a target must be encoded as that target is.
+        # Different prompts may be equal: CLIP ignores case.
         by_prompt: dict[str, Tensor] = {}
         for row, state in zip(self.plan, states[:, 0], strict=True):
             earlier = by_prompt.setdefault(row.prompt, state)  # (tokens, width)
@@ -201,6 +281,13 @@ class _Exchange:
                 )
         if self.targets is not None:
             self._check_against_targets(by_prompt, self.targets)
+        if plans_prompts is not None and not _same_text(states[:, 0], plans_prompts.states):
+            raise LocogenError(
+                "the call's prompt_embeds are not what the pipeline makes of the plan's prompts: "
+                "call it with the prompts themselves; or, for text that was encoded in another "
+                "way, with its text encoders set to None and the targets encoded alike, "
+                "intervene(pipe, plan, targets=…)"
+            )
 
     def _check_against_targets(self, prompts: dict[str, Tensor], targets: PromptEncoding) -> None:
         for row, target in zip(self.plan, targets.states, strict=True):
@@ -254,37 +341,11 @@ class _Replaced(_Exchange):
     """The targets' encoding takes the place of the prompts', just before each layer reads it."""
 
     def encode(self, encoding: Encoding) -> None:
+        super().encode(encoding)
         if self.targets is not None:
             self.encoded = self.targets
-            return
-        targets = [row.target for row in self.plan]
-        self.encoded = self._encoded_alike(encoding, targets)
-        if encoding.prompts is None:
-            # Prompts that the caller encoded in an unknown way: targets can be encoded alike only
-            # if it is the pipeline's own.
-            prompts = self._encoded_alike(encoding, [row.prompt for row in self.plan]).states
-            states = encoding.returned[0]  # (pictures, tokens, width)
-            if not _same_text(states, _repeated(prompts, len(states))):
-                raise LocogenError(
-                    "the call's prompt_embeds are not what the pipeline makes of the plan's "
-                    "prompts: encode the targets in the same way and hand them to intervene(pipe, "
-                    "plan, targets=…)"
-                )
-
-    def _encoded_alike(self, encoding: Encoding, texts: Sequence[str]) -> PromptEncoding:
-        """Texts, one a row of the plan, encoded with the call's arguments, such as `clip_skip`."""
-        prompts = encoding.prompts or []
-        copies, rest = divmod(len(prompts), len(self.plan))
-        changes: dict[str, Any] = dict.fromkeys(ENCODED)
-        changes["do_classifier_free_guidance"] = False  # the negative text is not exchanged
-        if rest or not prompts:  # several rows of the plan are pictures of one prompt
-            changes["num_images_per_prompt"] = 1
-            copies = 1
-        changes["prompt"] = _each_repeated(texts, copies)
-        for name in OTHER_PROMPTS:
-            other_texts = encoding.arguments.get(name)
-            changes[name] = _other_targets(other_texts, prompts, changes["prompt"])
-        return self.call.family.encoding_of(encoding.again(**changes))
+        else:
+            self.encoded = self._encoded_alike(encoding, [row.target for row in self.plan])
 
     def at(self, layer: Layer) -> list[Hook]:
         # Before the layer and not before the denoiser: so each layer can get another text, while

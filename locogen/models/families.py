@@ -7,6 +7,7 @@ locogen asks what kind of model it has.
 from __future__ import annotations
 
 import re
+import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from locogen.plan import Concept
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_ENCODING = threading.RLock()
 
 
 def _no_options(pipe: Any) -> dict[str, Any]:
@@ -264,13 +267,18 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
     return uncompiled_module(getattr(model, family.denoiser, model))
 
 
-def check_encoders(pipe: Any) -> None:
-    """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out."""
+def missing_encoders(pipe: Any) -> list[str]:
+    """The text encoders and tokenizers that the pipeline cannot read prompts without, and lacks."""
     optional = {"text_encoder_3", "tokenizer_3"}  # SD 3 is made to run without its T5
     parts = sorted(
         name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))
     )
-    missing = [name for name in parts if getattr(pipe, name) is None and name not in optional]
+    return [name for name in parts if getattr(pipe, name) is None and name not in optional]
+
+
+def check_encoders(pipe: Any) -> None:
+    """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out."""
+    missing = missing_encoders(pipe)
     if missing:
         raise LocogenError(
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read "
@@ -294,9 +302,10 @@ def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     import torch
 
     check_encoders(pipe)
-    # Encoders that offload brings to the device for this would stay there, since no pipeline's call
-    # ends.
-    with torch.no_grad(), taken_back(*text_encoders(pipe).values()):
+    # Pipelines of several threads may share a tokenizer, whose padding each encoding sets and resets
+    # again: two at the same time could get one another's. Encoders that offload brings to the
+    # device for this would stay there, since no pipeline's call ends.
+    with _ENCODING, torch.no_grad(), taken_back(*text_encoders(pipe).values()):
         return family_of(pipe).encode(pipe, prompts, guided)
 
 

@@ -76,9 +76,7 @@ def find_layers(model: Any) -> tuple[Layer, ...]:
     # middle).
     family = family_of(model)
     denoiser = denoiser_of(model, family)
-    candidates = {
-        module: name for name, module in denoiser.named_modules() if _has_text_matrices(module)
-    }
+    candidates = possible_layers(denoiser)
 
     # A block that was exchanged since brings other candidates: then they are observed anew.
     remembered = _REMEMBERED.get(denoiser)
@@ -108,6 +106,11 @@ def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
     if missing:
         raise LocogenError(f"layers {missing} are not there: the model has 0 to {last}")
     return [layers[index] for index in distinct]
+
+
+def possible_layers(denoiser: Any) -> dict[Any, str]:
+    """The modules that may be layers, with their names in the denoiser: self-attention as well."""
+    return {module: name for name, module in denoiser.named_modules() if _has_text_matrices(module)}
 
 
 def _has_text_matrices(module: Any) -> bool:

@@ -6,11 +6,14 @@ together.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 import unicodedata
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,6 +93,7 @@ class TokenSpan:
     """position whose state has read all: the end mark, or the last word if there is none"""
 
     tokenizer: Any
+    """one to look with, not the pipeline's own: see `tokenizer_to_look_with`"""
 
     cut_ids: tuple[int, ...] = ()
     """the tokens that the limit cuts off"""
@@ -238,28 +242,89 @@ def encode_masked(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPro
     return PromptEncoding(states, mask), PromptEncoding(negative, negative_mask) if guided else None
 
 
+# --- tokens, looked at ---------------------------------------------------------------------------
+
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, eq=False)
+class _Copied:
+    """A private copy of a tokenizer, and what the tokenizer was when it was copied."""
+
+    rules: tuple[Any, ...]
+    tokenizer: Any
+
+
+_COPIES: WeakKeyDictionary[Any, _Copied] = WeakKeyDictionary()
+
+
+def tokenizer_to_look_with(tokenizer: Any) -> Any:
+    """A tokenizer that makes the same tokens, whose use leaves the pipeline's own alone.
+
+    Every look at tokens goes through this one. It follows tokens that are added or removed later.
+    """
+    # A fast tokenizer keeps padding and truncation as a state that each call sets. Set in one
+    # thread while a pipeline encodes in another, it changes the text of that pipeline's picture.
+    # The copy's state is set once, so that threads may share the copy. Slow ones keep no state.
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer
+    with _LOCK:
+        rules = _rules(tokenizer, backend)
+        copied = _COPIES.get(tokenizer)
+        if copied is None or copied.rules != rules:
+            copied = _Copied(rules, _without_state(tokenizer))
+            _COPIES[tokenizer] = copied
+        return copied.tokenizer
+
+
+def _rules(tokenizer: Any, backend: Any) -> tuple[Any, ...]:
+    """What a textual inversion, or a change of marks, makes another of."""
+    # The backend itself, kept and not only its `id`: a new one could get the `id` of an old one.
+    return (
+        backend,
+        len(tokenizer),
+        tokenizer.get_added_vocab(),
+        tokenizer.special_tokens_map,
+        repr(backend.post_processor),
+    )
+
+
+def _without_state(tokenizer: Any) -> Any:
+    private = copy.deepcopy(tokenizer)
+    private.backend_tokenizer.no_truncation()
+    private.backend_tokenizer.no_padding()
+    return private
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """All tokens of a text with their marks, neither cut nor padded."""
+    return _tokens(tokenizer_to_look_with(tokenizer), text)
+
+
+def _tokens(look: Any, text: str) -> list[int]:
+    return look(text, truncation=False, padding=False, verbose=False).input_ids
+
+
 # --- where words stand ---------------------------------------------------------------------------
 
 
 def token_span(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> TokenSpan:
     """The prompt in an encoder with an end mark and maybe a start mark, cut at `limit` tokens."""
-    ids = _tokens(tokenizer, _converted(pipe, tokenizer, prompt))
-    marks = int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+    look = tokenizer_to_look_with(tokenizer)
+    ids = _tokens(look, _converted(pipe, look, prompt))
+    marks = int(bool(ids) and ids[0] == look.bos_token_id)
     words = tuple(ids[marks:-1])
     count = limit - marks - 1  # the end mark has the last place
     start = offset + marks
     end = start + min(len(words), count)
-    return TokenSpan(words[:count], start, end, tokenizer, words[count:], limit)
+    return TokenSpan(words[:count], start, end, look, words[count:], limit)
 
 
 def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
     """The prompt with inverted tokens of several vectors written out, as the pipeline does."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
     return prompt if convert is None else convert(prompt, tokenizer)
-
-
-def _tokens(tokenizer: Any, prompt: str) -> list[int]:
-    return tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
 
 
 def clip_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
@@ -291,8 +356,9 @@ def sana_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
     """Behind the start mark and the instruction's last token; there is no end mark."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     instruction = "\n".join(parameters["complex_human_instruction"].default)
-    before = len(pipe.tokenizer.encode(instruction))
-    words = tuple(_tokens(pipe.tokenizer, instruction + prompt)[before - 1 :])
+    look = tokenizer_to_look_with(pipe.tokenizer)
+    before = len(_tokens(look, instruction))
+    words = tuple(_tokens(look, instruction + prompt)[before - 1 :])
     count = SANA_LIMIT - 1
     end = min(len(words), count)
-    return (TokenSpan(words[:count], 1, end, pipe.tokenizer, words[count:], SANA_LIMIT),)
+    return (TokenSpan(words[:count], 1, end, look, words[count:], SANA_LIMIT),)

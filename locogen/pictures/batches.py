@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from locogen.errors import LocogenError
-from locogen.interventions.prompts import generators, intervene
+from locogen.interventions.prompts import generators, intervene_encoded
 from locogen.models.families import encode_guided, family_of
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.text import PromptEncoding
@@ -171,7 +171,7 @@ def make_batch(
         padded += missing_target_runs(rows)
     # All batches of a run have one size, so that sums are taken in the same order in each.
     padded += [padded[-1]] * (size - len(padded))
-    with intervene(pipe, padded, targets=texts.stack(row.target for row in padded)):
+    with intervene_encoded(pipe, padded, texts.stack(row.target for row in padded)):
         arguments = texts.arguments([row.prompt for row in padded])
         pixels = call_pipeline(pipe, padded, arguments, settings)  # (size, height, width, 3)
     return pixels[: len(rows)]

@@ -15,6 +15,7 @@ from locogen.errors import LocogenError
 from locogen.models.defaults import source_of
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.offload import resting_device
+from locogen.models.text import token_ids
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +119,7 @@ class Clip:
         import torch
 
         limit = self.tokenizer.model_max_length
-        if len(self.tokenizer(text, verbose=False).input_ids) > limit:
+        if len(token_ids(self.tokenizer, text)) > limit:
             warnings.warn(
                 f"the scorer reads {limit} tokens: the end of {text!r} is not scored", stacklevel=4
             )

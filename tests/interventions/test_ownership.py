@@ -296,6 +296,22 @@ def exchange_block(pipe):
     pipe.unet.up_blocks[1].attentions[2] = other
 
 
+def test_a_layer_that_is_added_within_a_context_is_named(pipe, context):
+    blocks = pipe.unet.up_blocks[1].attentions[2].transformer_blocks
+    added = tiny.pipeline().unet.up_blocks[1].attentions[2].transformer_blocks[0]
+    with context(pipe):
+        blocks.append(added)
+        with pytest.raises(
+            LocogenError, match=r"transformer_blocks\.1\.attn2 was added.* open the"
+        ):
+            pictures(pipe)
+        del blocks[-1]
+        pictures(pipe)  # the twin: the model as it was at the opening
+    blocks.append(added)
+    with context(pipe):  # and one that was there at the opening
+        pictures(pipe)
+
+
 def test_layers_and_states_of_an_exchanged_block_are_found_anew(pipe):
     layers, states = find_layers(pipe), find_states(pipe)
     assert find_layers(pipe) is layers
@@ -381,6 +397,78 @@ def test_embeds_must_agree_with_the_targets_where_they_are_of_one_text(pipe):
         from_embeds(pipe, prompts.states)
         with pytest.raises(LocogenError, match="are not those of targets="):
             from_embeds(pipe, targets.states)
+
+
+def test_embeds_of_other_prompts_are_refused_with_targets_too(pipe):
+    targets = encode(pipe, TARGETS)
+    others = encode(pipe, ["dog in c", "a b"])
+    with intervene(pipe, plan(), targets=targets):
+        from_embeds(pipe, encode(pipe, PROMPTS).states)
+        with pytest.raises(LocogenError, match="are not what the pipeline makes of the plan's"):
+            from_embeds(pipe, others.states)
+        pipe.text_encoder = None  # the twin: nothing can be compared
+        from_embeds(pipe, others.states, guidance_scale=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:hooks or methods that are not locogen's")
+def test_what_generate_has_encoded_is_not_encoded_again_to_compare(pipe, monkeypatch):
+    encoded = []
+    forward = pipe.text_encoder.forward
+
+    def counted(input_ids, **options):
+        encoded.append(len(input_ids))
+        return forward(input_ids, **options)
+
+    monkeypatch.setattr(pipe.text_encoder, "forward", counted)
+    generate(pipe, plan(), num_inference_steps=1, guidance_scale=1.0, progress=False)
+    assert encoded == [1] * 2 * len({*PROMPTS, *TARGETS})  # each with the negative prompt
+    with intervene(pipe, plan(), targets=encode(pipe, TARGETS)):
+        embeds = encode(pipe, PROMPTS).states
+        encoded.clear()
+        from_embeds(pipe, embeds, guidance_scale=1.0)
+    assert encoded == [len(PROMPTS)]  # the twin: a user's own call
+
+
+# --- prompts that a callback exchanges -----------------------------------------------------------
+
+
+def exchanging(change):
+    """The arguments of a call whose callback changes the encoded prompts behind the first step."""
+
+    def callback(pipe, step, timestep, tensors):
+        return {"prompt_embeds": change(pipe, tensors["prompt_embeds"])} if step == 0 else {}
+
+    names = ["prompt_embeds"]
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+
+
+def without_guidance(pipe, embeds):
+    pipe._guidance_scale = 0.0
+    return embeds[2:]
+
+
+def test_prompts_that_a_callback_exchanges_are_refused(pipe):
+    states = encode(pipe, TARGETS).states
+
+    def others(pipe, embeds):
+        return torch.cat([embeds[:2], states])
+
+    with (
+        intervene(pipe, plan((1, 2))),
+        pytest.raises(LocogenError, match=r"exchanged at step 1.*callback_on_step_end"),
+    ):
+        pictures(pipe, steps=3, **exchanging(others))
+    with record(pipe) as texts:  # the twin: what is only recorded may change
+        pictures(pipe, steps=3, **exchanging(others))
+    assert not torch.equal(texts[0][0], texts[0][1])
+
+
+@pytest.mark.parametrize("change", [without_guidance, lambda pipe, embeds: embeds.clone()])
+def test_a_callback_may_hand_over_the_same_prompts_in_another_tensor(pipe, change):
+    """As one that turns guidance off after some steps does."""
+    own = pictures(pipe, TARGETS, steps=3, **exchanging(change))
+    with intervene(pipe, plan()):
+        assert np.array_equal(pictures(pipe, steps=3, **exchanging(change)), own)
 
 
 def test_without_a_text_encoder_targets_are_asked_for(pipe):

@@ -298,6 +298,27 @@ def test_fluxs_negative_call_is_untouched(pipes):
     assert np.abs(made - own).max() < 1e-5
 
 
+@pytest.mark.parametrize("name", sorted(PATCHED))
+def test_embeds_of_other_prompts_are_refused_where_runs_are_patched(pipe, name):
+    rows = plan(pipe, every(pipe))
+    prompts = [row.prompt for row in rows]
+
+    def made(texts, length):
+        """From text that was encoded to another length than the call's own."""
+        two_prompts = {} if name == "flux" else {"prompt_2": None, "prompt_3": None}
+        returned = pipe.encode_prompt(texts, **two_prompts, max_sequence_length=length)
+        encoding = family_of(pipe).encoding_of(returned)
+        noise = generators(rows)
+        return pipe(
+            **encoding.arguments(), generator=noise, num_inference_steps=1, guidance_scale=1.0
+        )
+
+    with intervene(pipe, rows):
+        made(prompts, 24)  # the twin: those of the plan
+        with pytest.raises(LocogenError, match="are not what the pipeline makes of the plan's"):
+            made(["b c d", *prompts[1:]], 24)
+
+
 def test_patching_needs_the_targets_own_runs(pipes):
     for name in sorted(PATCHED):
         pipe = pipes(name)

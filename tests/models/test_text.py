@@ -1,6 +1,8 @@
 """One tokenization, the pipeline's own: where words stand, which are cut, and which are not known."""
 
 import copy
+import threading
+import time
 import warnings
 
 import pytest
@@ -63,6 +65,65 @@ def letters(pipe, prompt, subject, encoder=0):
     heard = token_spans(pipe, prompt)[encoder]
     found = subject_occurrences(pipe, prompt, subject, encoder=encoder)
     return [heard.decode(heard.ids[at - heard.start] for at in words) for words in found]
+
+
+# --- whose tokenizer -----------------------------------------------------------------------------
+
+
+def states_of(pipe):
+    """What a call of a fast tokenizer sets in it, and the next call may find there."""
+    parts = [part for name, part in pipe.components.items() if name.startswith("tokenizer")]
+    return [(part.backend_tokenizer.padding, part.backend_tokenizer.truncation) for part in parts]
+
+
+def test_looks_at_tokens_leave_the_pipelines_tokenizer_as_it_is(pipe):
+    """Another thread may encode with it at the same time, and would get the other padding."""
+    parts = [part for name, part in pipe.components.items() if name.startswith("tokenizer")]
+    prompt, subject = "cat on a", "cat"
+    for part in parts:
+        part(prompt, padding="max_length", truncation=True, max_length=9)
+    before = states_of(pipe)
+    assert None not in before[0]
+    token_spans(pipe, prompt)
+    subject_occurrences(pipe, prompt, subject)
+    warn_unread(pipe, [prompt])
+    check_known(pipe, Concept("cat", "object", (PromptPair(prompt, "on a"),)))
+    LayerInputs(pipe, find_layers(pipe)).exchange(prompt, "dog on a", subject, "subject", "dog")
+    assert states_of(pipe) == before
+    for part in parts:  # the twin: a look with the tokenizer itself
+        part(prompt)
+    assert states_of(pipe) != before
+
+
+def test_tokens_that_are_added_later_are_seen():
+    pipe = tiny.pipeline()
+    assert len(token_spans(pipe, "cat <neon>")[0].ids) > 1 + VECTORS
+    pipe.load_textual_inversion(torch.randn(VECTORS, tiny.WIDTH), "<neon>")
+    assert len(token_spans(pipe, "cat <neon>")[0].ids) == 1 + VECTORS
+    pipe.unload_textual_inversion()
+    assert len(token_spans(pipe, "cat <neon>")[0].ids) > 1 + VECTORS
+
+
+def test_threads_encode_one_after_another(monkeypatch):
+    """Each encoding sets the padding and resets it: pipelines may share the tokenizer."""
+    pipe = tiny.pipeline()
+    inside, most = [], []
+    encode_prompt = pipe.encode_prompt
+
+    def watched(*args, **options):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return encode_prompt(*args, **options)
+
+    monkeypatch.setattr(pipe, "encode_prompt", watched)
+    threads = [threading.Thread(target=encode, args=(pipe, ["a cat"])) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
 
 
 # --- textual inversion ---------------------------------------------------------------------------
