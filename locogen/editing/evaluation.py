@@ -259,7 +259,7 @@ def _scorer_for(scorer: Scorer | str | None, model: str, device: str = "cpu") ->
 
 
 def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Means with intervals, one row an arm, measure and quantity.
+    """Average an evaluation, with intervals: one row an arm, measure and quantity.
 
     Prompts and seeds are crossed (`stats.crossed_bootstrap`); probes that share a prompt are
     averaged.
@@ -273,6 +273,16 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` if it
         was measured. `low` and `high` are of the change; the last three quantities have none, only
         the interval of `after`. `n`: number of pictures.
+
+    Example:
+        >>> import pandas as pd
+        >>> probe = {"arm": "layer 3", "measure": "efficacy", "sign": -1, "prompt": "a neon cat"}
+        >>> scores = {"before": 0.75, "after": 0.5, "right_before": 1, "right_after": 0}
+        >>> table = pd.DataFrame([probe | {"seed": seed} | scores for seed in range(2)])
+        >>> summary(table)[["measure", "quantity", "before", "after", "change", "n"]]
+            measure quantity  before  after  change  n
+        0  efficacy    score    0.75    0.5   -0.25  2
+        1  efficacy    right    1.00    0.0   -1.00  2
     """
     import pandas as pd
 
@@ -343,7 +353,7 @@ def _pair_means(values: Array, level: float, bounds: tuple[float, float]) -> dic
 
 
 def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
-    """How much better an arm separates its concept from the neighbors than each other arm does.
+    """Compare an arm with every other: which separates its concept better from the neighbors.
 
     An arm's outcome is the change of `efficacy` in the direction that is meant (`sign`) plus that
     of `specificity`, in shares of right pictures: at most 1. A window that shares layers with the
@@ -359,6 +369,17 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
 
     Raises:
         LocogenError: The table lacks the arm, others, or one of the two measures.
+
+    Example:
+        >>> import pandas as pd
+        >>> names = ["arm", "measure", "sign", "right_after"]
+        >>> rows = [("layer 3", "efficacy", -1, 0), ("layer 3", "specificity", 1, 1)]
+        >>> rows += [("layer 7", "efficacy", -1, 1), ("layer 7", "specificity", 1, 1)]
+        >>> table = pd.DataFrame(rows, columns=names).assign(prompt="a neon cat")
+        >>> table = pd.concat([table.assign(seed=seed) for seed in range(2)])
+        >>> lead(table, "layer 3")[["rival", "estimate"]]
+             rival  estimate
+        0  layer 7       1.0
     """
     import pandas as pd
 
