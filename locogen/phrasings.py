@@ -151,7 +151,7 @@ def exchanged(pair: PromptPair) -> tuple[str, str | None]:
 
     Without punctuation at their ends. Raises `LocogenError` where no word is exchanged.
 
-    >>> exchanged(PromptPair("a picture of an owl, in neon style", "a picture of a cat, in neon style"))
+    >>> exchanged(PromptPair("picture of an owl, in neon style", "picture of a cat, in neon style"))
     ('an owl', 'a cat')
     """
     prompt = list(_WORD.finditer(pair.prompt))
@@ -306,12 +306,14 @@ class Phrasing:
 
     @property
     def instead(self) -> str | None:
-        """The target's words in the place of the subject; None where it only leaves out, or only adds."""
+        """The target's words in the subject's place; None where it only leaves out or adds."""
         return put_in_place(self.source, self.target, self.subject)
 
 
 def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
-    """List phrasings of a concept to fit an edit on, by its kind (after LocoEdit's four for a style).
+    """List phrasings of a concept to fit an edit on, by its kind.
+
+    Those of a style are modeled on LocoEdit's four.
 
     Args:
         concept: The concept. Styles and objects disappear: the targets name a plain picture, or are

@@ -111,7 +111,8 @@ class Concept:
             fact that is not scored against a new answer.
 
     Example:
-        >>> pairs = [PromptPair(f"{thing} in the style of van gogh", thing) for thing in ("a cat", "a dog")]
+        >>> things = ("a cat", "a dog")
+        >>> pairs = [PromptPair(f"{thing} in the style of van gogh", thing) for thing in things]
         >>> concept = Concept("van gogh", "style", pairs)
         >>> concept.scored_text(concept.pairs[0])
         'a cat in the style of van gogh'
@@ -161,7 +162,7 @@ class Concept:
             )
 
     def first(self, n: int, after: int = 0) -> Concept:
-        """The concept with fewer prompts: the first `n` pairs behind the first `after`; 0: all of them."""
+        """The concept with fewer prompts: `n` pairs behind the first `after`; 0: all of them."""
         end = after + n if n else None
         return replace(self, pairs=self.pairs[after:end])
 
@@ -251,7 +252,7 @@ def _span(steps: Any) -> tuple[int, int]:
 
 
 def missing_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The runs of the targets that a plan lacks, each once: their baselines, under the same seeds."""
+    """The targets' own runs that a plan lacks, each once: baselines, under the same seeds."""
     # SD 3 and FLUX change the text from layer to layer, and together with the picture. So what a
     # layer would get of the target is known only in a run of the target itself, in the same batch.
     present = {(row.prompt, row.seed) for row in plan if row.is_plain}

@@ -203,8 +203,8 @@ def _opponents(
     known_windows = {candidate, *opponents} <= set(range(count))
     if not opponents or not known_windows or candidate in opponents:
         raise ValueError(
-            f"candidate {candidate} cannot be compared with rivals {opponents}: it needs at least one "
-            f"rival, another of the windows 0 to {count - 1} (apart={apart})"
+            f"candidate {candidate} cannot be compared with rivals {opponents}: it needs at least "
+            f"one rival, another of the windows 0 to {count - 1} (apart={apart})"
         )
     return opponents
 
@@ -374,7 +374,8 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
         raise ValueError(
-            f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1"
+            f"{hits} hits of {count} at level {level} are no share: "
+            "give 0 <= hits <= count, count >= 1"
         )
     # scipy's interval (`binomtest`) takes whole hits only; for those a test compares the two.
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
@@ -420,7 +421,8 @@ def rank_correlation(
     y = np.asarray(two, np.float64)
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or len(x) < 3:
         raise ValueError(
-            f"profiles have shapes {x.shape} and {y.shape}: give (layers, prompts, seeds) of three or more"
+            f"profiles have shapes {x.shape} and {y.shape}: "
+            "give (layers, prompts, seeds) of three or more"
         )
     estimate = float(_spearman(x.mean((1, 2))[None], y.mean((1, 2))[None])[0])
     resampled = "random" in _factors(x, None) or "random" in _factors(y, None)

@@ -2,13 +2,13 @@
 
 Such a file has the form of `concepts.toml`:
 
-    ["my/ukiyo-e"]                                    # its id
+    ["my/ukiyo-e"]                         # its id
     name = "ukiyo-e"
-    kind = "style"                                    # style, object or fact
-    prompt = "{} in the style of ukiyo-e"             # {} is filled in turn, one pair of prompts each
-    target = "{}"                                     # "": an empty prompt
-    placebo = "{}, drawn as ukiyo-e"                  # optional: a paraphrase that keeps the concept
-    text = "ukiyo-e"                                  # optional: what pictures are scored against
+    kind = "style"                         # style, object or fact
+    prompt = "{} in the style of ukiyo-e"  # {} is filled in turn, one pair of prompts each
+    target = "{}"                          # "": an empty prompt
+    placebo = "{}, drawn as ukiyo-e"       # optional: a paraphrase that keeps the concept
+    text = "ukiyo-e"                       # optional: what pictures are scored against
     fill = ["a house", "a boat", "a wave"]
     # or, instead of prompt, target, placebo and fill:
     # pairs = [{ prompt = "a wave by hokusai", target = "a wave" }]
@@ -108,7 +108,7 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
 
 
 def _groups_of(model: str) -> set[str] | None:
-    """The groups of concepts that suit a model; None: any, for a model that is not in the catalog."""
+    """The groups of concepts that suit a model; None: all, if the catalog lacks the model."""
     # A hub id or a path may be that of a model in the catalog. Any other name has to be one.
     is_place = "/" in model or Path(model).exists()
     entry = entry_of(model) if is_place else model_entry(model)
@@ -207,7 +207,7 @@ def _fixed_text(row: Mapping[str, Any]) -> str | None:
 
 
 def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
-    """A pair for each filling of `{}`; without `fill` there is one pair, of the templates as written."""
+    """A pair for each filling of `{}`; without `fill`, one pair: the templates as written."""
     for key in ("prompt", "target"):
         if key not in row:
             raise LocogenError(f"{key} is missing: give prompt and target, or pairs")

@@ -119,7 +119,8 @@ class Scores:
         if len(repeated):
             prompt, seed = repeated[["prompt", "seed"]].iloc[0]
             raise LocogenError(
-                f"the table has the {role} of {prompt!r}, seed {seed} twice: give effect one run at a time"
+                f"the table has the {role} of {prompt!r}, seed {seed} twice: "
+                "give effect one run at a time"
             )
         values = stats.cube(part, column, levels)
         if np.isnan(values).any():
@@ -442,7 +443,8 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:
         raise LocogenError(
-            f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]"
+            f"the effects are of {len(names)} concepts: "
+            "select one, effects[effects.concept == name]"
         )
     layers: Any = effects.query("axis == 'layer'").set_index("position")
     window = _accepted(effects, layers, min_share)

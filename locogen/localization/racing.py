@@ -256,7 +256,8 @@ def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], 
     """
     if len(seeds) < 4:
         raise LocogenError(
-            f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}"
+            "a race needs seeds to choose and others to judge: "
+            f"give at least four, not {len(seeds)}"
         )
     choosing, held_out = split_seeds(seeds)
     return _shuffled_pairs(concept, choosing), _shuffled_pairs(concept, held_out)
@@ -295,7 +296,8 @@ def _affordable(budget: float, exhaustive: int, common: int, state: Race, pairs:
     if not 0 < budget <= 1 or allowed < least:
         needed = math.ceil(100 * least / exhaustive) / 100
         raise LocogenError(
-            f"the budget is {budget}, this race takes {needed} of the pictures at least: give more, or more seeds"
+            f"the budget is {budget}, this race takes {needed} of the pictures at least: "
+            "give more, or more seeds"
         )
     return allowed - common
 

@@ -66,7 +66,7 @@ class Sides(NamedTuple):
 
     @property
     def side(self) -> str | None:
-        """The side with the better state; None if the interval holds zero or there is a `reason`."""
+        """The side with the better state; None if the interval holds 0 or there is a `reason`."""
         if self.reason:
             return None
         if self.low > 0:
@@ -98,7 +98,8 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
     cubes[TOTAL] = _total_effect(rows, cells)
     if not all(np.isfinite(cube).all() for cube in cubes.values()):
         raise LocogenError(
-            "some rows of the trace are missing or not scored: run causal_trace again on the same store"
+            "some rows of the trace are missing or not scored: "
+            "run causal_trace again on the same store"
         )
     return cubes
 

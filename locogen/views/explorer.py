@@ -135,7 +135,10 @@ class Explorer:
         swept = len(look.window) == self.width
         row = self.cells(look.concept).get(look.first) if swept else None
         if row is None:
-            return f"{look.concept}, {look.window}: not a window of this run, so without a measured effect."
+            return (
+                f"{look.concept}, {look.window}: "
+                "not a window of this run, so without a measured effect."
+            )
         digits = precision(row["estimate"])
         effect = number(row["estimate"], digits) + interval(row, digits)
         share = ""
@@ -226,7 +229,8 @@ class Explorer:
     def _model(self) -> Any:
         if self.pipe is None:
             raise LocogenError(
-                "the run has no such picture, and there is no model to make it: explore(run, pipe=…)"
+                "the run has no such picture, and there is no model to make it: "
+                "explore(run, pipe=…)"
             )
         return self.pipe
 

@@ -67,7 +67,8 @@ def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.Da
     names = list(dict.fromkeys(rows["concept"]))
     if not names:
         raise LocogenError(
-            "the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]"
+            "the effects table has no row of axis 'timesteps': "
+            "sweep with timesteps=[(first, last), …]"
         )
     concept = _one_concept(concept, names, "plot_timesteps")
     whole = dict.fromkeys(("first_timestep", "last_timestep", "position"), int)
