@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+ALPHA = 0.05  # the error rate of all tests: of a whole family of them where several are made
 FEW_PROMPTS = 6  # with fewer prompts, a result speaks "for these prompts" only
 TINY = 1e-150  # replaces a spread of zero, so that nothing is divided by zero
 
@@ -137,7 +138,7 @@ def simultaneous_lead(
     *,
     apart: int = 1,
     chosen_here: bool = True,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     draws: int = 2000,
     seed: int = 0,
     prompts: str | None = None,
@@ -219,7 +220,7 @@ def any_effect(
     values: ArrayLike,
     placebo: ArrayLike,
     *,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     draws: int = 2000,
     seed: int = 0,
     prompts: str | None = None,

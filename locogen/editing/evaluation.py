@@ -15,7 +15,7 @@ from locogen.editing.edit import Edit
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
-from locogen.models.offload import resting_device
+from locogen.pictures import score
 from locogen.pictures.runs import Run, generate
 from locogen.plan import distinct_seeds
 from locogen.stats import Array
@@ -67,12 +67,19 @@ def compare(
     rows = [(row.prompt, row.seed) for row in before.plan]
     if rows != [(row.prompt, row.seed) for row in after.plan]:
         raise LocogenError("the runs have other prompts or seeds: generate both with the same")
-    score = _scorer_for(scorer, str(before.settings["model"]))
+    judge = _judge_of(before, scorer)
     texts = [text or prompt for prompt, _ in rows]
-    old = score(list(before.pictures), texts)[0]  # (rows,)
-    new = score(list(after.pictures), texts)[0]
+    old = judge(list(before.pictures), texts)[0]  # (rows,)
+    new = judge(list(after.pictures), texts)[0]
     table = pd.DataFrame(rows, columns=["prompt", "seed"])
     return table.assign(text=texts, before=old, after=new, change=new - old)
+
+
+def _judge_of(run: Run, choice: Scorer | str | None) -> Scorer:
+    """The scorer of a run whose pipeline may be gone: so a named one is loaded on the CPU."""
+    if choice is None:
+        choice = score.default_scorer(str(run.settings["model"]))
+    return score.scorer(choice) if isinstance(choice, str) else choice
 
 
 def evaluate(
@@ -126,7 +133,6 @@ def evaluate(
 
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
-    model = str(getattr(pipe.config, "_name_or_path", "") or "")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
     measuring = _Measuring(
@@ -135,7 +141,7 @@ def evaluate(
         seeds,
         _rows(probes, prompts, seeds),
         # Before the pictures: a mistake in the scorer should not cost a run.
-        _scorer_for(scorer, model, resting_device(pipe)),
+        score.scorer_for(pipe, scorer),
         {"store": store, "progress": progress, **settings},
     )
 
@@ -243,16 +249,6 @@ class _Measuring:
         places = [row.picture for row in self.rows]
         alike = likeness(old.pictures, new.pictures, old.features, new.features)
         return table.assign(**{name: values[places] for name, values in alike.items()})
-
-
-def _scorer_for(scorer: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
-    """The scorer, or the one of that name; None: the catalog's for a model's folder or hub id."""
-    from locogen.pictures import score
-
-    scorer = scorer or score.default_scorer(model)
-    if isinstance(scorer, str):
-        return score.scorer(scorer, device=device)
-    return scorer
 
 
 # --- from the table to claims --------------------------------------------------------------------

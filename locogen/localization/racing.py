@@ -38,9 +38,8 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
-from locogen.stats import split_seeds, student_quantile
+from locogen.stats import ALPHA, split_seeds, student_quantile
 
-ALPHA = 0.05
 BUDGET = 0.35  # of the pictures of the exhaustive search
 FIRST_LOOK = 3  # pairs
 Array = np.ndarray[Any, Any]

@@ -15,7 +15,6 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.localization.effects import (
-    ALPHA,
     MIN_SHARE,
     carrier_evidence,
     effects_table,
@@ -216,12 +215,12 @@ def best_state(table: pd.DataFrame) -> BestState:
     total_mean = float(total[:, :, held_out].mean())
     share = float(fresh.mean()) / total_mean if total_mean > 0 else float("nan")
     nothing = np.zeros_like(values[0])
-    p_value = float(stats.any_effect(values, nothing, alpha=ALPHA).p_value[best])
+    p_value = float(stats.any_effect(values, nothing, alpha=stats.ALPHA).p_value[best])
 
     reason = ""
     if not stats.crossed_bootstrap(total).low[0] > 0:
         reason = "the noise hardly changes the score"
-    elif not p_value <= ALPHA:
+    elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
         reason = f"the best state brings back {share:.0%} of what the noise took"
@@ -252,14 +251,14 @@ def layer_found(effects: pd.DataFrame) -> Window:
     total = table[table["axis"] == TOTAL]
     if not total["low"].iloc[0] > 0:
         return Window(None, 1, "the noise hardly changes the score")
-    if not best["p_any"] <= ALPHA or best["fresh"] <= 0:
+    if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
         return Window(
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
         )
     if best["share"] < MIN_SHARE:
         share = f"{best['share']:.0%} of what the noise took"
         return Window(None, 1, f"the best, layer {start}, brings back {share}")
-    if best["p_lead"] <= ALPHA:
+    if best["p_lead"] <= stats.ALPHA:
         return Window(start, 1, "ahead of every other layer")
     return Window(start, 1, "its lead over other layers is not established")
 

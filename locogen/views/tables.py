@@ -231,7 +231,7 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
         >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
         >>> effects = pd.DataFrame([line | size | {"low": None, "high": None} for size in sizes])
         >>> describe(effects, Window(8, 2), short=True)
-        'neon: the window of 2 layers from 8, effect 0.40.'
+        'neon: the window of layers 8-9, effect 0.40.'
     """
     return " ".join(sentence(row, short=short) for row in findings(effects, carriers))
 
@@ -239,7 +239,9 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
 def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     """One row of `findings` in plain words."""
     label = row["label"]
-    place = place_name(row["at"], row["width"])
+    window = Window(row["at"], row["width"])
+    # "The window", so that the verb of the sentence is in the singular.
+    place = f"the window of {window}" if window.width > 1 else str(window)
     digits = precision(row["estimate"])
     amount = number(row["estimate"], digits) + interval(row, digits)
     if row["judged"] and row["start"] is None:
@@ -294,11 +296,6 @@ def _content(row: Mapping[str, Any]) -> str:
 def _signed(value: float, digits: int) -> str:
     sign = "+" if value > 0 else ""
     return sign + number(value, digits)
-
-
-def place_name(start: int, width: int) -> str:
-    """`layer 8`, or `the window of 2 layers from 8`."""
-    return f"the window of {width} layers from {start}" if width > 1 else f"layer {start}"
 
 
 def precision(*values: float) -> int:
