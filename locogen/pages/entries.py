@@ -150,13 +150,16 @@ def _state(row: Mapping[str, Any]) -> str:
 def _with_name(entry: Entry) -> Entry:
     """The entry with its name: the run's title, or its row's label, less concept and model."""
     # The label differs from the concept if a run has several rows for it: "neon · width 4".
-    label = str(entry.row.get("label") or entry.concept)
-    name = label if label != entry.concept else entry.run.title
+    name = str(entry.row.get("label") or entry.concept)
+    if name == entry.concept:
+        name = entry.run.title
+    if name != entry.concept and not name.startswith(f"{entry.concept}, "):
+        return replace(entry, name=name)
+
     # The page already says "neon" and "mini": of "neon, mini, seeds 2" only "seeds 2" is left.
-    if name == entry.concept or name.startswith(f"{entry.concept}, "):
-        parts = name.removeprefix(entry.concept).split(", ")
-        name = ", ".join(part for part in parts if part not in ("", entry.run.model))
-    return replace(entry, name=name)
+    parts = name.removeprefix(entry.concept).split(", ")
+    further = [part for part in parts if part not in ("", entry.run.model)]
+    return replace(entry, name=", ".join(further))
 
 
 def _distinguish(every: Sequence[Entry]) -> list[Entry]:

@@ -132,13 +132,15 @@ class Explorer:
 
     def finding(self, look: Look) -> str:
         """What the heatmap's cell says, in a sentence; windows that were not swept have none."""
-        swept = len(look.window) == self.width
-        row = self.cells(look.concept).get(look.first) if swept else None
-        if row is None:
+        cells = self.cells(look.concept)
+        # A window of another width may begin at the same layer: it was not swept.
+        is_swept = len(look.window) == self.width and look.first in cells
+        if not is_swept:
             return (
                 f"{look.concept}, {look.window}: "
                 "not a window of this run, so without a measured effect."
             )
+        row = cells[look.first]
         digits = precision(row["estimate"])
         effect = number(row["estimate"], digits) + interval(row, digits)
         share = ""

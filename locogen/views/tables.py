@@ -48,15 +48,13 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
         means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
     )
     matrix.columns = [int(start) for start in matrix.columns]
-    controls = {
-        role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean()
-        for role in CONTROLS
-    }
-    # Sweeps without controls have a baseline only.
-    present = {role: mean for role, mean in controls.items() if len(mean)}
-    if present:
-        matrix[GAP] = float("nan")
-    for role, mean in present.items():
+    for role in CONTROLS:
+        mean: Any = rows[rows["role"] == role].groupby("concept")["clip_score"].mean()
+        # Sweeps without controls have a baseline only.
+        if mean.empty:
+            continue
+        if GAP not in matrix:
+            matrix[GAP] = float("nan")
         matrix[role] = mean.reindex(matrix.index).astype(float)
     return matrix
 
@@ -64,6 +62,7 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
 def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
     """Estimates of one concept's windows by time, (spans of steps, window starts)."""
     rows: Any = effects[effects["axis"] == "timesteps"]
+    # In the order of the table, which is the study's.
     names = list(dict.fromkeys(rows["concept"]))
     if not names:
         raise LocogenError(
@@ -97,15 +96,12 @@ def _one_concept(concept: str | None, names: Sequence[str], caller: str) -> str:
 
 def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[Row]]:
     """Rows of one concept by axis (layer, insert, ceiling, placebo), each sorted by position."""
-    rows = effects.astype({"concept": str}).to_dict("records")
-    names = list(dict.fromkeys(row["concept"] for row in rows))
-    concept = _one_concept(concept, names, "plot_curve")
+    names = effects["concept"].astype(str)
+    concept = _one_concept(concept, list(names.unique()), "plot_curve")
+    rows: Any = effects[names == concept].astype({"concept": str})
     by_axis: dict[str, list[Row]] = {}
     for axis in ("layer", "insert", "ceiling", "placebo"):
-        on_axis = []
-        for row in rows:
-            if row["axis"] == axis and row["concept"] == concept:
-                on_axis.append({str(column): value for column, value in row.items()})
+        on_axis = rows[rows["axis"] == axis].rename(columns=str).to_dict("records")
         if on_axis:
             by_axis[axis] = sorted(on_axis, key=_place)
     return by_axis
@@ -383,12 +379,16 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
 
 def _chosen_apart(lines: Mapping[int, Row]) -> bool:
     """Whether `fresh` comes from other seeds than `choose`; few seeds serve for both."""
-    pairs: list[tuple[Any, Any]] = [
-        (line.get("choose"), line.get("fresh")) for line in lines.values()
-    ]
-    if any(missing(choose) or missing(fresh) for choose, fresh in pairs):
-        return False
-    return not all(math.isclose(choose, fresh, abs_tol=1e-12) for choose, fresh in pairs)
+    is_apart = False
+    for line in lines.values():
+        choose: Any = line.get("choose")
+        fresh: Any = line.get("fresh")
+        if missing(choose) or missing(fresh):
+            return False
+        # Sums of the same scores may differ by rounding.
+        if not math.isclose(choose, fresh, abs_tol=1e-12):
+            is_apart = True
+    return is_apart
 
 
 def _along(effects: Any, axis: str) -> Any:

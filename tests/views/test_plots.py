@@ -442,7 +442,7 @@ def test_no_single_window_says_why_and_where_to_look() -> None:
 
 def test_without_a_verdict_it_only_says_what_is_largest() -> None:
     assert describe(effects(["monet"])).startswith(
-        "monet: the largest effect is that of the window of 2 layers"
+        "monet: the largest effect is that of the window of layers 3-4"
     )
     assert not findings(effects())[0]["judged"]
 
