@@ -541,13 +541,15 @@ def _compare(
 def _factors(x: Array, prompts: str | None) -> tuple[str, str]:
     """Whether (prompts, seeds) are "random" or "fixed"."""
     _, prompt_count, seed_count = x.shape
-    if prompts is None or prompts == "":
+    if not prompts:
         prompts = "random" if prompt_count >= FEW_PROMPTS else "fixed"
     if prompts not in ("random", "fixed"):
         raise ValueError(f"prompts={prompts!r} is not known: use 'random', 'fixed' or None")
     if prompts == "random" and prompt_count < 2:
         raise ValueError("one prompt cannot be resampled: give more prompts, or prompts='fixed'")
-    return prompts, "random" if seed_count > 1 else "fixed"
+    # One seed shows nothing of how others would differ.
+    seeds = "random" if seed_count > 1 else "fixed"
+    return prompts, seeds
 
 
 def _deviations(x: Array, draws: int, seed: int, factors: tuple[str, str]) -> Array:

@@ -142,9 +142,13 @@ def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    if row["start"] is not None:
-        return "open" if "not established" in str(row["reason"]) else "localized"
-    return "none" if row["judged"] else "unjudged"
+    if not row["judged"]:
+        return "unjudged"
+    if row["start"] is None:
+        return "none"
+    # `carrier` names a window also where its lead over others is open; the reason says so.
+    is_open = "not established" in str(row["reason"])
+    return "open" if is_open else "localized"
 
 
 def _with_name(entry: Entry) -> Entry:

@@ -322,14 +322,23 @@ def missing(value: Any) -> bool:
 
 def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling: Any) -> Row:
     """One row of `findings`. `lines`: window start → its row of the effects table."""
-    start = None if carrier is None else carrier.start
+    start = None
+    width = None
+    reason = ""
+    if carrier is not None:
+        start = carrier.start
+        width = carrier.width
+        reason = carrier.reason
+
+    # Without a carrier, or with one that names no window, the largest effect is spoken of.
     at = _largest(lines) if start is None else int(start)
     if at not in lines:
         raise LocogenError(
             f"{label}: its carrier starts at layer {at}, which the effects table does not have"
         )
     line = lines[at]
-    width = int(line.get("width", 1)) if carrier is None else carrier.width
+    if width is None:
+        width = int(line.get("width", 1))
     # A carrier is spoken of by what was measured on other seeds than those that chose it.
     fresh = start is not None and _chosen_apart(lines)
     names = HELD_OUT if fresh else NUMBERS
@@ -348,7 +357,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "fresh": fresh,
         "share": _share(line.get("share"), estimate, ceiling),
         "rival": _best_elsewhere(lines, at, width, names[0]),
-        "reason": "" if carrier is None else carrier.reason,
+        "reason": reason,
         "n": line.get("n"),
     }
 
@@ -372,6 +381,7 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
     """The share of the ceiling as the table has it, or computed where it has none."""
     if not missing(share):
         return share
+    # A share of nothing, or of an effect in the other direction, says nothing.
     if missing(ceiling) or not ceiling > 0:
         return float("nan")
     return estimate / ceiling
@@ -399,12 +409,8 @@ def _along(effects: Any, axis: str) -> Any:
     if rows.empty:
         axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
         raise LocogenError(f"the effects table has no positions along {axis!r}: it has {axes}")
-    # The concept's name alone, unless it was measured in several ways.
-    label = rows["concept"].astype(str)
-    for column, word in (("method", ""), ("width", "width ")):
-        if column in rows and rows.groupby("concept")[column].nunique().max() > 1:
-            label = label + " · " + word + rows[column].astype(str)
-    rows = rows.assign(label=label)
+    rows = rows.assign(label=_labels(rows))
+    # A matrix has one cell for each: two runs' tables in one would hide each other.
     repeated = rows[rows.duplicated(["label", "position"])]
     if len(repeated):
         name, start = repeated[["label", "position"]].iloc[0]
@@ -412,6 +418,18 @@ def _along(effects: Any, axis: str) -> Any:
             f"{name}: the effects table has {axis} {start} more than once: give one run's table"
         )
     return rows
+
+
+def _labels(rows: Any) -> Any:
+    """The concept's name alone, unless some concept was measured in several ways."""
+    label = rows["concept"].astype(str)
+    for column, word in (("method", ""), ("width", "width ")):
+        if column not in rows:
+            continue
+        ways = rows.groupby("concept")[column].nunique()
+        if ways.max() > 1:
+            label = label + " · " + word + rows[column].astype(str)
+    return label
 
 
 def _unedited(table: Any) -> Any:
