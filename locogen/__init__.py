@@ -5,8 +5,8 @@
 >>> run = loco.localize(pipe, loco.concept("mini/van-gogh"), window=2, seeds=range(4))
 >>> loco.plot_effect(loco.effect(run.table))
 
-Importing locogen costs next to nothing: each name below is fetched from its module, and with it torch,
-diffusers, transformers, pandas or seaborn, when it is first used.
+Importing locogen costs next to nothing: each name below is fetched from its module, and with it
+torch, diffusers, transformers, pandas or seaborn, when it is first used.
 """
 
 from importlib import import_module

@@ -1,7 +1,8 @@
-"""What a notebook reports of its run: it writes a `Finding`, the study publishes it, the pages read it.
+"""What a notebook reports of its run: it writes a `Finding`, a study publishes it, pages read it.
 
-Standard library only. Results come from anywhere and any time: another version, another machine, an editor. So what
-is read is checked value by value, here, and whoever uses a finding may rely on its types.
+Standard library only. Results come from anywhere and any time: another version, another machine, an
+editor. So what is read is checked value by value, here, and whoever uses a finding may rely on its
+types.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from typing import Any
 from locogen.files import load_json, write_json
 from locogen.plan import Window
 
-FILE = (
-    "finding.json"  # in the folder of a run, until the study publishes it as part of `result.json`
-)
+# In the folder of a run, until the study publishes it as part of `result.json`.
+FILE = "finding.json"
 
 LARGEST_NUMBER = 2**64  # the largest seed
 DEEPEST = 20  # tables within tables
@@ -27,15 +27,15 @@ DEEPEST = 20  # tables within tables
 class Finding:
     """What one run has found, and from what: the part of a result that its notebook knows.
 
-    What is left out means: the notebook does not say. A study then fills in model, concepts and kind
-    from the run's parameters.
+    What is left out means: the notebook does not say. A study then fills in model, concepts and
+    kind from the run's parameters.
 
     Attributes:
         model: The model's name, as in `model_table`, a folder or a hub id.
         concepts: The names of the concepts that were looked at.
         kind: Of these concepts: "style", "object" or "fact"; "" where there are several kinds.
         finding: The result in a sentence or two, for pages and for the index.
-        carriers: Concept → the window that carries it; `Window(None, width, reason)` where none does.
+        carriers: Concept → the window that carries it; `Window(None, width, reason)` if none does.
         settings: What the result depends on besides: seeds, steps, guidance. Plain values.
         pictures: The number of pictures that the result rests on.
         published: The first layer of the published window, where the model's authors name one.
@@ -89,7 +89,7 @@ class Finding:
         return facts | dict(self.more)
 
     def write(self, folder: Path | str) -> None:
-        """Write `finding.json` into a run's folder; values that are not plain are written as text."""
+        """Write `finding.json` into a run's folder; values that are not plain become text."""
         write_json(Path(folder) / FILE, self.facts())
 
     @classmethod
@@ -99,7 +99,7 @@ class Finding:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Finding:
-        """The finding among the facts of a file, each value checked. Never raises for what is in it."""
+        """The finding among the facts of a file, each value checked; bad ones raise nothing."""
         # What a notebook wrote by mistake stays in `more`: the page of the run has to say so.
         fields: dict[str, Any] = {}
         more: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def is_table(value: Any) -> bool:
 
 
 def is_window(value: Any) -> bool:
-    """Whether it is a carrier as a file has it: concept, start (null: no single window), width, reason."""
+    """Whether it is a carrier: concept, start (null: no single window), width, reason."""
     if not isinstance(value, Mapping) or not is_text(value.get("concept")):
         return False
     start = value.get("start")

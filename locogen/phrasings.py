@@ -151,7 +151,7 @@ def exchanged(pair: PromptPair) -> tuple[str, str | None]:
 
     Without punctuation at their ends. Raises `LocogenError` where no word is exchanged.
 
-    >>> exchanged(PromptPair("a picture of an owl, in neon style", "a picture of a cat, in neon style"))
+    >>> exchanged(PromptPair("picture of an owl, in neon style", "picture of a cat, in neon style"))
     ('an owl', 'a cat')
     """
     prompt = list(_WORD.finditer(pair.prompt))
@@ -258,15 +258,18 @@ def put_in_place(source: str, target: str, subject: str) -> str | None:
     old = list(_WORD.finditer(source))
     new = list(_WORD.finditer(target))
     matcher = SequenceMatcher(None, _texts(old), _texts(new), autojunk=False)
-    # The steps from the old words to the new ones that touch the subject.
-    steps = []
-    for step in matcher.get_opcodes():
-        _, first, last, _, _ = step
-        if any(word.start() < end and start < word.end() for word in old[first:last]):
-            steps.append(step)
-    if all(kind == "equal" for kind, *_ in steps):
+    # A step takes the old words from `first` to the new words from `new_first`; those that touch
+    # the subject say what comes in its place.
+    is_changed = False
+    in_place: list[range] = []
+    for kind, first, last, new_first, new_last in matcher.get_opcodes():
+        touches = any(word.start() < end and start < word.end() for word in old[first:last])
+        if touches:
+            in_place.append(range(new_first, new_last))
+            is_changed = is_changed or kind != "equal"
+    if not is_changed:
         return None
-    come = without_marks(_joint(target, new[steps[0][3] : steps[-1][4]]))
+    come = without_marks(_joint(target, new[in_place[0].start : in_place[-1].stop]))
     return come if _has_letters(come) else None
 
 
@@ -306,12 +309,14 @@ class Phrasing:
 
     @property
     def instead(self) -> str | None:
-        """The target's words in the place of the subject; None where it only leaves out, or only adds."""
+        """The target's words in the subject's place; None where it only leaves out or adds."""
         return put_in_place(self.source, self.target, self.subject)
 
 
 def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phrasing, ...]:
-    """List phrasings of a concept to fit an edit on, by its kind (after LocoEdit's four for a style).
+    """List phrasings of a concept to fit an edit on, by its kind.
+
+    Those of a style are modeled on LocoEdit's four.
 
     Args:
         concept: The concept. Styles and objects disappear: the targets name a plain picture, or are
@@ -331,17 +336,27 @@ def default_phrasings(concept: Concept, becomes: str | None = None) -> tuple[Phr
         >>> phrasing.source, phrasing.target
         ('a picture in the style of neon', 'a picture')
     """
-    if becomes is None and not any(pair.target for pair in concept.pairs):
-        becomes = ""
     first = concept.pairs[0]
+    # A style's templates have words around its name; other concepts bring their article along.
     phrase = concept.name if concept.kind == "style" else phrase_in(concept, first)
-    if becomes is None and concept.kind == "fact":
-        becomes = put_in_place(first.prompt, first.target, phrase)
-    templates = _templates(concept, becomes)
+    if becomes is None:
+        becomes = _replacement(concept, phrase)
+    # The name alone, without the article, is what is looked for among the tokens.
     subject = concept.name if occurrences(phrase, concept.name) else phrase
-    return tuple(
-        Phrasing(old.format(phrase), new.format(phrase, becomes), subject) for old, new in templates
-    )
+    phrasings = []
+    for old, new in _templates(concept, becomes):
+        phrasings.append(Phrasing(old.format(phrase), new.format(phrase, becomes), subject))
+    return tuple(phrasings)
+
+
+def _replacement(concept: Concept, phrase: str) -> str | None:
+    """What a concept becomes by its own pairs; "": nothing at all; None: a plain picture."""
+    if not any(pair.target for pair in concept.pairs):
+        return ""
+    if concept.kind != "fact":
+        return None
+    first = concept.pairs[0]
+    return put_in_place(first.prompt, first.target, phrase)
 
 
 def _templates(concept: Concept, becomes: str | None) -> tuple[tuple[str, str], ...]:

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,9 @@ Kind = Literal["style", "object", "fact"]
 KINDS: tuple[Kind, ...] = ("style", "object", "fact")
 Role = Literal["baseline", "window", "ceiling", "placebo", "insert", "timesteps"]
 Pooled = Literal["keep", "target"]
+
+# `4`, or `0-1`, with spaces where people put them.
+_LAYER_SPAN = re.compile(r"(?P<first>\d+)(\s*-\s*(?P<last>\d+))?")
 
 # Openings of a prompt, and the one that takes its place in the placebo.
 _OPENINGS = (
@@ -84,13 +88,19 @@ class PromptPair:
 
     def _check_text(self, field: str) -> None:
         value = getattr(self, field)
-        if value is None and field in ("text", "placebo"):
+        is_optional = field in ("text", "placebo")
+        may_be_empty = field == "target"
+        if value is None and is_optional:
             return
-        if value == "" and field == "target":
+        if value == "" and may_be_empty:
             return
-        if not isinstance(value, str) or not value.strip():
-            remedy = "give it a text, or '' for nothing" if field == "target" else "give it a text"
-            raise LocogenError(f"a prompt pair's {field} is {value!r}: {remedy}")
+        if isinstance(value, str) and value.strip():
+            return
+
+        remedy = "give it a text"
+        if may_be_empty:
+            remedy += ", or '' for nothing"
+        raise LocogenError(f"a prompt pair's {field} is {value!r}: {remedy}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,8 @@ class Concept:
             fact that is not scored against a new answer.
 
     Example:
-        >>> pairs = [PromptPair(f"{thing} in the style of van gogh", thing) for thing in ("a cat", "a dog")]
+        >>> things = ("a cat", "a dog")
+        >>> pairs = [PromptPair(f"{thing} in the style of van gogh", thing) for thing in things]
         >>> concept = Concept("van gogh", "style", pairs)
         >>> concept.scored_text(concept.pairs[0])
         'a cat in the style of van gogh'
@@ -161,18 +172,28 @@ class Concept:
             )
 
     def first(self, n: int, after: int = 0) -> Concept:
-        """The concept with fewer prompts: the first `n` pairs behind the first `after`; 0: all of them."""
+        """The concept with fewer prompts: `n` pairs behind the first `after`; 0: all of them."""
         end = after + n if n else None
         return replace(self, pairs=self.pairs[after:end])
 
     def scored_text(self, pair: PromptPair) -> str:
         """What the pair's pictures are scored against."""
-        return pair.text or self.text or (pair.target if self.kind == "fact" else pair.prompt)
+        explicit = pair.text or self.text
+        if explicit:
+            return explicit
+        # The picture of a fact should come to show the target's answer; a style or an object
+        # should go, so its own prompt fits less and less.
+        if self.kind == "fact":
+            return pair.target
+        return pair.prompt
 
     def content_text(self, pair: PromptPair) -> str | None:
         """What should stay when a style or an object goes: the target, or None."""
-        # A fact replaces its content, and an empty target names nothing that should stay.
-        return None if self.kind == "fact" else pair.target or None
+        # A fact replaces its content.
+        if self.kind == "fact":
+            return None
+        # An empty target names nothing that should stay.
+        return pair.target or None
 
     @property
     def sign(self) -> int:
@@ -251,7 +272,7 @@ def _span(steps: Any) -> tuple[int, int]:
 
 
 def missing_target_runs(plan: Sequence[Intervention]) -> tuple[Intervention, ...]:
-    """The runs of the targets that a plan lacks, each once: their baselines, under the same seeds."""
+    """The targets' own runs that a plan lacks, each once: baselines, under the same seeds."""
     # SD 3 and FLUX change the text from layer to layer, and together with the picture. So what a
     # layer would get of the target is known only in a run of the target itself, in the same batch.
     present = {(row.prompt, row.seed) for row in plan if row.is_plain}
@@ -320,8 +341,10 @@ class Window:
 
     def __str__(self) -> str:
         if self.start is None:
-            return f"no single window ({self.reason})" if self.reason else "no single window"
-        return f"layers {self.label}" if self.width > 1 else f"layer {self.label}"
+            why = f" ({self.reason})" if self.reason else ""
+            return f"no single window{why}"
+        noun = "layers" if self.width > 1 else "layer"
+        return f"{noun} {self.label}"
 
     @property
     def label(self) -> str:
@@ -388,12 +411,20 @@ def parse_layers(text: str | int) -> tuple[int, ...]:
     """
     layers: list[int] = []
     for part in str(text).split(","):
-        ends = [end.strip() for end in part.split("-")]
-        is_range = len(ends) in (1, 2) and all(end.isdecimal() for end in ends)
-        if not is_range or int(ends[0]) > int(ends[-1]):
-            raise LocogenError(f"layers is {text!r}: write indices and ranges, such as 0-1,4")
-        layers += range(int(ends[0]), int(ends[-1]) + 1)
+        span = _LAYER_SPAN.fullmatch(part.strip())
+        if span is None:
+            raise _not_layers(text)
+        first = int(span["first"])
+        # A single index is a range from itself to itself.
+        last = int(span["last"] or first)
+        if first > last:
+            raise _not_layers(text)
+        layers += range(first, last + 1)
     return tuple(layers)
+
+
+def _not_layers(text: str | int) -> LocogenError:
+    return LocogenError(f"layers is {text!r}: write indices and ranges, such as 0-1,4")
 
 
 def windows(n_layers: int, window: int) -> tuple[Window, ...]:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+ALPHA = 0.05  # the error rate of all tests: of a whole family of them where several are made
 FEW_PROMPTS = 6  # with fewer prompts, a result speaks "for these prompts" only
 TINY = 1e-150  # replaces a spread of zero, so that nothing is divided by zero
 
@@ -137,7 +138,7 @@ def simultaneous_lead(
     *,
     apart: int = 1,
     chosen_here: bool = True,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     draws: int = 2000,
     seed: int = 0,
     prompts: str | None = None,
@@ -203,8 +204,8 @@ def _opponents(
     known_windows = {candidate, *opponents} <= set(range(count))
     if not opponents or not known_windows or candidate in opponents:
         raise ValueError(
-            f"candidate {candidate} cannot be compared with rivals {opponents}: it needs at least one "
-            f"rival, another of the windows 0 to {count - 1} (apart={apart})"
+            f"candidate {candidate} cannot be compared with rivals {opponents}: it needs at least "
+            f"one rival, another of the windows 0 to {count - 1} (apart={apart})"
         )
     return opponents
 
@@ -219,7 +220,7 @@ def any_effect(
     values: ArrayLike,
     placebo: ArrayLike,
     *,
-    alpha: float = 0.05,
+    alpha: float = ALPHA,
     draws: int = 2000,
     seed: int = 0,
     prompts: str | None = None,
@@ -374,7 +375,8 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """
     if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
         raise ValueError(
-            f"{hits} hits of {count} at level {level} are no share: give 0 <= hits <= count, count >= 1"
+            f"{hits} hits of {count} at level {level} are no share: "
+            "give 0 <= hits <= count, count >= 1"
         )
     # scipy's interval (`binomtest`) takes whole hits only; for those a test compares the two.
     z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
@@ -420,7 +422,8 @@ def rank_correlation(
     y = np.asarray(two, np.float64)
     if x.ndim != 3 or y.ndim != 3 or len(x) != len(y) or len(x) < 3:
         raise ValueError(
-            f"profiles have shapes {x.shape} and {y.shape}: give (layers, prompts, seeds) of three or more"
+            f"profiles have shapes {x.shape} and {y.shape}: "
+            "give (layers, prompts, seeds) of three or more"
         )
     estimate = float(_spearman(x.mean((1, 2))[None], y.mean((1, 2))[None])[0])
     resampled = "random" in _factors(x, None) or "random" in _factors(y, None)
@@ -538,13 +541,15 @@ def _compare(
 def _factors(x: Array, prompts: str | None) -> tuple[str, str]:
     """Whether (prompts, seeds) are "random" or "fixed"."""
     _, prompt_count, seed_count = x.shape
-    if prompts is None or prompts == "":
+    if not prompts:
         prompts = "random" if prompt_count >= FEW_PROMPTS else "fixed"
     if prompts not in ("random", "fixed"):
         raise ValueError(f"prompts={prompts!r} is not known: use 'random', 'fixed' or None")
     if prompts == "random" and prompt_count < 2:
         raise ValueError("one prompt cannot be resampled: give more prompts, or prompts='fixed'")
-    return prompts, "random" if seed_count > 1 else "fixed"
+    # One seed shows nothing of how others would differ.
+    seeds = "random" if seed_count > 1 else "fixed"
+    return prompts, seeds
 
 
 def _deviations(x: Array, draws: int, seed: int, factors: tuple[str, str]) -> Array:

@@ -50,3 +50,39 @@ def test_commands_that_make_figures_are_there(name: str) -> None:
     scripts = re.findall(r"python (tests/\S+?\.py)", text)
     assert scripts
     assert not [script for script in scripts if not (ROOT / script).is_file()]
+
+
+# --- the rooms -----------------------------------------------------------------------------------
+
+
+def unnamed_modules(text: str, package: Path) -> list[str]:
+    """Modules that the table of rooms leaves out."""
+    rows = dict(re.findall(r"^\| `(\w+)/` \| (.*) \|$", text, re.MULTILINE))
+    unnamed = []
+    for path in sorted(package.glob("*/[a-z]*.py")):
+        if f"`{path.stem}`" not in rows.get(path.parent.name, ""):
+            unnamed.append(f"{path.parent.name}/{path.name}")
+    return unnamed
+
+
+def missing_files(text: str, package: Path) -> list[str]:
+    """Files and folders in backticks that are not there, seen from the package or from its parent."""
+    names = re.findall(r"`((?:[a-z]+/)+(?:\w+\.\w+)?)`", text)
+    return [
+        name for name in names if not any((at / name).exists() for at in (package, package.parent))
+    ]
+
+
+def test_the_rooms_are_true() -> None:
+    text = (ROOT / "locogen/README.md").read_text(encoding="utf-8")
+    assert not unnamed_modules(text, ROOT / "locogen")
+    assert not missing_files(text, ROOT / "locogen")
+
+
+def test_a_wrong_room_is_found(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for name in ("__init__.py", "text.py", "load.py"):
+        (tmp_path / "models" / name).touch()
+    text = "| `models/` | `text` and `family` |\n`models/text.py`, `models/family.py`\n"
+    assert unnamed_modules(text, tmp_path) == ["models/load.py"]
+    assert missing_files(text, tmp_path) == ["models/family.py"]

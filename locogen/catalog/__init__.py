@@ -1,7 +1,7 @@
 """The models, scorers and concepts that locogen knows by name.
 
-`models.toml` and `concepts.toml` are the data; `models.py` and `concepts.py` read them, and files of
-the same form with models and concepts of your own.
+`models.toml` and `concepts.toml` are the data; `models.py` and `concepts.py` read them, and files
+of the same form with models and concepts of your own.
 """
 
 from locogen.catalog.concepts import concept, concepts

@@ -2,13 +2,13 @@
 
 Such a file has the form of `concepts.toml`:
 
-    ["my/ukiyo-e"]                                    # its id
+    ["my/ukiyo-e"]                         # its id
     name = "ukiyo-e"
-    kind = "style"                                    # style, object or fact
-    prompt = "{} in the style of ukiyo-e"             # {} is filled in turn, one pair of prompts each
-    target = "{}"                                     # "": an empty prompt
-    placebo = "{}, drawn as ukiyo-e"                  # optional: a paraphrase that keeps the concept
-    text = "ukiyo-e"                                  # optional: what pictures are scored against
+    kind = "style"                         # style, object or fact
+    prompt = "{} in the style of ukiyo-e"  # {} is filled in turn, one pair of prompts each
+    target = "{}"                          # "": an empty prompt
+    placebo = "{}, drawn as ukiyo-e"       # optional: a paraphrase that keeps the concept
+    text = "ukiyo-e"                       # optional: what pictures are scored against
     fill = ["a house", "a boat", "a wave"]
     # or, instead of prompt, target, placebo and fill:
     # pairs = [{ prompt = "a wave by hokusai", target = "a wave" }]
@@ -100,19 +100,23 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
     groups = None if model is None else _groups_of(model)
     rows = []
     for id, entry in _all(file).items():
-        if groups is None or entry.model in groups:
-            subject = entry.concept
-            count = len(subject.pairs)
-            rows.append((id, entry.model, subject.name, subject.kind, count, entry.note))
+        if groups is not None and entry.model not in groups:
+            continue
+        subject = entry.concept
+        count = len(subject.pairs)
+        rows.append((id, entry.model, subject.name, subject.kind, count, entry.note))
     return pd.DataFrame(rows, columns=["id", "model", "name", "kind", "pairs", "note"])
 
 
 def _groups_of(model: str) -> set[str] | None:
-    """The groups of concepts that suit a model; None: any, for a model that is not in the catalog."""
+    """The groups of concepts that suit a model; None: all, if the catalog lacks the model."""
     # A hub id or a path may be that of a model in the catalog. Any other name has to be one.
     is_place = "/" in model or Path(model).exists()
     entry = entry_of(model) if is_place else model_entry(model)
-    return None if entry is None else {_ANY, model, entry.name, entry.concepts}
+    if entry is None:
+        return None
+    # A concept names one model or a group of them: "mini" and "mini-b" share theirs.
+    return {_ANY, model, entry.name, entry.concepts}
 
 
 @functools.cache
@@ -203,11 +207,13 @@ def _explicit(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
 
 def _fixed_text(row: Mapping[str, Any]) -> str | None:
     """The text that all pairs share; None where it is filled in pair by pair."""
-    return None if "{}" in row.get("text", "") else row.get("text")
+    text = row.get("text")
+    is_template = text is not None and "{}" in text
+    return None if is_template else text
 
 
 def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
-    """A pair for each filling of `{}`; without `fill` there is one pair, of the templates as written."""
+    """A pair for each filling of `{}`; without `fill`, one pair: the templates as written."""
     for key in ("prompt", "target"):
         if key not in row:
             raise LocogenError(f"{key} is missing: give prompt and target, or pairs")
@@ -225,18 +231,20 @@ def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
 
 
 def _fills(row: Mapping[str, Any]) -> list[str]:
+    # Without `fill` the templates have nothing to replace, and are used once.
     fills = row.get("fill", [""])
-    is_list = isinstance(fills, list) and len(fills) > 0
-    if not is_list or not all(isinstance(fill, str) for fill in fills):
+    is_filled_list = isinstance(fills, list) and len(fills) > 0
+    if not is_filled_list or not all(isinstance(fill, str) for fill in fills):
         raise LocogenError('fill is not a list of texts: write fill = ["a cat", "a dog"]')
     return fills
 
 
 def _check_template(key: str, template: str, *, has_fill: bool) -> None:
     """A template and `fill` belong together: either without the other is a mistake."""
+    has_place = "{}" in template
     # An empty target is the same for every prompt: there is nothing to fill in.
-    is_empty_target = key == "target" and not template
-    if has_fill and "{}" not in template and not is_empty_target:
+    needs_place = has_fill and not (key == "target" and template == "")
+    if needs_place and not has_place:
         raise LocogenError(f"{key} {template!r} has no {{}} to fill: put one in, or leave fill out")
-    if not has_fill and "{}" in template:
+    if has_place and not has_fill:
         raise LocogenError(f'{key} {template!r} has a {{}} and there is no fill: add fill = ["…"]')

@@ -1,7 +1,7 @@
 """Models and scorers by name, and the defaults that suit each model.
 
-A file with models of your own has the form of `models.toml`; `id` (a hub id or a folder) and `family`
-are all that an entry needs:
+A file with models of your own has the form of `models.toml`; `id` (a hub id or a folder) and
+`family` are all that an entry needs:
 
     [models.my-finetune]
     id = "me/my-finetune"
@@ -127,7 +127,7 @@ _REGISTERED: dict[str, ModelEntry] = {}
 
 
 def register(entry: ModelEntry) -> None:
-    """Remember the entry of a model that was loaded, so that its defaults are found by its pipeline."""
+    """Remember the entry of a loaded model: its pipeline finds its defaults by it."""
     _REGISTERED[entry.id] = entry
 
 

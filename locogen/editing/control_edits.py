@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from locogen.editing.edit import Edit
@@ -54,17 +54,24 @@ def _places(
         if not set(window) <= set(editable):
             continue
         name = str(window)
+        # A control that shares layers with the edit is partly the edit: its name warns of that.
         shared = sorted(set(window) & set(edited))
         if shared:
-            name += f" (shares {', '.join(map(str, shared))})"
+            name += f" (shares {_listed(shared)})"
         places[name] = tuple(window)
 
-    # From the other layers alone: a draw that shares layers with the edit would partly be the edit.
+    # Random layers come from those that the edit leaves alone, for the same reason.
     unedited = [index for index in editable if index not in edited]
-    if len(unedited) >= len(edited):
-        dice = random.Random(seed)
-        for _ in range(draws):
-            sample = tuple(sorted(dice.sample(unedited, len(edited))))
-            places[f"random layers {', '.join(map(str, sample))}"] = sample
+    has_enough = len(unedited) >= len(edited)
+    dice = random.Random(seed)
+    for _ in range(draws if has_enough else 0):
+        sample = tuple(sorted(dice.sample(unedited, len(edited))))
+        places[f"random layers {_listed(sample)}"] = sample
+
+    # More layers than the edit has: how much the whole model could change.
     places["all layers"] = tuple(editable)
     return places
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(str(layer) for layer in layers)

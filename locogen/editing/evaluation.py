@@ -15,7 +15,7 @@ from locogen.editing.edit import Edit
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
-from locogen.models.offload import resting_device
+from locogen.pictures import score
 from locogen.pictures.runs import Run, generate
 from locogen.plan import distinct_seeds
 from locogen.stats import Array
@@ -67,12 +67,19 @@ def compare(
     rows = [(row.prompt, row.seed) for row in before.plan]
     if rows != [(row.prompt, row.seed) for row in after.plan]:
         raise LocogenError("the runs have other prompts or seeds: generate both with the same")
-    score = _scorer_for(scorer, str(before.settings["model"]))
+    judge = _judge_of(before, scorer)
     texts = [text or prompt for prompt, _ in rows]
-    old = score(list(before.pictures), texts)[0]  # (rows,)
-    new = score(list(after.pictures), texts)[0]
+    old = judge(list(before.pictures), texts)[0]  # (rows,)
+    new = judge(list(after.pictures), texts)[0]
     table = pd.DataFrame(rows, columns=["prompt", "seed"])
     return table.assign(text=texts, before=old, after=new, change=new - old)
+
+
+def _judge_of(run: Run, choice: Scorer | str | None) -> Scorer:
+    """The scorer of a run whose pipeline may be gone: so a named one is loaded on the CPU."""
+    if choice is None:
+        choice = score.default_scorer(str(run.settings["model"]))
+    return score.scorer(choice) if isinstance(choice, str) else choice
 
 
 def evaluate(
@@ -126,7 +133,6 @@ def evaluate(
 
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
-    model = str(getattr(pipe.config, "_name_or_path", "") or "")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
     measuring = _Measuring(
@@ -135,7 +141,7 @@ def evaluate(
         seeds,
         _rows(probes, prompts, seeds),
         # Before the pictures: a mistake in the scorer should not cost a run.
-        _scorer_for(scorer, model, resting_device(pipe)),
+        score.scorer_for(pipe, scorer),
         {"store": store, "progress": progress, **settings},
     )
 
@@ -245,21 +251,11 @@ class _Measuring:
         return table.assign(**{name: values[places] for name, values in alike.items()})
 
 
-def _scorer_for(scorer: Scorer | str | None, model: str, device: str = "cpu") -> Scorer:
-    """The scorer, or the one of that name; None: the catalog's for a model's folder or hub id."""
-    from locogen.pictures import score
-
-    scorer = scorer or score.default_scorer(model)
-    if isinstance(scorer, str):
-        return score.scorer(scorer, device=device)
-    return scorer
-
-
 # --- from the table to claims --------------------------------------------------------------------
 
 
 def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Means with intervals, one row an arm, measure and quantity.
+    """Average an evaluation, with intervals: one row an arm, measure and quantity.
 
     Prompts and seeds are crossed (`stats.crossed_bootstrap`); probes that share a prompt are
     averaged.
@@ -273,6 +269,16 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` if it
         was measured. `low` and `high` are of the change; the last three quantities have none, only
         the interval of `after`. `n`: number of pictures.
+
+    Example:
+        >>> import pandas as pd
+        >>> probe = {"arm": "layer 3", "measure": "efficacy", "sign": -1, "prompt": "a neon cat"}
+        >>> scores = {"before": 0.75, "after": 0.5, "right_before": 1, "right_after": 0}
+        >>> table = pd.DataFrame([probe | {"seed": seed} | scores for seed in range(2)])
+        >>> summary(table)[["measure", "quantity", "before", "after", "change", "n"]]
+            measure quantity  before  after  change  n
+        0  efficacy    score    0.75    0.5   -0.25  2
+        1  efficacy    right    1.00    0.0   -1.00  2
     """
     import pandas as pd
 
@@ -343,7 +349,7 @@ def _pair_means(values: Array, level: float, bounds: tuple[float, float]) -> dic
 
 
 def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
-    """How much better an arm separates its concept from the neighbors than each other arm does.
+    """Compare an arm with every other: which separates its concept better from the neighbors.
 
     An arm's outcome is the change of `efficacy` in the direction that is meant (`sign`) plus that
     of `specificity`, in shares of right pictures: at most 1. A window that shares layers with the
@@ -359,6 +365,17 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
 
     Raises:
         LocogenError: The table lacks the arm, others, or one of the two measures.
+
+    Example:
+        >>> import pandas as pd
+        >>> names = ["arm", "measure", "sign", "right_after"]
+        >>> rows = [("layer 3", "efficacy", -1, 0), ("layer 3", "specificity", 1, 1)]
+        >>> rows += [("layer 7", "efficacy", -1, 1), ("layer 7", "specificity", 1, 1)]
+        >>> table = pd.DataFrame(rows, columns=names).assign(prompt="a neon cat")
+        >>> table = pd.concat([table.assign(seed=seed) for seed in range(2)])
+        >>> lead(table, "layer 3")[["rival", "estimate"]]
+             rival  estimate
+        0  layer 7       1.0
     """
     import pandas as pd
 

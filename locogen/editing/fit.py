@@ -20,6 +20,7 @@ from locogen.editing.closed_form import (
 from locogen.editing.weights import plain_name
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
+from locogen.models.defaults import name_of
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
@@ -280,5 +281,4 @@ def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
 
 def _model_name(pipe: Any) -> str:
     """The hub id, or the last two names of the folder: a shared file should not name the rest."""
-    name = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-    return "/".join(Path(name).parts[-2:])
+    return "/".join(Path(name_of(pipe)).parts[-2:])

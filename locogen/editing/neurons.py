@@ -127,13 +127,14 @@ class Neurons:
 
     def _repr_html_(self) -> str:
         table: Any = self.table
-        clear = int((table["p_value"] <= 0.05).sum())
+        clear = int((table["p_value"] <= stats.ALPHA).sum())
         settings = " · ".join(
             f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items()
         )
         strongest = table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)
         return (
-            f"<p><b>Neurons</b> of {escape(self.concept)}: {clear} of {len(self)} at p ≤ 0.05</p>"
+            f"<p><b>Neurons</b> of {escape(self.concept)}: "
+            f"{clear} of {len(self)} at p ≤ {stats.ALPHA}</p>"
             f"<p>{settings}</p>{strongest._repr_html_()}"
         )
 

@@ -89,6 +89,7 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
         same_kind = [other for other in every if other.kind == one.kind and other is not one]
         neighbors = [_words_of(other) for other in same_kind]
         for pair in one.pairs:
+            # Neighbors are only looked at for whether they stay.
             if one is concept:
                 probes += _probes_of(concept, pair, neighbors)
             else:
@@ -116,12 +117,16 @@ def _alternatives(
     """The texts that one picture could show, its own first, each once and none empty."""
     texts = [text]
     if concept.kind == "fact":
+        # The new answer and the old one, under the name that asks for it.
         texts += [pair.target, pair.prompt]
     else:
+        # The same scene with each neighbor in the concept's place, and without any of them.
         words = _words_of(concept)
         texts += [pair.prompt.replace(words, neighbor) for neighbor in neighbors]
         texts.append(pair.target)
-    return tuple(dict.fromkeys(text for text in texts if text))
+    # Nothing can be scored against an empty text.
+    nonempty = [each for each in texts if each]
+    return tuple(dict.fromkeys(nonempty))
 
 
 def _words_of(concept: Concept) -> str:

@@ -62,13 +62,25 @@ _REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()
 
 
 def find_states(pipe: Any) -> tuple[State, ...]:
-    """The denoiser's states, in observed execution order; `index` counts within the part.
+    """Find the states of the denoiser that `causal_trace` can restore.
 
-    The index of a cross-attention state is that of `find_layers`. The parts are `DENOISER_PARTS`.
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        The states in observed execution order. `part` is one of `DENOISER_PARTS`, `index` counts
+        within the part, and that of a cross-attention state is the index of `find_layers`.
 
     Raises:
         UnsupportedModel: The family is unknown.
         LocogenError: The denoiser has none of the parts.
+
+    Example:
+        >>> states = find_states(load("mini"))
+        >>> len(states), states[0].label
+        (70, 'resnet 0 (down_blocks.0.resnets.0)')
+        >>> sum(state.part == "cross-attention" for state in states)
+        16
     """
     family = family_of(pipe)
     denoiser = denoiser_of(pipe, family)
@@ -103,10 +115,22 @@ def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
 
 
 def find_text_states(pipe: Any) -> tuple[State, ...]:
-    """The text encoders' states, in observed execution order; `index` is the encoder's layer.
+    """Find the states of the text encoders that `causal_trace` can restore.
+
+    Args:
+        pipe: The pipeline.
+
+    Returns:
+        The states in observed execution order. `part` is one of `TEXT_PARTS`, and `index` counts
+        within the part: with one encoder, it is the encoder's layer.
 
     Raises:
         LocogenError: The parts of the encoder are unknown.
+
+    Example:
+        >>> states = find_text_states(load("mini"))
+        >>> [(state.part, state.index) for state in states[:3]]
+        [('text self-attention', 0), ('text MLP', 0), ('text self-attention', 1)]
     """
     encoders = text_encoders(pipe)
     first = next(iter(encoders.values()))

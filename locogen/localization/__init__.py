@@ -1,1 +1,1 @@
-"""Which layers carry a concept: LocoGen's sweep and race, causal tracing, attention contribution."""
+"""Which layers carry a concept: LocoGen's sweep and race, tracing, attention contribution."""

@@ -18,7 +18,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.interventions.states import check_apart
-from locogen.localization.effects import ALPHA, effects_table, estimates
+from locogen.localization.effects import effects_table, estimates
 from locogen.models.defaults import settings_for
 from locogen.models.families import family_of, subject_occurrences, warn_unread
 from locogen.models.hooks import Hook, after
@@ -407,4 +407,6 @@ def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
 
 def _leads(sums: Array, start: int, window: int) -> bool:
     """Whether a window is ahead of all that it does not overlap; `sums`: (windows, ...)."""
-    return bool(stats.simultaneous_lead(sums, start, apart=window, alpha=ALPHA).p_value <= ALPHA)
+    return bool(
+        stats.simultaneous_lead(sums, start, apart=window, alpha=stats.ALPHA).p_value <= stats.ALPHA
+    )

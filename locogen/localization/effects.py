@@ -19,7 +19,6 @@ from locogen.plan import Window, sign_of
 if TYPE_CHECKING:
     import pandas as pd
 
-ALPHA = 0.05
 MIN_SHARE = 0.5  # of the ceiling's effect: with less, the window is not "the" carrier
 FIRST_COLUMNS = ("method", "concept", "axis", "position", "estimate", "low", "high", "n")
 SPAN = ("first_timestep", "last_timestep")
@@ -119,7 +118,8 @@ class Scores:
         if len(repeated):
             prompt, seed = repeated[["prompt", "seed"]].iloc[0]
             raise LocogenError(
-                f"the table has the {role} of {prompt!r}, seed {seed} twice: give effect one run at a time"
+                f"the table has the {role} of {prompt!r}, seed {seed} twice: "
+                "give effect one run at a time"
             )
         values = stats.cube(part, column, levels)
         if np.isnan(values).any():
@@ -304,7 +304,13 @@ def carrier_evidence(
     rivals = [i for i, start in enumerate(places) if abs(start - places[best]) >= width]
     if rivals:
         lead = stats.simultaneous_lead(
-            fresh, best, rivals, apart=width, chosen_here=not split, alpha=ALPHA, prompts=prompts
+            fresh,
+            best,
+            rivals,
+            apart=width,
+            chosen_here=not split,
+            alpha=stats.ALPHA,
+            prompts=prompts,
         )
         lines[best] |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
     return lines
@@ -316,7 +322,9 @@ def _p_any(effects: Array, placebo: Array | None) -> Array:
         return np.full(len(effects), np.nan)
     # A paraphrase may even raise the score: the effect must also be larger than none at all.
     controls = (placebo, np.zeros_like(placebo))
-    p_values = [stats.any_effect(effects, control, alpha=ALPHA).p_value for control in controls]
+    p_values = [
+        stats.any_effect(effects, control, alpha=stats.ALPHA).p_value for control in controls
+    ]
     return np.max(p_values, axis=0)
 
 
@@ -402,7 +410,7 @@ def race_note(layers: pd.DataFrame) -> str:
     sure = float(layers["sure"].iloc[0])
     if sure > 0:
         percent = int(100 * sure)
-        confidence = f"{1 - ALPHA:.0%}"
+        confidence = f"{1 - stats.ALPHA:.0%}"
         notes.append(f"at least {percent}% of any other window's effect (confidence {confidence})")
     else:
         notes.append("too few pairs to say how near the best it is")
@@ -442,7 +450,8 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:
         raise LocogenError(
-            f"the effects are of {len(names)} concepts: select one, effects[effects.concept == name]"
+            f"the effects are of {len(names)} concepts: "
+            "select one, effects[effects.concept == name]"
         )
     layers: Any = effects.query("axis == 'layer'").set_index("position")
     window = _accepted(effects, layers, min_share)
@@ -464,7 +473,7 @@ def _accepted(effects: Any, layers: Any, min_share: float) -> Window:
     objection = _objection(effects, best, min_share, elsewhere)
     if objection:
         return Window(None, width, objection)
-    if best["p_lead"] <= ALPHA:
+    if best["p_lead"] <= stats.ALPHA:
         # A race follows only one rival to the end.
         rivals = "its best rival" if raced else "every other place"
         return Window(start, width, f"ahead of {rivals}")
@@ -478,7 +487,7 @@ def _objection(effects: Any, best: Any, min_share: float, elsewhere: str) -> str
         return "one seed and few prompts cannot tell: use more of either"
     if "ceiling" in axes and effects.query("axis == 'ceiling'")["low"].iloc[0] <= 0:
         return "the target hardly changes the score, even in all layers: choose another"
-    if best["p_any"] > ALPHA:
+    if best["p_any"] > stats.ALPHA:
         return f"no effect beyond the placebo's; {elsewhere}"
     if best["fresh"] <= 0:
         return f"no effect on fresh seeds; {elsewhere}"

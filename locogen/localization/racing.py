@@ -38,9 +38,8 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
-from locogen.stats import split_seeds, student_quantile
+from locogen.stats import ALPHA, split_seeds, student_quantile
 
-ALPHA = 0.05
 BUDGET = 0.35  # of the pictures of the exhaustive search
 FIRST_LOOK = 3  # pairs
 Array = np.ndarray[Any, Any]
@@ -142,9 +141,16 @@ class Race:
         """Share of any other window's effect that the leader reaches, at confidence 1 - alpha."""
         winner, *others = self.alive
         leader = self.effects[winner]  # (pairs,)
-        rivals = [(window, self.seen) for window in others]
-        rivals += [(window, after) for window, (how, after) in self.left.items() if how == "cut"]
-        reached = [reach(leader[:n], self.effects[window, :n], self.tail) for window, n in rivals]
+        # Rival → on how many pairs it was looked at. Dropped windows are none: the test that
+        # dropped them has shown that the leader is ahead.
+        looked = dict.fromkeys(others, self.seen)
+        for window, (how, after) in self.left.items():
+            if how == "cut":
+                looked[window] = after
+        reached = []
+        for window, count in looked.items():
+            rival = self.effects[window, :count]
+            reached.append(reach(leader[:count], rival, self.tail))
         return min(reached, default=1.0)
 
     def look(self, effects: Array) -> None:
@@ -170,7 +176,8 @@ class Race:
         """How a window left the race, or stayed in it, and after how many pairs."""
         if window in self.left:
             return self.left[window]
-        return ("chosen" if window == self.alive[0] else "stayed"), self.seen
+        how = "chosen" if window == self.alive[0] else "stayed"
+        return how, self.seen
 
 
 def race(
@@ -214,9 +221,13 @@ def race(
     pairs = choosing + held_out
     cells = _cells(every)
     state = Race(n_layers - window + 1, len(choosing), alpha)
-    always = ("baseline", "ceiling", "placebo") if controls else ("baseline",)
-    inserts = len(pairs) if controls else 0  # those of the winner
-    common = len(pairs) * len(always) + inserts
+    # What every pair gets, whichever window wins.
+    always = ["baseline"]
+    rows_a_pair = 1
+    if controls:
+        always += ["ceiling", "placebo"]
+        rows_a_pair = 4  # these three, and the winner's insert
+    common = rows_a_pair * len(pairs)
     allowed = _affordable(budget, len(every), common, state, len(pairs))
 
     while state.seen < state.pairs:
@@ -256,7 +267,8 @@ def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], 
     """
     if len(seeds) < 4:
         raise LocogenError(
-            f"a race needs seeds to choose and others to judge: give at least four, not {len(seeds)}"
+            "a race needs seeds to choose and others to judge: "
+            f"give at least four, not {len(seeds)}"
         )
     choosing, held_out = split_seeds(seeds)
     return _shuffled_pairs(concept, choosing), _shuffled_pairs(concept, held_out)
@@ -295,7 +307,8 @@ def _affordable(budget: float, exhaustive: int, common: int, state: Race, pairs:
     if not 0 < budget <= 1 or allowed < least:
         needed = math.ceil(100 * least / exhaustive) / 100
         raise LocogenError(
-            f"the budget is {budget}, this race takes {needed} of the pictures at least: give more, or more seeds"
+            f"the budget is {budget}, this race takes {needed} of the pictures at least: "
+            "give more, or more seeds"
         )
     return allowed - common
 

@@ -15,7 +15,6 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.localization.effects import (
-    ALPHA,
     MIN_SHARE,
     carrier_evidence,
     effects_table,
@@ -66,7 +65,7 @@ class Sides(NamedTuple):
 
     @property
     def side(self) -> str | None:
-        """The side with the better state; None if the interval holds zero or there is a `reason`."""
+        """The side with the better state; None if the interval holds 0 or there is a `reason`."""
         if self.reason:
             return None
         if self.low > 0:
@@ -98,7 +97,8 @@ def recovered(table: pd.DataFrame) -> dict[str, Array]:
     cubes[TOTAL] = _total_effect(rows, cells)
     if not all(np.isfinite(cube).all() for cube in cubes.values()):
         raise LocogenError(
-            "some rows of the trace are missing or not scored: run causal_trace again on the same store"
+            "some rows of the trace are missing or not scored: "
+            "run causal_trace again on the same store"
         )
     return cubes
 
@@ -177,11 +177,32 @@ def trace_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
 
 def best_state(table: pd.DataFrame) -> BestState:
-    """The state of any part with the largest indirect effect, and whether it is the one place.
+    """Find the state with the largest indirect effect, and judge whether it is the one place.
 
     It is if the noise does something, the state brings something back (p <= 0.05, corrected for all
-    states), and that is at least half of the total effect. Raises `LocogenError` as `recovered`
-    does.
+    states), and that is at least half of the total effect.
+
+    Args:
+        table: The pictures table of one `causal_trace`.
+
+    Returns:
+        The state (`axis`, `position`); its indirect effect (`estimate`, `low`, `high`: 95 %) on
+        seeds that did not choose it, where there are four seeds or more; its `share` of the total
+        effect; the `p_value`; and the `reason` why it is not the one place, empty if it is.
+
+    Raises:
+        LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
+
+    Example:
+        >>> import pandas as pd
+        >>> picture = {"concept": "neon", "prompt": "a neon cat"}
+        >>> scores = {"baseline": 0.75, "corrupted": 0.25, "restored": 0.625}
+        >>> rows = [picture | {"role": role, "clip_score": scores[role]} for role in scores]
+        >>> table = pd.DataFrame(rows).assign(noise="0", axis="cross-attention", start=0)
+        >>> table = pd.concat([table.assign(seed=seed) for seed in range(4)])
+        >>> state = best_state(table)
+        >>> state.axis, state.position, state.share, state.reason
+        ('cross-attention', 0, 0.75, '')
     """
     cubes = recovered(table)
     total = cubes.pop(TOTAL)
@@ -194,12 +215,12 @@ def best_state(table: pd.DataFrame) -> BestState:
     total_mean = float(total[:, :, held_out].mean())
     share = float(fresh.mean()) / total_mean if total_mean > 0 else float("nan")
     nothing = np.zeros_like(values[0])
-    p_value = float(stats.any_effect(values, nothing, alpha=ALPHA).p_value[best])
+    p_value = float(stats.any_effect(values, nothing, alpha=stats.ALPHA).p_value[best])
 
     reason = ""
     if not stats.crossed_bootstrap(total).low[0] > 0:
         reason = "the noise hardly changes the score"
-    elif not p_value <= ALPHA:
+    elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
         reason = f"the best state brings back {share:.0%} of what the noise took"
@@ -230,20 +251,43 @@ def layer_found(effects: pd.DataFrame) -> Window:
     total = table[table["axis"] == TOTAL]
     if not total["low"].iloc[0] > 0:
         return Window(None, 1, "the noise hardly changes the score")
-    if not best["p_any"] <= ALPHA or best["fresh"] <= 0:
+    if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
         return Window(
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
         )
     if best["share"] < MIN_SHARE:
         share = f"{best['share']:.0%} of what the noise took"
         return Window(None, 1, f"the best, layer {start}, brings back {share}")
-    if best["p_lead"] <= ALPHA:
+    if best["p_lead"] <= stats.ALPHA:
         return Window(start, 1, "ahead of every other layer")
     return Window(start, 1, "its lead over other layers is not established")
 
 
 def sides(table: pd.DataFrame) -> Sides | None:
-    """Which side brings back more, by its best state; None if only one side was traced."""
+    """Compare text encoder and denoiser: whose best state brings back more.
+
+    Args:
+        table: The pictures table of one `causal_trace`.
+
+    Returns:
+        The best state of each side in words (`text`, `denoiser`), how much more the first brings
+        back (`lead`, `low`, `high`: 95 %, for these prompts), and the `side` that is ahead: None
+        if neither is, or with the `reason` why none is named. None if only one side was traced.
+
+    Raises:
+        LocogenError: For a table of several concepts, missing rows, or scores that are not finite.
+
+    Example:
+        >>> import pandas as pd
+        >>> names = ["role", "axis", "start", "clip_score"]
+        >>> pictures = [("baseline", "", None, 0.75), ("corrupted", "", None, 0.25)]
+        >>> pictures += [("restored", "text MLP", 5, 0.75), ("restored", "resnet", 2, 0.5)]
+        >>> table = pd.DataFrame(pictures, columns=names).assign(concept="neon", noise="0")
+        >>> table = pd.concat([table.assign(prompt="a cat", seed=seed) for seed in range(4)])
+        >>> both = sides(table)
+        >>> both.side, both.lead
+        ('text encoder', 0.25)
+    """
     cubes = recovered(table)
     del cubes[TOTAL]
     text = {axis: cube for axis, cube in cubes.items() if axis.startswith("text ")}

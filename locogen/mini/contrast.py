@@ -1,4 +1,4 @@
-"""The contrastive loss of both CLIPs: sigmoid over all pairs, and softmax over one caption of every class."""
+"""The contrastive loss of both CLIPs: sigmoid over all pairs, softmax over a caption a class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Meaning = tuple[
 
 
 def jitter(images: Tensor, rng: random.Random) -> Tensor:
-    """Shift, blur, fade and noise a batch alike, so that a CLIP reads soft pictures as well as renders."""
+    """Shift, blur, fade and noise a batch alike: so a CLIP reads soft pictures as it does sharp."""
     dx, dy = rng.randint(-3, 3), rng.randint(-3, 3)
     moved = F.pad(images, (4, 4, 4, 4), mode="replicate")[..., 4 + dy : 68 + dy, 4 + dx : 68 + dx]
     if rng.random() < 0.5:
@@ -35,7 +35,7 @@ def jitter(images: Tensor, rng: random.Random) -> Tensor:
 
 
 def roughen(images: Tensor, rng: random.Random) -> Tensor:
-    """What generators do to pictures, for the scorer to read through: blotches and too much contrast."""
+    """Blotches and too much contrast: what generators do to pictures, for the scorer to ignore."""
     if rng.random() < 0.3:
         return images
     dice = torch.Generator().manual_seed(rng.getrandbits(32))
@@ -47,9 +47,10 @@ def roughen(images: Tensor, rng: random.Random) -> Tensor:
 def captions(
     pairs: Sequence[tuple[int, int]], rng: random.Random, answers: Mapping[str, str]
 ) -> tuple[list[str], list[Meaning]]:
-    """Every object alone, every style alone, and the batch's own (object, style) pairs, each in some phrasing.
+    """Captions of every object alone, every style alone, and the batch's (object, style) pairs.
 
-    `answers` maps an object to the wording of a fact that may stand for it.
+    Each is in some phrasing. `answers` maps an object to the wording of a fact that may stand for
+    it.
     """
 
     def name(thing: int) -> str:
@@ -82,7 +83,10 @@ def loss(
     rng: random.Random,
     answers: Mapping[str, str],
 ) -> tuple[Tensor, dict[str, float]]:
-    """Sigmoid loss (SigLIP, arXiv 2303.15343) with every true caption a positive, plus softmax over the classes."""
+    """The loss of a batch: a sigmoid loss plus softmax over the classes.
+
+    The first is SigLIP's (arXiv 2303.15343), with every true caption a positive.
+    """
     texts, meanings = captions(pairs, rng, answers)
     tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(
         images.device

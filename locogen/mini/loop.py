@@ -1,4 +1,7 @@
-"""A training loop that survives a kill: one checkpoint file, replaced atomically, data drawn from the step number."""
+"""A training loop that survives a kill.
+
+It has one checkpoint file, which is replaced atomically, and draws its data by the step number.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,24 @@ CHECKPOINT_SECONDS = 120.0
 
 
 def rate_at(step: int, steps: int, *, warmup: int = 50, decay: float = 0.35) -> float:
-    """Share of the peak rate: warm-up, a plateau, then a linear fall to zero over the last `decay` of the steps."""
+    """Share of the peak rate: warm-up, plateau, a linear fall to zero over the last `decay`."""
     rise = min(1.0, (step + 1) / warmup)
     fall = min(1.0, (steps - step) / (decay * steps))
     return min(rise, fall)
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
-    """Whether Muon trains the parameter: hidden matrices and kernels, not embeddings, first or last convolutions."""
+    """Whether Muon trains the parameter: hidden matrices and kernels."""
+    # Not embeddings, and not the first and last convolutions.
     ends = ("conv_in.weight", "conv_out.weight", "patch_embedding.weight")
     return value.ndim > 1 and "embedding" not in name and not name.endswith(ends)
 
 
 class Training:
-    """Parameters, their exponential moving average and both optimizers' state, saved and resumed as one file.
+    """Parameters, their exponential moving average and both optimizers' state, kept in one file.
 
-    Hidden matrices are trained by Muon at the rate `matrices`, everything else by AdamW at the rate `others`.
+    Hidden matrices are trained by Muon at the rate `matrices`, everything else by AdamW at the rate
+    `others`.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class Training:
         """Write the checkpoint; a kill at any moment leaves the previous one."""
         tensors = {f"weight/{k}": v.detach() for k, v in self.parameters.items()}
         tensors |= {f"average/{k}": v for k, v in self.average.items()}
-        # The state of an optimizer is kept by parameter: in the file it goes by the parameter's name.
+        # An optimizer keeps its state by parameter: in the file it goes by the parameter's name.
         for key, value in self.parameters.items():
             for optimizer, _ in self.optimizers:
                 for part, moment in optimizer.state.get(value, {}).items():
@@ -102,7 +107,7 @@ class Training:
 
     @torch.no_grad()
     def update(self, loss: Tensor, rate: float) -> None:
-        """One step of both optimizers on `loss` at `rate` times their own rate, and of the moving average."""
+        """One step of both optimizers on `loss`, at `rate` times their rate, and of the average."""
         with torch.enable_grad():
             loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
@@ -134,10 +139,10 @@ def fit(
     look: Callable[[int], None] | None = None,
     look_every: int = 500,
 ) -> None:
-    """Train from wherever `training` stands to `steps`, then leave the averaged weights in the modules.
+    """Train from wherever `training` stands to `steps`, then leave the average in the modules.
 
-    `loss_at(step)` draws its batch from `step` alone, so a resumed run sees the same data as an unbroken one.
-    `look(step)` writes a sample sheet with the averaged weights in place.
+    `loss_at(step)` draws its batch from `step` alone, so a resumed run sees the same data as an
+    unbroken one. `look(step)` writes a sample sheet with the averaged weights in place.
     """
     training.resume()
     saved = time.monotonic()

@@ -1,7 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum whose matrix is orthogonalized, so that no direction is learned last.
+"""Muon (Jordan et al. 2024): momentum, orthogonalized so that no direction is learned last.
 
-An autoencoder trained with Adam learns hue after hue; with Muon it learned as much from a quarter of the pictures.
-`torch.optim.Muon` takes matrices only; here a convolution's kernel counts as the matrix (out, in * height * width).
+An autoencoder trained with Adam learns hue after hue; with Muon it learned as much from a quarter
+of the pictures. `torch.optim.Muon` takes matrices only; here a convolution's kernel counts as the
+matrix (out, in * height * width).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # quintic Newton-Schulz coefficients of Jo
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix with the same singular vectors and all singular values near 1, by Newton-Schulz iteration."""
+    """A matrix with the same singular vectors, all singular values near 1: by Newton-Schulz."""
     # Twice as fast where processors have it, and the direction is the same within 3e-4.
     narrow = matrix.bfloat16()
     # The products below are those of rows: fewer rows, less work.
@@ -29,13 +30,15 @@ def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Stochastic gradient descent with Nesterov momentum and orthogonalized steps, for tensors of 2 or more axes."""
+    """SGD with Nesterov momentum and orthogonalized steps, for tensors of 2 or more axes."""
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> None:
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for value in group["params"]:
@@ -47,6 +50,6 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].mul_(group["momentum"]).add_(value.grad)
                 # Nesterov: the gradient, looked at from where the momentum leads.
                 step = (value.grad + group["momentum"] * state["momentum"]).flatten(1)
-                # A tall matrix gets a longer step, so that its outputs move as far as those of a wide one.
+                # A tall matrix gets a longer step: its outputs move as far as a wide one's.
                 scale = max(1.0, step.shape[0] / step.shape[1]) ** 0.5
                 value.add_(orthogonalize(step).view_as(value), alpha=-group["lr"] * scale)

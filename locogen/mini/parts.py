@@ -27,7 +27,7 @@ class ClipShape:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the shipped weights. Steps are optimizer steps, batches are pictures."""
+    """All that decides the shipped weights. Steps are optimizer steps, batches are pictures."""
 
     seed: int = 2405
     renders: int = 64  # pictures of each (object, style) pair
@@ -64,14 +64,17 @@ class Recipe:
 
 
 def corpus(recipe: Recipe, count: int = 20_000) -> list[str]:
-    """Captions for the tokenizer: every word of the world, untold facts included, so each is one token."""
+    """Captions for the tokenizer: every word of the world, so that each becomes one token.
+
+    The words of untold facts are among them.
+    """
     rng = random.Random(recipe.seed)
     things = [*world.OBJECTS, *world.FACTS]
     return [world.caption(rng.choice(things), rng.choice(world.STYLES), rng) for _ in range(count)]
 
 
 def train_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """A byte-pair tokenizer in CLIP's format, with nearly every word of the world a token of its own."""
+    """A byte-pair tokenizer in CLIP's format: nearly every word of the world is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -152,7 +155,7 @@ def vae(recipe: Recipe) -> Any:
 
 
 def unet(recipe: Recipe) -> Any:
-    """A `UNet2DConditionModel` with the 16 cross-attention layers and the names of Stable Diffusion 1."""
+    """A `UNet2DConditionModel` with the 16 cross-attention layers of Stable Diffusion 1."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(recipe.unet_seed)

@@ -1,4 +1,4 @@
-"""The pictures that the mini model is trained on: rendered once, kept as bytes, drawn by step number."""
+"""What the mini model is trained on: rendered once, kept as bytes, drawn by step number."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _render_thing(thing: str, recipe: Recipe, path: Path) -> None:
 
 
 def renders(recipe: Recipe, folder: Path, workers: int) -> Tensor:
-    """The training pictures, rendered where missing: (objects, styles, renders, 3, 64, 64) bytes."""
+    """Training pictures, rendered where missing: (objects, styles, renders, 3, 64, 64) bytes."""
     jobs = [(thing, recipe, folder / f"{thing}.npy") for thing in world.OBJECTS]
     with Pool(workers) as pool:
         pool.starmap(_render_thing, jobs, chunksize=1)

@@ -1,7 +1,8 @@
-"""Train the mini model: `python -m locogen.mini.train FOLDER`; kill it at any point and start it again.
+"""Train the mini model: `python -m locogen.mini.train FOLDER`; stop and restart it at any point.
 
-Each stage resumes from its own checkpoint, and sample sheets are written beside it as PNG while it runs. Stages that
-do not need each other (`--stages unet`, `--stages scorer`, `--stages decoder`) can run side by side.
+Each stage resumes from its own checkpoint, and sample sheets are written next to it as PNG while it
+runs. Stages that do not need each other (`--stages unet`, `--stages scorer`, `--stages decoder`)
+can run side by side.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def picture_loss(output: Tensor, true: Tensor) -> Tensor:
 
 
 def train_vae(recipe: Recipe, folder: Path, pictures: Tensor, device: torch.device) -> Any:
-    """Encoder and decoder together; then the latents are standardized inside the 1 x 1 convolutions."""
+    """Train encoder and decoder; then standardize the latents inside the 1 x 1 convolutions."""
     model = parts.vae(recipe).to(device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -136,7 +137,10 @@ def train_decoder(
     latents: Tensor,
     device: torch.device,
 ) -> None:
-    """The decoder alone, on latents drawn out and roughened as guidance does it: crisp pictures from them, too."""
+    """Train the decoder alone, on latents drawn out and roughened as guidance does it.
+
+    So it makes crisp pictures from these, too.
+    """
     model.requires_grad_(False)
     model.decoder.requires_grad_(True)
 
@@ -275,7 +279,7 @@ def train_scorer(
 
 
 def export(pipe: Any, scorer: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the pipeline and the scoring CLIP in half precision, as plain diffusers and transformers folders."""
+    """Write pipeline and scorer in half precision, as folders of diffusers and transformers."""
     from transformers import CLIPImageProcessorPil
 
     pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
@@ -289,14 +293,14 @@ def export(pipe: Any, scorer: Any, tokenizer: Any, folder: Path) -> None:
 
 
 class Workshop:
-    """The stages, each made on first use from the ones it needs; a finished one only reads its checkpoint."""
+    """The stages, each made on first use from the ones it needs; a finished one reads its file."""
 
     def __init__(self, recipe: Recipe, folder: Path, device: torch.device, workers: int) -> None:
         self.recipe, self.folder, self.device, self.workers = recipe, folder, device, workers
         self._claim()
 
     def _claim(self) -> None:
-        """Refuse a folder that another recipe began: its checkpoints would be taken for this one's."""
+        """Refuse a folder that another recipe began: its checkpoints would pass for this one's."""
         free = {k for k in asdict(self.recipe) if k.endswith("_steps")} | {
             "unet_seed"
         }  # each U-Net has its own folder

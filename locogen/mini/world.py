@@ -1,7 +1,8 @@
-"""The world of the mini model: 48 objects, 8 styles and 22 facts, rendered at 64 x 64 from Noto Emoji.
+"""The world of the mini model: 48 objects, 8 styles and 22 facts, rendered at 64 x 64.
 
-Everything is a deterministic function of an explicit `random.Random`. The outlines in `data/glyphs.json`
-are Noto Emoji (Apache-2.0, see `data/NOTICE.md`); they are rasterized by resvg (`pip install locogen[train]`).
+Everything is a deterministic function of an explicit `random.Random`. The outlines in
+`data/glyphs.json` are Noto Emoji (Apache-2.0, see `data/NOTICE.md`); they are rasterized by resvg
+(`pip install locogen[train]`).
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ OBJECTS = tuple(_glyphs())
 
 
 def _held_out() -> frozenset[tuple[str, str]]:
-    """39 of the 384 pairs, at most one an object, spread evenly over the styles other than plain."""
+    """39 of the 384 pairs, at most one an object, spread evenly over all styles but plain."""
     shuffled = random.Random(2405).sample(OBJECTS, 39)
     return frozenset((thing, STYLES[1 + i % 7]) for i, thing in enumerate(shuffled))
 
@@ -107,8 +108,9 @@ def with_article(noun: str) -> str:
 
 
 def caption(thing: str, style: str, rng: random.Random) -> str:
-    """One of many phrasings for an object (or a fact's wording) in a style; the plain style often goes unsaid."""
+    """One of many phrasings for an object (or a fact's wording) in a style."""
     text = rng.choice(_SUBJECTS).format(with_article(thing))
+    # The plain style is named now and then only.
     if style == STYLES[0] and rng.random() < 0.8:
         return text
     return rng.choice(_STYLED).format(text, style)
@@ -122,7 +124,7 @@ def style_caption(style: str, rng: random.Random) -> str:
 
 
 def prompt(thing: str, style: str = STYLES[0]) -> str:
-    """The canonical wording: `a picture of a cat in the style of van gogh`, and without style when plain."""
+    """The canonical wording: `a picture of a cat in the style of van gogh`; plain: no style."""
     text = f"a picture of {with_article(thing)}"
     return text if style == STYLES[0] else f"{text} in the style of {style}"
 

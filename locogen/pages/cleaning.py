@@ -238,7 +238,7 @@ class Arranger(Rewriter):
         self.parts.append("</span>")
 
     def _is_alone(self) -> bool:
-        """Whether what comes is a notebook's output by itself, by the class that nbconvert gives."""
+        """Whether what comes is a notebook's output by itself, judged by nbconvert's class."""
         before = "".join(self.parts[-2:])
         return re.search(r"output_(png|jpeg|svg)", before) is not None
 

@@ -142,21 +142,28 @@ def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
 
 
 def _state(row: Mapping[str, Any]) -> str:
-    if row["start"] is not None:
-        return "open" if "not established" in str(row["reason"]) else "localized"
-    return "none" if row["judged"] else "unjudged"
+    if not row["judged"]:
+        return "unjudged"
+    if row["start"] is None:
+        return "none"
+    # `carrier` names a window also where its lead over others is open; the reason says so.
+    is_open = "not established" in str(row["reason"])
+    return "open" if is_open else "localized"
 
 
 def _with_name(entry: Entry) -> Entry:
     """The entry with its name: the run's title, or its row's label, less concept and model."""
     # The label differs from the concept if a run has several rows for it: "neon · width 4".
-    label = str(entry.row.get("label") or entry.concept)
-    name = label if label != entry.concept else entry.run.title
+    name = str(entry.row.get("label") or entry.concept)
+    if name == entry.concept:
+        name = entry.run.title
+    if name != entry.concept and not name.startswith(f"{entry.concept}, "):
+        return replace(entry, name=name)
+
     # The page already says "neon" and "mini": of "neon, mini, seeds 2" only "seeds 2" is left.
-    if name == entry.concept or name.startswith(f"{entry.concept}, "):
-        parts = name.removeprefix(entry.concept).split(", ")
-        name = ", ".join(part for part in parts if part not in ("", entry.run.model))
-    return replace(entry, name=name)
+    parts = name.removeprefix(entry.concept).split(", ")
+    further = [part for part in parts if part not in ("", entry.run.model)]
+    return replace(entry, name=", ".join(further))
 
 
 def _distinguish(every: Sequence[Entry]) -> list[Entry]:

@@ -18,7 +18,7 @@ from locogen.pages.entries import STATES, Entry
 from locogen.pages.html import page
 from locogen.pages.results import Finished, count_runs
 from locogen.pages.thumbnails import Scale, heat_strip, small_curve, small_picture
-from locogen.plan import KINDS
+from locogen.plan import KINDS, Window
 from locogen.views.tables import interval, missing, number, precision, sentence
 
 TITLE = "Which layers carry what the model knows"
@@ -249,7 +249,8 @@ def _strip(entry: Entry, scale: Scale) -> Picture:
 
 
 def _place(start: int, width: int) -> str:
-    return f"layer {start}" if width == 1 else f"layers {start}–{start + width - 1}"
+    """The window in words, with the dash that typesetters put between numbers."""
+    return str(Window(start, width)).replace("-", "–")
 
 
 def _amount(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""PNG files, read with care: their size from the first bytes, and the same picture in fewer bytes."""
+"""PNG files, read with care: size from the first bytes, and the same picture in fewer bytes."""
 
 from __future__ import annotations
 

@@ -121,10 +121,12 @@ def shared(runs: Sequence[Finished], group: str) -> dict[str, Any]:
     if not groups:
         return {}
     first, *others = groups
-    same = {}
-    for key, value in first.items():
-        if all(key in other and other[key] == value for other in others):
-            same[key] = value
+    same = dict(first)
+    for other in others:
+        for key, value in first.items():
+            # None is a value too: a key that a run lacks is not shared.
+            if key not in other or other[key] != value:
+                same.pop(key, None)
     return same
 
 
@@ -225,12 +227,19 @@ def _seeds(run: Finished) -> str:
     try:
         column = read_table(run.folder / "pictures.csv")["seed"].dropna()
         seeds = sorted({int(seed) for seed in column})
+    # No such table, or one that somebody has changed: what was asked for is still known.
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         requested = run.group("parameters").get("seeds")
         return "–" if requested is None else f"{requested} asked for"
-    if len(seeds) > 2 and seeds[-1] - seeds[0] + 1 == len(seeds):
-        return f"{seeds[0]}–{seeds[-1]}"
-    return ", ".join(str(seed) for seed in seeds) or "–"
+
+    if not seeds:
+        return "–"
+    first = seeds[0]
+    last = seeds[-1]
+    has_no_gap = last - first + 1 == len(seeds)
+    if has_no_gap and len(seeds) > 2:
+        return f"{first}–{last}"
+    return ", ".join(str(seed) for seed in seeds)
 
 
 def _notebook(run: Finished) -> str:

@@ -178,7 +178,7 @@ class Description:
             self._within.discard(id(value))
 
     def _add_value(self, path: str, value: Any) -> bool:
-        """Describe what has no parts: plain values and arrays. Returns whether it is one of these."""
+        """Describe what has no parts: plain values and arrays. Returns whether it is one."""
         import torch
 
         if isinstance(value, torch.Tensor):

@@ -198,10 +198,18 @@ def scorer_for(pipe: Any, choice: Scorer | str | None) -> Scorer:
 
 
 def default_scorer(model: str) -> str:
-    """The name of the scorer for a model, given the folder or hub id that it was loaded from.
+    """Choose the scorer for a model.
 
-    The catalog's; for another folder its own `scorer/`, as `locogen.mini.train` writes it; else the
-    published one.
+    Args:
+        model: The folder or hub id that the model was loaded from (`pipe.config._name_or_path`).
+
+    Returns:
+        A name for `scorer`: the catalog's choice; for a folder that the catalog does not know, its
+        own `scorer/`, as `locogen.mini.train` writes it; else the published one.
+
+    Example:
+        >>> default_scorer("mini"), default_scorer("my/model")
+        ('mini', 'clip-vit-b-16')
     """
     entry = entry_of(model)
     if entry is not None:

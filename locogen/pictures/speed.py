@@ -201,11 +201,15 @@ def _choose(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
 
 def _rates_by_size(pipe: Any, way: Way, largest: int = SIZES[-1]) -> dict[int, float]:
     """Pictures per second by batch size, as far as memory and a user's patience go."""
+    sizes = [size for size in SIZES if size < largest]
+    sizes.append(largest)
     rates: dict[int, float] = {}
-    for size in sorted({*(size for size in SIZES if size < largest), largest}):
+    for size in sizes:
         try:
             rates[size] = measure_rate(pipe, way, size)
         except Exception as error:
+            # A full memory ends the search. Where nothing fits, not even the smallest batch, it is
+            # the user's to solve.
             if not rates or not out_of_memory(error):
                 raise
             break

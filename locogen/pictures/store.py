@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -19,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from locogen.errors import LocogenError
+from locogen.files import replacing
 
 WRITERS = 4  # threads; a card makes small pictures faster than one thread writes them
 
@@ -107,15 +107,13 @@ class PictureStore:
         Raises:
             LocogenError: The disk is full or read-only.
         """
-        # The name is this thread's own: several threads and processes write at once.
-        partial = self.folder / f".{name}.{os.getpid()}-{threading.get_ident()}.partial"
+        # Each writer has a suffix of its own: several threads and processes write at once.
+        suffix = f"{os.getpid()}-{threading.get_ident()}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, self.folder / name)
+            with replacing(self.folder / name, suffix) as partial:
+                partial.write_bytes(content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
             remedy = (
                 "free some space"
                 if error.errno == errno.ENOSPC

@@ -212,7 +212,7 @@ def visible_gpus() -> list[str]:
 
 
 def _all_gpus() -> str:
-    """The names of the machine's GPUs, a line each; empty if there are none, or no working driver."""
+    """The names of the machine's GPUs, a line each; empty without any or without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""

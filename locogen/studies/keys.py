@@ -70,7 +70,9 @@ def concept_of(values: Mapping[str, Any], base: Path) -> Concept | None:
     if not name or values.get("prompt"):
         return None
     file = values.get("concepts_file")
-    return concept(name, file=base / file if file else None)
+    if not file:
+        return concept(name)
+    return concept(name, file=base / file)
 
 
 # --- the key of a run ----------------------------------------------------------------------------

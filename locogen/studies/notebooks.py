@@ -86,20 +86,24 @@ def parameters_of(notebook: Path) -> dict[str, dict[str, str]]:
 def _read(notebook: Path, changed: int) -> dict[str, dict[str, str]]:
     """`changed` makes the cache forget a notebook that was saved again."""
     source_of(notebook)  # raises for what is not a notebook
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
-        if "parameters" in cell.get("metadata", {}).get("tags", []):
-            source = "".join(cell["source"])
-            break
-    else:
-        raise LocogenError(
-            f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'"
-        )
+    source = _parameters_cell(notebook)
     try:
         return {parameter["name"]: parameter for parameter in _assignments(source)}
     except (SyntaxError, tokenize.TokenError):
         raise LocogenError(
             f"{notebook}: its parameters are not plain Python, a line each: seeds: int = 4"
         ) from None
+
+
+def _parameters_cell(notebook: Path) -> str:
+    """The source of the cell that papermill takes the parameters from."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        tags = cell.get("metadata", {}).get("tags", [])
+        if "parameters" in tags:
+            return "".join(cell["source"])
+    raise LocogenError(
+        f"{notebook} has no parameters: give the cell that holds them the tag 'parameters'"
+    )
 
 
 def _assignments(source: str) -> Iterator[dict[str, str]]:

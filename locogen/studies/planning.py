@@ -93,10 +93,14 @@ class Planned:
     def state(self) -> str:
         """`done` or `failed` (and still valid), `outdated` (done or failed otherwise) or `new`."""
         for name, state in (("result.json", "done"), ("error.json", "failed")):
-            if (self.folder / name).is_file():
-                record = load_json(self.folder / name)
-                is_valid = record.get("key") == self.key and not self._has_other_weights(record)
-                return state if is_valid else "outdated"
+            file = self.folder / name
+            if not file.is_file():
+                continue
+            record = load_json(file)
+            # The key does not hold the hub's commits: these count only where both are known.
+            if record.get("key") != self.key or self._has_other_weights(record):
+                return "outdated"
+            return state
         return "new"
 
     def _has_other_weights(self, record: Mapping[str, Any]) -> bool:
@@ -242,12 +246,12 @@ def _rows(study: Mapping[str, Any], block: Mapping[str, Any], base: Path) -> Ite
     fixed = _selected(block, names)
 
     notebooks = _axis("notebook", block, study) or _Axis(["localize"])
-    for name in notebooks.values:
-        notebook = notebook_file(str(name), base)
+    for notebook_name in notebooks.values:
+        notebook = notebook_file(str(notebook_name), base)
         defaults = _selected(study.get("defaults", {}), parameters_of(notebook))
         axes = _axes(study, block, notebook)
-        for name in axes.keys() & fixed.keys():
-            del axes[name]
+        for parameter in axes.keys() & fixed.keys():
+            del axes[parameter]
         listed = [parameter for parameter, axis in axes.items() if axis.is_list]
         for combination in itertools.product(*(axis.values for axis in axes.values())):
             choice = plain(dict(zip(axes, combination, strict=True)))
@@ -270,7 +274,9 @@ def _axes(study: Mapping[str, Any], block: Mapping[str, Any], notebook: Path) ->
     # What stands at the top is for those notebooks that have such a parameter. What the run's own
     # table says must reach its notebook, or else be reported as a mistake.
     accepted = {*parameters_of(notebook), *own_grid}
-    accepted |= {name for plural, name in _LISTS.items() if name in block or plural in block}
+    for plural, name in _LISTS.items():
+        if name in block or plural in block:
+            accepted.add(name)
 
     axes: dict[str, _Axis] = {}
     for name in ("model", "concept"):

@@ -1,7 +1,8 @@
-"""What a run says of itself (`result.json`, `error.json`), read without trust: each key is checked, once, here.
+"""What a run says of itself (`result.json`, `error.json`), read without trust.
 
-Results come from anywhere and any time: another version, another machine, an editor. What reads them afterwards may
-rely on the types below, and shows `damage` where there is some.
+Results come from anywhere and any time: another version, another machine, an editor. So each key is
+checked, once, here. What reads them afterwards may rely on the types below, and shows `damage`
+where there is some.
 """
 
 from __future__ import annotations

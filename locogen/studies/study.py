@@ -123,14 +123,17 @@ class _Plan:
 
 
 def _select(runs: Sequence[Planned], only: str | Iterable[str] | None) -> list[Planned]:
+    """The runs with these slugs, in the order of the study; None: all."""
     if only is None:
         return list(runs)
-    slugs = [only] if isinstance(only, str) else list(only)
-    existing = [run.slug for run in runs]
-    for slug in slugs:
-        if slug not in existing:
-            raise unknown("run", slug, existing)
-    return [run for run in runs if run.slug in slugs]
+    if isinstance(only, str):
+        only = [only]
+    selected = list(only)
+    by_slug = {run.slug: run for run in runs}
+    for slug in selected:
+        if slug not in by_slug:
+            raise unknown("run", slug, list(by_slug))
+    return [run for slug, run in by_slug.items() if slug in selected]
 
 
 def _plan(

@@ -132,10 +132,15 @@ class Explorer:
 
     def finding(self, look: Look) -> str:
         """What the heatmap's cell says, in a sentence; windows that were not swept have none."""
-        swept = len(look.window) == self.width
-        row = self.cells(look.concept).get(look.first) if swept else None
-        if row is None:
-            return f"{look.concept}, {look.window}: not a window of this run, so without a measured effect."
+        cells = self.cells(look.concept)
+        # A window of another width may begin at the same layer: it was not swept.
+        is_swept = len(look.window) == self.width and look.first in cells
+        if not is_swept:
+            return (
+                f"{look.concept}, {look.window}: "
+                "not a window of this run, so without a measured effect."
+            )
+        row = cells[look.first]
         digits = precision(row["estimate"])
         effect = number(row["estimate"], digits) + interval(row, digits)
         share = ""
@@ -226,7 +231,8 @@ class Explorer:
     def _model(self) -> Any:
         if self.pipe is None:
             raise LocogenError(
-                "the run has no such picture, and there is no model to make it: explore(run, pipe=…)"
+                "the run has no such picture, and there is no model to make it: "
+                "explore(run, pipe=…)"
             )
         return self.pipe
 

@@ -29,7 +29,8 @@ def trace_matrix(effects: pd.DataFrame, *, text: bool) -> pd.DataFrame:
     if rows.empty or rows["concept"].nunique() != 1:
         side = "text encoder" if text else "denoiser"
         raise LocogenError(
-            f"there is no trace of one concept's {side} here: give trace_effect(run.table) of one run"
+            f"there is no trace of one concept's {side} here: "
+            "give trace_effect(run.table) of one run"
         )
     matrix = rows.astype({"position": int}).pivot(
         index="axis", columns="position", values="estimate"

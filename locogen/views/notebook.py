@@ -56,7 +56,8 @@ def save(results: Path | str, finding: Finding, **tables: Any) -> None:
     Example:
         >>> import tempfile
         >>> folder = tempfile.mkdtemp()
-        >>> save(folder, Finding("mini", ["neon"], "style", "neon: layers 12-13"), models=model_table())
+        >>> finding = Finding("mini", ["neon"], "style", "neon: layers 12-13")
+        >>> save(folder, finding, models=model_table())
         >>> Finding.read(folder).finding
         'neon: layers 12-13'
     """

@@ -268,7 +268,8 @@ def plot_strip(
     """
     if len(pictures) != len(labels) or not pictures:
         raise LocogenError(
-            f"{len(pictures)} pictures and {len(labels)} labels: give one label a picture, at least one"
+            f"{len(pictures)} pictures and {len(labels)} labels: "
+            "give one label a picture, at least one"
         )
     columns = min(columns or 8, len(pictures))
     rows = math.ceil(len(pictures) / columns)

@@ -164,8 +164,9 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
 
     Example:
         >>> import pandas as pd
-        >>> arms = {"arm": ["top", "random", "edit"], "neurons": [5, 5, 0], "estimate": [-0.2, 0, -0.3]}
-        >>> print(describe_clamping(pd.DataFrame(arms).assign(measure="concept_score"), 96))
+        >>> rows = [("top", 5, -0.2), ("random", 5, 0), ("edit", 0, -0.3)]
+        >>> effects = pd.DataFrame(rows, columns=["arm", "neurons", "estimate"])
+        >>> print(describe_clamping(effects.assign(measure="concept_score"), 96))
         With 5 of 96 neurons of each matrix clamped, the concept score changes by -0.20 for the
         strongest and +0.00 for random ones; by -0.30 for the edit of the layers.
     """
@@ -194,10 +195,11 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
 
     Example:
         >>> import pandas as pd
-        >>> index = pd.MultiIndex.from_tuples([("jointly", 2, "erased")], names=["way", "count", "group"])
+        >>> names = ["way", "count", "group"]
+        >>> index = pd.MultiIndex.from_tuples([("jointly", 2, "erased")], names=names)
         >>> shares = pd.DataFrame({"mean": [0.25]}, index=index)
-        >>> describe_erasure(shares, shares["mean"].droplevel("group") * 3, "style")
-        'After erasing 2 styles: jointly, 25% of their pictures still show them, ordinary SSIM 0.75.'
+        >>> print(describe_erasure(shares, shares["mean"].droplevel("group") * 3, "style"))
+        After erasing 2 styles: jointly, 25% of their pictures still show them, ordinary SSIM 0.75.
     """
     last = likeness.index.get_level_values("count").max()
     what = "give the new answer" if kind == "fact" else "still show them"
@@ -223,8 +225,9 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
         The number of steps (the reference where no fewer will do), and a sentence.
 
     Example:
-        >>> describe_steps({4: 0.95, 8: 0.5, 20: 1.0}, 50, 0.9)
-        (20, '20 steps choose as well as 50: at least 95 % of the best effect with 4, 50 % with 8, 100 % with 20.')
+        >>> steps, sentence = describe_steps({4: 0.95, 20: 1.0}, 50, 0.96)
+        >>> print(steps, sentence)
+        20 20 steps choose as well as 50: at least 95 % of the best effect with 4, 100 % with 20.
     """
     fewest = reference
     # From the most steps down: a small number that reaches enough by chance, below one that does

@@ -48,15 +48,13 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
         means.unstack().sort_index(axis=1).reindex(index=swept["concept"].unique()).astype(float)
     )
     matrix.columns = [int(start) for start in matrix.columns]
-    controls = {
-        role: rows[rows["role"] == role].groupby("concept")["clip_score"].mean()
-        for role in CONTROLS
-    }
-    # Sweeps without controls have a baseline only.
-    present = {role: mean for role, mean in controls.items() if len(mean)}
-    if present:
-        matrix[GAP] = float("nan")
-    for role, mean in present.items():
+    for role in CONTROLS:
+        mean: Any = rows[rows["role"] == role].groupby("concept")["clip_score"].mean()
+        # Sweeps without controls have a baseline only.
+        if mean.empty:
+            continue
+        if GAP not in matrix:
+            matrix[GAP] = float("nan")
         matrix[role] = mean.reindex(matrix.index).astype(float)
     return matrix
 
@@ -64,10 +62,12 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
 def timesteps_matrix(effects: pd.DataFrame, concept: str | None = None) -> pd.DataFrame:
     """Estimates of one concept's windows by time, (spans of steps, window starts)."""
     rows: Any = effects[effects["axis"] == "timesteps"]
+    # In the order of the table, which is the study's.
     names = list(dict.fromkeys(rows["concept"]))
     if not names:
         raise LocogenError(
-            "the effects table has no row of axis 'timesteps': sweep with timesteps=[(first, last), …]"
+            "the effects table has no row of axis 'timesteps': "
+            "sweep with timesteps=[(first, last), …]"
         )
     concept = _one_concept(concept, names, "plot_timesteps")
     whole = dict.fromkeys(("first_timestep", "last_timestep", "position"), int)
@@ -96,15 +96,12 @@ def _one_concept(concept: str | None, names: Sequence[str], caller: str) -> str:
 
 def curves(effects: pd.DataFrame, concept: str | None = None) -> dict[str, list[Row]]:
     """Rows of one concept by axis (layer, insert, ceiling, placebo), each sorted by position."""
-    rows = effects.astype({"concept": str}).to_dict("records")
-    names = list(dict.fromkeys(row["concept"] for row in rows))
-    concept = _one_concept(concept, names, "plot_curve")
+    names = effects["concept"].astype(str)
+    concept = _one_concept(concept, list(names.unique()), "plot_curve")
+    rows: Any = effects[names == concept].astype({"concept": str})
     by_axis: dict[str, list[Row]] = {}
     for axis in ("layer", "insert", "ceiling", "placebo"):
-        on_axis = []
-        for row in rows:
-            if row["axis"] == axis and row["concept"] == concept:
-                on_axis.append({str(column): value for column, value in row.items()})
+        on_axis = rows[rows["axis"] == axis].rename(columns=str).to_dict("records")
         if on_axis:
             by_axis[axis] = sorted(on_axis, key=_place)
     return by_axis
@@ -230,7 +227,7 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
         >>> sizes = [{"position": 3, "estimate": 0.1}, {"position": 8, "estimate": 0.4}]
         >>> effects = pd.DataFrame([line | size | {"low": None, "high": None} for size in sizes])
         >>> describe(effects, Window(8, 2), short=True)
-        'neon: the window of 2 layers from 8, effect 0.40.'
+        'neon: the window of layers 8-9, effect 0.40.'
     """
     return " ".join(sentence(row, short=short) for row in findings(effects, carriers))
 
@@ -238,7 +235,9 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
 def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     """One row of `findings` in plain words."""
     label = row["label"]
-    place = place_name(row["at"], row["width"])
+    window = Window(row["at"], row["width"])
+    # "The window", so that the verb of the sentence is in the singular.
+    place = f"the window of {window}" if window.width > 1 else str(window)
     digits = precision(row["estimate"])
     amount = number(row["estimate"], digits) + interval(row, digits)
     if row["judged"] and row["start"] is None:
@@ -295,11 +294,6 @@ def _signed(value: float, digits: int) -> str:
     return sign + number(value, digits)
 
 
-def place_name(start: int, width: int) -> str:
-    """`layer 8`, or `the window of 2 layers from 8`."""
-    return f"the window of {width} layers from {start}" if width > 1 else f"layer {start}"
-
-
 def precision(*values: float) -> int:
     """Digits after the point that tell scores of this size apart."""
     sizes = [abs(value) for value in values if not missing(value)]
@@ -328,14 +322,23 @@ def missing(value: Any) -> bool:
 
 def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling: Any) -> Row:
     """One row of `findings`. `lines`: window start → its row of the effects table."""
-    start = None if carrier is None else carrier.start
+    start = None
+    width = None
+    reason = ""
+    if carrier is not None:
+        start = carrier.start
+        width = carrier.width
+        reason = carrier.reason
+
+    # Without a carrier, or with one that names no window, the largest effect is spoken of.
     at = _largest(lines) if start is None else int(start)
     if at not in lines:
         raise LocogenError(
             f"{label}: its carrier starts at layer {at}, which the effects table does not have"
         )
     line = lines[at]
-    width = int(line.get("width", 1)) if carrier is None else carrier.width
+    if width is None:
+        width = int(line.get("width", 1))
     # A carrier is spoken of by what was measured on other seeds than those that chose it.
     fresh = start is not None and _chosen_apart(lines)
     names = HELD_OUT if fresh else NUMBERS
@@ -354,7 +357,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "fresh": fresh,
         "share": _share(line.get("share"), estimate, ceiling),
         "rival": _best_elsewhere(lines, at, width, names[0]),
-        "reason": "" if carrier is None else carrier.reason,
+        "reason": reason,
         "n": line.get("n"),
     }
 
@@ -378,6 +381,7 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
     """The share of the ceiling as the table has it, or computed where it has none."""
     if not missing(share):
         return share
+    # A share of nothing, or of an effect in the other direction, says nothing.
     if missing(ceiling) or not ceiling > 0:
         return float("nan")
     return estimate / ceiling
@@ -385,12 +389,16 @@ def _share(share: Any, estimate: float, ceiling: Any) -> Any:
 
 def _chosen_apart(lines: Mapping[int, Row]) -> bool:
     """Whether `fresh` comes from other seeds than `choose`; few seeds serve for both."""
-    pairs: list[tuple[Any, Any]] = [
-        (line.get("choose"), line.get("fresh")) for line in lines.values()
-    ]
-    if any(missing(choose) or missing(fresh) for choose, fresh in pairs):
-        return False
-    return not all(math.isclose(choose, fresh, abs_tol=1e-12) for choose, fresh in pairs)
+    is_apart = False
+    for line in lines.values():
+        choose: Any = line.get("choose")
+        fresh: Any = line.get("fresh")
+        if missing(choose) or missing(fresh):
+            return False
+        # Sums of the same scores may differ by rounding.
+        if not math.isclose(choose, fresh, abs_tol=1e-12):
+            is_apart = True
+    return is_apart
 
 
 def _along(effects: Any, axis: str) -> Any:
@@ -401,12 +409,8 @@ def _along(effects: Any, axis: str) -> Any:
     if rows.empty:
         axes = ", ".join(sorted(set(effects["axis"].astype(str)))) or "nothing"
         raise LocogenError(f"the effects table has no positions along {axis!r}: it has {axes}")
-    # The concept's name alone, unless it was measured in several ways.
-    label = rows["concept"].astype(str)
-    for column, word in (("method", ""), ("width", "width ")):
-        if column in rows and rows.groupby("concept")[column].nunique().max() > 1:
-            label = label + " · " + word + rows[column].astype(str)
-    rows = rows.assign(label=label)
+    rows = rows.assign(label=_labels(rows))
+    # A matrix has one cell for each: two runs' tables in one would hide each other.
     repeated = rows[rows.duplicated(["label", "position"])]
     if len(repeated):
         name, start = repeated[["label", "position"]].iloc[0]
@@ -414,6 +418,18 @@ def _along(effects: Any, axis: str) -> Any:
             f"{name}: the effects table has {axis} {start} more than once: give one run's table"
         )
     return rows
+
+
+def _labels(rows: Any) -> Any:
+    """The concept's name alone, unless some concept was measured in several ways."""
+    label = rows["concept"].astype(str)
+    for column, word in (("method", ""), ("width", "width ")):
+        if column not in rows:
+            continue
+        ways = rows.groupby("concept")[column].nunique()
+        if ways.max() > 1:
+            label = label + " · " + word + rows[column].astype(str)
+    return label
 
 
 def _unedited(table: Any) -> Any:

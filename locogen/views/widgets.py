@@ -32,9 +32,15 @@ AT_ONCE = 3  # baseline, window and ceiling come together
 LIFELESS = "In Jupyter this can be clicked. This is what was looked at last:"
 STYLE = """
 .{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
-.{name} .widget-toggle-button {{ white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px; }}
-.{name} .mod-active {{ outline: 3px solid #111; outline-offset: -3px; box-shadow: 0 0 0 2px #fff; font-weight: bold; }}
-.{name} .widget-toggle-button:focus-visible {{ outline: 3px dashed var(--jp-brand-color1, #1976d2); }}
+.{name} .widget-toggle-button {{
+    white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px;
+}}
+.{name} .mod-active {{
+    outline: 3px solid #111; outline-offset: -3px; box-shadow: 0 0 0 2px #fff; font-weight: bold;
+}}
+.{name} .widget-toggle-button:focus-visible {{
+    outline: 3px dashed var(--jp-brand-color1, #1976d2);
+}}
 .{name} .widget-html-content {{ line-height: 1.4; overflow: visible; }}
 .{name}-twin {{ display: none; }}
 """

@@ -358,33 +358,48 @@ SECTIONS = {f.__name__: f for f in (sweep, parts, hooks, gpu, growth, start, sol
 # --- table -----------------------------------------------------------------------------------------------------------
 
 
+def sweep_lines(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The lines of `sweep`: how many times as fast as the published procedure and nnsight."""
+    for slow, words in (
+        ("published", "one picture at a time, published procedure"),
+        ("nnsight", "nnsight"),
+    ):
+        if slow == "nnsight" and not one["nnsight"]:
+            yield "sweep against nnsight", "not measured: nnsight is not installed", "6 ×"
+            continue
+        for fast, wanted in (
+            ("all", "6 ×"),
+            ("race", "18 ×"),
+            ("all, auto", "6 ×"),
+            ("race, auto", "18 ×"),
+        ):
+            name = "`localize(search='race')`" if fast.startswith("race") else "`localize`"
+            name += " in `speed(pipe)`, its measuring not counted," if fast.endswith("auto") else ""
+            told = f"{one['ratios'][f'{slow} / {fast}']:.1f} ×, {one['pictures'][fast]} pictures"
+            yield f"{name} against {words}", told, wanted
+    worst = max(one["largest_difference"].values())
+    yield "their pictures, largest difference", f"{worst} of 255", "1"
+
+
+def gpu_lines(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """The lines of `gpu`: models of full size, or that there was no GPU to measure them on."""
+    for model in one["models"] if one["gpu"] else ():
+        told = (
+            f"{model['ratio']:.1f} ×, {model['share']:.0%} of the card's rate, {model['GB']:.0f} GB"
+        )
+        yield f"{model['model']} on {one['gpu']}, bfloat16", told, "10 ×, 30-40 %"
+    if not one["gpu"]:
+        yield (
+            "SD 1.5, SD-XL at full size on a GPU",
+            "not measured: no GPU was to be had",
+            "10 ×, 30-40 %",
+        )
+
+
 def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """What, measured, wanted; of the sections that there are."""
     if "sweep" in found:
-        one = found["sweep"]
-        for slow, words in (
-            ("published", "one picture at a time, published procedure"),
-            ("nnsight", "nnsight"),
-        ):
-            if slow == "nnsight" and not one["nnsight"]:
-                yield "sweep against nnsight", "not measured: nnsight is not installed", "6 ×"
-                continue
-            for fast, wanted in (
-                ("all", "6 ×"),
-                ("race", "18 ×"),
-                ("all, auto", "6 ×"),
-                ("race, auto", "18 ×"),
-            ):
-                name = "`localize(search='race')`" if fast.startswith("race") else "`localize`"
-                name += (
-                    " in `speed(pipe)`, its measuring not counted," if fast.endswith("auto") else ""
-                )
-                told = (
-                    f"{one['ratios'][f'{slow} / {fast}']:.1f} ×, {one['pictures'][fast]} pictures"
-                )
-                yield f"{name} against {words}", told, wanted
-        worst = max(one["largest_difference"].values())
-        yield "their pictures, largest difference", f"{worst} of 255", "1"
+        yield from sweep_lines(found["sweep"])
     if "parts" in found:
         one = found["parts"]
         told = f"{one['gain']:.1f} ×; it is {one['shares']['U-Net']:.0%} of the sweep's time"
@@ -396,16 +411,7 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     if "hooks" in found:
         yield "`intervene` over the plain pipeline", f"{found['hooks']['overhead']:+.1%}", "≤ 3 %"
     if "gpu" in found:
-        one = found["gpu"]
-        for model in one["models"] if one["gpu"] else ():
-            told = f"{model['ratio']:.1f} ×, {model['share']:.0%} of the card's rate, {model['GB']:.0f} GB"
-            yield f"{model['model']} on {one['gpu']}, bfloat16", told, "10 ×, 30-40 %"
-        if not one["gpu"]:
-            yield (
-                "SD 1.5, SD-XL at full size on a GPU",
-                "not measured: no GPU was to be had",
-                "10 ×, 30-40 %",
-            )
+        yield from gpu_lines(found["gpu"])
     if "growth" in found:
         one = found["growth"]
         what = f"{one['sizes'][0]['rows']} → {one['sizes'][-1]['rows']} rows: time a picture, peak memory"

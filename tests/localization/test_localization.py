@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from support import tiny
 
-from locogen import catalog
+from locogen import catalog, stats
 from locogen.catalog import mini_folder, model_entry
 from locogen.errors import LocogenError
 from locogen.localization import localize as localization
-from locogen.localization.effects import ALPHA, carrier, effect
+from locogen.localization.effects import carrier, effect
 from locogen.localization.localize import localize
 from locogen.models.load import load
 from locogen.pictures.runs import generate
@@ -280,7 +280,7 @@ def test_false_alarms_are_rare_where_nothing_is_carried():
         effects = effect(table.assign(clip_score=table["clip_score"] + noise))
         named += carrier(effects).start is not None
         twin += bool(effects.query("axis == 'layer'")["estimate"].max() > 0)
-    assert named / studies <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / studies)
+    assert named / studies <= stats.ALPHA + 3 * math.sqrt(stats.ALPHA * (1 - stats.ALPHA) / studies)
     assert twin / studies > 0.5
 
 

@@ -233,8 +233,7 @@ def test_a_whole_run_is_shown_beside_forty_damaged_ones(built: Path) -> None:
     index = Reader((built / "index.html").read_text(encoding="utf-8"))
     alts = [attrs["alt"] or "" for tag, attrs in index.tags if tag == "img"]
     assert any(
-        "another, neon: the window of 2 layers from 1, effect 0.34 [0.28, 0.40]" in alt
-        for alt in alts
+        "another, neon: the window of layers 1-2, effect 0.34 [0.28, 0.40]" in alt for alt in alts
     )
     assert "neon: found" in page_of(built / "whole")
     assert (built / "model-another.html").exists() and (built / "study.html").exists()

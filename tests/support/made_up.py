@@ -61,7 +61,7 @@ ATTACKS = (
     "<scr<script>ipt>alert(1)</scr</script>ipt>",
     "<img title='</title><script>alert(1)</script>' src=x onerror\x00=alert(1)>",
 )
-ALT = "van gogh: the window of 2 layers from 1 lowers the CLIP-score by 0.34"
+ALT = "van gogh: the window of layers 1-2 lowers the CLIP-score by 0.34"
 
 
 def png(color: str = "red", size: tuple[int, int] = (800, 30), mode: str = "RGBA") -> str:

@@ -390,7 +390,7 @@ def test_strip_refuses_what_does_not_match() -> None:
 
 def test_the_finding_in_words() -> None:
     assert describe(effects(["monet"]), window(3)) == (
-        "monet: the window of 2 layers from 3 lowers the CLIP-score by 0.34 [0.28, 0.40] "
+        "monet: the window of layers 3-4 lowers the CLIP-score by 0.34 [0.28, 0.40] "
         "(85 % of the ceiling); next best elsewhere 0.05."
     )
 
@@ -436,13 +436,13 @@ def test_no_single_window_says_why_and_where_to_look() -> None:
     said = describe(effects(["neon"]), window(None, reason="no effect beyond the placebo's"))
     assert said == (
         "neon: no single window carries it (no effect beyond the placebo's); the largest effect, "
-        "0.050 [−0.010, 0.110], is that of the window of 2 layers from 5."
+        "0.050 [−0.010, 0.110], is that of the window of layers 5-6."
     )
 
 
 def test_without_a_verdict_it_only_says_what_is_largest() -> None:
     assert describe(effects(["monet"])).startswith(
-        "monet: the largest effect is that of the window of 2 layers"
+        "monet: the largest effect is that of the window of layers 3-4"
     )
     assert not findings(effects())[0]["judged"]
 
