@@ -12,6 +12,7 @@ import numpy as np
 
 from locogen.catalog import entry_of, mini_folder, scorer_entry
 from locogen.errors import LocogenError
+from locogen.models.checkpoint import missing_weights
 from locogen.models.defaults import source_of
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.offload import resting_device
@@ -164,7 +165,9 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     source, revision = _source_of_scorer(name)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        model = CLIPModel.from_pretrained(source, dtype="float32", use_safetensors=True, **options)
+        model, report = CLIPModel.from_pretrained(
+            source, dtype="float32", use_safetensors=True, output_loading_info=True, **options
+        )
         processor = CLIPImageProcessorPil.from_pretrained(source, **options)
         tokenizer = CLIPTokenizer.from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:
@@ -173,6 +176,11 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         else:
             remedy = "check that the folder holds a CLIP with safetensors weights and its processor"
         raise LocogenError(f"could not load the scorer {name!r} from {source}: {remedy}") from error
+    # transformers fills missing weights with random numbers, and only logs it.
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    missing = sorted(parameters & set(report["missing_keys"]))
+    if missing:
+        raise LocogenError(f"the scorer {name!r} of {source} {missing_weights(missing)}")
     settings = {
         "scorer": name,
         "scorer_backbone": source if revision else "",

@@ -1,12 +1,16 @@
 """CLIP-score: cosines of unit vectors, each text with its own picture, whatever the batch."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import tiny
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from locogen.catalog import mini_folder
 from locogen.errors import LocogenError
 from locogen.pictures.score import Clip, default_scorer, scorer
 
@@ -107,3 +111,16 @@ def test_pictures_are_scored_in_smaller_parts_where_the_memory_is_full(judge, mo
     monkeypatch.setattr(judge.model, "get_image_features", lambda **_: small(range(9)))
     with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
         judge.pictures(shown)
+
+
+def test_a_scorer_that_lacks_a_weight_is_refused(tmp_path) -> None:
+    """transformers would fill it with random numbers, and the scores would be of another model."""
+    source = mini_folder() / "scorer"
+    folder = tmp_path / "scorer"
+    shutil.copytree(source, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LocogenError, match=r"lacks the weight text_projection\.weight"):
+        scorer(str(folder))
+    assert scorer(str(source)).settings["preprocessing"] == "PIL"  # the twin
