@@ -321,7 +321,7 @@ def _parts_apart(folder: Path, dtype: Any) -> dict[str, Any]:
 
 
 def _load_part(part: Part, dtype: Any) -> Any:
-    """One part by itself; raises `LocogenError` if its files lack a weight or have another shape."""
+    """One part by itself; raises `LocogenError` if a weight is missing or has another shape."""
     kind = getattr(importlib.import_module(part.library), part.kind)
     # Only in transformers this makes a wrong shape an entry of the report: in diffusers it raises.
     options = {"ignore_mismatched_sizes": True} if part.library == "transformers" else {}
