@@ -246,8 +246,8 @@ def on_denoiser(
 
     Raises:
         LocogenError: The pipeline is called in another thread, its denoiser by itself, a hooked
-            module was exchanged, a layer was added, or a hook did not fire though the call ought
-            to have run its module.
+            module was exchanged, a layer was added, or a hook did not fire though the call ought to
+            have run its module.
     """
     family = family_of(pipe)
     denoiser = denoiser_of(pipe, family)

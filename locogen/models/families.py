@@ -282,9 +282,9 @@ def check_encoders(pipe: Any) -> None:
     if missing:
         raise LocogenError(
             f"this {type(pipe).__name__} has no {' and no '.join(missing)}, so it cannot read "
-            "prompts: load it with its text encoders and tokenizers, or encode the prompts with "
-            "a pipeline that has them: intervene(pipe, plan, targets=…) takes the encoded targets, and the "
-            "pipeline's own call takes prompt_embeds="
+            "prompts: load it with its text encoders and tokenizers, or encode the prompts with a "
+            "pipeline that has them: intervene(pipe, plan, targets=…) takes the encoded targets, "
+            "and the pipeline's own call takes prompt_embeds="
         )
 
 
@@ -303,8 +303,8 @@ def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
 
     check_encoders(pipe)
     # Pipelines of several threads may share a tokenizer, whose padding each encoding sets and
-    # resets again: two at the same time could get one another's. Encoders that offload brings to the
-    # device for this would stay there, since no pipeline's call ends.
+    # resets again: two at the same time could get one another's. Encoders that offload brings to
+    # the device for this would stay there, since no pipeline's call ends.
     with _ENCODING, torch.no_grad(), taken_back(*text_encoders(pipe).values()):
         return family_of(pipe).encode(pipe, prompts, guided)
 

@@ -165,7 +165,7 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     source, revision = _source_of_scorer(name)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        model, report = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             source, dtype="float32", use_safetensors=True, output_loading_info=True, **options
         )
         processor = CLIPImageProcessorPil.from_pretrained(source, **options)
@@ -176,6 +176,7 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         else:
             remedy = "check that the folder holds a CLIP with safetensors weights and its processor"
         raise LocogenError(f"could not load the scorer {name!r} from {source}: {remedy}") from error
+    model, report = loaded
     # transformers fills missing weights with random numbers, and only logs it.
     parameters = {parameter for parameter, _ in model.named_parameters()}
     missing = sorted(parameters & set(report["missing_keys"]))
@@ -191,7 +192,7 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     with memory_named(
         f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"
     ):
-        model.to(device)  # pyright: ignore[reportArgumentType]
+        model.to(device)
     return Clip(model.eval(), processor, tokenizer, settings)
 
 
