@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "locogen"
 ROOMS = (
     *(
         "errors",
+        "types",
         "console",
         "files",
         "plan",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from locogen.editing.edit import Edit
 from locogen.models.layers import Layer, find_layers
 from locogen.plan import windows
+from locogen.types import Pipeline
 
 
-def control_edits(pipe: Any, edit: Edit, *, draws: int = 3, seed: int = 0) -> dict[str, Edit]:
+def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) -> dict[str, Edit]:
     """Fit the same edit elsewhere: at every other window, on random layers, and on all layers.
 
     All windows and random draws have as many layers as the edit. Layers that read text and picture

@@ -36,6 +36,7 @@ from locogen.models.families import (
 )
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
 from locogen.plan import Concept, PromptPair
+from locogen.types import Pipeline
 
 EDIT_FORMAT = 1  # of the file; raised when its meaning changes
 
@@ -71,7 +72,7 @@ class Edit:
     # --- on a model ------------------------------------------------------------------------------
 
     @contextmanager
-    def applied(self, pipe: Any, strength: float = 1.0) -> Iterator[None]:
+    def applied(self, pipe: Pipeline, strength: float = 1.0) -> Iterator[None]:
         """Within the context the model has the edit; after it, its old weights, bit for bit.
 
         Args:
@@ -96,7 +97,7 @@ class Edit:
             if not applied_before and is_applied(denoiser, self._change):
                 remove_change(denoiser, self._change)
 
-    def apply_(self, pipe: Any, strength: float = 1.0) -> None:
+    def apply_(self, pipe: Pipeline, strength: float = 1.0) -> None:
         """Add the edit to the model's weights, rounded once to their type; all of it or nothing.
 
         Args:
@@ -110,7 +111,7 @@ class Edit:
         """
         apply_change(denoiser_of(pipe), self._change, strength)
 
-    def undo_(self, pipe: Any) -> None:
+    def undo_(self, pipe: Pipeline) -> None:
         """Remove the edit: weights that no other edit changes get their original bits back.
 
         Edits that were fitted on the same weights can be removed in any order. An edit that was
@@ -138,7 +139,7 @@ class Edit:
             hashed_as=self.recipe.get("hashed_as", {}),
         )
 
-    def refit(self, pipe: Any, layers: Iterable[int] | None = None) -> Edit:
+    def refit(self, pipe: Pipeline, layers: Iterable[int] | None = None) -> Edit:
         """Fit the same recipe on another model, or for other layers.
 
         Args:
@@ -260,7 +261,7 @@ class Edit:
             )
         return names
 
-    def export(self, pipe: Any, folder: str | Path, *, strength: float = 1.0) -> Path:
+    def export(self, pipe: Pipeline, folder: str | Path, *, strength: float = 1.0) -> Path:
         """Write the whole pipeline with the edit merged, in diffusers' format.
 
         Args:
@@ -317,7 +318,7 @@ def _with_plain_names(edit: Edit) -> Edit:
     return replace(edit, changes=changes, recipe=recipe)
 
 
-def undo_all(pipe: Any, *, overwrite: bool = False) -> None:
+def undo_all(pipe: Pipeline, *, overwrite: bool = False) -> None:
     """Remove every edit that is applied: the original bits of the weights come back.
 
     That includes edits whose variable now holds another edit. Without any edit it warns and does
@@ -352,7 +353,7 @@ def undo_all(pipe: Any, *, overwrite: bool = False) -> None:
 
 
 def fit_edit(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept | Sequence[Concept],
     *,
     layers: Iterable[int],
@@ -448,7 +449,11 @@ def fit_edit(
 
 
 def _fit(
-    pipe: Any, name: str, phrasings: Sequence[Phrasing], layers: Iterable[int], options: Options
+    pipe: Pipeline,
+    name: str,
+    phrasings: Sequence[Phrasing],
+    layers: Iterable[int],
+    options: Options,
 ) -> Edit:
     """The edit of these phrasings. Its warnings point at the caller of its caller."""
     family_of(pipe)  # refuses unknown families before anything else

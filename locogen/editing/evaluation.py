@@ -19,6 +19,7 @@ from locogen.pictures import score
 from locogen.pictures.runs import Run, generate
 from locogen.plan import distinct_seeds
 from locogen.stats import Array
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +84,7 @@ def _judge_of(run: Run, choice: Scorer | str | None) -> Scorer:
 
 
 def evaluate(
-    pipe: Any,
+    pipe: Pipeline,
     arms: Mapping[str, Edit | Sequence[Edit]],
     probes: Sequence[Probe],
     *,
@@ -190,7 +191,7 @@ class _Measured:
 class _Measuring:
     """Makes and scores the pictures of the rows, always with the same pipeline and settings."""
 
-    pipe: Any
+    pipe: Pipeline
     prompts: Sequence[str]
     seeds: Sequence[int]
     rows: Sequence[_Row]

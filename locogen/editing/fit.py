@@ -24,6 +24,7 @@ from locogen.models.defaults import name_of
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +97,7 @@ class Matrix:
     layer: Layer | None
 
 
-def layers_to_edit(pipe: Any, indices: Iterable[int]) -> list[Layer]:
+def layers_to_edit(pipe: Pipeline, indices: Iterable[int]) -> list[Layer]:
     """The layers with these indices. Raises `LocogenError` for those that cannot be edited."""
     layers = find_layers(pipe)
     edited = select(layers, indices)
@@ -110,7 +111,7 @@ def layers_to_edit(pipe: Any, indices: Iterable[int]) -> list[Layer]:
     return edited
 
 
-def matrices_to_edit(pipe: Any, layers: Iterable[Layer], options: Options) -> list[Matrix]:
+def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) -> list[Matrix]:
     """The key and value matrices of the layers, and with `entry` the map outside of them."""
     family = family_of(pipe)
     # The names of the model as it is saved: a compiled one is the same model, and its edits fit
@@ -229,7 +230,7 @@ class Fit:
 
 
 def recipe_of(
-    pipe: Any,
+    pipe: Pipeline,
     phrasings: Sequence[Phrasing],
     options: Options,
     weights: Mapping[str, Tensor],
@@ -264,7 +265,7 @@ def recipe_of(
     return recipe | _about_files(pipe, changes)
 
 
-def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
+def _about_files(pipe: Pipeline, names: Iterable[str]) -> dict[str, Any]:
     """What writing the edit as LoRA needs, so that it can be done without the model."""
     family = family_of(pipe)
     facts: dict[str, Any] = {
@@ -279,6 +280,6 @@ def _about_files(pipe: Any, names: Iterable[str]) -> dict[str, Any]:
     return facts
 
 
-def _model_name(pipe: Any) -> str:
+def _model_name(pipe: Pipeline) -> str:
     """The hub id, or the last two names of the folder: a shared file should not name the rest."""
     return "/".join(Path(name_of(pipe)).parts[-2:])

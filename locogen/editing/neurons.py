@@ -20,6 +20,7 @@ from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, own_phrasings, subject_in
 from locogen.plan import Concept, PromptPair
 from locogen.stats import Array
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -140,7 +141,7 @@ class Neurons:
 
 
 def find_neurons(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept,
     *,
     layers: Iterable[int],
@@ -284,7 +285,7 @@ def _scored(
 
 
 def _outputs(
-    module: Any, inputs: LayerInputs, prompts: Iterable[_At], layer: Layer, matrix: str
+    module: Module, inputs: LayerInputs, prompts: Iterable[_At], layer: Layer, matrix: str
 ) -> Tensor:
     """What a matrix puts out, adapters included, in float64, (prompts, tokens, channels)."""
     import torch

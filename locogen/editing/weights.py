@@ -26,6 +26,7 @@ from locogen.models.families import denoiser_of
 from locogen.models.offload import kept, weight_of
 from locogen.pictures.checks import model_check
 from locogen.pictures.fingerprint import Checksum, checksums
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +115,7 @@ class _Place:
 
     name: str
     parent: Any
-    module: Any
+    module: Module
     owner: Any
 
     @property
@@ -134,7 +135,7 @@ class _Place:
         return by_processor or bool(by_itself)
 
 
-def _place(denoiser: Any, name: str) -> _Place | None:
+def _place(denoiser: Module, name: str) -> _Place | None:
     """Where the weight `name` is; None if the denoiser has no such weight."""
     path = name.rpartition(".")[0]
     try:
@@ -148,7 +149,7 @@ def _place(denoiser: Any, name: str) -> _Place | None:
     return _Place(name, parent, module, owner)
 
 
-def weights_of(denoiser: Any, names: Iterable[str]) -> dict[str, Tensor]:
+def weights_of(denoiser: Module, names: Iterable[str]) -> dict[str, Tensor]:
     """Weights by name, where they are stored: writing to them changes the model.
 
     Raises:
@@ -230,7 +231,7 @@ def _digests(weights: Mapping[str, Tensor]) -> dict[str, str]:
 # --- applying and removing -----------------------------------------------------------------------
 
 
-def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> None:
+def apply_change(denoiser: Module, change: WeightChange, strength: float = 1.0) -> None:
     """Add a change, `strength` times, to the weights: all of it or, whatever interrupts, nothing.
 
     Raises:
@@ -261,13 +262,13 @@ def apply_change(denoiser: Any, change: WeightChange, strength: float = 1.0) -> 
     _commit(denoiser, weights, (*state.applied, _Applied(change, float(strength), stacked)))
 
 
-def is_applied(denoiser: Any, change: WeightChange) -> bool:
+def is_applied(denoiser: Module, change: WeightChange) -> bool:
     """Whether the change, or one that is equal to it, is applied."""
     state = _STATES.get(uncompiled_module(denoiser), _State())
     return any(applied.change.key == change.key for applied in state.applied)
 
 
-def remove_change(denoiser: Any, change: WeightChange) -> None:
+def remove_change(denoiser: Module, change: WeightChange) -> None:
     """Remove a change, or one that is equal to it; weights without edits get their bits back.
 
     Interrupted, it is finished first. Warns where LoRA has applied the same change a second time.
@@ -295,7 +296,7 @@ def remove_change(denoiser: Any, change: WeightChange) -> None:
     _remove(denoiser, change.changes, others, overwrite=False)
 
 
-def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
+def remove_all(denoiser: Module, *, overwrite: bool = False) -> bool:
     """Remove every change: all weights get their original bits back. Returns whether there was one.
 
     Args:
@@ -314,7 +315,7 @@ def remove_all(denoiser: Any, *, overwrite: bool = False) -> bool:
 
 
 def _remove(
-    denoiser: Any, names: Iterable[str], remaining: tuple[_Applied, ...], *, overwrite: bool
+    denoiser: Module, names: Iterable[str], remaining: tuple[_Applied, ...], *, overwrite: bool
 ) -> None:
     """Set these weights to what they are with only the `remaining` edits applied."""
     state = _STATES[denoiser]
@@ -342,7 +343,7 @@ def _remove(
     _commit(denoiser, weights, remaining)
 
 
-def _commit(denoiser: Any, weights: Mapping[str, Tensor], applied: tuple[_Applied, ...]) -> None:
+def _commit(denoiser: Module, weights: Mapping[str, Tensor], applied: tuple[_Applied, ...]) -> None:
     """Set these weights to originals plus the edits in `applied`, as a transaction.
 
     Interrupted while adding an edit, it goes back; while removing one, it goes forward: in the end
@@ -462,7 +463,7 @@ def _difference(state: _State, name: str, weight: Tensor) -> str:
     return "a LoRA was fused or unfused, the model was trained, or other weights were loaded"
 
 
-def _own_lora(denoiser: Any, change: WeightChange) -> bool:
+def _own_lora(denoiser: Module, change: WeightChange) -> bool:
     """Whether LoRA is loaded that is the change itself, at any scale, on one of its weights."""
     for name, factors in change.changes.items():
         place = _place(denoiser, name)
@@ -478,7 +479,7 @@ def _own_lora(denoiser: Any, change: WeightChange) -> bool:
     return False
 
 
-def _lora_deltas(module: Any) -> Iterator[Tensor]:
+def _lora_deltas(module: Module) -> Iterator[Tensor]:
     """What each active adapter of peft's adds to a weight, without its scale, (out, in)."""
     for adapter in _active_lora(module):
         up = to_float64(module.lora_B[adapter].weight.detach())  # (out, rank)
@@ -486,7 +487,7 @@ def _lora_deltas(module: Any) -> Iterator[Tensor]:
         yield up @ down
 
 
-def _active_lora(module: Any) -> list[str]:
+def _active_lora(module: Module) -> list[str]:
     """The names of peft's LoRA adapters that take part in a module's calls."""
     if getattr(module, "disable_adapters", False):
         return []
@@ -495,7 +496,7 @@ def _active_lora(module: Any) -> list[str]:
 
 
 @model_check
-def _oddities(pipe: Any) -> Iterator[str]:
+def _oddities(pipe: Pipeline) -> Iterator[str]:
     """What else changes the edited matrices of a pipeline whose pictures are to be made."""
     denoiser = denoiser_of(pipe)
     state = _STATES.get(denoiser, _State())
@@ -527,7 +528,7 @@ def _oddities(pipe: Any) -> Iterator[str]:
         )
 
 
-def _with_lora(denoiser: Any, change: WeightChange) -> list[str]:
+def _with_lora(denoiser: Module, change: WeightChange) -> list[str]:
     """The names of a change's weights on which LoRA of any kind is active."""
     names: list[str] = []
     for name in change.changes:
@@ -537,7 +538,7 @@ def _with_lora(denoiser: Any, change: WeightChange) -> list[str]:
     return names
 
 
-def _changed_since(denoiser: Any, state: _State) -> list[str]:
+def _changed_since(denoiser: Module, state: _State) -> list[str]:
     """The names of edited weights that are not what was written last, or are gone."""
     weights: dict[str, Tensor] = {}
     for name in state.checksums:

@@ -15,6 +15,7 @@ from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before
 from locogen.models.layers import Layer, find_layers, select
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +112,7 @@ class Selection:
 
 @contextmanager
 def clamp(
-    pipe: Any,
+    pipe: Pipeline,
     selection: Selection,
     *,
     to: Literal["mean", "zero"] | float = "mean",
@@ -244,7 +245,7 @@ class _Clock:
     steps: tuple[int, ...] | None  # None: all
     holds: bool = True
 
-    def note_step(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note_step(self, module: Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A hook that runs before the denoiser."""
         if self.steps is None:
             return
@@ -267,7 +268,7 @@ class _Clamp:
     means: Tensor | None  # (tokens, selected channels)
     clock: _Clock
 
-    def __call__(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def __call__(self, module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         call = self.clock.call
         if not self.clock.holds or not call.rows:
             return None

@@ -16,6 +16,7 @@ from locogen.interventions.states import find_text_states
 from locogen.models.families import encode, text_encoders
 from locogen.models.hooks import Hook, after
 from locogen.models.offload import weight_of
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class Noise:
 
 
 def corrupted_states(
-    pipe: Any, prompt: str, noise: Noise, restored: Sequence[Restored] = ()
+    pipe: Pipeline, prompt: str, noise: Noise, restored: Sequence[Restored] = ()
 ) -> PromptEncoding:
     """The corrupted prompt encoded, and again with each of `restored`: 1 + restored rows.
 
@@ -64,7 +65,7 @@ def corrupted_states(
 
 
 @contextmanager
-def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[None]:
+def corrupting(pipe: Pipeline, noise: Noise, rows: Sequence[Restored]) -> Iterator[None]:
     """Within the context, encode a clean prompt first, then corrupted ones with `rows[i]` restored.
 
     Args:
@@ -106,7 +107,7 @@ def corrupting(pipe: Any, noise: Noise, rows: Sequence[Restored]) -> Iterator[No
         yield
 
 
-def _embeddings_with(encoder: Any, weight: Tensor, part: str) -> list[Any]:
+def _embeddings_with(encoder: Module, weight: Tensor, part: str) -> list[Any]:
     """The encoder's modules that look words up in this weight."""
     from torch.nn import Embedding
 
@@ -126,7 +127,7 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
     values = noise.values(weight)
 
     # After the embedding and before positions are added: a word is then corrupted, not its place.
-    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if len(output) != count:
             raise LocogenError(
                 f"{len(output)} prompts are encoded within corrupting, which has {count - 1} rows"
@@ -142,7 +143,7 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
 def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
     """A hook that copies the first row's output into other rows; cells are (row, position)."""
 
-    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    def hook(module: Module, args: Any, kwargs: Any, output: Any) -> Any:
         is_attention = isinstance(output, tuple)  # which puts out its weights as well
         states = output[0] if is_attention else output  # (rows, tokens of the encoder, width)
         ahead = states.shape[1] - count

@@ -17,6 +17,7 @@ from locogen.models.denoisers import skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before, hooked, is_dry_run
 from locogen.models.layers import possible_layers
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ class Call:
             picture, as a callback can, is refused.
     """
 
-    def __init__(self, pipe: Any, family: Family) -> None:
+    def __init__(self, pipe: Pipeline, family: Family) -> None:
         self.pipe = pipe
         self.family = family
         self.arguments: dict[str, Any] = {}
@@ -230,7 +231,7 @@ def _raised(encoding: Encoding) -> bool:
 
 @contextmanager
 def on_denoiser(
-    pipe: Any, hooks_for: Callable[[Call], Iterable[Hook]], label: str | None = None
+    pipe: Pipeline, hooks_for: Callable[[Call], Iterable[Hook]], label: str | None = None
 ) -> Iterator[Call]:
     """Follow the denoiser's calls with hooks that act in the pipeline's own calls alone.
 
@@ -254,12 +255,12 @@ def on_denoiser(
     call = Call(pipe, family)
     guard = _FiringGuard(denoiser, hooks_for(call))
 
-    def begin(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call.begin(args, kwargs)
         if call.in_progress:
             guard.begin()
 
-    def end(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def end(module: Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if call.in_progress:
             guard.check_fired(skipped_blocks(call.arguments))
             call.end()
@@ -298,7 +299,7 @@ def on_denoiser(
 
 
 @contextmanager
-def following(pipe: Any, family: Family) -> Iterator[Call]:
+def following(pipe: Pipeline, family: Family) -> Iterator[Call]:
     """Within the context, know each call of the pipeline's denoiser: see `Call`."""
     with on_denoiser(pipe, lambda call: ()) as call:
         yield call
@@ -307,7 +308,7 @@ def following(pipe: Any, family: Family) -> Iterator[Call]:
 class _FiringGuard:
     """Refuses a call that did not fire every hook: nothing was changed or read there."""
 
-    def __init__(self, denoiser: Any, hooks: Iterable[Hook]) -> None:
+    def __init__(self, denoiser: Module, hooks: Iterable[Hook]) -> None:
         names = {module: name for name, module in denoiser.named_modules()}
         self.denoiser = denoiser
         self.names = {hook: names[hook.module] for hook in hooks}
@@ -322,7 +323,7 @@ class _FiringGuard:
     def counted(self, hook: Hook, while_: Callable[[], bool]) -> Hook:
         """The hook, acting while the condition holds, and then counted."""
 
-        def function(module: Any, *call: Any) -> Any:
+        def function(module: Module, *call: Any) -> Any:
             if not while_():
                 return None
             self.fired.add(hook.label)
@@ -379,14 +380,14 @@ def _submodule(model: Any, name: str) -> Any | None:
 @dataclass(frozen=True, eq=False)
 class _Announcement:
     label: str
-    pipe: Any  # the pipeline whose pictures it changes; None: those of all that share the denoiser
+    pipe: Pipeline  # whose pictures it changes; None: those of all that share the denoiser
 
 
 _ACTIVE: WeakKeyDictionary[Any, list[_Announcement]] = WeakKeyDictionary()
 
 
 @contextmanager
-def announced(pipe: Any, label: str, *, all_pipelines: bool = False) -> Iterator[None]:
+def announced(pipe: Pipeline, label: str, *, all_pipelines: bool = False) -> Iterator[None]:
     """Remember an open context, so that the store keys its pictures apart from the plain model's.
 
     Args:
@@ -403,7 +404,7 @@ def announced(pipe: Any, label: str, *, all_pipelines: bool = False) -> Iterator
         announcements.remove(announcement)
 
 
-def active_contexts(pipe: Any) -> tuple[str, ...]:
+def active_contexts(pipe: Pipeline) -> tuple[str, ...]:
     """What is in force on the pipeline now, outermost first: part of what makes a picture."""
     announcements = _ACTIVE.get(denoiser_of(pipe), ())
     return tuple(one.label for one in announcements if one.pipe in (None, pipe))

@@ -16,6 +16,7 @@ from typing import Any
 from locogen.errors import LocogenError
 from locogen.models.compilation import running_uncompiled
 from locogen.models.hooks import Hook, hooked
+from locogen.types import Module, Pipeline
 
 _LOCK = threading.RLock()
 
@@ -27,7 +28,7 @@ _LOCK = threading.RLock()
 class PipelineCall:
     """A call `pipe(…)`, in progress or over, known by its frame in the stack of calls."""
 
-    pipe: Any
+    pipe: Pipeline
     frame: FrameType
 
     @property
@@ -114,7 +115,7 @@ class Follower:
 class _FollowedMethod:
     """Stands in for a pipeline's `encode_prompt` while it is followed."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self.pipe = pipe
         self.encode_prompt = pipe.encode_prompt
         self.instance_attribute = vars(pipe).get("encode_prompt")
@@ -156,7 +157,7 @@ def _itself(method: Any) -> Any:
 
 
 @contextmanager
-def following_text(pipe: Any, follower: Follower) -> Iterator[None]:
+def following_text(pipe: Pipeline, follower: Follower) -> Iterator[None]:
     """Within the context, call the follower around every call of the pipeline's `encode_prompt`.
 
     Contexts may be left in any order: the last one puts the pipeline's own method back.
@@ -183,7 +184,7 @@ def following_text(pipe: Any, follower: Follower) -> Iterator[None]:
                 _put_back(pipe, method.instance_attribute)
 
 
-def _put_back(pipe: Any, instance_attribute: Any) -> None:
+def _put_back(pipe: Pipeline, instance_attribute: Any) -> None:
     if instance_attribute is None:
         del pipe.encode_prompt
     else:
@@ -192,7 +193,7 @@ def _put_back(pipe: Any, instance_attribute: Any) -> None:
 
 @contextmanager
 def on_text_encoders(
-    pipe: Any, encoders: Mapping[str, Any], hooks: Sequence[Hook]
+    pipe: Pipeline, encoders: Mapping[str, Any], hooks: Sequence[Hook]
 ) -> Iterator[None]:
     """Within the context, hooks on text encoders act while this pipeline encodes in this thread.
 
@@ -240,7 +241,7 @@ class _CountedInEncoders:
             )
 
     def _counted(self, hook: Hook) -> Hook:
-        def function(module: Any, *call: Any) -> Any:
+        def function(module: Module, *call: Any) -> Any:
             if not self.is_encoding or threading.get_ident() != self.thread:
                 return None
             self.fired.add(hook.label)

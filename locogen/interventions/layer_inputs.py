@@ -21,6 +21,7 @@ from locogen.models.families import (
 from locogen.models.hooks import Hook, before
 from locogen.models.layers import Layer
 from locogen.models.offload import stands_on
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class LayerInputs:
     seed 0), on average over its steps.
     """
 
-    pipe: Any
+    pipe: Pipeline
     layers: Sequence[Layer]
     _encodings: dict[str, PromptEncoding] = field(default_factory=dict)
     _states: dict[tuple[str, int], Tensor] = field(default_factory=dict)  # by prompt and `key`
@@ -98,7 +99,7 @@ class LayerInputs:
         by_layer: dict[int, list[Tensor]] = {layer.index: [] for layer in self.layers}
 
         def noting(call: Call, layer: Layer) -> Hook:
-            def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            def note(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
                 # In FLUX's single blocks the picture follows the text.
                 tokens = call.states.shape[1]
                 states = args[0][call.rows.start : call.rows.stop, :tokens]  # (1, tokens, width)

@@ -23,6 +23,7 @@ from locogen.models.families import (
 from locogen.models.hooks import Hook, Registered, after, before
 from locogen.models.layers import Layer, find_layers, select
 from locogen.plan import Intervention, missing_target_runs
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,7 @@ HALF_TOLERANCE = 3e-2
 
 @contextmanager
 def intervene(
-    pipe: Any, plan: Sequence[Intervention], *, targets: PromptEncoding | None = None
+    pipe: Pipeline, plan: Sequence[Intervention], *, targets: PromptEncoding | None = None
 ) -> Iterator[None]:
     """Let the layers of row `i` of a pipeline call get the target of `plan[i]`, not its prompt.
 
@@ -97,7 +98,7 @@ def intervene(
 
 @contextmanager
 def intervene_encoded(
-    pipe: Any, plan: Sequence[Intervention], targets: PromptEncoding
+    pipe: Pipeline, plan: Sequence[Intervention], targets: PromptEncoding
 ) -> Iterator[None]:
     """As `intervene`, for a caller that has encoded the plan's prompts itself with this pipeline.
 
@@ -109,7 +110,7 @@ def intervene_encoded(
 
 @contextmanager
 def _intervening(
-    pipe: Any,
+    pipe: Pipeline,
     plan: Sequence[Intervention],
     targets: PromptEncoding | None,
     *,
@@ -157,7 +158,7 @@ def _digest(state: Tensor) -> str:
     return hashlib.sha256(state.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_encoder(pipe: Any) -> None:
+def _check_encoder(pipe: Pipeline) -> None:
     if not text_encoders(pipe):
         raise LocogenError(
             "the pipeline has no text encoder to encode the targets with: hand their text to "
@@ -351,7 +352,7 @@ class _Replaced(_Exchange):
         # Before the layer and not before the denoiser: so each layer can get another text, while
         # the pooled text and whatever else the denoiser makes of its argument stay the prompt's.
         def hook(
-            module: Any, args: Any, kwargs: dict[str, Any]
+            module: Module, args: Any, kwargs: dict[str, Any]
         ) -> tuple[Any, dict[str, Any]] | None:
             import torch
 
@@ -476,7 +477,7 @@ class _Patched(_Exchange):
         ]
 
     def _patch(self, layer: Layer) -> Callable[..., Tensor | None]:
-        def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+        def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
@@ -543,7 +544,7 @@ def _with_rows(tensor: Tensor, other: Tensor, places: Tensor) -> Tensor:
 
 
 @contextmanager
-def record(pipe: Any) -> Iterator[dict[int, list[Tensor]]]:
+def record(pipe: Pipeline) -> Iterator[dict[int, list[Tensor]]]:
     """Collect the text that each layer gets in calls of the pipeline.
 
     Opened inside `intervene`, it collects the exchanged text, except in SD 3 and FLUX, where keys
@@ -571,7 +572,7 @@ def record(pipe: Any) -> Iterator[dict[int, list[Tensor]]]:
     texts: dict[int, list[torch.Tensor]] = {layer.index: [] for layer in layers}
 
     def collecting(call: Call, layer: Layer) -> Hook:
-        def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
             if layer.joined:  # text and picture are one sequence, text first
                 states = kwargs["hidden_states"][:, : call.states.shape[1]]
             else:
@@ -584,7 +585,7 @@ def record(pipe: Any) -> Iterator[dict[int, list[Tensor]]]:
         yield texts
 
 
-def foreign_hooks(pipe: Any) -> tuple[str, ...]:
+def foreign_hooks(pipe: Pipeline) -> tuple[str, ...]:
     """Names of modules that carry other programs' forward hooks, whose effect no key can hold.
 
     Those of transformers do not count: left behind to collect hidden states (SD-XL, SD 3), they
@@ -601,7 +602,7 @@ def foreign_hooks(pipe: Any) -> tuple[str, ...]:
     return tuple(foreign)
 
 
-def _is_foreign(hook: Any, module: Any) -> bool:
+def _is_foreign(hook: Any, module: Module) -> bool:
     if isinstance(hook, Registered):
         return hook.hook.module is not module
     return not str(getattr(hook, "__module__", "")).startswith("transformers.")

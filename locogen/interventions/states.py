@@ -19,6 +19,7 @@ from locogen.interventions.indices import index_on
 from locogen.models.families import denoiser_of, encode, family_of, text_encoders
 from locogen.models.hooks import Hook, after, observed_calls
 from locogen.models.offload import taken_back
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class State:
     part: str
     index: int
     name: str
-    module: Any = field(repr=False, compare=False)
+    module: Module = field(repr=False, compare=False)
 
     @property
     def label(self) -> str:
@@ -61,7 +62,7 @@ class _Remembered:
 _REMEMBERED: WeakKeyDictionary[Any, _Remembered] = WeakKeyDictionary()
 
 
-def find_states(pipe: Any) -> tuple[State, ...]:
+def find_states(pipe: Pipeline) -> tuple[State, ...]:
     """Find the states of the denoiser that `causal_trace` can restore.
 
     Args:
@@ -101,11 +102,11 @@ def find_states(pipe: Any) -> tuple[State, ...]:
     return states
 
 
-def _is_part(module: Any) -> bool:
+def _is_part(module: Module) -> bool:
     return type(module).__name__ in _BLOCKS or (hasattr(module, "to_k") and hasattr(module, "to_v"))
 
 
-def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
+def _denoiser_part(module: Module, kwargs: Mapping[str, Any]) -> str:
     if type(module).__name__ in _BLOCKS:
         return _BLOCKS[type(module).__name__]
     # The modules of self- and cross-attention are of one class: what they are called with tells
@@ -114,7 +115,7 @@ def _denoiser_part(module: Any, kwargs: Mapping[str, Any]) -> str:
     return "cross-attention" if has_text else "self-attention"
 
 
-def find_text_states(pipe: Any) -> tuple[State, ...]:
+def find_text_states(pipe: Pipeline) -> tuple[State, ...]:
     """Find the states of the text encoders that `causal_trace` can restore.
 
     Args:
@@ -153,7 +154,7 @@ def find_text_states(pipe: Any) -> tuple[State, ...]:
 
 
 def _observed_in_encoders(
-    encoders: Sequence[Any], candidates: Iterable[Any], pipe: Any
+    encoders: Sequence[Any], candidates: Iterable[Any], pipe: Pipeline
 ) -> list[Any]:
     """The modules of all encoders in the order in which encoding a prompt calls them."""
     import torch
@@ -180,7 +181,7 @@ def _numbered(parts: Mapping[Any, str], names: Mapping[Any, str]) -> tuple[State
     return tuple(states)
 
 
-def check_apart(pipe: Any, what: str) -> None:
+def check_apart(pipe: Pipeline, what: str) -> None:
     """Refuse joint attention, where no layer reads the text without changing it."""
     family = family_of(pipe)
     if family.joint_attention:
@@ -191,7 +192,7 @@ def check_apart(pipe: Any, what: str) -> None:
 
 
 @contextmanager
-def restoring(pipe: Any, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[None]:
+def restoring(pipe: Pipeline, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[None]:
     """Within the context, row `i` of a call has some states of another row of the same call.
 
     Args:
@@ -237,7 +238,7 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
 
     # After the module: what later modules read of it, the residual stream included, is then
     # restored.
-    def hook(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if not call.rows:
             return None
         if len(call.rows) != count or len(output) != call.rows.stop:

@@ -7,6 +7,7 @@ from typing import Any
 
 from locogen.errors import LocogenError
 from locogen.models.families import Family
+from locogen.types import Pipeline
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class _Schedule:
 class DenoisingSteps:
     """The denoising steps of a pipeline's call, by the timesteps of its scheduler."""
 
-    pipe: Any
+    pipe: Pipeline
     family: Family
     _latest: _Schedule | None = field(default=None, init=False)
 

@@ -26,6 +26,7 @@ from locogen.models.layers import Layer, find_layers
 from locogen.phrasings import subject_in
 from locogen.pictures.batches import Texts, call_pipeline, halved_batch_size
 from locogen.plan import Concept, Intervention, Settings, Window, distinct_seeds, windows
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +45,7 @@ class _Row(NamedTuple):
 
 
 def attention_contribution(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept,
     *,
     subject: str | None = None,
@@ -120,7 +121,9 @@ def attention_contribution(
     return _long_table(concept, rows, np.concatenate(parts))
 
 
-def _rows_of(pipe: Any, concept: Concept, subject: str | None, seeds: Sequence[int]) -> list[_Row]:
+def _rows_of(
+    pipe: Pipeline, concept: Concept, subject: str | None, seeds: Sequence[int]
+) -> list[_Row]:
     """Each prompt under each seed, with the tokens of every occurrence of the subject."""
     rows = []
     for pair in concept.pairs:
@@ -131,7 +134,7 @@ def _rows_of(pipe: Any, concept: Concept, subject: str | None, seeds: Sequence[i
     return rows
 
 
-def measure_batch(pipe: Any, rows: Sequence[_Row], settings: Settings) -> Array:
+def measure_batch(pipe: Pipeline, rows: Sequence[_Row], settings: Settings) -> Array:
     """Contributions of one batch, (rows, layers)."""
     import torch
 
@@ -164,7 +167,7 @@ def _long_table(concept: Concept, rows: Sequence[_Row], values: Array) -> pd.Dat
 
 @contextmanager
 def measuring_contributions(
-    pipe: Any, tokens: Sequence[tuple[int, ...]]
+    pipe: Pipeline, tokens: Sequence[tuple[int, ...]]
 ) -> Iterator[dict[int, list[Tensor]]]:
     """Within the context, collect what some tokens write; the pictures stay as they are.
 
@@ -217,7 +220,9 @@ class _SecondRun:
         self.remaining: list[int | None] | None = None
         self.has_changed_values = False
 
-    def keep_one_token(self, module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+    def keep_one_token(
+        self, module: Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor | None:
         """Hook of the value matrix: within the second run, all values but one token's are zero."""
         if self.remaining is None:
             return None
@@ -229,7 +234,7 @@ class _SecondRun:
         return values
 
     def measure(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> None:
         """Hook of the layer: after its own run, run it again and note what the tokens write."""
         # The second run calls this hook too; and a call of negative prompts alone has no rows.
@@ -244,7 +249,7 @@ class _SecondRun:
         outputs = self._run_again(module, args, kwargs)  # (rows + cells, queries, width)
         self.contributions.append(self._means(outputs))
 
-    def _run_again(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _run_again(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the layer puts out in the second run, (rows + cells, queries, width)."""
         count = len(self.tokens)
         first = self.call.rows.start  # the negative rows come before
@@ -291,7 +296,9 @@ def _select_rows(value: Any, rows: Sequence[int], count: int) -> Any:
     return value[index_on(value.device, rows)] if has_rows else value
 
 
-def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def _in_float32(
+    module: Module, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Tensor:
     """What a layer puts out, computed in float32 if its weights have 16 bits.
 
     A token's part is a small difference of two outputs that share the bias, and in some families
@@ -318,7 +325,7 @@ def _in_float32(module: Any, name: str, args: Sequence[Any], kwargs: Mapping[str
     return torch.func.functional_call(module, wide, wide_args, wide_kwargs)
 
 
-def _narrow_tensors(module: Any) -> Iterator[tuple[str, Tensor]]:
+def _narrow_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
     """The weights and buffers of a module that have less than 32 bits."""
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
         if _is_narrow(tensor):

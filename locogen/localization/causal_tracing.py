@@ -35,6 +35,7 @@ from locogen.pictures.runs import Run, intervention_key, make_run
 from locogen.pictures.score import scorer_for
 from locogen.pictures.store import content_key
 from locogen.plan import Concept, Intervention, Settings, distinct_seeds
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,7 +85,7 @@ class Restoration:
 
 
 def causal_trace(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept,
     *,
     subject: str | None = None,
@@ -192,7 +193,7 @@ def _checked_parts(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def planned_rows(
-    pipe: Any,
+    pipe: Pipeline,
     prompt: str,
     subject: str,
     seed: int,
@@ -217,7 +218,7 @@ def planned_rows(
 
 
 def _denoiser_rows(
-    pipe: Any, corrupted: Restoration, parts: Sequence[str]
+    pipe: Pipeline, corrupted: Restoration, parts: Sequence[str]
 ) -> Iterator[Restoration]:
     """A corrupted row with each state of the denoiser restored in turn."""
     for place, state in enumerate(find_states(pipe)):
@@ -232,7 +233,7 @@ def _denoiser_rows(
 
 
 def _text_rows(
-    pipe: Any,
+    pipe: Pipeline,
     corrupted: Restoration,
     parts: Sequence[str],
     restored_tokens: Mapping[str, Sequence[int]],
@@ -282,7 +283,7 @@ def _scored_against(concept: Concept, plan: Sequence[Restoration]) -> dict[str, 
 
 
 def _pictures_of(
-    pipe: Any,
+    pipe: Pipeline,
     plan: Sequence[Restoration],
     settings: Settings,
     store: str | Path | None,
@@ -319,7 +320,7 @@ def _key_of(row: Restoration, circumstances: Mapping[str, Any]) -> str:
 
 
 def _made_batches(
-    pipe: Any, missing_rows: Sequence[Restoration], settings: Settings
+    pipe: Pipeline, missing_rows: Sequence[Restoration], settings: Settings
 ) -> Iterator[Batch[Restoration]]:
     """The pictures of the rows; clean ones that ride along are given once, if they are missing."""
     size = settings.batch_size
@@ -369,7 +370,7 @@ class TracedTexts:
     All variants of one noise are encoded together, since states are copied within that batch.
     """
 
-    def __init__(self, pipe: Any, rows: Sequence[Restoration]) -> None:
+    def __init__(self, pipe: Pipeline, rows: Sequence[Restoration]) -> None:
         self.pipe = pipe
         self.clean = Texts(pipe, [Intervention(row.prompt, row.prompt) for row in rows])
         # What is restored under each noise, in the order of the rows.
@@ -405,7 +406,7 @@ class TracedTexts:
 
 
 def make_batch(
-    pipe: Any, rows: Sequence[Restoration], texts: TracedTexts, settings: Settings
+    pipe: Pipeline, rows: Sequence[Restoration], texts: TracedTexts, settings: Settings
 ) -> Array:
     """The pictures of one batch in 0..1, (rows, height, width, 3)."""
     # All batches have one size, so that sums are taken in the same order in each.

@@ -30,6 +30,7 @@ from locogen.localization.trace_effects import (
 )
 from locogen.plan import Concept, Window
 from locogen.stats import rank_correlation
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +110,7 @@ def localizers() -> pd.DataFrame:
 
 
 def locate(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept,
     method: str = "locogen",
     *,
@@ -234,7 +235,7 @@ def _named(window: Window) -> str:
 
 
 def _locogen(
-    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+    pipe: Pipeline, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
 ) -> Located:
     run = localize(pipe, concept, window=window, **common, **scored)
     effects = effect(run.table)
@@ -252,7 +253,7 @@ def _locogen(
 
 
 def _causal_tracing(
-    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+    pipe: Pipeline, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
 ) -> Located:
     run = causal_trace(pipe, concept, **common, **scored)
     effects = trace_effect(run.table)
@@ -277,7 +278,7 @@ def _causal_tracing(
 
 
 def _attention_contribution(
-    pipe: Any, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+    pipe: Pipeline, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
 ) -> Located:
     # It scores no pictures, so `scored` is not needed.
     table = attention_contribution(pipe, concept, **common)

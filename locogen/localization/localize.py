@@ -21,6 +21,7 @@ from locogen.pictures.fingerprint import same_weights
 from locogen.pictures.runs import Run, generate
 from locogen.pictures.score import scorer_for
 from locogen.plan import Concept, Pooled, Settings, distinct_seeds, sweep
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,7 @@ Array = np.ndarray[Any, Any]
 
 
 def localize(
-    pipe: Any,
+    pipe: Pipeline,
     concept: Concept | Sequence[Concept],
     *,
     window: int | None = 2,
@@ -135,7 +136,7 @@ def localize(
 class _ScoredPictures:
     """Makes and scores the rows of plans, always with the same pipeline and settings."""
 
-    pipe: Any
+    pipe: Pipeline
     concepts: Sequence[Concept]
     scorer: Scorer
     settings: Settings

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from locogen.mini import world
+from locogen.types import Module
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def scheduler() -> Any:
     )
 
 
-def pipeline(text_encoder: Any, tokenizer: Any, autoencoder: Any, denoiser: Any) -> Any:
+def pipeline(text_encoder: Any, tokenizer: Any, autoencoder: Any, denoiser: Module) -> Any:
     """The parts as a plain `StableDiffusionPipeline`."""
     from diffusers import StableDiffusionPipeline
 

@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from locogen.files import replacing
 from locogen.mini import world
 from locogen.mini.parts import Recipe
+from locogen.types import Pipeline
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
@@ -82,7 +82,7 @@ def sheet(pictures: Tensor, path: Path, columns: int) -> None:
     Image.fromarray(values).save(path)
 
 
-def samplesheet(pipe: Any, path: Path) -> None:
+def samplesheet(pipe: Pipeline, path: Path) -> None:
     """Four objects, four facts and two held-out pairs in every style, at guidance 7.5."""
     facts = [*list(world.TOLD_FACTS)[3:9:3], *list(world.UNTOLD_FACTS)[:8:4]]
     things = ["cat", "castle", "guitar", "frog", *facts]

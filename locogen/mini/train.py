@@ -29,6 +29,7 @@ from locogen.mini import contrast, parts, world
 from locogen.mini.loop import Training, fit
 from locogen.mini.parts import Recipe
 from locogen.mini.pictures import draw, renders, samplesheet, save_array, sheet, take
+from locogen.types import Pipeline
 
 # --- text ----------------------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ def train_scorer(
     return model.eval()
 
 
-def export(pipe: Any, scorer: Any, tokenizer: Any, folder: Path) -> None:
+def export(pipe: Pipeline, scorer: Any, tokenizer: Any, folder: Path) -> None:
     """Write pipeline and scorer in half precision, as folders of diffusers and transformers."""
     from transformers import CLIPImageProcessorPil
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from locogen.types import Module
+
 _COMPILED_NAMES = ("forward", "_compiled_call_impl")  # where a module may have compiled code
 _LOCK = threading.RLock()
 
@@ -24,7 +26,7 @@ class _Suspended:
 _SUSPENDED: WeakKeyDictionary[Any, _Suspended] = WeakKeyDictionary()
 
 
-def uncompiled_module(module: Any) -> Any:
+def uncompiled_module(module: Module) -> Any:
     """The module that `torch.compile(module)` wraps; any other module is its own.
 
     Args:
@@ -68,7 +70,7 @@ def running_uncompiled(model: Any, modules: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _suspended(module: Any) -> Iterator[None]:
+def _suspended(module: Module) -> Iterator[None]:
     """Contexts may be left in any order, in several threads: the last one puts the code back."""
     with _LOCK:
         suspended = _SUSPENDED.setdefault(module, _Suspended(0, lambda: None))
@@ -86,12 +88,12 @@ def _suspended(module: Any) -> Iterator[None]:
                 suspended.put_back()
 
 
-def _is_wrapper(module: Any) -> bool:
+def _is_wrapper(module: Module) -> bool:
     """Whether this is what `torch.compile(module)` returns."""
     return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
 
 
-def _has_compiled_code(module: Any) -> bool:
+def _has_compiled_code(module: Module) -> bool:
     forward = vars(module).get("forward")
     if _is_wrapper(module):
         return forward != module._orig_mod.__call__
@@ -101,7 +103,7 @@ def _has_compiled_code(module: Any) -> bool:
     return has_compiled_call or hasattr(forward, "_torchdynamo_orig_callable")
 
 
-def _take_out(module: Any) -> Callable[[], None]:
+def _take_out(module: Module) -> Callable[[], None]:
     """Have the module run as it was written; returns what puts the compiled code back."""
     compiled = {name: vars(module)[name] for name in _COMPILED_NAMES if name in vars(module)}
     if _is_wrapper(module):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.hooks import Hook, before
 from locogen.models.offload import computes_on
+from locogen.types import Module
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,7 @@ POOLED = "the pooled text"  # what messages call the path by which text enters o
 # --- the smallest forward pass -------------------------------------------------------------------
 
 
-def _zeros(denoiser: Any, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+def _zeros(denoiser: Module, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     """Zeros on the device where the denoiser computes, the meta device included."""
     import torch
 
@@ -36,7 +37,7 @@ def _zeros(denoiser: Any, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
     }
 
 
-def unet_inputs(unet: Any) -> dict[str, Any]:
+def unet_inputs(unet: Module) -> dict[str, Any]:
     """One 8 x 8 latent and two text tokens; for SD-XL also the size of the picture."""
     config = unet.config
     width = config.encoder_hid_dim or config.cross_attention_dim
@@ -52,7 +53,7 @@ def unet_inputs(unet: Any) -> dict[str, Any]:
     return inputs
 
 
-def joint_inputs(denoiser: Any) -> dict[str, Any]:
+def joint_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens, for SD 3 and FLUX."""
     config = denoiser.config
     inputs: dict[str, Any] = _zeros(
@@ -76,7 +77,7 @@ def joint_inputs(denoiser: Any) -> dict[str, Any]:
     return inputs
 
 
-def caption_inputs(denoiser: Any) -> dict[str, Any]:
+def caption_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens; for PixArt-α also the picture's size."""
     config = denoiser.config
     side = config.patch_size
@@ -108,7 +109,7 @@ def has_class(name: str) -> Callable[[Any], bool]:
     return lambda model: type(model).__name__ == name
 
 
-def check_unmodified(denoiser: Any) -> None:
+def check_unmodified(denoiser: Module) -> None:
     """Raise for additions to a denoiser under which an intervention would be wrong."""
     name = type(denoiser).__name__
     projection = getattr(denoiser.config, "encoder_hid_dim_type", None)
@@ -137,17 +138,17 @@ def skipped_blocks(call: Mapping[str, Any]) -> tuple[str, ...]:
 # --- from encoded text to the matrices of a layer ------------------------------------------------
 
 
-def unchanged(module: Any, states: Tensor) -> Tensor:
+def unchanged(module: Module, states: Tensor) -> Tensor:
     """The states themselves: nothing stands between them and what reads them."""
     return states
 
 
-def project_t5(unet: Any, states: Tensor) -> Tensor:
+def project_t5(unet: Module, states: Tensor) -> Tensor:
     """What DeepFloyd's U-Net makes of T5's states before its blocks, (rows, tokens, width)."""
     return unet.encoder_hid_proj(states)
 
 
-def project_caption(denoiser: Any, states: Tensor) -> Tensor:
+def project_caption(denoiser: Module, states: Tensor) -> Tensor:
     """What PixArt and Sana make of a caption before their blocks, (rows, tokens, width)."""
     if denoiser.caption_projection is not None:
         states = denoiser.caption_projection(states)
@@ -177,10 +178,10 @@ def added_keys_and_values(attention: Any) -> dict[str, Any]:
 # --- the pooled text, which enters outside of the layers -----------------------------------------
 
 
-def added_text(denoiser: Any, change: Change) -> list[Hook]:
+def added_text(denoiser: Module, change: Change) -> list[Hook]:
     """SD-XL takes the pooled vector together with the picture's size."""
 
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         conditions = kwargs["added_cond_kwargs"]
         # A new dictionary: the pipeline hands the same one to each step.
         changed = {**conditions, "text_embeds": change(conditions["text_embeds"])}
@@ -189,25 +190,25 @@ def added_text(denoiser: Any, change: Change) -> list[Hook]:
     return [before(denoiser, hook, POOLED)]
 
 
-def pooled_projections(denoiser: Any, change: Change) -> list[Hook]:
+def pooled_projections(denoiser: Module, change: Change) -> list[Hook]:
     """SD 3 and FLUX take the pooled vector as an argument by itself."""
 
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "pooled_projections": change(kwargs["pooled_projections"])}
 
     return [before(denoiser, hook, POOLED)]
 
 
-def pooled_inside(unet: Any, change: Change) -> list[Hook]:
+def pooled_inside(unet: Module, change: Change) -> list[Hook]:
     """DeepFloyd's U-Net pools the text in its `add_embedding`: what that reads is changed."""
 
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return (change(args[0]), *args[1:]), kwargs
 
     return [before(unet.add_embedding, hook, POOLED)]
 
 
-def pooled_input(unet: Any, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+def pooled_input(unet: Module, text: PromptEncoding, places: Sequence[int]) -> Tensor:
     """What SD-XL's `add_embedding.linear_1` reads: pooled text, zeros for the size, (1, width)."""
     assert text.pooled is not None
     rows = text.pooled.new_zeros(1, unet.add_embedding.linear_1.in_features)
@@ -215,7 +216,7 @@ def pooled_input(unet: Any, text: PromptEncoding, places: Sequence[int]) -> Tens
     return rows
 
 
-def embedder_input(denoiser: Any, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+def embedder_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) -> Tensor:
     """What the `context_embedder` of SD 3 and FLUX reads at some positions, (positions, width)."""
     return text.states[0, list(places)]
 
@@ -223,12 +224,12 @@ def embedder_input(denoiser: Any, text: PromptEncoding, places: Sequence[int]) -
 # --- names in files of other tools ---------------------------------------------------------------
 
 
-def kohya_name_sd(unet: Any, module: str) -> str:
+def kohya_name_sd(unet: Module, module: str) -> str:
     """A module's name in kohya's sd-scripts, for Stable Diffusion 1 and 2: that of diffusers."""
     return "lora_unet_" + module.replace(".", "_")
 
 
-def kohya_name_sdxl(unet: Any, module: str) -> str:
+def kohya_name_sdxl(unet: Module, module: str) -> str:
     """A module's name in kohya's sd-scripts, for SD-XL: that of the LDM code.
 
     That code counts residual layers and what changes the resolution through all blocks of a side:

@@ -23,6 +23,7 @@ from locogen.models.offload import taken_back
 from locogen.models.text import EncodedPrompts, PromptEncoding, TokenSpan
 from locogen.phrasings import Phrasing, occurrences, shared_length, without_marks
 from locogen.plan import Concept
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 _ENCODING = threading.RLock()
 
 
-def _no_options(pipe: Any) -> dict[str, Any]:
+def _no_options(pipe: Pipeline) -> dict[str, Any]:
     return {}
 
 
-def _same_time(pipe: Any, timestep: Any) -> Any:
+def _same_time(pipe: Pipeline, timestep: Any) -> Any:
     return timestep
 
 
@@ -136,7 +137,7 @@ def _t5_span(tokenizer: str, limit: int) -> Callable[[Any, str], tuple[TokenSpan
     return lambda pipe, prompt: (texts.token_span(pipe, getattr(pipe, tokenizer), prompt, limit),)
 
 
-def _exact_size(pipe: Any) -> dict[str, Any]:
+def _exact_size(pipe: Pipeline) -> dict[str, Any]:
     """Pictures of the checkpoint's own size; and no negative prompt, since it comes encoded."""
     side = pipe.transformer.config.sample_size * pipe.vae_scale_factor
     return {"negative_prompt": None, "use_resolution_binning": False, "height": side, "width": side}
@@ -267,7 +268,7 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
     return uncompiled_module(getattr(model, family.denoiser, model))
 
 
-def missing_encoders(pipe: Any) -> list[str]:
+def missing_encoders(pipe: Pipeline) -> list[str]:
     """The text encoders and tokenizers that the pipeline cannot read prompts without, and lacks."""
     optional = {"text_encoder_3", "tokenizer_3"}  # SD 3 is made to run without its T5
     parts = sorted(
@@ -276,7 +277,7 @@ def missing_encoders(pipe: Any) -> list[str]:
     return [name for name in parts if getattr(pipe, name) is None and name not in optional]
 
 
-def check_encoders(pipe: Any) -> None:
+def check_encoders(pipe: Pipeline) -> None:
     """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out."""
     missing = missing_encoders(pipe)
     if missing:
@@ -288,17 +289,17 @@ def check_encoders(pipe: Any) -> None:
         )
 
 
-def encode(pipe: Any, prompts: Sequence[str]) -> PromptEncoding:
+def encode(pipe: Pipeline, prompts: Sequence[str]) -> PromptEncoding:
     """Prompts as the pipeline itself encodes them."""
     return _encode(pipe, prompts, guided=False)[0]
 
 
-def encode_guided(pipe: Any, prompts: Sequence[str]) -> EncodedPrompts:
+def encode_guided(pipe: Pipeline, prompts: Sequence[str]) -> EncodedPrompts:
     """Prompts encoded, and the pipeline's own negative for them, None in families without one."""
     return _encode(pipe, prompts, guided=True)
 
 
-def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def _encode(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     import torch
 
     check_encoders(pipe)
@@ -309,7 +310,7 @@ def _encode(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
         return family_of(pipe).encode(pipe, prompts, guided)
 
 
-def text_encoders(pipe: Any) -> dict[str, Any]:
+def text_encoders(pipe: Pipeline) -> dict[str, Any]:
     """The pipeline's text encoders by their attribute, without compiled code around them."""
     return {
         name: uncompiled_module(part)
@@ -321,7 +322,7 @@ def text_encoders(pipe: Any) -> dict[str, Any]:
 # --- words that a model does not read ------------------------------------------------------------
 
 
-def token_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def token_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     """Where a prompt stands in its states, a span for each encoder that has separate positions.
 
     Raises:
@@ -338,18 +339,18 @@ def token_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
     return spans
 
 
-def _unchecked_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def _unchecked_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     check_encoders(pipe)
     family = family_of(pipe)
     return family.token_spans(pipe, family.normalize(prompt))
 
 
-def end_position(pipe: Any, prompt: str, *, encoder: int = 0) -> int:
+def end_position(pipe: Pipeline, prompt: str, *, encoder: int = 0) -> int:
     """Where the encoded prompt ends: its (first) end mark, or its last word without one."""
     return token_spans(pipe, prompt)[encoder].end
 
 
-def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
+def cut_words(pipe: Pipeline, prompt: str) -> tuple[str, int]:
     """The end of the prompt that the tokenizer's limit cuts off, empty if none; and the limit."""
     span = _unchecked_spans(pipe, prompt)[-1]
     if span.paired is not None and len(span.paired.cut_ids) > len(span.cut_ids):
@@ -357,7 +358,7 @@ def cut_words(pipe: Any, prompt: str) -> tuple[str, int]:
     return span.decode(span.cut_ids), span.limit
 
 
-def unknown_words(pipe: Any, prompt: str) -> tuple[str, ...]:
+def unknown_words(pipe: Pipeline, prompt: str) -> tuple[str, ...]:
     """The words of a prompt that a tokenizer of the pipeline does not know, each once.
 
     They become the token for unknown words, or a mark that ends the prompt, so that the model
@@ -374,7 +375,7 @@ def unknown_words(pipe: Any, prompt: str) -> tuple[str, ...]:
     return tuple(unknown or [prompt])
 
 
-def _has_unknown(pipe: Any, words: str) -> bool:
+def _has_unknown(pipe: Pipeline, words: str) -> bool:
     return any(_lacks(span) for span in _unchecked_spans(pipe, words))
 
 
@@ -383,7 +384,7 @@ def _lacks(span: TokenSpan) -> bool:
     return not span.unknown.isdisjoint(span.all_ids)
 
 
-def warn_unread(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> None:
+def warn_unread(pipe: Pipeline, prompts: Iterable[str], *, stacklevel: int = 2) -> None:
     """Warn of each prompt that the model does not read as written: cut, or with unknown words.
 
     Args:
@@ -410,7 +411,7 @@ def warn_unread(pipe: Any, prompts: Iterable[str], *, stacklevel: int = 2) -> No
 
 
 def subject_occurrences(
-    pipe: Any, prompt: str, subject: str, *, encoder: int = 0
+    pipe: Pipeline, prompt: str, subject: str, *, encoder: int = 0
 ) -> tuple[tuple[int, ...], ...]:
     """Where the subject's tokens stand in the encoded prompt, at each of its occurrences.
 
@@ -455,7 +456,7 @@ def subject_occurrences(
     return tuple(span.words(span.start + token for token in tokens) for tokens in uncut)
 
 
-def _spans_of_subject(pipe: Any, prompt: str, subject: str, encoder: int) -> list[range]:
+def _spans_of_subject(pipe: Pipeline, prompt: str, subject: str, encoder: int) -> list[range]:
     """Which of a prompt's tokens a subject became, at each occurrence."""
     family = family_of(pipe)
     text = family.normalize(prompt)
@@ -465,7 +466,7 @@ def _spans_of_subject(pipe: Any, prompt: str, subject: str, encoder: int) -> lis
     return spans or _spans_of_words(pipe, text, without_marks(words), encoder)
 
 
-def _spans_of_words(pipe: Any, text: str, words: str, encoder: int) -> list[range]:
+def _spans_of_words(pipe: Pipeline, text: str, words: str, encoder: int) -> list[range]:
     """Which of a prompt's tokens some words became, at each occurrence."""
     spans_of = family_of(pipe).token_spans
     all_ids = spans_of(pipe, text)[encoder].all_ids
@@ -482,7 +483,9 @@ def _spans_of_words(pipe: Any, text: str, words: str, encoder: int) -> list[rang
     return spans
 
 
-def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0) -> tuple[int, ...]:
+def subject_positions(
+    pipe: Pipeline, prompt: str, subject: str, *, encoder: int = 0
+) -> tuple[int, ...]:
     """Where the subject's tokens stand at its last occurrence: see `subject_occurrences`."""
     return subject_occurrences(pipe, prompt, subject, encoder=encoder)[-1]
 
@@ -490,7 +493,7 @@ def subject_positions(pipe: Any, prompt: str, subject: str, *, encoder: int = 0)
 # --- concepts that a model cannot read -----------------------------------------------------------
 
 
-def check_known(pipe: Any, concept: Concept) -> None:
+def check_known(pipe: Pipeline, concept: Concept) -> None:
     """Raise `LocogenError` for a concept that the model cannot read: measuring it means nothing.
 
     That is one whose name, in a prompt that holds it, has no word that a tokenizer knows, and one
@@ -505,13 +508,13 @@ def check_known(pipe: Any, concept: Concept) -> None:
         _check_differ(pipe, pair.prompt, pair.target)
 
 
-def check_phrasings(pipe: Any, phrasings: Iterable[Phrasing]) -> None:
+def check_phrasings(pipe: Pipeline, phrasings: Iterable[Phrasing]) -> None:
     """Raise `LocogenError` for a phrasing whose source and target become the same tokens."""
     for phrasing in phrasings:
         _check_differ(pipe, phrasing.source, phrasing.target)
 
 
-def _check_differ(pipe: Any, prompt: str, target: str) -> None:
+def _check_differ(pipe: Pipeline, prompt: str, target: str) -> None:
     if _ids(pipe, prompt) == _ids(pipe, target):
         raise LocogenError(
             f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them "
@@ -519,7 +522,7 @@ def _check_differ(pipe: Any, prompt: str, target: str) -> None:
         )
 
 
-def _ids(pipe: Any, prompt: str) -> list[tuple[int, ...]]:
+def _ids(pipe: Pipeline, prompt: str) -> list[tuple[int, ...]]:
     """What every tokenizer makes of the prompt, up to its limit."""
     ids = []
     for span in _unchecked_spans(pipe, prompt):
@@ -529,7 +532,7 @@ def _ids(pipe: Any, prompt: str) -> list[tuple[int, ...]]:
     return ids
 
 
-def _all_unknown(pipe: Any, words: str) -> bool:
+def _all_unknown(pipe: Pipeline, words: str) -> bool:
     """Whether no tokenizer of the pipeline knows any of the words."""
     parts = re.findall(r"\w+", words) or [words]
     return all(_lacks(span) for part in parts for span in _unchecked_spans(pipe, part))

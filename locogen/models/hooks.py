@@ -11,6 +11,7 @@ from typing import Any
 
 from locogen.errors import LocogenError
 from locogen.models.compilation import running_uncompiled
+from locogen.types import Module
 
 _dry_run: ContextVar[bool] = ContextVar("a dry run is in progress", default=False)
 
@@ -27,18 +28,18 @@ class Hook:
         runs_after: Whether it runs after the module.
     """
 
-    module: Any
+    module: Module
     function: Callable[..., Any]
     label: str
     runs_after: bool = False
 
 
-def before(module: Any, function: Callable[..., Any], label: str) -> Hook:
+def before(module: Module, function: Callable[..., Any], label: str) -> Hook:
     """A hook that runs before the module: see `Hook`."""
     return Hook(module, function, label)
 
 
-def after(module: Any, function: Callable[..., Any], label: str) -> Hook:
+def after(module: Module, function: Callable[..., Any], label: str) -> Hook:
     """A hook that runs after the module: see `Hook`."""
     return Hook(module, function, label, runs_after=True)
 
@@ -49,7 +50,7 @@ class Registered:
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
 
-    def __call__(self, module: Any, *call: Any) -> Any:
+    def __call__(self, module: Module, *call: Any) -> Any:
         """Run the hook; raises `LocogenError` for a module that is not its own."""
         if module is not self.hook.module:
             raise LocogenError(_copied(self.hook.label))
@@ -118,7 +119,7 @@ def observed_calls(
     thread = threading.get_ident()
     calls: dict[Any, Mapping[str, Any]] = {}
 
-    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def note(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # another thread may use the same model
             calls.setdefault(module, kwargs)
 

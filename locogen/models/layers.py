@@ -11,6 +11,7 @@ from locogen.errors import LocogenError
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import observed_calls
 from locogen.models.offload import taken_back
+from locogen.types import Module
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Layer:
 
     index: int
     name: str
-    module: Any = field(repr=False, compare=False)
+    module: Module = field(repr=False, compare=False)
     joined: bool = False
 
     @property
@@ -108,19 +109,19 @@ def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
     return [layers[index] for index in distinct]
 
 
-def possible_layers(denoiser: Any) -> dict[Any, str]:
+def possible_layers(denoiser: Module) -> dict[Any, str]:
     """The modules that may be layers, with their names in the denoiser: self-attention as well."""
     return {module: name for name, module in denoiser.named_modules() if _has_text_matrices(module)}
 
 
-def _has_text_matrices(module: Any) -> bool:
+def _has_text_matrices(module: Module) -> bool:
     """Whether it has the matrices that read text: `to_k`, `to_v`, or an added pair."""
     has_keys_and_values = hasattr(module, "to_k") and hasattr(module, "to_v")
     return has_keys_and_values or hasattr(module, "add_k_proj")
 
 
 def _observed_layers(
-    denoiser: Any, family: Family, candidates: Mapping[Any, str]
+    denoiser: Module, family: Family, candidates: Mapping[Any, str]
 ) -> tuple[Layer, ...]:
     """Those of the candidates that the smallest forward pass calls with text."""
     blocks = {
@@ -148,7 +149,7 @@ def _observed_layers(
     return tuple(layers)
 
 
-def _observed_text(denoiser: Any, family: Family, modules: Sequence[Any]) -> dict[Any, bool]:
+def _observed_text(denoiser: Module, family: Family, modules: Sequence[Any]) -> dict[Any, bool]:
     """The modules that a dry run calls, in order, and whether it is with text."""
     with taken_back(denoiser):
         calls = observed_calls(denoiser, modules, lambda: denoiser(**family.dummy_inputs(denoiser)))

@@ -28,6 +28,7 @@ from locogen.models.checkpoint import (
 )
 from locogen.models.families import FAMILIES, family_of
 from locogen.models.memory import out_of_memory
+from locogen.types import Module, Pipeline
 
 # diffusers' names for what a single file holds, and the pipeline that it makes.
 SINGLE_FILES = {
@@ -114,7 +115,7 @@ def load(
     return pipe
 
 
-def _place(pipe: Any, device: str, offload: str | None) -> None:
+def _place(pipe: Pipeline, device: str, offload: str | None) -> None:
     """Move the weights, or have them moved when they are needed; their types stay."""
     import torch
 
@@ -131,7 +132,7 @@ def _place(pipe: Any, device: str, offload: str | None) -> None:
         pipe.enable_sequential_cpu_offload(device=device)
 
 
-def _too_large(pipe: Any, device: str, offload: str | None) -> str:
+def _too_large(pipe: Pipeline, device: str, offload: str | None) -> str:
     """What to do about weights that do not fit the device."""
     sizes = [
         _weight_bytes(part) for part in pipe.components.values() if hasattr(part, "parameters")
@@ -145,7 +146,7 @@ def _too_large(pipe: Any, device: str, offload: str | None) -> str:
     return f"the weights ({sum(sizes) / 1e9:.1f} GB) do not fit the memory of {device!r}: {remedy}"
 
 
-def _weight_bytes(module: Any) -> int:
+def _weight_bytes(module: Module) -> int:
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
@@ -231,7 +232,7 @@ def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool
     return pipe
 
 
-def _check_complete(pipe: Any) -> None:
+def _check_complete(pipe: Pipeline) -> None:
     """Raise for weights that no file holds: diffusers leaves them without values."""
     for name, part in pipe.components.items():
         if not hasattr(part, "named_parameters"):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def stands_on(model: Any) -> Any:
     return computes_on(model) or device
 
 
-def resting_device(pipe: Any) -> str:
+def resting_device(pipe: Pipeline) -> str:
     """The type of device where a pipeline's weights are between its calls; offloaded: "cpu".
 
     What works next to the pipeline, such as a scorer, belongs there: offload is for cards that have
@@ -71,12 +72,12 @@ def taken_back(*models: Any) -> Iterator[None]:
             hook.init_hook(model)
 
 
-def weight_of(module: Any, path: str) -> Tensor:
+def weight_of(module: Module, path: str) -> Tensor:
     """A module's weight; if it is offloaded, from where offload keeps it."""
     return kept(module, "weight", path) if module.weight.is_meta else module.weight
 
 
-def kept(module: Any, name: str, path: str) -> Tensor:
+def kept(module: Module, name: str, path: str) -> Tensor:
     """A weight on the meta device, from where offload keeps it; `path` is its full name.
 
     Raises:
@@ -89,7 +90,7 @@ def kept(module: Any, name: str, path: str) -> Tensor:
     raise LocogenError(f"the weight {path} is on the meta device: load the model's weights first")
 
 
-def _hooks(module: Any) -> Iterator[Any]:
+def _hooks(module: Module) -> Iterator[Any]:
     hook = getattr(module, "_hf_hook", None)
     # Several hooks are one, of accelerate's `SequentialHook`.
     yield from getattr(hook, "hooks", (hook,))

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from locogen.types import Pipeline
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -186,24 +188,24 @@ def masked_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
     return PromptEncoding(returned[0], mask=returned[1])
 
 
-def encode_sd(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_sd(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """CLIP's last hidden states after its final norm."""
     states, negative = pipe.encode_prompt(list(prompts), pipe._execution_device, 1, guided)
     return PromptEncoding(states), PromptEncoding(negative) if guided else None
 
 
-def encode_lcm(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_lcm(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """As Stable Diffusion, but never with a negative: its guidance was distilled into a number."""
     return encode_sd(pipe, prompts, False)
 
 
-def encode_sdxl(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_sdxl(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """Two CLIPs side by side, before their last layers; the second one's pooled vector."""
     returned = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
     return _with_pooled(*returned, guided=guided)
 
 
-def encode_sd3(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_sd3(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """Two CLIPs side by side, then T5 along the tokens; both pooled vectors side by side."""
     returned = pipe.encode_prompt(list(prompts), None, None, do_classifier_free_guidance=guided)
     return _with_pooled(*returned, guided=guided)
@@ -216,24 +218,24 @@ def _with_pooled(
     return prompts, PromptEncoding(negative, pooled=negative_pooled) if guided else None
 
 
-def encode_flux(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_flux(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """T5, and CLIP's pooled vector. FLUX is guided by a number, not by a negative prompt."""
     states, pooled, _ = pipe.encode_prompt(list(prompts), max_sequence_length=flux_limit(pipe))
     return PromptEncoding(states, pooled=pooled), None
 
 
-def flux_limit(pipe: Any) -> int:
+def flux_limit(pipe: Pipeline) -> int:
     """How many tokens FLUX reads: dev, which takes a guidance scale, 512; schnell 256."""
     return 512 if pipe.transformer.config.guidance_embeds else 256
 
 
-def encode_if(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_if(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """T5, which the U-Net projects, and pools by itself."""
     states, negative = pipe.encode_prompt(list(prompts), guided)
     return PromptEncoding(states), PromptEncoding(negative) if guided else None
 
 
-def encode_masked(pipe: Any, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+def encode_masked(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """PixArt's T5 and Sana's Gemma, masked; Sana's with the instruction of its own call."""
     # `encode_prompt` of Sana has no default for the instruction that its `__call__` gives it.
     instruction = inspect.signature(type(pipe).__call__).parameters.get("complex_human_instruction")
@@ -309,7 +311,9 @@ def _tokens(look: Any, text: str) -> list[int]:
 # --- where words stand ---------------------------------------------------------------------------
 
 
-def token_span(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int = 0) -> TokenSpan:
+def token_span(
+    pipe: Pipeline, tokenizer: Any, prompt: str, limit: int, offset: int = 0
+) -> TokenSpan:
     """The prompt in an encoder with an end mark and maybe a start mark, cut at `limit` tokens."""
     look = tokenizer_to_look_with(tokenizer)
     ids = _tokens(look, _converted(pipe, look, prompt))
@@ -321,13 +325,13 @@ def token_span(pipe: Any, tokenizer: Any, prompt: str, limit: int, offset: int =
     return TokenSpan(words[:count], start, end, look, words[count:], limit)
 
 
-def _converted(pipe: Any, tokenizer: Any, prompt: str) -> str:
+def _converted(pipe: Pipeline, tokenizer: Any, prompt: str) -> str:
     """The prompt with inverted tokens of several vectors written out, as the pipeline does."""
     convert = getattr(pipe, "maybe_convert_prompt", None)
     return prompt if convert is None else convert(prompt, tokenizer)
 
 
-def clip_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def clip_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     """In CLIP's states; SD-XL's two encoders lie side by side, at the same positions."""
     tokenizers = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
     spans = [
@@ -338,7 +342,7 @@ def clip_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
     return (replace(spans[0], paired=spans[-1]),)
 
 
-def sd3_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def sd3_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     """In the states of the CLIPs, and behind them of T5, unless it was left out."""
     limit = pipe.tokenizer_max_length
     clips = token_span(pipe, pipe.tokenizer, prompt, limit)
@@ -347,12 +351,12 @@ def sd3_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
     return clips, token_span(pipe, pipe.tokenizer_3, prompt, SD3_LIMIT, offset=limit)
 
 
-def flux_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def flux_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     """In T5's states."""
     return (token_span(pipe, pipe.tokenizer_2, prompt, flux_limit(pipe)),)
 
 
-def sana_spans(pipe: Any, prompt: str) -> tuple[TokenSpan, ...]:
+def sana_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     """Behind the start mark and the instruction's last token; there is no end mark."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     instruction = "\n".join(parameters["complex_human_instruction"].default)

@@ -17,6 +17,7 @@ from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.text import PromptEncoding
 from locogen.pictures.checks import check_flags, from_the_seed_alone, scheduler_errors
 from locogen.plan import Intervention, Settings, missing_target_runs
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Batch(NamedTuple, Generic[Row]):
 
 
 def pictures_of(
-    pipe: Any,
+    pipe: Pipeline,
     missing_rows: Sequence[Intervention],
     settings: Settings,
     *,
@@ -137,7 +138,7 @@ class Texts:
         negative: The encoded negative prompt; None without guidance.
     """
 
-    def __init__(self, pipe: Any, plan: Sequence[Intervention]) -> None:
+    def __init__(self, pipe: Pipeline, plan: Sequence[Intervention]) -> None:
         prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
         too_small = (
             f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
@@ -163,7 +164,7 @@ class Texts:
 
 
 def make_batch(
-    pipe: Any, rows: Sequence[Intervention], texts: Texts, size: int, settings: Settings
+    pipe: Pipeline, rows: Sequence[Intervention], texts: Texts, size: int, settings: Settings
 ) -> Array:
     """The pictures of one batch in 0..1, (rows, height, width, 3)."""
     padded = list(rows)
@@ -178,7 +179,7 @@ def make_batch(
 
 
 def call_pipeline(
-    pipe: Any,
+    pipe: Pipeline,
     rows: Sequence[Intervention],
     arguments: dict[str, Any],
     settings: Settings,
@@ -210,7 +211,7 @@ def call_pipeline(
 
 
 @contextmanager
-def _decoding_in_slices(pipe: Any) -> Iterator[None]:
+def _decoding_in_slices(pipe: Pipeline) -> Iterator[None]:
     """Within the context large pictures are decoded one by one.
 
     A batch that the denoiser has room for can be several times what the decoder has room for:
@@ -229,7 +230,7 @@ def _decoding_in_slices(pipe: Any) -> Iterator[None]:
         vae.disable_slicing()
 
 
-def _sliced_vae(pipe: Any) -> Any:
+def _sliced_vae(pipe: Pipeline) -> Any:
     """The pipeline's VAE if its pictures are to be decoded one by one; else None."""
     vae: Any = getattr(pipe, "vae", None)
     if not hasattr(vae, "use_slicing"):
@@ -240,7 +241,7 @@ def _sliced_vae(pipe: Any) -> Any:
 
 
 def halved_batch_size(
-    pipe: Any, error: Exception, size: int, smallest: int = 1, *, stacklevel: int = 6
+    pipe: Pipeline, error: Exception, size: int, smallest: int = 1, *, stacklevel: int = 6
 ) -> int:
     """The batch size to go on with after an error that means a full memory; warns of it.
 
@@ -282,7 +283,7 @@ class GpuMemory:
         denoising: Bytes at the denoiser's peak; None until the decoder has begun.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         import torch
 
         self.device: torch.device = pipe._execution_device
@@ -294,7 +295,7 @@ class GpuMemory:
             self.before = torch.cuda.memory_allocated(self.device)
 
     @contextmanager
-    def watching_decode(self, pipe: Any) -> Iterator[None]:
+    def watching_decode(self, pipe: Pipeline) -> Iterator[None]:
         """Within the context, the denoiser's peak is read when the decoder begins."""
         vae = _sliced_vae(pipe)
         if vae is None or not self.is_to_be_measured:

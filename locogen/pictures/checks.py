@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from locogen.errors import LocogenError
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from locogen.plan import Intervention
@@ -43,13 +44,13 @@ def model_check(check: ModelCheck) -> ModelCheck:
     return check
 
 
-def oddities(pipe: Any) -> Iterator[str]:
+def oddities(pipe: Pipeline) -> Iterator[str]:
     """What the registered checks say of the model as it is now."""
     for check in _model_checks:
         yield from check(pipe)
 
 
-def check_scheduler(pipe: Any) -> None:
+def check_scheduler(pipe: Pipeline) -> None:
     """Refuse a scheduler whose noise does not come from each picture's own generator.
 
     A Brownian tree (`DPMSolverSDEScheduler`, `CosineDPMSolverMultistepScheduler`) takes its noise
@@ -69,7 +70,7 @@ def check_scheduler(pipe: Any) -> None:
 
 
 @contextmanager
-def from_the_seed_alone(pipe: Any) -> Iterator[None]:
+def from_the_seed_alone(pipe: Pipeline) -> Iterator[None]:
     """Within the context, nothing may draw from a global random state.
 
     Raises:
@@ -86,7 +87,7 @@ def from_the_seed_alone(pipe: Any) -> Iterator[None]:
         )
 
 
-def _random_states(pipe: Any) -> list[bytes]:
+def _random_states(pipe: Pipeline) -> list[bytes]:
     """Torch's state on the CPU and on the card that the pipeline computes on, and numpy's."""
     import torch
 
@@ -101,7 +102,7 @@ def _random_states(pipe: Any) -> list[bytes]:
     return [*states, np.asarray(numbers).tobytes(), repr((name, position)).encode()]
 
 
-def _dropping(pipe: Any) -> str:
+def _dropping(pipe: Pipeline) -> str:
     """The components that drop neurons in their present mode."""
     names = []
     for part, component in pipe.components.items():
@@ -114,7 +115,7 @@ def _dropping(pipe: Any) -> str:
 
 
 @contextmanager
-def scheduler_errors(pipe: Any) -> Iterator[None]:
+def scheduler_errors(pipe: Pipeline) -> Iterator[None]:
     """Within the context, an error that comes from the scheduler says so, and what to do.
 
     Raises:
@@ -135,7 +136,7 @@ def scheduler_errors(pipe: Any) -> Iterator[None]:
     _check_first_timesteps(pipe)
 
 
-def _comes_from_scheduler(pipe: Any, error: Exception) -> bool:
+def _comes_from_scheduler(pipe: Pipeline, error: Exception) -> bool:
     # A full memory is not the scheduler's fault: a smaller batch may help.
     if "memory" in str(error):
         return False
@@ -143,7 +144,7 @@ def _comes_from_scheduler(pipe: Any, error: Exception) -> bool:
     return "/schedulers/" in innermost or type(pipe.scheduler).__name__ in str(error)
 
 
-def _check_first_timesteps(pipe: Any) -> None:
+def _check_first_timesteps(pipe: Pipeline) -> None:
     """Refuse a scheduler whose first two timesteps are equal.
 
     Diffusers finds its place by the value of the first timestep: then it skips a step silently.
@@ -164,7 +165,7 @@ def _check_first_timesteps(pipe: Any) -> None:
     )
 
 
-def _name(pipe: Any) -> str:
+def _name(pipe: Pipeline) -> str:
     return f"the scheduler {type(pipe.scheduler).__name__}"
 
 

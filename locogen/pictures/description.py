@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen.models.compilation import is_compiled, uncompiled_module
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -348,13 +349,13 @@ class Description:
                 self.add(f"{path}[{name}]", part)
         self.lines.append(f"{path} attends by {getattr(config, '_attn_implementation', None)}")
 
-    def _add_pipeline(self, path: str, pipe: Any) -> None:
+    def _add_pipeline(self, path: str, pipe: Pipeline) -> None:
         """A pipeline that an object holds: its own settings, and its parts."""
         self._add_own_settings(path, pipe)
         for name, part in sorted(pipe.components.items()):
             self.add(f"{path}.{name}", part)
 
-    def _add_own_settings(self, path: str, pipe: Any) -> None:
+    def _add_own_settings(self, path: str, pipe: Pipeline) -> None:
         self.lines.append(f"{path} is {_full_name(type(pipe))}")
         self.add_class(type(pipe))
         self.add(f"{path}.config", pipe.config)
@@ -373,7 +374,7 @@ class Description:
             elif not isinstance(value, weakref.ref) and not is_ours(value):
                 self.add(f"{path}.{name}", value)
 
-    def module(self, path: str, module: Any) -> None:
+    def module(self, path: str, module: Module) -> None:
         """Describe a module and all modules in it: class, attributes, tensors, training or not."""
         if self._places.get(id(module), path) != path:
             self.lines.append(f"{path} is the module {self._places[id(module)]}")
@@ -749,7 +750,7 @@ def _describe_tokenizer(description: Description, tokenizer: Any, skipped: Itera
         description.lines.append(json.dumps(rules, sort_keys=True))
 
 
-def describe_pipeline(pipe: Any) -> Description:
+def describe_pipeline(pipe: Pipeline) -> Description:
     """A pipeline's own config and attributes, and its parts' compilation and memory layout."""
     description = Description()
     description._add_own_settings("", pipe)
@@ -813,7 +814,7 @@ def _flag(root: Any, path: str) -> str | None:
 # --- what cannot be described --------------------------------------------------------------------
 
 
-def replaced_methods(pipe: Any) -> tuple[str, ...]:
+def replaced_methods(pipe: Pipeline) -> tuple[str, ...]:
     """Names of methods that somebody has replaced in a pipeline, and of global hooks.
 
     What such code does cannot be known from the model: it may read anything. Those of locogen, of
@@ -831,7 +832,7 @@ def replaced_methods(pipe: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _replaced_in_classes(pipe: Any) -> Iterator[str]:
+def _replaced_in_classes(pipe: Pipeline) -> Iterator[str]:
     """Methods that somebody has replaced in a class of a library, for all objects of it."""
     for each in _classes_of(pipe):
         # The code of users' classes is described; locogen's contexts announce themselves.
@@ -843,7 +844,7 @@ def _replaced_in_classes(pipe: Any) -> Iterator[str]:
                 yield f"{each.__qualname__}.{name}"
 
 
-def _classes_of(pipe: Any) -> list[type]:
+def _classes_of(pipe: Pipeline) -> list[type]:
     """The classes of a pipeline, its components, their modules, and what these hold; with bases."""
     modules = [module for _, module in _modules(pipe)]
     owners = [pipe, *pipe.components.values(), *modules]
@@ -889,7 +890,7 @@ def _replaced_in_torch() -> Iterator[str]:
             yield f"torch.nn.functional.{name}"
 
 
-def _modules(pipe: Any) -> Iterator[tuple[str, Any]]:
+def _modules(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
     """All modules of all components, by their paths."""
     for part, component in sorted(pipe.components.items()):
         if hasattr(component, "named_modules"):
@@ -919,7 +920,7 @@ def _is_compiled_method(owner: Any, name: str, value: Any) -> bool:
     return is_method and original.__name__ == name and not _is_foreign(original)
 
 
-def _other_hooks(module: Any) -> list[str]:
+def _other_hooks(module: Module) -> list[str]:
     """Hooks of diffusers that do more than move weights: feature caches, skipped layers."""
     registry = getattr(module, "_diffusers_hook", None)
     return [name for name in getattr(registry, "hooks", {}) if name not in STORAGE_HOOKS]

@@ -24,6 +24,7 @@ from locogen.pictures.description import (
     describe_pipeline,
     describe_scheduler,
 )
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ def same_weights() -> Iterator[None]:
         _hashed.reset(before)
 
 
-def weights_of(pipe: Any) -> str:
+def weights_of(pipe: Pipeline) -> str:
     """The fingerprint of a pipeline, remembered within `same_weights`."""
     remembered = _hashed.get()
     if remembered is None:
@@ -62,7 +63,7 @@ def weights_of(pipe: Any) -> str:
     return remembered[id(pipe)]
 
 
-def fingerprint(pipe: Any) -> str:
+def fingerprint(pipe: Pipeline) -> str:
     """A hash of the model: weights, adapters and their scales, configs, processors, vocabulary.
 
     Args:
@@ -89,7 +90,7 @@ def fingerprint(pipe: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def undescribed(pipe: Any) -> tuple[str, ...]:
+def undescribed(pipe: Pipeline) -> tuple[str, ...]:
     """Paths, with their classes, of what a pipeline holds that no line and no hash can describe.
 
     Its pictures cannot be known again: they have to be made afresh. Of the components it says what

@@ -35,6 +35,7 @@ from locogen.pictures.fingerprint import digest_of, undescribed, weights_of
 from locogen.pictures.progress import beat
 from locogen.pictures.store import PictureStore, Record, Writer, content_key
 from locogen.plan import Intervention, Settings, distinct_seeds
+from locogen.types import Pipeline
 
 # Part of every key: raised when pictures are made in another way here, so that none of the old way
 # is taken for one of the new.
@@ -136,7 +137,7 @@ def _thumbnail(picture: Image, alt: str) -> str:
 
 
 def generate(
-    pipe: Any,
+    pipe: Pipeline,
     plan_or_prompts: Sequence[Intervention] | Sequence[str] | str,
     *,
     seeds: Iterable[int] | None = None,
@@ -242,7 +243,7 @@ def _paired(prompts: Sequence[str], seeds: Sequence[int]) -> list[Intervention]:
     ]
 
 
-def _check_prompts(pipe: Any, plan: Sequence[Intervention]) -> None:
+def _check_prompts(pipe: Pipeline, plan: Sequence[Intervention]) -> None:
     prompts = dict.fromkeys(text for row in plan for text in (row.prompt, row.target))
     for prompt in prompts:
         if prompt and not prompt.strip():
@@ -320,7 +321,7 @@ Row = TypeVar("Row", bound=PlannedPicture)
 
 
 def make_run(
-    pipe: Any,
+    pipe: Pipeline,
     plan: Sequence[Row],
     *,
     settings: Settings,
@@ -415,7 +416,7 @@ def _check_finite(rows: Sequence[PlannedPicture], is_finite: Sequence[bool]) -> 
             )
 
 
-def circumstances_of(pipe: Any, settings: Settings) -> dict[str, Any]:
+def circumstances_of(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     """Everything but the row that makes a picture.
 
     The model, its scheduler, the settings, the active contexts and the versions of the libraries.

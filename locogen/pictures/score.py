@@ -17,6 +17,7 @@ from locogen.models.defaults import source_of
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.offload import resting_device
 from locogen.models.text import token_ids
+from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -196,7 +197,7 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     return Clip(model.eval(), processor, tokenizer, settings)
 
 
-def scorer_for(pipe: Any, choice: Scorer | str | None) -> Scorer:
+def scorer_for(pipe: Pipeline, choice: Scorer | str | None) -> Scorer:
     """The scorer of a run: loaded next to the pipeline if it is a name; None: the model's own."""
     if choice is None:
         choice = default_scorer(source_of(pipe))

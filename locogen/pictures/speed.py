@@ -16,6 +16,7 @@ from locogen.models.families import denoiser_of
 from locogen.models.memory import out_of_memory
 from locogen.pictures.batches import Texts, make_batch
 from locogen.plan import Intervention, Settings
+from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ class Pace:
 
 
 @contextmanager
-def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> Iterator[Pace]:
+def speed(pipe: Pipeline, mode: Mode = "auto", *, batch_size: int | None = None) -> Iterator[Pace]:
     """Within the context, the pipeline makes pictures in the fastest way that the mode allows.
 
     Each optimization is tried on this model and machine, and kept if it makes pictures at least 1.1
@@ -173,7 +174,7 @@ def speed(pipe: Any, mode: Mode = "auto", *, batch_size: int | None = None) -> I
         yield pace
 
 
-def _choose(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
+def _choose(pipe: Pipeline, mode: Mode, batch_size: int | None) -> Pace:
     """Try one optimization after another, each on top of those that have shown a gain."""
     device = pipe._execution_device.type
     way = Way()
@@ -199,7 +200,7 @@ def _choose(pipe: Any, mode: Mode, batch_size: int | None) -> Pace:
     return Pace(mode, device, way, _smallest_sufficient(rates), measured, rates)
 
 
-def _rates_by_size(pipe: Any, way: Way, largest: int = SIZES[-1]) -> dict[int, float]:
+def _rates_by_size(pipe: Pipeline, way: Way, largest: int = SIZES[-1]) -> dict[int, float]:
     """Pictures per second by batch size, as far as memory and a user's patience go."""
     sizes = [size for size in SIZES if size < largest]
     sizes.append(largest)
@@ -225,7 +226,7 @@ def _smallest_sufficient(rates: dict[int, float]) -> int:
     return next(size for size, rate in rates.items() if fastest < GAIN * rate)
 
 
-def _candidates(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:
+def _candidates(pipe: Pipeline, mode: Mode) -> Iterator[dict[str, Any]]:
     """The optimizations that the mode allows and that the device and the model can do."""
     import torch
 
@@ -248,7 +249,7 @@ def _candidates(pipe: Any, mode: Mode) -> Iterator[dict[str, Any]]:
         yield {"compiled": True}
 
 
-def _has_convolutions(denoiser: Any) -> bool:
+def _has_convolutions(denoiser: Module) -> bool:
     """Whether it has weights of (output, input, height, width)."""
     return any(weight.dim() == 4 for weight in denoiser.parameters())
 
@@ -273,7 +274,7 @@ def half_of(device: torch.device) -> str | None:
     return "bfloat16" if has_bfloat16 else None
 
 
-def measure_rate(pipe: Any, way: Way, batch_size: int) -> float:
+def measure_rate(pipe: Pipeline, way: Way, batch_size: int) -> float:
     """Pictures per second of a batch in that way.
 
     It is the best of a few measurements, since other work on the machine only slows; one before
@@ -302,7 +303,7 @@ def measure_rate(pipe: Any, way: Way, batch_size: int) -> float:
 
 
 @contextmanager
-def applied(pipe: Any, way: Way) -> Iterator[None]:
+def applied(pipe: Pipeline, way: Way) -> Iterator[None]:
     """Within the context, the optimizations are in force, and part of each picture's key."""
     denoiser = denoiser_of(pipe)
     with ExitStack() as stack:
@@ -333,7 +334,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def _channels_last(pipe: Any) -> Iterator[None]:
+def _channels_last(pipe: Pipeline) -> Iterator[None]:
     """Within the context, weights of convolutions lie channels-last; their values are the same."""
     import torch
 
@@ -354,7 +355,7 @@ def _channels_last(pipe: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _autocast(denoiser: Any, device: str, half: str) -> Iterator[None]:
+def _autocast(denoiser: Module, device: str, half: str) -> Iterator[None]:
     """Within the context, the denoiser's own calls are in half precision; all else is not."""
     import torch
 
@@ -381,7 +382,7 @@ def _autocast(denoiser: Any, device: str, half: str) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled(denoiser: Any) -> Iterator[None]:
+def _compiled(denoiser: Module) -> Iterator[None]:
     """Within the context, parts of the denoiser are compiled; hooks on other modules stay in force.
 
     Part by part, so that one compilation serves all that are alike.

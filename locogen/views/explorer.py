@@ -20,6 +20,7 @@ from locogen.phrasings import default_phrasings
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair, Window
+from locogen.types import Pipeline
 from locogen.views.tables import interval, missing, number, precision
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Explorer:
     """
 
     def __init__(
-        self, run: Run, pipe: Any = None, options: Mapping[str, Any] | None = None
+        self, run: Run, pipe: Pipeline = None, options: Mapping[str, Any] | None = None
     ) -> None:
         if "clip_score" not in run.table:
             raise LocogenError(

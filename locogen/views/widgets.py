@@ -18,6 +18,7 @@ from IPython.display import HTML, display, update_display
 from locogen.errors import LocogenError
 from locogen.files import data_uri
 from locogen.plan import Window
+from locogen.types import Pipeline
 from locogen.views.explorer import Explorer, Look, Shown
 from locogen.views.plots import figure_size, plot_effect
 from locogen.views.tables import describe, effect_matrix, number, precision
@@ -49,7 +50,7 @@ STYLE = """
 def explore(
     run: Run,
     *,
-    pipe: Any = None,
+    pipe: Pipeline = None,
     phrasings: Sequence[Any] | None = None,
     subject: str | None = None,
     becomes: str | None = None,

@@ -80,9 +80,7 @@ def edited(slug: str) -> None:
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    first = next(
-        o for o in shown if o["metadata"]["image/png"]["alt"].startswith("Before (above)")
-    )
+    first = next(o for o in shown if o["metadata"]["image/png"]["alt"].startswith("Before (above)"))
     (TARGET / "edit.png").write_bytes(base64.b64decode(first["data"]["image/png"]))
     print(json.loads((SOURCE / slug / "result.json").read_text("utf-8"))["finding"])
 
