@@ -90,7 +90,7 @@ def attention_contribution(
         >>> len(table), table["layer"].nunique(), set(table["prompt"])
         (16, 16, {'a picture of a cat'})
     """
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     check_apart(pipe, "attention contribution")
     settings = settings_for(

@@ -387,7 +387,7 @@ def _write_pictures(
     progress: bool,
 ) -> None:
     """Write pictures as they are made, with a progress bar and for the study's progress file."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     total = len(missing)
     keys = {row: key for key, row in missing.items()}

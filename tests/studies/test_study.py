@@ -299,7 +299,7 @@ def test_the_second_model_s_key_has_the_parts_of_the_first(tmp_path: Path, monke
 def test_what_the_notebook_takes_by_default_is_in_the_key(write, monkeypatch) -> None:
     path, hashed = write("[[run]]\nseeds = 2", head=""), []
     monkeypatch.setattr(keys, "_weights_hash", lambda name, base: hashed.append(name))
-    monkeypatch.setattr(keys, "concept", lambda name, file: hashed.append(name))
+    monkeypatch.setattr(keys, "concept", lambda name, file=None: hashed.append(name))
     read_study(path)
     assert hashed == ["mini/neon", "mini"]
 
