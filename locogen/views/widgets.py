@@ -9,11 +9,12 @@ import functools
 import io
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 from IPython.display import HTML, display, update_display
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from locogen.errors import LocogenError
 from locogen.files import data_uri
@@ -269,7 +270,7 @@ class ExplorerBox(ipywidgets.VBox):
             self._show(self.look)
         except LocogenError as error:
             self.pictures.value = ""
-            self.status.value = f"<p role='alert'><b>{escape(str(error))}</b></p>"
+            self.status.value = _rendered("status", role="alert", text=str(error), bold=True)
         finally:
             self._busy = False
         # What is saved with the notebook follows what is seen.
@@ -284,23 +285,31 @@ class ExplorerBox(ipywidgets.VBox):
 
     def _show(self, look: Look) -> None:
         """The pictures and the finding of a look, those that are quick first."""
-        self.status.value = "<p role='status'>Making pictures …</p>"
+        self.status.value = _rendered("status", role="status", text="Making pictures …")
         shown = []
         for picture in self.explorer.show(look):
             shown.append(picture)
             # Edited and clamped pictures come last and are slow: show the others meanwhile.
             if len(shown) >= AT_ONCE:
                 self.pictures.value = _figures(shown)
-        self.status.value = f"<p role='status'>{escape(self.explorer.finding(look))}</p>"
+        self.status.value = _rendered("status", role="status", text=self.explorer.finding(look))
 
     def twin(self) -> str:
         """The same view as plain HTML: the heatmap as a picture, the choice, and its pictures."""
         if not self._heatmap:
             self._heatmap = self._draw_heatmap()
-        prompt = escape(self.look.prompt)
-        choice = f"<p>Prompt “{prompt}”, seed {self.look.seed}.</p>"
-        parts = self._heatmap + self.status.value + choice + self.pictures.value
-        return f'<div class="{self._name}-twin">{parts}</div>'
+        # The widgets' values were rendered by the same template.
+        status = Markup(self.status.value)
+        pictures = Markup(self.pictures.value)
+        return _rendered(
+            "twin",
+            name=self._name,
+            heatmap=Markup(self._heatmap),
+            status=status,
+            prompt=self.look.prompt,
+            seed=self.look.seed,
+            pictures=pictures,
+        )
 
     def _draw_heatmap(self) -> str:
         import matplotlib.style
@@ -317,7 +326,7 @@ class ExplorerBox(ipywidgets.VBox):
             drawing.savefig(png, format="png")
         alt = f"Heatmap of the effect of each window. {describe(effects, carriers)}"
         width = round(96 * drawing.get_figwidth())
-        return f"<p>{_image(png.getvalue(), alt, width)}</p>"
+        return _rendered("heatmap", alt=alt, width=width, source=data_uri(png.getvalue()))
 
     def _ipython_display_(self) -> None:
         """The live widget and its twin, which a style in the widget hides while that lives."""
@@ -327,17 +336,28 @@ class ExplorerBox(ipywidgets.VBox):
         display(HTML(self.twin()), display_id=self._name)
 
 
+@functools.cache
+def _macros() -> Any:
+    """The pieces of `templates/twin.html`: every value that they are given is escaped."""
+    environment = Environment(
+        loader=PackageLoader("locogen.views"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("twin.html").module
+
+
+def _rendered(macro: str, **values: Any) -> str:
+    return str(getattr(_macros(), macro)(**values))
+
+
 def _figures(shown: Sequence[Shown]) -> str:
     """Pictures side by side, each with what it is and its CLIP-score."""
     baseline = shown[0].score
-    figures = "".join(_figure(picture, baseline) for picture in shown)
-    return f'<div style="display: flex; flex-wrap: wrap; gap: 12px">{figures}</div>'
-
-
-def _figure(shown: Shown, baseline: float | None) -> str:
-    picture = _image(_png(shown.picture), shown.label, PICTURE, "image-rendering: pixelated")
-    caption = f"<figcaption>{escape(shown.label)}{_score(shown.score, baseline)}</figcaption>"
-    return f'<figure style="margin: 0; width: {PICTURE}px">{picture}{caption}</figure>'
+    pictures = []
+    for one in shown:
+        source = data_uri(_png(one.picture))
+        score = _score(one.score, baseline)
+        pictures.append({"label": one.label, "source": source, "score": score})
+    return _rendered("figures", pictures=pictures, width=PICTURE)
 
 
 def _score(score: float | None, baseline: float | None) -> str:
@@ -347,7 +367,7 @@ def _score(score: float | None, baseline: float | None) -> str:
     change = ""
     if baseline is not None and baseline != score:
         change = f" ({score - baseline:+.2f})".replace("-", "−")
-    return f"<br>CLIP-score {number(score)}{change}"
+    return f"{number(score)}{change}"
 
 
 def _png(picture: Image) -> bytes:
@@ -356,10 +376,3 @@ def _png(picture: Image) -> bytes:
     png = io.BytesIO()
     small.save(png, "png")
     return png.getvalue()
-
-
-def _image(png: bytes, alt: str, width: int, style: str = "") -> str:
-    return (
-        f'<img alt="{escape(alt)}" width="{width}" style="max-width: 100%; {style}" '
-        f'src="{data_uri(png)}">'
-    )

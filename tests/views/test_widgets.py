@@ -245,7 +245,7 @@ def test_what_cannot_be_explored_is_refused(run: Run, pipe: Any) -> None:
     edit = fit_edit(pipe, concept("blue"), layers=[1])
     with edit.applied(pipe):
         box.seed.value = 50
-        assert "the model&#x27;s weights changed since the run" in box.status.value
+        assert "the model&#39;s weights changed since the run" in box.status.value
     box.seed.value = 51
     assert "effect" in box.status.value, "and goes on where it is undone"
 
