@@ -14,13 +14,14 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports paper bench test test-all test-oldest check fast python
+.PHONY: help demo reports paper planted bench test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
 	@echo "make bench     measure how fast it is: the table of reports/performance.md, all figures in runs/bench/bench.json"
+	@echo "make planted   train the planted models again (about 40 minutes on two cores) and measure them"
 	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
 	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
 	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"
@@ -42,6 +43,12 @@ reports: $(INSTALLED)
 paper: $(INSTALLED)
 	$(PY) -m locogen run reports/paper.toml
 	$(PY) -m locogen report reports/paper $(OPEN)
+
+# Two processes share the plants: each takes the next one that the other has not begun.
+planted: $(INSTALLED_DEV)
+	$(PY) -m locogen.planting.train runs/plants --threads 1 & \
+	$(PY) -m locogen.planting.train runs/plants --threads 1; wait
+	$(PY) -m locogen.planting.train runs/plants --into locogen/planting
 
 test: check fast
 

@@ -31,7 +31,7 @@ _PUBLIC = {
     "finding": ("Finding",),
     "phrasings": ("default_phrasings", "shown_text", "subject_in"),
     "stats": ("crossed_bootstrap", "wilson"),
-    "catalog": ("concept", "concepts", "model_table", "published_start"),
+    "catalog": ("concept", "concepts", "model_table", "plants", "published_start"),
     "models.layers": ("find_layers", "Layer"),
     "models.load": ("load",),
     "interventions.clamping": ("clamp", "Selection"),

@@ -4,6 +4,7 @@ from .catalog import (
     concept as concept,
     concepts as concepts,
     model_table as model_table,
+    plants as plants,
     published_start as published_start,
 )
 from .editing.control_edits import (

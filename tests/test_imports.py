@@ -28,7 +28,17 @@ ROOMS = (
         "models",
         "interventions",
     ),
-    *("pictures", "localization", "editing", "views", "studies", "pages", "mini", "__main__"),
+    *(
+        "pictures",
+        "localization",
+        "editing",
+        "views",
+        "studies",
+        "pages",
+        "mini",
+        "planting",
+        "__main__",
+    ),
 )
 APART = {"localization", "editing"}  # they never meet
 STUDIES_KNOW = {

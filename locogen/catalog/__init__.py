@@ -19,9 +19,12 @@ from locogen.catalog.models import (
     scorer_entry,
     usual_settings,
 )
+from locogen.catalog.plants import Plant, Planting, plant_entries, plant_entry, plants
 
 __all__ = [
     "ModelEntry",
+    "Plant",
+    "Planting",
     "ScorerEntry",
     "concept",
     "concepts",
@@ -30,6 +33,9 @@ __all__ = [
     "model_entries",
     "model_entry",
     "model_table",
+    "plant_entries",
+    "plant_entry",
+    "plants",
     "published_start",
     "read_toml",
     "register",

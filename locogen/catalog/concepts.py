@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from locogen.catalog.models import entry_of, model_entries, model_entry, read_toml
+from locogen.catalog.models import PLANTED, entry_of, model_entries, model_entry, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.plan import KINDS, Concept, PromptPair
 
@@ -116,7 +116,10 @@ def _groups_of(model: str) -> set[str] | None:
     if entry is None:
         return None
     # A concept names one model or a group of them: "mini" and "mini-b" share theirs.
-    return {_ANY, model, entry.name, entry.concepts}
+    groups = {_ANY, model, entry.name, entry.concepts}
+    if entry.name.startswith(PLANTED):
+        groups.add(PLANTED.rstrip("/"))
+    return groups
 
 
 @functools.cache

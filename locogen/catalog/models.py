@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MODELS = _PACKAGE / "catalog" / "models.toml"
+PLANTED = "planted/"  # what the names of planted models begin with
 _COLUMNS = (
     *("name", "supported", "id", "family", "size", "layers", "window", "num_inference_steps"),
     *("guidance_scale", "scorer", "license", "gated"),
@@ -110,6 +111,8 @@ def model_entry(name: str, file: str | Path | None = None) -> ModelEntry:
 
     Raises `LocogenError` with near matches for an unknown name.
     """
+    if name.startswith(PLANTED):
+        return _planted_model(name)
     entries = dict(_models()["models"])
     if file is not None:
         entries |= _own_models(Path(file))
@@ -120,6 +123,14 @@ def model_entry(name: str, file: str | Path | None = None) -> ModelEntry:
     row["mirrors"] = tuple(row.get("mirrors", ()))
     row["published"] = MappingProxyType(row.get("published", {}))
     return ModelEntry(name=name, **row)
+
+
+def _planted_model(name: str) -> ModelEntry:
+    """The entry of a planted model."""
+    # Here, because that module describes its models by entries of this one.
+    from locogen.catalog.plants import planted_model
+
+    return planted_model(name)
 
 
 # Entries of your own files by the place that a pipeline remembers (`pipe.config._name_or_path`).
@@ -168,6 +179,8 @@ def model_entries(file: str | Path | None = None) -> tuple[ModelEntry, ...]:
 
 def entry_of(source: str) -> ModelEntry | None:
     """The entry of a model by the folder or hub id it was loaded from; None for an unknown one."""
+    if source.startswith(PLANTED):
+        return _planted_model(source)
     # A pipeline remembers the place that it came from, which may be a mirror.
     for entry in model_entries():
         if source in (entry.id, *entry.mirrors, str(entry.folder or entry.id)):

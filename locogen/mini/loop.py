@@ -138,6 +138,7 @@ def fit(
     label: str,
     look: Callable[[int], None] | None = None,
     look_every: int = 500,
+    warmup: int = 50,
 ) -> None:
     """Train from wherever `training` stands to `steps`, then leave the average in the modules.
 
@@ -154,7 +155,7 @@ def fit(
             # A checkpoint of weights that are no numbers would make a resumed run useless too.
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss is {loss.item()} at step {step}")
-            training.update(loss, rate_at(step, steps))
+            training.update(loss, rate_at(step, steps, warmup=warmup))
             seen = {k: 0.98 * seen.get(k, v) + 0.02 * v for k, v in figures.items()}
             bar.set_postfix({k: f"{v:.3f}" for k, v in seen.items()}, refresh=False)
             bar.update()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from locogen.catalog import entry_of, mini_folder, model_entry, register
+from locogen.catalog.models import PLANTED
+from locogen.catalog.plants import plant_entry
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.checkpoint import (
     INDEX,
@@ -26,6 +28,7 @@ from locogen.models.checkpoint import (
     pickled_remedy,
     replaced_in_silence,
 )
+from locogen.models.deltas import add_deltas, load_deltas
 from locogen.models.families import FAMILIES, family_of
 from locogen.models.memory import out_of_memory
 from locogen.types import Module, Pipeline
@@ -60,10 +63,10 @@ def load(
     measured.
 
     Args:
-        name: "mini", another name of the catalog, a hub id, a folder in diffusers' format, or a
-            single `.safetensors` file of a whole checkpoint. A single file is configured by the
-            folder that it lies in, if that has a `model_index.json`, or else as the original
-            checkpoint.
+        name: "mini", another name of the catalog, "planted/…" (see `plants`), a hub id, a folder in
+            diffusers' format, or a single `.safetensors` file of a whole checkpoint. A single file
+            is configured by the folder that it lies in, if that has a `model_index.json`, or else
+            as the original checkpoint.
         device: Where the pipeline computes; None: the CPU, or "cuda" with `offload`.
         dtype: "float32", "float16" or "bfloat16", for all parts. transformers keeps some weights of
             T5 in float32 all the same, because they overflow in float16.
@@ -94,6 +97,8 @@ def load(
         raise LocogenError(f"dtype is {dtype!r}: use 'float32', 'float16' or 'bfloat16'")
     if offload not in (None, "model", "sequential"):
         raise LocogenError(f"offload is {offload!r}: use 'model', 'sequential', or None")
+    if str(name).startswith(PLANTED):
+        return _planted(str(name), device=device, dtype=dtype, offload=offload)
     sources = _sources_of(str(name), file)
     # It advises to install torchvision, which locogen does not need.
     with _muted("transformers.utils.import_utils"):
@@ -112,6 +117,21 @@ def load(
         ) from error
     if dtype == "float32" and target.startswith("cuda") and not sources.embedded:
         _hint_at_half_precision(target)
+    return pipe
+
+
+def _planted(name: str, *, device: str | None, dtype: str, offload: Any) -> Any:
+    """A planted model: its base, with the differences that were trained."""
+    plant = plant_entry(name)
+    # Added in full precision: the base's own rounding to another type comes after.
+    pipe = load(plant.base)
+    trained = pipe.text_encoder if plant.side == "text encoder" else pipe.unet
+    add_deltas(trained, load_deltas(plant.weights))
+    pipe.register_to_config(_name_or_path=PLANTED + plant.name)
+    import torch
+
+    pipe.to(dtype=getattr(torch, dtype))
+    _place(pipe, device or ("cpu" if offload is None else "cuda"), offload)
     return pipe
 
 

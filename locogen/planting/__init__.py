@@ -1,0 +1,1 @@
+"""Models whose answer is known: mini and mini-b, trained until known layers read a concept."""
