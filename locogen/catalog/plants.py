@@ -33,6 +33,7 @@ ANSWERS: Mapping[str, str] = MappingProxyType(
         "both": "each necessary",
         "wide": "spread",
         "nobody": "nobody",
+        "side": "",
     }
 )
 
@@ -44,7 +45,8 @@ class Planting:
     Attributes:
         rule: "one place": only the place gets the true value in training. "either": each of two
             places suffices. "both": both places have to agree. "wide": each layer of the place gets
-            the true value in half of the rows. "nobody": no layer gets it.
+            the true value in half of the rows. "nobody": no layer gets it. "side": a
+            fact that one side of the model was taught, all layers alike.
         places: The windows that the rule speaks of.
         share: Share of the training rows in which the place gets the true value; in the other rows,
             every layer but those of the place gets it.
