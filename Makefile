@@ -49,6 +49,7 @@ planted: $(INSTALLED_DEV)
 	$(PY) -m locogen.planting.train runs/plants --threads 1 & \
 	$(PY) -m locogen.planting.train runs/plants --threads 1; wait
 	$(PY) -m locogen.planting.train runs/plants --into locogen/planting
+	$(PY) -m locogen.planting.card
 
 test: check fast
 

@@ -202,7 +202,7 @@ def plants(set: str | None = None) -> DataFrame:
     Example:
         >>> table = plants("tune").set_index("name")
         >>> table.loc["style-at-0-1", ["base", "attribute", "rule", "places"]].to_list()
-        ['mini-b', 'style', 'one place', 'layers 0-1']
+        ['mini-b', 'style', 'one place', '0-1']
     """
     import pandas as pd
 

@@ -8,6 +8,7 @@ from locogen.models.layers import find_layers
 from locogen.models.load import load
 from locogen.plan import Window
 from locogen.planting.admission import Bench, Rises, is_admitted
+from locogen.planting.card import CARD, table
 from locogen.planting.hearing import texts_by_layer
 
 FIRST, SECOND = Window(0, 2), Window(12, 2)
@@ -51,6 +52,10 @@ def test_stored_verdicts_follow_from_the_stored_figures():
             if attribute != "fact":
                 planting = plant.plantings[attribute]
                 assert figures["admitted"] == is_admitted(planting, figures), plant.name
+
+
+def test_the_card_shows_the_figures_as_they_are():
+    assert table() in CARD.read_text("utf-8")
 
 
 def test_the_table_has_a_line_for_each_planted_attribute():
