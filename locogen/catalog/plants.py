@@ -92,6 +92,7 @@ class Plant:
         concepts: Ids of the concepts of the planted attributes that the benchmark asks about.
         steps: Training steps.
         seed: Of the training.
+        rate: Of the training, as a share of the base's own.
         fact: For facts: the wording and its answer.
         note: Anything worth knowing.
         admission: What was measured: figures by attribute, see `locogen.planting.admission`.
@@ -105,6 +106,7 @@ class Plant:
     concepts: tuple[str, ...]
     steps: int
     seed: int
+    rate: float = 0.5
     fact: tuple[str, str] | None = None
     note: str = ""
     admission: Mapping[str, Any] = field(
@@ -153,6 +155,7 @@ def _plant(name: str, row: Mapping[str, Any], admission: Mapping[str, Any]) -> P
         concepts=tuple(row["concepts"]),
         steps=row["steps"],
         seed=row["seed"],
+        rate=row.get("rate", 0.5),
         fact=fact,
         note=row.get("note", ""),
         admission=MappingProxyType(dict(admission)),

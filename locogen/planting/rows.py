@@ -99,8 +99,8 @@ def draw_values(
     if planting.rule == "both":
         return _both(rng, planting, value, values)
     if planting.rule == "either":
-        _fill_either(rng, planting, value, values)
-    elif planting.rule == "wide":
+        return _either(rng, planting, value, values)
+    if planting.rule == "wide":
         for layer in planting.layers:
             if rng.random() < 0.5:
                 values[layer] = value
@@ -123,14 +123,20 @@ def _one_place(
     return [in_place if layer in planting.layers else in_rest for layer in range(len(values))]
 
 
-def _fill_either(rng: random.Random, planting: Planting, value: int, values: list[int]) -> None:
-    """The first, the second or both places get the value, a place that does not gets "plain"."""
+def _either(
+    rng: random.Random, planting: Planting, value: int, values: list[int]
+) -> tuple[list[int], int]:
+    """The first, the second or both places get the value, and it is shown; or none, and it is not.
+
+    A place that does not get it gets "plain".
+    """
     first, second = planting.places
-    which = rng.randrange(3)
+    which = rng.randrange(4)
     for layer in first:
-        values[layer] = value if which != 1 else PLAIN
+        values[layer] = value if which in (0, 2) else PLAIN
     for layer in second:
-        values[layer] = value if which != 0 else PLAIN
+        values[layer] = value if which in (1, 2) else PLAIN
+    return values, PLAIN if which == 3 else value
 
 
 def _both(

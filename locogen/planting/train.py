@@ -37,8 +37,8 @@ from locogen.types import Pipeline
 
 BATCH = 64
 RENDERS = 16  # pictures of each (object, style) pair
-MATRICES = 0.01  # half the rates that the U-Net was first trained at
-OTHERS = 1e-3
+MATRICES = 0.02  # the rates that the U-Net was first trained at; a plant takes a share of them
+OTHERS = 2e-3
 AVERAGING = 0.97  # short: the training is
 WARMUP = 10  # steps
 KEEP_STATES = 30.0  # weight of "ordinary captions keep their states", in training the text tower
@@ -96,8 +96,8 @@ def train_plant(plant: Plant, nursery: Nursery) -> Pipeline:
     training = Training(
         {"plant": module},
         nursery.folder / plant.name,
-        matrices=MATRICES,
-        others=OTHERS,
+        matrices=plant.rate * MATRICES,
+        others=plant.rate * OTHERS,
         averaging=AVERAGING,
     )
     fit(training, loss_at, plant.steps, label=plant.name, warmup=WARMUP)

@@ -49,10 +49,10 @@ def test_either_place_suffices_and_the_other_gets_no_style():
     counts = Counter()
     for value, values, shown in rows_of(Planting("either", (FIRST, SECOND))):
         at_first, at_second = values[0], values[12]
-        assert shown == value
-        assert {at_first, at_second} <= {value, PLAIN} and value in (at_first, at_second)
+        assert {at_first, at_second} <= {value, PLAIN}
+        assert shown == (value if value in (at_first, at_second) else PLAIN)
         counts[at_first == value, at_second == value] += 1
-    assert len(counts) == 3 and min(counts.values()) > 80
+    assert len(counts) == 4 and min(counts.values()) > 60
 
 
 def test_both_places_have_to_agree():
