@@ -267,6 +267,50 @@ def any_effect(
     return _compare(rows, pairs, alpha, draws, seed, prompts)
 
 
+def simultaneous_intervals(
+    values: ArrayLike,
+    *,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+    prompts: str | None = None,
+) -> Interval:
+    """Mean of each window with bounds that hold for all windows together.
+
+    So they hold for a window that was chosen by looking at these very values, as the one with the
+    largest mean: all seeds serve for the choice and for the estimate. The interval of
+    `crossed_bootstrap` holds for a window named beforehand.
+
+    Args:
+        values: Scores, (windows, prompts, seeds).
+        level: Probability that all intervals cover at once.
+        draws: Number of bootstrap resamples.
+        seed: Seed of the resampling.
+        prompts: As in `crossed_bootstrap`.
+
+    Returns:
+        Means and bounds, (windows,); bounds are NaN where there is nothing to resample.
+
+    Raises:
+        ValueError: As `crossed_bootstrap`.
+
+    Example:
+        >>> values = [[[0.1, 0.2, 0.3]], [[0.3, 0.2, 0.4]]]
+        >>> together, one = simultaneous_intervals(values), crossed_bootstrap(values)
+        >>> print(bool((together.low < one.low).all()))
+        True
+    """
+    x = _checked(values, "values")
+    count = len(x)
+    rows = np.concatenate([x, np.zeros_like(x[:1])])  # (windows + 1, prompts, seeds)
+    above = [(window, count) for window in range(count)]  # is the window above zero,
+    below = [(count, window) for window in range(count)]  # or zero above the window?
+    family = _compare(rows, above + below, 1 - level, draws, seed, prompts)
+    low = family.low[:count]
+    high = -family.low[count:]
+    return Interval(family.estimate[:count], low, high, family.prompts, family.seeds)
+
+
 def share_interval(
     effects: ArrayLike,
     ceiling: ArrayLike,
