@@ -162,7 +162,7 @@ def test_windows_around_one_layer_are_one_place() -> None:
 
 @pytest.mark.parametrize(
     ("starts", "width", "places"),
-    [((), 2, []), ((3, 4), 1, [3, 4]), ((8, 9, 10, 11), 2, [8, 10]), ((0, 5, 6, 7), 3, [0, 6])],
+    [((), 2, []), ((3, 4), 1, [3, 4]), ((8, 9, 10, 11), 2, [8, 10]), ((0, 5, 6, 7), 3, [0, 5])],
 )
 def test_places_do_not_overlap_and_leave_nothing_out(
     starts: tuple[int, ...], width: int, places: list[int]
@@ -206,7 +206,7 @@ def test_a_scorer_that_cannot_tell_is_said() -> None:
 
 
 def test_an_open_share_says_how_many_seeds_would_tell() -> None:
-    table = planted({5: 0.25}, prompts=2, seeds=4, noise=0.1, seed=1)
+    table = planted({5: 0.25}, prompts=2, seeds=4, noise=0.12)
     found = verdict(table)
     assert found.kind == "inconclusive" and "seeds would tell" in found.reason
     assert found.places == (Window(5, 2),)
