@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+from locogen import markup
 from locogen.editing.closed_form import LowRank
 from locogen.editing.files import read_edit, write_edit, write_lora
 from locogen.editing.fit import Fit, Options, layers_to_edit, matrices_to_edit, recipe_of
@@ -289,7 +289,7 @@ class Edit:
         if self.recipe:
             relative_change = f"{max(self.recipe['relative_change'].values()):.3f} at most"
             rounding = f"{self.recipe['rounding']:.1e} of the change"
-        cells = {
+        facts = {
             "layers": ", ".join(map(str, self.layers)),
             "matrices": len(self.changes),
             "rank": max(change.rank for change in self.changes.values()),
@@ -298,10 +298,7 @@ class Edit:
             "size": f"{size / 1024:.0f} KB",
             "made for": self.recipe.get("model", ""),
         }
-        rows = ""
-        for label, value in cells.items():
-            rows += f"<tr><th>{escape(label)}</th><td>{escape(str(value))}</td></tr>"
-        return f"<p><b>Edit</b> of {escape(self.name)}</p><table>{rows}</table>"
+        return markup.shown("edit", name=self.name, facts=facts)
 
 
 def _with_plain_names(edit: Edit) -> Edit:

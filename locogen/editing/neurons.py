@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen import stats
+from locogen import markup, stats
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
@@ -128,15 +127,16 @@ class Neurons:
 
     def _repr_html_(self) -> str:
         table: Any = self.table
-        clear = int((table["p_value"] <= stats.ALPHA).sum())
-        settings = " · ".join(
-            f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items()
-        )
+        distinct = int((table["p_value"] <= stats.ALPHA).sum())
         strongest = table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)
-        return (
-            f"<p><b>Neurons</b> of {escape(self.concept)}: "
-            f"{clear} of {len(self)} at p ≤ {stats.ALPHA}</p>"
-            f"<p>{settings}</p>{strongest._repr_html_()}"
+        return markup.shown(
+            "neurons",
+            concept=self.concept,
+            distinct=distinct,
+            count=len(self),
+            alpha=stats.ALPHA,
+            settings=self.settings,
+            table=markup.table_html(strongest),
         )
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from locogen import markup
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
@@ -102,12 +103,10 @@ class Selection:
         return widths.pop()
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{layer}</th><td>{matrix}</td><td>{len(channels)}</td></tr>"
-            for (layer, matrix), channels in self.channels.items()
-        )
-        head = "<tr><th>layer</th><th>matrix</th><th>neurons</th></tr>"
-        return f"<p><b>Selection</b> of {len(self)} neurons</p><table>{head}{rows}</table>"
+        places = []
+        for (layer, matrix), channels in self.channels.items():
+            places.append({"layer": layer, "matrix": matrix, "count": len(channels)})
+        return markup.shown("selection", count=len(self), places=places)
 
 
 @contextmanager

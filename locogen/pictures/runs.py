@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import platform
 import shutil
@@ -19,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
 
+from locogen import markup
 from locogen.errors import LocogenError
+from locogen.files import data_uri
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.defaults import name_of
 from locogen.models.families import warn_unread
@@ -115,25 +115,26 @@ class Run:
         return replace(self, table=table, settings={**self.settings, **settings})
 
     def _repr_html_(self) -> str:
-        items = []
+        settings = {}
         for name, value in self.settings.items():
             if not isinstance(value, (dict, list)):
-                items.append(f"{html.escape(str(name))} {html.escape(str(value))}")
-        first = range(min(8, len(self)))
-        strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in first)
-        facts = " · ".join(items)
-        head = self.table.head()._repr_html_()
-        return f"<p><b>Run</b> of {len(self)} pictures</p><p>{facts}</p><div>{strip}</div>{head}"
+                settings[name] = value
+        pictures = []
+        for row, picture in zip(self.plan[:8], self.pictures, strict=False):
+            pictures.append({"alt": row.prompt, "source": _thumbnail(picture)})
+        table = markup.table_html(self.table.head())
+        return markup.shown(
+            "run", count=len(self), settings=settings, pictures=pictures, table=table
+        )
 
 
-def _thumbnail(picture: Image, alt: str) -> str:
+def _thumbnail(picture: Image) -> str:
+    """A small copy of the picture, as an address for `<img>`."""
     buffer = io.BytesIO()
-    small = picture.copy()
+    small = picture.copy()  # `thumbnail` changes the picture itself
     small.thumbnail((128, 128))
     small.save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    alt = html.escape(alt, quote=True)
-    return f'<img alt="{alt}" width="96" src="data:image/png;base64,{data}">'
+    return data_uri(buffer.getvalue())
 
 
 def generate(
