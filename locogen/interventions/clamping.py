@@ -182,7 +182,7 @@ def _scale(to: Any) -> float | None:
     if to == "zero":
         return 0.0
     if isinstance(to, bool) or not isinstance(to, (int, float)) or not math.isfinite(to):
-        raise LocogenError(f"to is {to!r}: use 'mean', 'zero', or a number to multiply with")
+        raise LocogenError(f"to is {to!r}: use 'mean', 'zero', or a number to multiply by")
     return float(to)
 
 
@@ -196,7 +196,7 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
             f"steps is {steps!r}: give several whole numbers, such as range(5)"
         ) from None
     if numbers and numbers[0] < 0:
-        raise LocogenError(f"steps {numbers} are counted from 0, the first one")
+        raise LocogenError(f"steps is {list(numbers)}: give whole numbers from 0, the first step")
     return numbers
 
 
@@ -214,8 +214,8 @@ def _matrix(
     width = matrices[name].out_features
     if channels[-1] >= width:
         raise LocogenError(
-            f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to "
-            f"{width - 1}"
+            f"there is no channel {channels[-1]} of {name!r} in layer {index}: use channels from 0 "
+            f"to {width - 1}"
         )
     return matrices[name]
 
@@ -226,7 +226,7 @@ def _means(selection: Selection, place: Place) -> Tensor:
     # whose output is the same in every prompt and gets most of the attention.
     if place not in selection.without:
         raise LocogenError(
-            f"the selection has no means for {place}: take it from find_neurons, or clamp to='zero'"
+            f"the selection has no means for {place}: use one from find_neurons, or clamp to='zero'"
         )
     return selection.without[place][:, list(selection.channels[place])]
 
@@ -250,9 +250,7 @@ class _Clock:
             return
         last = len(self.call.timesteps()) - 1
         if self.steps and self.steps[-1] > last:
-            raise LocogenError(
-                f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}"
-            )
+            raise LocogenError(f"there is no step {self.steps[-1]}: the call has steps 0 to {last}")
         self.holds = self.call.step() in self.steps
 
 
@@ -289,7 +287,7 @@ class _Clamp:
         assert self.means is not None
         if len(self.means) != tokens:
             raise LocogenError(
-                f"{self.place} reads {tokens} tokens, its means were taken at {len(self.means)}: "
+                f"{self.place} reads {tokens} tokens, and its means are of {len(self.means)}: "
                 "encode the prompts with the same tokenizer length"
             )
         self.means = self.means.to(device)  # stays there for the steps to come

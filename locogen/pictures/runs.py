@@ -111,7 +111,10 @@ class Run:
     def with_table(self, table: pd.DataFrame, **settings: Any) -> Run:
         """The same run with more columns and settings; row for row."""
         if len(table) != len(self.plan):
-            raise ValueError(f"the table has {len(table)} rows, the plan {len(self.plan)}")
+            raise ValueError(
+                f"the table has {len(table)} rows, and the plan has {len(self.plan)}: give a table "
+                "with one row for each row of the plan"
+            )
         return replace(self, table=table, settings={**self.settings, **settings})
 
     def _repr_html_(self) -> str:
@@ -259,8 +262,7 @@ def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
     last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
     if last >= count:
         raise LocogenError(
-            f"step {last} is not there: "
-            f"num_inference_steps={count} makes the steps 0 to {count - 1}"
+            f"there is no step {last}: num_inference_steps={count} makes steps 0 to {count - 1}"
         )
 
 
@@ -428,8 +430,8 @@ def circumstances_of(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     foreign = (*foreign_hooks(pipe), *replaced_methods(pipe), *undescribed(pipe))
     if foreign:
         warnings.warn(
-            "hooks or methods that are not locogen's, or settings that it cannot describe, sit on "
-            f"{', '.join(foreign[:3])}: pictures are made afresh, none are reused",
+            "there are hooks or methods that are not locogen's, or settings that it cannot "
+            f"describe, on {', '.join(foreign[:3])}: pictures are made afresh, none are reused",
             stacklevel=4,
         )
     if getattr(pipe, "safety_checker", None) is not None:
