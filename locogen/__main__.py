@@ -16,7 +16,7 @@ _ENGINES = """\
 engines:
   serial     one run after the other
   processes  several runs at once on this machine: one for each GPU if runs use cuda, otherwise
-             as many as its cores and memory allow
+             the number that its cores and memory allow
   dask       Dask workers (pip install 'locogen[dask]'), on this machine one for each GPU if runs
              use cuda; or, with --scheduler, on many machines that share the study's folder at the
              same path
@@ -26,7 +26,7 @@ many machines, by hand:
   CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 1  # on each, once for every GPU
   locogen run STUDY.toml --scheduler tcp://HOST:8786
 
-on Slurm (pip install dask-jobqueue): in Python, kept running during the study,
+on Slurm (pip install dask-jobqueue): in Python, in a session that stays open during the study,
   from dask_jobqueue import SLURMCluster
   cluster = SLURMCluster(cores=1, processes=1, memory="16GB", walltime="04:00:00",
                          job_extra_directives=["--gpus=1"])
@@ -80,11 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         "study",
         type=Path,
         metavar="STUDY.toml",
-        help="its notebooks, models, concepts and parameters; results go to a folder next to it",
+        help="file of notebooks, models, concepts, parameters; results go to a folder next to it",
     )
     run.add_argument("--force", action="store_true", help="also repeat finished runs")
     run.add_argument(
-        "--only", action="append", metavar="SLUG", help="only this run (can be repeated)"
+        "--only", action="append", metavar="SLUG", help="execute only this run (can be repeated)"
     )
     run.add_argument(
         "--dry-run",
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--keep-going",
         action="store_true",
-        help="start further runs after a failure (default: only finish those at work)",
+        help="start further runs after a failure (default: only finish those that are running)",
     )
     run.add_argument(
         "--engine",
@@ -106,19 +106,19 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="runs at the same time (default: as many as fit the machine)",
+        help="number of runs at the same time (default: what the machine has room for)",
     )
     run.add_argument(
         "--scheduler",
         metavar="tcp://HOST:PORT",
-        help="address of a Dask scheduler, whose workers do the runs",
+        help="address of a Dask scheduler; its workers execute the runs",
     )
     run.set_defaults(command=_run)
 
-    report = commands.add_parser("report", help="make the pages of a study's results")
+    report = commands.add_parser("report", help="make HTML pages from a study's results")
     report.add_argument("folder", type=Path, metavar="DIR", help="the study's results folder")
     report.add_argument(
-        "--open", action="store_true", help="show them in a browser, if there is a display"
+        "--open", action="store_true", help="open them in a browser, if there is a display"
     )
     report.set_defaults(command=_report)
 
@@ -126,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     models.set_defaults(command=_models)
 
     concepts = commands.add_parser("concepts", help="list the concepts that locogen knows by id")
-    concepts.add_argument("model", nargs="?", metavar="MODEL", help="only those of this model")
+    concepts.add_argument("model", nargs="?", metavar="MODEL", help="list only those of this model")
     concepts.add_argument(
-        "--file", type=Path, metavar="FILE.toml", help="also those of your own file"
+        "--file", type=Path, metavar="FILE.toml", help="also list those of this file"
     )
     concepts.set_defaults(command=_concepts)
     return parser

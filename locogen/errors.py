@@ -25,7 +25,7 @@ class LocogenError(Exception):
         place = self._line_of_the_cell()
         if place:
             report.append(place)
-        return [*report, "(the whole traceback: %tb Verbose)"]
+        return [*report, "(for the whole traceback: %tb Verbose)"]
 
     def _line_of_the_cell(self) -> str:
         """The innermost line that the person has written, not the package; empty if unknown."""
@@ -55,7 +55,7 @@ def unknown(thing: str, name: str, names: Iterable[str]) -> LocogenError:
     choices = sorted(names)
     similar = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     # Where nothing is similar it is not a typing mistake, and the whole list helps more.
-    hint = f"there are: {', '.join(choices)}"
+    hint = f"use one of {', '.join(choices)}"
     if similar:
         hint = f"did you mean {' or '.join(map(repr, similar))}?"
     return LocogenError(f"no {thing} {name!r}: {hint}")

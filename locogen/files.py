@@ -149,7 +149,7 @@ def locked(results: Path) -> Iterator[None]:
             lock.acquire(blocking=False)
     except Timeout:
         raise LocogenError(
-            f"another locogen is at work in {results}: wait for it, or stop it"
+            f"another locogen is working in {results}: wait for it, or stop it"
         ) from None
     try:
         _restore_old_folders(results)

@@ -447,7 +447,7 @@ def own_phrasings(
     """
     phrasings = [_own_phrasing(pair, subject) for pair in pairs]
     if not phrasings:
-        raise LocogenError("there are no phrasings: give at least one pair of source and target")
+        raise LocogenError("phrasings is empty: give at least one pair of source and target")
     return tuple(phrasings)
 
 
@@ -462,6 +462,7 @@ def _own_phrasing(pair: Phrasing | PromptPair | tuple[str, str], subject: str) -
         )
     if pair.source.split() == pair.target.split():
         raise LocogenError(
-            f"source and target are both {pair.source!r}: the target says what it should become"
+            f"source and target are both {pair.source!r}: give a target that says what the source "
+            "should become"
         )
     return pair

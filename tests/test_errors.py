@@ -33,7 +33,7 @@ def test_the_message_and_the_line_that_was_typed(
     message, _, place, more = shown(shell, WRONG, capsys)
     assert message.startswith(REMEDY)
     assert place == "in line 3 of the cell: loco.concept('mini/neo')"
-    assert more == "(the whole traceback: %tb Verbose)"
+    assert more == "(for the whole traceback: %tb Verbose)"
 
 
 def test_the_whole_traceback_is_to_be_had(

@@ -20,6 +20,7 @@ ROOMS = (
         "types",
         "console",
         "files",
+        "markup",
         "plan",
         "finding",
         "phrasings",
@@ -51,7 +52,7 @@ STUDIES_KNOW = {
     "pictures.progress",
 }  # a study starts kernels: it makes no picture
 WITHOUT_TORCH = ("plan", "stats", "pages", "views.tables", "views.plots", "localization.effects")
-WITHOUT_TORCH += ("localization.racing", "errors", "console", "files", "finding")
+WITHOUT_TORCH += ("localization.racing", "errors", "console", "files", "markup", "finding")
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLING = {"torch.load", "torch.save", "read_pickle", "to_pickle"}
 

@@ -131,9 +131,9 @@ def shared_factor(
     """
     s = _rows(source, "source")  # (n, in)
     if not ridge > 0:  # so that NaN is refused too
-        raise LocogenError(f"ridge is {ridge}: give it a number above 0 (0.01 is the paper's)")
+        raise LocogenError(f"ridge is {ridge}: give a number above 0 (the paper uses 0.01)")
     if preserve_weight < 0:
-        raise LocogenError(f"preserve_weight is {preserve_weight}: give it a number from 0 up")
+        raise LocogenError(f"preserve_weight is {preserve_weight}: give a number of 0 or more")
 
     # A preserved row is a source row whose target is itself, weighted by the root of its weight.
     preserved = s[:0]  # (m, in)
@@ -178,7 +178,8 @@ def null_space_factor(source: Tensor, preserve: Tensor, *, ridge: float) -> Tens
         free = free - (free @ basis.T) @ basis
     if (free.norm(dim=1) < 1e-9 * s.norm(dim=1)).any():
         raise LocogenError(
-            "the preserved rows span a source: nothing could change. Preserve fewer prompts"
+            "the preserved rows span a source row, so the edit cannot change anything: preserve "
+            "fewer prompts"
         )
     down = shared_factor(free, ridge=ridge)
     return down - (down @ basis.T) @ basis
@@ -248,7 +249,10 @@ def updates(
         _check_matrix(weight, "weight")
         if s.shape != t.shape or s.shape[1] != weight.shape[1]:
             shapes = ", ".join(str(tuple(part.shape)) for part in (s, t, weight))
-            raise LocogenError(f"source, target and weight of shapes {shapes} do not fit")
+            raise LocogenError(
+                f"source, target and weight have shapes {shapes}, which do not fit: give source "
+                "and target one shape, with a column for each input of the weight"
+            )
 
     step = (t - s).T  # (in, n)
     whole_step: Tensor | None = None  # (in, in), computed once for all that need it
@@ -325,6 +329,6 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         raise LocogenError(
-            "the system has no unique answer: raise ridge, or the covariance's shrinkage"
+            "the system has no unique solution: raise ridge, or the covariance's shrinkage"
         )
     return torch.cholesky_solve(right, factor)

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
+from locogen import markup
 from locogen.editing.closed_form import LowRank
 from locogen.editing.files import read_edit, write_edit, write_lora
 from locogen.editing.fit import Fit, Options, layers_to_edit, matrices_to_edit, recipe_of
@@ -193,8 +193,9 @@ class Edit:
         record, changes = read_edit(Path(path))
         if record.get("format") != EDIT_FORMAT:
             raise LocogenError(
-                f"{path} is an edit of format {record.get('format')}, "
-                f"this locogen reads {EDIT_FORMAT}"
+                f"{path} is an edit of format {record.get('format')}, and this locogen reads "
+                f"format {EDIT_FORMAT}: load it with the locogen that saved it, or fit the edit "
+                "again"
             )
         try:
             edit = cls(
@@ -234,8 +235,8 @@ class Edit:
         # weights are.
         if not self.recipe.get("loads_lora", True):
             raise LocogenError(
-                "this model's pipeline loads no LoRA: share the edit's own file, or export() the "
-                "model"
+                "the pipeline of this model cannot load LoRA: share the edit's own file (save), or "
+                "the edited model (export)"
             )
         denoiser = self.recipe.get("denoiser", "unet")
         modules = {name: f"{denoiser}.{name.removesuffix('.weight')}" for name in self.changes}
@@ -248,15 +249,15 @@ class Edit:
         names = self.recipe.get("kohya_names")
         if not names:
             raise LocogenError(
-                "kohya's tools have no names for these matrices, or the edit's file is of an older "
-                "locogen, which did not keep them: use style='diffusers', the default, or fit the "
-                "edit again with edit.refit(pipe)"
+                "kohya's tools have no names for these matrices, or an older locogen saved the "
+                "edit without them: use style='diffusers', the default, or fit the edit again with "
+                "edit.refit(pipe)"
             )
         outside = [name for name in names if ".attentions." not in name]
         if outside:
             warnings.warn(
-                f"kohya's sd-scripts has no LoRA for {', '.join(outside)} and will ignore it; "
-                "diffusers and ComfyUI read it",
+                f"kohya's sd-scripts has no LoRA for {', '.join(outside)} and will ignore it: load "
+                "the file with diffusers or ComfyUI",
                 stacklevel=3,
             )
         return names
@@ -289,7 +290,7 @@ class Edit:
         if self.recipe:
             relative_change = f"{max(self.recipe['relative_change'].values()):.3f} at most"
             rounding = f"{self.recipe['rounding']:.1e} of the change"
-        cells = {
+        facts = {
             "layers": ", ".join(map(str, self.layers)),
             "matrices": len(self.changes),
             "rank": max(change.rank for change in self.changes.values()),
@@ -298,10 +299,7 @@ class Edit:
             "size": f"{size / 1024:.0f} KB",
             "made for": self.recipe.get("model", ""),
         }
-        rows = ""
-        for label, value in cells.items():
-            rows += f"<tr><th>{escape(label)}</th><td>{escape(str(value))}</td></tr>"
-        return f"<p><b>Edit</b> of {escape(self.name)}</p><table>{rows}</table>"
+        return markup.shown("edit", name=self.name, facts=facts)
 
 
 def _with_plain_names(edit: Edit) -> Edit:
@@ -346,8 +344,8 @@ def undo_all(pipe: Pipeline, *, overwrite: bool = False) -> None:
     denoiser = denoiser_of(pipe)
     if not remove_all(denoiser, overwrite=overwrite):
         warnings.warn(
-            f"no edit is applied to this {type(uncompiled_module(denoiser)).__name__}: there was "
-            "nothing to undo (a copy of an edited model keeps the edit; load the model again)",
+            f"no edit is applied to this {type(uncompiled_module(denoiser)).__name__}, so nothing "
+            "was undone. A copy of an edited model keeps the edit: load the model again",
             stacklevel=2,
         )
 

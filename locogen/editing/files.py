@@ -107,4 +107,4 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         write_whole(path, save(dict(tensors), dict(metadata)))
     except (OSError, CannotWrite) as error:
         reason = error.__cause__ or error  # the system's words, without advice about a study
-        raise LocogenError(f"{path} cannot be written ({reason}): give another place") from None
+        raise LocogenError(f"{path} cannot be written ({reason}): give another path") from None

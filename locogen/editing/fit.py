@@ -50,11 +50,11 @@ class Options:
         object.__setattr__(self, "ordinary", _prompts(self.ordinary, "ordinary"))
         if self.null_space and not self.preserve:
             raise LocogenError(
-                "null_space keeps the preserved prompts exactly: give preserve= some prompts"
+                "null_space keeps the preserved prompts exactly: give some prompts in preserve="
             )
         if self.null_space and self.ordinary:
             raise LocogenError(
-                "null_space and ordinary are two ways to keep the rest: give one of them"
+                "null_space and ordinary are two ways to keep other prompts: use only one of them"
             )
         if not 0 < self.preserve_weight < math.inf:
             raise LocogenError(
@@ -105,8 +105,8 @@ def layers_to_edit(pipe: Pipeline, indices: Iterable[int]) -> list[Layer]:
     if joined:
         first_joined = min(layer.index for layer in layers if layer.joined)
         raise LocogenError(
-            f"layers {joined} read text and picture by the same matrices, so an edit would change "
-            f"both: use layers below {first_joined}"
+            f"layers {joined} read text and picture with the same matrices, so an edit would "
+            f"change both: use layers below {first_joined}"
         )
     return edited
 
@@ -127,7 +127,7 @@ def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) 
     if options.entry:
         if family.text_projection is None:
             raise LocogenError(
-                f"{family.name} has no map outside of its layers to edit: leave out entry=True"
+                f"{family.name} has no text projection outside its layers: leave out entry=True"
             )
         matrices.append(Matrix(f"{family.text_projection}.weight", "k", None))
     return matrices

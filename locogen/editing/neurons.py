@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen import stats
+from locogen import markup, stats
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Place, Selection
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
@@ -113,12 +112,12 @@ class Neurons:
         """The first `k` channels of each matrix, in an order of all of them."""
         selected = set(matrices)
         if not selected or not selected <= set(MATRICES):
-            raise LocogenError(f"matrices {sorted(selected)}: use 'k', 'v', or both")
+            raise LocogenError(f"matrices is {sorted(selected)}: use 'k', 'v', or both")
         smallest = min(map(len, order.values()))
         is_whole = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
         if not is_whole or not 0 <= k <= smallest:
             raise LocogenError(
-                f"k is {k!r}: give how many neurons a matrix, a whole number from 0 to {smallest}"
+                f"k is {k!r}: give the number of neurons per matrix, from 0 to {smallest}"
             )
         channels: dict[Place, tuple[int, ...]] = {}
         for place, ranked in order.items():
@@ -128,15 +127,16 @@ class Neurons:
 
     def _repr_html_(self) -> str:
         table: Any = self.table
-        clear = int((table["p_value"] <= stats.ALPHA).sum())
-        settings = " · ".join(
-            f"{escape(str(k))} {escape(str(v))}" for k, v in self.settings.items()
-        )
+        distinct = int((table["p_value"] <= stats.ALPHA).sum())
         strongest = table.sort_values("z", key=abs, ascending=False, kind="stable").head(10)
-        return (
-            f"<p><b>Neurons</b> of {escape(self.concept)}: "
-            f"{clear} of {len(self)} at p ≤ {stats.ALPHA}</p>"
-            f"<p>{settings}</p>{strongest._repr_html_()}"
+        return markup.shown(
+            "neurons",
+            concept=self.concept,
+            distinct=distinct,
+            count=len(self),
+            alpha=stats.ALPHA,
+            settings=self.settings,
+            table=markup.table_html(strongest),
         )
 
 
@@ -188,7 +188,7 @@ def find_neurons(
         raise LocogenError(f"tokens is {tokens!r}: use one of {', '.join(TOKENS)}")
     if active_contexts(pipe):
         raise LocogenError(
-            "the model is clamped or intervened on: find neurons outside of these contexts"
+            "the model is within clamp or intervene: call find_neurons outside of these contexts"
         )
     inputs = LayerInputs(pipe, select(find_layers(pipe), layers))
     phrasings_to_read = _phrasings(concept, phrasings, subject)
@@ -201,7 +201,8 @@ def find_neurons(
     pairs = [_pair(inputs, phrasing, tokens) for phrasing in phrasings_to_read]
     if len(pairs) < 2:
         raise LocogenError(
-            f"{concept.name!r} has {len(pairs)} pair of prompts: a spread needs at least two"
+            f"{concept.name!r} has {len(pairs)} pair of prompts, and a spread needs two: add "
+            "prompt pairs, or give phrasings="
         )
     table, without = _scored(inputs, pairs)
     settings = {
@@ -300,8 +301,7 @@ def _outputs(
         outputs = module(states.to(stands_on(module), dtype)).cpu().double()
     if not torch.isfinite(outputs).all():
         raise LocogenError(
-            f"to_{matrix} of layer {layer.index} puts out non-finite values: load the model in "
-            "float32"
+            f"to_{matrix} of layer {layer.index} has non-finite outputs: load the model in float32"
         )
     return outputs
 

@@ -161,17 +161,17 @@ def weights_of(denoiser: Module, names: Iterable[str]) -> dict[str, Tensor]:
         place = _place(denoiser, name)
         if place is None:
             raise LocogenError(
-                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was made "
-                "for another model; refit it"
+                f"{type(uncompiled_module(denoiser)).__name__} has no {name}: the edit was fitted "
+                "on another model; fit it again with edit.refit(pipe)"
             )
         if place.carries_lora:
             raise LocogenError(
-                f"{place.path} carries LoRA: fuse it for good (fuse_lora, then "
+                f"{place.path} has a LoRA: fuse it permanently (fuse_lora, then "
                 "unload_lora_weights) or unload it first"
             )
         if place.is_fused:
             raise LocogenError(
-                f"{place.path} is fused with its neighbors and not read: call "
+                f"{place.path} is fused with its neighbors, so the model does not read it: call "
                 "pipe.unfuse_qkv_projections() first"
             )
         weights[name] = _weight_at(place)
@@ -188,7 +188,8 @@ def _weight_at(place: _Place) -> Tensor:
     # Offload to the disk reads a fresh copy each time: what is written to it would be lost.
     if kept(place.owner, "weight", place.name) is not weight:
         raise LocogenError(
-            f"{place.name} is offloaded to the disk: load the model with another offload to edit it"
+            f"{place.name} is offloaded to the disk: to edit it, load the model with another "
+            "offload"
         )
     return weight
 
@@ -246,8 +247,8 @@ def apply_change(denoiser: Module, change: WeightChange, strength: float = 1.0) 
         raise LocogenError(f"the edit of {change.name!r} is applied already: undo it first")
     if _own_lora(denoiser, change):
         raise LocogenError(
-            f"the LoRA of the edit of {change.name!r} is loaded: with the edit it would be applied "
-            "twice; use one of them, for example after pipe.unload_lora_weights()"
+            f"the LoRA of the edit of {change.name!r} is loaded, so the change would count twice: "
+            "call pipe.unload_lora_weights() first, or use the LoRA alone"
         )
     weights = weights_of(denoiser, change.changes)
     _check_shapes(change, weights)
@@ -282,15 +283,15 @@ def remove_change(denoiser: Module, change: WeightChange) -> None:
     keys = [one.change.key for one in applied]
     if change.key not in keys:
         raise LocogenError(
-            f"the edit of {change.name!r} is not applied to this model: there is nothing to undo "
-            "(a copy of an edited model keeps the edit; load the model again)"
+            f"the edit of {change.name!r} is not applied to this model, so it cannot be undone. A "
+            "copy of an edited model keeps the edit: load the model again"
         )
     place = keys.index(change.key)
     for later in reversed(applied[place + 1 :]):
         if later.stacked and set(later.change.changes) & set(change.changes):
             raise LocogenError(
-                f"{later.change.name!r} was fitted on top of {change.name!r}: undo it first, last "
-                "one first"
+                f"{later.change.name!r} was fitted on top of {change.name!r}: undo the later edit "
+                "first"
             )
     others = applied[:place] + applied[place + 1 :]
     _remove(denoiser, change.changes, others, overwrite=False)
@@ -323,12 +324,14 @@ def _remove(
     for name in names:
         place = _place(denoiser, name)
         if place is None:
-            raise LocogenError(f"{name} is gone since it was edited: load the model again")
+            raise LocogenError(
+                f"{name} was edited and is no longer in the model: load the model again"
+            )
         if place.is_fused:
             raise LocogenError(
                 f"the projections of {place.path} were fused while it was edited, and the fused "
-                "copy holds the edit: call pipe.unfuse_qkv_projections(), then undo the edit; "
-                "nothing is undone yet"
+                "copy holds the edit, so nothing was undone: call pipe.unfuse_qkv_projections(), "
+                "then undo the edit"
             )
         weights[name] = _weight_at(place)  # LoRA around the weight leaves the weight itself alone
     if not overwrite:
@@ -336,8 +339,8 @@ def _remove(
     for applied in state.applied:
         if applied not in remaining and _own_lora(denoiser, applied.change):
             warnings.warn(
-                f"the edit of {applied.change.name!r} was applied twice: its own LoRA is loaded as "
-                "well; pictures made with both have the change two times. Use one of them",
+                f"the edit of {applied.change.name!r} was applied twice, because its own LoRA is "
+                "loaded as well: pictures made with both show the change twice. Use one of them",
                 stacklevel=4,
             )
     _commit(denoiser, weights, remaining)
@@ -423,8 +426,8 @@ def _sum(original: Tensor, name: str, applied: Iterable[_Applied]) -> Tensor:
     total = total.to(original.dtype).to(original.device)
     if not total.isfinite().all():
         raise LocogenError(
-            f"{name} cannot hold the edit in {_type_name(total)}: it would overflow; use less "
-            "strength, or load the model in float32"
+            f"the edit makes {name} overflow in {_type_name(total)}: use less strength, or load "
+            "the model in float32"
         )
     return total
 
@@ -447,7 +450,7 @@ def _check_unchanged(state: _State, weights: Mapping[str, Tensor]) -> None:
     raise LocogenError(
         f"{first}{more} changed while the edit of {edits} was applied "
         f"({_difference(state, first, weights[first])}). Nothing is undone, because putting the "
-        "old weights back would mix two models. Take back what changed them and undo the edit "
+        "old weights back would mix two models. Revert what changed them and undo the edit "
         "again, or call undo_all(pipe, overwrite=True): it restores the weights from before the "
         "edit over the change. If other weights changed too, load the model again"
     )
@@ -523,7 +526,7 @@ def _oddities(pipe: Pipeline) -> Iterator[str]:
         edits = " + ".join(repr(applied.change.name) for applied in state.applied)
         yield (
             f"{changed[0]}{more} changed while the edit of {edits} was applied: these pictures are "
-            "of the model as it is now. Take back what changed them (such as a fused LoRA), or "
+            "of the model as it is now. Revert what changed them (such as a fused LoRA), or "
             "call undo_all(pipe, overwrite=True) and apply the edit again"
         )
 
@@ -556,8 +559,8 @@ def _check_shapes(change: WeightChange, weights: Mapping[str, Tensor]) -> None:
         made_for = (factors.up.shape[0], factors.down.shape[1])
         if tuple(weight.shape) != made_for:
             raise LocogenError(
-                f"{name} is {tuple(weight.shape)} here, the edit of {change.name!r} was made for "
-                f"{made_for}: refit it"
+                f"{name} has shape {tuple(weight.shape)}, and the edit of {change.name!r} was made "
+                f"for {made_for}: fit it again with edit.refit(pipe)"
             )
 
 
@@ -569,5 +572,5 @@ def _made_for_others(change: WeightChange, weights: Mapping[str, Tensor], others
     return (
         f"the edit of {change.name!r} was made for other weights: names and shapes agree, but the "
         f"bits of {next(iter(weights))} and {len(weights) - 1} more, {types} here{made_for} do "
-        f"not{also}; make it anew with edit.refit(pipe)"
+        f"not{also}; fit it again with edit.refit(pipe)"
     )

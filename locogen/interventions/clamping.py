@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from locogen import markup
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
@@ -102,12 +103,10 @@ class Selection:
         return widths.pop()
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{layer}</th><td>{matrix}</td><td>{len(channels)}</td></tr>"
-            for (layer, matrix), channels in self.channels.items()
-        )
-        head = "<tr><th>layer</th><th>matrix</th><th>neurons</th></tr>"
-        return f"<p><b>Selection</b> of {len(self)} neurons</p><table>{head}{rows}</table>"
+        places = []
+        for (layer, matrix), channels in self.channels.items():
+            places.append({"layer": layer, "matrix": matrix, "count": len(channels)})
+        return markup.shown("selection", count=len(self), places=places)
 
 
 @contextmanager
@@ -183,7 +182,7 @@ def _scale(to: Any) -> float | None:
     if to == "zero":
         return 0.0
     if isinstance(to, bool) or not isinstance(to, (int, float)) or not math.isfinite(to):
-        raise LocogenError(f"to is {to!r}: use 'mean', 'zero', or a number to multiply with")
+        raise LocogenError(f"to is {to!r}: use 'mean', 'zero', or a number to multiply by")
     return float(to)
 
 
@@ -197,7 +196,7 @@ def _steps(steps: Any) -> tuple[int, ...] | None:
             f"steps is {steps!r}: give several whole numbers, such as range(5)"
         ) from None
     if numbers and numbers[0] < 0:
-        raise LocogenError(f"steps {numbers} are counted from 0, the first one")
+        raise LocogenError(f"steps is {list(numbers)}: give whole numbers from 0, the first step")
     return numbers
 
 
@@ -215,8 +214,8 @@ def _matrix(
     width = matrices[name].out_features
     if channels[-1] >= width:
         raise LocogenError(
-            f"channel {channels[-1]} of {name!r} in layer {index} is not there: it has 0 to "
-            f"{width - 1}"
+            f"there is no channel {channels[-1]} of {name!r} in layer {index}: use channels from 0 "
+            f"to {width - 1}"
         )
     return matrices[name]
 
@@ -227,7 +226,7 @@ def _means(selection: Selection, place: Place) -> Tensor:
     # whose output is the same in every prompt and gets most of the attention.
     if place not in selection.without:
         raise LocogenError(
-            f"the selection has no means for {place}: take it from find_neurons, or clamp to='zero'"
+            f"the selection has no means for {place}: use one from find_neurons, or clamp to='zero'"
         )
     return selection.without[place][:, list(selection.channels[place])]
 
@@ -251,9 +250,7 @@ class _Clock:
             return
         last = len(self.call.timesteps()) - 1
         if self.steps and self.steps[-1] > last:
-            raise LocogenError(
-                f"step {self.steps[-1]} is not there: the call has the steps 0 to {last}"
-            )
+            raise LocogenError(f"there is no step {self.steps[-1]}: the call has steps 0 to {last}")
         self.holds = self.call.step() in self.steps
 
 
@@ -290,7 +287,7 @@ class _Clamp:
         assert self.means is not None
         if len(self.means) != tokens:
             raise LocogenError(
-                f"{self.place} reads {tokens} tokens, its means were taken at {len(self.means)}: "
+                f"{self.place} reads {tokens} tokens, and its means are of {len(self.means)}: "
                 "encode the prompts with the same tokenizer length"
             )
         self.means = self.means.to(device)  # stays there for the steps to come

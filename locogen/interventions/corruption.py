@@ -81,7 +81,8 @@ def corrupting(pipe: Pipeline, noise: Noise, rows: Sequence[Restored]) -> Iterat
     places = {place for row in rows for place, _ in row}
     if not places <= set(range(len(states))):
         raise LocogenError(
-            f"text states {list(rows)} are not all there: the encoder has 0 to {len(states) - 1}"
+            f"some of the text states {list(rows)} do not exist: the encoder has states 0 to "
+            f"{len(states) - 1}"
         )
     tokens = encode(pipe, [""]).states.shape[1]
 
@@ -130,7 +131,8 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
     def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         if len(output) != count:
             raise LocogenError(
-                f"{len(output)} prompts are encoded within corrupting, which has {count - 1} rows"
+                f"{len(output)} prompts are encoded within corrupting, which has {count - 1} rows: "
+                f"encode {count}, the first of them clean"
             )
         ahead = output.shape[1] - tokens  # Sana's encoder reads an instruction before the prompt
         changed = output.clone()  # (rows, tokens of the encoder, width)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REMEDY = (
-    "leave the context, call pipe.unfuse_qkv_projections() where projections are fused, load "
-    "adapters and exchange modules, and then open the context again"
+    "leave the context, unfuse projections (pipe.unfuse_qkv_projections()), load adapters and "
+    "replace modules, and then open the context again"
 )
 
 
@@ -136,7 +136,7 @@ class Call:
             return
         if self._pause() and caller is None:
             raise LocogenError(
-                "the denoiser is called by itself: within this context call the pipeline, pipe(…)"
+                "the denoiser is called without its pipeline: within this context call pipe(…)"
             )
 
     def end(self) -> None:
@@ -207,8 +207,8 @@ class Call:
             self._first_text = text
         elif not torch.equal(text, self._first_text):
             raise LocogenError(
-                f"the prompts were exchanged at step {self.step()}, while the picture was made: "
-                "within this context leave prompt_embeds as they are in callback_on_step_end"
+                f"the prompts were replaced at step {self.step()}, while the picture was made: "
+                "within this context do not change prompt_embeds in callback_on_step_end"
             )
         self._checked_states = [*self._checked_states[:1], self.states]  # the first and the latest
 
@@ -220,7 +220,9 @@ class Call:
         if all_rows in (count, 2 * count):
             return range(all_rows - count, all_rows)  # guidance puts the negative rows first
         raise LocogenError(
-            f"the denoiser is called with {all_rows} rows for {count} encoded prompts: unknown rows"
+            f"the denoiser is called with {all_rows} rows for {count} encoded prompts, so it is "
+            "unknown which rows are the prompts': call the pipeline with guidance or without, and "
+            "nothing that adds rows"
         )
 
 
@@ -292,9 +294,9 @@ def on_denoiser(
         yield call
         if call.is_awaited:
             raise LocogenError(
-                "the pipeline was called, and its denoiser ran past the hooks of this context (or "
-                f"not at all): the {family.denoiser} must be the one that was there when the "
-                "context was opened"
+                "the pipeline was called, but its denoiser did not run, or without the hooks of "
+                f"this context: replace the {family.denoiser} before you open the context, not "
+                "within it"
             )
 
 
@@ -354,7 +356,7 @@ class _FiringGuard:
         for hook, name in self.names.items():
             if _submodule(self.denoiser, name) is not hook.module:
                 raise LocogenError(
-                    f"{hook.label} was exchanged while a locogen context was open: {REMEDY}"
+                    f"{hook.label} was replaced while a locogen context was open: {REMEDY}"
                 )
 
     def check_fired(self, skipped: tuple[str, ...]) -> None:

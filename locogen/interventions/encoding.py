@@ -237,7 +237,7 @@ class _CountedInEncoders:
         if missing and encoding.prompts is not None:
             raise LocogenError(
                 f"{missing[0]} was not called when prompts were encoded, so nothing could be "
-                "changed there: load adapters and exchange modules before you open the context"
+                "changed there: load adapters and replace modules before you open the context"
             )
 
     def _counted(self, hook: Hook) -> Hook:

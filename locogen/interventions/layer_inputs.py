@@ -130,7 +130,7 @@ class LayerInputs:
         input_of = self.family.text_projection_input
         if input_of is None:
             raise LocogenError(
-                f"{self.family.name} reads text in its layers alone: leave out entry=True"
+                f"{self.family.name} reads text in its layers only: leave out entry=True"
             )
         denoiser = denoiser_of(self.pipe, self.family)
         return input_of(denoiser, self.encoding(prompt), places).cpu().double()

@@ -161,8 +161,8 @@ def _digest(state: Tensor) -> str:
 def _check_encoder(pipe: Pipeline) -> None:
     if not text_encoders(pipe):
         raise LocogenError(
-            "the pipeline has no text encoder to encode the targets with: hand their text to "
-            "intervene(pipe, plan, targets=…), encoded as the prompts of the call were"
+            "the pipeline has no text encoder to encode the targets with: give the encoded targets "
+            "to intervene(pipe, plan, targets=…), encoded in the same way as the call's prompts"
         )
 
 
@@ -174,13 +174,13 @@ def _check_plan(rows: Sequence[Intervention], layers: Sequence[Layer], family: F
             select(layers, row.layers)
         if row.pooled == "target" and family.pooled is None:
             raise LocogenError(
-                f"{family.name} reads text in its layers alone: leave out pooled='target'"
+                f"{family.name} reads text in its layers only: leave out pooled='target'"
             )
     missing = missing_target_runs(rows) if family.joint_attention else ()
     if missing:
         raise LocogenError(
-            f"{family.name} takes a target from the target's own run, and that of "
-            f"{missing[0].target!r} with seed {missing[0].seed} is not in the plan: use plan = "
+            f"{family.name} takes a target from the target's own run, and the plan has no run of "
+            f"{missing[0].target!r} with seed {missing[0].seed}: use plan = "
             "with_target_runs(plan), its prompts and its generators"
         )
 
@@ -239,7 +239,7 @@ class _Exchange:
         count = len(encoding.returned[0])
         if count % len(self.plan):
             raise LocogenError(
-                f"the denoiser is called with {count} conditional rows, the plan has "
+                f"the denoiser is called with {count} conditional rows, and the plan has "
                 f"{len(self.plan)}: {PLANS_PROMPTS}"
             )
         each = count // len(self.plan)
@@ -252,8 +252,8 @@ class _Exchange:
             planned = self.plan[place // each].prompt
             if prompt != planned:
                 raise LocogenError(
-                    f"prompt {place // each} of the call is {prompt!r}, that of the plan is "
-                    f"{planned!r}: {PLANS_PROMPTS}"
+                    f"prompt {place // each} of the call is {prompt!r}, and the plan has "
+                    f"{planned!r} there: {PLANS_PROMPTS}"
                 )
 
     def _check_states(self, states: Tensor, plans_prompts: PromptEncoding | None) -> None:
@@ -265,8 +265,8 @@ class _Exchange:
         """
         if states.shape[1] > 1 and not bool((states == states[:, :1]).all()):
             raise LocogenError(
-                f"the call has {states.shape[0] * states.shape[1]} different prompts, the plan has "
-                f"{len(self.plan)} rows: {PLANS_PROMPTS}"
+                f"the call has {states.shape[0] * states.shape[1]} different prompts, and the plan "
+                f"has {len(self.plan)} rows: {PLANS_PROMPTS}"
             )
 
         # Without an encoder it cannot be known which text states are. But equal prompts must have
@@ -285,9 +285,9 @@ class _Exchange:
         if plans_prompts is not None and not _same_text(states[:, 0], plans_prompts.states):
             raise LocogenError(
                 "the call's prompt_embeds are not what the pipeline makes of the plan's prompts: "
-                "call it with the prompts themselves; or, for text that was encoded in another "
-                "way, with its text encoders set to None and the targets encoded alike, "
-                "intervene(pipe, plan, targets=…)"
+                "call it with the prompts themselves. For text that was encoded in another way, "
+                "set the pipeline's text encoders to None, encode the targets in that way too, and "
+                "give them to intervene(pipe, plan, targets=…)"
             )
 
     def _check_against_targets(self, prompts: dict[str, Tensor], targets: PromptEncoding) -> None:
@@ -324,7 +324,7 @@ class _Exchange:
         first, last = row.timesteps
         count = len(self.call.timesteps())
         if last >= count:
-            raise LocogenError(f"step {last} is not there: the call has 0 to {count - 1}")
+            raise LocogenError(f"there is no step {last}: the call has steps 0 to {count - 1}")
         return first <= self.call.step() <= last
 
     def places(self, plan_rows: Sequence[int]) -> Tensor:
@@ -362,8 +362,8 @@ class _Replaced(_Exchange):
             states = kwargs.get("encoder_hidden_states")  # (call rows, tokens, width)
             if not isinstance(states, torch.Tensor):
                 raise LocogenError(
-                    f"layer {layer.index} ({layer.name}) gets {type(states).__name__}, not one "
-                    "tensor of text"
+                    f"layer {layer.index} ({layer.name}) gets a {type(states).__name__} as text, "
+                    "and locogen can replace one tensor only: leave this layer out of the plan"
                 )
             places = self.places(rows).to(states.device)
             changed = {
@@ -400,7 +400,7 @@ class _Replaced(_Exchange):
         """An argument of the denoiser, the targets' in every conditional row, (call rows, ...)."""
         if argument.shape[1:] != targets.shape[1:]:
             raise LocogenError(
-                f"the model reads text of shape {tuple(argument.shape[1:])}, the targets have "
+                f"the model reads text of shape {tuple(argument.shape[1:])}, and the targets have "
                 f"{tuple(targets.shape[1:])}: encode prompts and targets with the same tokenizer "
                 "length"
             )
@@ -459,14 +459,15 @@ class _Patched(_Exchange):
             both_repeat = texts[row] == prompts[row] and texts[target_run] == prompts[target_run]
             if texts[row] != texts[target_run] and not both_repeat:
                 raise LocogenError(
-                    f"{name} of {prompts[row]!r} is {texts[row]!r}, that of its target's own run "
-                    f"is {texts[target_run]!r}: give both rows the same text, or their prompts"
+                    f"{name} of {prompts[row]!r} is {texts[row]!r}, and that of its target's own "
+                    f"run is {texts[target_run]!r}: give both rows the same text, or each its "
+                    "prompt"
                 )
 
     def at(self, layer: Layer) -> list[Hook]:
         if getattr(layer.module, "fused_projections", False):
             raise LocogenError(
-                "the model's projections are fused: call its unfuse_qkv_projections() first"
+                "the model's projections are fused: call pipe.unfuse_qkv_projections() first"
             )
         # After the matrices and not before the layer: queries stay the row's own, and so does the
         # text that the block hands on.

@@ -96,7 +96,8 @@ def find_states(pipe: Pipeline) -> tuple[State, ...]:
         states = _numbered(parts, candidates)
     if not states:
         raise LocogenError(
-            f"{type(denoiser).__name__} has no part that causal tracing knows: {DENOISER_PARTS}"
+            f"{type(denoiser).__name__} has none of the parts that causal tracing restores "
+            f"({', '.join(DENOISER_PARTS)}): use loco.localize"
         )
     _REMEMBERED[denoiser] = _Remembered(candidates, states)
     return states
@@ -147,7 +148,8 @@ def find_text_states(pipe: Pipeline) -> tuple[State, ...]:
         states = _numbered(parts, candidates)
     if not states:
         raise LocogenError(
-            "the text encoder has no self-attention and MLP that causal tracing knows (CLIP, T5)"
+            "causal tracing knows the self-attention and MLP of CLIP and T5, and this text encoder "
+            "has neither: leave its parts out of parts="
         )
     _REMEMBERED[first] = _Remembered(candidates, states)
     return states
@@ -186,8 +188,8 @@ def check_apart(pipe: Pipeline, what: str) -> None:
     family = family_of(pipe)
     if family.joint_attention:
         raise LocogenError(
-            f"{family.name} has no cross-attention apart from the picture's own, so {what} says "
-            "nothing of it: use loco.localize"
+            f"in {family.name} text and picture share their attention, so {what} cannot be used "
+            "for it: use loco.localize"
         )
 
 
@@ -209,8 +211,8 @@ def restoring(pipe: Pipeline, rows: Sequence[tuple[int, tuple[int, ...]]]) -> It
     for source, restored in rows:
         if not all_places.issuperset(restored) or not 0 <= source < count:
             raise LocogenError(
-                f"row {source} or states {restored} are not there: {count} rows, {len(states)} "
-                "states"
+                f"there is no row {source}, or not all of the states {restored}: use rows from 0 "
+                f"to {count - 1} and states from 0 to {len(states) - 1}"
             )
 
     # One hook a state, for all rows that restore it.
@@ -243,8 +245,8 @@ def _copying(state: State, pairs: Sequence[tuple[int, int]], count: int, call: C
             return None
         if len(call.rows) != count or len(output) != call.rows.stop:
             raise LocogenError(
-                f"{state.name} puts out {len(output)} rows for {count} planned: call the pipeline "
-                "with one prompt a row"
+                f"{state.name} puts out {len(output)} rows, and {count} were planned: call the "
+                "pipeline with one prompt for each row"
             )
         first = call.rows.start
         changed = index_on(output.device, [first + row for row, _ in pairs])  # (pairs,)

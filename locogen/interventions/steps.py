@@ -60,8 +60,8 @@ def _call_at(now: float, timesteps: list[float], scheduler: Any) -> int:
     tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
     if abs(timesteps[nearest] - now) > tolerance:
         raise LocogenError(
-            f"timestep {now} is none of the scheduler's: the step is known in the pipeline's own "
-            "call"
+            f"timestep {now} is none of the scheduler's, so its step is unknown: within this "
+            "context call the pipeline, not its denoiser"
         )
 
     # Some schedules have equal timesteps (second order; or from rounding): then the scheduler's own

@@ -309,7 +309,7 @@ class Workshop:
         path = self.folder / "recipe.json"
         if path.exists() and path.read_text("utf-8") != text:
             raise LocogenError(
-                f"{self.folder} was begun with another recipe ({path}): give an empty folder"
+                f"{self.folder} was started with another recipe ({path}): give an empty folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text.encode())
@@ -400,16 +400,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         nargs="+",
         choices=STAGES,
         default=["export"],
-        help="what to make; its needs are made first",
+        help="stages to run; stages that these need run first",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=2, help="processes that render")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
+    parser.add_argument("--workers", type=int, default=2, help="processes that render pictures")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads that torch uses")
     parser.add_argument(
         "--unet-seed",
         type=int,
         default=Recipe().unet_seed,
-        help="another one trains a sibling U-Net",
+        help="seed of the U-Net; another seed trains a sibling of mini",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of every stage: a test of the trainer"

@@ -367,9 +367,7 @@ def render(thing: str, style: str, rng: random.Random) -> Image.Image:
     Raises `KeyError` for an object or style that is not in `OBJECTS` or `STYLES`.
     """
     if thing not in OBJECTS or style not in STYLES:
-        raise KeyError(
-            f"no {thing!r} in {style!r}: take an object from OBJECTS and a style from STYLES"
-        )
+        raise KeyError(f"no {thing!r} in {style!r}: use an object of OBJECTS and a style of STYLES")
     color, cover = _place(thing, rng)
     values = _TREATMENTS[style](color, cover, rng)
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))

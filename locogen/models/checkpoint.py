@@ -132,8 +132,9 @@ def complaint(folder: Path, left_out: Collection[str] = ()) -> str | None:
         return f"{folder / INDEX} {_json_problem(folder / INDEX) or 'is damaged: fetch it again'}"
     if not isinstance(index.get("_class_name"), str):
         return (
-            f"{folder / INDEX} asks for a pipeline class of its own, {index.get('_class_name')}: "
-            "code from a checkpoint is not run; use one of diffusers' own pipelines"
+            f"{folder / INDEX} needs a pipeline class from the checkpoint, "
+            f"{index.get('_class_name')}: locogen does not run such code; use one of diffusers' "
+            "own pipelines"
         )
     return _first_problem(folder, left_out, _problem)
 
@@ -182,9 +183,7 @@ def _no_pipeline(folder: Path) -> str:
     pickled = _pickled_in(folder)
     if pickled:
         return f"{folder} holds {pickled[0]}: {pickled_remedy(folder / pickled[0])}"
-    return (
-        f"{folder} holds no pipeline in diffusers' format: {INDEX} next to the folders of its parts"
-    )
+    return f"{folder} holds no pipeline: give a folder in diffusers' format, {INDEX} and its parts"
 
 
 def pickled_remedy(file: Path) -> str:
@@ -212,8 +211,8 @@ def _problem(part: Part) -> str | None:
         return gap
     if part.library not in LIBRARIES and any(part.folder.glob("*.py")):
         return (
-            f"is of a class of its own, {part.library}.{part.kind}: "
-            "code from a checkpoint is not run"
+            f"needs a class from the checkpoint, {part.library}.{part.kind}: locogen does not run "
+            "such code; use a checkpoint of classes that diffusers or transformers have"
         )
     problem = _unreadable_file(part)
     if problem is not None or not part.has_weights:

@@ -118,7 +118,7 @@ def check_unmodified(denoiser: Module) -> None:
     # replaces.
     if projection != "text_proj" and (projection or has_projection):
         raise UnsupportedModel(
-            f"this {name} reads pictures too (an IP-Adapter): pipe.unload_ip_adapter() first"
+            f"this {name} also reads pictures (IP-Adapter): call pipe.unload_ip_adapter() first"
         )
     if getattr(denoiser, "is_cache_enabled", False):
         raise LocogenError(

@@ -255,8 +255,8 @@ def family_of(model: Any) -> Family:
         family = next((one for one in FAMILIES.values() if one.is_denoiser(uncompiled)), None)
     if family is None:
         raise UnsupportedModel(
-            f"{type(uncompiled).__name__} is not supported: locogen knows {', '.join(FAMILIES)} "
-            "and their denoisers"
+            f"{type(uncompiled).__name__} is not supported: use one of {', '.join(FAMILIES)}, "
+            "or its denoiser"
         )
     family.check(denoiser_of(model, family))
     return family
@@ -332,8 +332,8 @@ def token_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     for span in spans:
         if span.paired is not None and span.pieces != span.paired.pieces:
             raise LocogenError(
-                f"the two tokenizers split {prompt!r} into other tokens, so a position is not one "
-                "word's: load the textual inversion into both, with tokenizer=pipe.tokenizer_2 "
+                f"the two tokenizers split {prompt!r} into different tokens, so a position means "
+                "two words: load the textual inversion into both, with tokenizer=pipe.tokenizer_2 "
                 "and text_encoder=pipe.text_encoder_2 for the second"
             )
     return spans
@@ -438,8 +438,8 @@ def subject_occurrences(
     places = _spans_of_subject(pipe, prompt, subject, encoder)
     if not places:
         raise LocogenError(
-            f"the prompt {prompt!r} does not hold the subject {subject!r} as whole words: "
-            "give subject="
+            f"the prompt {prompt!r} does not contain the subject {subject!r} as whole words: "
+            "give the words that it has in subject="
         )
 
     uncut = [tokens for tokens in places if tokens.stop <= len(span.ids)]
@@ -518,7 +518,7 @@ def _check_differ(pipe: Pipeline, prompt: str, target: str) -> None:
     if _ids(pipe, prompt) == _ids(pipe, target):
         raise LocogenError(
             f"{prompt!r} and {target!r} become the same tokens, so the model cannot tell them "
-            "apart: use words that its tokenizer knows, within its limit"
+            "apart: use words that its tokenizer knows, within its limit of tokens"
         )
 
 

@@ -102,10 +102,10 @@ def select(layers: Sequence[Layer], indices: Iterable[int]) -> list[Layer]:
         raise LocogenError(f"layers is {indices!r}: give a window, or numbers from 0 to {last}")
     distinct = list(dict.fromkeys(int(index) for index in indices))
     if not distinct:
-        raise LocogenError(f"there are no layers: give a window, or numbers from 0 to {last}")
+        raise LocogenError(f"layers is empty: give a window, or numbers from 0 to {last}")
     missing = [index for index in distinct if not 0 <= index <= last]
     if missing:
-        raise LocogenError(f"layers {missing} are not there: the model has 0 to {last}")
+        raise LocogenError(f"there are no layers {missing}: the model has layers 0 to {last}")
     return [layers[index] for index in distinct]
 
 
@@ -143,8 +143,8 @@ def _observed_layers(
             layers.append(Layer(len(layers), candidates[module], module, joined))
     if not layers:
         raise LocogenError(
-            f"no layer of {type(denoiser).__name__} was called with text: is it a text-to-image "
-            "model?"
+            f"no layer of {type(denoiser).__name__} was called with text: use the denoiser of a "
+            "text-to-image model"
         )
     return tuple(layers)
 

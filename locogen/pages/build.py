@@ -352,10 +352,11 @@ def _digest(*values: Any) -> str:
 
 @cache
 def _digest_of_code() -> str:
-    """A hash of what makes pages: this folder with its templates, and the views that they show."""
+    """A hash of what makes pages: this folder, its templates, how they are filled, the views."""
     here = Path(__file__).parent
+    files = [*here.rglob("*.*"), *(here.parent / "views").glob("*.py"), here.parent / "markup.py"]
     digest = hashlib.sha256()
-    for file in [*sorted(here.rglob("*.*")), *sorted((here.parent / "views").glob("*.py"))]:
+    for file in sorted(files):
         if file.suffix != ".pyc":
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -16,24 +16,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from locogen.markup import environment
+
+PACKAGE = "locogen.pages"
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
-
-
-@cache
-def environment() -> Environment:
-    """What renders all templates: every value is escaped, and a missing one is an error."""
-    return Environment(
-        loader=PackageLoader("locogen.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        # Lines that hold only a statement of the template leave no blank line in the page.
-        trim_blocks=True,
-        lstrip_blocks=True,
-        auto_reload=False,
-    )
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -46,7 +34,7 @@ def render(template: str, **values: Any) -> Markup:
     Returns:
         The HTML.
     """
-    return Markup(environment().get_template(template).render(values))
+    return Markup(environment(PACKAGE).get_template(template).render(values))
 
 
 def page(
@@ -104,4 +92,4 @@ def _hash_source(text: str) -> str:
 @cache
 def read_template(name: str) -> str:
     """The text of a file of `locogen/pages/templates/`."""
-    return files("locogen.pages").joinpath("templates", name).read_text(encoding="utf-8")
+    return files(PACKAGE).joinpath("templates", name).read_text(encoding="utf-8")

@@ -191,7 +191,7 @@ def _counts_sentence(runs: Iterable[Finished], entries: Iterable[Entry]) -> str:
     del states["failed"]
     outcomes = [f"{states[state]} {words}" for state, (words, _) in STATES.items() if states[state]]
     if outcomes:
-        text += f" Of what was looked for: {', '.join(outcomes)}."
+        text += f" Outcomes: {', '.join(outcomes)}."
     return text
 
 

@@ -230,7 +230,7 @@ def _seeds(run: Finished) -> str:
     # No such table, or one that somebody has changed: what was asked for is still known.
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         requested = run.group("parameters").get("seeds")
-        return "–" if requested is None else f"{requested} asked for"
+        return "–" if requested is None else f"{requested} requested"
 
     if not seeds:
         return "–"

@@ -113,7 +113,7 @@ def read_runs(folder: Path | str) -> list[Finished]:
     folder = Path(folder)
     if not folder.is_dir():
         raise LocogenError(
-            f"there is no folder {folder}: make results first, with `python -m locogen run`"
+            f"there is no folder {folder}: make results first with `python -m locogen run`"
         )
     runs = []
     for place in sorted(folder.iterdir()):
@@ -122,7 +122,9 @@ def read_runs(folder: Path | str) -> list[Finished]:
         if is_own_folder and not place.name.startswith(".") and _is_run(place):
             runs.append(read_run(place))
     if not runs:
-        raise LocogenError(f"{folder} holds no run: make some first, with `python -m locogen run`")
+        raise LocogenError(
+            f"{folder} holds no run: make results first with `python -m locogen run`"
+        )
 
     order = read_study_facts(folder).get("runs", [])
 
@@ -181,7 +183,7 @@ def _read(folder: Path) -> Finished:
         return Finished(folder, {}, "unfinished: it was stopped, or is still running")
 
     record = read_record(folder / "error.json")
-    error = record.facts.get("error") or record.damage or "it says nothing about its error"
+    error = record.facts.get("error") or record.damage or "its error was not recorded"
     return Finished(folder, record.facts, error, cell=record.facts.get("cell"))
 
 

@@ -62,10 +62,9 @@ def check_scheduler(pipe: Pipeline) -> None:
     """
     if hasattr(pipe.scheduler, "noise_sampler"):
         raise LocogenError(
-            f"{_name(pipe)} adds noise that is not the picture's own: it does not come from the "
-            "picture's seed. Use another scheduler, such as EulerAncestralDiscreteScheduler or "
-            "DPMSolverMultistepScheduler with algorithm_type='sde-dpmsolver++', which take a "
-            "generator"
+            f"{_name(pipe)} adds noise that does not come from the picture's seed: use another "
+            "scheduler, such as EulerAncestralDiscreteScheduler or DPMSolverMultistepScheduler "
+            "with algorithm_type='sde-dpmsolver++', which take a generator"
         )
 
 
@@ -80,10 +79,10 @@ def from_the_seed_alone(pipe: Pipeline) -> Iterator[None]:
     yield
     if _random_states(pipe) != before:
         raise LocogenError(
-            "the pipeline drew random numbers that no seed decides, so no picture could be made "
-            f"again. Either {_name(pipe)} adds noise without a generator: use another one, or its "
-            "deterministic setting; or a part of the model is in training mode and drops neurons "
-            f"({_dropping(pipe)}): call eval() on it"
+            "the pipeline drew random numbers that do not depend on the seed, so no picture could "
+            f"be made again. If {_name(pipe)} adds noise without a generator, use another one, or "
+            "its deterministic setting. If a part of the model is in training mode and drops "
+            f"neurons ({_dropping(pipe)}), call eval() on it"
         )
 
 
@@ -111,7 +110,7 @@ def _dropping(pipe: Pipeline) -> str:
         # `p` is a dropout layer's probability.
         if any(layer.training and getattr(layer, "p", 0) for layer in component.modules()):
             names.append(part)
-    return ", ".join(names) or "none is known to"
+    return ", ".join(names) or "none was found"
 
 
 @contextmanager

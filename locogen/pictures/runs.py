@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import platform
 import shutil
@@ -19,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
 
+from locogen import markup
 from locogen.errors import LocogenError
+from locogen.files import data_uri
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.defaults import name_of
 from locogen.models.families import warn_unread
@@ -111,29 +111,33 @@ class Run:
     def with_table(self, table: pd.DataFrame, **settings: Any) -> Run:
         """The same run with more columns and settings; row for row."""
         if len(table) != len(self.plan):
-            raise ValueError(f"the table has {len(table)} rows, the plan {len(self.plan)}")
+            raise ValueError(
+                f"the table has {len(table)} rows, and the plan has {len(self.plan)}: give a table "
+                "with one row for each row of the plan"
+            )
         return replace(self, table=table, settings={**self.settings, **settings})
 
     def _repr_html_(self) -> str:
-        items = []
+        settings = {}
         for name, value in self.settings.items():
             if not isinstance(value, (dict, list)):
-                items.append(f"{html.escape(str(name))} {html.escape(str(value))}")
-        first = range(min(8, len(self)))
-        strip = "".join(_thumbnail(self.pictures[i], self.plan[i].prompt) for i in first)
-        facts = " · ".join(items)
-        head = self.table.head()._repr_html_()
-        return f"<p><b>Run</b> of {len(self)} pictures</p><p>{facts}</p><div>{strip}</div>{head}"
+                settings[name] = value
+        pictures = []
+        for row, picture in zip(self.plan[:8], self.pictures, strict=False):
+            pictures.append({"alt": row.prompt, "source": _thumbnail(picture)})
+        table = markup.table_html(self.table.head())
+        return markup.shown(
+            "run", count=len(self), settings=settings, pictures=pictures, table=table
+        )
 
 
-def _thumbnail(picture: Image, alt: str) -> str:
+def _thumbnail(picture: Image) -> str:
+    """A small copy of the picture, as an address for `<img>`."""
     buffer = io.BytesIO()
-    small = picture.copy()
+    small = picture.copy()  # `thumbnail` changes the picture itself
     small.thumbnail((128, 128))
     small.save(buffer, "png")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    alt = html.escape(alt, quote=True)
-    return f'<img alt="{alt}" width="96" src="data:image/png;base64,{data}">'
+    return data_uri(buffer.getvalue())
 
 
 def generate(
@@ -258,8 +262,7 @@ def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:
     last = max((row.timesteps[1] for row in plan if row.timesteps is not None), default=0)
     if last >= count:
         raise LocogenError(
-            f"step {last} is not there: "
-            f"num_inference_steps={count} makes the steps 0 to {count - 1}"
+            f"there is no step {last}: num_inference_steps={count} makes steps 0 to {count - 1}"
         )
 
 
@@ -427,8 +430,8 @@ def circumstances_of(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     foreign = (*foreign_hooks(pipe), *replaced_methods(pipe), *undescribed(pipe))
     if foreign:
         warnings.warn(
-            "hooks or methods that are not locogen's, or settings that it cannot describe, sit on "
-            f"{', '.join(foreign[:3])}: pictures are made afresh, none are reused",
+            "there are hooks or methods that are not locogen's, or settings that it cannot "
+            f"describe, on {', '.join(foreign[:3])}: pictures are made afresh, none are reused",
             stacklevel=4,
         )
     if getattr(pipe, "safety_checker", None) is not None:

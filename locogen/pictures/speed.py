@@ -168,7 +168,9 @@ def speed(pipe: Pipeline, mode: Mode = "auto", *, batch_size: int | None = None)
     if batch_size is not None and batch_size < 1:
         raise LocogenError(f"batch_size is {batch_size}: give at least 1")
     if any(label.startswith("speed ") for label in active_contexts(pipe)):
-        raise LocogenError("speed is chosen already: leave that context first")
+        raise LocogenError(
+            "speed was called within speed: leave the first context before you open another"
+        )
     pace = _choose(pipe, mode, batch_size)
     with applied(pipe, pace.way):
         yield pace

@@ -80,7 +80,8 @@ def opened(
         raise unknown("engine", name, ENGINES)
     if scheduler and name != "dask":
         raise LocogenError(
-            f"a scheduler is Dask's, and the engine is {name}: add --engine dask, or leave it out"
+            f"--scheduler is for Dask, and the engine is {name}: use --engine dask, or leave out "
+            "--scheduler"
         )
     gpus = visible_gpus() if _use(runs, "cuda") else []
     count = 1

@@ -91,7 +91,7 @@ def execute(
             name = "" if error.ename == "LocogenError" else f"{error.ename}: "
             return Failure(name + _COLORS.sub("", str(error.evalue)), error.exec_count)
         except DeadKernelError:
-            return Failure(f"the kernel died, most often for lack of memory{_last_line(log)}")
+            return Failure(f"the kernel died, most often because memory ran out{_last_line(log)}")
         except (RuntimeError, TimeoutError) as error:
             return Failure(f"the kernel did not start ({error}){_last_line(log)}")
         except (ValueError, papermill.exceptions.PapermillException) as error:

@@ -41,7 +41,10 @@ def notebook_file(name: str, base: Path) -> Path:
     """
     if name.endswith(".ipynb"):
         if not (base / name).is_file():
-            raise LocogenError(f"there is no notebook {base / name}")
+            raise LocogenError(
+                f"there is no notebook {base / name}: give a path relative to the study's file, or "
+                "the name of a notebook that comes with locogen"
+            )
         return base / name
     # In a wheel they lie within the package, in a checkout next to it.
     inside = (_PACKAGE / "notebooks").glob("*.ipynb")
@@ -91,7 +94,8 @@ def _read(notebook: Path, changed: int) -> dict[str, dict[str, str]]:
         return {parameter["name"]: parameter for parameter in _assignments(source)}
     except (SyntaxError, tokenize.TokenError):
         raise LocogenError(
-            f"{notebook}: its parameters are not plain Python, a line each: seeds: int = 4"
+            f"{notebook}: its parameters are not plain Python: write one on each line, such as "
+            "seeds: int = 4"
         ) from None
 
 

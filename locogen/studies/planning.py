@@ -207,7 +207,7 @@ def _check_form(study: Mapping[str, Any]) -> None:
     if not isinstance(results, str):
         raise LocogenError(
             f"results is {results!r}: "
-            'give a folder, seen from the study\'s own, such as results = "out"'
+            'give a folder, relative to the study\'s own, such as results = "out"'
         )
     for name in ("defaults", "grid"):
         if not isinstance(study.get(name, {}), dict):
@@ -306,7 +306,7 @@ def _checked_list(name: str, values: Any) -> list[Any]:
         raise LocogenError(f"{name} is {values!r}: give a list of values, such as [1, 2]")
     # By hash, since 1 and true are equal for Python, and lists have no hash of their own.
     if len({hashed(value) for value in values}) < len(values):
-        raise LocogenError(f"{name} has a value twice: take one out")
+        raise LocogenError(f"{name} has a value twice: remove one of them")
     return values
 
 
@@ -392,7 +392,10 @@ def _check_model(model: str, base: Path) -> None:
     if "/" not in model and entry_named(model) is None:
         raise unknown("model", model, [entry.name for entry in model_entries()])
     if model.startswith((".", "/")) and not (base / model).is_dir():
-        raise LocogenError(f"there is no folder {base / model} to load a model from")
+        raise LocogenError(
+            f"there is no folder {base / model} to load a model from: give a folder, a hub id or a "
+            "catalog name"
+        )
 
 
 def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> list[_Row]:
@@ -404,7 +407,7 @@ def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> l
             excluded |= _matching(rule, values)
     if len(excluded) == len(rows):
         raise LocogenError(
-            f"the study has no runs: its exclusions leave out all {len(rows)}, so take one out"
+            f"the study has no runs: its exclusions leave out all {len(rows)}, so remove one"
         )
     return [row for position, row in enumerate(rows) if position not in excluded]
 
@@ -422,7 +425,7 @@ def _matching(rule: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> set
     # A rule without conditions matches every run: surely it is not meant so.
     if not rule or not matching:
         raise LocogenError(
-            f"it leaves nothing out: no run has {rule or 'no condition'}; change it or take it out"
+            f"it leaves nothing out: no run has {rule or 'no condition'}; change it or remove it"
         )
     return matching
 
@@ -451,7 +454,7 @@ def _slugs(rows: Sequence[_Row]) -> list[str]:
         content = hashed([row.name, row.notebook, row.values])
         if content in contents:
             raise LocogenError(
-                f"run {number} ({row.name}) is there twice: change a parameter or take it out"
+                f"run {number} ({row.name}) is in the study twice: change a parameter or remove it"
             )
         contents.add(content)
         slug = slugify(row.name)

@@ -173,7 +173,9 @@ def _summary(total: int, failed: Mapping[str, str], failed_before: Mapping[str, 
     errors = {**failed_before, **failed}
     lines = "".join(f"\n  {slug}: {error}" for slug, error in errors.items())
     before = f", {len(failed_before)} of them before" if failed_before else ""
-    return f"{len(errors)} of {total} runs failed{before}; --retry failed tries them again:{lines}"
+    return (
+        f"{len(errors)} of {total} runs failed{before}; add --retry failed to repeat them:{lines}"
+    )
 
 
 # --- the plan in words ---------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dic
             board.refresh()
     except KeyboardInterrupt:
         board.print(
-            f"interrupted\nleft: {_unfinished(left)}. The same command continues from here."
+            f"interrupted\nleft: {_unfinished(left)}. Run the same command again to continue."
         )
         _stop(plan.results, waiting)
         raise
@@ -299,7 +301,7 @@ def _outcome(future: Future[Outcome], run: Planned, engine: Engine) -> Outcome:
     try:
         return future.result()
     except engine.lost:
-        return give_up(run, "its worker died again and again, most often for lack of memory")
+        return give_up(run, "its worker died again and again, most often because memory ran out")
 
 
 def _hold(waiting: _Waiting, board: Board) -> None:
@@ -339,12 +341,14 @@ def _never_ended(left: Mapping[str, Planned], was_held: bool, board: Board) -> d
     """
     if left and was_held:
         slugs = ", ".join(left)
-        board.print(f"stopped at the first failure; left: {slugs}. --keep-going runs them too.")
+        board.print(
+            f"stopped at the first failure; left: {slugs}. Use --keep-going to run them too."
+        )
         return {}
     # Nobody canceled them here, so it was Dask: it cancels everything when its scheduler is lost.
     # What a worker published before that counts.
     message = (
         "not finished: the Dask scheduler, or the connection to it, was lost. "
-        "The same command runs it again"
+        "Run the same command again"
     )
     return {slug: message for slug, run in left.items() if run.state != "done"}

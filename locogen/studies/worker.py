@@ -150,7 +150,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
 
 def first_line(message: str) -> str:
     """The first line of an error, for the terminal."""
-    return (message.strip().splitlines() or ["it failed and did not say why"])[0]
+    return (message.strip().splitlines() or ["it failed without an error message"])[0]
 
 
 def _places(finding: Finding) -> str:

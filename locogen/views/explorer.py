@@ -74,7 +74,8 @@ class Explorer:
     ) -> None:
         if "clip_score" not in run.table:
             raise LocogenError(
-                "explore shows a run of localize: this one has no scores, so there is no heatmap"
+                "this run has no scores, so there is no heatmap to explore: give explore a run of "
+                "localize"
             )
         if pipe is not None and fingerprint(pipe) != run.settings["weights"]:
             raise LocogenError(
@@ -139,7 +140,7 @@ class Explorer:
         if not is_swept:
             return (
                 f"{look.concept}, {look.window}: "
-                "not a window of this run, so without a measured effect."
+                "not a window of this run, so its effect was not measured."
             )
         row = cells[look.first]
         digits = precision(row["estimate"])
@@ -225,7 +226,7 @@ class Explorer:
         for name in sorted(set(CIRCUMSTANCES) - {besides}):
             if run.settings[name] != self.run.settings[name]:
                 raise LocogenError(
-                    f"the model's {name} changed since the run: undo that, or call localize again"
+                    f"the model's {name} changed since the run: undo it, or call localize again"
                 )
         return list(run.pictures)
 

@@ -29,7 +29,7 @@ def trace_matrix(effects: pd.DataFrame, *, text: bool) -> pd.DataFrame:
     if rows.empty or rows["concept"].nunique() != 1:
         side = "text encoder" if text else "denoiser"
         raise LocogenError(
-            f"there is no trace of one concept's {side} here: "
+            f"the table has no trace of one concept's {side}: "
             "give trace_effect(run.table) of one run"
         )
     matrix = rows.astype({"position": int}).pivot(
@@ -96,7 +96,8 @@ def profiles(effects: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         largest = rows["estimate"].max() if len(rows) else 0
         if not largest > 0:
             raise LocogenError(
-                f"{method} has no layer with a positive effect: there is no profile to draw"
+                f"{method} has no layer with a positive effect, so there is no profile to draw: "
+                "leave it out"
             )
         columns = {
             "method": method,

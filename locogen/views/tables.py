@@ -42,7 +42,7 @@ def score_matrix(table: pd.DataFrame) -> pd.DataFrame:
     swept = rows[rows["role"] == "window"]
     if swept.empty:
         raise LocogenError(
-            "the pictures table has no row of role 'window': plot_scores() needs a sweep"
+            "the pictures table has no row of role 'window': give plot_scores() that of a sweep"
         )
     means = swept.astype({"start": int}).groupby(["concept", "start"])["clip_score"].mean()
     matrix = (
@@ -338,7 +338,8 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
     at = _largest(lines) if start is None else int(start)
     if at not in lines:
         raise LocogenError(
-            f"{label}: its carrier starts at layer {at}, which the effects table does not have"
+            f"{label}: its carrier starts at layer {at}, which the effects table does not have: "
+            "give the carrier of this table"
         )
     line = lines[at]
     if width is None:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 from IPython.display import HTML, display, update_display
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from locogen.errors import LocogenError
 from locogen.files import data_uri
+from locogen.markup import macros
 from locogen.plan import Window
 from locogen.types import Pipeline
 from locogen.views.explorer import Explorer, Look, Shown
@@ -336,17 +336,9 @@ class ExplorerBox(ipywidgets.VBox):
         display(HTML(self.twin()), display_id=self._name)
 
 
-@functools.cache
-def _macros() -> Any:
-    """The pieces of `templates/twin.html`: every value that they are given is escaped."""
-    environment = Environment(
-        loader=PackageLoader("locogen.views"), autoescape=True, undefined=StrictUndefined
-    )
-    return environment.get_template("twin.html").module
-
-
 def _rendered(macro: str, **values: Any) -> str:
-    return str(getattr(_macros(), macro)(**values))
+    """A piece of `templates/twin.html`: every value that it is given is escaped."""
+    return str(getattr(macros("locogen.views", "twin.html"), macro)(**values))
 
 
 def _figures(shown: Sequence[Shown]) -> str:

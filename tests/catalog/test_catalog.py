@@ -75,7 +75,7 @@ def test_the_mini_model_is_in_the_package() -> None:
     "ask, words",
     [
         (lambda: model_entry("sd1.4"), "no model 'sd1.4': did you mean 'sd-1.4'"),
-        (lambda: model_entry("zzz"), "there are: flux-dev, flux-schnell, if-1"),
+        (lambda: model_entry("zzz"), "use one of flux-dev, flux-schnell, if-1"),
         (lambda: scorer_entry("clip"), "no scorer 'clip'"),
         (
             lambda: concept("mini/van-gog"),

@@ -244,7 +244,7 @@ def test_total_is_the_sum() -> None:
         (dict(source=torch.full((2, IN), torch.inf)), "source has non-finite"),
         (dict(weight=normal(OUT, IN - 1)), "do not fit"),
         (dict(weight=torch.ones(OUT, IN, dtype=torch.int8)), "floating-point"),
-        (dict(covariance=torch.zeros(IN, IN)), "no unique answer"),
+        (dict(covariance=torch.zeros(IN, IN)), "no unique solution"),
     ],
 )
 def test_bad_input(change: dict, says: str) -> None:

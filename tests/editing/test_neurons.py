@@ -147,7 +147,7 @@ def test_selections_of_each_matrix(pipe):
         4 * 8 * 8 / len(strongest)
     )
     for k in (-1, len(strongest) + 1, 2.5, True):
-        with pytest.raises(LocogenError, match="how many neurons a matrix"):
+        with pytest.raises(LocogenError, match="number of neurons per matrix"):
             found.top(k)
     with pytest.raises(LocogenError, match="use 'k', 'v'"):
         found.top(1, matrices="q")
@@ -194,13 +194,16 @@ def test_half_precision_and_adapters_are_heard(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(layers=[]), "no layers"),
-        (dict(layers=[16]), r"layers \[16\] are not there"),
+        (dict(layers=[]), "layers is empty"),
+        (dict(layers=[16]), r"no layers \[16\]"),
         (dict(tokens="first"), "tokens is 'first'"),
-        (dict(phrasings=[]), "no phrasings"),
+        (dict(phrasings=[]), "phrasings is empty"),
         (dict(phrasings=[("a cat", "a do")]), "has 1 pair of prompts"),
-        (dict(phrasings=[("a cat", "a do"), ("a dog", "a do")]), "does not hold the subject 'cat'"),
-        (dict(subject="ab"), "does not hold the subject 'ab'"),
+        (
+            dict(phrasings=[("a cat", "a do"), ("a dog", "a do")]),
+            "does not contain the subject 'cat'",
+        ),
+        (dict(subject="ab"), "does not contain the subject 'ab'"),
     ],
 )
 def test_bad_input(pipe, options, says):
@@ -215,7 +218,7 @@ def test_refuses_a_clamped_model_and_one_that_is_not_finite():
         find_neurons(pipe, STYLE, layers=LAYERS)
     with torch.no_grad():
         find_layers(pipe)[2].module.to_v.weight[0, 0] = math.nan
-    with pytest.raises(LocogenError, match="to_v of layer 2 puts out non-finite"):
+    with pytest.raises(LocogenError, match="to_v of layer 2 has non-finite outputs"):
         find_neurons(pipe, STYLE, layers=LAYERS)
 
 

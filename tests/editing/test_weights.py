@@ -265,7 +265,8 @@ def test_projections_fused_while_an_edit_is_applied(make) -> None:
             denoiser.fuse_qkv_projections()
 
     with pytest.raises(
-        LocogenError, match=r"fused copy holds the edit: call pipe.unfuse_qkv_projections\(\)"
+        LocogenError,
+        match=r"fused copy holds the edit, so nothing was undone: call pipe.unfuse_qkv_projections\(\)",
     ):
         work()
     with pytest.raises(LocogenError, match="fused with its neighbors"):
@@ -290,7 +291,7 @@ def test_a_denoiser_that_is_exchanged_within_the_context_loses_the_edit(pipe, ed
 
 def test_undo_all_says_when_there_is_nothing_to_undo(pipe, edit) -> None:
     with pytest.warns(
-        UserWarning, match=r"no edit is applied to this UNet2DConditionModel.*nothing to undo"
+        UserWarning, match=r"no edit is applied to this UNet2DConditionModel, so nothing was undone"
     ):
         undo_all(pipe)
     edit.apply_(pipe)
@@ -300,9 +301,9 @@ def test_undo_all_says_when_there_is_nothing_to_undo(pipe, edit) -> None:
 def test_a_copy_of_an_edited_model_is_told_from_it(pipe, edit) -> None:
     with edit.applied(pipe):
         twin = copy.deepcopy(pipe)
-    with pytest.warns(UserWarning, match="a copy of an edited model keeps the edit"):
+    with pytest.warns(UserWarning, match="A copy of an edited model keeps the edit"):
         undo_all(twin)
-    with pytest.raises(LocogenError, match="a copy of an edited model keeps the edit"):
+    with pytest.raises(LocogenError, match="A copy of an edited model keeps the edit"):
         edit.undo_(twin)
 
 

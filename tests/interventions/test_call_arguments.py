@@ -278,7 +278,8 @@ def test_a_row_and_its_targets_run_have_the_same_other_prompt(pipes, name):
     with intervene(pipe, rows):
         pictures(pipe, rows, prompts, {"prompt_2": prompts})
         with pytest.raises(
-            LocogenError, match="prompt_2 of 'cat in a' is 'a', that of its target's own run is 'b'"
+            LocogenError,
+            match="prompt_2 of 'cat in a' is 'a', and that of its target's own run is 'b'",
         ):
             pictures(pipe, rows, prompts, {"prompt_2": ["a", "a", "b", "b"]})
 

@@ -152,7 +152,7 @@ def test_nothing_is_left_after_an_exception(pipe):
 
 def test_a_failing_hook_leaves_nothing(pipe):
     with (
-        pytest.raises(LocogenError, match="3 conditional rows, the plan has 2"),
+        pytest.raises(LocogenError, match="3 conditional rows, and the plan has 2"),
         intervene(pipe, plan((1,))),
     ):
         pictures(pipe, plan((1,), count=3))
@@ -224,7 +224,7 @@ def test_other_families_are_refused_by_name():
 def test_a_denoiser_called_by_itself_is_refused(pipe):
     """Whose rows these are is known from the pipeline only."""
     with (
-        pytest.raises(LocogenError, match="call the pipeline"),
+        pytest.raises(LocogenError, match="called without its pipeline"),
         intervene(pipe, plan((1,), count=1)),
     ):
         pipe.unet(torch.zeros(1, 4, 8, 8), 0, encoder_hidden_states=torch.zeros(1, 40, tiny.WIDTH))

@@ -238,13 +238,13 @@ def test_a_layer_that_is_left_out_is_named(pipe, context, monkeypatch):
 
 
 def test_a_block_that_is_exchanged_within_a_context_is_named(pipe, context):
-    with pytest.raises(LocogenError, match="was exchanged while"), context(pipe):
+    with pytest.raises(LocogenError, match="was replaced while"), context(pipe):
         exchange_block(pipe)
         pictures(pipe)
 
 
 def test_a_denoiser_that_is_exchanged_within_a_context_is_refused(pipe, context):
-    with pytest.raises(LocogenError, match="denoiser ran past the hooks"), context(pipe):
+    with pytest.raises(LocogenError, match="without the hooks of this context"), context(pipe):
         pipe.unet = tiny.unet()
         pictures(pipe)
 
@@ -270,7 +270,7 @@ def test_after_a_failed_call_the_next_one_is_changed_as_ever(pipe):
 
 def test_a_failed_call_hides_no_denoiser_that_was_exchanged(pipe):
     """The twin: a call that ended well, and ran past the hooks, is named all the same."""
-    with pytest.raises(LocogenError, match="denoiser ran past the hooks"), record(pipe):
+    with pytest.raises(LocogenError, match="without the hooks of this context"), record(pipe):
         unet = pipe.unet
         pipe.unet = tiny.unet()
         pictures(pipe)
@@ -455,7 +455,7 @@ def test_prompts_that_a_callback_exchanges_are_refused(pipe):
 
     with (
         intervene(pipe, plan((1, 2))),
-        pytest.raises(LocogenError, match=r"exchanged at step 1.*callback_on_step_end"),
+        pytest.raises(LocogenError, match=r"replaced at step 1.*callback_on_step_end"),
     ):
         pictures(pipe, steps=3, **exchanging(others))
     with record(pipe) as texts:  # the twin: what is only recorded may change

@@ -222,7 +222,7 @@ def test_fused_projections_are_refused():
 
 
 def test_a_prompt_without_the_subject_is_refused(pipe):
-    with pytest.raises(LocogenError, match="does not hold the subject 'zebra'"):
+    with pytest.raises(LocogenError, match="does not contain the subject 'zebra'"):
         attention_contribution(pipe, CONCEPT, subject="zebra", **OPTIONS)  # pyright: ignore[reportArgumentType]
 
 

@@ -242,7 +242,7 @@ assert "locogen" not in sys.modules
 
 
 def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):
-    with pytest.raises(LocogenError, match="loads no LoRA"):
+    with pytest.raises(LocogenError, match="cannot load LoRA"):
         fit(tiny.pixart()).to_lora(tmp_path / "edit.safetensors")
     with pytest.raises(LocogenError, match="no names for these matrices"):
         fit(tiny.sana()).to_lora(tmp_path / "edit.safetensors", style="kohya")

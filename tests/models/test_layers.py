@@ -17,9 +17,9 @@ def test_layers_come_in_the_order_of_their_indices_and_once() -> None:
 @pytest.mark.parametrize(
     ("indices", "says"),
     [
-        ([], "no layers: give a window, or numbers from 0 to 3"),
+        ([], "layers is empty: give a window, or numbers from 0 to 3"),
         ("12-13", "layers is '12-13'"),
-        ([1, 4, -1], r"layers \[4, -1\] are not there: the model has 0 to 3"),
+        ([1, 4, -1], r"no layers \[4, -1\]: the model has layers 0 to 3"),
     ],
 )
 def test_layers_that_the_model_does_not_have_are_refused(indices, says: str) -> None:

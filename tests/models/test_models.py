@@ -82,7 +82,7 @@ def test_neither_pickled_weights_nor_code_are_taken_from_a_folder(folder, tmp_pa
         said = (
             "pickled weights are refused"
             if what == "pickled weights"
-            else "code from a checkpoint is not run"
+            else "locogen does not run such code"
         )
         with pytest.raises(LocogenError, match=said):
             load(place)

@@ -19,9 +19,10 @@ from PIL import Image
 from support.made_up import ALT, ATTACKS, EVIL, finish, png
 
 from locogen.errors import LocogenError
+from locogen.markup import macros
 from locogen.pages.build import build
 from locogen.pages.cleaning import NO_ALT, arrange, clean
-from locogen.pages.html import POLICY, environment, read_template
+from locogen.pages.html import POLICY, read_template
 from locogen.pages.png import shrink
 from locogen.pages.provenance import Fact
 
@@ -424,7 +425,7 @@ def test_a_blank_first_line_of_an_output_stays() -> None:
 def test_templates_escape_everything() -> None:
     """Each value of each template, but for HTML that is marked as such."""
     picture = {"source": EVIL, "alt": '" onerror="x', "width": 0}
-    pieces: Any = environment().get_template("pieces.html").module
+    pieces: Any = macros("locogen.pages", "pieces.html")
     shown = pieces.image(picture) + pieces.value_table([EVIL], [[EVIL]], EVIL)
     shown += pieces.facts([(EVIL, [Fact(EVIL, EVIL, EVIL)])])
     assert "<script" not in shown and dangers(shown) == ["src=" + EVIL]

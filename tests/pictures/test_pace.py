@@ -242,7 +242,7 @@ def test_bad_input_is_named(pipe, rates):
         pass
     with pytest.raises(LocogenError, match="give at least 1"), speed(pipe, batch_size=0):
         pass
-    with speed(pipe), pytest.raises(LocogenError, match="leave that context first"), speed(pipe):
+    with speed(pipe), pytest.raises(LocogenError, match="leave the first context"), speed(pipe):
         pass
 
 

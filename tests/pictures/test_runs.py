@@ -411,7 +411,7 @@ def test_the_key_knows_pooled_and_timesteps_where_they_matter(pipe, tmp_path):
 
     assert key() == key() != key(timesteps=(0, 0)) != key(timesteps=(1, 1))
     assert key(layers=()) == key(layers=(), timesteps=(0, 1)) == key(layers=(), target="a")
-    with pytest.raises(LocogenError, match="step 2 is not there"):
+    with pytest.raises(LocogenError, match="there is no step 2"):
         key(timesteps=(0, 2))
 
 

@@ -169,8 +169,8 @@ def _on_cuda(run: Planned) -> Planned:
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"engine": "slurm"}, "no engine 'slurm': there are: dask, processes, serial"),
-        ({"scheduler": "tcp://127.0.0.1:1"}, "a scheduler is Dask's"),
+        ({"engine": "slurm"}, "no engine 'slurm': use one of dask, processes, serial"),
+        ({"scheduler": "tcp://127.0.0.1:1"}, "--scheduler is for Dask"),
         ({"workers": 0}, "workers is 0: give a whole number"),
         (
             {"engine": "dask", "scheduler": "tcp://127.0.0.1:1"},

@@ -379,7 +379,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_what_is_left(write, kernel: Kernel, 
     kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
-    assert "left: blueprint, cat. The same command continues" in capsys.readouterr().out
+    assert "left: blueprint, cat. Run the same command again to continue" in capsys.readouterr().out
     assert not left_over(path.with_suffix("")) and result(path, "neon")
     kernel.interrupts = ""
     run_study(path)
@@ -398,7 +398,7 @@ def test_ctrl_c_before_an_end_was_noticed(write, kernel: Kernel, capsys, monkeyp
     kernel.interrupts = "mini/blueprint"
     with pytest.raises(KeyboardInterrupt):
         run_study(path)
-    assert "left: blueprint, cat. The same command continues" in capsys.readouterr().out
+    assert "left: blueprint, cat. Run the same command again to continue" in capsys.readouterr().out
 
 
 def test_what_a_killed_process_left_is_cleared(write, kernel: Kernel) -> None:
@@ -439,7 +439,7 @@ def test_two_at_once_are_refused(write, kernel: Kernel) -> None:
     path.with_suffix("").mkdir()
     with (path.with_suffix("") / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(LocogenError, match="another locogen is at work in"):
+        with pytest.raises(LocogenError, match="another locogen is working in"):
             run_study(path)
     run_study(path)
     assert len(kernel.calls) == 2
@@ -462,7 +462,7 @@ BAD = {
     "runs that are none": ("run = 3", "run is not a list of tables"),
     "unknown key": ("runs = 3", "no key 'runs': did you mean 'run'"),
     "defaults that are none": ("defaults = 3\n[[run]]\nseeds = 1", "defaults is not a table"),
-    "twice the same": ("[[run]]\nseeds = 1\n[[run]]\nseeds = 1\n[[run]]\nseeds = 1", "is there twice"),
+    "twice the same": ("[[run]]\nseeds = 1\n[[run]]\nseeds = 1\n[[run]]\nseeds = 1", "is in the study twice"),
     "no notebook": ('[[run]]\nnotebook = "none.ipynb"', "there is no notebook"),
     "unknown notebook": ('[[run]]\nnotebook = "localise"', "no notebook 'localise': did you mean 'localize'"),
     "broken notebook": ('[[run]]\nnotebook = "broken.ipynb"', "is not a notebook"),
@@ -740,7 +740,7 @@ def test_no_kernel_outlives_its_study(write, tmp_path: Path, name: str) -> None:
     assert error == ""
     if name == "SIGINT":
         assert process.returncode == 130 and out.endswith(
-            "interrupted\nleft: neon, blueprint. The same command continues from here.\n"
+            "interrupted\nleft: neon, blueprint. Run the same command again to continue.\n"
         )
         assert not left_over(tmp_path / "mini")
 

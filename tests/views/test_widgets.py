@@ -237,7 +237,7 @@ def test_a_run_knows_its_pipeline_and_does_not_keep_it() -> None:
 
 def test_what_cannot_be_explored_is_refused(run: Run, pipe: Any) -> None:
     plain = generate(pipe, "a cat", num_inference_steps=1, progress=False)
-    with pytest.raises(LocogenError, match="shows a run of localize"):
+    with pytest.raises(LocogenError, match="give explore a run of localize"):
         explore(plain)
     with pytest.raises(LocogenError, match="weights are not the run's"):
         explore(run, pipe=tiny.pipeline(attention_head_dim=4))
