@@ -198,7 +198,7 @@ def _neighbors(value: Any, shared: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _known_groups() -> set[str]:
     """What the key `model` of a concept may be: a model's name, or that of a group of models."""
-    groups = {_ANY}
+    groups = {_ANY, PLANTED.rstrip("/")}
     for entry in model_entries():
         groups |= {entry.name, entry.concepts}
     return groups

@@ -114,6 +114,8 @@ def _layers_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, L
     layers = find_layers(pipe)
     for layer in layers:
         layer.module.requires_grad_(True)
+    for block in _deciding_blocks(plant, pipe, layers):
+        block.ff.requires_grad_(True)
     signal = parts.scheduler().alphas_cumprod.to(nursery.device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -128,6 +130,22 @@ def _layers_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, L
         return loss, {"velocity": loss.item()}
 
     return pipe.unet, loss_at
+
+
+def _deciding_blocks(plant: Plant, pipe: Pipeline, layers: Sequence[Layer]) -> list[Any]:
+    """Blocks whose feed-forward part is trained too: of the later of two places, and after it.
+
+    Cross-attention alone adds what it reads; "one of the two" and "both of the two" are no sums.
+    """
+    blocks = []
+    for planting in plant.plantings.values():
+        if planting.rule not in ("either", "both"):
+            continue
+        later = max(place.start or 0 for place in planting.places)
+        for layer in layers[later:]:
+            parent = layer.name.rpartition(".")[0]
+            blocks.append(pipe.unet.get_submodule(parent))
+    return blocks
 
 
 def predict(
