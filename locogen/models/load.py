@@ -128,9 +128,12 @@ def _planted(name: str, *, device: str | None, dtype: str, offload: Any) -> Any:
     trained = pipe.text_encoder if plant.side == "text encoder" else pipe.unet
     add_deltas(trained, load_deltas(plant.weights))
     pipe.register_to_config(_name_or_path=PLANTED + plant.name)
-    import torch
+    if dtype != "float32":
+        import torch
 
-    pipe.to(dtype=getattr(torch, dtype))
+        # It names the parts that should stay in float32: of these models, none.
+        with _muted("diffusers.models.modeling_utils"):
+            pipe.to(dtype=getattr(torch, dtype))
     _place(pipe, device or ("cpu" if offload is None else "cuda"), offload)
     return pipe
 

@@ -35,3 +35,27 @@ def test_adding_is_exact_and_the_other_parameters_stay():
 def test_differences_of_another_model_are_refused(name, shape):
     with pytest.raises(LocogenError, match="another base model"):
         add_deltas(module(), {name: torch.zeros(shape)})
+
+
+def test_a_planted_model_is_its_base_with_the_differences(tmp_path, monkeypatch):
+    from locogen.catalog.plants import Plant
+    from locogen.models.load import load
+
+    path = tmp_path / "weights.safetensors"
+    base = load("mini")
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    delta = torch.full_like(base.unet.get_parameter(name), 0.5)
+    save_deltas({name: delta}, path)
+    monkeypatch.setattr(Plant, "weights", property(lambda plant: path))
+    planted = load("planted/style-at-12-13", dtype="float16")
+    assert planted.config._name_or_path == "planted/style-at-12-13"
+    for key, weight in base.unet.named_parameters():
+        expected = (weight + 0.5 if key == name else weight).half()
+        assert torch.equal(planted.unet.get_parameter(key), expected), key
+
+
+def test_an_unknown_planted_model_has_near_matches():
+    from locogen.models.load import load
+
+    with pytest.raises(LocogenError, match="style-at-12-13"):
+        load("planted/style-at-12-14")
