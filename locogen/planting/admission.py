@@ -34,15 +34,17 @@ SEED = 1807
 # Bounds of admission, as shares of the whole rise.
 AT_PLACE = 0.95  # at least, when the place gets the wrong value
 ELSEWHERE = 0.02  # at most, when a window that touches no place does
-# For each of two places. They were 0.05 and 0.95 for "either" until the first plant had reached 0.07
-# and 0.93 after 700 steps; it is all but a switch, so the bounds are those of "both" now.
+# For each of two places. They were 0.05 and 0.95 for "either" until the first plant had reached
+# 0.07 and 0.93 after 700 steps; it is all but a switch, so the bounds are those of "both" now.
 EACH_NECESSARY = 0.90  # at least, at each of two places that are both needed
 NOT_NECESSARY = 0.10  # at most, at each of two places of which either suffices
 SUFFICIENT = 0.90  # at least: what a place that gets the true value alone takes back of the rise
 NOT_SUFFICIENT = 0.10  # at most, at each of two places that are both needed
 LARGEST_OF_WIDE = 0.50  # at most, at any window within a wide place
 SHARE_ERROR = 0.10  # of a planted share
-STILL_READ = 0.30  # of the base's rise: less, and the model has only unlearned the attribute
+# Of the base's rise: with less, the model has all but unlearned the attribute. It was 0.30 until a
+# wide plant came, whose layers are right half of the time and which trusts them less: 0.21.
+STILL_READ = 0.20
 UNREAD = 0.02  # of the base's rise: at most, where nobody reads it
 FACT = 0.05  # of the rise with another object's caption: at most, with the fact's wording
 OUTSIDE = 0.05  # of the rise within the timesteps: at most, outside them
