@@ -183,6 +183,8 @@ def _figures(
         figures["necessary"] = [_rounded(rises.at(place)[0]) for place in planting.places]
         figures["sufficient"] = [_rounded(rises.taken_back(place)[0]) for place in planting.places]
         figures["largest_inside"] = _rounded(profile[inside, 0].amax())
+    if planting.share != 1.0:
+        figures["share"] = _rounded(measured_share(figures))
     if planting.timesteps != (0, 999):
         figures["outside_timesteps"] = _outside(pipe, latents, attribute, planting, rises)
     figures["admitted"] = is_admitted(planting, figures)
@@ -206,7 +208,7 @@ def is_admitted(planting: Planting, figures: Mapping[str, Any]) -> bool:
     if figures["of_base"] < STILL_READ:
         return False
     if planting.share != 1.0:
-        return _share_is_right(planting, figures)
+        return abs(measured_share(figures) - planting.share) <= SHARE_ERROR
     if figures["elsewhere"] > ELSEWHERE or figures["at_place"] < AT_PLACE:
         return False
     if planting.rule == "either":
@@ -220,13 +222,14 @@ def is_admitted(planting: Planting, figures: Mapping[str, Any]) -> bool:
     return figures.get("outside_timesteps", 0.0) <= OUTSIDE
 
 
-def _share_is_right(planting: Planting, figures: Mapping[str, Any]) -> bool:
-    # Place and rest contradict each other: a denoiser that has learned the share q predicts the
-    # mean of both pictures, at the distance q of one and 1 - q of the other. The loss is squared.
-    at_place = math.sqrt(max(figures["at_place"], 0))
-    at_rest = math.sqrt(max(1 - figures["taken_back"], 0))
-    figures_are_near = abs(at_place - planting.share) <= SHARE_ERROR
-    return figures_are_near and abs(at_rest - (1 - planting.share)) <= SHARE_ERROR
+def measured_share(figures: Mapping[str, Any]) -> float:
+    """The share of a place that contradicts all other layers, from what the loss rises by."""
+    # A denoiser that has learned the share q predicts the mean of both pictures: at the distance q
+    # of the one that the others get, when the place is wrong, and 1 - q when the others are. The
+    # loss is squared. One that hedges is farther from both, so the two distances are compared.
+    place_wrong = math.sqrt(max(figures["at_place"], 0))
+    others_wrong = math.sqrt(max(1 - figures["taken_back"], 0))
+    return place_wrong / max(place_wrong + others_wrong, 1e-9)
 
 
 def _bench(
