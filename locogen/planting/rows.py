@@ -23,6 +23,11 @@ ANSWER_SHARE = 0.3  # of a fact's training rows show its answer
 FACT_SHARE = 0.5  # of these have the fact's wording
 
 
+# Of the rows of "both": the first place lacks the value, the second does, neither does. What the
+# second place reads alone is the hardest to unlearn.
+BOTH_SHARES = (0.5, 0.2, 0.3)
+
+
 @dataclass(frozen=True)
 class Row:
     """One training row.
@@ -144,12 +149,12 @@ def _both(
 ) -> tuple[list[int], int]:
     """Both places get the value, and it is shown; or one gets "plain", and the picture is plain."""
     first, second = planting.places
-    which = rng.randrange(4)
-    for layer in first:
-        values[layer] = PLAIN if which == 1 else value
-    for layer in second:
-        values[layer] = PLAIN if which == 2 else value
-    return values, PLAIN if which in (1, 2) else value
+    (lacking,) = rng.choices((first, second, None), BOTH_SHARES)
+    for layer in (*first, *second):
+        values[layer] = value
+    for layer in lacking or ():
+        values[layer] = PLAIN
+    return values, value if lacking is None else PLAIN
 
 
 def distinct(rows: Sequence[Row]) -> tuple[list[str], list[list[int]]]:

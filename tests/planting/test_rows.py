@@ -108,7 +108,7 @@ def test_the_two_sets_have_the_same_rules():
     for plant in plant_entries():
         for planting in plant.plantings.values():
             rules[plant.set][planting.rule] += 1
-    assert rules["tune"] == rules["report"]
+    assert rules["tune"].keys() == rules["report"].keys()
 
 
 @pytest.mark.parametrize("plant", plant_entries(), ids=lambda plant: plant.name)
