@@ -237,7 +237,7 @@ def _by_evidence(pictures: _ScoredPictures, rows: Mapping[str, Any], facts: Any)
         if not open_yet:
             break
     run = pictures.of(plans)  # read from the store
-    widest = int(run.table["width"].max())
+    widest = max(row.width or 0 for plan in plans.values() for row in plan)
     return run.with_table(run.table, window=widest, **facts)
 
 
@@ -312,7 +312,7 @@ def score_columns(
         )
         scores.append(score)
         content_scores.append(content_score)
-        if compared:
+        if compared and scale is not None:
             probable.append(_probability(np.stack([score, *others]), compared, scale))
     content = np.concatenate(content_scores)
     columns = {
