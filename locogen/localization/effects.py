@@ -76,8 +76,8 @@ def effect(
         - on "layer": `choose`, what a carrier is chosen by; `fresh` with its interval, measured on
           seeds that did not choose it (all seeds do, but in a race); and for the best window
           `lead`, `lead_low`, `p_lead` over the best rival that does not overlap it;
-        - on "content": `beyond` with its interval, what is lost beyond the ceiling's loss, as a
-          share of the baseline's content score.
+        - on "content": `beyond` with its interval, what is lost beyond the loss at the ceiling or
+          the placebo, as a share of the baseline's content score.
 
     Raises:
         LocogenError: If rows are missing or twice, scores are not finite, or there is no score of
@@ -305,9 +305,11 @@ def _content(rows: Any, level: float) -> list[Line]:
     scores = Scores(with_content, "content_score")
     lost = scores.content_lost("window")
     lines = estimates("content", scores.starts("window"), lost, level)
-    if scores.has("ceiling"):
+    controls = [scores.content_lost(role) for role in ("ceiling", "placebo") if scores.has(role)]
+    if controls:
+        usual = max(controls, key=np.mean)  # what a window may lose, and still be about the concept
         # Cosines differ in size from scorer to scorer: the baseline's own is the unit.
-        beyond = (lost - scores.content_lost("ceiling")) / abs(scores.baseline.mean())
+        beyond = (lost - usual) / abs(scores.baseline.mean())
         intervals = stats.crossed_bootstrap(beyond, level=level)
         for place, line in enumerate(lines):
             line["beyond"] = intervals.estimate[place]

@@ -27,7 +27,8 @@ SLACK = 0.25
 OPEN = 0.2
 # An effect larger than the ceiling's by this share of it, with confidence: another picture came.
 BEYOND_CEILING = 0.25
-# So does a loss of content beyond the ceiling's, in units of the baseline's content score.
+# So does a loss of content beyond that of the ceiling and the placebo, in units of the baseline's
+# content score.
 BEYOND_CONTENT = 0.25
 # A ceiling whose interval lies below this: the score hardly depends on the layers at all.
 SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
