@@ -7,14 +7,18 @@ Windows share prompt and seed (common random numbers), and the baseline of the p
 control variate), so all comparisons are paired. What is bounded is how much of another window's
 effect the leader reaches at least:
 
-- One comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumptions*:
-  over pairs, these differences are about normal; any variances, any correlation between windows;
-  and pairs count as separate draws, which they are for the concept's own prompts where a seed does
-  not move all its pairs' differences alike. So the result speaks for these prompts (others may have
-  another best window), and seeds take turns. Bounds that know only a range (empirical Bernstein,
-  betting; Waudby-Smith & Ramdas, J. R. Stat. Soc. B 86, 2024) need no assumption, and cannot drop
-  anything before log2((windows - 1) * looks / alpha) pairs, ten or more: even a fair coin falls the
-  same way that often. That is more pairs than a race should take.
+- One comparison, one look: the one-sided paired t bound of `leader - r * other`. *Assumption*:
+  these differences are about normal; any variances, any correlation between windows.
+- The unit is the seed: a seed may move the differences of all its prompts alike, and then pictures
+  of one seed are hardly more than one draw. So the pairs of a seed count together, Student's t has
+  as many degrees of freedom as there are seeds less one, and every seed takes part (seeds take
+  turns, and the first pairs are of different seeds). Many seeds with few prompts decide sooner than
+  few seeds with many prompts. The result speaks for these prompts; others may have another best
+  window.
+- Bounds that know only a range (empirical Bernstein, betting; Waudby-Smith & Ramdas, J. R. Stat.
+  Soc. B 86, 2024) need no assumption, and cannot drop anything before log2((windows - 1) * looks /
+  alpha) units, ten or more: even a fair coin falls the same way that often. That is more than a
+  race should take.
 - All looks: alpha is spent in equal parts on looks that are fixed beforehand (Bonferroni; the
   simplest of the alpha spending functions of Lan & DeMets, Biometrika 70, 1983), so repeated looks
   cost nothing further.
@@ -22,8 +26,12 @@ effect the leader reaches at least:
   all pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped,
   and what is said about the winner holds.
 
-tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model,
-and that of a plain bootstrap.
+Every seed serves for the choice, so none is left to judge the winner by: what is said of it
+afterwards must be corrected for the choice among all windows (`effects.raced_effects`).
+
+tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model
+and with seeds that move all prompts alike, and that of a plain bootstrap and of pairs that count as
+separate draws.
 """
 
 from __future__ import annotations
@@ -38,7 +46,7 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
-from locogen.stats import ALPHA, split_seeds, student_quantile
+from locogen.stats import ALPHA, student_quantile
 
 BUDGET = 0.35  # of the pictures of the exhaustive search
 FIRST_LOOK = 3  # pairs
@@ -63,33 +71,47 @@ def _critical(tail: float, freedom: int) -> float:
     return student_quantile(tail, freedom)
 
 
-def bound(values: Array, tail: float) -> float:
+def bound(values: Array, tail: float, seeds: Sequence[int] | None = None) -> float:
     """Lower bound of the mean of (pairs,) `values`, by Student's t; wrong with probability `tail`.
 
-    -inf for fewer than three: two pairs can agree by chance, and what that is worth depends on the
+    `seeds`: the seed of each pair; pairs of one seed may be moved alike, so they count together.
+    None: every pair has a seed of its own.
+
+    -inf for fewer than three seeds: two can agree by chance, and what that is worth depends on the
     center of the distribution and not on its tails.
     """
     count = len(values)
-    if count < FIRST_LOOK:
+    totals = values - values.mean()  # (pairs,)
+    if seeds is not None:
+        totals = _by_seed(totals, seeds)  # (seeds,)
+    units = len(totals)
+    if units < FIRST_LOOK:
         return -math.inf
-    standard_error = values.std(ddof=1) / math.sqrt(count)
-    return float(values.mean() - _critical(tail, count - 1) * standard_error)
+    variance = units / (units - 1) * float(np.square(totals).sum())
+    standard_error = math.sqrt(variance) / count
+    return float(values.mean() - _critical(tail, units - 1) * standard_error)
 
 
-def ahead(leader: Array, other: Array, tail: float) -> bool:
+def _by_seed(values: Array, seeds: Sequence[int]) -> Array:
+    """Sums of the values of each seed, (pairs,) -> (seeds,)."""
+    _, number = np.unique(seeds, return_inverse=True)  # (pairs,)
+    return np.bincount(number, weights=values)
+
+
+def ahead(leader: Array, other: Array, tail: float, seeds: Sequence[int] | None = None) -> bool:
     """Whether the leader has an effect, and a larger one: then the other is not the best."""
-    return bound(leader, tail) > 0 and bound(leader - other, tail) > 0
+    return bound(leader, tail, seeds) > 0 and bound(leader - other, tail, seeds) > 0
 
 
-def reach(leader: Array, other: Array, tail: float) -> float:
+def reach(leader: Array, other: Array, tail: float, seeds: Sequence[int] | None = None) -> float:
     """The share r of the other's mean that the leader's reaches at least, 0 to 1.
 
-    `leader`, `other`: effects on the same pairs, (pairs,). 1 means that the other is not the best;
-    0 that nothing can be said.
+    `leader`, `other`: effects on the same pairs, (pairs,); `seeds`: as in `bound`. 1 means that the
+    other is not the best; 0 that nothing can be said.
     """
-    if bound(leader, tail) <= 0:
+    if bound(leader, tail, seeds) <= 0:
         return 0.0
-    if ahead(leader, other, tail):
+    if ahead(leader, other, tail, seeds):
         return 1.0
     # The largest r for which the bound of `leader - r * other` is positive, by bisection. The bound
     # is concave in r, so it is positive from 0 up to there and nowhere beyond, and r is wrong only
@@ -98,7 +120,7 @@ def reach(leader: Array, other: Array, tail: float) -> float:
     high = 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        if bound(leader - middle * other, tail) > 0:
+        if bound(leader - middle * other, tail, seeds) > 0:
             low = middle
         else:
             high = middle
@@ -111,12 +133,13 @@ class Race:
 
     `effects`: (windows, pairs), NaN where not looked. `left`: window → (how, after how many pairs),
     where how is "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the
-    budget).
+    budget). `seeds`: the seed of each pair, None: each has its own.
     """
 
     windows: int
     pairs: int
     alpha: float = ALPHA
+    seeds: Sequence[int] | None = None
     effects: Array = field(init=False)
     left: dict[int, tuple[str, int]] = field(init=False, default_factory=dict)
     seen: int = field(init=False, default=0)
@@ -128,6 +151,10 @@ class Race:
     def tail(self) -> float:
         """Error probability of one comparison at one look."""
         return self.alpha / max(1, self.windows - 1) / len(looks(self.pairs))
+
+    def seeds_upto(self, count: int) -> Sequence[int] | None:
+        """The seeds of the first `count` pairs."""
+        return None if self.seeds is None else self.seeds[:count]
 
     @property
     def alive(self) -> list[int]:
@@ -150,7 +177,7 @@ class Race:
         reached = []
         for window, count in looked.items():
             rival = self.effects[window, :count]
-            reached.append(reach(leader[:count], rival, self.tail))
+            reached.append(reach(leader[:count], rival, self.tail, self.seeds_upto(count)))
         return min(reached, default=1.0)
 
     def look(self, effects: Array) -> None:
@@ -163,8 +190,9 @@ class Race:
         self.seen = upto
         winner, *others = self.alive
         leader = self.effects[winner, :upto]
+        seeds = self.seeds_upto(upto)
         for window in others:
-            if ahead(leader, self.effects[window, :upto], self.tail):
+            if ahead(leader, self.effects[window, :upto], self.tail, seeds):
                 self.left[window] = ("dropped", upto)
 
     def keep(self, best: int) -> None:
@@ -193,15 +221,16 @@ def race(
 ) -> Generator[Rows, Array, Raced]:
     """The race of one concept, as a generator: yields rows to make, is sent their scores.
 
-    Windows race on the seeds that serve to choose (`stats.split_seeds`). The winner, and the best
-    window that does not overlap it, are then made for all pairs, and with `controls` the ceiling,
-    the placebo and the winner's insert.
+    Windows race on the pairs of all seeds, as many as it takes. The winner, and the best window
+    that does not overlap it, are then made for all pairs, and with `controls` the ceiling, the
+    placebo and the winner's insert.
 
     Args:
         concept: What to look for.
         n_layers: Number of cross-attention layers.
         window: Layers in a window.
-        seeds: At least four.
+        seeds: At least four; they are the unit (see the head of this module), so few of them can
+            drop only windows that are far behind.
         controls: Whether to make the controls.
         pooled: As in `plan.Intervention`.
         budget: Share of the rows of `plan.sweep` that all rows of the race may reach.
@@ -217,10 +246,10 @@ def race(
     every = sweep(
         concept, n_layers=n_layers, window=window, seeds=seeds, controls=controls, pooled=pooled
     )
-    choosing, held_out = _ordered_pairs(concept, sorted(distinct_seeds(seeds)))
-    pairs = choosing + held_out
+    pairs = ordered_pairs(concept, sorted(distinct_seeds(seeds)))
     cells = _cells(every)
-    state = Race(n_layers - window + 1, len(choosing), alpha)
+    seed_of_pair = tuple(seed for _, seed in pairs)
+    state = Race(n_layers - window + 1, len(pairs), alpha, seed_of_pair)
     # What every pair gets, whichever window wins.
     always = ["baseline"]
     rows_a_pair = 1
@@ -235,7 +264,7 @@ def race(
         alive = sorted(state.alive)
         if len(alive) == 1 and state.windows > 1:
             break  # the winner is known
-        pairs_now = choosing[state.seen : upto]
+        pairs_now = pairs[state.seen : upto]
         scores = yield _rows_of_look(cells, pairs_now, alive)
         scores = scores.reshape(len(alive) + 1, len(pairs_now))  # (baseline and windows, pairs)
         state.look(concept.sign * (scores[1:] - scores[0]))
@@ -259,29 +288,24 @@ def _rows_of_look(cells: Cells, pairs: Sequence[Pair], windows: Sequence[int]) -
     return rows
 
 
-def _ordered_pairs(concept: Concept, seeds: Sequence[int]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs of the seeds that choose, and of the held-out seeds.
+def ordered_pairs(concept: Concept, seeds: Sequence[int]) -> list[Pair]:
+    """Every pair of a prompt and a seed, in the order in which a race takes them.
 
-    Seeds come in turn, each with its prompts shuffled: any few pairs are a fair draw, of different
-    seeds and different prompts as far as possible.
+    In rounds: each seed with one prompt, and no two seeds of a round with the same prompt while
+    there are prompts left. So any few pairs are of different seeds and prompts as far as possible.
     """
     if len(seeds) < 4:
         raise LocogenError(
-            "a race needs seeds to choose and others to judge: "
+            "a race needs several seeds, by which it tells luck from effect: "
             f"give at least four, not {len(seeds)}"
         )
-    choosing, held_out = split_seeds(seeds)
-    return _shuffled_pairs(concept, choosing), _shuffled_pairs(concept, held_out)
-
-
-def _shuffled_pairs(concept: Concept, seeds: Sequence[int]) -> list[Pair]:
-    """Every pair of these seeds, one prompt for each seed in turn."""
     count = len(concept.pairs)
-    orders = [np.random.default_rng([abs(seed), 1]).permutation(count) for seed in seeds]
+    shuffled = np.random.default_rng([abs(seeds[0]), 1]).permutation(count)
     pairs = []
-    for turn in zip(*orders, strict=True):
-        for seed, prompt in zip(seeds, turn, strict=True):
-            pairs.append((concept.pairs[prompt].prompt, seed))
+    for turn in range(count):
+        for place, seed in enumerate(seeds):
+            prompt = concept.pairs[shuffled[(turn + place) % count]].prompt
+            pairs.append((prompt, seed))
     return pairs
 
 

@@ -321,6 +321,7 @@ _MEASURES = {
     "generality": ("s", "#e08214"),
     "specificity": ("D", "#2166ac"),
     "ordinary": ("^", "#4d4d4d"),
+    "chance": ("v", "#999999"),
 }
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",

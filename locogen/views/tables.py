@@ -504,6 +504,8 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     }
     parts = []
     for measure, row in measures.items():
+        if measure not in words:
+            continue
         parts.append(
             f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)"
         )

@@ -1,7 +1,7 @@
 """Is the race as good as the whole search, and for how many pictures? On every concept of the mini model.
 
 `python tests/benchmarks/race.py` makes the whole search's pictures (kept: a second call only counts), races on them,
-and compares the two choices on seeds that chose neither. It writes what it measured to `tests/benchmarks/
+and compares the two choices on seeds that chose neither (the last two of six). It writes what it measured to `tests/benchmarks/
 race_effects.json`; `--simulate` goes on from that file alone, to more pairs and to 66 windows, by resampling.
 """
 
@@ -21,11 +21,11 @@ import pandas as pd
 import locogen as loco
 from locogen.localization.racing import BUDGET, Rows, race, run_races
 from locogen.plan import Concept, Intervention, PromptPair, sign_of, sweep
-from locogen.stats import split_seeds
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "race_effects.json"
 LAYERS, WIDTH = 16, 2
+JUDGING = 2  # of the measured seeds: they judge, and choose nothing
 Array = np.ndarray[Any, Any]
 
 
@@ -52,25 +52,17 @@ def raced(effects: Array, asked: dict[str, Any], **more: Any) -> tuple[int, int,
     return int(told.loc[told["verdict"] == "chosen", "start"].iloc[0]), len(rows), told
 
 
-def compared(
-    effects: Array, asked: dict[str, Any], truth: Array | None = None, **more: Any
-) -> dict[str, Any]:
-    """The race beside the whole search on the same `effects`; both judged by `truth`, else on the fresh seeds."""
-    choose, fresh = map(list, split_seeds(asked["seeds"]))
-    judged = effects[:, :, fresh].mean((1, 2)) if truth is None else truth
-    whole = int(effects[:, :, choose].mean((1, 2)).argmax())
+def compared(effects: Array, asked: dict[str, Any], judged: Array, **more: Any) -> dict[str, Any]:
+    """The race beside the whole search on the same `effects`; both judged by other means, (windows,)."""
+    whole = int(effects.mean((1, 2)).argmax())
     winner, rows, told = raced(effects, asked, **more)
     every = len(sweep(**asked, controls=more.get("controls", True)))
-    best = (
-        told[told["start"] == int(judged.argmax())]["verdict"].iloc[0]
-        if truth is not None
-        else None
-    )
+    best = told[told["start"] == int(judged.argmax())]["verdict"].iloc[0]
     return {
         "whole": whole,
         "race": winner,
         "ratio": float(judged[winner] / judged[whole]),
-        "ratio_to_best": float(judged[winner] / judged[effects.mean((1, 2)).argmax()]),
+        "ratio_to_best": float(judged[winner] / judged.max()),
         "pictures": rows / every,
         "dropped": int((told.drop_duplicates("start")["verdict"] == "dropped").sum()),
         "best_dropped": best == "dropped",
@@ -220,11 +212,12 @@ def main() -> None:
         rows = []
         for one in found["concepts"].values():
             effects = np.array(one["effects"]).reshape(LAYERS - WIDTH + 1, -1, found["seeds"])
-            asked = asked_of(stand_in(effects.shape[1]), found["seeds"])
+            raced_on = effects[:, :, :-JUDGING]
+            judged = effects[:, :, -JUDGING:].mean((1, 2))
+            asked = asked_of(stand_in(effects.shape[1]), raced_on.shape[2])
             if one["carrier"] is not None:
-                rows.append(
-                    compared(effects, asked, controls=controls, budget=BUDGET if controls else 0.4)
-                )
+                budget = BUDGET if controls else 0.4
+                rows.append(compared(raced_on, asked, judged, controls=controls, budget=budget))
         lines.append(line(f"measured, {'with' if controls else 'without'} controls", rows))
     lines += simulate(found, chosen.repeats)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
