@@ -89,8 +89,15 @@ def crossed_bootstrap(
     level: float = 0.95,
     seed: int = 0,
     prompts: str | None = None,
+    yes_no: bool | None = None,
 ) -> Interval:
     """Mean over prompts and seeds with an interval, for each leading index of `values`.
+
+    Yes/no scores may agree by luck, and an interval without width is then wrong. For them no
+    interval is narrower than what as many independent trials as there are seeds (or prompts, where
+    these are resampled and fewer) could tell of a share. Continuous scores have no such floor: of
+    prompts on which an effect is missing, but that are not among these, they say nothing
+    (`showing_prompts` says how many there may be).
 
     Args:
         values: Scores, (..., prompts, seeds), in any unit.
@@ -99,10 +106,12 @@ def crossed_bootstrap(
         seed: Seed of the resampling; the same seed gives the same interval.
         prompts: "random" (resample prompts), "fixed" (only seeds are resampled), or None: random
             from six prompts on. A single seed counts as fixed.
+        yes_no: Whether scores are 0 or 1, or differences of such scores. None: yes where all are
+            -1, 0 or 1, and not all 0.
 
     Returns:
         Estimates and bounds of shape (...). The interval of a window does not depend on other
-        windows.
+        windows, but that `yes_no` is read off all of them.
 
     Raises:
         ValueError: For a wrong shape, values that are not finite (with their place), or one prompt
@@ -135,8 +144,74 @@ def crossed_bootstrap(
         scaled /= np.stack([_student(df, draws, seed) for df in freedom[:-1]], axis=1)
         tails = [(1 - level) / 2, (1 + level) / 2]
         low, high = estimate + np.quantile(scaled, tails, axis=0)
+        if is_yes_no(x) if yes_no is None else yes_no:
+            floor_low, floor_high = _share_floor(x, factors, level)
+            low = np.minimum(low, floor_low)
+            high = np.maximum(high, floor_high)
     shape = raw.shape[:-2]
     return Interval(estimate.reshape(shape), low.reshape(shape), high.reshape(shape), *factors)
+
+
+def is_yes_no(values: ArrayLike) -> bool:
+    """Whether values look like yes/no scores or their differences: -1, 0 or 1, and not all 0."""
+    x = np.asarray(values, np.float64)
+    return bool(np.isin(x, (-1.0, 0.0, 1.0)).all() and x.any())
+
+
+def _share_floor(x: Array, factors: tuple[str, str], level: float) -> tuple[Array, Array]:
+    """Bounds of the mean of yes/no scores by the number of units alone, (windows,) each.
+
+    Gains (1) and losses (-1) are shares of the trials, each with Clopper and Pearson's bounds.
+    """
+    units = min(count for count, how in zip(x.shape[1:], factors, strict=True) if how == "random")
+    gains = np.maximum(x, 0).mean((1, 2))  # (windows,)
+    losses = np.maximum(-x, 0).mean((1, 2))
+    least_gained, most_gained = _clopper_pearson(gains * units, units, level)
+    least_lost, most_lost = _clopper_pearson(losses * units, units, level)
+
+    # What was not seen at all counts only where nothing was: a score of 0 or 1 cannot be lost.
+    nothing = (gains == 0) & (losses == 0)
+    more_lost = np.where((losses > 0) | nothing, most_lost - losses, 0)
+    more_gained = np.where((gains > 0) | nothing, most_gained - gains, 0)
+    mean = gains - losses
+    low = mean - np.hypot(gains - least_gained, more_lost)
+    high = mean + np.hypot(losses - least_lost, more_gained)
+    return low, high
+
+
+def showing_prompts(
+    effects: ArrayLike, *, part: float = 0.5, level: float = 0.95
+) -> tuple[Array, Array, Array]:
+    """On how many prompts each window's effect shows, and for what share of prompts it may show.
+
+    An effect that is missing on one prompt in eight is seen on all of six prompts as often as not:
+    the interval of its mean, which knows only these six, is then too narrow. The count tells what
+    may be missing.
+
+    Args:
+        effects: Effects, (windows, prompts, seeds).
+        part: An effect shows on a prompt if it is at least this part of the median prompt's.
+        level: Coverage of the interval.
+
+    Returns:
+        For each window: the count of prompts, and the bounds of the share of prompts like these
+        (Clopper and Pearson). Of a window without a positive median effect: 0 and NaN.
+
+    Raises:
+        ValueError: As `crossed_bootstrap`.
+
+    Example:
+        >>> count, low, high = showing_prompts([[[0.4], [0.5], [0.4], [0.5], [0.4], [0.6]]])
+        >>> print(f"{count[0]:.0f} of 6 prompts, {low[0]:.0%} to {high[0]:.0%} of all")
+        6 of 6 prompts, 54% to 100% of all
+    """
+    x = _checked(effects, "effects")
+    means = x.mean(2)  # (windows, prompts)
+    median = np.median(means, axis=1, keepdims=True)  # (windows, 1)
+    positive = median[:, 0] > 0
+    count = np.where(positive, (means >= part * median).sum(1), 0)
+    low, high = _clopper_pearson(count, x.shape[1], level)
+    return count, np.where(positive, low, np.nan), np.where(positive, high, np.nan)
 
 
 def simultaneous_lead(
@@ -517,6 +592,50 @@ def wilson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     middle = (hits + z2 / 2) / (count + z2)
     half = math.sqrt(z2 * (hits * (count - hits) / count + z2 / 4)) / (count + z2)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def clopper_pearson(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Clopper and Pearson's exact bounds of a share, `hits` of `count` (Biometrika 26, 1934).
+
+    Each bound holds with probability (1 + level) / 2 at least, for any share and count. So they are
+    wider than `wilson`, whose bounds of a few trials fail somewhat more often than they say.
+
+    Args:
+        hits: Number of successes; not whole where trials are means of several pictures.
+        count: Number of independent trials: objects or styles, not pictures or wordings of them.
+        level: Coverage of the interval.
+
+    Returns:
+        Lower and upper end, within 0 and 1.
+
+    Raises:
+        ValueError: For a count below 1, hits outside it, or a level that is not a probability.
+
+    Example:
+        >>> low, high = clopper_pearson(0, 4)
+        >>> print(f"{low:.2f} {high:.2f}")
+        0.00 0.60
+    """
+    if not 0 <= hits <= count or count < 1 or not 0 < level < 1:
+        raise ValueError(
+            f"{hits} hits of {count} at level {level} are no share: "
+            "give 0 <= hits <= count, count >= 1"
+        )
+    low, high = _clopper_pearson(np.asarray(hits, np.float64), count, level)
+    return float(low), float(high)
+
+
+def _clopper_pearson(hits: Array, count: int, level: float) -> tuple[Array, Array]:
+    """As `clopper_pearson`, elementwise."""
+    from scipy.special import betaincinv
+
+    tail = (1 - level) / 2
+    some_hit = hits > 0
+    some_missed = hits < count
+    # Where a bound is 0 or 1, 1 stands in for a parameter that would be 0.
+    low = betaincinv(np.where(some_hit, hits, 1), count - hits + 1, tail)
+    high = betaincinv(hits + 1, np.where(some_missed, count - hits, 1), 1 - tail)
+    return np.where(some_hit, low, 0.0), np.where(some_missed, high, 1.0)
 
 
 # --- rank correlation ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def sweep(rng, *shape, windows=15, **parts):
 
 
 def interval(values, **kwargs):
-    result = stats.crossed_bootstrap(values, **kwargs)
+    result = stats.crossed_bootstrap(values, **{"yes_no": False} | kwargs)
     return np.stack([result.low, result.estimate, result.high])
 
 
@@ -173,6 +173,96 @@ def test_coverage_for_these_prompts(seeds):
     )
     low, _, high = interval(x, draws=1000)
     assert covered(low, high, truth=4.0) > 0.95 - 2 * slack(0.95, len(x))
+
+
+# ---- yes/no scores, and effects that are missing on some prompts
+
+
+@pytest.mark.parametrize(("prompts", "seeds"), [(1, 4), (2, 4), (4, 4), (3, 8)])
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.6])
+@pytest.mark.parametrize("alike", [False, True])
+def test_coverage_of_yes_no_scores(prompts, seeds, share, alike):
+    """Few pictures often agree by luck. Also where a seed moves all prompts alike; the twin has no floor."""
+    rng, trials = np.random.default_rng(30), 300
+    luck = rng.random((trials, 1 if alike else prompts, seeds))
+    x = np.broadcast_to(luck < share, (trials, prompts, seeds)).astype(float)
+    low, _, high = interval(x, draws=200, yes_no=None)
+    assert covered(low, high, share) > 0.95 - slack(0.95, trials)
+    low, _, high = interval(x, draws=200, yes_no=False)
+    agree = (x == x[:, :1, :1]).all((1, 2))  # (trials,)
+    assert (low == high)[agree].all()
+    assert not ((low <= share) & (share <= high))[agree].any()
+    assert share < 0.95 or agree.mean() > 0.25, "and that is often"
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0.8, 0.05), (0.1, 0.1), (0.02, 0.02)])
+def test_coverage_of_differences_of_yes_no_scores(gained, lost):
+    rng, trials = np.random.default_rng(31), 300
+    luck = rng.random((trials, 2, 4))
+    x = (luck < gained).astype(float) - (luck > 1 - lost)
+    low, _, high = interval(x, draws=200, yes_no=None)
+    assert covered(low, high, gained - lost) > 0.95 - slack(0.95, trials)
+    assert (high > low).all()
+
+
+@pytest.mark.parametrize("prompts", [6, 8])
+def test_a_yes_no_effect_that_is_missing_on_one_prompt_in_eight_is_covered(prompts):
+    rng, trials = np.random.default_rng(32), 300
+    x = np.repeat((rng.random((trials, prompts, 1)) < 7 / 8).astype(float), 4, axis=2)
+    low, _, high = interval(x, draws=200, yes_no=None)
+    assert covered(low, high, 7 / 8) > 0.95 - slack(0.95, trials)
+    low, _, high = interval(x, draws=200)
+    assert covered(low, high, 7 / 8) < 0.75
+
+
+@pytest.mark.parametrize("prompts", [6, 8])
+def test_the_count_of_prompts_says_how_many_may_lack_an_effect(prompts):
+    """Continuous scores cannot show a prompt that is not among them; the bound of the count covers their share."""
+    rng, trials = np.random.default_rng(33), 300
+    shows = rng.random((trials, prompts, 1)) < 7 / 8
+    x = np.where(shows, 0.4, 0.0) + 0.02 * crossed(rng, (trials, prompts, 4))
+    low, _, high = interval(x, draws=200)
+    assert covered(low, high, 0.4 * 7 / 8) < 0.75, "the twin: the interval of the mean"
+    count, low, high = stats.showing_prompts(x)
+    on_most = shows.mean((1, 2)) > 0.5
+    np.testing.assert_array_equal(count[on_most], shows.sum((1, 2))[on_most])
+    assert covered(low, high, 7 / 8) > 0.95
+    count, low, _ = stats.showing_prompts(-x)
+    assert not count.any() and np.isnan(low).all()
+
+
+def test_continuous_scores_have_no_floor():
+    x = crossed(np.random.default_rng(34), (4, 6, 4))
+    x[0] = 0.3  # without any spread
+    found = interval(x, yes_no=None)
+    np.testing.assert_array_equal(found, interval(x))
+    assert found[0][0] == found[2][0]
+    assert (interval(x, yes_no=True)[2] >= found[2]).all()
+
+
+def test_a_window_without_any_effect_has_the_floor_of_its_column():
+    """All zeros among yes/no scores are a share of none; zeros alone may be a difference of any scores."""
+    x = np.zeros((2, 6, 4))
+    x[1] = 1
+    low, _, high = interval(x, yes_no=None)
+    np.testing.assert_allclose(high[0], stats.clopper_pearson(0, 4)[1])
+    np.testing.assert_allclose([low[0], low[1], high[1]], [-high[0], 1 - high[0], 1])
+    assert not interval(x[:1], yes_no=None).any()
+    assert not stats.is_yes_no(x[:1]) and not stats.is_yes_no(x / 2) and stats.is_yes_no(-x)
+
+
+def test_clopper_pearson_is_scipys_and_each_bound_holds():
+    from scipy.stats import binom, binomtest
+
+    for hits, count, level in ((0, 10, 0.95), (3, 10, 0.95), (10, 10, 0.8), (17, 60, 0.99)):
+        exact = binomtest(hits, count).proportion_ci(level, method="exact")
+        assert stats.clopper_pearson(hits, count, level) == pytest.approx((exact.low, exact.high))
+    upper = np.array([stats.clopper_pearson(hits, 4)[1] for hits in range(5)])
+    wilson = np.array([stats.wilson(hits, 4)[1] for hits in range(5)])
+    for share in np.linspace(0.02, 0.98, 49):
+        rates = binom.pmf(np.arange(5), 4, share)
+        assert rates[upper >= share].sum() >= 0.975
+    assert binom.pmf(np.arange(5), 4, 0.55)[wilson >= 0.55].sum() < 0.975, "the twin"
 
 
 # ---- shares of the ceiling
@@ -632,6 +722,7 @@ HOLE = np.where(np.arange(48).reshape(2, 6, 4) == 33, np.nan, 1.0)
             lambda: stats.share_interval(np.ones((2, 6, 4)), np.ones((1, 6, 3))),
             r"ceiling has shape \(1, 6, 3\), effects \(2, 6, 4\)",
         ),
+        (lambda: stats.clopper_pearson(3, 2), "no share"),
         (lambda: stats.split_seeds([]), "at least one"),
         (lambda: stats.split_seeds([3, 4, 3]), "none twice"),
         (lambda: stats.welch_z(np.ones((1, 3)), np.ones((4, 3))), "at least two rows"),

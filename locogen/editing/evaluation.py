@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -114,9 +115,9 @@ def evaluate(
     Returns:
         A table with one row an arm, probe and seed. `before`, `after`: raw cosines with the
         probe's text. `right_before`, `right_after`: 1 if that text beats those of `among`, else 0;
-        NaN without such texts. `sign`: see `Probe`. `ssim`: likeness of the two pictures (1: the
-        same). `distance`: 1 - cosine of their features, if the scorer has features. `lpips`: if
-        that package is installed.
+        NaN without such texts. `sign`, `unit`: see `Probe`. `ssim`: likeness of the two pictures
+        (1: the same). `distance`: 1 - cosine of their features, if the scorer has features.
+        `lpips`: if that package is installed.
 
     Raises:
         LocogenError: No arm or no probe, an edit of another model, and as `generate`.
@@ -239,8 +240,10 @@ class _Measuring:
         lines = []
         for row in self.rows:
             probe = row.probe
-            lines.append((probe.measure, probe.prompt, probe.text, row.seed, probe.sign))
-        table = pd.DataFrame(lines, columns=["measure", "prompt", "text", "seed", "sign"])
+            unit = probe.unit or probe.prompt
+            lines.append((probe.measure, unit, probe.prompt, probe.text, row.seed, probe.sign))
+        columns = ["measure", "unit", "prompt", "text", "seed", "sign"]
+        table = pd.DataFrame(lines, columns=columns)
         table = table.assign(
             before=old.scores,
             after=new.scores,
@@ -258,18 +261,20 @@ class _Measuring:
 def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """Average an evaluation, with intervals: one row an arm, measure and quantity.
 
-    Prompts and seeds are crossed (`stats.crossed_bootstrap`); probes that share a prompt are
-    averaged.
+    Units and seeds are crossed (`stats.crossed_bootstrap`); probes of one unit (`Probe.unit`: its
+    wordings, or texts of one prompt) are averaged. Bounds of shares are no nearer than so many
+    independent units allow (`stats.clopper_pearson`), however many pictures there are of each.
 
     Args:
         table: From `evaluate`.
         level: Coverage of the intervals.
 
     Returns:
-        A table of `arm measure sign quantity before after after_low after_high change low high n`.
+        A table of `arm measure sign quantity before after after_low after_high change low high n
+        units`.
         Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` if it
         was measured. `low` and `high` are of the change; the last three quantities have none, only
-        the interval of `after`. `n`: number of pictures.
+        the interval of `after`. `n`: number of pictures; `units`: of units.
 
     Example:
         >>> import pandas as pd
@@ -286,41 +291,44 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     lines: list[dict[str, Any]] = []
     for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):  # pyright: ignore
         labels = {"arm": arm, "measure": measure, "sign": int(part["sign"].iloc[0])}
+        counts = {"n": _pictures(part), "units": part[_unit_column(part)].nunique()}
         for quantity, (before, after) in BEFORE_AND_AFTER.items():
             if bool(part[after].isna().to_numpy().any()):
                 continue  # probes without alternatives are neither right nor wrong
             means = _paired_means(
                 _grid(part, before), _grid(part, after), level, shares=quantity == "right"
             )
-            lines.append(labels | {"quantity": quantity} | means)
+            lines.append(labels | {"quantity": quantity} | means | counts)
         for quantity, bounds in OF_PAIRS.items():
             if quantity in part:
                 means = _pair_means(_grid(part, quantity), level, bounds)
-                lines.append(labels | {"quantity": quantity} | means)
+                lines.append(labels | {"quantity": quantity} | means | counts)
     return pd.DataFrame(lines)
 
 
 def _paired_means(old: Array, new: Array, level: float, *, shares: bool) -> dict[str, Any]:
-    """Means and change of two (prompts, seeds) arrays, with intervals.
+    """Means and change of two (units, seeds) arrays, with intervals.
 
     `shares`: they are shares of right pictures.
     """
-    change = stats.crossed_bootstrap((new - old)[None], level=level)
-    mean = stats.crossed_bootstrap(new[None], level=level)
+    change = stats.crossed_bootstrap((new - old)[None], level=level, yes_no=False)
+    mean = stats.crossed_bootstrap(new[None], level=level, yes_no=False)
     change_low = change.low[0]
     change_high = change.high[0]
     after_low = mean.low[0]
     after_high = mean.high[0]
     if shares:
-        # The bootstrap says nothing where every picture agrees. So the wider of its interval and
-        # Wilson's is taken; the number of trials is that of prompts, since pictures of one prompt
+        # The bootstrap says nothing where every picture agrees (its own floor for yes/no scores
+        # knows of no units, and is left out). So the wider of its interval and
+        # the exact one is taken; the number of trials is that of units, since pictures of one unit
         # succeed and fail together.
-        wilson_low, wilson_high = stats.wilson(new.mean() * len(new), len(new), level)
-        after_low = max(0.0, np.fmin(after_low, wilson_low))
-        after_high = min(1.0, np.fmax(after_high, wilson_high))
-        if (new == old).all():  # no change is not certainty: Wilson's bound of none in as many
-            change_high = stats.wilson(0, len(new), level)[1]
-            change_low = -change_high
+        units = len(new)
+        least, most = stats.clopper_pearson(_within_one(new.mean()) * units, units, level)
+        after_low = max(0.0, np.fmin(after_low, least))
+        after_high = min(1.0, np.fmax(after_high, most))
+        below, above = _smallest_reach(new - old, level)
+        change_low = max(-1.0, np.fmin(change_low, change.estimate[0] - below))
+        change_high = min(1.0, np.fmax(change_high, change.estimate[0] + above))
     return {
         "before": old.mean(),
         "after": new.mean(),
@@ -329,14 +337,34 @@ def _paired_means(old: Array, new: Array, level: float, *, shares: bool) -> dict
         "change": change.estimate[0],
         "low": change_low,
         "high": change_high,
-        "n": new.size,
     }
 
 
+def _within_one(share: float) -> float:
+    """A mean of shares, which rounding may have put a little above 1."""
+    return min(1.0, float(share))
+
+
+def _smallest_reach(changes: Array, level: float) -> tuple[float, float]:
+    """How far an interval of the mean change of shares reaches at least, below and above it.
+
+    `changes`: (units, seeds), -1 to 1. Gains and losses are shares of the units, each known no
+    better than by `stats.clopper_pearson`. What no unit shows may still happen to some.
+    """
+    units = len(changes)
+    gained = _within_one(np.maximum(changes, 0).mean())
+    lost = _within_one(np.maximum(-changes, 0).mean())
+    least_gained, most_gained = stats.clopper_pearson(gained * units, units, level)
+    least_lost, most_lost = stats.clopper_pearson(lost * units, units, level)
+    below = math.hypot(gained - least_gained, most_lost - lost)
+    above = math.hypot(lost - least_lost, most_gained - gained)
+    return below, above
+
+
 def _pair_means(values: Array, level: float, bounds: tuple[float, float]) -> dict[str, Any]:
-    """The mean of a quantity of pairs, (prompts, seeds), with its interval within the bounds."""
+    """The mean of a quantity of pairs, (units, seeds), with its interval within the bounds."""
     smallest, largest = bounds
-    mean = stats.crossed_bootstrap(values[None], level=level)
+    mean = stats.crossed_bootstrap(values[None], level=level, yes_no=False)
     return {
         "before": np.nan,
         "after": mean.estimate[0],
@@ -345,7 +373,6 @@ def _pair_means(values: Array, level: float, bounds: tuple[float, float]) -> dic
         "after_high": min(mean.high[0], largest),
         "low": np.nan,
         "high": np.nan,
-        "n": values.size,
     }
 
 
@@ -412,24 +439,34 @@ class _Gap(NamedTuple):
 
 
 def _gap(part: pd.DataFrame, other: pd.DataFrame, level: float, rivals: int) -> _Gap:
-    """How much more of one arm's pictures are as they should be; paired on prompts and seeds."""
+    """How much more of one arm's pictures are as they should be; paired on units and seeds."""
     sign = int(part["sign"].iloc[0])
-    gap = sign * (_grid(part, "right_after") - _grid(other, "right_after"))  # (prompts, seeds)
-    mean = stats.crossed_bootstrap(gap[None], level=1 - (1 - level) / rivals)  # Bonferroni
-    smallest = 0.0
-    if not gap.any():  # no difference is not certainty, see `_paired_means`
-        smallest = stats.wilson(0, len(gap), level)[1]
+    gap = sign * (_grid(part, "right_after") - _grid(other, "right_after"))  # (units, seeds)
+    shared = 1 - (1 - level) / rivals  # Bonferroni
+    mean = stats.crossed_bootstrap(gap[None], level=shared, yes_no=False)
+    below, above = _smallest_reach(gap, shared)
     return _Gap(
         mean.estimate[0],
-        below=max(mean.estimate[0] - mean.low[0], smallest),
-        above=max(mean.high[0] - mean.estimate[0], smallest),
+        below=np.fmax(mean.estimate[0] - mean.low[0], below),
+        above=np.fmax(mean.high[0] - mean.estimate[0], above),
     )
 
 
 def _grid(part: pd.DataFrame, column: str) -> Array:
-    """One column as (prompts, seeds); probes that share a prompt are averaged."""
+    """One column as (units, seeds); probes of one unit are averaged."""
     import pandas as pd
 
-    means = pd.DataFrame(part.groupby(["prompt", "seed"], sort=False)[column].mean()).reset_index()
-    levels = {name: list(means[name].unique()) for name in ("prompt", "seed")}
+    unit = _unit_column(part)
+    means = pd.DataFrame(part.groupby([unit, "seed"], sort=False)[column].mean()).reset_index()
+    levels = {name: list(means[name].unique()) for name in (unit, "seed")}
     return stats.cube(means, column, levels)
+
+
+def _unit_column(part: pd.DataFrame) -> str:
+    """The column of units; a table without one has a unit for each prompt."""
+    return "unit" if "unit" in part else "prompt"
+
+
+def _pictures(part: pd.DataFrame) -> int:
+    """How many pictures there are: probes that share a prompt share them."""
+    return len(part.drop_duplicates(["prompt", "seed"]))

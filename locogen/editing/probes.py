@@ -10,8 +10,8 @@ from locogen.errors import LocogenError
 from locogen.phrasings import phrase_in
 from locogen.plan import Concept, PromptPair
 
-Measure = Literal["efficacy", "generality", "specificity", "ordinary"]
-MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary")
+Measure = Literal["efficacy", "generality", "specificity", "ordinary", "chance"]
+MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary", "chance")
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,17 @@ class Probe:
     Attributes:
         measure: What it measures. "efficacy": the edited concept, on prompts that the fit did not
             see; "generality": the same in other words; "specificity": neighbors that should stay;
-            "ordinary": pictures that have nothing to do with the concept.
+            "ordinary": pictures that have nothing to do with the concept; "chance": prompts of
+            neighbors with the concept's own text: how often what is not the concept is taken for
+            it, before any edit.
         prompt: The prompt.
         text: What its pictures are scored against.
         among: Texts that it is compared with: a picture is right if none of them scores higher
             than `text`. Empty: it is neither right nor wrong.
         comes: Whether the edit should make it right (a fact's new answer) instead of wrong.
             Neighbors should always stay right.
+        unit: What the prompt is one of several wordings of: an object, a style. Bounds count units
+            as trials, since wordings of one thing succeed and fail together. None: the prompt.
 
     Example:
         >>> Probe("specificity", "a dog in pink", text="pink", among=("pink", "blue")).sign
@@ -39,6 +43,7 @@ class Probe:
     text: str
     among: tuple[str, ...] = ()
     comes: bool = False
+    unit: str | None = None
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:

@@ -3,6 +3,10 @@
 The idea: each layer is run a second time, with the values of all tokens but one set to zero. What
 it then puts out beyond its output for no values at all is that token's part, whichever way the
 layer computes attention. One run of the pipeline measures all layers, and nothing is scored.
+
+Norms of layers of other width or resolution cannot be compared: a layer of one query, or of many
+channels, would win whatever it does. So a token's part is taken as a share of all that the same
+layer writes of the text.
 """
 
 from __future__ import annotations
@@ -57,11 +61,12 @@ def attention_contribution(
 ) -> pd.DataFrame:
     """Measure what the concept's tokens write in each layer.
 
-    The contribution is the norm of W_o(A[:, token] V[token]), averaged over queries, over the
-    subject's tokens and over all denoising steps, in the conditional rows (after Zarei et al. 2025,
-    arXiv 2505.18832). Heads are summed by W_o, as the layer itself does it. It is in units of the
-    layer's output, which layers of different width or resolution do not share: the method was made
-    for transformers of equal blocks. No picture is decoded or scored.
+    The contribution is the norm of W_o(A[:, token] V[token]), averaged over queries and over the
+    subject's tokens, as a share of the mean norm of what the layer writes of all tokens together,
+    W_o(A V); averaged over all denoising steps, in the conditional rows. Zarei et al. (2025, arXiv
+    2505.18832) take the norm itself, for transformers of equal blocks; in a U-Net, layers differ in
+    width and resolution, and only shares can be compared. Heads are summed by W_o, as the layer
+    itself does it. No picture is decoded or scored.
 
     Args:
         pipe: A diffusers pipeline, as from `load`.
@@ -189,7 +194,7 @@ def measuring_contributions(
             second_run = _SecondRun(layer, tokens, contributions[layer.index], call)
             label = f"layer {layer.index} ({layer.name})"
             values = family.matrices(layer.module)["v"]
-            hooks.append(after(values, second_run.keep_one_token, f"to_v of {label}"))
+            hooks.append(after(values, second_run.keep_some_values, f"to_v of {label}"))
             hooks.append(after(layer.module, second_run.measure, label))
         return hooks
 
@@ -200,8 +205,8 @@ def measuring_contributions(
 class _SecondRun:
     """Runs one layer again, with one row for each token that is measured.
 
-    The rows of the second run are, first, each row of the call with all values zero, and then, for
-    each (row, token), that row with the values of that token alone.
+    The rows of the second run are, first, each row of the call with all values zero, then each with
+    all its values, and then, for each (row, token), that row with the values of that token alone.
     """
 
     def __init__(
@@ -216,21 +221,20 @@ class _SecondRun:
         self.contributions = contributions
         self.call = call
         self.cells = [(row, token) for row, places in enumerate(tokens) for token in places]
-        # For each row of the second run the token whose values stay; None: the run is not on.
-        self.remaining: list[int | None] | None = None
+        # For each row of the second run the tokens whose values stay; None: the run is not on.
+        self.remaining: list[slice] | None = None
         self.has_changed_values = False
 
-    def keep_one_token(
+    def keep_some_values(
         self, module: Module, args: Any, kwargs: Any, output: Tensor
     ) -> Tensor | None:
-        """Hook of the value matrix: within the second run, all values but one token's are zero."""
+        """Hook of the value matrix: within the second run, all other values are zero."""
         if self.remaining is None:
             return None
         self.has_changed_values = True
-        values = output * 0  # (rows + cells, tokens, width)
-        for row, token in enumerate(self.remaining):
-            if token is not None:
-                values[row, token] = output[row, token]
+        values = output * 0  # (2 * rows + cells, tokens, width)
+        for row, tokens in enumerate(self.remaining):
+            values[row, tokens] = output[row, tokens]
         return values
 
     def measure(
@@ -246,21 +250,24 @@ class _SecondRun:
                 f"layer {self.layer.index} puts out {len(output)} rows for {count} prompts: "
                 "call the pipeline with one prompt for each entry of tokens, one picture each"
             )
-        outputs = self._run_again(module, args, kwargs)  # (rows + cells, queries, width)
+        outputs = self._run_again(module, args, kwargs)  # (2 * rows + cells, queries, width)
         self.contributions.append(self._means(outputs))
 
     def _run_again(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """What the layer puts out in the second run, (rows + cells, queries, width)."""
+        """What the layer puts out in the second run, (2 * rows + cells, queries, width)."""
         count = len(self.tokens)
         first = self.call.rows.start  # the negative rows come before
-        owners = [*range(count), *(row for row, _ in self.cells)]
+        owners = [*range(count), *range(count), *(row for row, _ in self.cells)]
         rows = [first + row for row in owners]
         picked_args = [_select_rows(value, rows, first + count) for value in args]
         picked_kwargs = {}
         for name, value in kwargs.items():
             picked_kwargs[name] = _select_rows(value, rows, first + count)
 
-        self.remaining = [None] * count + [token for _, token in self.cells]
+        no_values = slice(0, 0)
+        all_values = slice(None)
+        single = [slice(token, token + 1) for _, token in self.cells]
+        self.remaining = [no_values] * count + [all_values] * count + single
         self.has_changed_values = False
         try:
             output = _in_float32(module, self.layer.name, picked_args, picked_kwargs)
@@ -271,11 +278,11 @@ class _SecondRun:
                 f"to_v of layer {self.layer.index} ({self.layer.name}) is not called: "
                 "unfuse the projections first, pipe.unfuse_qkv_projections()"
             )
-        # IF's layers put out a picture, (rows + cells, width, height, width of the picture).
+        # IF's layers put out a picture, (2 * rows + cells, width, height, width of the picture).
         return output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
 
     def _means(self, outputs: Tensor) -> Tensor:
-        """Mean norm over queries, then over the tokens of each row, (rows,)."""
+        """Mean norm over queries and tokens, as a share of all tokens' together, (rows,)."""
         import torch
 
         if not outputs.is_cuda:
@@ -283,11 +290,19 @@ class _SecondRun:
         count = len(self.tokens)
         owners = index_on(outputs.device, [row for row, _ in self.cells])  # (cells,)
         # W_o has a bias, and some layers add their input: the run without values has both too.
-        without_values = outputs[:count][owners]
-        norms = (outputs[count:] - without_values).double().norm(dim=-1).mean(-1)  # (cells,)
+        without_values = outputs[:count]  # (rows, queries, width)
+        whole = _mean_norm(outputs[count : 2 * count] - without_values)  # (rows,)
+        norms = _mean_norm(outputs[2 * count :] - without_values[owners])  # (cells,)
         total = torch.zeros(count, dtype=torch.float64, device=outputs.device)
         total = total.index_add(0, owners, norms)
-        return total / index_on(outputs.device, [len(places) for places in self.tokens])  # (rows,)
+        mean = total / index_on(outputs.device, [len(places) for places in self.tokens])  # (rows,)
+        # A layer that writes nothing of the text writes nothing of the concept.
+        return torch.where(whole > 0, mean / whole, 0.0)
+
+
+def _mean_norm(written: Tensor) -> Tensor:
+    """Mean over queries of the norm of what is written, (..., queries, width) -> (...)."""
+    return written.double().norm(dim=-1).mean(-1)
 
 
 def _select_rows(value: Any, rows: Sequence[int], count: int) -> Any:
@@ -362,16 +377,16 @@ def contributions(table: pd.DataFrame) -> Array:
 def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """Compute the effects table of an attention contribution.
 
-    Estimates are norms, all of them positive: only their order says something, and it says what is
-    written, not what that does to the picture.
+    Estimates are shares of what each layer writes of the text, all of them positive: only their
+    order says something, and it says what is written, not what that does to the picture.
 
     Args:
         table: The table of one concept, from `attention_contribution`.
         level: Coverage of the intervals.
 
     Returns:
-        One row a layer, with the axis "layer" and the columns of `effect`; estimates are in units
-        of the layers' output.
+        One row a layer, with the axis "layer" and the columns of `effect`; estimates are
+        shares of the layer's own.
 
     Raises:
         LocogenError: For a table of several concepts.
@@ -397,23 +412,12 @@ def contribution_effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataF
 
 
 def contribution_window(table: pd.DataFrame, *, window: int = 2) -> Window:
-    """The window of layers in which the concept's tokens write most.
+    """The window of layers whose writing is most of all about the concept's tokens.
 
-    It is a ranking: it always names one, and the reason says whether its lead is established.
+    It is a ranking, and always names one. No test says whether its lead is established: layers
+    share no unit but their own output, so a lead in shares is no effect.
     """
     values = contributions(table)
     places = windows(len(values), window)
-    sums = np.stack([values[list(place)].mean(0) for place in places])  # (windows, prompts, seeds)
-    start = int(sums.mean((1, 2)).argmax())
-    # A wide window may overlap all others: then there is nothing to lead.
-    has_rivals = any(abs(place - start) >= window for place in range(len(places)))
-    is_ahead = has_rivals and _leads(sums, start, window)
-    lead = "ahead of every other place" if is_ahead else "its lead is not established"
-    return Window(start, window, f"a ranking always names one; {lead}")
-
-
-def _leads(sums: Array, start: int, window: int) -> bool:
-    """Whether a window is ahead of all that it does not overlap; `sums`: (windows, ...)."""
-    return bool(
-        stats.simultaneous_lead(sums, start, apart=window, alpha=stats.ALPHA).p_value <= stats.ALPHA
-    )
+    means = [values[list(place)].mean() for place in places]
+    return Window(int(np.argmax(means)), window, "a ranking always names one")

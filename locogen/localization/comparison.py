@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -77,7 +77,8 @@ class Agreement(NamedTuple):
     """How far two localizers agree on one concept: one row of a table.
 
     `correlation`: Spearman's, over the layers, with its 95 % interval; `same`: whether the layers
-    they name overlap, None if one of them names none.
+    they name overlap, None if one of them names none; `layers_first`, `layers_second`: these
+    layers. `agreement` sums up several concepts, beside what chance would give.
     """
 
     concept: str
@@ -91,6 +92,8 @@ class Agreement(NamedTuple):
     carrier_second: str
     generations_first: int
     generations_second: int
+    layers_first: tuple[int, ...] = ()
+    layers_second: tuple[int, ...] = ()
 
 
 def localizers() -> pd.DataFrame:
@@ -216,7 +219,81 @@ def agree(first: Located, second: Located) -> Agreement:
         carrier_second=_named(second.carrier),
         generations_first=first.generations,
         generations_second=second.generations,
+        layers_first=tuple(first.carrier),
+        layers_second=tuple(second.carrier),
     )
+
+
+def agreement(rows: Iterable[Agreement], *, draws: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """How far localizers agree over several concepts, beyond what a constant answer would.
+
+    Two localizers that name the same few layers for every concept agree often, and say nothing
+    about the concepts. So the share of concepts on which they overlap is set beside the share with
+    concepts shuffled: what is left is `kappa` (after Cohen 1960), 1 where they always overlap, 0
+    where the concept makes no difference, NaN where even shuffled answers always overlap.
+
+    Args:
+        rows: Of `agree`, one or several pairs of localizers, each on several concepts.
+        draws: How often concepts are shuffled for `p_value`.
+        seed: Seed of the shuffling.
+
+    Returns:
+        One row a pair of localizers: `first`, `second`; `concepts`, for which both name layers;
+        `same`, the share of them on which these overlap; `shuffled`, the same with the answer to
+        any of these concepts in place of the concept's own; `kappa`; `p_value` of "the concept
+        makes no difference"; `constant`, the share on which the first localizer is met by the one
+        answer of the second that meets it most often, whatever the concept.
+
+    Raises:
+        LocogenError: For no rows, or a pair of localizers with a concept twice.
+
+    Example:
+        >>> row = Agreement("cat", "a", "b", 0.9, 0.8, 1.0, True, "layers 3-4", "layer 4", 9, 9)
+        >>> cat = row._replace(layers_first=(3, 4), layers_second=(4,))
+        >>> dog = cat._replace(concept="dog", layers_first=(8, 9), layers_second=(9,))
+        >>> agreement([cat, dog])[["concepts", "same", "shuffled", "kappa", "constant"]]
+           concepts  same  shuffled  kappa  constant
+        0         2   1.0       0.5    1.0       0.5
+    """
+    import pandas as pd
+
+    pairs: dict[tuple[str, str], list[Agreement]] = {}
+    for row in rows:
+        pairs.setdefault((row.first, row.second), []).append(row)
+    if not pairs:
+        raise LocogenError("there is nothing to sum up: give the rows of agree, one a concept")
+    lines = []
+    for (first, second), answers in pairs.items():
+        names = [answer.concept for answer in answers]
+        if len(set(names)) < len(names):
+            raise LocogenError(f"{first} and {second} have a concept twice: give each once")
+        both = [answer for answer in answers if answer.layers_first and answer.layers_second]
+        line = {"first": first, "second": second, "concepts": len(both)}
+        lines.append(line | _beyond_chance(both, draws, seed))
+    return pd.DataFrame(lines)
+
+
+def _beyond_chance(answers: Sequence[Agreement], draws: int, seed: int) -> dict[str, float]:
+    """The columns of `agreement` for one pair of localizers."""
+    if not answers:
+        return dict.fromkeys(("same", "shuffled", "kappa", "p_value", "constant"), np.nan)
+    overlap = np.array(
+        [[bool(set(a.layers_first) & set(b.layers_second)) for b in answers] for a in answers]
+    )  # (concepts of the first, concepts of the second)
+    same = float(overlap.diagonal().mean())
+    shuffled = float(overlap.mean())
+    kappa = (same - shuffled) / (1 - shuffled) if shuffled < 1 else np.nan
+    dice = np.random.default_rng(seed)
+    count = len(answers)
+    by_luck = [overlap[np.arange(count), dice.permutation(count)].mean() for _ in range(draws)]
+    as_good = np.sum(np.array(by_luck) >= same - 1e-12)
+    return {
+        "same": same,
+        "shuffled": shuffled,
+        "kappa": kappa,
+        "p_value": float(1 + as_good) / (1 + draws),
+        "constant": float(overlap.mean(0).max()),
+    }
 
 
 def _windowed(values: Array, count: int) -> Array:

@@ -73,11 +73,11 @@ def effect(
         - on "layer" and "insert": `share` of the ceiling with its interval; `p_any`, of "no effect,
           or no more than the placebo's", corrected for all windows; `seeds`, about how many tell
           whether the share is under or over a half, where it is open;
-        - on "layer": `choose`, what a carrier is chosen by; `fresh` with its interval, measured on
-          seeds that did not choose it (all seeds do, but in a race); and for the best window
-          `lead`, `lead_low`, `p_lead` over the best rival that does not overlap it;
-        - on "content": `beyond` with its interval, what is lost beyond the ceiling's loss, as a
-          share of the baseline's content score.
+        - on "layer": `choose`, what a carrier is chosen by; `fresh` with its interval, the same:
+          all seeds choose, and tests are corrected for it; and for the best window `lead`,
+          `lead_low`, `p_lead` over the best rival that does not overlap it;
+        - on "content": `beyond` with its interval, what is lost beyond the loss at the ceiling or
+          the placebo, as a share of the baseline's content score.
 
     Raises:
         LocogenError: If rows are missing or twice, scores are not finite, or there is no score of
@@ -97,7 +97,7 @@ def effect(
     import pandas as pd
 
     raced = "verdict" in table
-    measure = functools.partial(_concept_effects, level=level, raced=raced)
+    measure = functools.partial(_concept_effects, level=level)
     parts = []
     for name, rows in table.groupby("concept", sort=False):
         column = _checked_score(rows, str(name), score)
@@ -192,7 +192,7 @@ class Scores:
         return self.of("baseline", "content_score") - self.of(role, "content_score")
 
 
-def _concept_effects(rows: Any, level: float, column: str, raced: bool) -> pd.DataFrame:
+def _concept_effects(rows: Any, level: float, column: str) -> pd.DataFrame:
     scores = Scores(rows, column)
     widths = rows["width"].dropna()
     width = int(widths.iloc[0]) if len(widths) else 1
@@ -205,7 +205,7 @@ def _concept_effects(rows: Any, level: float, column: str, raced: bool) -> pd.Da
         line |= {"cosine": cosine["estimate"]}
         line |= {"cosine_low": cosine["low"], "cosine_high": cosine["high"]}
 
-    _add_evidence(lines, scores, width=width, level=level, raced=raced)
+    _add_evidence(lines, scores, width=width, level=level)
     kind = rows["kind"].iloc[0]
     if kind != "fact":  # a fact replaces its content: nothing should stay
         lines += _content(rows, level)
@@ -239,9 +239,7 @@ def _restored(scores: Scores) -> Array:
     return scores.effect_of("ceiling") - scores.effect_of("insert")
 
 
-def _add_evidence(
-    lines: list[Line], scores: Scores, *, width: int, level: float, raced: bool
-) -> None:
+def _add_evidence(lines: list[Line], scores: Scores, *, width: int, level: float) -> None:
     """What a verdict rests on, added to the lines of windows, inserts and the ceiling."""
     effects = scores.effect_of("window")
     ceiling = scores.effect_of("ceiling") if scores.has("ceiling") else None
@@ -253,9 +251,8 @@ def _add_evidence(
         width=width,
         level=level,
         starts=scores.starts("window"),
-        # A race chooses on some of the seeds: the others are fresh. Elsewhere all seeds choose, and
-        # what is said is corrected for the choice.
-        hold_out=raced,
+        # All seeds choose, and what is said is corrected for the choice.
+        hold_out=False,
     )
     of_axis: dict[str, list[Line]] = {}
     for line in lines:
@@ -305,9 +302,11 @@ def _content(rows: Any, level: float) -> list[Line]:
     scores = Scores(with_content, "content_score")
     lost = scores.content_lost("window")
     lines = estimates("content", scores.starts("window"), lost, level)
-    if scores.has("ceiling"):
+    controls = [scores.content_lost(role) for role in ("ceiling", "placebo") if scores.has(role)]
+    if controls:
+        usual = max(controls, key=np.mean)  # what a window may lose, and still be about the concept
         # Cosines differ in size from scorer to scorer: the baseline's own is the unit.
-        beyond = (lost - scores.content_lost("ceiling")) / abs(scores.baseline.mean())
+        beyond = (lost - usual) / abs(scores.baseline.mean())
         intervals = stats.crossed_bootstrap(beyond, level=level)
         for place, line in enumerate(lines):
             line["beyond"] = intervals.estimate[place]
@@ -490,7 +489,8 @@ def raced_effects(
     # The finalists were picked among all windows by some of the same pictures. Bonferroni's
     # correction holds however they were picked.
     on_layers = table["axis"] == "layer"
-    table.loc[on_layers, "p_any"] = (table.loc[on_layers, "p_any"] * len(sizes)).clip(upper=1)
+    for name in ("p_any", "p_lead"):
+        table.loc[on_layers, name] = (table.loc[on_layers, name] * len(sizes)).clip(upper=1)
     others = swept[~swept["start"].isin(finalists)]
     if len(others):
         dropped = _partly_measured(rows, others, table[on_layers].iloc[0], column)

@@ -174,9 +174,14 @@ class _ScoredPictures:
     def scores_of(self, plans: Mapping[int, Rows]) -> dict[int, Array]:
         """The scores of each plan's rows, {number of the concept: (rows,)}."""
         table = self.of(plans).table
-        scores = table[score_used(table)].to_numpy()
-        ends = np.cumsum([len(rows) for rows in plans.values()])
-        return dict(zip(plans, np.split(scores, ends[:-1]), strict=True))
+        scores: dict[int, Array] = {}
+        start = 0
+        for number, plan in plans.items():
+            rows = table.iloc[start : start + len(plan)]
+            # Concepts with neighbors race on their probability, as `effect` will judge them by it.
+            scores[number] = rows[score_used(rows)].to_numpy()
+            start += len(plan)
+        return scores
 
     def _beside(self, plans: Mapping[int, Rows]) -> list[Beside]:
         """For each row, the texts that its picture is compared with."""
@@ -237,7 +242,7 @@ def _by_evidence(pictures: _ScoredPictures, rows: Mapping[str, Any], facts: Any)
         if not open_yet:
             break
     run = pictures.of(plans)  # read from the store
-    widest = int(run.table["width"].max())
+    widest = max(row.width or 0 for plan in plans.values() for row in plan)
     return run.with_table(run.table, window=widest, **facts)
 
 
@@ -312,7 +317,7 @@ def score_columns(
         )
         scores.append(score)
         content_scores.append(content_score)
-        if compared:
+        if compared and scale is not None:
             probable.append(_probability(np.stack([score, *others]), compared, scale))
     content = np.concatenate(content_scores)
     columns = {

@@ -27,7 +27,8 @@ SLACK = 0.25
 OPEN = 0.2
 # An effect larger than the ceiling's by this share of it, with confidence: another picture came.
 BEYOND_CEILING = 0.25
-# So does a loss of content beyond the ceiling's, in units of the baseline's content score.
+# So does a loss of content beyond that of the ceiling and the placebo, in units of the baseline's
+# content score.
 BEYOND_CONTENT = 0.25
 # A ceiling whose interval lies below this: the score hardly depends on the layers at all.
 SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
@@ -45,6 +46,7 @@ CEILING = "ceiling"
 AXES = {NECESSITY: "layer", SUFFICIENCY: "insert"}  # question → axis of the effects table
 NUMBERS = ("estimate", "low", "high", "share", "share_low", "share_high")
 COLUMNS = ("question", "place", "start", "width", *NUMBERS, "p", "passes")
+_RACE = "a race looks at two windows to the end"
 Line = dict[str, Any]
 
 
@@ -316,10 +318,16 @@ def _one_place(case: _Case, place: Window, sufficient: Answers, evidence: Sequen
     if _number(line, "p_lead") <= stats.ALPHA:
         rivals = "its best rival" if case.raced else "every other place"
         parts.append(f"ahead of {rivals}")
+    if case.raced:
+        parts.append(f"{_RACE}: a third place that is needed too would not be seen")
     near = [s for s in _answers(evidence, NECESSITY).passes if s != start]
     if near:
         windows = ", ".join(Window(s, case.width).label for s in near)
-        parts.append(f"{windows} overlap{'s' if len(near) == 1 else ''} it and would do as well")
+        common = set(place).intersection(*(Window(s, case.width) for s in near))
+        each = ", ".join(str(layer) for layer in sorted(common))
+        shared = f", all with layer {each}" if common else ""
+        verb = "overlaps" if len(near) == 1 else "overlap"
+        parts.append(f"{windows} {verb} it and would do as well{shared}")
     inserts = {s: _number(one, "estimate") for s, one in case.on("insert").items()}
     away = tuple(s for s in sufficient.passes if not _overlaps(s, [place], case.width))
     if away:
@@ -338,7 +346,7 @@ def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Found
         return _Found("spread", tuple(places), _said(case, parts))
     parts = [f"{shares} of the ceiling's effect"]
     if case.raced:
-        parts.append("a race looks at two windows to the end: there may be more places")
+        parts.append(f"{_RACE}: there may be more places")
     return _Found(kind, tuple(places), _said(case, parts))
 
 
@@ -363,7 +371,7 @@ def _none_necessary(case: _Case, sufficient: Answers) -> _Found:
         return _Found(
             "inconclusive",
             (),
-            f"{_short(case)}; a race looks at two windows to the end: search='all' would tell "
+            f"{_short(case)}; {_RACE}: search='all' would tell "
             "whether it is spread or one of several places suffices",
         )
     inserts = {start: _number(line, "estimate") for start, line in case.on("insert").items()}

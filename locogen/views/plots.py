@@ -15,6 +15,7 @@ from locogen.errors import LocogenError
 from locogen.views.tables import (
     Carriers,
     carrier_cells,
+    carrier_notes,
     curves,
     describe,
     effect_matrix,
@@ -92,9 +93,10 @@ def plot_effect(
     ax = _heatmap(matrix, _change_label(effects), ax, cmap="vlag", center=0, **_around_zero(matrix))
     cells = carrier_cells(effects, carriers, axis=axis)
     names = []
+    notes = carrier_notes(effects, carriers, axis=axis)
     for concept in matrix.index:
-        no_carrier = concept in cells and cells[concept] is None
-        names.append(plain_label(concept) + ("\n(no single window)" if no_carrier else ""))
+        note = f"\n{notes[concept]}" if concept in notes else ""
+        names.append(plain_label(concept) + note)
     _finish(ax, matrix, names, layer_names)
     for concept, start in cells.items():
         if start is not None and start in matrix.columns:
@@ -319,6 +321,7 @@ _MEASURES = {
     "generality": ("s", "#e08214"),
     "specificity": ("D", "#2166ac"),
     "ordinary": ("^", "#4d4d4d"),
+    "chance": ("v", "#999999"),
 }
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.plan import Window
+from locogen.plan import Verdict, Window
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +89,30 @@ def describe_verdict(kind: str, places: Sequence[Window] = ()) -> str:
     named = [str(place) for place in places]
     listed = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
     return words.format(places=listed)
+
+
+def verdict_note(carrier: Window) -> str:
+    """Say in few words what stands in the place of one carrier.
+
+    Args:
+        carrier: A window without a start.
+
+    Returns:
+        The kind of a `Verdict`, with its places where each of them counts.
+
+    Example:
+        >>> verdict_note(Window(None, 2)), verdict_note(Verdict(None, 2, kind="nobody"))
+        ('no single window', 'no layer hears it')
+        >>> both = (Window(0, 2), Window(12, 2))
+        >>> verdict_note(Verdict(None, 2, kind="each necessary", places=both))
+        '0-1 and 12-13, each necessary'
+    """
+    # Runs of older versions, and windows of one's own, have no kind.
+    if not isinstance(carrier, Verdict):
+        return "no single window"
+    if carrier.kind in ("each necessary", "each sufficient"):
+        return f"{' and '.join(place.label for place in carrier.places)}, {carrier.kind}"
+    return "no layer hears it" if carrier.kind == "nobody" else carrier.kind
 
 
 def describe_trace(effects: pd.DataFrame, best: BestState) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
 from locogen.plan import Window
-from locogen.views.sentences import describe_verdict
+from locogen.views.sentences import describe_verdict, verdict_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,6 +162,20 @@ def carrier_cells(
         if "width" not in part or carrier.width in set(part["width"]):
             cells[str(label)] = carrier.start
     return cells
+
+
+def carrier_notes(
+    effects: pd.DataFrame, carriers: Carriers, *, axis: str = "layer"
+) -> dict[str, str]:
+    """Row of `effect_matrix` → why no carrier is outlined in it; only rows that have none."""
+    rows = _along(effects, axis)
+    windows = _by_concept(carriers, list(rows["concept"].unique()))
+    labels: Any = rows.drop_duplicates("label").set_index("label")["concept"]
+    notes = {}
+    for label, start in carrier_cells(effects, carriers, axis=axis).items():
+        if start is None:
+            notes[label] = f"({verdict_note(windows[labels[label]])})"
+    return notes
 
 
 def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
@@ -348,6 +362,10 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
     fresh = start is not None and _chosen_apart(lines)
     names = HELD_OUT if fresh else NUMBERS
     estimate, low, high = (_float(line.get(name)) for name in names)
+    # Where shares have intervals, none is given if the ceiling is too small for one.
+    share = line.get("share")
+    if "share_low" not in line:
+        share = _share(share, estimate, ceiling)
     return {
         "label": label,
         "concept": line["concept"],
@@ -360,7 +378,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "low": low,
         "high": high,
         "fresh": fresh,
-        "share": _share(line.get("share"), estimate, ceiling),
+        "share": share,
         "rival": _best_elsewhere(lines, at, width, names[0]),
         "reason": reason,
         "verdict": getattr(carrier, "kind", ""),
@@ -487,6 +505,8 @@ def describe_edit(summary: pd.DataFrame, arm: str) -> str:
     }
     parts = []
     for measure, row in measures.items():
+        if measure not in words:
+            continue
         parts.append(
             f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)"
         )

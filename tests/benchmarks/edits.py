@@ -19,7 +19,6 @@ import pandas as pd
 from tqdm import tqdm
 
 import locogen as loco
-from locogen import stats
 from locogen.editing.evaluation import summary
 from locogen.editing.probes import Probe
 from locogen.mini import world
@@ -40,22 +39,21 @@ def styles_of(thing: str) -> list[str]:
 def style_probes(name: str, things: Sequence[str]) -> list[Probe]:
     """The style in four wordings, and the others, on some objects; right where the judge sees the style that is named.
 
-    Half of the wordings name the style as no default phrasing does.
+    Half of the wordings name the style as no default phrasing does. The unit is the object. Pictures of the other
+    styles are also asked for this one, before the edit: that is what chance would leave.
     """
     among = tuple(f"style of {style}" for style in world.STYLES)
-    own = [
-        (text, name)
-        for thing in things
-        if name in styles_of(thing)
-        for text in wordings(thing, name)[::3]
-    ]
-    others = [
-        (world.prompt(t, style), style) for t in things for style in styles_of(t) if style != name
-    ]
-    return [
-        Probe("efficacy" if style == name else "specificity", text, f"style of {style}", among)
-        for text, style in own + others
-    ]
+    probes = []
+    for thing in things:
+        if name in styles_of(thing):
+            for text in wordings(thing, name)[::3]:
+                probes.append(Probe("efficacy", text, f"style of {name}", among, unit=thing))
+        for style in styles_of(thing):
+            if style != name:
+                text = world.prompt(thing, style)
+                probes.append(Probe("specificity", text, f"style of {style}", among, unit=thing))
+                probes.append(Probe("chance", text, f"style of {name}", among, unit=thing))
+    return probes
 
 
 def wordings(thing: str, style: str) -> list[str]:
@@ -74,19 +72,27 @@ def wordings(thing: str, style: str) -> list[str]:
 
 
 def thing_probes(words: str, answer: str, styles: Sequence[str]) -> list[Probe]:
-    """An object, or a fact by its wording, in some styles; its neighbors are the other objects and the other facts."""
+    """An object, or a fact by its wording, in some styles; its neighbors are the other objects and the other facts.
+
+    The unit is the style, of neighbors the neighbor. These are also asked for the object itself: chance, as above.
+    """
     among, shown = world.OBJECTS, [s for s in styles if s in styles_of(answer)]
-    own = [Probe("efficacy", text, answer, among) for s in shown for text in wordings(words, s)]
-    said = [Probe("generality", text, answer, among) for s in shown for text in wordings(answer, s)]
-    others = [(o, o) for o in world.OBJECTS if o != answer] + [
-        (f, a) for f, a in world.FACTS.items() if a != answer
-    ]
-    return (own + (said if words != answer else [])) + [
-        Probe("specificity", wordings(other, s)[0], seen, among)
-        for other, seen in others
-        for s in styles
-        if s in styles_of(seen)
-    ]
+    probes = []
+    for style in shown:
+        for text in wordings(words, style):
+            probes.append(Probe("efficacy", text, answer, among, unit=style))
+        if words != answer:
+            for text in wordings(answer, style):
+                probes.append(Probe("generality", text, answer, among, unit=style))
+    others = {other: other for other in world.OBJECTS if other != answer}
+    others |= {fact: seen for fact, seen in world.FACTS.items() if seen != answer}
+    for other, seen in others.items():
+        for style in styles:
+            if style in styles_of(seen):
+                text = wordings(other, style)[0]
+                probes.append(Probe("specificity", text, seen, among, unit=other))
+                probes.append(Probe("chance", text, answer, among, unit=other))
+    return probes
 
 
 def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
@@ -95,11 +101,10 @@ def probes_of(concept: loco.Concept, choosing: bool) -> list[Probe]:
             concept.name, [t for i, t in enumerate(world.OBJECTS) if (i % CHOOSE == 0) == choosing]
         )
     every = thing_probes(*words_of(concept), CHOOSING if choosing else REPORTING)
-    return [
-        p
-        for i, p in enumerate(every)
-        if p.measure != "specificity" or i % (2 if choosing else 1) == 0
-    ]
+    if not choosing:
+        return every
+    own, others = divided(every)
+    return own + thinned(others, 2)
 
 
 def words_of(concept: loco.Concept) -> tuple[str, str]:
@@ -207,16 +212,22 @@ def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     for row in lines.to_dict("records"):
         key = row["measure"] if row["quantity"] == "right" else f"{row['measure']} ssim"
         told.setdefault(row["arm"], {})[key] = {
-            k: row[k] for k in ("before", "after", "after_high", "change", "low", "high", "n")
+            k: row[k]
+            for k in ("before", "after", "after_high", "change", "low", "high", "n", "units")
         }
     return told
 
 
 def divided(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
     """Probes of the concept itself, which take more seeds, and of its neighbors."""
-    return [p for p in probes if p.measure != "specificity"], [
-        p for p in probes if p.measure == "specificity"
-    ]
+    own = [p for p in probes if p.measure in ("efficacy", "generality")]
+    return own, [p for p in probes if p not in own]
+
+
+def thinned(others: Sequence[Probe], every: int) -> list[Probe]:
+    """One in so many prompts of neighbors, with all that is asked of its pictures."""
+    kept = set(list(dict.fromkeys(probe.prompt for probe in others))[::every])
+    return [probe for probe in others if probe.prompt in kept]
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> None:
@@ -267,13 +278,6 @@ def settle(
     return *edits[choice(tried)], tried
 
 
-def by_thing(table: pd.DataFrame, wordings_each: int) -> float:
-    """The upper end for a style's share of right pictures when objects are drawn anew, not their wordings."""
-    part = table[table.measure == "efficacy"]
-    every = part["right_after"].to_numpy(float).reshape(-1, wordings_each * part.seed.nunique())
-    return float(stats.crossed_bootstrap(every[None]).high[0])
-
-
 def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> dict[str, Any]:
     concept = loco.concept(identity)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
@@ -286,12 +290,8 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     reported = seeds[:2] if concept.kind == "style" else seeds  # of a style there are more prompts
     table = loco.evaluate(pipe, {place: edit}, own, seeds=reported, **common)
     found = rates(table)
-    if concept.kind == "style":  # the wider of the two
-        line = found[place]["efficacy"]
-        line["after_high"] = max(
-            line["after_high"], by_thing(table, len(wordings("cat", concept.name)[::3]))
-        )
-    merge(found, rates(loco.evaluate(pipe, {place: edit}, others[::2], seeds=seeds, **common)))
+    near = thinned(others, 2)
+    merge(found, rates(loco.evaluate(pipe, {place: edit}, near, seeds=seeds, **common)))
     controls = loco.control_edits(pipe, edit, draws=1)
     windows = [window for window in controls if window.startswith("layer")]
     kept = {
@@ -301,7 +301,7 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
     }
     found |= rates(
         loco.evaluate(
-            pipe, kept, own[:: len(own) // 30 or 1] + others[::6], seeds=seeds[:1], **common
+            pipe, kept, own[:: len(own) // 30 or 1] + thinned(others, 6), seeds=seeds[:1], **common
         )
     )
     return dict(
@@ -314,7 +314,8 @@ def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> 
 
 def percent(line: dict[str, Any]) -> str:
     return (
-        f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%}), n = {line['n']}"
+        f"{line['before']:.0%} → {line['after']:.0%} (≤ {line['after_high']:.0%}), "
+        f"n = {line['n']} of {line['units']}"
     )
 
 
@@ -324,7 +325,7 @@ def said(identity: str, line: dict[str, Any]) -> str:
     kept = own["specificity"]
     neighbors = (
         f"{kept['before']:.1%} → {kept['after']:.1%} ({100 * kept['change']:+.1f} "
-        f"[{100 * kept['low']:+.1f}, {100 * kept['high']:+.1f}] points), n = {kept['n']}"
+        f"[{100 * kept['low']:+.1f}, {100 * kept['high']:+.1f}] points), n = {kept['n']} of {kept['units']}"
     )
     answer = percent(own["generality"]) if "generality" in own else "–"
     parts = [
@@ -333,6 +334,7 @@ def said(identity: str, line: dict[str, Any]) -> str:
         f"{line['settings']}, × {line['strength']:g}",
         percent(own["efficacy"]),
         answer,
+        f"{own['chance']['before']:.1%}",
         neighbors,
     ]
     return f"| {' | '.join(parts)} |"
@@ -372,7 +374,7 @@ def main() -> None:
     ]
     found: dict[str, Any] = {}
     print(
-        "| concept | edited | chosen settings | shown by its own words | its answer by name | neighbors |"
+        "| concept | edited | chosen settings | shown by its own words | its answer by name | chance | neighbors |"
     )
     for identity in tqdm(chosen.only or [i for group in groups for i in group], disable=None):
         found[identity] = study(pipe, judge, identity, chosen)

@@ -98,6 +98,17 @@ def report_agreement(found: dict[str, Any]) -> None:
             print(f"| {identity} | {pair['first']}, {pair['second']} | {value} | {pair['same']} |")
 
 
+def report_beyond_chance(found: dict[str, Any]) -> None:
+    """The printed table of agreement over all concepts, beside shuffled concepts and the constant answer."""
+    rows = [loco.Agreement(**pair) for told in found.values() for pair in told["agreement"]]
+    print("\n| localizers | same | concepts shuffled | kappa [p] | constant answer |")
+    for line in loco.agreement(rows).to_dict("records"):
+        named = f"{line['first']}, {line['second']} ({line['concepts']} concepts)"
+        kappa = f"{line['kappa']:.2f} [{line['p_value']:.3f}]"
+        shares = f"{line['same']:.0%} | {line['shuffled']:.0%} | {kappa} | {line['constant']:.0%}"
+        print(f"| {named} | {shares} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="mini")
@@ -126,6 +137,7 @@ def main() -> None:
         told = {"settings": settings, "concepts": found}
         (chosen.folder / "localizers.json").write_text(json.dumps(told, indent=1, default=str))
     report_agreement(found)
+    report_beyond_chance(found)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def arms(
 def looked(
     pipe: Any, judge: Any, probes: Sequence[Probe], options: argparse.Namespace
 ) -> dict[str, np.ndarray]:
-    """Whether each probe's picture shows what it says, by measure: (probes, seeds)."""
+    """Share of each unit's pictures that show what they say, by measure: (units, seeds)."""
     made = loco.generate(
         pipe,
         [probe.prompt for probe in probes],
@@ -76,10 +76,14 @@ def looked(
     )  # (texts, pictures)
     best = scores.argmax(0).reshape(len(probes), len(options.seeds))
     right = best == np.array([among.index(probe.text) for probe in probes])[:, None]
-    return {
-        name: right[[probe.measure == name for probe in probes]]
-        for name in dict.fromkeys(probe.measure for probe in probes)
-    }
+    found: dict[str, np.ndarray] = {}
+    for name in dict.fromkeys(probe.measure for probe in probes):
+        rows: dict[str, list[np.ndarray]] = {}
+        for probe, of_probe in zip(probes, right, strict=True):
+            if probe.measure == name:
+                rows.setdefault(probe.unit or probe.prompt, []).append(of_probe)
+        found[name] = np.stack([np.mean(each, axis=0) for each in rows.values()])
+    return found
 
 
 def study(
@@ -88,17 +92,18 @@ def study(
     options_of_edit, _ = editing.settings_of(concept)[chosen["settings"]]
     edit = loco.fit_edit(pipe, concept, layers=chosen["layers"], **options_of_edit)
     own, others = editing.divided(editing.probes_of(concept, False))
+    others = [probe for probe in others if probe.measure == "specificity"]
     own = [probe for probe in own if probe.measure == "efficacy"]
     own = own[:: len(own) // 30 or 1]
     probes, lines = own + others[:: options.every], []
     for arm, share, context in arms(pipe, concept, edit, chosen["strength"], options.draws):
         with context:
             for measure, right in looked(pipe, judge, probes, options).items():
-                mean = stats.crossed_bootstrap(right.astype(float)[None])
-                low, high = stats.wilson(int(right.sum()), right.size)
+                mean = stats.crossed_bootstrap(right[None], yes_no=False)
+                low, high = stats.clopper_pearson(right.mean() * len(right), len(right))
                 low, high = np.fmin(low, mean.low[0]), np.fmax(high, mean.high[0])
                 line = dict(arm=arm, share=share, measure=measure, shown=float(right.mean()))
-                lines.append(line | dict(low=float(low), high=float(high), n=right.size))
+                lines.append(line | dict(low=float(low), high=float(high), units=len(right)))
     return lines
 
 

@@ -15,7 +15,7 @@ from locogen.catalog import mini_folder
 from locogen.editing import likeness
 from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
-from locogen.editing.evaluation import compare, evaluate, lead, summary
+from locogen.editing.evaluation import _grid, _paired_means, compare, evaluate, lead, summary
 from locogen.editing.probes import Probe, probes_for
 from locogen.errors import LocogenError
 from locogen.pictures import runs, score
@@ -170,38 +170,58 @@ def right_of(table: pd.DataFrame) -> pd.Series:
     return summary(table).query("quantity == 'right'").iloc[0]
 
 
-def test_a_share_of_none_or_all_is_as_sure_as_its_prompts_not_its_pictures() -> None:
+def test_a_share_of_none_or_all_is_as_sure_as_its_units_not_its_pictures() -> None:
     for value in (0.0, 1.0):
         row = right_of(shares(np.full((10, 4), 1 - value), np.full((10, 4), value)))
         assert row["after"] == value
-        assert (row["after_low"], row["after_high"]) == pytest.approx(stats.wilson(10 * value, 10))
-        assert (
-            stats.wilson(0, 40)[1] < 0.1 < stats.wilson(0, 10)[1]
-        )  # forty pictures would claim more
+        exact = stats.clopper_pearson(10 * value, 10)
+        assert (row["after_low"], row["after_high"]) == pytest.approx(exact)
+        assert (row["units"], row["n"]) == (10, 40)
+        # Forty pictures would claim more.
+        assert stats.clopper_pearson(0, 40)[1] < 0.1 < stats.clopper_pearson(0, 10)[1]
 
 
 def test_no_change_is_not_certainty() -> None:
     row = right_of(shares(np.ones((10, 2)), np.ones((10, 2))))
+    unseen = stats.clopper_pearson(0, 10)[1]
     assert row["change"] == 0
-    assert (row["low"], row["high"]) == pytest.approx(
-        (-stats.wilson(0, 10)[1], stats.wilson(0, 10)[1])
-    )
+    assert (row["low"], row["high"]) == pytest.approx((-unseen, unseen))
 
 
-def test_the_upper_bound_covers_where_pictures_of_a_prompt_fail_together() -> None:
-    """Simulated: 15 prompts x 2 seeds, whole prompts fail; counting pictures misses four times as often as it may."""
-    dice, share = np.random.default_rng(0), 0.14
-    failed = dice.random((2000, 15)) < share
-    by_prompts = [
-        stats.wilson(int(f.sum()), 15)[1] for f in failed
-    ]  # the summary's bound is at least that
-    assert (
-        right_of(shares(np.ones((15, 2)), np.repeat(failed[0], 2).reshape(15, 2)))["after_high"]
-        >= by_prompts[0]
-    )
-    by_pictures = [stats.wilson(2 * int(f.sum()), 30)[1] for f in failed]
-    assert np.mean(np.array(by_prompts) < share) < 0.025 + 0.01
-    assert np.mean(np.array(by_pictures) < share) > 0.08
+def worded(dice, units: int, wordings: int, seeds: int, share: float) -> pd.DataFrame:
+    """An evaluation in which whole units keep the concept, all wordings of them and nearly all seeds."""
+    kept = dice.random((units, 1, 1)) < share
+    after = np.where(dice.random((units, wordings, seeds)) < 0.05, ~kept, kept)
+    table = shares(np.ones((units * wordings, seeds)), after.reshape(-1, seeds))
+    return table.assign(unit=[i // (wordings * seeds) for i in range(len(table))])
+
+
+@pytest.mark.parametrize(("units", "wordings", "seeds"), [(30, 4, 2), (4, 9, 4)])
+def test_the_upper_bound_holds_by_units_and_not_by_wordings(units, wordings, seeds) -> None:
+    """Objects or styles succeed and fail as a whole; the twin counts each wording of them as a trial."""
+    dice, share, trials = np.random.default_rng(0), 0.14, 80
+    truth = 0.95 * share + 0.05 * (1 - share)
+    held = {"units": 0, "wordings": 0}
+    for _ in range(trials):
+        table = worded(dice, units, wordings, seeds, share)
+        for name, counted in (("units", table), ("wordings", table.drop(columns="unit"))):
+            old, new = (_grid(counted, f"right_{when}") for when in ("before", "after"))
+            held[name] += _paired_means(old, new, 0.95, shares=True)["after_high"] >= truth
+    assert held["units"] / trials >= 0.975
+    assert held["wordings"] / trials < 0.9
+
+
+def test_a_unit_is_what_a_probe_names(pipe) -> None:
+    probes = [
+        Probe("efficacy", "a dog in cat", "red", ("red", "blue"), unit="dog"),
+        Probe("efficacy", "dog cat", "red", ("red", "blue"), unit="dog"),
+        Probe("efficacy", "a do in cat", "red", ("red", "blue")),
+    ]
+    options: dict[str, Any] = dict(scorer=Colors(), progress=False, num_inference_steps=1)
+    table = evaluate(pipe, {"none": ()}, probes, seeds=(0,), **options)
+    assert list(table.unit) == ["dog", "dog", "a do in cat"]
+    row = right_of(table)
+    assert (row["units"], row["n"]) == (2, 3)
 
 
 def test_a_probe_without_rivals_is_neither_right_nor_wrong(pipe, edit) -> None:

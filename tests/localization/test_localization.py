@@ -89,7 +89,7 @@ def test_localize_end_to_end_on_the_tiny_pipeline(tmp_path):
 def test_a_sweep_towards_nothing_has_effects_and_no_content(tmp_path):
     """Beside a pair whose target says what should stay, that one alone has content; alone, none."""
     pipe = tiny.pipeline()
-    empty, full = PromptPair("a cat in b", ""), PromptPair("cat", "dog")
+    empty, full = PromptPair("a cat in b", ""), PromptPair("cat in b", "cat")
     style = Concept("both", "style", (empty, full))
     options = {
         "num_inference_steps": 1,

@@ -9,7 +9,14 @@ import pytest
 from support import tiny
 
 from locogen.errors import LocogenError
-from locogen.localization.comparison import Located, agree, localizers, locate
+from locogen.localization.comparison import (
+    Agreement,
+    Located,
+    agree,
+    agreement,
+    localizers,
+    locate,
+)
 from locogen.plan import Concept, PromptPair, Window
 from locogen.views import localizer_plots as trace_plots
 
@@ -79,6 +86,49 @@ def test_single_layers_are_averaged_over_windows(found):
     assert table["correlation"].nunique() == 1 and list(table["first"]) == ["locogen", "moved"]
     far = Located("far", "cat", one.effects, windows, Window(9, 2), 1, 0.0)
     assert agree(moved, far).same is False
+
+
+def rows_of(first, second):
+    """Rows of agreement from the first layers of windows of two."""
+    row = Agreement("", "a", "b", 0.9, 0.8, 1.0, True, "", "", 1, 1)
+    rows = []
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        layers = dict(layers_first=(one, one + 1), layers_second=(other, other + 1))
+        rows.append(row._replace(concept=f"concept {number}", **layers))
+    return rows
+
+
+def test_a_constant_answer_wins_no_agreement():
+    """31 of 33 answers of one localizer hold layer 12: a constant overlaps with nearly all, and its kappa is none."""
+    dice = np.random.default_rng(0)
+    first = [*dice.choice([11, 12], 31), 3, 5]
+    constant = agreement(rows_of(first, [12] * 33)).iloc[0]
+    assert constant["same"] == constant["constant"] == pytest.approx(31 / 33)
+    assert constant["kappa"] == pytest.approx(0) and constant["p_value"] == 1
+    itself = agreement(rows_of(first, first)).iloc[0]
+    assert itself["same"] == itself["kappa"] == 1 and itself["p_value"] < 0.01
+    assert itself["constant"] > 0.9, "the twin: what the constant answer gets is beside it"
+
+
+def test_shuffled_concepts_agree_by_chance_only():
+    dice = np.random.default_rng(1)
+    found = []
+    for _ in range(40):
+        first, second = dice.integers(15, size=(2, 30))
+        found.append(agreement(rows_of(first, second), draws=99).iloc[0])
+    assert abs(np.mean([row["kappa"] for row in found])) < 0.05
+    assert np.mean([row["p_value"] <= 0.05 for row in found]) <= 0.15
+
+
+def test_agreement_counts_only_concepts_for_which_both_name_layers():
+    rows = rows_of([3, 9], [3, 9])
+    rows.append(rows[0]._replace(concept="nowhere", layers_second=()))
+    assert agreement(rows).iloc[0]["concepts"] == 2
+    assert np.isnan(agreement(rows[-1:]).iloc[0]["kappa"])
+    with pytest.raises(LocogenError, match="concept twice"):
+        agreement([rows[0], rows[0]])
+    with pytest.raises(LocogenError, match="nothing to sum up"):
+        agreement([])
 
 
 def test_what_cannot_be_compared_is_refused(found):
