@@ -208,7 +208,7 @@ def test_the_upper_bound_holds_by_units_and_not_by_wordings(units, wordings, see
             old, new = (_grid(counted, f"right_{when}") for when in ("before", "after"))
             held[name] += _paired_means(old, new, 0.95, shares=True)["after_high"] >= truth
     assert held["units"] / trials >= 0.975
-    assert held["wordings"] / trials < 0.9
+    assert held["wordings"] / trials < 0.95
 
 
 def test_a_unit_is_what_a_probe_names(pipe) -> None:

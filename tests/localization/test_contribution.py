@@ -189,14 +189,15 @@ def test_a_batch_that_is_too_large_is_halved(pipe, monkeypatch):
 
 def test_a_loud_or_wide_layer_does_not_win_by_its_loudness(pipe):
     """Values of one layer turned up tenfold: all that it writes grows, and the concept's share of it stays."""
-    before = contributions(attention_contribution(pipe, CONCEPT, **OPTIONS))  # pyright: ignore[reportArgumentType]
+    once = OPTIONS | {"num_inference_steps": 1}  # later steps see another picture
+    before = contributions(attention_contribution(pipe, CONCEPT, **once))  # pyright: ignore[reportArgumentType]
     loud = tiny.pipeline()
     with torch.no_grad():
         find_layers(loud)[9].module.to_v.weight.mul_(10)
-    after = contributions(attention_contribution(loud, CONCEPT, **OPTIONS))  # pyright: ignore[reportArgumentType]
+    after = contributions(attention_contribution(loud, CONCEPT, **once))  # pyright: ignore[reportArgumentType]
     assert before.shape == after.shape == (16, 2, 2)
-    assert after[:10] == pytest.approx(before[:10], rel=0.05)  # layer 9 acts on those behind it
-    assert ((before > 0) & (before < 1.5)).all()
+    assert after[:10] == pytest.approx(before[:10], rel=1e-3)  # layer 9 acts on those behind it
+    assert (before > 0).all()
 
 
 def test_a_layer_that_reads_the_concept_most_is_named(pipe):
