@@ -430,8 +430,8 @@ def circumstances_of(pipe: Pipeline, settings: Settings) -> dict[str, Any]:
     foreign = (*foreign_hooks(pipe), *replaced_methods(pipe), *undescribed(pipe))
     if foreign:
         warnings.warn(
-            "there are hooks or methods that are not locogen's, or settings that it cannot "
-            f"describe, on {', '.join(foreign[:3])}: pictures are made afresh, none are reused",
+            "hooks or methods that are not locogen's, or settings that it cannot describe, are on "
+            f"{', '.join(foreign[:3])}: pictures are made afresh, none are reused",
             stacklevel=4,
         )
     if getattr(pipe, "safety_checker", None) is not None:

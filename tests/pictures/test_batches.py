@@ -54,7 +54,7 @@ def test_other_errors_do_not(error):
 
 @pytest.mark.parametrize("error", FULL[1:5], ids=str)
 def test_a_batch_is_halved_whichever_library_could_not_allocate(monkeypatch, error):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     forward = pipe.unet.forward
 
     def small(sample, *args, **kwargs):
@@ -70,7 +70,7 @@ def test_a_batch_is_halved_whichever_library_could_not_allocate(monkeypatch, err
 @pytest.mark.parametrize("error", FULL[:3], ids=str)
 def test_memory_that_is_full_before_the_first_batch_is_named(monkeypatch, error):
     """The text encoder is the first that computes: no smaller batch would help it."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
 
     def full(*args, **kwargs):
         raise error
@@ -114,21 +114,21 @@ def test_large_pictures_are_decoded_one_by_one(name, monkeypatch):
 
 def test_small_pictures_are_decoded_together(monkeypatch):
     """As the pipeline does it, to the bit."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     sizes = decoded_sizes(pipe, monkeypatch)
     generate(pipe, ["cat"], seeds=range(3), **FAST)
     assert sizes == [3]
 
 
 def test_a_choice_of_the_user_is_left_alone(monkeypatch):
-    pipe = large(tiny.pipeline())
+    pipe = large(tiny.small())
     pipe.vae.enable_slicing()
     generate(pipe, ["cat"], seeds=range(2), **FAST)
     assert pipe.vae.use_slicing
 
 
 def test_a_picture_decoded_alone_is_the_same_but_for_the_order_of_sums():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     rows = [Intervention("cat", "cat", (), seed) for seed in range(3)]
     chosen = Settings(1, 3.0, 3)
     together = call_pipeline(pipe, rows, {"prompt": ["cat"] * 3}, chosen)
@@ -175,7 +175,7 @@ class Card:
 @pytest.mark.parametrize(("is_large", "size"), [(True, 5), (False, 2)])
 def test_the_decoder_does_not_limit_the_batch(monkeypatch, is_large, size):
     """One picture needs 200 bytes of the denoiser, guided, and 400 of the decoder: 90 % of 1112 hold five, or two."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     if is_large:
         large(pipe)
 

@@ -30,7 +30,7 @@ CONCEPT = Concept("cat", "object", (PromptPair("cat in a", "dog in a"),))
 
 @pytest.fixture
 def pipe():
-    return tiny.pipeline()
+    return tiny.small()
 
 
 class Noisy(DDIMScheduler):

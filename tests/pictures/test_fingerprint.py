@@ -188,14 +188,21 @@ def key(pipe):
     return run.table["image"][0], np.asarray(run.pictures[0]).astype(int)
 
 
+def test_the_same_model_has_the_same_key():
+    """The twin of the tests that follow."""
+    one, two = tiny.small(), tiny.small()
+    assert fingerprint(one) == fingerprint(two)
+    assert digest_of(describe_pipeline(one)) == digest_of(describe_pipeline(two))
+
+
 @pytest.mark.parametrize("name", MOVES)
 def test_what_moves_the_picture_is_in_its_key(name):
     """The twin: the picture does move, so the store would have given back a wrong one."""
     before, after = MOVES[name]
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     before(pipe)
     plain, picture = key(pipe)
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     after(pipe)
     other, moved = key(pipe)
     assert plain != other
@@ -204,18 +211,16 @@ def test_what_moves_the_picture_is_in_its_key(name):
 
 @pytest.mark.parametrize("name", STILL)
 def test_what_could_move_a_picture_is_in_its_key(name):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = fingerprint(pipe)
-    assert plain == fingerprint(tiny.pipeline()), "the twin: the same model has the same"
     STILL[name](pipe)
     assert fingerprint(pipe) != plain
 
 
 @pytest.mark.parametrize("name", IN_THE_PIPELINE)
 def test_the_pipelines_own_settings_are_in_the_key(name):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = digest_of(describe_pipeline(pipe))
-    assert plain == digest_of(describe_pipeline(tiny.pipeline()))
     IN_THE_PIPELINE[name](pipe)
     assert digest_of(describe_pipeline(pipe)) != plain
 
@@ -282,7 +287,7 @@ def test_a_call_changes_nothing_in_the_key(family):
 
 
 def test_a_lora_that_is_gone_leaves_the_key_as_it_was():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = fingerprint(pipe)
     add_lora(pipe)
     assert fingerprint(pipe) != plain
@@ -318,7 +323,7 @@ REPLACED = {
 
 @pytest.mark.parametrize("name", REPLACED)
 def test_replaced_methods_are_named(name, monkeypatch):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     assert replaced_methods(pipe) == ()
     owner, method = REPLACED[name](pipe)
     monkeypatch.setattr(owner, method, patched(getattr(owner, method)))
@@ -326,7 +331,7 @@ def test_replaced_methods_are_named(name, monkeypatch):
 
 
 def test_replaced_methods_make_pictures_afresh(tmp_path, monkeypatch):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = generate(pipe, ["cat"], store=tmp_path, **FAST)
     forward = pipe.unet.conv_in.forward
     monkeypatch.setattr(pipe.unet.conv_in, "forward", lambda *args: 2 * forward(*args))
@@ -336,7 +341,7 @@ def test_replaced_methods_make_pictures_afresh(tmp_path, monkeypatch):
 
 
 def test_hooks_on_all_modules_are_named():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
         assert replaced_methods(pipe) == ("every module (a global hook of torch)",)
@@ -350,7 +355,7 @@ def test_hooks_on_all_modules_are_named():
 @pytest.fixture(scope="module")
 def shared():
     """One pipeline for tests that put a processor into one layer, and take it out again."""
-    return tiny.pipeline()
+    return tiny.small()
 
 
 def layer_of(pipe):
@@ -558,7 +563,7 @@ def test_what_holds_itself_or_the_model_is_described(shared):
 
 
 def test_what_cannot_be_described_makes_pictures_afresh(tmp_path):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     layer_of(pipe).processor = Set(iter(()), lambda value, out: out)
     assert undescribed(pipe) == ()
     layer_of(pipe).processor = Set((part for part in ()), lambda value, out: out)
@@ -588,7 +593,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_parts_are_in_the_key_and_are_nobodys_methods(name, monkeypatch):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     kind = type(layer_of(pipe))
     monkeypatch.setattr(kind, "forward", kind.forward)  # put back afterwards
 
@@ -602,7 +607,7 @@ def test_compiled_parts_are_in_the_key_and_are_nobodys_methods(name, monkeypatch
 
 
 def test_pictures_of_a_compiled_model_are_kept(tmp_path, recwarn):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     compiled(pipe, "unet")
     run = generate(pipe, ["cat"], store=tmp_path, **FAST)
     again = generate(pipe, ["cat"], store=tmp_path, **FAST)
@@ -611,7 +616,7 @@ def test_pictures_of_a_compiled_model_are_kept(tmp_path, recwarn):
 
 
 def test_somebodys_own_function_stays_foreign_when_compiled():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     layer = layer_of(pipe)
     layer.forward = torch.compile(patched(layer.forward), backend="eager")
     assert any(name.endswith("attn2.forward") for name in replaced_methods(pipe))
@@ -674,7 +679,7 @@ def test_no_change_of_signs_goes_unseen(dtype):
 
 
 def test_weights_are_hashed_again_only_where_they_changed(monkeypatch):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     torch.manual_seed(0)
     pipe.unet.register_buffer("large", torch.randn(100, 100), persistent=False)
     pipe.unet.larger = torch.nn.Parameter(torch.randn(200, 100))
@@ -699,7 +704,7 @@ def test_weights_are_hashed_again_only_where_they_changed(monkeypatch):
 
 def test_the_fingerprint_is_that_of_the_tensors_not_of_the_checksums():
     """Remembered or not, in whatever order: one model, one fingerprint."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = fingerprint(pipe)
     pipe.unet.conv_in.weight.data.add_(1)
     edited = fingerprint(pipe)

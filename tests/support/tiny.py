@@ -156,6 +156,16 @@ def pipeline(**unet_changes: Any) -> StableDiffusionPipeline:
     )
 
 
+def small() -> StableDiffusionPipeline:
+    """The same with 4 layers in place of 16: for what does not depend on their number."""
+    return pipeline(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 def lcm() -> LatentConsistencyModelPipeline:
     plain = pipeline(time_cond_proj_dim=8)
     parts = {**plain.components, "scheduler": LCMScheduler()}
@@ -385,17 +395,19 @@ def sana(**changes: Any) -> SanaPipeline:
     )
     denoiser = SanaTransformer2DModel(**(shape | changes)).eval()
     loud(denoiser)
+    # Sana makes pictures of 512 pixels a side and shrinks them: eight pixels a side of one latent, so
+    # that the denoiser has few of these.
     vae = AutoencoderDC(
         latent_channels=4,
         attention_head_dim=2,
-        encoder_block_types=("ResBlock",) * 2,
-        decoder_block_types=("ResBlock",) * 2,
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
+        encoder_block_types=("ResBlock",) * 4,
+        decoder_block_types=("ResBlock",) * 4,
+        encoder_block_out_channels=(4, 4, 8, 8),
+        decoder_block_out_channels=(4, 4, 8, 8),
+        encoder_qkv_multiscales=((),) * 4,
+        decoder_qkv_multiscales=((),) * 4,
+        encoder_layers_per_block=(1,) * 4,
+        decoder_layers_per_block=(1,) * 4,
         downsample_block_type="conv",
         upsample_block_type="interpolate",
         decoder_norm_types="rms_norm",
