@@ -1,5 +1,12 @@
 """The public names and their types: the same table as `__init__._PUBLIC` (a test compares them)."""
 
+from .benchmarks.answers import (
+    Answer as Answer,
+)
+from .benchmarks.run import (
+    Benchmark as Benchmark,
+    benchmark as benchmark,
+)
 from .catalog import (
     concept as concept,
     concepts as concepts,
@@ -9,6 +16,9 @@ from .catalog import (
 )
 from .editing.control_edits import (
     control_edits as control_edits,
+)
+from .editing.deafening import (
+    deafen as deafen,
 )
 from .editing.edit import (
     Edit as Edit,

@@ -32,6 +32,7 @@ ROOMS = (
         "pictures",
         "localization",
         "editing",
+        "benchmarks",
         "views",
         "studies",
         "pages",
