@@ -112,7 +112,7 @@ def test_what_cannot_be_asked_is_inconclusive_and_a_bug_is_raised():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(LocogenError, match="did you mean|locogen"):
+    with pytest.raises(LocogenError, match="locogenn"):
         benchmark(["locogenn"], [LATE], **SIZE)
     with pytest.raises(LocogenError, match="no localizers"):
         benchmark([], [LATE], **SIZE)

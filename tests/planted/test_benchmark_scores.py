@@ -49,7 +49,7 @@ def perfect(truth: Truth) -> dict[str, float]:
     effects = [
         {"position": i, "low": value - 0.1, "high": value + 0.1} for i, value in enumerate(profile)
     ]
-    circuit = {count: 1.0 for count in (1, 2, 4, 8, 16)} | {0: 0.0}
+    circuit = dict.fromkeys((1, 2, 4, 8, 16), 1.0) | {0: 0.0}
     return measures(
         truth, truth.kind, truth.places, profile=profile, effects=effects, circuit=circuit
     )
