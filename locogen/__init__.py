@@ -24,6 +24,7 @@ _PUBLIC = {
         "PromptPair",
         "Settings",
         "sweep",
+        "Verdict",
         "Window",
         "with_riders",
         "with_target_runs",

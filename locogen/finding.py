@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from locogen.files import load_json, write_json
-from locogen.plan import Window
+from locogen.plan import VERDICT_KINDS, Verdict, Window
 
 # In the folder of a run, until the study publishes it as part of `result.json`.
 FILE = "finding.json"
@@ -72,15 +72,7 @@ class Finding:
             "concepts": list(self.concepts),
             "kind": self.kind,
             "finding": self.finding,
-            "carriers": [
-                {
-                    "concept": concept,
-                    "start": window.start,
-                    "width": window.width,
-                    "reason": window.reason,
-                }
-                for concept, window in self.carriers.items()
-            ],
+            "carriers": [_row(concept, window) for concept, window in self.carriers.items()],
             "settings": dict(self.settings),
             "pictures": self.pictures,
         }
@@ -115,8 +107,26 @@ class Finding:
         return cls(**fields, more=more)
 
 
+def _row(concept: str, window: Window) -> dict[str, Any]:
+    """A carrier as plain values; of a `Verdict` also its kind and the places that it names."""
+    row: dict[str, Any] = {"concept": concept, "start": window.start, "width": window.width}
+    row["reason"] = window.reason
+    if isinstance(window, Verdict):
+        row["kind"] = window.kind
+        row["places"] = [{"start": place.start, "width": place.width} for place in window.places]
+    return row
+
+
 def _window(row: Mapping[str, Any]) -> Window:
-    return Window(row.get("start"), row.get("width", 1), str(row.get("reason") or ""))
+    start = row.get("start")
+    width = row.get("width", 1)
+    reason = str(row.get("reason") or "")
+    kind = row.get("kind")
+    # Findings of older versions have no kind.
+    if kind is None:
+        return Window(start, width, reason)
+    places = tuple(Window(place["start"], place["width"]) for place in row.get("places", ()))
+    return Verdict(start, width, reason, kind=kind, places=places)
 
 
 # --- what the values should be -------------------------------------------------------------------
@@ -187,7 +197,16 @@ def is_window(value: Any) -> bool:
     width = value.get("width", 1)
     if not (start is None or is_count(start)):
         return False
-    return is_count(width) and width > 0 and is_plain(value)
+    if not (is_count(width) and width > 0 and is_plain(value)):
+        return False
+    return value.get("kind") in (None, *VERDICT_KINDS) and _are_places(value.get("places", []))
+
+
+def _are_places(value: Any) -> bool:
+    """Whether it is a list of windows with a start, as a verdict names them."""
+    if not isinstance(value, list) or not all(isinstance(place, Mapping) for place in value):
+        return False
+    return all(is_count(place.get("start")) and is_count(place.get("width")) for place in value)
 
 
 def are_windows(value: Any) -> bool:

@@ -296,6 +296,74 @@ def shown_text(concept: Concept, pair: PromptPair) -> str:
     return pair.prompt.replace(phrase_in(concept, pair), concept.answer)
 
 
+def neighbor_texts(concept: Concept, pair: PromptPair) -> tuple[str, ...]:
+    """List what else a pair's pictures could show, in the form of the text they are scored against.
+
+    Args:
+        concept: The concept; its `neighbors` stand in the place of its own name, with their
+            article.
+        pair: One of its prompt pairs, with `neighbors` of its own or without.
+
+    Returns:
+        The texts, the scored one not among them; () where no neighbors are named. A style's target
+        belongs to them ("no style"), and a fact's old answer, which comes first. A fact's names
+        stand in the place of the words of its prompt that ask for the answer.
+
+    Raises:
+        LocogenError: If the text has no place for the names.
+
+    Example:
+        >>> pair = PromptPair("an owl in the style of neon", "an owl")
+        >>> neon = Concept("neon", "style", (pair,), neighbors=("pop art", "neon"))
+        >>> neighbor_texts(neon, pair)
+        ('an owl in the style of pop art', 'an owl')
+    """
+    if not concept.neighbors and not pair.neighbors:
+        return ()
+    own = concept.scored_text(pair)
+    texts = [*pair.neighbors]
+    if concept.kind == "fact" and concept.answer is not None:
+        texts.insert(0, old_answer_text(concept, pair))
+    if concept.neighbors:
+        base = pair.prompt if concept.kind == "fact" else own
+        texts += [_with_neighbor(concept, pair, base, name) for name in concept.neighbors]
+    if concept.kind == "style" and pair.target:
+        texts.append(pair.target)
+    return tuple(text for text in dict.fromkeys(texts) if text != own)
+
+
+def old_answer_text(concept: Concept, pair: PromptPair) -> str:
+    """What a fact's picture shows before anything is replaced; its `answer` has to be known.
+
+    The pair's own neighbor that names the answer, or else `shown_text`.
+    """
+    for text in pair.neighbors:
+        if concept.answer and occurrences(text, concept.answer):
+            return text
+    return shown_text(concept, pair)
+
+
+def _with_neighbor(concept: Concept, pair: PromptPair, text: str, name: str) -> str:
+    """The text with a neighbor's name in the place of the concept's."""
+    # A fact's words ask for the answer, all of them: "the animal of" france.
+    phrase = phrase_in(concept, pair) if concept.kind == "fact" else concept.name
+    places = occurrences(text, phrase)
+    if not places:
+        phrase = phrase_in(concept, pair)
+        places = occurrences(text, phrase)
+    if not places:
+        raise LocogenError(
+            f"concept {concept.name!r} names neighbors, and {text!r} has no {phrase!r} to put them "
+            "in the place of: give the prompt pair neighbors=, whole texts"
+        )
+    start, end = places[0]
+    before = text[:start].split()
+    # "a dog" takes the place of "an owl", with its article.
+    if before and before[-1].lower() in _ARTICLES and name.partition(" ")[0] in _ARTICLES:
+        start = text.rindex(before[-1], 0, start)
+    return text[:start] + name + text[end:]
+
+
 # --- phrasings -----------------------------------------------------------------------------------
 
 

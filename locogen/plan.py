@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,13 @@ _OPENINGS = (
 )
 
 
+_OPTIONAL_TEXTS = ("text", "placebo", "content")  # of a prompt pair
+# Words that say nothing where what they lead to is gone: "a dog in the style of".
+_DANGLING = frozenset(
+    ("a", "an", "the", "in", "of", "by", "as", "on", "at", "with", "like", "style")
+)
+
+
 def sign_of(kind: str) -> int:
     """+1 where windows that carry the concept raise the score (facts), -1 where they lower it."""
     return 1 if kind == "fact" else -1
@@ -47,6 +55,53 @@ def paraphrase(prompt: str, target: str = "") -> str:
     return next(text for text in texts if text != target)
 
 
+def common_content(prompt: str, target: str) -> str | None:
+    """What a prompt and its target both say; None where they have nothing in common.
+
+    >>> common_content("a dog in the style of neon", "a dog")
+    'a dog'
+    >>> common_content("a dog in the style of neon", "a dog in the style of pop art")
+    'a dog'
+    """
+    words = prompt.split()
+    others = target.split()
+    left = iter(words)
+    only_leaves_out = all(word in left for word in others)  # in order: `in` moves `left` on
+    if only_leaves_out:
+        return target or None
+
+    # The target puts something else in the concept's place, and that should come, not stay.
+    before = _shared(words, others)
+    rest = len(before)
+    after = _shared(words[rest:][::-1], others[rest:][::-1])[::-1]
+    while before and before[-1].lower() in _DANGLING:
+        before.pop()
+    if all(word.lower() in _DANGLING for word in after):  # "in neon style"
+        after = []
+    return " ".join([*before, *after]).rstrip(" ,;") or None
+
+
+def _shared(words: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The words with which both begin."""
+    count = 0
+    for word, other in zip(words, others, strict=False):
+        if word.lower() != other.lower():
+            break
+        count += 1
+    return list(words[:count])
+
+
+def _names(names: Iterable[str], owner: str) -> tuple[str, ...]:
+    """Neighbors as a tuple; raises `LocogenError` where one is no text."""
+    if isinstance(names, str):
+        raise LocogenError(f"the neighbors of {owner} are {names!r}: give a list of texts")
+    checked = tuple(names)
+    for name in checked:
+        if not isinstance(name, str) or not name.strip():
+            raise LocogenError(f"a neighbor of {owner} is {name!r}: give it a text")
+    return checked
+
+
 @dataclass(frozen=True)
 class PromptPair:
     """A prompt that holds the concept, and a target in which it is removed or updated.
@@ -57,6 +112,10 @@ class PromptPair:
             (""): the layers get an empty prompt.
         text: What the pair's pictures are scored against; None leaves it to the concept.
         placebo: A paraphrase of the prompt that keeps the concept; None derives one.
+        neighbors: Texts that say what else the picture could show, in the place of `text`; see
+            `Concept`. Only where a text cannot be had by exchanging the concept's name.
+        content: What should stay when the concept goes; None: the words that prompt and target
+            have in common.
 
     Raises:
         LocogenError: If another text is empty, or prompt and target are equal.
@@ -71,10 +130,13 @@ class PromptPair:
     target: str
     text: str | None = None
     placebo: str | None = None
+    neighbors: tuple[str, ...] = ()
+    content: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "target", "text", "placebo"):
+        for field in ("prompt", "target", *_OPTIONAL_TEXTS):
             self._check_text(field)
+        object.__setattr__(self, "neighbors", _names(self.neighbors, "a prompt pair"))
         # White space makes no difference to a text encoder.
         if self.prompt.split() == self.target.split():
             raise LocogenError(
@@ -88,7 +150,7 @@ class PromptPair:
 
     def _check_text(self, field: str) -> None:
         value = getattr(self, field)
-        is_optional = field in ("text", "placebo")
+        is_optional = field in _OPTIONAL_TEXTS
         may_be_empty = field == "target"
         if value is None and is_optional:
             return
@@ -115,6 +177,10 @@ class Concept:
             choice, the prompt for styles and objects, the target for facts (Basu et al. 2024,
             section 4).
         answer: What a fact's prompts show, such as "barack obama", for "the president of the us".
+        neighbors: What a picture could show in the concept's place: other styles, other objects,
+            other answers ("a dog"). They turn the score into a probability: is it still neon,
+            rather than one of these? The prompt's own name among them is left out, and a style's
+            target ("no style") and a fact's old answer are always added.
 
     Raises:
         LocogenError: For an empty name, another kind, no pairs, a prompt that comes twice, or a
@@ -135,6 +201,7 @@ class Concept:
     pairs: tuple[PromptPair, ...]
     text: str | None = None
     answer: str | None = None
+    neighbors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
@@ -145,6 +212,7 @@ class Concept:
             )
         # Lists are welcome, but a frozen concept holds nothing that can be changed.
         object.__setattr__(self, "pairs", tuple(self.pairs))
+        object.__setattr__(self, "neighbors", _names(self.neighbors, f"concept {self.name!r}"))
         if not self.pairs:
             raise LocogenError(f"concept {self.name!r} has no prompt pairs: give it at least one")
         if self.kind == "fact":
@@ -188,12 +256,11 @@ class Concept:
         return pair.prompt
 
     def content_text(self, pair: PromptPair) -> str | None:
-        """What should stay when a style or an object goes: the target, or None."""
+        """What should stay when a style or an object goes: what prompt and target share."""
         # A fact replaces its content.
         if self.kind == "fact":
             return None
-        # An empty target names nothing that should stay.
-        return pair.target or None
+        return pair.content or common_content(pair.prompt, pair.target)
 
     @property
     def sign(self) -> int:
@@ -354,6 +421,60 @@ class Window:
         if self.width == 1:
             return f"{self.start}"
         return f"{self.start}-{self.start + self.width - 1}"
+
+
+VERDICT_KINDS = (
+    *("one place", "each necessary", "each sufficient"),
+    *("spread", "nobody", "inconclusive"),
+)
+VerdictKind = Literal[
+    "one place", "each necessary", "each sufficient", "spread", "nobody", "inconclusive"
+]
+
+
+@dataclass(frozen=True)
+class Verdict(Window):
+    """Where a concept is: an answer of a named kind. As a `Window`, it is its one place.
+
+    Attributes:
+        kind: "one place": the picture needs it, and no other place. "each necessary": several
+            places, and the picture needs each. "each sufficient": each of several places alone
+            brings the concept. "spread": no place alone decides. "nobody": no layer hears the
+            concept. "inconclusive": more pictures are needed; the reason says how many.
+        places: The windows that it speaks of.
+        evidence: What it rests on, a table with one row a question and place; see `carrier`.
+
+    Example:
+        >>> both = (Window(0, 2), Window(12, 2))
+        >>> verdict = Verdict(None, 2, "each suffices", kind="each sufficient", places=both)
+        >>> print(verdict, list(verdict))
+        layers 0-1 and layers 12-13, each sufficient []
+    """
+
+    kind: VerdictKind = "inconclusive"
+    places: tuple[Window, ...] = ()
+    evidence: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __str__(self) -> str:
+        named = [str(place) for place in self.places]
+        listed = named[0] if named else ""
+        if len(named) > 1:
+            listed = f"{', '.join(named[:-1])} and {named[-1]}"
+        why = f" ({self.reason})" if self.reason else ""
+        words = {
+            "one place": listed,
+            "each necessary": f"{listed}, each necessary",
+            "each sufficient": f"{listed}, each sufficient",
+            "spread": f"spread over {listed or 'the layers'}",
+            "nobody": "nobody hears it",
+            "inconclusive": "inconclusive",
+        }
+        # A place says all; where there is none, the reason is the answer.
+        return words[self.kind] if self.kind in _NAMES_PLACES else f"{words[self.kind]}{why}"
+
+
+# Kinds of verdicts whose places are the answer.
+_NAMES_PLACES = ("one place", "each necessary", "each sufficient")
 
 
 @dataclass(frozen=True)

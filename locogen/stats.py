@@ -74,6 +74,14 @@ class Lead:
     each: Comparisons
 
 
+class Shares(NamedTuple):
+    """Shares of a whole and their intervals, (windows,) each; NaN where no share can be given."""
+
+    estimate: Array
+    low: Array
+    high: Array
+
+
 def crossed_bootstrap(
     values: ArrayLike,
     *,
@@ -257,6 +265,88 @@ def any_effect(
     rows = np.concatenate([x, placebos.mean(0, keepdims=True)])  # (windows + 1, prompts, seeds)
     pairs = [(window, len(x)) for window in range(len(x))]
     return _compare(rows, pairs, alpha, draws, seed, prompts)
+
+
+def share_interval(
+    effects: ArrayLike,
+    ceiling: ArrayLike,
+    *,
+    level: float = 0.95,
+    prompts: str | None = None,
+) -> Shares:
+    """What share of the ceiling's effect each window has: a ratio of two means, with its interval.
+
+    Fieller's theorem (J. R. Stat. Soc. B 16, 1954): the interval holds every share r at which the
+    mean of `effects - r * ceiling` cannot be told from zero. The noise of the ceiling counts, and
+    the luck with prompts and seeds that both have in common cancels.
+
+    Args:
+        effects: Effects of the windows, (windows, prompts, seeds).
+        ceiling: Effects of the whole on the same prompts and seeds, (1, prompts, seeds).
+        level: Coverage of each window's interval. For a window that was chosen by looking at these
+            effects, give 1 - (1 - level) / windows (Bonferroni).
+        prompts: As in `crossed_bootstrap`.
+
+    Returns:
+        Shares and bounds, one for each window. All are NaN where the ceiling's own interval is not
+        above zero, since a share of nothing means nothing; bounds also where there is nothing to
+        resample.
+
+    Raises:
+        ValueError: As `crossed_bootstrap`, and for a ceiling of another shape.
+
+    Example:
+        >>> share, low, high = share_interval([[[0.2, 0.3, 0.2]]], [[[0.4, 0.6, 0.5]]])
+        >>> print(f"{share[0]:.0%}, {low[0]:.0%} to {high[0]:.0%}")
+        47%, 29% to 62%
+    """
+    x = _checked(effects, "effects")
+    whole = _checked(ceiling, "ceiling")
+    if whole.shape != (1, *x.shape[1:]):
+        raise ValueError(
+            f"ceiling has shape {whole.shape}, effects {x.shape}: "
+            "give (1, prompts, seeds) of the same prompts and seeds"
+        )
+    factors = _factors(x, prompts)
+    whole_mean = float(whole.mean())
+    unknown = np.full(len(x), np.nan)
+    if "random" not in factors:
+        share = x.mean((1, 2)) / whole_mean if whole_mean > 0 else unknown
+        return Shares(share, unknown.copy(), unknown.copy())
+
+    own = crossed_bootstrap(whole, level=level, prompts=prompts)
+    if not own.low[0] > 0:
+        return Shares(unknown, unknown.copy(), unknown.copy())
+    share = x.mean((1, 2)) / whole_mean
+    low, high = _fieller(x, whole, share, factors, (1 - level) / 2)
+    return Shares(np.where(np.isnan(low), np.nan, share), low, high)
+
+
+def _fieller(
+    x: Array, whole: Array, share: Array, factors: tuple[str, str], tail: float
+) -> tuple[Array, Array]:
+    """The ends of Fieller's interval of mean x / mean whole, (windows,) each; NaN: unbounded.
+
+    The variance of mean(x - r * whole) is quadratic in r, hence so is the condition that r lies
+    within the interval: (mean x - r * mean whole)^2 <= t^2 * variance(r).
+    """
+    from scipy.special import stdtrit
+
+    rest = x - share[:, None, None] * whole  # (windows, prompts, seeds), of mean zero
+    # t by the degrees of freedom at the estimate, and of the ceiling: the smaller, to be safe.
+    variance, freedom = (part[:-1] for part in _variance(rest, factors))  # (windows,)
+    whole_variance, whole_freedom = (float(part[0]) for part in _variance(whole, factors))
+    both = _variance(rest + whole, factors)[0][:-1]
+    covariance = (both - variance - whole_variance) / 2
+    t2 = np.square(stdtrit(np.minimum(freedom, whole_freedom), tail))  # (windows,)
+
+    # With d = r - share: (d * mean)^2 <= t^2 * (variance - 2 d covariance + d^2 whole_variance).
+    square = float(whole.mean()) ** 2 - t2 * whole_variance
+    linear = t2 * covariance
+    root = np.sqrt(np.maximum(linear**2 + square * t2 * variance, 0))
+    # Where the ceiling cannot be told from zero by this t, no share can be ruled out.
+    divisor = np.where(square > 0, square, np.nan)
+    return share + (-linear - root) / divisor, share + (-linear + root) / divisor
 
 
 def split_seeds(seeds: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from locogen.finding import Finding
-from locogen.plan import Window
+from locogen.plan import Verdict, Window
 
 WHOLE = Finding(
     model="mini",
@@ -35,6 +35,16 @@ def test_the_file_has_the_form_that_finished_runs_have(tmp_path: Path) -> None:
         {"concept": "owl", "start": None, "width": 2, "reason": "no effect"},
     ]
     assert facts["finding"] == "neon: layers 12-13" and facts["accuracy"] == 0.5
+
+
+def test_a_verdict_keeps_its_kind_and_its_places(tmp_path: Path) -> None:
+    places = (Window(0, 2), Window(13, 2))
+    verdict = Verdict(None, 2, "83%, 80%", kind="each necessary", places=places)
+    Finding(carriers={"neon": verdict}).write(tmp_path)
+    assert Finding.read(tmp_path).carriers == {"neon": verdict}
+    odd = {"concept": "neon", "start": 1, "width": 2}
+    for row in (odd | {"kind": "sure"}, odd | {"kind": "spread", "places": [3]}):
+        assert not Finding.from_facts({"carriers": [row]}).carriers
 
 
 def test_what_a_notebook_does_not_say_is_empty(tmp_path: Path) -> None:

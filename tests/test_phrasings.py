@@ -7,6 +7,7 @@ from locogen.phrasings import (
     Phrasing,
     default_phrasings,
     exchanged,
+    neighbor_texts,
     occurrences,
     own_phrasings,
     phrase_in,
@@ -119,3 +120,34 @@ def test_phrasings_towards_nothing():
     assert own_phrasings([("a cat", "")], "cat") == (Phrasing("a cat", "", "cat"),)
     with pytest.raises(LocogenError, match="empty text"):
         own_phrasings([Phrasing("", "a cat", "cat")], "cat")
+
+
+def test_neighbors_stand_in_the_place_of_the_name() -> None:
+    style = PromptPair("an owl in the style of neon", "an owl")
+    neon = Concept("neon", "style", (style,), neighbors=("neon", "pop art"))
+    assert neighbor_texts(neon, style) == ("an owl in the style of pop art", "an owl")
+    pair = PromptPair("a picture of an owl in neon", "a picture in neon")
+    owl = Concept("owl", "object", (pair,), neighbors=("a dog", "an owl", "fox"))
+    assert neighbor_texts(owl, pair) == (
+        "a picture of a dog in neon",
+        "a picture of an fox in neon",
+    )
+    alone = Concept("owl", "object", (pair,))
+    assert neighbor_texts(alone, pair) == (), "no names, no neighbors"
+
+
+def test_the_old_answer_of_a_fact_is_its_first_neighbor() -> None:
+    pair = PromptPair("a picture of the animal of france, big", "a picture of a robot, big")
+    fact = Concept("animal of france", "fact", (pair,), answer="a rooster", neighbors=("a cat",))
+    rooster, cat = "a picture of a rooster, big", "a picture of a cat, big"
+    assert neighbor_texts(fact, pair) == (rooster, cat)
+    beside = ("art of joe biden", "art of barack obama")
+    own = PromptPair("art of the president in 2014", "art of joe biden", neighbors=beside)
+    who = Concept("president", "fact", (own,), answer="barack obama")
+    assert neighbor_texts(who, own) == ("art of barack obama",)
+
+
+def test_a_text_without_a_place_for_neighbors_is_refused() -> None:
+    pair = PromptPair("an owl in neon", "an owl", text="bright lines")
+    with pytest.raises(LocogenError, match="whole texts"):
+        neighbor_texts(Concept("neon", "style", (pair,), neighbors=("pop art",)), pair)

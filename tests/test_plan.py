@@ -11,7 +11,9 @@ from locogen.plan import (
     Intervention,
     PromptPair,
     Settings,
+    Verdict,
     Window,
+    common_content,
     missing_target_runs,
     paraphrase,
     parse_layers,
@@ -186,3 +188,42 @@ def test_the_first_prompts_of_a_concept():
     assert neon.first(2).pairs == tuple(pairs[:2]) and neon.first(2).name == "neon"
     assert neon.first(1, after=2).pairs == tuple(pairs[2:])
     assert neon.first(0, after=1).pairs == tuple(pairs[1:])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "common"),
+    [
+        ("a dog in the style of neon", "a dog", "a dog"),
+        ("a dog in the style of neon", "a dog in the style of pop art", "a dog"),
+        ("a dog, in neon style", "a dog, in pop style", "a dog"),
+        ("a photo of snoopy on a beach", "a photo of a dog on a beach", "a photo on a beach"),
+        ("a cat in neon", "", None),
+        ("neon", "pop art", None),
+    ],
+)
+def test_what_should_stay_is_what_prompt_and_target_share(prompt, target, common):
+    assert common_content(prompt, target) == common
+    pair = PromptPair(prompt, target)
+    assert Concept("neon", "style", (pair,)).content_text(pair) == common
+    assert Concept("neon", "fact", (pair,), text="new").content_text(pair) is None
+    own = PromptPair(prompt, target, content="a dog")
+    assert Concept("neon", "style", (own,)).content_text(own) == "a dog"
+
+
+def test_a_verdict_is_a_window_that_names_every_place():
+    both = (Window(0, 2), Window(12, 2))
+    several = Verdict(None, 2, "why", kind="each necessary", places=both)
+    assert str(several) == "layers 0-1 and layers 12-13, each necessary" and not list(several)
+    one = Verdict(12, 2, "why", kind="one place", places=both[1:])
+    assert str(one) == "layers 12-13" and list(one) == [12, 13] and one.label == "12-13"
+    assert one == Verdict(12, 2, "why", kind="one place", places=both[1:], evidence="a table")
+    assert (
+        "a table" not in repr(one) and str(Verdict(None, 2, "2 seeds")) == "inconclusive (2 seeds)"
+    )
+
+
+def test_neighbors_are_texts():
+    assert Concept("neon", "style", [PAIR], neighbors=["pop art"]).neighbors == ("pop art",)
+    for neighbors in ("pop art", [""], [3]):
+        with pytest.raises(LocogenError, match="neighbor"):
+            Concept("neon", "style", [PAIR], neighbors=neighbors)

@@ -175,6 +175,73 @@ def test_coverage_for_these_prompts(seeds):
     assert covered(low, high, truth=4.0) > 0.95 - 2 * slack(0.95, len(x))
 
 
+# ---- shares of the ceiling
+
+
+def shares(rng, truth, *shape, ceiling=4.0, trials=400, **parts):
+    """Of a window with this true share: the intervals, and those that take the ceiling as known."""
+    fieller, naive = [], []
+    for _ in range(trials):
+        whole = ceiling + crossed(rng, (1, *shape), **parts)
+        effects = truth * ceiling + 0.2 * crossed(rng, (1, *shape), **parts)
+        fieller.append(np.ravel(stats.share_interval(effects, whole)))
+        of_effect = stats.crossed_bootstrap(effects, draws=200)
+        naive.append(np.ravel([of_effect.low, of_effect.high]) / whole.mean())
+    return np.array(fieller), np.array(naive)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((1, 4), {"prompts": 0.0}),
+        ((3, 4), {"prompts": 0.0}),
+        ((6, 4), {}),
+        ((8, 6), {"prompts": 0.2, "seeds": 1.0, "rest": 0.5}),
+    ],
+)
+def test_the_interval_of_a_share_covers_it_and_one_of_the_effect_alone_does_not(shape, parts):
+    found, naive = shares(np.random.default_rng(20), 0.8, *shape, **parts)
+    given = found[~np.isnan(found[:, 0])]  # the ceiling is four spreads high: hardly ever refused
+    assert len(given) > 0.95 * len(found)
+    assert covered(given[:, 1], given[:, 2], 0.8) > 0.95 - slack(0.95, len(given))
+    assert covered(naive[:, 0], naive[:, 1], 0.8) < 0.8
+
+
+def test_luck_that_window_and_ceiling_share_cancels():
+    """A window that does on every picture 0.6 of what the ceiling does has that share exactly."""
+    whole = 1 + 0.3 * crossed(np.random.default_rng(21), (1, 6, 4))
+    effects = np.concatenate([0.6 * whole, whole])
+    for part in stats.share_interval(effects, whole):
+        np.testing.assert_allclose(part, [0.6, 1.0], atol=1e-6)
+    rng = np.random.default_rng(22)
+    apart = stats.share_interval(0.6 + 0.3 * crossed(rng, (1, 6, 4)), whole)
+    assert apart.high[0] - apart.low[0] > 0.1, "the twin: luck of its own stays"
+
+
+def test_a_share_of_nothing_is_refused():
+    """Effects of 0.3 over a ceiling of 0.02 in noise: a share of 1612 % says nothing."""
+    rng, refused = np.random.default_rng(23), 0
+    for _ in range(200):
+        whole = 0.02 + 0.1 * crossed(rng, (1, 6, 4))
+        refused += np.isnan(stats.share_interval(np.full((1, 6, 4), 0.3), whole)).all()
+    assert refused / 200 > 0.95
+    assert np.isnan(stats.share_interval(np.ones((2, 3, 4)), np.full((1, 3, 4), -0.3))).all()
+    sure = stats.share_interval(np.full((1, 6, 4), 0.3), 0.4 + 0.01 * whole)
+    assert 0.6 < sure.low[0] <= sure.estimate[0] <= sure.high[0] < 0.9, "the twin"
+
+
+def test_a_share_without_anything_to_resample_has_no_interval():
+    share, low, high = stats.share_interval(np.ones((2, 5, 1)), np.full((1, 5, 1), 2.0))
+    assert share.tolist() == [0.5, 0.5] and np.isnan([low, high]).all()
+
+
+def test_a_higher_level_widens_a_share():
+    rng = np.random.default_rng(24)
+    effects, whole = (mean + 0.1 * crossed(rng, (3, 6, 4)) for mean in (0.5, 1.0))
+    narrow, wide = (stats.share_interval(effects, whole[:1], level=level) for level in (0.9, 0.99))
+    assert (wide.low < narrow.low).all() and (narrow.high < wide.high).all()
+
+
 # ---- the lead of a candidate
 
 
@@ -502,6 +569,14 @@ HOLE = np.where(np.arange(48).reshape(2, 6, 4) == 33, np.nan, 1.0)
         (
             lambda: stats.any_effect(np.ones((2, 6, 4)), np.ones((4, 6))),
             "the same prompts and seeds",
+        ),
+        (
+            lambda: stats.share_interval(np.ones((2, 6, 4)), np.ones((6, 4))),
+            "ceiling has shape",
+        ),
+        (
+            lambda: stats.share_interval(np.ones((2, 6, 4)), np.ones((1, 6, 3))),
+            r"ceiling has shape \(1, 6, 3\), effects \(2, 6, 4\)",
         ),
         (lambda: stats.split_seeds([]), "at least one"),
         (lambda: stats.split_seeds([3, 4, 3]), "none twice"),

@@ -10,8 +10,13 @@ Such a file has the form of `concepts.toml`:
     placebo = "{}, drawn as ukiyo-e"       # optional: a paraphrase that keeps the concept
     text = "ukiyo-e"                       # optional: what pictures are scored against
     fill = ["a house", "a boat", "a wave"]
+    neighbors = ["pop art", "cubism"]      # optional: what it could be taken for (`Concept`); with
+                                           # {}: whole texts, filled; or the name of such a list
     # or, instead of prompt, target, placebo and fill:
     # pairs = [{ prompt = "a wave by hokusai", target = "a wave" }]
+
+    [neighbors]                            # optional: lists that several concepts share
+    "my/prints" = ["{} in the style of hokusai", "{} in the style of hiroshige"]
 
 >>> concept("my/ukiyo-e", file="my.toml")
 """
@@ -36,8 +41,10 @@ _CONCEPTS = Path(__file__).resolve().parent / "concepts.toml"
 
 # Keys of an entry, of its template, and of a pair.
 _TEXTS = ("model", "name", "kind", "note", "text", "answer")
-_TEMPLATE = ("prompt", "target", "placebo")
-_PAIR = ("prompt", "target", "text", "placebo")
+_TEMPLATE = ("prompt", "target", "placebo", "content")
+_PAIR = ("prompt", "target", "text", "placebo", "content")
+_LISTS = ("fill", "pairs", "neighbors")  # not texts: checked where they are read
+_SHARED = "neighbors"  # the table of lists of neighbors that concepts share
 _ANY = "any"  # the model of concepts that suit all models
 
 
@@ -143,33 +150,50 @@ def _all(file: str | Path | None) -> Mapping[str, _Entry]:
 def _entries(path: Path) -> dict[str, _Entry]:
     """Every concept of a file, checked; `LocogenError` names the file, the entry and the remedy."""
     entries: dict[str, _Entry] = {}
-    for id, row in read_toml(path).items():
+    rows = read_toml(path)
+    shared = rows.pop(_SHARED, {})
+    for id, row in rows.items():
         try:
-            entries[id] = _entry(row)
+            entries[id] = _entry(row, shared)
         except LocogenError as error:
             raise LocogenError(f"{path}: concept {id!r}: {error}") from None
     return entries
 
 
-def _entry(row: Any) -> _Entry:
+def _entry(row: Any, shared: Mapping[str, Any]) -> _Entry:
     if not isinstance(row, dict):
         raise LocogenError('not a table: begin it with a line such as ["my/concept"]')
     # Before all else: a misspelt key would make later messages misleading.
-    _check_keys(row, (*_TEXTS, *_TEMPLATE, "fill", "pairs"), needed=("name", "kind"))
+    _check_keys(row, (*_TEXTS, *_TEMPLATE, *_LISTS), needed=("name", "kind"))
     if row["kind"] not in KINDS:
         raise LocogenError(f"kind is {row['kind']!r}: use one of {', '.join(KINDS)}")
     model = row.get("model", _ANY)
     groups = _known_groups()
     if model not in groups:
         raise unknown("model", model, groups)
+    neighbors = _neighbors(row.get("neighbors", ()), shared)
+    names = tuple(name for name in neighbors if "{}" not in name)
     if "pairs" in row:
         pairs = _explicit(row)
         text = row.get("text")
     else:
-        pairs = _filled(row)
+        pairs = _filled(row, tuple(name for name in neighbors if "{}" in name))
         text = _fixed_text(row)
-    subject = Concept(row["name"], row["kind"], pairs, text=text, answer=row.get("answer"))
+    subject = Concept(
+        row["name"], row["kind"], pairs, text=text, answer=row.get("answer"), neighbors=names
+    )
     return _Entry(model, subject, row.get("note", ""))
+
+
+def _neighbors(value: Any, shared: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a concept could be taken for: names, or templates of whole texts."""
+    if isinstance(value, str):
+        if value not in shared:
+            raise unknown("list of neighbors", value, shared)
+        value = shared[value]
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise LocogenError('neighbors is not a list of texts: write neighbors = ["a dog"]')
+    return tuple(value)
 
 
 def _known_groups() -> set[str]:
@@ -185,8 +209,7 @@ def _check_keys(row: Mapping[str, Any], allowed: tuple[str, ...], needed: tuple[
     for key, value in row.items():
         if key not in allowed:
             raise unknown("key", key, allowed)
-        # These two hold lists, and are checked where they are read.
-        if key not in ("fill", "pairs") and not isinstance(value, str):
+        if key not in _LISTS and not isinstance(value, str):
             raise LocogenError(f"{key} is {value!r}: give it a text in quotes")
     for key in needed:
         if key not in row:
@@ -215,8 +238,11 @@ def _fixed_text(row: Mapping[str, Any]) -> str | None:
     return None if is_template else text
 
 
-def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
-    """A pair for each filling of `{}`; without `fill`, one pair: the templates as written."""
+def _filled(row: Mapping[str, Any], neighbors: tuple[str, ...]) -> tuple[PromptPair, ...]:
+    """A pair for each filling of `{}`; without `fill`, one pair: the templates as written.
+
+    `neighbors`: templates of the texts that say what else a pair's pictures could show.
+    """
     for key in ("prompt", "target"):
         if key not in row:
             raise LocogenError(f"{key} is missing: give prompt and target, or pairs")
@@ -229,7 +255,8 @@ def _filled(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
     pairs = []
     for fill in _fills(row):
         texts = {key: template.replace("{}", fill) for key, template in templates.items()}
-        pairs.append(PromptPair(**texts))
+        beside = tuple(template.replace("{}", fill) for template in neighbors)
+        pairs.append(PromptPair(**texts, neighbors=beside))
     return tuple(pairs)
 
 

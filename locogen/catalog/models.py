@@ -77,6 +77,9 @@ class ScorerEntry:
     license: str
     revision: str = "main"
     folder: Path | None = None
+    # Cosines times this are the logits among which a softmax gives probabilities; None: the model's
+    # own, as stored with its weights.
+    logit_scale: float | None = None
     note: str = ""
 
 

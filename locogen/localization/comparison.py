@@ -18,7 +18,7 @@ from locogen.localization.attention import (
     contributions,
 )
 from locogen.localization.causal_tracing import causal_trace
-from locogen.localization.effects import Scores, carrier, effect
+from locogen.localization.effects import Scores, carrier, effect, score_used
 from locogen.localization.localize import localize
 from locogen.localization.trace_effects import (
     LAYERS,
@@ -244,11 +244,11 @@ def _locogen(
         method="locogen",
         concept=concept.name,
         effects=effects,
-        layers=Scores(run.table).effect_of("window"),
+        layers=Scores(run.table, score_used(run.table)).effect_of("window"),
         carrier=best,
         generations=len(run),
         seconds=0.0,
-        remark=best.reason,
+        remark=best.reason if best.kind == "one place" else str(best),
     )
 
 

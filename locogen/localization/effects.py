@@ -8,25 +8,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.plan import Window, sign_of
+from locogen.localization.spread import seeds_needed
+from locogen.localization.verdict import MIN_SHARE, judge
+from locogen.plan import Verdict, sign_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MIN_SHARE = 0.5  # of the ceiling's effect: with less, the window is not "the" carrier
 FIRST_COLUMNS = ("method", "concept", "axis", "position", "estimate", "low", "high", "n")
 SPAN = ("first_timestep", "last_timestep")
 Array = np.ndarray[Any, Any]
 Line = dict[str, Any]  # one row of an effects table
 
 
-def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+def score_used(rows: Any) -> str:
+    """The score that a concept's effects are measured by, where none is asked for.
+
+    "probability" where every picture has one, because it is a scale: "clip_score" elsewhere.
+    """
+    if "probability" in rows and len(rows) and rows["probability"].notna().all():
+        return "probability"
+    return "clip_score"
+
+
+def effect(
+    table: pd.DataFrame,
+    *,
+    level: float = 0.95,
+    score: Literal["probability", "clip_score"] | None = None,
+) -> pd.DataFrame:
     """Compute the effects table: what each window, insert and control does to the score.
 
     Estimates are paired with the baseline of the same prompt and seed, and signed so that positive
@@ -45,16 +62,26 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
         table: The pictures table of `localize`, of one concept or several.
         level: Coverage of the intervals. With fewer than six prompts they speak for these prompts
             only (column `prompts` is "fixed").
+        score: "probability" (of the concept among its neighbors) or "clip_score" (raw cosine);
+            None: the probability of a concept whose every picture has one, else the cosine.
 
     Returns:
         One row an estimate: method, concept, axis, position (first layer), estimate, low, high, n
-        (pictures) and more. On the axis "layer" also: `choose`, the estimate on the seeds used to
-        choose a carrier; `fresh` with its interval, on the held-out seeds; `share` of the ceiling;
-        `p_any`, of "no more than the placebo", corrected for all windows; and for the best window
-        `lead`, `lead_low`, `p_lead` over the best rival that does not overlap it.
+        (pictures), `score` (which one it is of), `cosine` with `cosine_low` and `cosine_high` (the
+        same estimate on the raw cosine) and more:
+
+        - on "layer" and "insert": `share` of the ceiling with its interval; `p_any`, of "no effect,
+          or no more than the placebo's", corrected for all windows; `seeds`, about how many tell
+          whether the share is under or over a half, where it is open;
+        - on "layer": `choose`, what a carrier is chosen by; `fresh` with its interval, measured on
+          seeds that did not choose it (all seeds do, but in a race); and for the best window
+          `lead`, `lead_low`, `p_lead` over the best rival that does not overlap it;
+        - on "content": `beyond` with its interval, what is lost beyond the ceiling's loss, as a
+          share of the baseline's content score.
 
     Raises:
-        LocogenError: If rows are missing or twice, or scores are not finite.
+        LocogenError: If rows are missing or twice, scores are not finite, or there is no score of
+            that name.
 
     Example:
         >>> import pandas as pd
@@ -69,20 +96,41 @@ def effect(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     """
     import pandas as pd
 
-    measure = functools.partial(_concept_effects, level=level)
-    if "verdict" in table:
-        measure = functools.partial(raced_effects, whole=measure)
-    parts = [measure(rows) for _, rows in table.groupby("concept", sort=False)]
+    raced = "verdict" in table
+    measure = functools.partial(_concept_effects, level=level, raced=raced)
+    parts = []
+    for name, rows in table.groupby("concept", sort=False):
+        column = _checked_score(rows, str(name), score)
+        by_score = functools.partial(measure, column=column)
+        parts.append(raced_effects(rows, by_score, column) if raced else by_score(rows))
     if not parts:
         raise LocogenError("the pictures table is empty: run localize first")
     return pd.concat(parts, ignore_index=True)
 
 
-class Scores:
-    """The scores of one concept's pictures by role, as arrays of (windows, prompts, seeds)."""
+def _checked_score(rows: Any, concept: str, score: str | None) -> str:
+    """The column to measure by."""
+    if score is None:
+        return score_used(rows)
+    if score not in ("probability", "clip_score"):
+        raise LocogenError(f"score is {score!r}: use 'probability', 'clip_score' or None")
+    if score not in rows or rows[score].isna().all():
+        raise LocogenError(
+            f"the pictures of {concept!r} have no {score}: it takes a concept that names neighbors"
+        )
+    return score
 
-    def __init__(self, rows: Any) -> None:
+
+class Scores:
+    """The scores of one concept's pictures by role, as arrays of (windows, prompts, seeds).
+
+    `column`: the score that effects are measured by.
+    """
+
+    def __init__(self, rows: Any, column: str = "clip_score") -> None:
         self.rows = rows
+        self.column = column
+        self._cubes: dict[tuple[Any, ...], Array] = {}  # what was asked for already
         self.prompts = list(dict.fromkeys(rows["prompt"]))
         self.seeds = sorted(rows["seed"].unique())
         self.sign = sign_of(rows["kind"].iloc[0])
@@ -100,15 +148,21 @@ class Scores:
     def of(
         self,
         role: str,
-        column: str = "clip_score",
+        column: str | None = None,
         only: Mapping[str, int] | None = None,
     ) -> Array:
         """Scores of one role, (windows, prompts, seeds); one "window" for baseline and controls.
 
         `only`: further conditions, column → value.
         """
+        asked = (role, column or self.column, *(only or {}).items())
+        if asked not in self._cubes:
+            self._cubes[asked] = self._read(role, column or self.column, only or {})
+        return self._cubes[asked]
+
+    def _read(self, role: str, column: str, only: Mapping[str, int]) -> Array:
         part = self.rows[self.rows["role"] == role]
-        for name, value in (only or {}).items():
+        for name, value in only.items():
             part = part[part[name] == value]
         starts = sorted(int(start) for start in part["start"].dropna().unique())
         # A placeholder in the place of the first layer, where a role has none.
@@ -138,24 +192,20 @@ class Scores:
         return self.of("baseline", "content_score") - self.of(role, "content_score")
 
 
-def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
-    scores = Scores(rows)
-    starts = scores.starts("window")
+def _concept_effects(rows: Any, level: float, column: str, raced: bool) -> pd.DataFrame:
+    scores = Scores(rows, column)
     widths = rows["width"].dropna()
     width = int(widths.iloc[0]) if len(widths) else 1
+    lines = _lines(scores, level)
+    cosines = lines
+    if column != "clip_score":
+        cosines = _lines(Scores(rows), level)
+    for line, cosine in zip(lines, cosines, strict=True):
+        line["score"] = column
+        line |= {"cosine": cosine["estimate"]}
+        line |= {"cosine_low": cosine["low"], "cosine_high": cosine["high"]}
 
-    effects = scores.effect_of("window")
-    # Sweeps without controls have neither ceiling nor placebo.
-    ceiling = scores.effect_of("ceiling") if scores.has("ceiling") else None
-    placebo = scores.effect_of("placebo") if scores.has("placebo") else None
-    evidence = carrier_evidence(
-        effects, ceiling=ceiling, placebo=placebo, width=width, level=level, starts=starts
-    )
-    lines = [
-        line | more
-        for line, more in zip(estimates("layer", starts, effects, level), evidence, strict=True)
-    ]
-    lines += _controls(scores, ceiling, placebo, level)
+    _add_evidence(lines, scores, width=width, level=level, raced=raced)
     kind = rows["kind"].iloc[0]
     if kind != "fact":  # a fact replaces its content: nothing should stay
         lines += _content(rows, level)
@@ -170,35 +220,106 @@ def _concept_effects(rows: Any, level: float) -> pd.DataFrame:
     )
 
 
-def _controls(
-    scores: Scores, ceiling: Array | None, placebo: Array | None, level: float
-) -> list[Line]:
-    """Lines of the ceiling, the placebo and the inserts, those that the sweep has."""
+def _lines(scores: Scores, level: float) -> list[Line]:
+    """Estimates of the windows, the ceiling, the placebo and the inserts, those of the sweep."""
     import pandas as pd
 
-    lines = []
-    if ceiling is not None:
-        lines += estimates("ceiling", [pd.NA], ceiling, level)
-    if placebo is not None:
-        lines += estimates("placebo", [pd.NA], placebo, level)
-    if ceiling is not None and scores.has("insert"):
-        # What the window alone restores of the ceiling's loss.
-        restored = ceiling - scores.effect_of("insert")
-        lines += estimates("insert", scores.starts("insert"), restored, level)
+    lines = estimates("layer", scores.starts("window"), scores.effect_of("window"), level)
+    # Sweeps without controls have neither ceiling nor placebo.
+    for role in ("ceiling", "placebo"):
+        if scores.has(role):
+            lines += estimates(role, [pd.NA], scores.effect_of(role), level)
+    if scores.has("ceiling") and scores.has("insert"):
+        lines += estimates("insert", scores.starts("insert"), _restored(scores), level)
     return lines
+
+
+def _restored(scores: Scores) -> Array:
+    """What each window alone restores of the ceiling's loss, (windows, prompts, seeds)."""
+    return scores.effect_of("ceiling") - scores.effect_of("insert")
+
+
+def _add_evidence(
+    lines: list[Line], scores: Scores, *, width: int, level: float, raced: bool
+) -> None:
+    """What a verdict rests on, added to the lines of windows, inserts and the ceiling."""
+    effects = scores.effect_of("window")
+    ceiling = scores.effect_of("ceiling") if scores.has("ceiling") else None
+    placebo = scores.effect_of("placebo") if scores.has("placebo") else None
+    evidence = carrier_evidence(
+        effects,
+        ceiling=ceiling,
+        placebo=placebo,
+        width=width,
+        level=level,
+        starts=scores.starts("window"),
+        # A race chooses on some of the seeds: the others are fresh. Elsewhere all seeds choose, and
+        # what is said is corrected for the choice.
+        hold_out=raced,
+    )
+    of_axis: dict[str, list[Line]] = {}
+    for line in lines:
+        of_axis.setdefault(line["axis"], []).append(line)
+    for line, more in zip(of_axis["layer"], evidence, strict=True):
+        line |= more
+    if ceiling is None:
+        return
+    _add_shares(of_axis["layer"], effects, ceiling, level)
+    whole = of_axis["ceiling"][0]
+    if whole["low"] <= 0:
+        whole["seeds"] = _seeds_to_tell(ceiling[0])
+    if "insert" in of_axis:
+        restored = _restored(scores)
+        beyond_none = stats.any_effect(restored, np.zeros_like(ceiling), alpha=stats.ALPHA)
+        for line, p_value in zip(of_axis["insert"], beyond_none.p_value, strict=True):
+            line["p_any"] = p_value
+        _add_shares(of_axis["insert"], restored, ceiling, level)
+
+
+def _add_shares(lines: Sequence[Line], effects: Array, ceiling: Array, level: float) -> None:
+    """Shares of the ceiling with intervals, and how many seeds would tell where they are open."""
+    shares = stats.share_interval(effects, ceiling, level=level)
+    for place, line in enumerate(lines):
+        line["share"] = shares.estimate[place]
+        line["share_low"] = shares.low[place]
+        line["share_high"] = shares.high[place]
+        is_open = line["share_low"] < MIN_SHARE < line["share_high"]
+        if is_open and line["share"] > MIN_SHARE / 2:
+            line["seeds"] = _seeds_to_tell(effects[place] - MIN_SHARE * ceiling[0])
+
+
+def _seeds_to_tell(values: Array) -> float:
+    """About how many seeds tell the mean of (prompts, seeds) `values` from zero; NaN: unknown."""
+    if values.shape[1] < 2 or not values.mean() or not values.mean(0).std() > 0:
+        return np.nan
+    seeds, _, _ = seeds_needed(values, abs(float(values.mean())))
+    return np.nan if seeds is None else seeds
 
 
 def _content(rows: Any, level: float) -> list[Line]:
     """How much of what should stay is lost at each window and, for comparison, at the controls."""
-    # A prompt whose target is empty has no text that should stay.
+    # A prompt that shares nothing with its target has no text that should stay.
     with_content = rows[rows.groupby("prompt")["content_score"].transform("count") > 0]
     if with_content.empty:
         return []
-    scores = Scores(with_content)
-    lines = estimates("content", scores.starts("window"), scores.content_lost("window"), level)
+    scores = Scores(with_content, "content_score")
+    lost = scores.content_lost("window")
+    lines = estimates("content", scores.starts("window"), lost, level)
+    if scores.has("ceiling"):
+        # Cosines differ in size from scorer to scorer: the baseline's own is the unit.
+        beyond = (lost - scores.content_lost("ceiling")) / abs(scores.baseline.mean())
+        intervals = stats.crossed_bootstrap(beyond, level=level)
+        for place, line in enumerate(lines):
+            line["beyond"] = intervals.estimate[place]
+            line["beyond_low"] = intervals.low[place]
+            line["beyond_high"] = intervals.high[place]
     for role in ("ceiling", "placebo"):
         if scores.has(role):
             lines += estimates(f"content_{role}", [None], scores.content_lost(role), level)
+    for line in lines:
+        line["score"] = "content_score"
+        line |= {"cosine": line["estimate"]}
+        line |= {"cosine_low": line["low"], "cosine_high": line["high"]}
     return lines
 
 
@@ -211,6 +332,8 @@ def _over_time(scores: Scores, level: float) -> list[Line]:
         starts = sorted(int(start) for start in in_span["start"].dropna().unique())
         changes = scores.effect_of("timesteps", span)
         lines += [line | span for line in estimates("timesteps", starts, changes, level)]
+    for line in lines:
+        line["score"] = scores.column
     return lines
 
 
@@ -259,6 +382,7 @@ def carrier_evidence(
     width: int,
     level: float,
     starts: Sequence[int] | None = None,
+    hold_out: bool = True,
 ) -> list[Line]:
     """What a carrier is decided by, for each window.
 
@@ -269,6 +393,8 @@ def carrier_evidence(
         width: Layers in a window.
         level: Coverage of the held-out intervals.
         starts: First layer of each window; None: 0, 1, 2, ...
+        hold_out: Whether some seeds choose the window and the others judge it (`split_seeds`).
+            Otherwise all do both, and the lead is corrected for the choice.
 
     Returns:
         One dictionary a window: choose, fresh (with fresh_low, fresh_high), p_any, share, and for
@@ -277,7 +403,9 @@ def carrier_evidence(
     # Some seeds select the window, the others are held out for its estimate. Both share their
     # prompts, so the held-out estimate takes prompts as fixed (see `stats.simultaneous_lead`). With
     # too few seeds to split, all serve for both, and the lead is corrected for the selection.
-    selection, held_out = (list(part) for part in stats.split_seeds(range(effects.shape[2])))
+    every = range(effects.shape[2])
+    groups = stats.split_seeds(every) if hold_out else (every, every)
+    selection, held_out = (list(part) for part in groups)
     split = selection != held_out
     prompts = "fixed" if split else None
     fresh = effects[:, :, held_out]  # (windows, prompts, held-out seeds)
@@ -331,7 +459,9 @@ def _p_any(effects: Array, placebo: Array | None) -> Array:
 # --- races ---------------------------------------------------------------------------------------
 
 
-def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFrame:
+def raced_effects(
+    rows: Any, whole: Callable[[Any], pd.DataFrame], column: str = "clip_score"
+) -> pd.DataFrame:
     """The effects table of one concept's race.
 
     The winner and its rival have all pictures and are judged as in an exhaustive search. Of the
@@ -343,6 +473,7 @@ def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFra
     Args:
         rows: The concept's pictures table.
         whole: Gives the effects table of a pictures table in which nothing is missing.
+        column: The score that effects are measured by.
 
     Returns:
         The effects table, windows in the order of the layers.
@@ -362,7 +493,7 @@ def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFra
     table.loc[on_layers, "p_any"] = (table.loc[on_layers, "p_any"] * len(sizes)).clip(upper=1)
     others = swept[~swept["start"].isin(finalists)]
     if len(others):
-        dropped = _partly_measured(rows, others, table[on_layers].iloc[0])
+        dropped = _partly_measured(rows, others, table[on_layers].iloc[0], column)
         layers = pd.concat([table[on_layers], dropped], ignore_index=True)
         layers = layers.iloc[layers["position"].argsort(kind="stable")]
         table = pd.concat([layers, table[~on_layers]], ignore_index=True)
@@ -374,15 +505,16 @@ def raced_effects(rows: Any, whole: Callable[[Any], pd.DataFrame]) -> pd.DataFra
     return table
 
 
-def _partly_measured(rows: Any, swept: Any, finalist: Any) -> pd.DataFrame:
+def _partly_measured(rows: Any, swept: Any, finalist: Any, column: str) -> pd.DataFrame:
     """Lines of the windows that left the race: their paired estimate on the pairs they had."""
     import pandas as pd
 
-    baseline = rows[rows["role"] == "baseline"].set_index(["prompt", "seed"])["clip_score"]
-    common = finalist[["method", "concept", "axis", "kind", "width", "baseline"]].to_dict()
+    baseline = rows[rows["role"] == "baseline"].set_index(["prompt", "seed"])[column]
+    shared = ["method", "concept", "axis", "kind", "width", "baseline", "score"]
+    common = finalist[shared].to_dict()
     lines = []
     for start, part in swept.groupby("start"):
-        score = part.set_index(["prompt", "seed"])["clip_score"]
+        score = part.set_index(["prompt", "seed"])[column]
         change = sign_of(finalist["kind"]) * (score - baseline.loc[score.index])
         estimate = float(change.mean())
         line = {"position": start, "estimate": estimate, "choose": estimate, "n": len(part)}
@@ -420,32 +552,46 @@ def race_note(layers: pd.DataFrame) -> str:
 # --- carrier -------------------------------------------------------------------------------------
 
 
-def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
-    """Decide which window carries the concept, if one does.
+def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Verdict:
+    """Decide where a concept is: one place, several, spread, nowhere, or not decided yet.
 
-    The window with the largest estimate on the selection seeds (`choose`) is accepted if the
-    ceiling has an effect, the window does more than the placebo (`p_any` <= 0.05), and its effect
-    on the held-out seeds is at least `min_share` of the ceiling's.
+    The rule (its constants are in `localization.verdict`): shares are of the ceiling's effect. If
+    the ceiling's interval lies below a small effect, nobody hears the concept; if it holds zero, or
+    the probability hardly changes even in all layers, the verdict is inconclusive. A window is
+    *necessary* where its share is at least `min_share`, the interval of the share does not reach
+    far below that, and the effect is beyond zero and the placebo, corrected for all windows; it is
+    *sufficient* where the same holds of its insert. A window that may be so, or whose picture
+    became another one (an effect, or a loss of content, far beyond the ceiling's), is open.
+    Windows that overlap are one place: places are the fewest separate windows that every passing
+    one overlaps. An open window elsewhere makes the verdict inconclusive. Otherwise one necessary
+    place is "one place", two or more are "each necessary"; where none is necessary, two or more
+    sufficient ones are "each sufficient", and all else is "spread", as are more than three places.
 
     Args:
         effects: The effects table of one concept, from `effect`.
-        min_share: Smallest share of the ceiling's effect, 0 to 1.
+        min_share: Smallest share of the ceiling's effect that a place needs, 0 to 1.
 
     Returns:
-        The window; its `reason` says whether its lead over other places is established. If no
-        window is accepted, a `Window` without start whose reason says why, and where to look
-        instead.
+        The verdict: its `kind`, the `places` that it speaks of and the `reason`; it iterates over
+        the layers of the one place, and over none where there is none. Its `evidence` is a table
+        with one row a question and place: question ("ceiling", "necessity", "sufficiency",
+        "content", "another picture"), place, estimate, low, high, share, share_low, share_high, p,
+        and `passes` (missing: open). "content" passes where it stays; "another picture" where one
+        came.
 
     Raises:
         LocogenError: If the table has several concepts.
 
     Example:
         >>> import pandas as pd
-        >>> line = {"concept": "neon", "axis": "layer", "width": 2, "p_any": 0.01, "p_lead": 0.01}
-        >>> best = line | {"position": 5, "choose": 0.3, "fresh": 0.3, "share": 0.9}
-        >>> other = line | {"position": 9, "choose": 0.1, "fresh": 0.1, "share": 0.3}
-        >>> carrier(pd.DataFrame([best, other]))
-        Window(start=5, width=2, reason='ahead of every other place')
+        >>> line = {"concept": "neon", "axis": "layer", "width": 2, "p_any": 0.01}
+        >>> near = {"share": 0.9, "share_low": 0.8, "share_high": 1.0}
+        >>> far = {"share": 0.1, "share_low": 0.0, "share_high": 0.2}
+        >>> rows = [{"position": 5, "estimate": 0.3} | near, {"position": 9, "estimate": 0.1} | far]
+        >>> ceiling = {"axis": "ceiling", "low": 0.3, "high": 0.4}
+        >>> verdict = carrier(pd.DataFrame([line | row for row in [*rows, ceiling]]))
+        >>> print(verdict, "|", verdict.reason)
+        layers 5-6 | the picture needs it (90% [80%, 100%] of the ceiling's effect)
     """
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:
@@ -453,57 +599,8 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Window:
             f"the effects are of {len(names)} concepts: "
             "select one, effects[effects.concept == name]"
         )
-    layers: Any = effects.query("axis == 'layer'").set_index("position")
-    window = _accepted(effects, layers, min_share)
+    verdict = judge(effects, min_share)
+    layers: Any = effects[effects["axis"] == "layer"]
     if "verdict" not in layers:
-        return window
-    return Window(window.start, window.width, f"{window.reason}; {race_note(layers)}")
-
-
-def _accepted(effects: Any, layers: Any, min_share: float) -> Window:
-    """The window with the largest choice, or the winner of a race, where it passes."""
-    raced = "verdict" in layers
-    winner = layers["verdict"] == "chosen" if raced else layers["choose"]
-    start = int(winner.idxmax())
-    width = int(layers["width"].iloc[0])
-    ranked = layers["choose"].sort_values(ascending=False).index.astype(int).tolist()
-    elsewhere = _elsewhere(ranked, width)
-
-    best = layers.loc[start]
-    objection = _objection(effects, best, min_share, elsewhere)
-    if objection:
-        return Window(None, width, objection)
-    if best["p_lead"] <= stats.ALPHA:
-        # A race follows only one rival to the end.
-        rivals = "its best rival" if raced else "every other place"
-        return Window(start, width, f"ahead of {rivals}")
-    return Window(start, width, f"its lead over other places is not established; {elsewhere}")
-
-
-def _objection(effects: Any, best: Any, min_share: float, elsewhere: str) -> str:
-    """Why the best window is not the carrier; empty where it is."""
-    axes = set(effects["axis"])
-    if "placebo" in axes and np.isnan(best["p_any"]):
-        return "one seed and few prompts cannot tell: use more of either"
-    if "ceiling" in axes and effects.query("axis == 'ceiling'")["low"].iloc[0] <= 0:
-        return "the target hardly changes the score, even in all layers: choose another"
-    if best["p_any"] > stats.ALPHA:
-        return f"no effect beyond the placebo's; {elsewhere}"
-    if best["fresh"] <= 0:
-        return f"no effect on fresh seeds; {elsewhere}"
-    if best["share"] < min_share:
-        return f"the best window has {best['share']:.0%} of the ceiling's effect; {elsewhere}"
-    return ""
-
-
-def _elsewhere(ranked: Sequence[int], width: int) -> str:
-    """Where to look instead: a wider window if the best places touch, two places if they do not."""
-    first = ranked[0]
-    apart = [start for start in ranked if abs(start - first) >= width]
-    if not apart:
-        return f"look at layer {first} with another width"
-    low, high = sorted((first, apart[0]))
-    if high - low <= width + 1:
-        wider = Window(low, high - low + width)
-        return f"try a wider window, {wider.label}"
-    return f"try two places together, {Window(low, width).label} and {Window(high, width).label}"
+        return verdict
+    return replace(verdict, reason=f"{verdict.reason}; {race_note(layers)}")

@@ -5,22 +5,24 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from locogen.errors import LocogenError
+from locogen.localization.effects import carrier, effect, score_used
 from locogen.localization.racing import BUDGET, Rows, race, run_races
 from locogen.models.defaults import settings_for, window_for
 from locogen.models.families import check_known
 from locogen.models.layers import find_layers
+from locogen.phrasings import neighbor_texts
 from locogen.pictures.fingerprint import same_weights
 from locogen.pictures.runs import Run, generate
-from locogen.pictures.score import scorer_for
-from locogen.plan import Concept, Pooled, Settings, distinct_seeds, sweep
+from locogen.pictures.score import probabilities, scorer_for
+from locogen.plan import Concept, Pooled, PromptPair, Settings, distinct_seeds, sweep
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
@@ -29,9 +31,12 @@ if TYPE_CHECKING:
     from locogen.pictures.score import Scorer
 
 SCORED_AT_ONCE = 256  # pictures
+AUTO_WIDTHS = (1, 2, 3)  # of window="auto", in this order
+# Kinds of verdicts with which window="auto" is content; wider windows may decide the others.
+DECIDED = ("one place", "each necessary", "each sufficient", "nobody")
 FIRST_COLUMNS = (
     *("concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit"),
-    *("image", "clip_score", "content_score"),
+    *("image", "clip_score", "content_score", "probability"),
 )
 Array = np.ndarray[Any, Any]
 
@@ -40,7 +45,7 @@ def localize(
     pipe: Pipeline,
     concept: Concept | Sequence[Concept],
     *,
-    window: int | None = 2,
+    window: int | Literal["auto"] | None = 2,
     seeds: Iterable[int] = range(4),
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
@@ -58,13 +63,17 @@ def localize(
 
     LocoGen (Basu et al. 2024, section 4). For each prompt pair and seed it makes the baseline, a
     picture for each window that gets the target prompt, and the controls. Every picture is scored
-    against the concept's text, and against what should stay (`content_score`; NaN for facts).
+    against the concept's text, and against what should stay (`content_score`; NaN for facts). Where
+    the concept names neighbors, `probability` is that of the concept's text among theirs (softmax
+    of the same scorer); of a fact, the mean of "the new answer has come" and "the old one is gone".
 
     Args:
         pipe: A diffusers pipeline, as from `load`.
         concept: What to look for, or several concepts with different names.
         window: Number of neighboring layers that get the target together; None: the catalog's
-            number for this model.
+            number for this model. "auto": 1, and where the verdict (`carrier`) then names no place
+            or places, 2, then 3, each concept by its own evidence. The table has the last width
+            that was needed.
         seeds: Random seeds; every prompt is made with each of them.
         num_inference_steps: Denoising steps; None: the catalog's number for this model.
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
@@ -101,11 +110,15 @@ def localize(
     concepts = _checked_concepts(concept)
     for one in concepts:
         check_known(pipe, one)
+        for pair in one.pairs:
+            neighbor_texts(one, pair)  # a name without a place should not cost a sweep
     spans = tuple(timesteps)
     if search not in ("all", "race"):
         raise LocogenError(f"search is {search!r}: use 'all' or 'race'")
     if spans and search == "race":
         raise LocogenError("a race looks at no timesteps: use search='all' for them")
+    if window == "auto" and search == "race":
+        raise LocogenError("a race has one width: give window= a number, or use search='all'")
 
     settings = settings_for(
         pipe,
@@ -113,22 +126,27 @@ def localize(
         guidance_scale=guidance_scale,
         batch_size=batch_size,
     )
-    width = window_for(pipe, window)
     n_layers = len(find_layers(pipe))
-    rows: dict[str, Any] = {"n_layers": n_layers, "window": width, "seeds": distinct_seeds(seeds)}
+    rows: dict[str, Any] = {"n_layers": n_layers, "seeds": distinct_seeds(seeds)}
     rows |= {"controls": controls, "pooled": pooled}
     # The scorer comes before the pictures: what is wrong with it should not cost a sweep.
     judge = scorer_for(pipe, scorer)
     pictures = _ScoredPictures(pipe, concepts, judge, settings, store, progress)
 
-    facts = {"window": width, "n_layers": n_layers, "search": search}
+    facts: dict[str, Any] = {"n_layers": n_layers, "search": search}
+    if window == "auto":
+        rows |= {"timesteps": spans}
+        return _stored(pictures, lambda stored: _by_evidence(stored, rows, facts))
+    width = window_for(pipe, window)
+    rows["window"] = width
+    facts["window"] = width
     if search == "all":
         plans = {i: list(sweep(c, timesteps=spans, **rows)) for i, c in enumerate(concepts)}
         run = pictures.of(plans)
         return run.with_table(run.table, **facts)
     races = [race(c, budget=budget, **rows) for c in concepts]
     with same_weights():  # the model's weights are hashed once, not at every look
-        run = _run_races_unsaved(races, pictures) if store is None else _run_races(races, pictures)
+        run = _stored(pictures, lambda stored: _run_races(races, stored))
     return run.with_table(run.table, budget=budget, **facts)
 
 
@@ -149,14 +167,25 @@ class _ScoredPictures:
         settings = self.settings.as_dict()
         run = generate(self.pipe, rows, store=self.store, progress=self.progress, **settings)
         table = run.table.assign(**self._scored_against(plans))
-        table = table.assign(**score_columns(run, table, self.scorer))
+        beside = self._beside(plans)
+        table = table.assign(**score_columns(run, table, self.scorer, beside=beside))
         return run.with_table(in_reading_order(table), **self.scorer.settings)
 
     def scores_of(self, plans: Mapping[int, Rows]) -> dict[int, Array]:
         """The scores of each plan's rows, {number of the concept: (rows,)}."""
-        scores = self.of(plans).table["clip_score"].to_numpy()
+        table = self.of(plans).table
+        scores = table[score_used(table)].to_numpy()
         ends = np.cumsum([len(rows) for rows in plans.values()])
         return dict(zip(plans, np.split(scores, ends[:-1]), strict=True))
+
+    def _beside(self, plans: Mapping[int, Rows]) -> list[Beside]:
+        """For each row, the texts that its picture is compared with."""
+        rows: list[Beside] = []
+        for number, plan in plans.items():
+            concept = self.concepts[number]
+            of_prompt = {pair.prompt: beside(concept, pair) for pair in concept.pairs}
+            rows += [of_prompt[row.prompt] for row in plan]
+        return rows
 
     def _scored_against(self, plans: Mapping[int, Rows]) -> dict[str, list[Any]]:
         """Columns that say what each row is about and what its picture is scored against."""
@@ -191,11 +220,34 @@ def _run_races(races: Sequence[Any], pictures: _ScoredPictures) -> Run:
     return run.with_table(run.table.assign(**{name: verdicts[name] for name in verdicts}))
 
 
-def _run_races_unsaved(races: Sequence[Any], pictures: _ScoredPictures) -> Run:
-    """As `_run_races`, with a temporary store: a race reads its pictures again at the end."""
+def _by_evidence(pictures: _ScoredPictures, rows: Mapping[str, Any], facts: Any) -> Run:
+    """Each concept's sweep of the narrowest windows at which the verdict names places."""
+    concepts = pictures.concepts
+    plans: dict[int, Rows] = {}
+    open_yet = list(range(len(concepts)))
+    tried = [width for width in AUTO_WIDTHS if width <= rows["n_layers"]]
+    for width in tried:
+        for number in open_yet:
+            plans[number] = list(sweep(concepts[number], window=width, **rows))
+        table = pictures.of({number: plans[number] for number in open_yet}).table
+        names = {concepts[number].name: number for number in open_yet}
+        for name, part in table.groupby("concept", sort=False):
+            if carrier(effect(part)).kind in DECIDED:
+                open_yet.remove(names[str(name)])
+        if not open_yet:
+            break
+    run = pictures.of(plans)  # read from the store
+    widest = int(run.table["width"].max())
+    return run.with_table(run.table, window=widest, **facts)
+
+
+def _stored(pictures: _ScoredPictures, make: Callable[[_ScoredPictures], Run]) -> Run:
+    """A run that reads its pictures more than once: with a temporary store where there is none."""
+    if pictures.store is not None:
+        return make(pictures)
     folder = tempfile.mkdtemp(prefix="locogen-")
     try:
-        run = _run_races(races, replace(pictures, store=folder))
+        run = make(replace(pictures, store=folder))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -220,31 +272,90 @@ def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
     return concepts
 
 
-def score_columns(run: Run, table: pd.DataFrame, scorer: Scorer) -> dict[str, Array]:
-    """The columns `clip_score` and `content_score` of a run's pictures.
+class Beside(NamedTuple):
+    """What a picture is compared with: its concept's neighbors in the form of the scored text."""
 
-    `table`: the columns `text` and `content` say what each picture is scored against.
+    texts: tuple[str, ...]
+    has_old_answer: bool  # of a fact: the first of the texts
+
+
+def beside(concept: Concept, pair: PromptPair) -> Beside:
+    """The texts that pictures of a pair are compared with; none where no neighbors are named."""
+    texts = neighbor_texts(concept, pair)
+    has_old_answer = bool(texts) and concept.kind == "fact" and concept.answer is not None
+    return Beside(texts, has_old_answer)
+
+
+def score_columns(
+    run: Run, table: pd.DataFrame, scorer: Scorer, *, beside: Sequence[Beside] = ()
+) -> dict[str, Array]:
+    """The columns `clip_score`, `content_score` and, with `beside`, `probability`.
+
+    `table`: the columns `text` and `content` say what each picture is scored against. `beside`:
+    what each is compared with.
     """
     # Facts have nothing that should stay: they are scored against "", and the score is dropped.
     has_no_content = table["content"].isna().to_numpy()
     texts = list(table["text"])
     contents = list(table["content"].fillna(""))
+    scale: Any = scorer.settings.get("logit_scale")
     scores: list[Array] = []
     content_scores: list[Array] = []
+    probable: list[Array] = []
     # In parts, so that not all pictures are in memory at once.
     for start in range(0, len(run), SCORED_AT_ONCE):
         part = slice(start, start + SCORED_AT_ONCE)
-        score, content_score = scorer(run.pictures[part], texts[part], contents[part])
+        compared = [] if scale is None else list(beside[part])
+        neighbors = _padded(texts[part], compared)
+        score, content_score, *others = scorer(
+            run.pictures[part], texts[part], contents[part], *neighbors
+        )
         scores.append(score)
         content_scores.append(content_score)
+        if compared:
+            probable.append(_probability(np.stack([score, *others]), compared, scale))
     content = np.concatenate(content_scores)
-    return {
+    columns = {
         "clip_score": np.concatenate(scores),
         "content_score": np.where(has_no_content, np.nan, content),
     }
+    if beside:
+        unknown = np.full(len(content), np.nan)
+        columns["probability"] = np.concatenate(probable) if probable else unknown
+    return columns
+
+
+def _padded(texts: Sequence[str], compared: Sequence[Beside]) -> list[list[str]]:
+    """Lists of neighbors' texts, one text a picture in each; its own text where it has no more."""
+    most = max((len(each.texts) for each in compared), default=0)
+    lists = []
+    for place in range(most):
+        line = []
+        for own, each in zip(texts, compared, strict=True):
+            line.append(each.texts[place] if place < len(each.texts) else own)
+        lists.append(line)
+    return lists
+
+
+def _probability(cosines: Array, compared: Sequence[Beside], scale: float) -> Array:
+    """Probability of each picture's own text among its neighbors', (pictures,).
+
+    `cosines`: own text first, (texts, pictures). Of a fact, the mean of "the new answer has come"
+    and "the old one is gone": losing the old answer counts, not only the arrival of the new one.
+    NaN without neighbors.
+    """
+    counts = np.array([len(each.texts) for each in compared])  # (pictures,)
+    is_padding = np.arange(len(cosines))[:, None] > counts
+    shares = probabilities(np.where(is_padding, np.nan, cosines), scale)  # (texts, pictures)
+    own = shares[0]
+    has_old = np.array([each.has_old_answer for each in compared])
+    old = shares[min(1, len(shares) - 1)]  # the old answer is the first neighbor
+    probable = np.where(has_old, (own + 1 - old) / 2, own)
+    return np.where(counts > 0, probable, np.nan)
 
 
 def in_reading_order(table: pd.DataFrame) -> Any:
     """The table with the columns that all runs share first."""
     others = [column for column in table.columns if column not in FIRST_COLUMNS]
-    return table[[*FIRST_COLUMNS, *others]]
+    first = [column for column in FIRST_COLUMNS if column in table]
+    return table[[*first, *others]]

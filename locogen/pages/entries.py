@@ -20,9 +20,23 @@ from locogen.views.tables import rows_of
 STATES = {
     "localized": ("localized", "good"),
     "open": ("lead open", ""),
+    "several": ("several places", ""),
+    "spread": ("spread", ""),
     "none": ("no single window", ""),
+    "nobody": ("no layer hears it", ""),
+    "inconclusive": ("inconclusive", ""),
     "unjudged": ("not judged", ""),
     "failed": ("failed", "bad"),
+}
+
+
+# Kind of a verdict without one place → state.
+_NO_PLACE = {
+    "each necessary": "several",
+    "each sufficient": "several",
+    "spread": "spread",
+    "nobody": "nobody",
+    "inconclusive": "inconclusive",
 }
 
 
@@ -145,8 +159,8 @@ def _state(row: Mapping[str, Any]) -> str:
     if not row["judged"]:
         return "unjudged"
     if row["start"] is None:
-        return "none"
-    # `carrier` names a window also where its lead over others is open; the reason says so.
+        return _NO_PLACE.get(row.get("verdict", ""), "none")
+    # Older runs named a window also where its lead over others was open; the reason says so.
     is_open = "not established" in str(row["reason"])
     return "open" if is_open else "localized"
 

@@ -230,6 +230,8 @@ def _show(entry: Entry, scale: Scale, *, pictures: Sequence[Picture] = ()) -> Sh
     place = ""
     amount = ""
     share = ""
+    if row.get("verdict", "").startswith("each "):
+        place = " and ".join(_place(each.start, each.width) for each in row["places"])
     if row["start"] is not None:
         place = _place(row["start"], row["width"])
         amount = _amount(row)

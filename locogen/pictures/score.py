@@ -47,7 +47,10 @@ class Scorer(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Backbone, preprocessing and scale: columns of `Run.settings`."""
+        """Backbone, preprocessing and scale: columns of `Run.settings`.
+
+        With `logit_scale` (100 for CLIP), cosines also become probabilities among neighbors.
+        """
         ...
 
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[Array]:
@@ -69,6 +72,8 @@ class Clip:
     tokenizer: Any
     settings: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 64
+    # A sweep asks for the same few texts at every part of its pictures.
+    _known_texts: dict[str, Array] = field(default_factory=dict, repr=False)
 
     def pictures(self, pictures: Sequence[Image]) -> Array:
         """Unit embeddings, (pictures, width)."""
@@ -89,8 +94,12 @@ class Clip:
 
     def texts(self, texts: Iterable[str]) -> dict[str, Array]:
         """The unit embedding of each distinct text, (width,)."""
-        # One by one: in a batch, its neighbors could move the last bits.
-        return {text: self._text(text) for text in dict.fromkeys(texts)}
+        wanted = list(dict.fromkeys(texts))
+        for text in wanted:
+            # One by one: in a batch, its neighbors could move the last bits.
+            if text not in self._known_texts:
+                self._known_texts[text] = self._text(text)
+        return {text: self._known_texts[text] for text in wanted}
 
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[Array]:
         """For each list of texts, the cosine of picture `i` and text `i`: (pictures,) each.
@@ -189,12 +198,38 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
         "scorer_revision": revision,
         "preprocessing": "PIL",
         "scale": 1.0,
+        "logit_scale": _logit_scale(name, model),
     }
     with memory_named(
         f"the scorer {name!r} does not fit the memory of {device!r}: load it with device='cpu'"
     ):
         model.to(device)
     return Clip(model.eval(), processor, tokenizer, settings)
+
+
+def _logit_scale(name: str, model: Any) -> float:
+    """What cosines are multiplied with before a softmax: the catalog's number, or the model's."""
+    try:
+        scale = scorer_entry(name).logit_scale
+    except LocogenError:  # a folder or a hub id
+        scale = None
+    return float(model.logit_scale.detach().exp()) if scale is None else scale
+
+
+def probabilities(cosines: Array, scale: float) -> Array:
+    """Softmax of cosines among the texts of each picture, (texts, pictures), column by column.
+
+    NaN stands for a text that a picture does not have, and has probability 0.
+
+    >>> probabilities(np.array([[0.5], [0.4], [np.nan]]), 10).round(2)
+    array([[0.73],
+           [0.27],
+           [0.  ]])
+    """
+    logits = scale * cosines  # (texts, pictures)
+    sizes = np.exp(logits - np.nanmax(logits, axis=0))
+    sizes = np.nan_to_num(sizes)
+    return sizes / sizes.sum(0)
 
 
 def scorer_for(pipe: Pipeline, choice: Scorer | str | None) -> Scorer:

@@ -44,7 +44,10 @@ __all__ = [
 ]
 
 START_LABEL = "window start (layer, execution order)"
-CHANGE_LABEL = "change of CLIP-score (cosine)"
+CHANGE_LABELS = {
+    "clip_score": "change of CLIP-score (cosine)",
+    "probability": "change of probability (among neighbors)",
+}
 SCORE_LABEL = "mean CLIP-score (cosine)"
 ANNOTATED_COLUMNS = 20  # with more columns, numbers do not fit into the cells
 SMALL_PICTURE = 128  # pixels: up to here a picture is enlarged square by square
@@ -86,7 +89,7 @@ def plot_effect(
         '★ outlined: the carrier window'
     """
     matrix = effect_matrix(effects, axis=axis)
-    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, **_around_zero(matrix))
+    ax = _heatmap(matrix, _change_label(effects), ax, cmap="vlag", center=0, **_around_zero(matrix))
     cells = carrier_cells(effects, carriers, axis=axis)
     names = []
     for concept in matrix.index:
@@ -140,7 +143,7 @@ def plot_timesteps(
         ['steps 0-5', 'steps 6-9']
     """
     matrix = timesteps_matrix(effects, concept)
-    ax = _heatmap(matrix, CHANGE_LABEL, ax, cmap="vlag", center=0, **_around_zero(matrix))
+    ax = _heatmap(matrix, _change_label(effects), ax, cmap="vlag", center=0, **_around_zero(matrix))
     _finish(ax, matrix, list(matrix.index), layer_names)
     ax.set_ylabel("heard at")
     return ax
@@ -213,7 +216,7 @@ def plot_curve(
     step = 1 if len(starts) <= ANNOTATED_COLUMNS else 5
     ax.set_xticks(starts[::step])
     ax.set_xlabel(START_LABEL)
-    ax.set_ylabel(CHANGE_LABEL)
+    ax.set_ylabel(_change_label(effects))
     first_row = next(iter(by_axis.values()))[0]
     ax.set_title(plain_label(first_row["concept"], 60), loc="left", pad=24)
     # The legend stands between title and axes, so that it hides no point.
@@ -536,3 +539,13 @@ def _band(ax: Axes, name: str, row: dict[str, Any], *, above: bool) -> None:
     end = ax.get_yaxis_transform()  # x as a share of the axes, y in data
     side = "bottom" if above else "top"
     ax.text(1.01, estimate, name, transform=end, color=color, va=side, fontsize=9)
+
+
+def _change_label(effects: pd.DataFrame) -> str:
+    """What the effects are changes of."""
+    used = {"clip_score"}
+    if "score" in effects:
+        used = set(effects["score"].dropna()) - {"content_score"}
+    if len(used) > 1:
+        return "change of score"
+    return CHANGE_LABELS.get(min(used, default=""), CHANGE_LABELS["clip_score"])

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
+from locogen.plan import Window
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +59,36 @@ def interval_text(value: float, low: float, high: float) -> str:
     if math.isnan(low) or math.isnan(high):
         return f"{value:.2f}"
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+# Kind of a verdict → what it says of a concept, with the {places} that it names.
+_VERDICTS = {
+    "each necessary": "{places} carry it, and each is necessary",
+    "each sufficient": "{places} carry it, and each is sufficient",
+    "spread": "it is spread, and no place alone carries it",
+    "nobody": "no layer hears it",
+    "inconclusive": "where it is carried is not decided",
+}
+
+
+def describe_verdict(kind: str, places: Sequence[Window] = ()) -> str:
+    """Put in words what a verdict without one place says of a concept.
+
+    Args:
+        kind: Its `kind`; "" for a window that is no `Verdict`.
+        places: The places that it speaks of.
+
+    Returns:
+        A clause.
+
+    Example:
+        >>> describe_verdict("each necessary", [Window(0, 2), Window(13, 2)])
+        'layers 0-1 and layers 13-14 carry it, and each is necessary'
+    """
+    words = _VERDICTS.get(kind, "no single window carries it")
+    named = [str(place) for place in places]
+    listed = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
+    return words.format(places=listed)
 
 
 def describe_trace(effects: pd.DataFrame, best: BestState) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
 from locogen.plan import Window
+from locogen.views.sentences import describe_verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -169,8 +170,9 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
     (the window spoken of: the carrier, or else the largest effect), width, estimate, low, high,
     fresh (measured on seeds not used to choose the window), share (of the ceiling), rival (the
-    largest effect that does not overlap), reason, n, content (how much of what should stay is lost
-    there), content_ceiling, content_placebo.
+    largest effect that does not overlap), reason, verdict (the kind of a `Verdict`, else ""),
+    places (that it speaks of), score (that the numbers are of), n, content (how much of what should
+    stay is lost there), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
     windows = _by_concept(carriers, list(layers["concept"].unique()))
@@ -241,9 +243,10 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     digits = precision(row["estimate"])
     amount = number(row["estimate"], digits) + interval(row, digits)
     if row["judged"] and row["start"] is None:
+        verdict = describe_verdict(row.get("verdict", ""), row.get("places", ()))
         reason = f" ({row['reason']})" if row["reason"] else ""
         rest = "" if short else f"; the largest effect, {amount}, is that of {place}"
-        return f"{label}: no single window carries it{reason}{rest}."
+        return f"{label}: {verdict}{reason}{rest}."
     share = _share_of_ceiling(row)
     if short:
         return f"{label}: {place}, effect {amount}{share}."
@@ -271,7 +274,8 @@ def _change(row: Mapping[str, Any], digits: int) -> str:
     # The verb has the sign: the amount is positive, and its interval turns over.
     if row["estimate"] < 0:
         size = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
-    return f"{verb} the CLIP-score by {number(size['estimate'], digits)}{interval(size, digits)}"
+    score = "probability" if row.get("score") == "probability" else "CLIP-score"
+    return f"{verb} the {score} by {number(size['estimate'], digits)}{interval(size, digits)}"
 
 
 def _content(row: Mapping[str, Any]) -> str:
@@ -358,6 +362,9 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "share": _share(line.get("share"), estimate, ceiling),
         "rival": _best_elsewhere(lines, at, width, names[0]),
         "reason": reason,
+        "verdict": getattr(carrier, "kind", ""),
+        "places": getattr(carrier, "places", ()),
+        "score": line.get("score"),
         "n": line.get("n"),
     }
 

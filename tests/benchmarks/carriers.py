@@ -20,16 +20,15 @@ import locogen as loco
 
 
 def row(effects: pd.DataFrame) -> dict[str, Any]:
-    """The verdict of one concept's effects: carrier, fresh effect with interval, share of the ceiling."""
+    """The verdict on one concept, and the effect of its window or of the largest, with its share of the ceiling."""
     best = loco.carrier(effects)
     layer: Any = effects.query("axis == 'layer'").set_index("position")
-    start = int(layer["choose"].idxmax())
+    start = int(layer["choose"].idxmax()) if best.start is None else best.start
     line = layer.loc[start]
-    told = {
-        name: float(line[name])
-        for name in ("fresh", "fresh_low", "fresh_high", "share", "baseline")
-    }
-    return {"found": best.start is not None, "start": start, "verdict": best.reason, **told}
+    told = {name: float(line[name]) for name in ("estimate", "low", "high", "share", "baseline")}
+    layers = sorted({layer for place in best.places for layer in place})
+    told |= {"score": line["score"], "kind": best.kind, "layers": layers}
+    return {"found": bool(layers), "start": start, "verdict": str(best), "why": best.reason, **told}
 
 
 def selected(table: pd.DataFrame, each: int) -> list[str]:
@@ -44,12 +43,10 @@ def selected(table: pd.DataFrame, each: int) -> list[str]:
 
 def said(line: dict[str, Any]) -> str:
     """One cell of the printed table."""
-    value = f"{line['start']}: {line['fresh']:+.2f} [{line['fresh_low']:+.2f}, {line['fresh_high']:+.2f}]"
-    return (
-        f"{value}, {line['share']:.0%}"
-        if line["found"]
-        else f"none (best {value}, {line['share']:.0%})"
-    )
+    value = f"{line['start']}: {line['estimate']:+.2f} [{line['low']:+.2f}, {line['high']:+.2f}]"
+    named = ("one place", "each necessary", "each sufficient")
+    answer = line["verdict"] if line["kind"] in named else line["kind"]
+    return f"{answer} ({value}, {line['share']:.0%})"
 
 
 def main() -> None:
@@ -71,7 +68,7 @@ def main() -> None:
     judge = judging.JudgeScorer(judging.train(chosen.judge))
     table = loco.concepts("mini")
     found: dict[str, Any] = {}
-    print("| concept | kind | by CLIP-score | by the judge | same |")
+    print("| concept | kind | by the probability of CLIP | by the judge | same |")
     for identity in chosen.only or selected(table, chosen.each):
         concept = loco.concept(identity)
         concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
@@ -82,12 +79,10 @@ def main() -> None:
         options |= {"store": chosen.folder / "store", "progress": False}
         run = loco.localize(pipe, concept, scorer="mini", **options)
         again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
-        by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again))
-        same = (
-            abs(by_clip["start"] - by_judge["start"]) < 2
-            if by_clip["found"] and by_judge["found"]
-            else None
-        )
+        by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again, score="clip_score"))
+        same = None
+        if by_clip["found"] and by_judge["found"]:
+            same = bool(set(by_clip["layers"]) & set(by_judge["layers"]))
         note = str(table.set_index("id").loc[identity, "note"])
         found[identity] = {
             "kind": concept.kind,

@@ -191,6 +191,8 @@ def places(
         found_at, wide = tuple(best), range(max(0, min(best) - 1), min(15, max(best) + 1) + 1)
         wider = {f"layers {wide[0]}-{wide[-1]} (a layer more at each side)": tuple(wide)}
         return {f"{best}": found_at} | (wider if concept.kind != "style" else {})
+    if best.kind in ("each necessary", "each sufficient"):
+        return {f"{best}": tuple(sorted(layer for place in best.places for layer in place))}
     layer: Any = effects.query("axis == 'layer'").sort_values("choose", ascending=False)
     ranked = layer["position"].astype(int).tolist()
     second = next(start for start in ranked if abs(start - ranked[0]) >= 2)

@@ -20,6 +20,7 @@ from locogen.catalog import (
 )
 from locogen.errors import LocogenError
 from locogen.mini import world
+from locogen.phrasings import neighbor_texts, occurrences
 from locogen.plan import KINDS
 
 MINI = list(concepts("mini")["id"])
@@ -351,3 +352,29 @@ def test_only_a_loaded_model_is_remembered(tmp_path: Path) -> None:
     register(entry)
     assert usual_settings("me/mine")["window"] == 5 and entry_of("me/mine") == entry
     catalog_models._REGISTERED.clear()
+
+
+def test_every_concept_of_the_catalog_names_neighbors() -> None:
+    for id in concepts()["id"]:
+        subject = concept(id)
+        texts = [neighbor_texts(subject, pair) for pair in subject.pairs]
+        assert len({len(each) for each in texts}) == 1 and len(texts[0]) >= 5, id
+        for pair, each in zip(subject.pairs, texts, strict=True):
+            assert subject.scored_text(pair) not in each
+            assert subject.kind != "style" or pair.target in each, "no style is a neighbor"
+            if subject.kind == "fact":
+                assert subject.answer and occurrences(each[0], subject.answer), "the old answer"
+
+
+def test_a_file_shares_lists_of_neighbors(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    lists = '[neighbors]\n"my/arts" = ["{} by monet", "cubism"]\n'
+    entry = '["my/a"]\nname = "ukiyo-e"\nkind = "style"\nprompt = "{} in ukiyo-e"\ntarget = "{}"\n'
+    entry += 'fill = ["a cat"]\nneighbors = "my/arts"\n'
+    file.write_text(lists + entry, encoding="utf-8")
+    subject = concept("my/a", file=file)
+    texts = neighbor_texts(subject, subject.pairs[0])
+    assert texts == ("a cat by monet", "a cat in cubism", "a cat")
+    file.write_text(lists + entry.replace("my/arts", "my/art"), encoding="utf-8")
+    with pytest.raises(LocogenError, match="my/arts"):
+        concept("my/a", file=file)

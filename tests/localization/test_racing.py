@@ -106,7 +106,7 @@ def test_a_race_drops_what_cannot_win_and_makes_a_third_of_the_pictures():
     assert list(layer.index) == list(range(15))
     whole = effect(table)
     other = whole[whole["axis"] == "layer"].set_index("position")
-    for name in ("estimate", "low", "high", "choose", "fresh", "fresh_low", "fresh_high", "share"):
+    for name in ("estimate", "low", "high", "share", "share_low", "share_high"):
         assert layer.loc[5, name] == pytest.approx(other.loc[5, name]), (
             "the winner's are those of the whole search"
         )

@@ -9,8 +9,9 @@ import pytest
 from test_localization import planted
 
 from locogen.errors import LocogenError
-from locogen.localization import sample_size as sizing
-from locogen.localization.sample_size import _needed, _Spread, plan_seeds
+from locogen.localization import spread as sizing
+from locogen.localization.sample_size import plan_seeds
+from locogen.localization.spread import Spread, seeds_needed
 from locogen.stats import crossed_bootstrap
 
 
@@ -27,10 +28,10 @@ def kept(dice, *, prompts, pilot, spread, interval, repeats=150, plan=None):
     hits, planned = 0, []
     for _ in range(repeats):
         first = two_way(dice, prompts, pilot, *spread)
-        seeds = plan(first, interval) if plan else _needed(first, interval, 0.95, 0.8)[0]
+        seeds = plan(first, interval) if plan else seeds_needed(first, interval, 0.95, 0.8)[0]
         planned.append(seeds)
         again = two_way(dice, prompts, seeds, *spread)
-        hits += _Spread(again, prompts >= 6).half_width(seeds, 0.95) <= interval
+        hits += Spread(again, prompts >= 6).half_width(seeds, 0.95) <= interval
     return hits / repeats, float(np.median(planned))
 
 
@@ -64,12 +65,12 @@ def test_widths_are_those_of_the_effects_table():
     values = two_way(np.random.default_rng(0), 8, 12, 0.05, 0.05, 0.05)
     found = crossed_bootstrap(values[None], draws=20000)
     half = float(found.high[0] - found.low[0]) / 2
-    assert _Spread(values, True).half_width(12, 0.95) == pytest.approx(half, rel=0.06)
+    assert Spread(values, True).half_width(12, 0.95) == pytest.approx(half, rel=0.06)
 
 
 def test_where_prompts_differ_too_much_no_number_of_seeds_will_do():
     values = two_way(np.random.default_rng(0), 8, 8, 0.2, 0.01, 0.01)
-    seeds, now, limit = _needed(values, 0.01, 0.95, 0.8)
+    seeds, now, limit = seeds_needed(values, 0.01, 0.95, 0.8)
     assert seeds is None and 0.01 < limit <= now
 
 
@@ -87,5 +88,5 @@ def test_what_it_refuses():
         with pytest.raises(LocogenError, match="positive width"):
             plan_seeds(SimpleNamespace(table=None), **options)  # pyright: ignore[reportArgumentType]
     with pytest.raises(LocogenError, match="one seed"):
-        _needed(np.zeros((2, 1)), 0.01, 0.95, 0.8)
+        seeds_needed(np.zeros((2, 1)), 0.01, 0.95, 0.8)
     assert sizing.MOST >= 1000

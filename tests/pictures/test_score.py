@@ -124,3 +124,27 @@ def test_a_scorer_that_lacks_a_weight_is_refused(tmp_path) -> None:
     with pytest.raises(LocogenError, match=r"lacks the weight text_projection\.weight"):
         scorer(str(folder))
     assert scorer(str(source)).settings["preprocessing"] == "PIL"  # the twin
+
+
+def test_cosines_become_probabilities():
+    from locogen.pictures.score import probabilities
+
+    cosines = np.array([[0.5, 0.5], [0.5, 0.4], [np.nan, 0.3]])
+    found = probabilities(cosines, 100)
+    assert np.allclose(found.sum(0), 1) and np.allclose(found[:, 0], [0.5, 0.5, 0])
+    assert found[0, 1] > 0.99
+
+
+def test_a_text_is_read_once(judge, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Clip, "_text", lambda self, text: asked.append(text) or np.ones(8))
+    fresh = Clip(judge.model, judge.processor, judge.tokenizer)
+    for _ in range(2):
+        fresh.texts(["cat", "dog", "cat"])
+    assert asked == ["cat", "dog"]
+
+
+def test_the_scale_of_the_softmax_is_the_catalogs_or_the_models_own(judge):
+    own = float(judge.model.logit_scale.detach().exp())
+    assert judge.settings["logit_scale"] == pytest.approx(own)
+    assert scorer("mini").settings["logit_scale"] == 20

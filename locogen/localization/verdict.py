@@ -1,0 +1,541 @@
+"""Where a concept is, by questions: is a window necessary, is it sufficient, is all else kept?
+
+`effects.carrier` says the rule in words. Every threshold is a constant here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from locogen import stats
+from locogen.plan import Verdict, VerdictKind, Window
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The share of the ceiling's effect that a place needs, to be necessary or sufficient. 0.5: more
+# than all other places together could have if effects added up.
+MIN_SHARE = 0.5
+# How far below `MIN_SHARE` the interval of the share may reach. With the estimate above it and the
+# effect beyond chance, this bounds how uncertain a share may be that is called enough.
+SLACK = 0.25
+# A place that falls short is left open (and the verdict inconclusive) only if its estimate is
+# within this distance below `MIN_SHARE`, and its interval reaches it.
+OPEN = 0.2
+# An effect larger than the ceiling's by this share of it, with confidence: another picture came.
+BEYOND_CEILING = 0.25
+# So does a loss of content beyond the ceiling's, in units of the baseline's content score.
+BEYOND_CONTENT = 0.25
+# A ceiling whose interval lies below this: the score hardly depends on the layers at all.
+SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
+# Of what a probability can change, the ceiling has to change at least this share: otherwise the
+# scorer cannot tell the concept from its neighbors.
+TELLS_APART = 0.5
+# More places than this, each necessary or each sufficient, are called spread.
+MOST_PLACES = 3
+
+NECESSITY = "necessity"
+SUFFICIENCY = "sufficiency"
+CONTENT = "content"
+ANOTHER = "another picture"
+CEILING = "ceiling"
+AXES = {NECESSITY: "layer", SUFFICIENCY: "insert"}  # question → axis of the effects table
+NUMBERS = ("estimate", "low", "high", "share", "share_low", "share_high")
+COLUMNS = ("question", "place", "start", "width", *NUMBERS, "p", "passes")
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is known of one question, by first layer: where it passes, and where it is open."""
+
+    passes: tuple[int, ...]
+    open: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The effects of one concept, as lines: (axis, first layer or None) → line."""
+
+    lines: Mapping[tuple[str, int | None], Line]
+    width: int
+    min_share: float
+    score: str
+    kind: str
+    raced: bool
+
+    def on(self, axis: str) -> dict[int, Line]:
+        """First layer → line of an axis."""
+        return {
+            start: line
+            for (name, start), line in self.lines.items()
+            if name == axis and start is not None
+        }
+
+    def control(self, axis: str) -> Line | None:
+        """The line of a control."""
+        return self.lines.get((axis, None))
+
+
+def judge(effects: pd.DataFrame, min_share: float) -> Verdict:
+    """The verdict on one concept; see `effects.carrier`."""
+    case = _case(effects, min_share)
+    evidence = _evidence(case)
+    found = _found(case, evidence)
+    return Verdict(
+        start=found.places[0].start if found.kind == "one place" else None,
+        width=case.width,
+        reason=found.reason,
+        kind=found.kind,
+        places=found.places,
+        evidence=_as_table(evidence),
+    )
+
+
+def _case(effects: Any, min_share: float) -> _Case:
+    first = effects.iloc[0]
+    lines: dict[tuple[str, int | None], Line] = {}
+    for line in effects.to_dict("records"):
+        if line["axis"] == "timesteps":
+            continue
+        place: Any = line.get("position")
+        lines[line["axis"], None if _missing(place) else int(place)] = line
+    return _Case(
+        lines=lines,
+        width=int(first["width"]),
+        min_share=min_share,
+        score=str(first.get("score", "clip_score")),
+        kind=str(first.get("kind", "")),
+        raced="verdict" in effects,
+    )
+
+
+# --- evidence ------------------------------------------------------------------------------------
+
+
+def _evidence(case: _Case) -> list[Line]:
+    """Each question at each place, with its answer: True, False, or None where it is open."""
+    rows = []
+    ceiling = case.control("ceiling")
+    if ceiling is not None:
+        # None where nothing can be said (one seed), as in the intervals.
+        low = _number(ceiling, "low")
+        passes = None if math.isnan(low) else low > 0
+        rows.append(_row(CEILING, None, case.width, ceiling, passes))
+    other = _another_picture(case)
+    for question, axis in AXES.items():
+        for start, line in case.on(axis).items():
+            passes = _reaches(line, case.min_share)
+            # Where another picture came, the concept's loss says nothing of where it is.
+            if question == NECESSITY and start in other and passes:
+                passes = None
+            rows.append(_row(question, start, case.width, line, passes))
+    for start, line in case.on("content").items():
+        lost = _number(line, "beyond_low") > BEYOND_CONTENT
+        row = _row(CONTENT, start, case.width, line, not lost)
+        for end in ("", "_low", "_high"):
+            row[f"share{end}"] = _number(line, f"beyond{end}")
+        rows.append(row)
+    for start, line in case.on("layer").items():
+        if not math.isnan(_number(line, "share")):
+            rows.append(_row(ANOTHER, start, case.width, line, start in other))
+    return rows
+
+
+def _reaches(line: Line, min_share: float) -> bool | None:
+    """Whether a window has enough of the ceiling's effect; None: it may have."""
+    share = _number(line, "share")
+    low = _number(line, "share_low")
+    high = _number(line, "share_high")
+    is_effect = _number(line, "p_any") <= stats.ALPHA
+    if is_effect and share >= min_share and low >= min_share - SLACK:
+        return True
+    # Comparisons with NaN are false: what was not measured is not open either.
+    is_open = share >= min_share - OPEN and not high < min_share
+    return None if is_open else False
+
+
+def _another_picture(case: _Case) -> set[int]:
+    """Windows under which not the target's picture came, but another one."""
+    other = set()
+    for start, line in case.on("layer").items():
+        if _number(line, "share_low") > 1 + BEYOND_CEILING:
+            other.add(start)
+    for start, line in case.on("content").items():
+        if _number(line, "beyond_low") > BEYOND_CONTENT:
+            other.add(start)
+    return other
+
+
+def _row(question: str, start: int | None, width: int, line: Line, passes: bool | None) -> Line:
+    row = {"question": question, "start": start, "width": width}
+    row["place"] = "" if start is None else str(Window(start, width))
+    row |= {name: _number(line, name) for name in NUMBERS}
+    row["p"] = _number(line, "p_any")
+    row["passes"] = passes
+    row["seeds"] = _number(line, "seeds")
+    return row
+
+
+def _as_table(rows: Sequence[Line]) -> pd.DataFrame:
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=[*COLUMNS, "seeds"])
+    return table.astype({"start": "Int64", "seeds": "Float64", "passes": "boolean"})
+
+
+# --- the decision --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    kind: VerdictKind
+    places: tuple[Window, ...]
+    reason: str
+
+
+def _found(case: _Case, evidence: Sequence[Line]) -> _Found:
+    ceiling = case.control("ceiling")
+    if ceiling is None:
+        return _without_ceiling(case)
+    objection = _objection(case, ceiling)
+    if objection is not None:
+        return objection
+    necessary = _answers(evidence, NECESSITY)
+    sufficient = _answers(evidence, SUFFICIENCY)
+    weights = {start: _number(line, "estimate") for start, line in case.on("layer").items()}
+    places = separate(necessary.passes, case.width, weights)
+    open_elsewhere = [s for s in necessary.open if not _overlaps(s, places, case.width)]
+    strange = [s for s in open_elsewhere if s in _answers(evidence, ANOTHER).passes]
+    if strange:
+        return _another(case, places, strange)
+    if open_elsewhere:
+        return _open(case, NECESSITY, places, open_elsewhere)
+    if len(places) == 1:
+        return _one_place(case, places[0], sufficient, evidence)
+    if places:
+        return _several(case, "each necessary", places)
+    return _none_necessary(case, sufficient)
+
+
+def _answers(evidence: Sequence[Line], question: str) -> Answers:
+    passing = []
+    left_open = []
+    for row in evidence:
+        if row["question"] != question:
+            continue
+        if row["passes"]:
+            passing.append(row["start"])
+        if row["passes"] is None:
+            left_open.append(row["start"])
+    return Answers(tuple(passing), tuple(left_open))
+
+
+def _objection(case: _Case, ceiling: Line) -> _Found | None:
+    """Why no place can be looked for: nothing, little, or nothing certain changes at all layers."""
+    low = _number(ceiling, "low")
+    high = _number(ceiling, "high")
+    if math.isnan(low):
+        return _Found(
+            "inconclusive", (), "one seed and few prompts cannot tell: use more of either"
+        )
+    if high < SMALL_CEILING.get(case.score, 0.0):
+        return _Found(
+            "nobody",
+            (),
+            f"the target hardly changes the {_name(case.score)}, even in all layers: "
+            f"{_interval(ceiling)}",
+        )
+    if low <= 0:
+        return _Found(
+            "inconclusive",
+            (),
+            f"the target hardly changes the {_name(case.score)}, even in all layers: "
+            f"{_interval(ceiling)}; {_more([ceiling])}, or choose another target",
+        )
+    baseline = _number(ceiling, "baseline")
+    if case.score == "probability" and not math.isnan(baseline):
+        possible = 1 - baseline if case.kind == "fact" else baseline
+        effect = _number(ceiling, "estimate")
+        if effect < TELLS_APART * possible:
+            sign = 1 if case.kind == "fact" else -1
+            return _Found(
+                "inconclusive",
+                (),
+                "the scorer hardly tells the concept from its neighbors: its probability is "
+                f"{baseline:.2f}, and {baseline + sign * effect:.2f} with the target in all layers",
+            )
+    return None
+
+
+def _without_ceiling(case: _Case) -> _Found:
+    """A sweep without controls shows which window moves the score most, and no more."""
+    layers = case.on("layer")
+    best = max(layers, key=lambda start: _number(layers[start], "choose"))
+    line = layers[best]
+    is_ahead = _number(line, "p_lead") <= stats.ALPHA
+    if is_ahead and _number(line, "fresh") > 0 and not _number(line, "p_any") > stats.ALPHA:
+        place = Window(best, case.width)
+        reason = "ahead of every other place; without controls nothing else is known"
+        return _Found("one place", (place,), reason)
+    return _Found(
+        "inconclusive",
+        (),
+        f"no window is ahead of every other place; the largest effect is that of "
+        f"{Window(best, case.width)}. Controls would say more: controls=True",
+    )
+
+
+def _open(case: _Case, question: str, places: Sequence[Window], starts: Collection[int]) -> _Found:
+    """More pictures are needed: whether further places pass is not decided."""
+    lines = case.on(AXES[question])
+    weights = {start: _number(lines[start], "estimate") for start in starts}
+    left = separate(tuple(starts), case.width, weights)
+    words = {NECESSITY: "necessary", SUFFICIENCY: "sufficient"}
+    known = f"{_listed(places)} {_is(places)} {words[question]}; " if places else ""
+    shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in left)
+    return _Found(
+        "inconclusive",
+        (*places, *left),
+        f"{known}whether {_listed(left)} {_is(left)} {words[question]} is open "
+        f"({shares} of the ceiling's effect); {_more([lines[start] for start in starts])}",
+    )
+
+
+def _one_place(case: _Case, place: Window, sufficient: Answers, evidence: Sequence[Line]) -> _Found:
+    start = int(place.start or 0)
+    line = case.on("layer")[start]
+    parts = [f"the picture needs it ({_share(line)})"]
+    insert = case.on("insert").get(start)
+    if insert is not None:
+        verb = {True: "it suffices", False: "it does not suffice", None: "it may suffice"}
+        parts.append(f"{verb[_reaches(insert, case.min_share)]} ({_share(insert)} comes back)")
+    if _number(line, "p_lead") <= stats.ALPHA:
+        rivals = "its best rival" if case.raced else "every other place"
+        parts.append(f"ahead of {rivals}")
+    near = [s for s in _answers(evidence, NECESSITY).passes if s != start]
+    if near:
+        windows = ", ".join(Window(s, case.width).label for s in near)
+        parts.append(f"{windows} overlap{'s' if len(near) == 1 else ''} it and would do as well")
+    inserts = {s: _number(one, "estimate") for s, one in case.on("insert").items()}
+    away = tuple(s for s in sufficient.passes if not _overlaps(s, [place], case.width))
+    if away:
+        others = separate(away, case.width, inserts)
+        parts.append(f"{_listed(others)} would suffice too")
+    return _Found("one place", (place,), _said(case, parts))
+
+
+def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Found:
+    axis = "layer" if kind == "each necessary" else "insert"
+    lines = case.on(axis)
+    shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in places)
+    word = "necessary" if kind == "each necessary" else "sufficient"
+    if len(places) > MOST_PLACES:
+        parts = [f"{len(places)} places are each {word} ({shares} of the ceiling's effect)"]
+        return _Found("spread", tuple(places), _said(case, parts))
+    parts = [f"{shares} of the ceiling's effect"]
+    if case.raced:
+        parts.append("a race looks at two windows to the end: there may be more places")
+    return _Found(kind, tuple(places), _said(case, parts))
+
+
+def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _Found:
+    """Under some windows the concept went because the whole picture did."""
+    layers = case.on("layer")
+    weights = {start: _number(layers[start], "estimate") for start in starts}
+    strange = separate(starts, case.width, weights)
+    known = f"{_listed(places)} {_is(places)} necessary; " if places else ""
+    amounts = "; ".join(_strange(case, place) for place in strange)
+    return _Found(
+        "inconclusive",
+        tuple(places),
+        f"{known}under {_listed(strange)} another picture came, not the target's ({amounts}): "
+        "whether the concept is there is open; try a target that is nearer to the prompt, or a "
+        "concept that names neighbors",
+    )
+
+
+def _none_necessary(case: _Case, sufficient: Answers) -> _Found:
+    if case.raced:
+        return _Found(
+            "inconclusive",
+            (),
+            f"{_short(case)}; a race looks at two windows to the end: search='all' would tell "
+            "whether it is spread or one of several places suffices",
+        )
+    inserts = {start: _number(line, "estimate") for start, line in case.on("insert").items()}
+    places = separate(sufficient.passes, case.width, inserts)
+    open_elsewhere = [s for s in sufficient.open if not _overlaps(s, places, case.width)]
+    if open_elsewhere:
+        return _open(case, SUFFICIENCY, places, open_elsewhere)
+    if len(places) > 1:
+        return _several(case, "each sufficient", places)
+    return _spread(case, places)
+
+
+def _spread(case: _Case, sufficient: Sequence[Window]) -> _Found:
+    """No place alone decides: it is in all that have an effect."""
+    layers = case.on("layer")
+    have = {s: _number(line, "estimate") for s, line in layers.items() if _has_effect(line)}
+    places = separate(tuple(have), case.width, have)
+    parts = [_short(case)]
+    if sufficient:
+        line = case.on("insert")[int(sufficient[0].start or 0)]
+        parts.append(f"{sufficient[0]} alone would suffice ({_share(line)} comes back)")
+    if len(places) > 1:
+        parts.append(_elsewhere(places, case.width))
+    return _Found("spread", spans(tuple(have), case.width), _said(case, parts))
+
+
+def _has_effect(line: Line) -> bool:
+    return _number(line, "p_any") <= stats.ALPHA
+
+
+# --- places --------------------------------------------------------------------------------------
+
+
+def separate(starts: Sequence[int], width: int, weights: Mapping[int, float]) -> tuple[Window, ...]:
+    """The fewest windows, none overlapping another, that every window at `starts` overlaps.
+
+    Of several ways, the one with the largest weights. So windows around one place (12-13 and 13-14
+    both hold layer 13) are one place.
+
+    >>> separate((11, 12, 13), 2, {11: 0.5, 12: 0.4, 13: 0.6})
+    (Window(start=12, width=2, reason=''),)
+    >>> separate((0, 12, 13), 2, {0: 0.5, 12: 0.4, 13: 0.6})
+    (Window(start=0, width=2, reason=''), Window(start=13, width=2, reason=''))
+    """
+    ordered = sorted(starts)
+    # First place of a way to go on → its number of places, minus their weights, and the places.
+    ways: dict[int, tuple[int, float, tuple[int, ...]]] = {}
+    for here in reversed(ordered):
+        follow = []
+        if all(other - here < width for other in ordered if other > here):
+            follow.append((0, 0.0, ()))
+        for then in ordered:
+            between = [other for other in ordered if here < other < then]
+            is_apart = then - here >= width
+            if is_apart and all(o - here < width or then - o < width for o in between):
+                follow.append(ways[then])
+        count, weight, places = min(follow)
+        ways[here] = (count + 1, weight - weights[here], (here, *places))
+    begin = [ways[start] for start in ordered if start - ordered[0] < width]
+    chosen = min(begin)[2] if begin else ()
+    return tuple(Window(start, width) for start in chosen)
+
+
+def spans(starts: Sequence[int], width: int) -> tuple[Window, ...]:
+    """The layers of all windows at `starts`, as few windows of any width.
+
+    >>> spans((8, 9, 10, 14), 2)
+    (Window(start=8, width=4, reason=''), Window(start=14, width=2, reason=''))
+    """
+    layers = sorted({layer for start in starts for layer in Window(start, width)})
+    found: list[Window] = []
+    for layer in layers:
+        last = found[-1] if found else None
+        if last is not None and last.start is not None and layer == last.start + last.width:
+            found[-1] = Window(last.start, last.width + 1)
+        else:
+            found.append(Window(layer, 1))
+    return tuple(found)
+
+
+def _overlaps(start: int, places: Sequence[Window], width: int) -> bool:
+    return any(abs(start - int(place.start or 0)) < width for place in places)
+
+
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _said(case: _Case, parts: Sequence[str]) -> str:
+    """The parts of a reason, and for whom it holds."""
+    text = "; ".join(parts)
+    prompts = {line.get("prompts") for line in case.on("layer").values()}
+    return f"{text}; for these prompts" if "fixed" in prompts else text
+
+
+def _short(case: _Case) -> str:
+    """How far the best window is from being enough."""
+    layers = case.on("layer")
+    best = max(layers, key=lambda start: _number(layers[start], "estimate"))
+    line = layers[best]
+    if not _has_effect(line):
+        return "no window has an effect beyond the placebo's"
+    return f"the best window, {Window(best, case.width)}, has {_share(line)}"
+
+
+def _elsewhere(places: Sequence[Window], width: int) -> str:
+    """Where to look instead: a wider window if places touch, two places if they do not."""
+    low = int(places[0].start or 0)
+    high = int(places[-1].start or 0)
+    if high - low <= width + 1:
+        return f"try a wider window, {Window(low, high - low + width).label}"
+    return f"try these places together: {_listed(places)}"
+
+
+def _strange(case: _Case, place: Window) -> str:
+    start = int(place.start or 0)
+    content = case.on("content").get(start)
+    share = f"{_number(case.on('layer')[start], 'share'):.0%} of the ceiling's effect"
+    if content is None or math.isnan(_number(content, "beyond")):
+        return share
+    return f"{share}, and {_number(content, 'beyond'):.0%} of what should stay is lost beyond it"
+
+
+def _more(lines: Sequence[Line]) -> str:
+    """How many more pictures would tell."""
+    numbers = [_number(line, "seeds") for line in lines]
+    finite = [number for number in numbers if not math.isnan(number)]
+    if not finite:
+        return "more seeds or prompts would tell"
+    return f"about {max(finite):.0f} seeds would tell"
+
+
+def _listed(places: Sequence[Window]) -> str:
+    names = [str(place) for place in places]
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _is(places: Sequence[Window]) -> str:
+    """The verb after "layers 0-1" and "layer 5"."""
+    return "is" if len(places) == 1 and places[0].width == 1 else "are"
+
+
+def _share(line: Line) -> str:
+    return f"{_amount(line)} of the ceiling's effect"
+
+
+def _amount(line: Line) -> str:
+    """A share with its interval."""
+    share = f"{_number(line, 'share'):.0%}"
+    low = _number(line, "share_low")
+    if math.isnan(low):
+        return share
+    return f"{share} [{low:.0%}, {_number(line, 'share_high'):.0%}]"
+
+
+def _interval(line: Line) -> str:
+    return (
+        f"{_number(line, 'estimate'):.2f} [{_number(line, 'low'):.2f}, {_number(line, 'high'):.2f}]"
+    )
+
+
+def _name(score: str) -> str:
+    return {"clip_score": "score"}.get(score, score)
+
+
+def _number(line: Line, name: str) -> float:
+    value: Any = line.get(name)
+    return math.nan if _missing(value) else float(value)
+
+
+def _missing(value: Any) -> bool:
+    import pandas as pd
+
+    return value is None or bool(pd.isna(value))

@@ -1,0 +1,214 @@
+"""The verdict on sweeps whose truth is known: the right kind, the right places, and how often.
+
+Rates are of simulated sweeps, each with the numbers of prompts and seeds that it names.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from support.sweeps import planted
+
+from locogen.errors import LocogenError
+from locogen.localization.effects import carrier, effect
+from locogen.localization.verdict import separate
+from locogen.plan import Verdict, Window
+
+CEILING = 0.5
+Table = Callable[[int], pd.DataFrame]
+
+
+def verdict(table: pd.DataFrame) -> Verdict:
+    return carrier(effect(table))
+
+
+def kinds(make: Table, draws: int) -> Counter[str]:
+    return Counter(verdict(make(seed)).kind for seed in range(draws))
+
+
+def shares(sizes: Mapping[int, float], restored: float | None = None, **options: Any) -> Table:
+    """Sweeps whose windows have these shares of the ceiling; `restored`: what each brings back."""
+    carried = {start: CEILING * share for start, share in sizes.items()}
+    back = None if restored is None else dict.fromkeys(sizes, CEILING * restored)
+    return lambda seed: planted(carried, ceiling=CEILING, restored=back, seed=seed, **options)
+
+
+FEW: dict[str, Any] = {"prompts": 1, "seeds": 4}
+MANY: dict[str, Any] = {"prompts": 6, "seeds": 6}
+
+
+# --- the right kind ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [FEW, MANY])
+def test_two_places_of_which_the_picture_needs_each_are_never_one(size: dict[str, int]) -> None:
+    found = kinds(shares({2: 0.8, 11: 0.8}, noise=0.03, **size), 10)
+    assert found["one place"] == 0
+    assert found["each necessary"] >= 9
+    assert kinds(shares({2: 0.8}, noise=0.03, **size), 10)["one place"] >= 9, "the twin"
+
+
+def test_places_that_each_suffice_are_found_by_their_inserts() -> None:
+    table = planted({}, ceiling=CEILING, restored={0: 0.5, 12: 0.45})
+    found = verdict(table)
+    assert str(found) == "layers 0-1 and layers 12-13, each sufficient"
+    assert list(found) == [] and [list(place) for place in found.places] == [[0, 1], [12, 13]]
+    nothing = verdict(planted({}, ceiling=CEILING))
+    assert nothing.kind == "spread" and not nothing.places, "the twin"
+
+
+def test_everywhere_is_no_place() -> None:
+    found = kinds(shares(dict.fromkeys(range(15), 0.6), **MANY), 5)
+    assert found["spread"] == 5
+    wide = verdict(shares(dict.fromkeys(range(8, 13), 0.3), noise=0.01, **MANY)(0))
+    assert wide.kind == "spread" and wide.places == (Window(8, 6),)
+
+
+def test_a_window_that_matters_little_is_seldom_named() -> None:
+    """True shares of 0.40 and 0.45, one prompt and four seeds; a share of 0.9 is named."""
+    for share in (0.4, 0.45):
+        assert kinds(shares({5: share}, noise=0.08, **FEW), 20)["one place"] <= 3
+    assert kinds(shares({5: 0.9}, noise=0.03, **FEW), 10)["one place"] >= 9
+
+
+def test_pure_noise_is_no_carrier() -> None:
+    for size in (FEW, MANY):
+        for ceiling in (0.5, 0.05, 0.0, -0.1):
+            named = 0
+            for seed in range(10):
+                table = planted({}, ceiling=ceiling, restored={}, noise=0.1, seed=seed, **size)
+                named += len(verdict(table)) > 0
+            assert named <= 1, (size, ceiling)
+
+
+def test_a_model_that_does_not_hear_has_no_place() -> None:
+    deaf = verdict(planted({}, ceiling=0.0, noise=0.005))
+    assert deaf.kind == "nobody" and "even in all layers" in deaf.reason
+    noisy = verdict(planted({}, ceiling=0.03, noise=0.2))
+    assert noisy.kind == "inconclusive" and "would tell" in noisy.reason
+
+
+def all_or_nothing(q: float, seed: int, seeds: int) -> pd.DataFrame:
+    """One window takes the whole concept in a share q of the pictures, and nothing in the others."""
+    table = planted({}, ceiling=CEILING, noise=0.02, seed=seed, prompts=6, seeds=seeds)
+    dice = np.random.default_rng(seed)
+    at: Any = (table["role"] == "window") & (table["start"] == 5).fillna(False)
+    table.loc[at, "clip_score"] -= CEILING * (dice.random(at.sum()) < q)
+    return table
+
+
+@pytest.mark.parametrize(("q", "least"), [(0.75, 0.5), (0.9, 0.9)])
+def test_effects_of_all_or_nothing_are_not_missed(q: float, least: float) -> None:
+    found = [verdict(all_or_nothing(q, seed, 4)) for seed in range(10)]
+    assert np.mean([best.start == 5 for best in found]) >= least
+    assert not [best for best in found if best.start not in (5, None)]
+
+
+# --- another picture -----------------------------------------------------------------------------
+
+
+def test_a_window_that_wrecks_the_picture_is_said_to() -> None:
+    """Content lost far beyond the ceiling's, and an insert that restores nothing."""
+    table = planted({5: 0.45}, ceiling=CEILING, restored={})
+    at: Any = (table["role"] == "window") & (table["start"] == 5).fillna(False)
+    table.loc[at, "content_score"] -= 0.3
+    found = verdict(table)
+    assert found.kind == "inconclusive" and "another picture came" in found.reason
+    assert "ahead of" not in found.reason
+    assert verdict(planted({5: 0.45}, ceiling=CEILING)).start == 5, "the twin"
+
+
+def test_an_effect_far_beyond_the_ceiling_is_another_picture() -> None:
+    for ceiling in (0.02, 0.15):
+        found = verdict(planted({5: 0.3}, ceiling=ceiling, restored={}, noise=0.005))
+        assert found.start is None and "ahead of" not in found.reason
+    assert "another picture came" in found.reason
+
+
+# --- as an object --------------------------------------------------------------------------------
+
+
+def test_a_verdict_is_a_window() -> None:
+    found = verdict(planted({7: 0.45}))
+    assert isinstance(found, Window) and list(found) == [7, 8] and found.label == "7-8"
+    assert found.places == (Window(7, 2),) and str(found) == "layers 7-8"
+    assert "needs it" in found.reason and "suffices" in found.reason
+    assert found == verdict(planted({7: 0.45})) and hash(found) is not None
+
+
+def test_its_evidence_is_tidy() -> None:
+    rows = verdict(planted({7: 0.45})).evidence
+    assert not rows.duplicated(["question", "place"]).any()
+    assert set(rows["question"]) == {
+        *("ceiling", "necessity", "sufficiency", "content", "another picture")
+    }
+    passing = rows[rows["passes"].fillna(False) & (rows["question"] == "necessity")]
+    assert list(passing["start"]) == [7]
+    assert 0.7 < passing["share_low"].iloc[0] < 0.9 < passing["share_high"].iloc[0] < 1.1
+
+
+def test_few_prompts_are_said() -> None:
+    assert "for these prompts" in verdict(planted({7: 0.45}, prompts=2)).reason
+    assert "for these prompts" not in verdict(planted({7: 0.45}, prompts=6)).reason
+
+
+def test_windows_around_one_layer_are_one_place() -> None:
+    found = verdict(planted({12: 0.45, 13: 0.46}))
+    assert list(found) in ([12, 13], [13, 14]) and "overlaps it" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("starts", "width", "places"),
+    [((), 2, []), ((3, 4), 1, [3, 4]), ((8, 9, 10, 11), 2, [8, 10]), ((0, 5, 6, 7), 3, [0, 5])],
+)
+def test_places_do_not_overlap_and_leave_nothing_out(
+    starts: tuple[int, ...], width: int, places: list[int]
+) -> None:
+    found = separate(starts, width, {start: 1 - start / 100 for start in starts})
+    assert [place.start for place in found] == places
+
+
+# --- the score -----------------------------------------------------------------------------------
+
+
+def test_a_probability_is_used_where_there_is_one_and_both_are_shown() -> None:
+    """The cosine says layers 3-4, the probability 9-10: which picture is wrong moves the cosine."""
+    cosine = planted({3: 0.45})
+    table = cosine.assign(probability=planted({9: 0.45})["clip_score"])
+    found: Any = effect(table).query("axis == 'layer'").set_index("position")
+    assert set(found["score"]) == {"probability"}
+    assert found.loc[9, "estimate"] > 0.4 > 0.1 > found.loc[3, "estimate"]
+    assert found.loc[3, "cosine"] > 0.4 and found.loc[3, "cosine_low"] > 0.3
+    asked = effect(table, score="clip_score")
+    pd.testing.assert_frame_equal(asked, effect(cosine))
+    assert verdict(table).start == 9 and carrier(asked).start == 3
+    with pytest.raises(LocogenError, match="no probability"):
+        effect(cosine, score="probability")
+    with pytest.raises(LocogenError, match="use 'probability'"):
+        effect(cosine, score="cosine")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_probability_that_some_pictures_lack_is_not_used() -> None:
+    table = planted({3: 0.45}).assign(probability=0.5)
+    table.loc[4, "probability"] = np.nan
+    assert set(effect(table)["score"]) == {"clip_score", "content_score"}
+
+
+def test_a_scorer_that_cannot_tell_is_said() -> None:
+    """As mini's scorer with pixel art: 0.66 with it, 0.53 without."""
+    table = planted({3: 0.12}, ceiling=0.13, noise=0.005)
+    found = verdict(table.assign(probability=table["clip_score"]))
+    assert found.kind == "inconclusive" and "hardly tells" in found.reason
+    assert verdict(table).start == 3, "the twin: a cosine has no such scale"
+
+
+def test_an_open_share_says_how_many_seeds_would_tell() -> None:
+    table = planted({5: 0.25}, prompts=2, seeds=4, noise=0.12)
+    found = verdict(table)
+    assert found.kind == "inconclusive" and "seeds would tell" in found.reason
+    assert found.places == (Window(5, 2),)
+    needed = found.evidence.query("question == 'necessity' and start == 5")["seeds"].iloc[0]
+    assert needed > 4
