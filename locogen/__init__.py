@@ -58,6 +58,7 @@ _PUBLIC = {
     "editing.probes": ("Probe", "probes_for"),
     "views.localizer_plots": ("plot_profiles", "plot_trace"),
     "views.notebook": ("save", "show"),
+    "views.planted": ("describe_benchmark", "plot_places", "plot_shares", "score_table"),
     "views.plots": (
         "plot_curve",
         "plot_effect",

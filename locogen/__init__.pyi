@@ -136,6 +136,12 @@ from .views.notebook import (
     save as save,
     show as show,
 )
+from .views.planted import (
+    describe_benchmark as describe_benchmark,
+    plot_places as plot_places,
+    plot_shares as plot_shares,
+    score_table as score_table,
+)
 from .views.plots import (
     plot_curve as plot_curve,
     plot_effect as plot_effect,

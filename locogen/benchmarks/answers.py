@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen.errors import LocogenError, unknown
-from locogen.plan import Window
+from locogen.plan import Verdict, Window
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,10 +89,9 @@ def answer_of(window: Window, **more: Any) -> Answer:
     A verdict has a kind and places. A window without layers says that no single one was found, and
     not why: that is inconclusive.
     """
-    kind = getattr(window, "kind", None)
-    if kind is not None:
-        places = tuple(Window(place.start, place.width) for place in window.places)  # pyright: ignore[reportAttributeAccessIssue]
-        return Answer(kind, places, reason=window.reason, **more)
+    if isinstance(window, Verdict):
+        places = tuple(Window(place.start, place.width) for place in window.places)
+        return Answer(window.kind, places, reason=window.reason, **more)
     if len(window):
         place = Window(window.start, window.width)
         return Answer("one place", (place,), reason=window.reason, **more)

@@ -49,7 +49,7 @@ def race(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
 def bare_argmin(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     """The paper's rule: the window with the largest mean effect on the CLIP-score, always."""
     run = localize(pipe, concept, controls=False, **settings)
-    effects = effect(run.table)
+    effects = effect(run.table, score="clip_score")
     along = _along(effects, "layer")
     start = int(along["profile"].argmax())
     place = Window(start, along["width"])

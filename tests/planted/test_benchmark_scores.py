@@ -30,7 +30,7 @@ from locogen.benchmarks.scores import (
 from locogen.benchmarks.subjects import DEAF, Truth, chosen_plants, truth_of
 from locogen.catalog.plants import Plant, Planting, plant_entry
 from locogen.errors import LocogenError
-from locogen.plan import Concept, PromptPair, Window
+from locogen.plan import Concept, PromptPair, Verdict, Window
 from locogen.planting import admission
 
 LAYERS = 16
@@ -337,12 +337,7 @@ def test_a_window_is_one_place_and_none_is_inconclusive():
 
 
 def test_a_verdict_keeps_its_kind_and_places():
-    @dataclasses.dataclass(frozen=True)
-    class Judged(Window):
-        kind: str = "inconclusive"
-        places: tuple[Window, ...] = ()
-
-    found = answer_of(Judged(None, 2, "why", "each sufficient", (EARLY, LATE)))
+    found = answer_of(Verdict(None, 2, "why", kind="each sufficient", places=(EARLY, LATE)))
     assert (found.kind, found.places) == ("each sufficient", (EARLY, LATE))
 
 
