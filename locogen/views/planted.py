@@ -73,7 +73,7 @@ def score_table(scores: pd.DataFrame, measures: Sequence[str] = ()) -> pd.DataFr
     columns = list(measures) or [name for name in HEADINGS if name in there]
     index = ["localizer"]
     for name in (*SETTING, "rule"):
-        if name in scores and scores[name].nunique(dropna=False) > 1:
+        if name in scores and len(set(scores[name].dropna())) > 1:
             index.append(name)
     lines = scores.assign(text=_interval_texts(scores))
     wide: Any = lines.pivot_table(
@@ -166,7 +166,7 @@ def plot_places(table: pd.DataFrame, *, columns: int = 3) -> Figure:
         sharey=True,
         squeeze=False,
     )
-    last = int(table["n_layers"].max()) - 1
+    last = max(table["n_layers"].astype(int)) - 1
     for ax, plant in zip(grid.flat, plants, strict=False):
         _draw_plant(ax, layers[layers["plant"] == plant], localizers)
         ax.set_title(plain_label(plant, 40), loc="left", fontsize=9)
@@ -191,10 +191,10 @@ def _draw_plant(ax: Axes, layers: Any, localizers: Sequence[str]) -> None:
         row = localizers.index(line.localizer)
         middle = row - 0.4 + height * (concepts.index(line.concept) + 0.5)
         if math.isnan(line.first):
-            text = {"va": "center", "ha": "left", "fontsize": 5.5, "color": "0.25"}
-            ax.text(-0.4, middle, SHORT_KINDS.get(line.kind, line.kind), **text)
+            text: dict[str, Any] = {"va": "center", "ha": "left", "fontsize": 5.5, "color": "0.25"}
+            ax.text(-0.4, middle, SHORT_KINDS.get(str(line.kind), str(line.kind)), **text)
             continue
-        bar = {"height": 0.8 * height, "color": COLORS[row % len(COLORS)]}
+        bar: dict[str, Any] = {"height": 0.8 * height, "color": COLORS[row % len(COLORS)]}
         ax.barh(middle, line.last - line.first + 1, left=line.first - 0.5, **bar)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8, length=2)
@@ -234,7 +234,10 @@ def plot_shares(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         ends = rows[["share_low", "share_high"]].astype(float)
         below = (rows["share"] - ends["share_low"]).clip(lower=0).fillna(0)
         above = (ends["share_high"] - rows["share"]).clip(lower=0).fillna(0)
-        looks = {"fmt": MARKERS[place % len(MARKERS)], "color": COLORS[place % len(COLORS)]}
+        looks: dict[str, Any] = {
+            "fmt": MARKERS[place % len(MARKERS)],
+            "color": COLORS[place % len(COLORS)],
+        }
         looks |= {"capsize": 2, "markersize": 4, "linewidth": 1, "alpha": 0.85}
         ax.errorbar(at, rows["share"], yerr=[below, above], label=str(localizer), **looks)
     ax.set_xlim(-0.05, 1.1)
