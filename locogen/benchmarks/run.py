@@ -37,6 +37,7 @@ from locogen.benchmarks.subjects import (
     identity,
     load_plant,
     truth_of,
+    weightless,
 )
 from locogen.catalog.concepts import concept as concept_of
 from locogen.catalog.plants import Plant
@@ -134,7 +135,8 @@ def benchmark(
             one of that name); None: all. A function takes a pipeline, a concept and the keywords
             window, seeds, guidance_scale, store and progress, as `localize` does, and returns a
             `locogen.benchmarks.answers.Answer`. What it may not do is look up the plant.
-        plants: Names of planted models (see `plants`), "tune", "report", or None for all.
+        plants: Names of planted models (see `plants`), "tune", "report", or None for all. Of a set,
+            those whose weights are not there are left out; the result's `settings` name them.
         windows: Widths of the windows.
         guidance_scales: Classifier-free guidance; None: the catalog's value.
         sizes: Pairs (prompts, seeds).
@@ -181,6 +183,7 @@ def benchmark(
     else:
         cells = _Work(functions, Path(store), circuits, device, progress).all_of(groups)
     facts = {"plants": len(chosen), "localizers": ", ".join(functions), "circuits": circuits}
+    facts["without weights"] = ", ".join(weightless()) or "none"
     return Benchmark(_table(groups, cells), facts)
 
 

@@ -110,12 +110,14 @@ def _admitted(plant: Plant, attribute: str) -> tuple[bool, str]:
 
 
 def chosen_plants(choice: str | Sequence[str | Plant] | None) -> tuple[Plant, ...]:
-    """The plants of a set ("tune", "report"), those of these names, or all; deaf ones included."""
+    """The plants of a set ("tune", "report"), those of these names, or all; deaf ones included.
+
+    Of a set and of all, those without weights are left out: `weightless` names them.
+    """
     every = {plant.name: plant for plant in (*plant_entries(), *DEAF)}
-    if choice is None:
-        return tuple(every.values())
-    if isinstance(choice, str) and choice in SETS:
-        return tuple(plant for plant in every.values() if plant.set == choice)
+    if choice is None or choice in SETS:
+        asked = [plant for plant in every.values() if choice in (None, plant.set)]
+        return tuple(plant for plant in asked if is_deaf(plant) or plant.weights.exists())
     chosen = []
     for one in [choice] if isinstance(choice, str) else choice:
         if isinstance(one, Plant):
@@ -128,6 +130,11 @@ def chosen_plants(choice: str | Sequence[str | Plant] | None) -> tuple[Plant, ..
     if not chosen:
         raise LocogenError("there are no plants: name some, or leave plants=None for all")
     return tuple(chosen)
+
+
+def weightless() -> tuple[str, ...]:
+    """Names of the plants whose weights are not there: not trained, or not shipped."""
+    return tuple(plant.name for plant in plant_entries() if not plant.weights.exists())
 
 
 def asked_of(plant: Plant, most: int | None) -> tuple[str, ...]:
