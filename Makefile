@@ -14,7 +14,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports paper planted bench test test-all test-oldest check fast python
+.PHONY: help demo reports paper planted benchmark bench test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all  the same with every test, slow ones included"
 	@echo "make bench     measure how fast it is: the table of reports/performance.md, all figures in runs/bench/bench.json"
 	@echo "make planted   train the planted models again (about 40 minutes on two cores) and measure them"
+	@echo "make benchmark ask every localizer about the planted models, and show the page (reports/planted.toml)"
 	@echo "make test-oldest  the fast tests on the oldest versions that pyproject.toml admits"
 	@echo "make reports   run every reports/*.toml that needs no other checkpoints, and make its pages"
 	@echo "make paper     run the paper's study (reports/paper.toml): needs a GPU and the checkpoints"
@@ -34,7 +35,7 @@ demo: $(INSTALLED)
 	exit $$failed
 
 reports: $(INSTALLED)
-	@set -e; for file in $(filter-out reports/paper.toml,$(wildcard reports/*.toml)); do \
+	@set -e; for file in $(filter-out reports/paper.toml reports/planted.toml,$(wildcard reports/*.toml)); do \
 		echo "$$file"; \
 		$(PY) -m locogen run "$$file" --keep-going --retry failed; \
 		$(PY) -m locogen report "$${file%.toml}"; \
@@ -50,6 +51,13 @@ planted: $(INSTALLED_DEV)
 	$(PY) -m locogen.planting.train runs/plants --threads 1; wait
 	$(PY) -m locogen.planting.train runs/plants --into locogen/planting
 	$(PY) -m locogen.planting.card
+
+# Two processes share the questions in the same way; the notebook then reads their answers.
+benchmark: $(INSTALLED_DEV)
+	$(PY) tests/benchmarks/planted.py --threads 1 & \
+	$(PY) tests/benchmarks/planted.py --threads 1; wait
+	$(PY) -m locogen run reports/planted.toml --keep-going --retry failed
+	$(PY) -m locogen report reports/planted $(OPEN)
 
 test: check fast
 

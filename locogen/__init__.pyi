@@ -1,5 +1,12 @@
 """The public names and their types: the same table as `__init__._PUBLIC` (a test compares them)."""
 
+from .benchmarks.answers import (
+    Answer as Answer,
+)
+from .benchmarks.run import (
+    Benchmark as Benchmark,
+    benchmark as benchmark,
+)
 from .catalog import (
     concept as concept,
     concepts as concepts,
@@ -9,6 +16,9 @@ from .catalog import (
 )
 from .editing.control_edits import (
     control_edits as control_edits,
+)
+from .editing.deafening import (
+    deafen as deafen,
 )
 from .editing.edit import (
     Edit as Edit,
@@ -125,6 +135,12 @@ from .views.localizer_plots import (
 from .views.notebook import (
     save as save,
     show as show,
+)
+from .views.planted import (
+    describe_benchmark as describe_benchmark,
+    plot_places as plot_places,
+    plot_shares as plot_shares,
+    score_table as score_table,
 )
 from .views.plots import (
     plot_curve as plot_curve,

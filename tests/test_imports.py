@@ -33,6 +33,7 @@ ROOMS = (
         "pictures",
         "localization",
         "editing",
+        "benchmarks",
         "views",
         "studies",
         "pages",

@@ -1,0 +1,1 @@
+"""Localizers on models whose answer is known: what each says, scored by what was planted."""
