@@ -86,13 +86,13 @@ def judge(effects: pd.DataFrame, min_share: float) -> Verdict:
     """The verdict on one concept; see `effects.carrier`."""
     case = _case(effects, min_share)
     evidence = _evidence(case)
-    found = _found(case, evidence)
+    decision = _decide(case, evidence)
     return Verdict(
-        start=found.places[0].start if found.kind == "one place" else None,
+        start=decision.places[0].start if decision.kind == "one place" else None,
         width=case.width,
-        reason=found.reason,
-        kind=found.kind,
-        places=found.places,
+        reason=decision.reason,
+        kind=decision.kind,
+        places=decision.places,
         evidence=_as_table(evidence),
     )
 
@@ -193,13 +193,13 @@ def _as_table(rows: Sequence[Line]) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Decision:
     kind: VerdictKind
     places: tuple[Window, ...]
     reason: str
 
 
-def _found(case: _Case, evidence: Sequence[Line]) -> _Found:
+def _decide(case: _Case, evidence: Sequence[Line]) -> _Decision:
     ceiling = case.control("ceiling")
     if ceiling is None:
         return _without_ceiling(case)
@@ -208,8 +208,7 @@ def _found(case: _Case, evidence: Sequence[Line]) -> _Found:
         return objection
     necessary = _answers(evidence, NECESSITY)
     sufficient = _answers(evidence, SUFFICIENCY)
-    weights = {start: _number(line, "estimate") for start, line in case.on("layer").items()}
-    places = separate(necessary.passes, case.width, weights)
+    places = separate(necessary.passes, case.width, _weights(case))
     open_elsewhere = [s for s in necessary.open if not _overlaps(s, places, case.width)]
     strange = [s for s in open_elsewhere if s in _answers(evidence, ANOTHER).passes]
     if strange:
@@ -221,6 +220,19 @@ def _found(case: _Case, evidence: Sequence[Line]) -> _Found:
     if places:
         return _several(case, "each necessary", places)
     return _none_necessary(case, sufficient)
+
+
+def _weights(case: _Case) -> dict[int, float]:
+    """What decides between overlapping windows, by first layer."""
+    # Windows that share the layer that is needed take away alike; the one that also holds the rest
+    # of the place brings more back alone.
+    inserts = case.on("insert")
+    weights = {}
+    for start, line in case.on("layer").items():
+        weights[start] = _number(line, "estimate")
+        if start in inserts:
+            weights[start] += _number(inserts[start], "estimate")
+    return weights
 
 
 def _answers(evidence: Sequence[Line], question: str) -> Answers:
@@ -236,23 +248,23 @@ def _answers(evidence: Sequence[Line], question: str) -> Answers:
     return Answers(tuple(passing), tuple(left_open))
 
 
-def _objection(case: _Case, ceiling: Line) -> _Found | None:
+def _objection(case: _Case, ceiling: Line) -> _Decision | None:
     """Why no place can be looked for: nothing, little, or nothing certain changes at all layers."""
     low = _number(ceiling, "low")
     high = _number(ceiling, "high")
     if math.isnan(low):
-        return _Found(
+        return _Decision(
             "inconclusive", (), "one seed and few prompts cannot tell: use more of either"
         )
     if high < SMALL_CEILING.get(case.score, 0.0):
-        return _Found(
+        return _Decision(
             "nobody",
             (),
             f"the target hardly changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}",
         )
     if low <= 0:
-        return _Found(
+        return _Decision(
             "inconclusive",
             (),
             f"the target hardly changes the {_name(case.score)}, even in all layers: "
@@ -264,7 +276,7 @@ def _objection(case: _Case, ceiling: Line) -> _Found | None:
         effect = _number(ceiling, "estimate")
         if effect < TELLS_APART * possible:
             sign = 1 if case.kind == "fact" else -1
-            return _Found(
+            return _Decision(
                 "inconclusive",
                 (),
                 "the scorer hardly tells the concept from its neighbors: its probability is "
@@ -273,7 +285,7 @@ def _objection(case: _Case, ceiling: Line) -> _Found | None:
     return None
 
 
-def _without_ceiling(case: _Case) -> _Found:
+def _without_ceiling(case: _Case) -> _Decision:
     """A sweep without controls shows which window moves the score most, and no more."""
     layers = case.on("layer")
     best = max(layers, key=lambda start: _number(layers[start], "choose"))
@@ -282,8 +294,8 @@ def _without_ceiling(case: _Case) -> _Found:
     if is_ahead and _number(line, "fresh") > 0 and not _number(line, "p_any") > stats.ALPHA:
         place = Window(best, case.width)
         reason = "ahead of every other place; without controls nothing else is known"
-        return _Found("one place", (place,), reason)
-    return _Found(
+        return _Decision("one place", (place,), reason)
+    return _Decision(
         "inconclusive",
         (),
         f"no window is ahead of every other place; the largest effect is that of "
@@ -291,7 +303,9 @@ def _without_ceiling(case: _Case) -> _Found:
     )
 
 
-def _open(case: _Case, question: str, places: Sequence[Window], starts: Collection[int]) -> _Found:
+def _open(
+    case: _Case, question: str, places: Sequence[Window], starts: Collection[int]
+) -> _Decision:
     """More pictures are needed: whether further places pass is not decided."""
     lines = case.on(AXES[question])
     weights = {start: _number(lines[start], "estimate") for start in starts}
@@ -299,7 +313,7 @@ def _open(case: _Case, question: str, places: Sequence[Window], starts: Collecti
     words = {NECESSITY: "necessary", SUFFICIENCY: "sufficient"}
     known = f"{_listed(places)} {_is(places)} {words[question]}; " if places else ""
     shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in left)
-    return _Found(
+    return _Decision(
         "inconclusive",
         (*places, *left),
         f"{known}whether {_listed(left)} {_is(left)} {words[question]} is open "
@@ -307,7 +321,9 @@ def _open(case: _Case, question: str, places: Sequence[Window], starts: Collecti
     )
 
 
-def _one_place(case: _Case, place: Window, sufficient: Answers, evidence: Sequence[Line]) -> _Found:
+def _one_place(
+    case: _Case, place: Window, sufficient: Answers, evidence: Sequence[Line]
+) -> _Decision:
     start = int(place.start or 0)
     line = case.on("layer")[start]
     parts = [f"the picture needs it ({_share(line)})"]
@@ -333,31 +349,31 @@ def _one_place(case: _Case, place: Window, sufficient: Answers, evidence: Sequen
     if away:
         others = separate(away, case.width, inserts)
         parts.append(f"{_listed(others)} would suffice too")
-    return _Found("one place", (place,), _said(case, parts))
+    return _Decision("one place", (place,), _said(case, parts))
 
 
-def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Found:
+def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decision:
     axis = "layer" if kind == "each necessary" else "insert"
     lines = case.on(axis)
     shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in places)
     word = "necessary" if kind == "each necessary" else "sufficient"
     if len(places) > MOST_PLACES:
         parts = [f"{len(places)} places are each {word} ({shares} of the ceiling's effect)"]
-        return _Found("spread", tuple(places), _said(case, parts))
+        return _Decision("spread", tuple(places), _said(case, parts))
     parts = [f"{shares} of the ceiling's effect"]
     if case.raced:
         parts.append(f"{_RACE}: there may be more places")
-    return _Found(kind, tuple(places), _said(case, parts))
+    return _Decision(kind, tuple(places), _said(case, parts))
 
 
-def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _Found:
+def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
     """Under some windows the concept went because the whole picture did."""
     layers = case.on("layer")
     weights = {start: _number(layers[start], "estimate") for start in starts}
     strange = separate(starts, case.width, weights)
     known = f"{_listed(places)} {_is(places)} necessary; " if places else ""
     amounts = "; ".join(_strange(case, place) for place in strange)
-    return _Found(
+    return _Decision(
         "inconclusive",
         tuple(places),
         f"{known}under {_listed(strange)} another picture came, not the target's ({amounts}): "
@@ -366,9 +382,9 @@ def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _F
     )
 
 
-def _none_necessary(case: _Case, sufficient: Answers) -> _Found:
+def _none_necessary(case: _Case, sufficient: Answers) -> _Decision:
     if case.raced:
-        return _Found(
+        return _Decision(
             "inconclusive",
             (),
             f"{_short(case)}; {_RACE}: search='all' would tell "
@@ -384,7 +400,7 @@ def _none_necessary(case: _Case, sufficient: Answers) -> _Found:
     return _spread(case, places)
 
 
-def _spread(case: _Case, sufficient: Sequence[Window]) -> _Found:
+def _spread(case: _Case, sufficient: Sequence[Window]) -> _Decision:
     """No place alone decides: it is in all that have an effect."""
     layers = case.on("layer")
     have = {s: _number(line, "estimate") for s, line in layers.items() if _has_effect(line)}
@@ -395,7 +411,7 @@ def _spread(case: _Case, sufficient: Sequence[Window]) -> _Found:
         parts.append(f"{sufficient[0]} alone would suffice ({_share(line)} comes back)")
     if len(places) > 1:
         parts.append(_elsewhere(places, case.width))
-    return _Found("spread", spans(tuple(have), case.width), _said(case, parts))
+    return _Decision("spread", spans(tuple(have), case.width), _said(case, parts))
 
 
 def _has_effect(line: Line) -> bool:
