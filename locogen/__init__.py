@@ -41,6 +41,12 @@ _PUBLIC = {
     "pictures.score": ("default_scorer", "Scorer", "scorer"),
     "pictures.speed": ("Pace", "speed"),
     "localization.attention": ("attention_contribution", "contribution_effect"),
+    "localization.attribution.attribute": ("attribute",),
+    "localization.attribution.result": (
+        "Attribution",
+        "attribution_effect",
+        "attribution_window",
+    ),
     "localization.causal_tracing": ("causal_trace",),
     "localization.comparison": ("agree", "Agreement", "localizers", "locate", "Located"),
     "localization.effects": ("carrier", "effect"),

@@ -53,6 +53,14 @@ from .localization.attention import (
     attention_contribution as attention_contribution,
     contribution_effect as contribution_effect,
 )
+from .localization.attribution.attribute import (
+    attribute as attribute,
+)
+from .localization.attribution.result import (
+    Attribution as Attribution,
+    attribution_effect as attribution_effect,
+    attribution_window as attribution_window,
+)
 from .localization.causal_tracing import (
     causal_trace as causal_trace,
 )

@@ -174,7 +174,7 @@ def _entry(row: Any) -> _Entry:
 
 def _known_groups() -> set[str]:
     """What the key `model` of a concept may be: a model's name, or that of a group of models."""
-    groups = {_ANY}
+    groups = {_ANY, PLANTED.rstrip("/")}
     for entry in model_entries():
         groups |= {entry.name, entry.concepts}
     return groups
