@@ -58,6 +58,7 @@ _PUBLIC = {
     "editing.evaluation": ("compare", "evaluate", "lead", "summary"),
     "editing.neurons": ("find_neurons", "Neurons"),
     "editing.probes": ("Probe", "probes_for"),
+    "views.attribution_plots": ("plot_attribution",),
     "views.localizer_plots": ("plot_profiles", "plot_trace"),
     "views.notebook": ("save", "show"),
     "views.plots": (

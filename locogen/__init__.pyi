@@ -126,6 +126,9 @@ from .stats import (
     crossed_bootstrap as crossed_bootstrap,
     wilson as wilson,
 )
+from .views.attribution_plots import (
+    plot_attribution as plot_attribution,
+)
 from .views.localizer_plots import (
     plot_profiles as plot_profiles,
     plot_trace as plot_trace,

@@ -16,7 +16,7 @@ from locogen.localization.attribution.blending import blending
 from locogen.localization.attribution.chain import ChainLine
 from locogen.localization.attribution.direct import DirectLine, inputs_along
 from locogen.localization.attribution.paths import Paths, Picture
-from locogen.localization.attribution.quadrature import gradients_along
+from locogen.localization.attribution.quadrature import Shares, gradients_along, integrate
 from locogen.localization.attribution.result import (
     attribution_effect,
     attribution_window,
@@ -55,7 +55,7 @@ def direct_line(paths, step=1, heads=False):
 
 def unit(line):
     """The direction that shares are taken along: (rows, numbers)."""
-    change = line.output([0], 1.0) - line.output([0], 0.0)
+    change = line.output([0], [1.0]) - line.output([0], [0.0])
     return change / change.square().sum(1, keepdim=True)
 
 
@@ -85,7 +85,7 @@ def test_integrated_shares_sum_to_what_all_layers_do(family, how):
 def test_the_gradient_at_the_prompt_alone_does_not_sum_to_it():
     with blending(model("sd")) as blend:
         line = direct_line(paths_of(blend))
-        at_prompt = line.shares([0], 0.0, unit(line)).layers.sum()
+        at_prompt = line.shares([0], [0.0], unit(line)).layers.sum()
     assert abs(at_prompt - 1) > 0.05
 
 
@@ -111,6 +111,43 @@ def test_a_row_of_its_own_for_each_layer_says_what_layers_do_only_together():
     assert np.isclose(found.shares.sum() + found.residual.item(), 1)
     assert not found.is_complete
     assert "together" in found.remark
+
+
+class Steep:
+    """A line that tips over at a place of its own in each row; two layers share it 3 to 1."""
+
+    def __init__(self, *places):
+        self.places = places
+        self.gradients = 0
+
+    def output(self, rows, alphas):
+        at = [self.places[row] for row in rows]
+        values = 1 / (1 + np.exp(-50 * (np.array(alphas) - at)))
+        return torch.tensor(np.stack([values, np.ones(len(rows))], 1))
+
+    def shares(self, rows, alphas, direction):
+        self.gradients += len(rows)
+        up, down = (self.output(rows, np.array(alphas) + move) for move in (1e-5, -1e-5))
+        slope = ((up - down) * direction).sum(1).numpy() / 2e-5
+        layers = (
+            slope[:, None, None, None, None] * np.array([0.75, 0.25])[None, None, :, None, None]
+        )
+        return Shares(layers, np.zeros((len(rows), 1)))
+
+
+def test_the_part_where_a_picture_tips_over_is_halved():
+    line = Steep(0.07, 0.5, 0.61)
+    found = integrate(line, [0, 1, 2], points=3, bound=0.01, most_points=45)
+    assert np.abs(found.residual).max() <= 0.01
+    assert np.allclose(found.layers[:, 0, :, 0, 0], [0.75, 0.25], atol=0.01)
+    assert np.allclose(found.residual[:, 0], 1 - found.layers.sum((1, 2, 3, 4)))
+    assert found.points.sum() == line.gradients
+    # As many points on the whole line do worse.
+    most = int(found.points.max())
+    even = integrate(Steep(0.07, 0.5, 0.61), [0, 1, 2], points=most, bound=0, most_points=most)
+    few = integrate(Steep(0.07, 0.5, 0.61), [0, 1, 2], points=3, bound=0.01, most_points=3)
+    assert np.abs(even.residual).max() > np.abs(found.residual).max() or most > 30
+    assert np.abs(few.residual).max() > 0.1
 
 
 # --- what a row hears is what `intervene` lets it hear -------------------------------------------
@@ -140,7 +177,7 @@ def test_a_row_is_what_intervene_makes_of_it(family):
     last = len(find_layers(pipe)) - 1
     with blending(pipe) as blend:
         line = direct_line(paths_of(blend), step=0)
-        prompt, hears_last = line.output([0], 0.0)[0], line.variants(0, [last])[0]
+        prompt, hears_last = line.output([0], [0.0])[0], line.variants(0, [last])[0]
     plan = [Intervention(PROMPT, TARGET, (last,), 0)]
     if blend.is_joint:
         plan = with_target_runs(plan)
@@ -155,7 +192,7 @@ def test_the_gradient_is_the_finite_difference_of_the_exact_row(family):
     with blending(model(family)) as blend:
         line = direct_line(paths_of(blend))
         direction = unit(line)
-        shares = line.shares([0], 0.3, direction)
+        shares = line.shares([0], [0.3], direction)
         places = list(range(len(blend.layers)))
 
         def along(alpha):
@@ -171,7 +208,7 @@ def test_the_gradient_is_the_finite_difference_of_the_exact_row(family):
 
 def one_moved(line, place, alpha, more):
     """The output with every layer at alpha, and one moved further, (1, numbers)."""
-    alphas = line._alphas([0], alpha, heads=False)
+    alphas = line._alphas([alpha], heads=False)
     alphas[place] = alphas[place] + more
     moment = line.paths.moment(range(1), [0], alphas)
     with torch.no_grad(), line.paths.blend.hearing(moment):
@@ -231,7 +268,7 @@ def test_the_negative_half_hears_nothing():
         line = ChainLine(paths_of(blend), (0, 1), heads=False, pooled=False, checkpointing=False)
         handle = layer.register_forward_hook(note)
         for alpha in (0.0, 1.0):
-            line.output([0], alpha)
+            line.output([0], [alpha])
         handle.remove()
     plain, heard = outputs[0], outputs[2]  # of the first step, (negative and conditional row, ...)
     assert torch.equal(heard[0], plain[0])
@@ -244,7 +281,7 @@ def test_the_direct_form_runs_conditional_rows_alone():
     with blending(pipe) as blend:
         line = direct_line(paths_of(blend))
         handle = pipe.unet.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
-        line.shares([0], 0.5, unit(line))
+        line.shares([0], [0.5], unit(line))
         handle.remove()
     assert set(sizes) == {1}
 
@@ -258,8 +295,8 @@ def test_the_whole_chain_at_the_target_is_what_intervene_makes(family):
     every = tuple(range(len(find_layers(pipe))))
     with blending(pipe) as blend:
         line = ChainLine(paths_of(blend), (0, 1), False, blend.has_pooled, checkpointing=False)
-        heard = line.output([0], 1.0)[0]
-        prompt = line.output([0], 0.0)[0]
+        heard = line.output([0], [1.0])[0]
+        prompt = line.output([0], [0.0])[0]
     pooled = "target" if family_of(pipe).pooled else "keep"
     plan = [Intervention(PROMPT, TARGET, every, 0, pooled=pooled)]
     if family_of(pipe).joint_attention:

@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 How = Literal["gradient", "rows", "chain"]
 STEPS = 3  # of the direct effect, spread over all
 POINTS = 3
-MOST_POINTS = 24
+MOST_POINTS = 27
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,9 @@ def attribute(
         steps: The denoising steps, counted from 0, that are looked at; in a chain, those in which
             layers hear the target. None: three of them for the direct effect, all for a chain.
         points: Points of the integral to begin with; None: 3.
-        bound: How far from 1 the sum of shares may be: points are doubled until it is nearer.
+        bound: How far from 1 the sum of shares may be: until it is nearer, the part of the line
+            from prompt to target where it is most at fault is halved, with as many points on each
+            half. With `most_points=points` none are added: enough for a proposal.
         most_points: No more points than these.
         heads: Whether to keep the shares of attention heads too.
         pooled: For families that also take a pooled text vector: "target", it is the target's as

@@ -36,18 +36,18 @@ class ChainLine:
     pooled: bool
     checkpointing: bool
 
-    def output(self, rows: Sequence[int], alpha: float) -> Tensor:
-        """The final latents with every layer at one alpha, (rows, numbers)."""
+    def output(self, rows: Sequence[int], alphas: Sequence[float]) -> Tensor:
+        """The final latents with every layer of a row at its alpha, (rows, numbers)."""
         paths = self._only(rows)
-        chain = _Chain(paths, alpha, self, is_differentiated=False)
+        chain = _Chain(paths, alphas, self, is_differentiated=False)
         with chain.following():
             latents = run(paths, gradients=False)
         return latents[: len(rows)].flatten(1).cpu().double()
 
-    def shares(self, rows: Sequence[int], alpha: float, direction: Tensor) -> Shares:
+    def shares(self, rows: Sequence[int], alphas: Sequence[float], direction: Tensor) -> Shares:
         """The derivatives by each step's and layer's alpha: see `quadrature.Line`."""
         paths = self._only(rows)
-        chain = _Chain(paths, alpha, self, is_differentiated=True)
+        chain = _Chain(paths, alphas, self, is_differentiated=True)
         with chain.following():
             latents = run(paths, gradients=True)[: len(rows)]
             leaves = [leaf for step in self.steps for leaf in chain.alphas[step].values()]
@@ -69,7 +69,7 @@ class _Chain:
     """One call of the pipeline in which layers hear alpha at some steps."""
 
     paths: Paths
-    alpha: float
+    values: Sequence[float]  # the alpha of each picture
     line: ChainLine
     is_differentiated: bool
     alphas: dict[int, dict[int, Any]] = field(default_factory=dict)  # by step and layer
@@ -105,7 +105,7 @@ class _Chain:
         if step not in self.alphas:
             self.alphas[step] = new_alphas(
                 self.paths.blend,
-                [self.alpha] * self.paths.count,
+                self.values,
                 self.paths.tokens,
                 heads=self.line.heads and self.is_differentiated,
                 pooled=self.line.pooled,

@@ -114,13 +114,13 @@ class DirectLine:
     def _blend(self) -> Blend:
         return self.paths.blend
 
-    def output(self, rows: Sequence[int], alpha: float) -> Tensor:
-        """The denoiser's output with every layer at one alpha, (rows, numbers)."""
+    def output(self, rows: Sequence[int], alphas: Sequence[float]) -> Tensor:
+        """The denoiser's output with every layer of a row at its alpha, (rows, numbers)."""
         import torch
 
         inputs = self._inputs_of(rows)
-        alphas = self._alphas(rows, alpha, heads=False)
-        moment = self.paths.moment(range(len(rows)), rows, alphas)
+        by_layer = self._alphas(alphas, heads=False)
+        moment = self.paths.moment(range(len(rows)), rows, by_layer)
         with self._blend.hearing(moment), torch.no_grad():
             output = self._run(inputs, rows)
         self.paths.cost.forward(inputs.count)
@@ -147,19 +147,19 @@ class DirectLine:
         self.paths.cost.forward(inputs.count)
         return output.flatten(1).cpu().double()
 
-    def shares(self, rows: Sequence[int], alpha: float, direction: Tensor) -> Shares:
+    def shares(self, rows: Sequence[int], alphas: Sequence[float], direction: Tensor) -> Shares:
         """The derivatives by each layer's alpha: see `quadrature.Line`."""
         import torch
 
         inputs = self._inputs_of(rows)
-        alphas = self._alphas(rows, alpha, heads=self.heads)
-        moment = self.paths.moment(range(len(rows)), rows, alphas)
+        by_layer = self._alphas(alphas, heads=self.heads)
+        moment = self.paths.moment(range(len(rows)), rows, by_layer)
         # Gradients within the context too: with the denoiser's own checkpointing, blocks run again.
         with self._blend.hearing(moment), torch.enable_grad():
             output = self._run(inputs, rows)
-            gradients = gradients_along(output, list(alphas.values()), direction)
+            gradients = gradients_along(output, list(by_layer.values()), direction)
         self.paths.cost.gradient(inputs.count)
-        by_place = dict(zip(alphas, gradients, strict=True))
+        by_place = dict(zip(by_layer, gradients, strict=True))
         return stacked([by_place], len(self._blend.layers), self.heads, self._blend)
 
     def _inputs_of(self, rows: Sequence[int]) -> Inputs:
@@ -169,10 +169,10 @@ class DirectLine:
             places += [self.paths.count + row for row in rows]
         return self.inputs.of(places)
 
-    def _alphas(self, rows: Sequence[int], alpha: float, *, heads: bool) -> dict[int, Tensor]:
+    def _alphas(self, values: Sequence[float], *, heads: bool) -> dict[int, Tensor]:
         return new_alphas(
             self._blend,
-            [alpha] * len(rows),
+            values,
             self.paths.tokens,
             heads=heads,
             pooled=self.pooled,
@@ -193,8 +193,8 @@ def exact_shares(line: DirectLine) -> Integral:
     """
     paths = line.paths
     rows = range(paths.count)
-    start = line.output(rows, 0.0)  # (rows, numbers)
-    change = line.output(rows, 1.0) - start
+    start = line.output(rows, [0.0] * paths.count)  # (rows, numbers)
+    change = line.output(rows, [1.0] * paths.count) - start
     norm = change.norm(dim=1)  # (rows,)
     layers = len(paths.blend.layers)
     places = [*range(layers), *([POOLED] if line.pooled else [])]

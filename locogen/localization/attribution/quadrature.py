@@ -35,11 +35,11 @@ class Shares(NamedTuple):
 class Line(Protocol):
     """The line from prompt to target, for some rows."""
 
-    def output(self, rows: Sequence[int], alpha: float) -> Tensor:
-        """What is explained, at a point of the line, (rows, numbers), without gradients."""
+    def output(self, rows: Sequence[int], alphas: Sequence[float]) -> Tensor:
+        """What is explained, at a point of each row, (rows, numbers), without gradients."""
         ...
 
-    def shares(self, rows: Sequence[int], alpha: float, direction: Tensor) -> Shares:
+    def shares(self, rows: Sequence[int], alphas: Sequence[float], direction: Tensor) -> Shares:
         """The derivative of what is explained by each alpha, along a direction (rows, numbers)."""
         ...
 
@@ -63,64 +63,115 @@ class Integral:
     norm: Array
 
 
+@dataclass(frozen=True, eq=False)
+class _Interval:
+    """A part of one row's line, and the shares that were integrated over it."""
+
+    low: float
+    high: float
+    change: float  # of what is explained, from one end to the other
+    layers: Array  # (steps, layers, tokens, heads)
+    pooled: Array  # (steps,)
+
+    @property
+    def error(self) -> float:
+        """How far the shares are from what they must sum to."""
+        return self.change - float(self.layers.sum() + self.pooled.sum())
+
+
 def integrate(
     line: Line, rows: Sequence[int], *, points: int, bound: float, most_points: int
 ) -> Integral:
     """Integrate a line's shares, with more points for rows whose sum is too far from 1.
 
+    Completeness holds for each part of the line too, between its own ends: so the part where the
+    sum is most at fault, as where a picture tips over, is the one that is halved.
+
     Args:
         line: What to integrate.
         rows: Its rows.
-        points: Points to begin with.
+        points: Points on the whole line, and on each half of a part that is halved.
         bound: Largest distance of a row's sum from 1.
-        most_points: Points are doubled up to this number.
+        most_points: No more points a row than these.
     """
     import torch
 
-    start = line.output(rows, 0.0).double()  # (rows, numbers)
-    change = line.output(rows, 1.0).double() - start
+    count = len(rows)
+    start = line.output(rows, [0.0] * count)  # (rows, numbers)
+    change = line.output(rows, [1.0] * count) - start
     norm = torch.linalg.vector_norm(change, dim=1)  # (rows,)
     square = norm.square().clamp_min(torch.finfo(torch.float64).tiny)
     direction = change / square[:, None]
 
-    integral = _integrated(line, rows, direction, points)
-    layers, pooled = integral
-    residual = _residual(integral)
-    used = np.full(len(rows), points)
-    count = points
-    while count * 2 <= most_points:
-        count *= 2
-        missed = [i for i in range(len(rows)) if abs(residual[i]) > bound and norm[i] > 0]
+    whole = _integrated(line, rows, [(0.0, 1.0, 1.0)] * count, direction, points)
+    parts = [[interval] for interval in whole]  # by row
+    used = np.full(count, points)
+    while True:
+        missed = [
+            i
+            for i in range(count)
+            if abs(_error(parts[i])) > bound and norm[i] > 0 and used[i] + 2 * points <= most_points
+        ]
         if not missed:
             break
-        index = torch.tensor(missed, device=direction.device)
-        finer = _integrated(line, [rows[i] for i in missed], direction[index], count)
-        layers[missed], pooled[missed] = finer
-        residual[missed] = _residual(finer)
-        used[missed] = count
-    apart = norm.numpy()
-    return Integral(layers, pooled, residual[:, None], used[:, None], apart[:, None])
+        worst = [max(parts[i], key=lambda part: abs(part.error)) for i in missed]
+        middles = [(part.low + part.high) / 2 for part in worst]
+        some = [rows[i] for i in missed]
+        moved = line.output(some, middles) - start[missed]
+        values = (moved * direction[missed]).sum(1).tolist()
+        before = [_value_at(parts[i], part.low) for i, part in zip(missed, worst, strict=True)]
+        lower = [
+            (part.low, middle, value - first)
+            for part, middle, value, first in zip(worst, middles, values, before, strict=True)
+        ]
+        upper = [
+            (middle, part.high, part.change - change)
+            for part, middle, (_, _, change) in zip(worst, middles, lower, strict=True)
+        ]
+        lower_parts = _integrated(line, some, lower, direction[missed], points)
+        upper_parts = _integrated(line, some, upper, direction[missed], points)
+        for i, part, *halves in zip(missed, worst, lower_parts, upper_parts, strict=True):
+            parts[i] = [one for one in parts[i] if one is not part] + halves
+            used[i] += 2 * points
+    return Integral(
+        layers=np.stack([sum(part.layers for part in row) for row in parts]),
+        pooled=np.stack([sum(part.pooled for part in row) for row in parts]),
+        residual=np.array([[_error(row)] for row in parts]),
+        points=used[:, None],
+        norm=norm.numpy()[:, None],
+    )
 
 
-def _integrated(line: Line, rows: Sequence[int], direction: Tensor, points: int) -> Shares:
+def _error(parts: Sequence[_Interval]) -> float:
+    """1 - the sum of a row's shares."""
+    return sum(part.error for part in parts)
+
+
+def _value_at(parts: Sequence[_Interval], alpha: float) -> float:
+    """What is explained at one of the ends of a row's parts."""
+    return sum(part.change for part in parts if part.high <= alpha)
+
+
+def _integrated(
+    line: Line,
+    rows: Sequence[int],
+    ends: Sequence[tuple[float, float, float]],
+    direction: Tensor,
+    points: int,
+) -> list[_Interval]:
+    """The shares over one part of each row's line. `ends`: (low, high, change) of each."""
     # Gauss and Legendre's points: exact for polynomials up to degree 2 points - 1, and none of
     # them is an end, where a token that one of the texts does not have has no derivative.
     nodes, weights = np.polynomial.legendre.leggauss(points)
-    total: Shares | None = None
+    layers: list[Any] = [0.0] * len(rows)
+    pooled: list[Any] = [0.0] * len(rows)
     for node, weight in zip((nodes + 1) / 2, weights / 2, strict=True):
-        shares = line.shares(rows, float(node), direction)
-        part = Shares(weight * shares.layers, weight * shares.pooled)
-        if total is None:
-            total = part
-        else:
-            total = Shares(total.layers + part.layers, total.pooled + part.pooled)
-    assert total is not None
-    return total
-
-
-def _residual(shares: Shares) -> Array:
-    """1 - the sum of each row's shares, (rows,)."""
-    return 1 - shares.layers.sum((1, 2, 3, 4)) - shares.pooled.sum(1)
+        alphas = [low + (high - low) * float(node) for low, high, _ in ends]
+        shares = line.shares(rows, alphas, direction)
+        for i, (low, high, _) in enumerate(ends):
+            layers[i] = layers[i] + weight * (high - low) * shares.layers[i]
+            pooled[i] = pooled[i] + weight * (high - low) * shares.pooled[i]
+    return [_Interval(*ends[i], layers[i], pooled[i]) for i in range(len(rows))]
 
 
 def gradients_along(output: Tensor, leaves: Sequence[Tensor], direction: Tensor) -> list[Tensor]:

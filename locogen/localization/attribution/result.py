@@ -121,7 +121,7 @@ class Attribution:
 
         axes = [range(count) for count in self.shares.shape]
         index = pd.MultiIndex.from_product(axes, names=["prompt", "seed", "step", "layer", "token"])
-        table = pd.DataFrame({"share": self.shares.reshape(-1)}, index=index).reset_index()
+        table: Any = pd.DataFrame({"share": self.shares.reshape(-1)}, index=index).reset_index()
         table["word"] = None
         if self.words:
             lists = [word for words in self.words for word in words]
@@ -228,7 +228,7 @@ def attribution_window(attribution: Attribution, *, window: int = 2) -> Window:
         >>> few = {"seeds": [0], "steps": [0], "num_inference_steps": 2, "progress": False}
         >>> found = attribute(pipe, Concept("neon", "style", (pair,)), **few)
         >>> attribution_window(found).start
-        12
+        13
     """
     sums = window_sums(attribution.layers, window)
     start = int(sums.mean((1, 2)).argmax())
