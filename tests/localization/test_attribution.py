@@ -16,6 +16,7 @@ from locogen.localization.attribution.blending import blending
 from locogen.localization.attribution.chain import ChainLine
 from locogen.localization.attribution.direct import DirectLine, inputs_along
 from locogen.localization.attribution.paths import Paths, Picture
+from locogen.localization.attribution.proposal import propose
 from locogen.localization.attribution.quadrature import Shares, gradients_along, integrate
 from locogen.localization.attribution.result import (
     attribution_effect,
@@ -523,3 +524,22 @@ def test_an_open_context_is_refused():
 def test_an_unknown_family_is_refused():
     with pytest.raises(UnsupportedModel):
         attribute(torch.nn.Linear(1, 1), CONCEPT, seeds=[0], **OPTIONS)
+
+
+# --- as a localizer ------------------------------------------------------------------------------
+
+
+def test_a_proposal_says_what_every_localizer_says():
+    options = {"window": 2, "seeds": range(2), **OPTIONS}
+    proposal = propose(model("sd"), CONCEPT, **options)
+    assert proposal.layers.shape == (15, 1, 2)
+    assert proposal.carrier.start == proposal.ranked[0]
+    assert sorted(proposal.ranked) == list(range(15))
+    means = proposal.layers.mean((1, 2))
+    assert (np.diff(means[list(proposal.ranked)]) <= 0).all()
+    *best, rival = proposal.candidates(3)
+    assert tuple(best) == proposal.ranked[:3]
+    assert min(abs(rival - start) for start in best) >= 2
+    # Two pictures of two guided steps are 8 rows, their maps 2 steps of 2 + 3 * 3 rows each.
+    assert proposal.attribution.settings["denoiser_rows"] == 8 + 2 * 2 * (2 + 3 * 3)
+    assert proposal.generations == 13

@@ -170,6 +170,7 @@ def attribute(
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "denoiser_rows": cost.rows,
+            "pictures": cost.rows / (cost.halves * settings.num_inference_steps),
             "seconds": time.perf_counter() - begin,
         },
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.localization.attribution.blending import Blend, Moment, new_alphas
 from locogen.localization.attribution.direct import stacked
-from locogen.localization.attribution.paths import Paths, run
+from locogen.localization.attribution.paths import BACKWARD, Paths, run
 from locogen.localization.attribution.quadrature import Shares, gradients_along
 from locogen.models.hooks import Hook, before
 from locogen.types import Module
@@ -96,7 +96,7 @@ class _Chain:
             yield
 
     def _moment(self, call: Call) -> Moment | None:
-        self._count(len(call.states))
+        self._count(call)
         if not call.rows:
             return None
         step = call.step()
@@ -115,14 +115,11 @@ class _Chain:
         rows = range(first, first + self.paths.count)
         return self.paths.moment(rows, range(self.paths.count), self.alphas[step])
 
-    def _count(self, rows: int) -> None:
-        cost = self.paths.cost
-        if not self.is_differentiated:
-            cost.forward(rows)
-            return
-        cost.gradient(rows)
-        if self.line.checkpointing:
-            cost.forward(rows)
+    def _count(self, call: Call) -> None:
+        passes = 1
+        if self.is_differentiated:
+            passes += BACKWARD + self.line.checkpointing
+        self.paths.cost.call(call, passes=passes)
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def inputs_along(paths: Paths, steps: Sequence[int]) -> dict[int, Inputs]:
 
     def hooks_for(call: Call) -> list[Hook]:
         def keep(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            paths.cost.forward(len(call.states))
+            paths.cost.call(call)
             if not call.rows:
                 return
             step = call.step()

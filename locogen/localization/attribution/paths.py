@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from locogen.interventions.denoiser_calls import Call
 from locogen.interventions.indices import index_on
 from locogen.interventions.prompts import generators
 from locogen.localization.attribution.blending import Blend, Moment
@@ -25,9 +26,19 @@ BACKWARD = 2  # what a backward pass costs, in forward passes
 
 @dataclass(eq=False)
 class Cost:
-    """How many rows went through the denoiser; a gradient counts as the forward passes it is."""
+    """How many rows went through the denoiser; a gradient counts as the forward passes it is.
+
+    `halves`: the rows of one picture in a call, 2 where a negative prompt guides.
+    """
 
     rows: int = 0
+    halves: int = 1
+
+    def call(self, call: Call, *, passes: int = 1) -> None:
+        """A call of the denoiser that the pipeline makes, in forward passes."""
+        self.rows += len(call.states) * passes
+        if call.rows:
+            self.halves = len(call.states) // len(call.rows)
 
     def forward(self, rows: int) -> None:
         """Rows that were run."""
