@@ -44,6 +44,12 @@ _PUBLIC = {
     "pictures.score": ("default_scorer", "Scorer", "scorer"),
     "pictures.speed": ("Pace", "speed"),
     "localization.attention": ("attention_contribution", "contribution_effect"),
+    "localization.attribution.attribute": ("attribute",),
+    "localization.attribution.result": (
+        "Attribution",
+        "attribution_effect",
+        "attribution_window",
+    ),
     "localization.causal_tracing": ("causal_trace",),
     "localization.comparison": (
         "agree",
@@ -63,6 +69,7 @@ _PUBLIC = {
     "editing.evaluation": ("compare", "evaluate", "lead", "summary"),
     "editing.neurons": ("find_neurons", "Neurons"),
     "editing.probes": ("Probe", "probes_for"),
+    "views.attribution_plots": ("plot_attribution",),
     "views.localizer_plots": ("plot_profiles", "plot_trace"),
     "views.notebook": ("save", "show"),
     "views.planted": ("describe_benchmark", "plot_places", "plot_shares", "score_table"),

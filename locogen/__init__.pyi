@@ -63,6 +63,14 @@ from .localization.attention import (
     attention_contribution as attention_contribution,
     contribution_effect as contribution_effect,
 )
+from .localization.attribution.attribute import (
+    attribute as attribute,
+)
+from .localization.attribution.result import (
+    Attribution as Attribution,
+    attribution_effect as attribution_effect,
+    attribution_window as attribution_window,
+)
 from .localization.causal_tracing import (
     causal_trace as causal_trace,
 )
@@ -127,6 +135,9 @@ from .plan import (
 from .stats import (
     crossed_bootstrap as crossed_bootstrap,
     wilson as wilson,
+)
+from .views.attribution_plots import (
+    plot_attribution as plot_attribution,
 )
 from .views.localizer_plots import (
     plot_profiles as plot_profiles,

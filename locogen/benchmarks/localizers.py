@@ -16,6 +16,8 @@ import numpy as np
 
 from locogen.benchmarks.answers import CANNOT_TELL, EFFECT_COLUMNS, Answer, answer_of
 from locogen.catalog.plants import plant_entries
+from locogen.localization.attribution.attribute import How
+from locogen.localization.attribution.proposal import propose
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.comparison import locate
 from locogen.localization.effects import carrier, effect
@@ -82,6 +84,23 @@ def attention(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     return answer_of(located.carrier, profile=located.layers)
 
 
+def attribution(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
+    """The direct effect by integrated gradients: a proposal, which always names a window."""
+    return _proposed("gradient", pipe, concept, **settings)
+
+
+def chained_attribution(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
+    """The total effect by gradients through the whole sampling chain; it names a window, too."""
+    return _proposed("chain", pipe, concept, **settings)
+
+
+def _proposed(how: How, pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
+    del settings["store"]  # it makes no pictures
+    proposal = propose(pipe, concept, how=how, **settings)
+    along = _along(proposal.effects, "layer") | {"pictures": proposal.generations}
+    return answer_of(proposal.carrier, **along)
+
+
 def constant(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     """Always the window that fits most of the plants for tuning; it looks at nothing."""
     count = len(find_layers(pipe))
@@ -103,6 +122,8 @@ LOCALIZERS: Mapping[str, Localizer] = MappingProxyType(
         "locogen race": race,
         "causal tracing": causal_tracing,
         "attention contribution": attention,
+        "attribution": attribution,
+        "attribution (chain)": chained_attribution,
         "bare argmin": bare_argmin,
         "constant": constant,
         "random window": random_window,

@@ -1,0 +1,1 @@
+"""Attribution: what each layer, step and token adds to the target's pull, by gradients."""

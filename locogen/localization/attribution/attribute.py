@@ -1,0 +1,303 @@
+"""Attribute a concept to layers, steps and tokens: `attribute(pipe, concept) -> Attribution`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from locogen.errors import LocogenError, unknown
+from locogen.localization.attribution.blending import Blend, blending
+from locogen.localization.attribution.chain import SMALL, ChainLine
+from locogen.localization.attribution.direct import DirectLine, exact_shares, inputs_along
+from locogen.localization.attribution.paths import Cost, Paths, Picture
+from locogen.localization.attribution.quadrature import Integral, Line, integrate
+from locogen.localization.attribution.result import Attribution
+from locogen.localization.attribution.words import words_of
+from locogen.models.defaults import settings_for
+from locogen.models.families import check_known, denoiser_of, family_of, warn_unread
+from locogen.pictures.batches import Texts, halved_batch_size
+from locogen.plan import Concept, Intervention, Pooled, Settings, distinct_seeds
+from locogen.types import Pipeline
+
+Array = np.ndarray[Any, Any]
+How = Literal["gradient", "rows", "chain"]
+STEPS = 3  # of the direct effect, spread over all
+POINTS = 3
+MOST_POINTS = 27
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How shares are computed."""
+
+    how: How
+    steps: tuple[int, ...]
+    points: int
+    most_points: int
+    bound: float
+    heads: bool
+    pooled: bool
+    checkpointing: bool
+
+    def check(self) -> None:
+        """Raise `LocogenError` for what cannot be."""
+        if self.how not in _SHARES:
+            raise unknown("how", self.how, _SHARES)
+        if self.how == "rows" and self.heads:
+            raise LocogenError("rows have no shares of heads: use how='gradient' for them")
+        if not 1 <= self.points <= self.most_points:
+            raise LocogenError(
+                f"points is {self.points} and most_points {self.most_points}: give at least one "
+                "point, and no more than the most"
+            )
+
+
+def attribute(
+    pipe: Pipeline,
+    concept: Concept,
+    *,
+    how: How = "gradient",
+    seeds: Iterable[int] = range(2),
+    steps: Iterable[int] | None = None,
+    points: int | None = None,
+    bound: float = 0.05,
+    most_points: int = MOST_POINTS,
+    heads: bool = False,
+    pooled: Pooled | None = None,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 8,
+    checkpointing: bool | None = None,
+    progress: bool = True,
+) -> Attribution:
+    """Say what each layer, denoising step and token adds to what the target does in all layers.
+
+    A proposal for the price of a few pictures, whatever the number of layers: `localize` measures.
+    No picture is decoded or scored.
+
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: What to look for.
+        how: "gradient": the direct effect, one step at a time along the prompt's own path, by
+            gradients that are integrated from prompt to target. "rows": the direct effect, with
+            each layer in a row of its own: exact, without tokens, and dearer with every layer.
+            "chain": the total effect on the final latents, by gradients through all steps.
+        seeds: Random seeds; every prompt is run with each of them.
+        steps: The denoising steps, counted from 0, that are looked at; in a chain, those in which
+            layers hear the target. None: three of them for the direct effect, all for a chain.
+        points: Points of the integral to begin with; None: 3.
+        bound: How far from 1 the sum of shares may be: until it is nearer, the part of the line
+            from prompt to target where it is most at fault is halved, with as many points on each
+            half. With `most_points=points` none are added: enough for a proposal.
+        most_points: No more points than these.
+        heads: Whether to keep the shares of attention heads too.
+        pooled: For families that also take a pooled text vector: "target", it is the target's as
+            well, with a share of its own; "keep", it is the prompt's. None: "target" in these
+            families.
+        num_inference_steps: Denoising steps; None: the catalog's number for this model.
+        guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
+        batch_size: Pictures run at once.
+        checkpointing: Whether a chain keeps the denoiser's inputs alone and runs each step again
+            for its gradients, which saves memory. None: for denoisers that are not small.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        An `Attribution`: its `table` has the shares, `attribution_effect` those of layers with
+        intervals.
+
+    Raises:
+        LocogenError: For a concept that the tokenizer does not know, steps that are not there, a
+            target that changes nothing, an open locogen context, fused projections, and gradients
+            that are not finite.
+        UnsupportedModel: The family is unknown.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> pair = PromptPair("a picture of a cat in the style of neon", "a picture of a cat")
+        >>> few = {"seeds": [0], "steps": [0], "num_inference_steps": 2, "progress": False}
+        >>> found = attribute(pipe, Concept("neon", "style", (pair,)), **few)
+        >>> found.shares.shape[:4]  # prompts, seeds, steps, layers
+        (1, 1, 1, 16)
+        >>> found.is_complete
+        True
+    """
+    begin = time.perf_counter()
+    family_of(pipe)  # refuses what is of no family, before anything is asked of it
+    check_known(pipe, concept)
+    warn_unread(pipe, (pair.prompt for pair in concept.pairs))
+    settings = settings_for(
+        pipe,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+    )
+    options = _Options(
+        how=how,
+        steps=_checked_steps(steps, how, settings.num_inference_steps),
+        points=POINTS if points is None else points,
+        most_points=most_points,
+        bound=bound,
+        heads=heads,
+        pooled=_has_pooled(pipe, pooled),
+        checkpointing=_is_checkpointed(pipe, checkpointing),
+    )
+    options.check()
+
+    distinct = distinct_seeds(seeds)
+    cost = Cost()
+    with blending(pipe) as blend:
+        parts = list(_parts(blend, concept, distinct, settings, options, cost, progress))
+    whole = _joined(parts, (len(concept.pairs), len(distinct)))
+    _check_changes(concept, whole.norm)
+    tokens = whole.layers.shape[4]
+    return Attribution.of(
+        whole,
+        concept=concept.name,
+        kind=concept.kind,
+        how=how,
+        prompts=tuple(pair.prompt for pair in concept.pairs),
+        seeds=distinct,
+        steps=options.steps,
+        words=tuple(_words(pipe, pair.prompt, tokens, how) for pair in concept.pairs),
+        has_pooled=options.pooled,
+        has_heads=heads,
+        bound=bound,
+        settings={
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "denoiser_rows": cost.rows,
+            "pictures": cost.rows / (cost.halves * settings.num_inference_steps),
+            "seconds": time.perf_counter() - begin,
+        },
+    )
+
+
+def _checked_steps(steps: Iterable[int] | None, how: How, count: int) -> tuple[int, ...]:
+    """Which steps are looked at, in order."""
+    if steps is None:
+        if how == "chain":
+            return tuple(range(count))
+        # The first step, and others at equal distances: see `step_weights`.
+        number = min(STEPS, count)
+        return tuple(count * i // number for i in range(number))
+    numbers = tuple(sorted({int(step) for step in steps}))
+    if not numbers or numbers[0] < 0 or numbers[-1] >= count:
+        raise LocogenError(f"steps {numbers}: the call has 0 to {count - 1}, give some of these")
+    return numbers
+
+
+def _has_pooled(pipe: Pipeline, pooled: Pooled | None) -> bool:
+    """Whether the pooled text moves too."""
+    family = family_of(pipe)
+    if pooled == "target" and family.pooled is None:
+        raise LocogenError(
+            f"{family.name} reads text in its layers alone: leave out pooled='target'"
+        )
+    return family.pooled is not None and pooled != "keep"
+
+
+def _is_checkpointed(pipe: Pipeline, checkpointing: bool | None) -> bool:
+    if checkpointing is not None:
+        return checkpointing
+    return sum(weight.numel() for weight in denoiser_of(pipe).parameters()) > SMALL
+
+
+def _words(pipe: Pipeline, prompt: str, tokens: int, how: How) -> tuple[str, ...] | None:
+    return None if how == "rows" else words_of(pipe, prompt, tokens)
+
+
+def _check_changes(concept: Concept, norm: Array) -> None:
+    """Refuse a target that changes nothing; `norm`: (prompts, seeds, steps)."""
+    for pair, norms in zip(concept.pairs, norm, strict=True):
+        if not norms.any(axis=1).all():
+            raise LocogenError(
+                f"the target {pair.target!r} changes nothing of {pair.prompt!r} at these steps: "
+                "choose another"
+            )
+
+
+def _parts(
+    blend: Blend,
+    concept: Concept,
+    seeds: Sequence[int],
+    settings: Settings,
+    options: _Options,
+    cost: Cost,
+    progress: bool,
+) -> Iterator[Integral]:
+    """The shares of all pictures, batch by batch."""
+    from tqdm.auto import tqdm
+
+    pictures = [Picture(pair.prompt, pair.target, s) for pair in concept.pairs for s in seeds]
+    plan = [Intervention(picture.prompt, picture.target) for picture in pictures]
+    texts = Texts(blend.pipe, plan)
+    size = settings.batch_size
+    start = 0
+    bar = tqdm(total=len(pictures), unit=" runs", desc="attributing", disable=not progress)
+    with bar:
+        while start < len(pictures):
+            batch = pictures[start : start + size]
+            paths = Paths(blend, batch, texts, settings, cost)
+            try:
+                part = _SHARES[options.how](paths, options)
+            except Exception as error:
+                size = halved_batch_size(blend.pipe, error, size, stacklevel=4)
+                continue
+            yield part
+            start += len(batch)
+            bar.update(len(batch))
+
+
+def _direct(paths: Paths, options: _Options) -> Integral:
+    """Of one batch, by gradients, one step at a time."""
+    by_step = []
+    for inputs in inputs_along(paths, options.steps).values():
+        line = DirectLine(paths, inputs, options.heads, options.pooled)
+        by_step.append(_integrated(line, paths, options))
+    return _side_by_side(by_step)
+
+
+def _rows(paths: Paths, options: _Options) -> Integral:
+    """Of one batch, exactly, each layer in a row of its own."""
+    by_step = []
+    for inputs in inputs_along(paths, options.steps).values():
+        line = DirectLine(paths, inputs, heads=False, pooled=options.pooled)
+        by_step.append(exact_shares(line))
+    return _side_by_side(by_step)
+
+
+def _chain(paths: Paths, options: _Options) -> Integral:
+    """Of one batch, through all steps."""
+    line = ChainLine(paths, options.steps, options.heads, options.pooled, options.checkpointing)
+    return _integrated(line, paths, options)
+
+
+def _integrated(line: Line, paths: Paths, options: _Options) -> Integral:
+    return integrate(
+        line,
+        range(paths.count),
+        points=options.points,
+        bound=options.bound,
+        most_points=options.most_points,
+    )
+
+
+_SHARES = {"gradient": _direct, "rows": _rows, "chain": _chain}
+
+
+def _side_by_side(by_step: Sequence[Integral]) -> Integral:
+    """Steps that were integrated one by one."""
+    fields = zip(*(vars(part).values() for part in by_step), strict=True)
+    return Integral(*(np.concatenate(values, axis=1) for values in fields))
+
+
+def _joined(parts: Sequence[Integral], shape: tuple[int, int]) -> Integral:
+    """All batches, the first axis as (prompts, seeds)."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return Integral(
+        *(np.concatenate(v).reshape(*shape, *np.concatenate(v).shape[1:]) for v in fields)
+    )
