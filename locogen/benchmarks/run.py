@@ -406,7 +406,7 @@ def _code_of(function: Callable[..., Any]) -> str:
     """A hash of the code that answers: other code is asked again."""
     if function in LOCALIZERS.values():
         folder = _CODE / "localization"
-        files = [*sorted(folder.glob("*.py")), _CODE / "benchmarks" / "localizers.py"]
+        files = [*sorted(folder.rglob("*.py")), _CODE / "benchmarks" / "localizers.py"]
         content = b"".join(file.read_bytes() for file in files)
     else:
         try:
