@@ -26,11 +26,11 @@ def attribution_matrix(
 
     Raises `LocogenError` for several concepts, an unknown prompt, or shares without tokens.
     """
-    if table["concept"].nunique() != 1:
+    rows: Any = table
+    if rows["concept"].nunique() != 1:
         raise LocogenError("give the table of one attribution: attribute(...).table")
     if by not in ("step", "token"):
         raise unknown("axis", by, ("step", "token"))
-    rows: Any = table
     if by == "token" or prompt is not None:
         rows = _of_prompt(table, prompt)
     runs = len(rows[["prompt", "seed"]].drop_duplicates())
@@ -64,7 +64,7 @@ def _token_labels(rows: Any) -> Any:
 
 def completeness(table: pd.DataFrame) -> str:
     """What the shares of each prompt and seed sum to, in words."""
-    sums = table.groupby(["prompt", "seed"])["share"].sum()
+    sums: Any = table.groupby(["prompt", "seed"])["share"].sum()
     low, high = sums.min(), sums.max()
     if high - low < 0.005:
         return f"shares sum to {low:.2f}"
