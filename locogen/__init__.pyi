@@ -78,6 +78,7 @@ from .localization.comparison import (
     Agreement as Agreement,
     Located as Located,
     agree as agree,
+    agreement as agreement,
     localizers as localizers,
     locate as locate,
 )
@@ -126,6 +127,7 @@ from .plan import (
     Intervention as Intervention,
     PromptPair as PromptPair,
     Settings as Settings,
+    Verdict as Verdict,
     Window as Window,
     parse_layers as parse_layers,
     sweep as sweep,
