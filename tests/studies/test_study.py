@@ -321,7 +321,7 @@ def test_failed_runs_leave_an_error_and_are_tried_again(write, kernel: Kernel, c
     path = write(TWO)
     kernel.fails["mini/neon"] = Failure("ValueError: no\nmore", 3)
     with pytest.raises(
-        StudyFailed, match=r"1 of 2 runs failed; --retry failed .*\n  neon: ValueError: no$"
+        StudyFailed, match=r"1 of 2 runs failed; add --retry failed .*\n  neon: ValueError: no$"
     ):
         run_study(path, keep_going=True)
     folder = path.with_suffix("")
