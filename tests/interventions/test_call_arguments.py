@@ -336,7 +336,7 @@ def test_an_adapter_on_hooked_matrices_within_the_context_is_refused(pipes):
     pipe = tiny.sd3()
     rows = plan(pipe, "sd-3", (0,))
     with (
-        pytest.raises(LocogenError, match=r"to_k of layer 0 .*was exchanged"),
+        pytest.raises(LocogenError, match=r"to_k of layer 0 .*was replaced"),
         intervene(pipe, rows),
     ):
         add_adapter(pipe.transformer, ["add_k_proj", "add_v_proj"])

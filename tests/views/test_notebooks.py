@@ -312,8 +312,13 @@ QUICK: dict[str, dict[str, Any]] = {
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
     "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
     "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
+    "attribute": dict(most_points=3),
+    "benchmark": dict(
+        plants="style-nobody-a", localizers="constant, random window", sizes="1x1", concepts=1
+    ),
     "steps": dict(steps="1, 2", reference=3, seeds=2, ids="mini/neon, mini/cat"),
 }
+OWN_STEPS = {"steps", "benchmark"}  # they have no such parameter
 FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
 
 
@@ -327,7 +332,7 @@ def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
     import papermill
 
     out = tmp_path / "out.ipynb"
-    asked = QUICK[path.stem] | ({"num_inference_steps": 2} if path.stem != "steps" else {})
+    asked = QUICK[path.stem] | ({} if path.stem in OWN_STEPS else {"num_inference_steps": 2})
     papermill.execute_notebook(str(path), str(out), asked, progress_bar=False, cwd=str(tmp_path))
     assert len(images(out)) == FIGURES.get(path.stem, len(images(out))) > 0
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], (
