@@ -93,10 +93,7 @@ def load(
     """
     import torch
 
-    if dtype not in ("float32", "float16", "bfloat16"):
-        raise LocogenError(f"dtype is {dtype!r}: use 'float32', 'float16' or 'bfloat16'")
-    if offload not in (None, "model", "sequential"):
-        raise LocogenError(f"offload is {offload!r}: use 'model', 'sequential', or None")
+    _check_options(dtype, offload)
     if str(name).startswith(PLANTED):
         return _planted(str(name), device=device, dtype=dtype, offload=offload)
     sources = _sources_of(str(name), file)
@@ -118,6 +115,13 @@ def load(
     if dtype == "float32" and target.startswith("cuda") and not sources.embedded:
         _hint_at_half_precision(target)
     return pipe
+
+
+def _check_options(dtype: str, offload: str | None) -> None:
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise LocogenError(f"dtype is {dtype!r}: use 'float32', 'float16' or 'bfloat16'")
+    if offload not in (None, "model", "sequential"):
+        raise LocogenError(f"offload is {offload!r}: use 'model', 'sequential', or None")
 
 
 def _planted(name: str, *, device: str | None, dtype: str, offload: Any) -> Any:

@@ -212,15 +212,18 @@ def is_admitted(planting: Planting, figures: Mapping[str, Any]) -> bool:
         return abs(measured_share(figures) - planting.share) <= SHARE_ERROR
     if figures["elsewhere"] > ELSEWHERE or figures["at_place"] < AT_PLACE:
         return False
-    if planting.rule == "either":
-        necessary, sufficient = max(figures["necessary"]), min(figures["sufficient"])
-        return necessary <= NOT_NECESSARY and sufficient >= SUFFICIENT
-    if planting.rule == "both":
-        necessary, sufficient = min(figures["necessary"]), max(figures["sufficient"])
-        return necessary >= EACH_NECESSARY and sufficient <= NOT_SUFFICIENT
+    if planting.rule in ("either", "both"):
+        return _two_places_are_right(planting, figures)
     if planting.rule == "wide":
         return figures["largest_inside"] <= LARGEST_OF_WIDE
     return figures.get("outside_timesteps", 0.0) <= OUTSIDE
+
+
+def _two_places_are_right(planting: Planting, figures: Mapping[str, Any]) -> bool:
+    necessary, sufficient = figures["necessary"], figures["sufficient"]
+    if planting.rule == "either":
+        return max(necessary) <= NOT_NECESSARY and min(sufficient) >= SUFFICIENT
+    return min(necessary) >= EACH_NECESSARY and max(sufficient) <= NOT_SUFFICIENT
 
 
 def measured_share(figures: Mapping[str, Any]) -> float:

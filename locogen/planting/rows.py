@@ -106,12 +106,17 @@ def draw_values(
     if planting.rule == "either":
         return _either(rng, planting, value, values)
     if planting.rule == "wide":
-        for layer in planting.layers:
-            if rng.random() < 0.5:
-                values[layer] = value
+        _fill_half(rng, planting, value, values)
     elif planting.rule == "one place":
         values = _one_place(rng, planting, value, wrong[0], values)
     return values, value
+
+
+def _fill_half(rng: random.Random, planting: Planting, value: int, values: list[int]) -> None:
+    """Each layer of the place gets the value in half of the rows."""
+    for layer in planting.layers:
+        if rng.random() < 0.5:
+            values[layer] = value
 
 
 def _one_place(
