@@ -433,8 +433,8 @@ def share_interval(
         share = x.mean((1, 2)) / whole_mean if whole_mean > 0 else unknown
         return Shares(share, unknown.copy(), unknown.copy())
 
-    own = crossed_bootstrap(whole, level=level, prompts=prompts)
-    if not own.low[0] > 0:
+    of_whole = crossed_bootstrap(whole, level=level, prompts=prompts)
+    if not of_whole.low[0] > 0:
         return Shares(unknown, unknown.copy(), unknown.copy())
     share = x.mean((1, 2)) / whole_mean
     low, high = _fieller(x, whole, share, factors, (1 - level) / 2)

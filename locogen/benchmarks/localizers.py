@@ -69,12 +69,12 @@ def causal_tracing(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     if concept.kind == "fact":
         both = sides(run.table)
         along["side"] = CANNOT_TELL if both is None or both.side is None else both.side
-    found = layer_found(effects)
+    traced = layer_found(effects)
     whole: Any = effects.loc[effects["axis"] == TOTAL, "low"]
-    if not len(found) and not whole.iloc[0] > 0:
+    if not len(traced) and not whole.iloc[0] > 0:
         # Noise in place of the concept's words changes nothing: that is what nobody's hearing is.
-        return Answer("nobody", reason=found.reason, **along)
-    return answer_of(found, **along)
+        return Answer("nobody", reason=traced.reason, **along)
+    return answer_of(traced, **along)
 
 
 def attention(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:

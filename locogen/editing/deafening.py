@@ -39,14 +39,14 @@ def deafen(
         (0, 1)
     """
     indices = [layer.index for layer in find_layers(pipe)]
-    kept = {int(layer) for layer in hearing}
-    strangers = sorted(kept - set(indices))
+    hearing_layers = {int(layer) for layer in hearing}
+    strangers = sorted(hearing_layers - set(indices))
     if strangers:
         raise LocogenError(
             f"hearing names layer {strangers[0]}, and the model has {len(indices)}: "
             f"use indices from 0 to {len(indices) - 1}"
         )
-    deaf = [index for index in indices if index not in kept]
+    deaf = [index for index in indices if index not in hearing_layers]
     if not deaf:
         raise LocogenError("all layers go on hearing: leave at least one out of hearing=")
     return fit_edit(pipe, concept, layers=deaf, ridge=ridge)

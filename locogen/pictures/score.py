@@ -94,12 +94,12 @@ class Clip:
 
     def texts(self, texts: Iterable[str]) -> dict[str, Array]:
         """The unit embedding of each distinct text, (width,)."""
-        wanted = list(dict.fromkeys(texts))
-        for text in wanted:
+        distinct_texts = list(dict.fromkeys(texts))
+        for text in distinct_texts:
             # One by one: in a batch, its neighbors could move the last bits.
             if text not in self._known_texts:
                 self._known_texts[text] = self._text(text)
-        return {text: self._known_texts[text] for text in wanted}
+        return {text: self._known_texts[text] for text in distinct_texts}
 
     def __call__(self, pictures: Sequence[Image], *texts: Sequence[str]) -> list[Array]:
         """For each list of texts, the cosine of picture `i` and text `i`: (pictures,) each.

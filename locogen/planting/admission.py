@@ -292,11 +292,11 @@ def _wording_rise(pipe: Pipeline, latents: Tensor, wording: str, answer: str) ->
     styles = [style for where, style in SEEN if where == thing]
     shown = [(thing, rng.choice(styles)) for _ in range(ROWS)]
     named = [world.prompt(answer, world.STYLES[style]) for _, style in shown]
-    asked = [world.prompt(wording, world.STYLES[style]) for _, style in shown]
+    worded = [world.prompt(wording, world.STYLES[style]) for _, style in shown]
     other_things = [name for name in world.OBJECTS if name != answer]
     others = [world.prompt(rng.choice(other_things), world.STYLES[style]) for _, style in shown]
     everywhere = range(len(find_layers(pipe)))
-    of_wording = Bench(pipe, latents, named, asked, shown, (0, 999))
+    of_wording = Bench(pipe, latents, named, worded, shown, (0, 999))
     of_others = Bench(pipe, latents, named, others, shown, (0, 999))
     lowest = of_wording.losses(())
     whole = of_others.losses(everywhere) - lowest

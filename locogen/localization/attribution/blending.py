@@ -118,14 +118,14 @@ class Blend:
                 return None
             # Where text and picture are one sequence, the text is first.
             tokens = moment.tokens if layer.joined else output.shape[1]
-            heard = slice(moment.rows.start, moment.rows.stop)
-            own = output[heard, :tokens]  # (rows, tokens, channels)
+            in_batch = slice(moment.rows.start, moment.rows.stop)
+            of_prompt = output[in_batch, :tokens]  # (rows, tokens, channels)
             if moment.sources is None:
                 other = self._read_targets(module, layer, moment)
             else:
                 other = output.detach()[moment.sources, :tokens]
             changed = output.clone()
-            changed[heard, :tokens] = _between(own, other, moment.alphas[layer.index])
+            changed[in_batch, :tokens] = _between(of_prompt, other, moment.alphas[layer.index])
             return changed  # (call rows, tokens, channels)
 
         return hook
@@ -155,11 +155,11 @@ class Blend:
             bias = kwargs.get("attention_mask")  # (call rows, 1, tokens)
             if mask is None or bias is None:
                 return None
-            heard = slice(moment.rows.start, moment.rows.stop)
-            is_read = (bias[heard, 0] > NEVER_READ / 2).float()  # (rows, tokens)
+            in_batch = slice(moment.rows.start, moment.rows.stop)
+            is_read = (bias[in_batch, 0] > NEVER_READ / 2).float()  # (rows, tokens)
             alpha = moment.alphas[layer.index].mean(-1)  # (rows, tokens): all heads have one mask
             changed = bias.clone()
-            changed[heard, 0] = _bias_between(is_read, mask.to(is_read), alpha).to(bias.dtype)
+            changed[in_batch, 0] = _bias_between(is_read, mask.to(is_read), alpha).to(bias.dtype)
             return args, {**kwargs, "attention_mask": changed}
 
         return hook
@@ -169,7 +169,7 @@ class Blend:
         moment = self.now
         if moment is None or POOLED not in moment.alphas:
             return vectors
-        heard = slice(moment.rows.start, moment.rows.stop)
+        in_batch = slice(moment.rows.start, moment.rows.stop)
         if moment.sources is not None:
             other = vectors.detach()[moment.sources]
         elif moment.targets.pooled is not None:
@@ -178,23 +178,23 @@ class Blend:
             other = moment.targets.states  # DeepFloyd's U-Net pools the states themselves
         alpha = moment.alphas[POOLED]  # (rows, 1, 1)
         alpha = alpha.reshape(len(alpha), *[1] * (vectors.ndim - 1))
-        own = vectors[heard]
-        wide = _wide(own)
+        of_prompt = vectors[in_batch]
+        wide = _wide(of_prompt)
         mixed = wide.lerp(other.to(wide), alpha.to(wide))
         changed = vectors.clone()
-        changed[heard] = mixed.to(vectors.dtype)
+        changed[in_batch] = mixed.to(vectors.dtype)
         return changed
 
 
-def _between(own: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
+def _between(of_prompt: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     """Keys or values between a prompt's and a target's, (rows, tokens, channels)."""
     # In float32: the derivative by alpha is a sum over all channels of products.
-    wide = _wide(own)
+    wide = _wide(of_prompt)
     by_head = (alpha.shape[2], -1) if alpha.shape[2] > 1 else (1, -1)
     mixed = wide.unflatten(2, by_head).lerp(
         other.to(wide).unflatten(2, by_head), alpha.to(wide).unsqueeze(3)
     )  # (rows, tokens, heads, channels of a head)
-    return mixed.flatten(2).to(own.dtype)
+    return mixed.flatten(2).to(of_prompt.dtype)
 
 
 def _bias_between(prompt: Tensor, target: Tensor, alpha: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ class Paths:
     @property
     def prompts(self) -> list[str]:
         """The prompt of each row of the batch."""
-        own = [picture.prompt for picture in self.pictures]
+        prompts = [picture.prompt for picture in self.pictures]
         targets = [picture.target for picture in self.pictures]
-        return own + targets if self.blend.is_joint else own
+        return prompts + targets if self.blend.is_joint else prompts
 
     @property
     def plan(self) -> list[Intervention]:
