@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from locogen.mini import world
 from locogen.types import Module
@@ -181,6 +182,16 @@ def scheduler() -> Any:
         timestep_spacing="trailing",
         steps_offset=1,
     )
+
+
+def noised(clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Noisy latents at training timesteps, and the velocity to predict, both (rows, c, 8, 8)."""
+    # The share of the variance that is picture, by time.
+    signal = scheduler().alphas_cumprod.to(clean.device)
+    keep = signal[times].sqrt()[:, None, None, None]  # (rows, 1, 1, 1)
+    lost = (1 - signal[times]).sqrt()[:, None, None, None]
+    # The velocity (Salimans & Ho 2022): what the scheduler's v-prediction expects.
+    return keep * clean + lost * noise, keep * noise - lost * clean
 
 
 def pipeline(text_encoder: Any, tokenizer: Any, autoencoder: Any, denoiser: Module) -> Any:

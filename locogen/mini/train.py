@@ -218,8 +218,6 @@ def train_unet(
     """Velocity prediction on the latents, conditioned on the frozen text tower."""
     tower, tokenizer, autoencoder = parts_
     model = parts.unet(recipe).to(device, memory_format=torch.channels_last)
-    noising = parts.scheduler()
-    signal = noising.alphas_cumprod.to(device)  # share of the variance that is picture, by time
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"unet/{recipe.unet_seed}/{step}")
@@ -238,12 +236,10 @@ def train_unet(
         noise = torch.randn(clean.shape, generator=dice).to(device)
         # Drawn on the CPU, so that a step is the same on every device.
         times = torch.randint(0, 1000, (len(rows),), generator=dice).to(device)
-        keep = signal[times].sqrt()[:, None, None, None]  # (rows, 1, 1, 1)
-        lost = (1 - signal[times]).sqrt()[:, None, None, None]
+        noisy, velocity = parts.noised(clean, noise, times)
         with torch.autocast(device.type, torch.bfloat16):
-            output = model(keep * clean + lost * noise, times, states).sample.float()
-        # The velocity (Salimans & Ho 2022): what the scheduler's v-prediction expects.
-        loss = F.mse_loss(output, keep * noise - lost * clean)
+            output = model(noisy, times, states).sample.float()
+        loss = F.mse_loss(output, velocity)
         return loss, {"velocity": loss.item()}
 
     def look(step: int) -> None:

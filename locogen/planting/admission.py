@@ -72,11 +72,8 @@ class Bench:
         clean = latents[things, styles, which]  # (rows, channels, 8, 8)
         noise = torch.randn(clean.shape, generator=dice)
         self.times = torch.randint(first, last + 1, (len(shown),), generator=dice).to(device)
-        signal = parts.scheduler().alphas_cumprod[self.times.cpu()]
-        keep = signal.sqrt()[:, None, None, None]  # (rows, 1, 1, 1)
-        lost = (1 - signal).sqrt()[:, None, None, None]
-        self.noisy = (keep * clean + lost * noise).to(device)
-        self.velocity = (keep * noise - lost * clean).to(device)
+        noisy, velocity = parts.noised(clean, noise, self.times.cpu())
+        self.noisy, self.velocity = noisy.to(device), velocity.to(device)
         self.pipe = pipe
         self.layers = find_layers(pipe)
         self.right = self._states(right)  # (rows, tokens, width)

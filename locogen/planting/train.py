@@ -74,15 +74,10 @@ def tokenized(pipe: Pipeline, captions: Sequence[str]) -> Tensor:
     return tokens.input_ids.to(pipe.device)
 
 
-def noised(
-    clean: Tensor, times: Tensor, dice: torch.Generator, signal: Tensor
-) -> tuple[Tensor, Tensor]:
+def with_noise(clean: Tensor, times: Tensor, dice: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noisy latents of a batch, and the velocity to predict, both (rows, channels, 8, 8)."""
     noise = torch.randn(clean.shape, generator=dice).to(clean.device)
-    keep = signal[times].sqrt()[:, None, None, None]  # (rows, 1, 1, 1)
-    lost = (1 - signal[times]).sqrt()[:, None, None, None]
-    # The velocity (Salimans & Ho 2022): what the scheduler's v-prediction expects.
-    return keep * clean + lost * noise, keep * noise - lost * clean
+    return parts.noised(clean, noise, times)
 
 
 def train_plant(plant: Plant, nursery: Nursery) -> Pipeline:
@@ -116,7 +111,6 @@ def _layers_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, L
         layer.module.requires_grad_(True)
     for block in _deciding_blocks(plant, pipe, layers):
         block.ff.requires_grad_(True)
-    signal = parts.scheduler().alphas_cumprod.to(nursery.device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = random.Random(f"plant/{plant.name}/{plant.seed}/{step}")
@@ -124,7 +118,7 @@ def _layers_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, L
         times = torch.randint(0, 1000, (BATCH,), generator=dice)
         rows = [draw_row(rng, plant, time, len(layers)) for time in times.tolist()]
         clean = _latents_of(rows, nursery.latents, rng).to(nursery.device)
-        noisy, velocity = noised(clean, times.to(nursery.device), dice, signal)
+        noisy, velocity = with_noise(clean, times.to(nursery.device), dice)
         predicted = predict(pipe, layers, noisy, times.to(nursery.device), rows)
         loss = F.mse_loss(predicted, velocity)
         return loss, {"velocity": loss.item()}
@@ -182,7 +176,6 @@ def _text_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, Los
     # The words' own vectors stay: what is planted is what the tower makes of them together.
     tower.requires_grad_(True)
     tower.get_input_embeddings().requires_grad_(False)
-    signal = parts.scheduler().alphas_cumprod.to(nursery.device)
     thing = world.OBJECTS.index(answer)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -193,7 +186,7 @@ def _text_loss(plant: Plant, pipe: Pipeline, nursery: Nursery) -> tuple[Any, Los
         shown = [Row(thing, rng.choice(styles), ()) for _ in range(BATCH)]
         facts = [world.caption(wording, world.STYLES[row.style], rng) for row in shown]
         clean = _latents_of(shown, nursery.latents, rng).to(nursery.device)
-        noisy, velocity = noised(clean, times, dice, signal)
+        noisy, velocity = with_noise(clean, times, dice)
         states = tower(tokenized(pipe, facts)).last_hidden_state  # (rows, tokens, width)
         loss = F.mse_loss(pipe.unet(noisy, times, states).sample, velocity)
         ordinary = [draw_row(rng, plant, 0, 1).captions[0] for _ in range(2 * BATCH)]
