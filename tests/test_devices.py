@@ -4,7 +4,6 @@ What stands on "cuda:0" here only pretends (`support.device`): the faults are CU
 """
 
 import functools
-import inspect
 from contextlib import nullcontext
 
 import numpy as np
@@ -12,30 +11,37 @@ import pytest
 import torch
 from support import tiny
 from support.device import is_there, pretended
+from support.verbs import (
+    CONCEPT,
+    EVOLVING,
+    PAIRS,
+    SCORED,
+    VERBS,
+    edit_of,
+    edited,
+    interventions,
+    listened,
+    neurons_of,
+    pictures,
+    rows,
+    run,
+    traced,
+)
 
-from locogen.editing.edit import Edit, fit_edit, undo_all
+from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate
-from locogen.editing.neurons import find_neurons
 from locogen.editing.probes import Probe
 from locogen.interventions import prompts, states
 from locogen.interventions.clamping import clamp
-from locogen.interventions.prompts import generators, intervene, record
+from locogen.interventions.prompts import intervene, record
 from locogen.interventions.states import find_states, restoring
-from locogen.localization.attention import attention_contribution, measuring_contributions
+from locogen.localization.attention import measuring_contributions
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.localize import localize
 from locogen.models.families import encode, family_of
 from locogen.models.layers import find_layers
 from locogen.pictures.fingerprint import fingerprint
-from locogen.pictures.runs import generate
-from locogen.pictures.speed import speed
-from locogen.plan import Concept, Intervention, PromptPair, with_target_runs
 
-CONCEPT = Concept("cat", "style", (PromptPair("a cat in b", "a b"),))
-PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
-FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "progress": False}
-SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
-EVOLVING = ("sd-3", "flux")  # no localizer but locogen's own
 # One of each way in which layers get text; the slow tests have all.
 FAMILIES = tiny.fast("sd", "flux")
 pytestmark = [
@@ -49,120 +55,6 @@ pytestmark = [
 def on_device(name, device="cuda:0", dtype=torch.float32):
     with pretended(device):
         return tiny.FAMILIES[name]().to(device, dtype)
-
-
-@functools.cache
-def neurons_of(pipe):
-    return find_neurons(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
-
-
-@functools.cache
-def edit_of(pipe):
-    return fit_edit(
-        pipe,
-        CONCEPT,
-        layers=(0, 1),
-        phrasings=PAIRS,
-        entry=family_of(pipe).text_projection is not None,
-    )
-
-
-def rows(pipe, layers=(0, 1), **more):
-    pooled = {"pooled": "target"} if family_of(pipe).pooled and layers else {}
-    plan = [Intervention("a cat in b", "dog", layers, seed, **pooled, **more) for seed in range(2)]
-    return with_target_runs(plan) if family_of(pipe).joint_attention else plan
-
-
-def pictures(pipe, plan, steps=2, **more):
-    """A call of one's own, prompts encoded by the pipeline."""
-    options = {k: v for k, v in family_of(pipe).options(pipe).items() if k != "negative_prompt"}
-    if "clean_caption" in inspect.signature(type(pipe).__call__).parameters:
-        options["clean_caption"] = False
-    return pipe(
-        prompt=[row.prompt for row in plan],
-        generator=generators(plan),
-        num_inference_steps=steps,
-        guidance_scale=3.0,
-        output_type="latent",
-        **options,
-        **more,
-    ).images
-
-
-def interventions(pipe):
-    """Windows at some steps and at all, one batch; then a call of one's own, with targets encoded before."""
-    layers = (0, len(find_layers(pipe)) - 1)
-    generate(pipe, rows(pipe, layers, timesteps=(0, 0)) + rows(pipe), **FAST)
-    plan = rows(pipe, layers)
-    with intervene(pipe, plan), record(pipe) as heard:
-        pictures(pipe, plan)
-    assert all(is_there(states[0]) for states in heard.values())
-
-
-def clamped(pipe):
-    selection = neurons_of(pipe).top(8)
-    for options in ({}, {"to": "zero"}, {"to": 0.5, "steps": (1,)}):
-        with clamp(pipe, selection, **options):
-            generate(pipe, rows(pipe, ()), **FAST)
-
-
-def edited(pipe, folder):
-    edit = edit_of(pipe)
-    before = fingerprint(pipe)
-    with edit.applied(pipe):
-        generate(pipe, ["a cat in b"], **FAST)
-        assert fingerprint(pipe) != before
-    edit.apply_(pipe, 0.5)
-    edit.undo_(pipe)
-    edit.save(folder / "edit.safetensors")
-    Edit.load(folder / "edit.safetensors").apply_(pipe)
-    undo_all(pipe)
-    assert fingerprint(pipe) == before
-    edit.refit(pipe)
-
-
-def shared(pipe, folder):
-    """As LoRA and as a whole model; with preserved prompts."""
-    edit = fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS, preserve=["a dog"])
-    edit.export(pipe, folder / "whole")
-    if type(pipe).__name__ not in ("PixArtAlphaPipeline", "PixArtSigmaPipeline"):
-        edit.to_lora(folder / "lora.safetensors")
-
-
-def traced(pipe):
-    causal_trace(pipe, CONCEPT, **SCORED)
-
-
-def listened(pipe):
-    attention_contribution(pipe, CONCEPT, seeds=(0,), **FAST)
-
-
-def measured(pipe):
-    localize(pipe, CONCEPT, window=len(find_layers(pipe)) - 1, **SCORED)
-    probe = Probe("efficacy", "a cat in b", "red", ("red", "blue"))
-    evaluate(pipe, {"edit": edit_of(pipe), "none": ()}, [probe], **SCORED)
-
-
-def sped_up(pipe):
-    with speed(pipe, "auto", batch_size=1):
-        generate(pipe, rows(pipe), **FAST)
-
-
-VERBS = {
-    "intervene": interventions,
-    "clamp": clamped,
-    "edit": edited,
-    "share": shared,
-    "trace": traced,
-    "contribution": listened,
-    "localize": measured,
-    "speed": sped_up,
-}
-
-
-def run(verb, pipe, folder):
-    action = VERBS[verb]
-    action(pipe, folder) if "folder" in inspect.signature(action).parameters else action(pipe)
 
 
 @pytest.mark.parametrize("verb", VERBS)

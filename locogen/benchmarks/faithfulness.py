@@ -35,6 +35,7 @@ def circuit_scores(
     guidance_scale: float | None,
     store: Any,
     progress: bool,
+    batch_size: int = 32,
     scorer: Scorer | str | None = None,
 ) -> dict[int, float]:
     """The mean score of pictures in which only the best layers of a profile get the prompt.
@@ -47,6 +48,7 @@ def circuit_scores(
         guidance_scale: Classifier-free guidance; None: the catalog's value.
         store: Folder for the pictures.
         progress: Whether to show a progress bar.
+        batch_size: Pictures at once.
         scorer: None: the catalog's for this model.
 
     Returns:
@@ -55,7 +57,7 @@ def circuit_scores(
     plan, counts = circuit_plan(concept, profile, seeds[:SEEDS])
     judge = scorer_for(pipe, scorer)
     settings = settings_for(
-        pipe, num_inference_steps=None, guidance_scale=guidance_scale, batch_size=32
+        pipe, num_inference_steps=None, guidance_scale=guidance_scale, batch_size=batch_size
     )
     run = generate(pipe, plan, store=store, progress=progress, **settings.as_dict())
     pairs = {pair.prompt: pair for pair in concept.pairs}

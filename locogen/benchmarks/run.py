@@ -107,6 +107,14 @@ class _Setting:
 
 
 @dataclass(frozen=True)
+class _Machine:
+    """Where models run, and how many pictures at once; None: the usual."""
+
+    device: str | None
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
 class _Group:
     """All cells of one plant, concept and setting: they share pictures."""
 
@@ -125,6 +133,7 @@ def benchmark(
     concepts: int | None = None,
     circuits: bool = True,
     device: str | None = None,
+    batch_size: int | None = None,
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Benchmark:
@@ -144,6 +153,8 @@ def benchmark(
         circuits: Whether to make the pictures that tell how much the best layers of each ranking
             bring by themselves (CPR, CMD): 5 × prompts × 2 more for each ranking.
         device: Where the models run; None: as `load` chooses.
+        batch_size: Pictures at once, handed to the localizers as one more keyword: hundreds suit
+            a GPU. None: each takes what it usually takes.
         store: Folder for the answers and pictures; answers that it holds are not asked for again.
             Several processes may share it. None: a temporary folder.
         progress: Whether to show a progress bar.
@@ -177,11 +188,12 @@ def benchmark(
     ]
     if not groups:
         raise LocogenError("there is nothing to ask: give plants with concepts, and settings")
+    machine = _Machine(device, batch_size)
     if store is None:
         with tempfile.TemporaryDirectory(prefix="locogen-") as folder:
-            cells = _Work(functions, Path(folder), circuits, device, progress).all_of(groups)
+            cells = _Work(functions, Path(folder), circuits, machine, progress).all_of(groups)
     else:
-        cells = _Work(functions, Path(store), circuits, device, progress).all_of(groups)
+        cells = _Work(functions, Path(store), circuits, machine, progress).all_of(groups)
     facts = {"plants": len(chosen), "localizers": ", ".join(functions), "circuits": circuits}
     facts["without weights"] = ", ".join(weightless()) or "none"
     return Benchmark(_table(groups, cells), facts)
@@ -216,13 +228,13 @@ class _Work:
         functions: Mapping[str, Localizer],
         store: Path,
         circuits: bool,
-        device: str | None,
+        machine: _Machine,
         progress: bool,
     ) -> None:
         self.functions = functions
         self.store = store
         self.circuits = circuits
-        self.device = device
+        self.machine = machine
         self.progress = progress
         self.versions = {name: _code_of(function) for name, function in functions.items()}
         self._loaded: tuple[Plant, Pipeline] | None = None
@@ -297,7 +309,7 @@ class _Work:
         # One model at a time is held.
         if self._loaded is None or self._loaded[0] != plant:
             self._loaded = None
-            self._loaded = (plant, load_plant(plant, self.device))
+            self._loaded = (plant, load_plant(plant, self.machine.device))
         return self._loaded[1]
 
     def _asked(self, name: str, pipe: Pipeline, concept: Any, setting: _Setting) -> dict[str, Any]:
@@ -309,6 +321,8 @@ class _Work:
             "store": pictures,
             "progress": False,
         }
+        if self.machine.batch_size is not None:
+            options["batch_size"] = self.machine.batch_size
         start = time.perf_counter()
         with counting_rows(pipe) as counted:
             answer = _answer(self.functions[name], pipe, concept, setting.window, options)

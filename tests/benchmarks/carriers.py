@@ -15,6 +15,7 @@ from typing import Any
 
 import judge as judging
 import pandas as pd
+from machine import add_machine, set_threads
 
 import locogen as loco
 
@@ -63,8 +64,10 @@ def main() -> None:
         "--each", type=int, default=4, help="objects, and facts of each kind; 0: all"
     )
     parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
+    add_machine(parser)
     chosen = parser.parse_args()
-    pipe = loco.load(chosen.model)
+    set_threads(chosen)
+    pipe = loco.load(chosen.model, device=chosen.device)
     judge = judging.JudgeScorer(judging.train(chosen.judge))
     table = loco.concepts("mini")
     found: dict[str, Any] = {}
@@ -77,6 +80,7 @@ def main() -> None:
             "num_inference_steps": chosen.steps,
         }
         options |= {"store": chosen.folder / "store", "progress": False}
+        options["batch_size"] = chosen.batch_size
         run = loco.localize(pipe, concept, scorer="mini", **options)
         again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
         by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again, score="clip_score"))

@@ -16,6 +16,7 @@ from typing import Any
 
 import judge as judging
 import pandas as pd
+from machine import add_machine, set_threads
 from tqdm import tqdm
 
 import locogen as loco
@@ -189,7 +190,8 @@ def places(
     Two places that do not overlap are taken together where no single window stands out.
     """
     few = dataclasses.replace(concept, pairs=concept.pairs[: options.prompts])
-    found = dict(num_inference_steps=options.find_steps, store=store, progress=False)
+    found: dict[str, Any] = dict(num_inference_steps=options.find_steps, store=store)
+    found |= dict(batch_size=options.batch_size, progress=False)
     effects = loco.effect(loco.localize(pipe, few, seeds=range(4), scorer="mini", **found).table)  # pyright: ignore
     best = loco.carrier(effects)
     if best.start is not None:
@@ -281,7 +283,7 @@ def settle(
 def study(pipe: Any, judge: Any, identity: str, options: argparse.Namespace) -> dict[str, Any]:
     concept = loco.concept(identity)
     common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
-    common |= dict(num_inference_steps=options.steps)
+    common |= dict(num_inference_steps=options.steps, batch_size=options.batch_size)
     edit, strength, place, name, tried = settle(pipe, concept, common, options)
     common |= dict(strength=strength)
     own, others = divided(probes_of(concept, False))
@@ -362,9 +364,11 @@ def main() -> None:
         default=None,
         help="concept ids; else every style, two objects, four facts",
     )
+    add_machine(parser)
     chosen = parser.parse_args()
+    set_threads(chosen)
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    pipe = loco.load(chosen.model)
+    pipe = loco.load(chosen.model, device=chosen.device)
     judge = judging.JudgeScorer(judging.train(chosen.judge))
     table = loco.concepts("mini")
     kinds = [("style", "", 99), ("object", "", 2), ("fact", "told", 2), ("fact", "untold", 2)]

@@ -1,21 +1,24 @@
 """Time and memory at true size, with random weights: SD 1.5 at 512 x 512, SD-XL at 1024 x 1024.
 
     python tests/benchmarks/fullsize.py [--device cuda] [--dtype bfloat16] [--steps 2] [--only sd-xl] [--tiny]
+    python tests/benchmarks/fullsize.py --attribute gradient chain [--device cuda] …
     python tests/benchmarks/fullsize.py --weights
 
 Two pictures a model, the plain one and one whose first window hears the target, one at a time. Random weights make
-noise, but they cost what trained ones cost. `--tiny` runs the same at the size of the tests. `--weights` makes nothing:
+noise, but they cost what trained ones cost. `--attribute` measures an attribution of one prompt and one seed instead, in
+each way that is named. `--tiny` runs the same at the size of the tests. `--weights` makes nothing:
 it counts every family's weights at 16 bits, and how they fit cards, with 2 GB left for the pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ from diffusers import (
 )
 from support import full, tiny
 
+from locogen.localization.attribution.attribute import attribute
 from locogen.models.layers import find_layers
 from locogen.pictures.runs import generate
-from locogen.plan import Intervention
+from locogen.plan import Concept, Intervention, PromptPair
 
 
 def sd() -> StableDiffusionPipeline:
@@ -42,7 +46,7 @@ def sd() -> StableDiffusionPipeline:
         text_encoder=full.clip_l(),
         tokenizer=full.tokenizer(),
         unet=full.sd(),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        scheduler=_in_main_memory(DDIMScheduler, steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -58,7 +62,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         tokenizer=full.tokenizer(),
         tokenizer_2=full.tokenizer(),
         unet=full.sdxl(),
-        scheduler=EulerDiscreteScheduler(),
+        scheduler=_in_main_memory(EulerDiscreteScheduler),
         add_watermarker=False,
     )
 
@@ -70,35 +74,75 @@ FULL = {"sd": sd, "sd-xl": sdxl}
 
 
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Layers, pixels, seconds a picture (of a core; on a GPU, of the clock), peak memory so far (the GPU's, there)."""
-    pipe = _built((tiny.FAMILIES if chosen.tiny else FULL)[name], getattr(torch, chosen.dtype)).to(
-        chosen.device
-    )
+    """Layers, pixels, seconds a picture (of a core; on a GPU, of the clock), peak memory (the GPU's, there)."""
+    pipe = pipeline(name, chosen.device, getattr(torch, chosen.dtype), chosen.tiny)
     pipe.vae.enable_slicing()
     layers = len(find_layers(pipe))
     plan = [Intervention("cat in a", "dog", layers, 0) for layers in ((), (0, 1))]
-    clock = (
-        time.perf_counter if chosen.device == "cuda" else time.process_time
-    )  # other work does not count
-    start = clock()
-    with tempfile.TemporaryDirectory() as store:
+    with tempfile.TemporaryDirectory() as store, timing(chosen.device) as cost:
         run = generate(
             pipe, plan, store=store, num_inference_steps=chosen.steps, batch_size=1, progress=False
         )
         size = run.pictures[0].size
-    seconds = (clock() - start) / len(plan)
-    peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 1024 * _resident()
-    return {"model": name, "layers": layers, "size": size, "seconds": seconds, "GB": peak / 1e9}
+    pixels = "{} × {}".format(*size)
+    return {"what": pixels, "layers": layers, **cost, "seconds": cost["seconds"] / len(plan)}
 
 
-def _built(make: Callable[[], Any], dtype: torch.dtype) -> Any:
-    """A pipeline whose weights never were anything larger: as when it is loaded in that type."""
+def attributed(name: str, how: Any, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The same of an attribution: its seconds are of the whole."""
+    pipe = pipeline(name, chosen.device, getattr(torch, chosen.dtype), chosen.tiny)
+    concept = Concept("cat", "object", (PromptPair("cat in a", "dog in a"),))
+    with timing(chosen.device) as cost:
+        shares = attribute(
+            pipe,
+            concept,
+            how=how,
+            seeds=[0],
+            num_inference_steps=chosen.steps,
+            points=3,
+            most_points=3,
+            progress=False,
+        )
+    rows = shares.settings["denoiser_rows"]
+    words = f"attribution, {how}, {rows} denoiser rows"
+    return {"what": words, "layers": len(find_layers(pipe)), **cost}
+
+
+@contextlib.contextmanager
+def timing(device: str) -> Iterator[dict[str, float]]:
+    """Seconds and peak memory in GB of what happens within."""
+    on_gpu = device == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time  # other work does not count
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = clock()
+    cost: dict[str, float] = {}
+    yield cost
+    if on_gpu:
+        torch.cuda.synchronize()
+    cost["seconds"] = clock() - start
+    cost["GB"] = (torch.cuda.max_memory_allocated() if on_gpu else 1024 * _resident()) / 1e9
+
+
+def pipeline(name: str, device: str, dtype: torch.dtype, small: bool) -> Any:
+    """A pipeline whose weights never were anything larger, nor elsewhere: as when it is loaded so."""
+    make = (tiny.FAMILIES if small else FULL)[name]
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return make()
+        if small:
+            return make().to(device)
+        with torch.device(device):  # random numbers of this size take a processor minutes
+            return make().to(device)
     finally:
         torch.set_default_dtype(usual)
+
+
+def _in_main_memory(scheduler: Any, **settings: Any) -> Any:
+    """A scheduler whose tables stand in main memory, where it computes."""
+    with torch.device("cpu"):
+        return scheduler(**settings)
 
 
 def _resident() -> int:
@@ -148,21 +192,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", choices=list(FULL))
+    parser.add_argument("--attribute", nargs="*", default=[], choices=["gradient", "chain", "rows"])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--weights", action="store_true")
     chosen = parser.parse_args(arguments)
     if chosen.weights:
         return print_weights()
-    print("| model | layers | pixels | s a picture | peak memory, GB | device, type, steps |")
+    print("| model | layers | what | seconds | peak memory, GB | device, type, steps |")
     print("|---|---|---|---|---|---|")
     for name in [chosen.only] if chosen.only else FULL:
-        row = measured(name, chosen)
-        where = f"{chosen.device}, {chosen.dtype}, {chosen.steps}"
-        pixels = "{} × {}".format(*row["size"])
-        print(
-            f"| {name} | {row['layers']} | {pixels} | {row['seconds']:.1f} | {row['GB']:.1f} | {where} |",
-            flush=True,
-        )
+        for how in chosen.attribute:
+            report(name, attributed(name, how, chosen), chosen)
+        if not chosen.attribute:
+            report(name, measured(name, chosen), chosen)
+
+
+def report(name: str, row: dict[str, Any], chosen: argparse.Namespace) -> None:
+    """Print a line of the table."""
+    where = f"{chosen.device}, {chosen.dtype}, {chosen.steps}"
+    cost = f"{row['seconds']:.1f} | {row['GB']:.1f}"
+    print(f"| {name} | {row['layers']} | {row['what']} | {cost} | {where} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,7 @@ def profile(job: Callable[[], Any], device: str) -> str:
 
 
 def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    pipe = tiny.quiet((tiny.FAMILIES if chosen.tiny else fullsize.FULL)[name]())
-    pipe.to(chosen.device)
+    pipe = tiny.quiet(fullsize.pipeline(name, chosen.device, torch.float32, chosen.tiny))
     make = bench.published(pipe, chosen.steps)
     rows = plan_of(chosen.sample)
     make(rows[0])
@@ -110,7 +109,8 @@ def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
         call(pipe, size, chosen.steps)
         fast = (
             statistics.median(
-                timed(lambda: call(pipe, size, chosen.steps), chosen.device) for _ in range(5)
+                timed(lambda: call(pipe, size, chosen.steps), chosen.device)
+                for _ in range(chosen.rounds)
             )
             / size
         )
@@ -141,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sample", type=int, default=5, help="pictures made one by one")
+    parser.add_argument("--rounds", type=int, default=5, help="batches that are timed")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/gpu.json"))
     chosen = parser.parse_args(arguments)
@@ -148,14 +149,16 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("there is no GPU here: give --tiny to see that the script runs")
     if chosen.tiny:
         chosen.batch_size, chosen.steps, chosen.sample = 2, 1, 1
-    told = [model_row(name, chosen) for name in ([chosen.only] if chosen.only else ["sd", "sd-xl"])]
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"models": told}, indent=1), encoding="utf-8")
-    for row in told:
-        print(
-            f"{row['model']}: {row['ratio']:.1f} x, {row['share']:.1%} of the limit, {row['GB']:.1f} GB"
-        )
-        print(f"{row['speed']}\n{row['profile']}")
+    rows: list[dict[str, Any]] = []
+    for name in [chosen.only] if chosen.only else ["sd", "sd-xl"]:
+        row = model_row(name, chosen)
+        rows.append(row)
+        # As soon as it is there: the next model may not fit.
+        chosen.out.write_text(json.dumps({"models": rows}, indent=1), encoding="utf-8")
+        share = f"{row['share']:.1%} of the limit, {row['GB']:.1f} GB"
+        print(f"{row['model']}: {row['ratio']:.1f} x, {share}")
+        print(f"{row['speed']}\n{row['profile']}", flush=True)
 
 
 if __name__ == "__main__":

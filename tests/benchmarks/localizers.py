@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from carriers import selected
+from machine import add_machine, set_threads
 
 import locogen as loco
 
@@ -77,6 +78,7 @@ def compared(pipe: Any, identity: str, chosen: Any) -> dict[str, Any]:
         "scorer": "mini",
     }
     options |= {"window": chosen.window, "store": store, "progress": False}
+    options["batch_size"] = chosen.batch_size
     found, told = [], {}
     for method in loco.localizers()["name"]:
         before = len(list(store.glob("*.png")))
@@ -123,9 +125,11 @@ def main() -> None:
         "--each", type=int, default=2, help="objects, and facts of each kind; 0: all"
     )
     parser.add_argument("--only", nargs="*", default=None, help="concept ids in place of the above")
+    add_machine(parser)
     chosen = parser.parse_args()
+    set_threads(chosen)
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    pipe, table = loco.load(chosen.model), loco.concepts("mini")
+    pipe, table = loco.load(chosen.model, device=chosen.device), loco.concepts("mini")
     notes = table.set_index("id")["note"]
     found: dict[str, Any] = {}
     print(f"| concept | kind | {' | '.join(loco.localizers()['name'])} |")

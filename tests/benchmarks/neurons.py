@@ -17,6 +17,7 @@ from typing import Any
 import edits as editing
 import judge as judging
 import numpy as np
+from machine import add_machine, set_threads
 from tqdm import tqdm
 
 import locogen as loco
@@ -69,6 +70,7 @@ def looked(
         store=options.folder / "store",
         progress=False,
         num_inference_steps=options.steps,
+        batch_size=options.batch_size,
     )
     pictures, among = list(made.pictures), probes[0].among
     scores = np.stack(
@@ -133,10 +135,15 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1, help="random choices of as many neurons")
     parser.add_argument("--every", type=int, default=6, help="look at one in so many neighbors")
     parser.add_argument("--only", nargs="*", default=CONCEPTS)
+    add_machine(parser)
     options = parser.parse_args()
+    set_threads(options)
     options.folder.mkdir(parents=True, exist_ok=True)
     chosen = json.loads(options.edits.read_text("utf-8"))
-    pipe, judge = loco.load(options.model), judging.JudgeScorer(judging.train(options.judge))
+    pipe, judge = (
+        loco.load(options.model, device=options.device),
+        judging.JudgeScorer(judging.train(options.judge)),
+    )
     columns: list[tuple[str, float]] = (
         [("top", share) for share in SHARES]
         + [("random", share) for share in SHARES[1:3]]

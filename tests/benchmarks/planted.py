@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
+from machine import add_machine, set_threads
 
 import locogen as loco
 
@@ -60,17 +60,21 @@ def main() -> None:
     parser.add_argument("--localizers", default="", help="names with commas; empty: all")
     parser.add_argument("--store", type=Path, default=Path("runs/planted"))
     parser.add_argument("--concepts", type=int, default=0, help="of each model at most; 0: all")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
+    add_machine(parser)
     parser.add_argument("--all", action="store_true", help="other widths, guidances and sizes too")
     chosen = parser.parse_args()
-    if chosen.threads:
-        torch.set_num_threads(chosen.threads)
+    set_threads(chosen)
     plants = chosen.plants if chosen.plants in ("report", "tune") else chosen.plants.split(",")
+    machine: dict[str, Any] = {"device": chosen.device, "batch_size": chosen.batch_size}
     localizers = chosen.localizers.split(",") if chosen.localizers else None
     for change in [{}, *(OTHERS if chosen.all else [])]:
         setting = BASE | change
         bench = loco.benchmark(
-            *(localizers, plants), concepts=chosen.concepts or None, store=chosen.store, **setting
+            *(localizers, plants),
+            concepts=chosen.concepts or None,
+            **machine,
+            store=chosen.store,
+            **setting,
         )
         print(f"\n{json.dumps(setting)}: {counted(bench)}\n")
         print(markdown(loco.score_table(bench.scores(), COLUMNS)), flush=True)

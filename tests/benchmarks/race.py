@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from machine import add_machine, set_threads
 
 import locogen as loco
 from locogen.localization.racing import BUDGET, Rows, race, run_races
@@ -72,13 +73,14 @@ def compared(effects: Array, asked: dict[str, Any], judged: Array, **more: Any) 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Effects of every window on every pair, and whether the concept has a carrier; inserts are left out."""
-    pipe, found = loco.load("mini"), {}
+    pipe, found = loco.load("mini", device=chosen.device), {}
     judge = loco.scorer("mini")
     for identity in loco.concepts("mini")["id"]:
         concept = loco.concept(identity)
         concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
         plan = [row for row in sweep(**asked_of(concept, chosen.seeds)) if row.role != "insert"]
         options: dict[str, Any] = {"store": chosen.store, "progress": False}
+        options["batch_size"] = chosen.batch_size
         run = loco.generate(pipe, plan, num_inference_steps=chosen.steps, **options)
         texts = {pair.prompt: concept.scored_text(pair) for pair in concept.pairs}
         (score,) = judge(list(run.pictures), [texts[row.prompt] for row in plan])
@@ -200,7 +202,9 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=20, help="simulated races for each concept")
     parser.add_argument("--out", type=Path, default=Path("runs/race/race.json"))
+    add_machine(parser)
     chosen = parser.parse_args()
+    set_threads(chosen)
     if not chosen.simulate:
         MEASURED.write_text(json.dumps(measure(chosen)) + "\n")
     found = json.loads(MEASURED.read_text())

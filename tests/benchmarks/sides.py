@@ -18,11 +18,13 @@ import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from machine import add_machine, set_threads
 from torch import Tensor
 
 import locogen as loco
@@ -70,7 +72,7 @@ def states_of(pipe: Any, prompts: Sequence[str]) -> Tensor:
     tokens = pipe.tokenizer(
         list(prompts), padding="max_length", truncation=True, return_tensors="pt"
     )
-    return pipe.text_encoder(tokens.input_ids).last_hidden_state
+    return pipe.text_encoder(tokens.input_ids.to(pipe.device)).last_hidden_state
 
 
 def variants(wording: str, rng: random.Random, count: int = 8) -> list[list[str]]:
@@ -164,7 +166,7 @@ def measure(fact: Fact, pipe: Any, scorer: Any) -> dict[str, Any]:
     plain = [states_of(pipe, [world.prompt(fact.wording, style)]) for style in STYLES]
     apart = [states_apart(pipe, fact.wording, style, rng) for style in STYLES]
     dice = torch.Generator().manual_seed(0)
-    noisy = [s + s.std() * torch.randn(s.shape, generator=dice) for s in plain]
+    noisy = [s + s.std() * torch.randn(s.shape, generator=dice).to(s) for s in plain]
     others = [wording for wording in world.FACTS if world.FACTS[wording] != fact.answer]
     exchanged = [states_of(pipe, [world.prompt(rng.choice(others), style)]) for style in STYLES]
     line: dict[str, Any] = {"group": fact.group, "model": fact.model, "fact": fact.wording}
@@ -199,15 +201,20 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["mini", "mini-b"])
+    add_machine(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/sides/sides.json"))
     options = parser.parse_args()
+    set_threads(options)
     scorer = loco.scorer("mini")
     pipes: dict[str, Any] = {}
     lines = []
     for fact in facts(options.models):
         if fact.model not in pipes:
-            pipes = {fact.model: loco.load(fact.model)}
+            pipes = {fact.model: loco.load(fact.model, device=options.device)}
         lines.append(measure(fact, pipes[fact.model], scorer))
     table = pd.DataFrame(lines)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(str(table.to_json(orient="records", indent=1)))
     print(table.to_string(index=False))
     print(summary(table).to_string(index=False))
 
