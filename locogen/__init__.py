@@ -83,6 +83,7 @@ _PUBLIC = {
     ),
     "views.sentences": (
         "describe_clamping",
+        "describe_edit",
         "describe_erasure",
         "describe_localizers",
         "describe_sides",
@@ -91,7 +92,7 @@ _PUBLIC = {
         "interval_text",
         "share_text",
     ),
-    "views.tables": ("describe", "describe_edit", "strip_rows"),
+    "views.tables": ("describe", "strip_rows"),
     "views.widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

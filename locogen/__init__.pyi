@@ -165,6 +165,7 @@ from .views.plots import (
 )
 from .views.sentences import (
     describe_clamping as describe_clamping,
+    describe_edit as describe_edit,
     describe_erasure as describe_erasure,
     describe_localizers as describe_localizers,
     describe_sides as describe_sides,
@@ -175,7 +176,6 @@ from .views.sentences import (
 )
 from .views.tables import (
     describe as describe,
-    describe_edit as describe_edit,
     strip_rows as strip_rows,
 )
 from .views.widgets import (

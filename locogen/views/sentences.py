@@ -1,6 +1,7 @@
 """The findings of notebooks in plain words: numbers in, one or two sentences out.
 
-`tables.describe` and `tables.describe_edit` do the same for a sweep and for an edit.
+`tables.describe` does the same for a sweep. A sentence compares two things only where an interval
+says that they differ: see `describe_edit` and `compare_words`.
 """
 
 from __future__ import annotations
@@ -139,10 +140,18 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     taken = interval_text(total["estimate"], total["low"], total["high"])
     amount = interval_text(best.estimate, best.low, best.high)
     doubt = f" ({best.reason})" if best.reason else ""
+    lost = f"the noise takes {taken} of the score"
+    if not _is_clear(total):
+        lost = f"the noise has no clear effect on the score ({taken} of it is lost)"
     return (
-        f"{total['concept']}: the noise takes {taken} of the score. Clean output of {best.axis}, "
-        f"layer {best.position}, brings back {amount}, {best.share:.0%} of it{doubt}."
+        f"{total['concept']}: {lost}. Clean output of {best.axis}, layer {best.position}, "
+        f"brings back {amount}, {best.share:.0%} of it{doubt}."
     )
+
+
+def _is_clear(line: Any) -> bool:
+    """Whether the interval of a line leaves out zero; without an interval nothing is clear."""
+    return bool(line["low"] > 0 or line["high"] < 0)
 
 
 def describe_sides(sides: Sides | None) -> str:
@@ -215,33 +224,43 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
         width: The number of neurons of each matrix.
 
     Returns:
-        A sentence that compares the strongest neurons, random ones, and the edit of the layers.
+        A sentence with the changes for the strongest neurons, for random ones, and for the edit of
+        the layers, each with its interval where the table has one.
 
     Example:
         >>> import pandas as pd
-        >>> rows = [("top", 5, -0.2), ("random", 5, 0), ("edit", 0, -0.3)]
-        >>> effects = pd.DataFrame(rows, columns=["arm", "neurons", "estimate"])
-        >>> print(describe_clamping(effects.assign(measure="concept_score"), 96))
-        With 5 of 96 neurons of each matrix clamped, the concept score changes by -0.20 for the
-        strongest and +0.00 for random ones; by -0.30 for the edit of the layers.
+        >>> rows = [("top", 5, -0.2, -0.3, -0.1), ("random", 5, 0, -0.1, 0.1)]
+        >>> rows += [("edit", 0, -0.3, -0.4, -0.2)]
+        >>> columns = ["arm", "neurons", "estimate", "low", "high"]
+        >>> effects = pd.DataFrame(rows, columns=columns).assign(measure="concept_score")
+        >>> print(describe_clamping(effects, 96))
+        Change of the concept score: with 5 of 96 neurons of each matrix clamped,
+        -0.20 [-0.30, -0.10] for the strongest, 0.00 [-0.10, 0.10] for random ones;
+        -0.30 [-0.40, -0.20] for the edit of the layers.
     """
     rows = effects[effects["measure"] == "concept_score"]
     changes: dict[str, str] = {}
     for arm, part in rows.groupby("arm"):
-        changes[str(arm)] = ", ".join(f"{change:+.2f}" for change in part["estimate"])
+        changes[str(arm)] = ", ".join(map(_change_text, part.to_dict("records")))
     counts = ", ".join(str(count) for count in rows.loc[rows["arm"] == "top", "neurons"])
     return (
-        f"With {counts} of {width} neurons of each matrix clamped, the concept score changes by "
-        f"{changes['top']} for the strongest and {changes['random']} for random ones; "
-        f"by {changes['edit']} for the edit of the layers."
+        f"Change of the concept score: with {counts} of {width} neurons of each matrix clamped, "
+        f"{changes['top']} for the strongest, {changes['random']} for random ones; "
+        f"{changes['edit']} for the edit of the layers."
     )
+
+
+def _change_text(line: Mapping[Any, Any]) -> str:
+    none = math.nan
+    return interval_text(line["estimate"], line.get("low", none), line.get("high", none))
 
 
 def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> str:
     """Put in words what is left after the last of several concepts was erased.
 
     Args:
-        shares: Column `mean` by `way`, `count` and `group`: the share of right pictures.
+        shares: Column `mean` by `way`, `count` and `group`: the share of right pictures; with
+            `low` and `high`, its 95 % interval.
         likeness: SSIM of ordinary pictures with their unedited twins, by `way` and `count`.
         kind: "style", "object" or "fact".
 
@@ -260,11 +279,119 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
     what = "give the new answer" if kind == "fact" else "still show them"
     parts = []
     for way in likeness.index.get_level_values("way").unique():
-        share = shares.loc[(way, last, "erased"), "mean"]
-        parts.append(
-            f"{way}, {share:.0%} of their pictures {what}, ordinary SSIM {likeness[way, last]:.2f}"
-        )
+        row = shares.loc[(way, last, "erased")]
+        bounds = f" [{row['low']:.0%}, {row['high']:.0%}]" if "low" in row else ""
+        share = f"{row['mean']:.0%}{bounds} of their pictures {what}"
+        parts.append(f"{way}, {share}, ordinary SSIM {likeness[way, last]:.2f}")
     return f"After erasing {last} {kind}s: {'; '.join(parts)}."
+
+
+# Measures of an edit → whose prompts they look at.
+_OF_PROMPTS = {
+    "efficacy": "of its own prompts",
+    "generality": "said in other words",
+    "specificity": "of its neighbors",
+}
+
+
+def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = None) -> str:
+    """Put in words what an edit did, and how far it is ahead of its controls.
+
+    Args:
+        summary: The means of an evaluation, from `summary`.
+        arm: The arm of the edit.
+        leads: The comparison with the controls, from `lead`; None: nothing is compared.
+
+    Returns:
+        A sentence with the shares of right pictures, each with the 95 % bounds that its number of
+        units allows; and one about the controls, which says "better" or "worse" only where the
+        interval leaves out zero.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "units": 6}
+        >>> row |= {"before": 1.0, "after": 0.0, "after_low": 0.0, "after_high": 0.459}
+        >>> means = pd.DataFrame([row])
+        >>> leads = pd.DataFrame([{"rival": "all layers", "estimate": 0.12, "low": -0.48}])
+        >>> print(describe_edit(means, "layer 3", leads.assign(high=0.81)))
+        With the edit at layer 3, the picture shows what the prompt says for 0 % of its own
+        prompts (0 % to 46 %, n = 6; 100 % before). At telling concept and neighbors apart:
+        no clear difference from all layers (0.12 [-0.48, 0.81]).
+    """
+    rows = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
+    by_measure = {line["measure"]: line for line in rows.to_dict("records")}
+    parts = []
+    for measure, words in _OF_PROMPTS.items():
+        if measure in by_measure:
+            parts.append(_share_after(by_measure[measure], words))
+    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(parts)}."
+    if leads is None or leads.empty:
+        return text
+    return f"{text} At telling concept and neighbors apart: {compare_words(leads)}."
+
+
+def _share_after(line: Mapping[Any, Any], words: str) -> str:
+    """One share of right pictures, with its bounds, the number of units and the share before."""
+    bounds = ""
+    if not math.isnan(line.get("after_low", math.nan)):
+        low = percent(line["after_low"])
+        bounds = f"{low} to {percent(line['after_high'])}, n = {line['units']}; "
+    return f"{percent(line['after'])} {words} ({bounds}{percent(line['before'])} before)"
+
+
+def compare_words(leads: pd.DataFrame) -> str:
+    """Say of which rivals something is ahead, by their intervals.
+
+    Args:
+        leads: One row a rival, with `rival`, `estimate`, `low` and `high`; above 0 is ahead.
+
+    Returns:
+        "better than …", "worse than …" for intervals that leave out zero, "no clear difference
+        from …" for all others. Of each group those nearest to zero are named, at most three.
+
+    Example:
+        >>> import pandas as pd
+        >>> columns = ["rival", "estimate", "low", "high"]
+        >>> compare_words(pd.DataFrame([("layers 0-1", 1.0, 0.6, 1.4)], columns=columns))
+        'better than layers 0-1 (1.00 [0.60, 1.40])'
+    """
+    groups: dict[str, list[str]] = {
+        "worse than": [],
+        "no clear difference from": [],
+        "better than": [],
+    }
+    nearest_first = leads.iloc[leads["estimate"].abs().argsort(kind="stable")]
+    for line in nearest_first.to_dict("records"):
+        words = "no clear difference from"
+        if line["low"] > 0:
+            words = "better than"
+        elif line["high"] < 0:
+            words = "worse than"
+        gap = interval_text(line["estimate"], line["low"], line["high"])
+        groups[words].append(f"{line['rival']} ({gap})")
+    return "; ".join(f"{words} {_listed(names)}" for words, names in groups.items() if names)
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def percent(share: float) -> str:
+    """Write a share in whole percent.
+
+    Args:
+        share: Between 0 and 1.
+
+    Returns:
+        The number and its sign.
+
+    Example:
+        >>> percent(0.456)
+        '46 %'
+    """
+    return f"{100 * share:.0f} %"
 
 
 def describe_steps(reached: Mapping[int, float], reference: int, enough: float) -> tuple[int, str]:
@@ -282,7 +409,8 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
     Example:
         >>> steps, sentence = describe_steps({4: 0.95, 20: 1.0}, 50, 0.96)
         >>> print(steps, sentence)
-        20 20 steps choose as well as 50: at least 95 % of the best effect with 4, 100 % with 20.
+        20 20 steps are enough for 96 % of what 50 choose, in every concept: at least 95 % of the
+        best effect with 4, 100 % with 20.
     """
     fewest = reference
     # From the most steps down: a small number that reaches enough by chance, below one that does
@@ -291,9 +419,10 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
         if not reached[steps] >= enough:
             break
         fewest = steps
-    verdict = f"no fewer than {reference} steps choose well enough"
+    verdict = f"no fewer than {reference} steps are enough for {enough:.0%} of what they choose"
     if fewest != reference:
-        verdict = f"{fewest} steps choose as well as {reference}"
+        verdict = f"{fewest} steps are enough for {enough:.0%} of what {reference} choose"
+    verdict = verdict.replace("%", " %") + ", in every concept"
     shares = ", ".join(f"{100 * share:.0f} % with {steps}" for steps, share in reached.items())
     return fewest, f"{verdict}: at least {shares}.".replace(
         " % with", " % of the best effect with", 1

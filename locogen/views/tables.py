@@ -280,7 +280,11 @@ def _share_of_ceiling(row: Mapping[str, Any]) -> str:
 
 
 def _change(row: Mapping[str, Any], digits: int) -> str:
-    """`lowers the CLIP-score by 0.34 [0.28, 0.40]`."""
+    """`lowers the CLIP-score by 0.34 [0.28, 0.40]`, or that nothing is clear."""
+    score = "probability" if row.get("score") == "probability" else "CLIP-score"
+    if not missing(row["low"]) and row["low"] <= 0 <= row["high"]:
+        amount = number(row["estimate"], digits) + interval(row, digits)
+        return f"has no clear effect on the {score} ({amount})"
     # A positive effect lowers the score of styles and objects, and raises that of facts.
     lowers = (row["kind"] == "fact") == (row["estimate"] < 0)
     verb = "lowers" if lowers else "raises"
@@ -288,7 +292,6 @@ def _change(row: Mapping[str, Any], digits: int) -> str:
     # The verb has the sign: the amount is positive, and its interval turns over.
     if row["estimate"] < 0:
         size = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
-    score = "probability" if row.get("score") == "probability" else "CLIP-score"
     return f"{verb} the {score} by {number(size['estimate'], digits)}{interval(size, digits)}"
 
 
@@ -475,60 +478,3 @@ def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Win
             f"one carrier window for {len(concepts)} concepts: give a dict, concept → Window"
         )
     return {concepts[0]: carriers}
-
-
-def describe_edit(summary: pd.DataFrame, arm: str) -> str:
-    """Put in words what an edit did, compared with the best of its controls.
-
-    Args:
-        summary: The means of an evaluation, from `summary`.
-        arm: The arm of the edit.
-
-    Returns:
-        A sentence with the shares of right pictures, and one about the best control where there
-        are controls.
-
-    Example:
-        >>> import pandas as pd
-        >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "sign": -1}
-        >>> means = pd.DataFrame([row | {"before": 1.0, "after": 0.25, "change": -0.75}])
-        >>> print(describe_edit(means, "layer 3"))
-        With the edit at layer 3, the picture shows what the prompt says for 25 % of its own
-        prompts (100 % before).
-    """
-    rows = summary[summary["quantity"] == "right"].set_index(["arm", "measure"])
-    measures = {measure: rows.loc[(arm, measure)] for name, measure in rows.index if name == arm}
-    words = {
-        "efficacy": "of its own prompts",
-        "generality": "said in other words",
-        "specificity": "of its neighbors",
-    }
-    parts = []
-    for measure, row in measures.items():
-        if measure not in words:
-            continue
-        parts.append(
-            f"{_percent(row['after'])} {words[measure]} ({_percent(row['before'])} before)"
-        )
-    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(parts)}."
-
-    controls = rows[rows.index.get_level_values("arm") != arm]
-    if not {"efficacy", "specificity"} <= set(measures) or controls.empty:
-        return text
-    # The sign says which way is better: efficacy should fall (rise for facts), specificity stay.
-    gained: Any = rows["change"] * rows["sign"]
-    scores = gained.unstack("measure")[["efficacy", "specificity"]].sum(axis=1)
-    of_controls = scores.drop(arm)
-    best = str(of_controls.idxmax())
-    verb = "more" if float(scores[arm]) > of_controls.max() else "no more"
-    moved = [
-        _percent(rows.loc[(best, measure), "after"]) for measure in ("efficacy", "specificity")
-    ]
-    return (
-        f"{text} It tells concept and neighbors apart {verb} than the best control, {best} "
-        f"({' and '.join(moved)})."
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{number(100 * share, 0)} %"

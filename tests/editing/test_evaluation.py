@@ -21,7 +21,7 @@ from locogen.errors import LocogenError
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
 from locogen.views import plots
-from locogen.views.tables import describe_edit
+from locogen.views.sentences import describe_edit
 
 STYLE = Concept(
     "cat",
@@ -270,14 +270,14 @@ def test_lead_says_how_much_better_an_arm_is() -> None:
 
 def test_a_facts_new_answer_should_come_not_go() -> None:
     """A perfect edit of a fact beats a control that does nothing; with the sign of a style it would lose."""
-    for sign, verb in ((1, "more"), (-1, "no more")):
+    for sign, words in ((1, "better than there"), (-1, "worse than there")):
         arms = []
         for arm, after in (("here", 1.0), ("there", 0.0)):
             ones = np.ones((8, 2))
             arms.append(shares(0 * ones, after * ones, arm=arm, sign=sign))
             arms.append(shares(ones, ones, arm=arm, measure="specificity", sign=1))
-        description = describe_edit(summary(pd.concat(arms)), "here")
-        assert f"apart {verb} than the best control" in description
+        table = pd.concat(arms)
+        assert words in describe_edit(summary(table), "here", lead(table, "here"))
 
 
 def test_compare_is_row_by_row(pipe, edit) -> None:

@@ -172,7 +172,9 @@ def test_localize_takes_what_it_promises() -> None:
 def test_states_are_chosen_by_the_model_unless_asked(name: str) -> None:
     """The same ones in every call: an edit is compared with the neurons of just these."""
     path = ROOT / "notebooks" / f"{name}.ipynb"
-    assert ast.literal_eval(parameters_of(path)["tokens"]["default"]) == ""
+    # The edit's are those that do well on the shipped model; the published ones are an arm beside it.
+    default = "end" if name == "edit" else ""
+    assert ast.literal_eval(parameters_of(path)["tokens"]["default"]) == default
     source = "\n".join(cell.source for cell in cells(path))
     given = re.findall(r"\btokens=([^,)\n]+)", source)
     assert set(given) == {"tokens or None"}

@@ -479,38 +479,6 @@ def test_figures_grow_with_the_table() -> None:
     )
 
 
-def test_what_an_edit_did_in_a_sentence() -> None:
-    def rows(arm: str, gone: float, kept: float) -> list[dict]:
-        said = [("efficacy", 1.0, gone), ("generality", 1.0, gone), ("specificity", 0.9, kept)]
-        return [
-            dict(
-                arm=arm,
-                measure=m,
-                quantity="right",
-                before=b,
-                after=a,
-                change=a - b,
-                low=0,
-                high=0,
-                n=8,
-            )
-            | dict(sign=1 if m == "specificity" else -1)
-            for m, b, a in said
-        ]
-
-    from locogen.views.tables import describe_edit
-
-    good = pd.DataFrame(
-        rows("layers 0-1", 0.1, 0.88) + rows("all layers", 0.0, 0.3) + rows("layers 6-7", 1.0, 0.9)
-    )
-    told = describe_edit(good, "layers 0-1")
-    assert "10 % of its own prompts (100 % before)" in told
-    assert "88 % of its neighbors (90 % before)" in told
-    assert told.endswith("apart more than the best control, all layers (0 % and 30 %).")
-    assert "no more than the best control, layers 0-1" in describe_edit(good, "layers 6-7")
-    assert "control" not in describe_edit(good[good.arm == "layers 0-1"], "layers 0-1")
-
-
 def timed(concepts: Sequence[str] = ("monet",)) -> pd.DataFrame:
     rows = [
         line(
