@@ -1,16 +1,21 @@
-"""The command line: `locogen run`, `locogen report`, `locogen models`, `locogen concepts`."""
+"""The command line: one question (`localize`, `edit`, `neurons`), or a study (`run`, `report`)."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from locogen import __version__
 from locogen.console import show_any_text
 from locogen.errors import LocogenError
+
+if TYPE_CHECKING:
+    from locogen.questions import Question
 
 _ENGINES = """\
 engines:
@@ -59,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (LocogenError, OSError) as error:
         print(f"locogen: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_code", 2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"locogen {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_questions(commands)
 
     run = commands.add_parser(
         "run",
@@ -134,40 +140,193 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_questions(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """The commands that answer one question with a page."""
+    localize = _question(commands, "localize", "find the layers that carry a concept")
+    localize.add_argument("--window", type=int, metavar="N", help="layers in a window")
+
+    edit = _question(commands, "edit", "edit a concept away, and measure what else goes")
+    _add_layers(edit)
+    edit.add_argument("--ridge", type=float, metavar="X", help="large: keep more of the weights")
+    edit.add_argument("--tokens", help="states to edit: last_subject, subject, end or all")
+    edit.add_argument("--becomes", metavar="TEXT", help="what the concept should turn into")
+    edit.add_argument(
+        "--lora", type=Path, metavar="FILE.safetensors", help="also write the edit as LoRA here"
+    )
+
+    neurons = _question(commands, "neurons", "find the neurons of these layers that carry it")
+    _add_layers(neurons)
+
+
+def _question(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], notebook: str, words: str
+) -> argparse.ArgumentParser:
+    """A command that runs one notebook on one concept, with the options that all of them share."""
+    parser = commands.add_parser(
+        notebook,
+        help=words,
+        epilog="Run again, it continues. The parameters are those of the notebook of that name.",
+    )
+    parser.add_argument(
+        "concept",
+        metavar="CONCEPT",
+        help="id or name of a concept (`locogen concepts`), or a prompt, with --target",
+    )
+    parser.add_argument(
+        "--target",
+        metavar="PROMPT",
+        help="the prompt without what is looked for; for a fact, with another answer",
+    )
+    parser.add_argument("--kind", choices=["style", "object", "fact"], help="what it is")
+    parser.add_argument("--name", default="", help="what to call it on the page")
+    parser.add_argument("--file", default="", metavar="FILE.toml", help="your own concepts")
+    parser.add_argument("--model", default="mini", help="name, folder or hub id (default: mini)")
+    parser.add_argument("--device", metavar="cpu|cuda|mps")
+    parser.add_argument("--dtype", metavar="float32|float16|bfloat16")
+    parser.add_argument("--offload", choices=["model", "sequential"])
+    parser.add_argument("--seeds", type=int, metavar="N", help="pictures for each prompt")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    parser.add_argument("--prompts", type=int, metavar="N", help="at most this many prompts")
+    parser.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="folder for results and pages (default: locogen-results/ and a name)",
+    )
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.set_defaults(command=_ask, notebook=notebook)
+    return parser
+
+
+def _add_layers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layers",
+        default="found",
+        metavar="8-9",
+        help="layers, or `found`: localize first, and take what that finds (default)",
+    )
+
+
 # Each command imports what it needs: `locogen --help` should not wait for pandas and papermill.
 
 
 def _run(options: argparse.Namespace) -> int:
-    from locogen.studies.study import StudyFailed, run_study
+    from locogen.studies.study import run_study
 
-    try:
-        run_study(
-            options.study,
-            only=options.only,
-            force=options.force,
-            retry_failed=options.retry == "failed",
-            keep_going=options.keep_going,
-            dry_run=options.dry_run,
-            engine=options.engine or ("dask" if options.scheduler else "processes"),
-            workers=options.workers,
-            scheduler=options.scheduler,
-        )
-    except StudyFailed as error:
-        print(f"locogen: {error}", file=sys.stderr)
-        return 1
+    run_study(
+        options.study,
+        only=options.only,
+        force=options.force,
+        retry_failed=options.retry == "failed",
+        keep_going=options.keep_going,
+        dry_run=options.dry_run,
+        engine=options.engine or ("dask" if options.scheduler else "processes"),
+        workers=options.workers,
+        scheduler=options.scheduler,
+    )
     return 0
 
 
 def _report(options: argparse.Namespace) -> int:
+    _show_page(options.folder, options.open)
+    return 0
+
+
+def _show_page(results: Path, is_opened: bool) -> None:
+    """Make the pages of a results folder, and say where they are."""
     from locogen.pages.build import build
 
-    page = build(options.folder).resolve()
+    page = build(results).resolve()
     print(page.as_uri())
-    if options.open and has_display():
+    if is_opened and has_display():
         import webbrowser
 
         webbrowser.open(page.as_uri())
+
+
+def _ask(options: argparse.Namespace) -> int:
+    """Answer one question: run its notebook as a study of one run, and make the page."""
+    from locogen.questions import Question, copy_lora, found_layers
+
+    parameters = _parameters(options)
+    question = Question(
+        options.notebook,
+        options.concept,
+        target=options.target,
+        kind=options.kind or "",
+        name=options.name,
+        concepts_file=options.file,
+        model=options.model,
+        parameters=parameters,
+    )
+    lora: Path | None = getattr(options, "lora", None)
+    layers: str | None = getattr(options, "layers", None)
+    if lora is not None and lora.is_dir():
+        raise LocogenError(f"--lora {lora} is a folder: give a file, such as off.safetensors")
+    if layers == "found":
+        localize = replace(question, notebook="localize", parameters=_shared(parameters))
+        results = _answered(localize, _place(options.into, localize, "localize"))
+        parameters["layers"] = found_layers(results)
+        print(f"layers {parameters['layers']}, by the localization in {results}")
+    elif layers is not None:
+        parameters["layers"] = layers
+    results = _answered(question, _place(options.into, question, ""))
+    if lora is not None:
+        copy_lora(results, lora)
+        print(lora)
+    _show_page(results, options.open)
     return 0
+
+
+# Options of questions → parameters of their notebooks.
+_PARAMETERS = {
+    "device": "device",
+    "dtype": "dtype",
+    "offload": "offload",
+    "seeds": "seeds",
+    "steps": "num_inference_steps",
+    "prompts": "max_prompts",
+    "window": "window",
+    "ridge": "ridge",
+    "tokens": "tokens",
+    "becomes": "becomes",
+}
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, Any]:
+    """What the notebook gets: what was said; all else has the notebook's own default."""
+    parameters = {}
+    for option, parameter in _PARAMETERS.items():
+        value = getattr(options, option, None)
+        if value is not None:
+            parameters[parameter] = value
+    if options.notebook == "neurons":
+        # Its second concept is one of the mini model's.
+        parameters["other"] = ""
+    return parameters
+
+
+def _shared(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those parameters that a localization takes too."""
+    common = ("device", "dtype", "offload", "seeds", "max_prompts")
+    return {name: parameters[name] for name in common if name in parameters}
+
+
+def _place(into: Path | None, question: Question, part: str) -> Path:
+    """Where the study of a question lies; the part keeps two of one call apart."""
+    if into is None:
+        return Path("locogen-results") / question.slug
+    return into / part
+
+
+def _answered(question: Question, folder: Path) -> Path:
+    """Run the study of a question; its results folder."""
+    from locogen.questions import write_study
+    from locogen.studies.study import run_study
+
+    study = write_study(question, folder)
+    print(study)
+    return run_study(study, engine="serial", retry_failed=True)
 
 
 def has_display() -> bool:

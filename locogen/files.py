@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +206,21 @@ def _without_infinities(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_infinities(inner) for inner in value]
     return value
+
+
+# --- TOML ----------------------------------------------------------------------------------------
+
+
+def toml_lines(values: Mapping[str, Any]) -> list[str]:
+    """One line of TOML for each value; TOML has no null: what is None is left out."""
+    return [f"{key} = {toml_text(value)}" for key, value in values.items() if value is not None]
+
+
+def toml_text(value: Any) -> str:
+    """A plain value as TOML, which is written like JSON but for tables and one character."""
+    if isinstance(value, Mapping):
+        pairs = [f"{json.dumps(str(key))} = {toml_text(inner)}" for key, inner in value.items()]
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_text(inner) for inner in value) + "]"
+    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007F")

@@ -37,6 +37,7 @@ ROOMS = (
         "views",
         "studies",
         "pages",
+        "questions",
         "mini",
         "planting",
         "__main__",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from locogen.errors import LocogenError
+from locogen.files import toml_lines, toml_text
 from locogen.pages.html import page
 from locogen.pages.results import Finished, count_runs, read_table
 from locogen.studies.estimates import duration
@@ -47,7 +47,7 @@ def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
         title=f"How this was made: {title}",
         name=name,
         totals=_totals_sentence(runs),
-        toml=study_toml(runs, title=title),
+        toml=studytoml_text(runs, title=title),
         locogen_version=_locogen_version(runs),
         lines=[_run_line(run) for run in runs],
         groups=_shared_facts(runs),
@@ -88,23 +88,23 @@ def _differences(runs: Sequence[Finished]) -> list[list[str]]:
     return rows
 
 
-def study_toml(runs: Sequence[Finished], *, title: str) -> str:
+def studytoml_text(runs: Sequence[Finished], *, title: str) -> str:
     """A study file that makes these runs again, from the parameters that each has recorded."""
     # A run that failed early may have recorded nothing.
     repeatable = [run for run in runs if run.facts.get("parameters") or run.facts.get("notebook")]
     notebooks = [_notebook(run) for run in repeatable] or ["localize"]
     usual_notebook = Counter(notebooks).most_common(1)[0][0]
-    lines = [f"title = {_toml(title)}", f"notebook = {_toml(usual_notebook)}"]
+    lines = [f"title = {toml_text(title)}", f"notebook = {toml_text(usual_notebook)}"]
 
     defaults = shared(repeatable, "parameters")
     if defaults:
-        lines += ["", "[defaults]", *_toml_lines(defaults)]
+        lines += ["", "[defaults]", *toml_lines(defaults)]
     for run, notebook in zip(repeatable, notebooks, strict=False):
         values: dict[str, Any] = {"name": run.folder.name, "title": run.title}
         if notebook != usual_notebook:
             values["notebook"] = notebook
         values |= _without(run.group("parameters"), defaults)
-        lines += ["", "[[run]]", *_toml_lines(values)]
+        lines += ["", "[[run]]", *toml_lines(values)]
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +137,7 @@ def _differing(runs: Sequence[Finished], group: str) -> list[list[str]]:
     names: dict[tuple[str, str], list[str]] = {}
     for run in runs:
         for key, value in _without(run.group(group), hidden).items():
-            names.setdefault((key, _toml(value)), []).append(run.folder.name)
+            names.setdefault((key, toml_text(value)), []).append(run.folder.name)
     # Settings in the order in which they first occur, the values of each together.
     settings = list(dict.fromkeys(key for key, _ in names))
     cells = sorted(names, key=lambda cell: settings.index(cell[0]))
@@ -250,21 +250,3 @@ def _notebook(run: Finished) -> str:
     except LocogenError:
         return f"{name}.ipynb"
     return name
-
-
-# --- TOML ----------------------------------------------------------------------------------------
-
-
-def _toml_lines(values: Mapping[str, Any]) -> list[str]:
-    # TOML has no null; a parameter without a value has its default.
-    return [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
-
-
-def _toml(value: Any) -> str:
-    """A plain value as TOML, which is written like JSON but for tables and one character."""
-    if isinstance(value, Mapping):
-        pairs = [f"{json.dumps(str(key))} = {_toml(inner)}" for key, inner in value.items()]
-        return "{" + ", ".join(pairs) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(inner) for inner in value) + "]"
-    return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007F")

@@ -33,6 +33,8 @@ __all__ = ["StudyFailed", "read_study", "run_study"]
 class StudyFailed(LocogenError):
     """Some runs of a study failed; the results of the others are there."""
 
+    exit_code = 1  # of the command line
+
 
 def run_study(
     path: str | Path,

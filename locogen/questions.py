@@ -1,0 +1,206 @@
+"""One question from the command line: from a concept, or a prompt, to a page.
+
+A question becomes a study of one run, in a folder of its own: it is resumed, repeated and shown as
+every study is, and its files say what was asked.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from locogen.errors import LocogenError
+from locogen.files import replacing, toml_lines
+from locogen.finding import Finding
+from locogen.phrasings import exchanged
+from locogen.plan import KINDS, PromptPair
+from locogen.studies.planning import read_study, slugify
+from locogen.studies.records import read_record
+
+STUDY = "study.toml"
+CONCEPTS = "concepts.toml"
+_OWN = "asked/concept"  # id of a concept that no catalog has
+
+# What a style or an object that is only named is asked about with: plain words of any model.
+_THINGS = ("a house", "a dog", "a boat")
+_TEMPLATES = {
+    "style": {"prompt": "{} in the style of {name}", "target": "{}", "fill": list(_THINGS)},
+    "object": {"prompt": "a picture of a {name}", "target": "a picture"},
+}
+_MARKS_OF_STYLE = ("in the style of ", "style of ", "by ")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What somebody wants to know.
+
+    Attributes:
+        notebook: The notebook that answers it.
+        concept: Id or name of a concept of the catalog; or, with a target, a prompt; or the name of
+            a style or an object.
+        target: The prompt without what is looked for (style, object), or with another answer
+            (fact); "": nothing at all; None: `concept` is no prompt.
+        kind: "style", "object" or "fact"; "": as the catalog, or the words of the prompt, say.
+        name: What to call a concept that is given by its prompt; "": the words that are exchanged.
+        concepts_file: A TOML file with concepts; "": the catalog alone.
+        model: Name, folder or hub id of the model.
+        parameters: Other parameters of the notebook; None: its default.
+    """
+
+    notebook: str
+    concept: str
+    target: str | None = None
+    kind: str = ""
+    name: str = ""
+    concepts_file: str = ""
+    model: str = "mini"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """A name for its folder."""
+        return slugify(f"{self.notebook} {self.concept} {self.model}")
+
+
+def write_study(question: Question, folder: Path) -> Path:
+    """Write the study that answers a question, and the concept if no catalog has it.
+
+    Args:
+        question: What is asked.
+        folder: Where the files go; results will go there too.
+
+    Returns:
+        The study's TOML file; `locogen.studies.study.run_study` runs it.
+
+    Raises:
+        LocogenError: For a concept that is neither known nor described, and for values that the
+            notebook does not take.
+
+    Example:
+        >>> import tempfile
+        >>> question = Question("localize", "a house in the style of gogh", target="a house")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     study = write_study(question, Path(folder))
+        ...     print(study.with_name("concepts.toml").read_text())
+        ["asked/concept"]
+        name = "gogh"
+        kind = "style"
+        pairs = [{"prompt" = "a house in the style of gogh", "target" = "a house"}]
+        <BLANKLINE>
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = _new_concept(question)
+    parameters = dict(question.parameters)
+    concept = _OWN
+    if entry is None:
+        concept = _known_id(question) or ""
+        if question.concepts_file:
+            parameters["concepts_file"] = str(Path(question.concepts_file).absolute())
+    else:
+        _write(folder / CONCEPTS, [f'["{_OWN}"]', *toml_lines(entry)])
+        parameters["concepts_file"] = CONCEPTS
+    model = (
+        str(Path(question.model).absolute()) if Path(question.model).is_dir() else question.model
+    )
+    top = {"title": f"{question.notebook}: {question.concept}", "notebook": question.notebook}
+    top |= {"results": "results", "model": model}
+    run = {"concept": concept, "name": slugify(entry["name"] if entry else question.concept)}
+    lines = [*toml_lines(top), "", "[defaults]", *toml_lines(parameters)]
+    lines += ["", "[[run]]", *toml_lines(run)]
+    study = folder / STUDY
+    _write(study, lines)
+    read_study(study)  # checks every value, before anything is started
+    return study
+
+
+def found_layers(results: Path) -> str:
+    """The layers that a localization in a results folder names, as a parameter of a notebook.
+
+    Args:
+        results: The results folder of the study.
+
+    Returns:
+        Such as "8,9".
+
+    Raises:
+        LocogenError: If it names none; the message has the reason.
+    """
+    for file in sorted(results.glob("*/result.json")):
+        for concept, window in Finding.from_facts(read_record(file).facts).carriers.items():
+            if len(window):
+                return ",".join(str(layer) for layer in window)
+            raise LocogenError(
+                f"{concept}: no single place carries it ({window.reason or 'see its page'}): "
+                "name the layers, as in --layers 8-9"
+            )
+    raise LocogenError(f"{results} has no finding: name the layers, as in --layers 8-9")
+
+
+def copy_lora(results: Path, target: Path) -> None:
+    """Copy the LoRA that an edit left in its results to where it is wanted.
+
+    Args:
+        results: The results folder of the study.
+        target: The file to write.
+
+    Raises:
+        LocogenError: If there is none: some families have no LoRA.
+    """
+    files = sorted(results.glob("*/lora.safetensors"))
+    if not files:
+        raise LocogenError(
+            f"{results} has no LoRA: this family of models loads none; use edit.safetensors there"
+        )
+    with replacing(target) as temporary:
+        shutil.copyfile(files[0], temporary)
+
+
+def _known_id(question: Question) -> str | None:
+    """The id of a concept that the catalog, or the file, has under this id or name."""
+    from locogen.catalog import concepts
+
+    table = concepts(file=question.concepts_file or None)
+    if question.concept in set(table["id"]):
+        return question.concept
+    suitable = concepts(question.model, file=question.concepts_file or None)
+    for row in suitable.to_dict("records"):
+        if row["name"] == question.concept:
+            return str(row["id"])
+    return None
+
+
+def _new_concept(question: Question) -> dict[str, Any] | None:
+    """The entry of a concept that the question describes; None where the catalog has it."""
+    if question.kind and question.kind not in KINDS:
+        raise LocogenError(f"kind {question.kind!r}: give one of {', '.join(KINDS)}")
+    if question.target is not None:
+        return _concept_of_prompt(question, question.target)
+    if _known_id(question) is not None:
+        return None
+    if question.kind not in _TEMPLATES:
+        raise LocogenError(
+            f"{question.concept!r} is no concept of the catalog (`locogen concepts`): "
+            "give the prompt without it as --target, or say --kind style or --kind object"
+        )
+    template = dict(_TEMPLATES[question.kind])
+    template["prompt"] = template["prompt"].replace("{name}", question.concept)
+    return {"name": question.concept, "kind": question.kind} | template
+
+
+def _concept_of_prompt(question: Question, target: str) -> dict[str, Any]:
+    words = exchanged(PromptPair(question.concept, target))[0] if target else question.concept
+    name = words
+    for mark in _MARKS_OF_STYLE:
+        name = name.removeprefix(mark)
+    is_style = name != words or " style of " in question.concept
+    kind = question.kind or ("style" if is_style else "object")
+    pair = {"prompt": question.concept, "target": target}
+    return {"name": question.name or name, "kind": kind, "pairs": [pair]}
+
+
+def _write(file: Path, lines: list[str]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
