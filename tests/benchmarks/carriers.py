@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import judge as judging
 import pandas as pd
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 
 import locogen as loco
 
@@ -69,37 +70,34 @@ def main() -> None:
     set_threads(chosen)
     pipe = loco.load(chosen.model, device=chosen.device)
     judge = judging.JudgeScorer(judging.train(chosen.judge))
-    table = loco.concepts("mini")
+    notes = loco.concepts("mini").set_index("id")["note"]
     found: dict[str, Any] = {}
     print("| concept | kind | by the probability of CLIP | by the judge | same |")
-    for identity in chosen.only or selected(table, chosen.each):
-        concept = loco.concept(identity)
-        concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
-        options: dict[str, Any] = {
-            "seeds": range(chosen.seeds),
-            "num_inference_steps": chosen.steps,
-        }
-        options |= {"store": chosen.folder / "store", "progress": False}
-        options["batch_size"] = chosen.batch_size
-        run = loco.localize(pipe, concept, scorer="mini", **options)
-        again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
-        by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again, score="clip_score"))
-        same = None
-        if by_clip["found"] and by_judge["found"]:
-            same = bool(set(by_clip["layers"]) & set(by_judge["layers"]))
-        note = str(table.set_index("id").loc[identity, "note"])
-        found[identity] = {
-            "kind": concept.kind,
-            "note": note,
-            "clip": by_clip,
-            "judge": by_judge,
-            "same": same,
-        }
+    for identity in chosen.only or selected(loco.concepts("mini"), chosen.each):
+        measure = partial(compared, pipe, judge, identity, chosen)
+        line = kept(chosen.folder / "concepts", identity, measure)
+        found[identity] = {"note": str(notes[identity]), **line}
+        by_clip, by_judge = said(line["clip"]), said(line["judge"])
         print(
-            f"| {identity} | {concept.kind} | {said(by_clip)} | {said(by_judge)} | {same} |",
-            flush=True,
+            f"| {identity} | {line['kind']} | {by_clip} | {by_judge} | {line['same']} |", flush=True
         )
         (chosen.folder / "carriers.json").write_text(json.dumps(found, indent=1))
+
+
+def compared(pipe: Any, judge: Any, identity: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """One concept by both scores."""
+    concept = loco.concept(identity)
+    concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
+    options: dict[str, Any] = {"seeds": range(chosen.seeds), "num_inference_steps": chosen.steps}
+    options |= {"store": chosen.folder / "store", "progress": False}
+    options["batch_size"] = chosen.batch_size
+    run = loco.localize(pipe, concept, scorer="mini", **options)
+    again = run.table.assign(clip_score=judge(list(run.pictures), list(run.table["text"]))[0])
+    by_clip, by_judge = row(loco.effect(run.table)), row(loco.effect(again, score="clip_score"))
+    same = None
+    if by_clip["found"] and by_judge["found"]:
+        same = bool(set(by_clip["layers"]) & set(by_judge["layers"]))
+    return {"kind": concept.kind, "clip": by_clip, "judge": by_judge, "same": same}
 
 
 if __name__ == "__main__":

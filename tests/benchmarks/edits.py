@@ -11,12 +11,13 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import judge as judging
 import pandas as pd
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 from tqdm import tqdm
 
 import locogen as loco
@@ -381,7 +382,8 @@ def main() -> None:
         "| concept | edited | chosen settings | shown by its own words | its answer by name | chance | neighbors |"
     )
     for identity in tqdm(chosen.only or [i for group in groups for i in group], disable=None):
-        found[identity] = study(pipe, judge, identity, chosen)
+        measure = partial(study, pipe, judge, identity, chosen)
+        found[identity] = kept(chosen.folder / "concepts", identity, measure)
         print(said(identity, found[identity]), flush=True)
         (chosen.folder / "edits.json").write_text(json.dumps(found, indent=1))
 

@@ -11,11 +11,12 @@ import argparse
 import dataclasses
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carriers import selected
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 
 import locogen as loco
 
@@ -68,7 +69,7 @@ def said(found: loco.Located) -> str:
 
 
 def compared(pipe: Any, identity: str, chosen: Any) -> dict[str, Any]:
-    """All localizers on one concept, and each pair of them; prints its line."""
+    """All localizers on one concept, and each pair of them."""
     concept = loco.concept(identity)
     concept = dataclasses.replace(concept, pairs=concept.pairs[: chosen.prompts or None])
     store = chosen.folder / "store"
@@ -86,9 +87,9 @@ def compared(pipe: Any, identity: str, chosen: Any) -> dict[str, Any]:
         made = len(list(store.glob("*.png"))) > before or method == "attention contribution"
         found.append(located)
         told[method] = answer(located, made)
-    print(f"| {identity} | {concept.kind} | {' | '.join(said(one) for one in found)} |", flush=True)
     pairs = [loco.agree(*pair)._asdict() for pair in itertools.combinations(found, 2)]
-    return {"kind": concept.kind, "localizers": told, "agreement": pairs}
+    words = [said(one) for one in found]
+    return {"kind": concept.kind, "said": words, "localizers": told, "agreement": pairs}
 
 
 def report_agreement(found: dict[str, Any]) -> None:
@@ -134,7 +135,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     print(f"| concept | kind | {' | '.join(loco.localizers()['name'])} |")
     for identity in chosen.only or selected(table, chosen.each):
-        found[identity] = {"note": str(notes[identity]), **compared(pipe, identity, chosen)}
+        measure = partial(compared, pipe, identity, chosen)
+        measured = kept(chosen.folder / "concepts", identity, measure)
+        print(f"| {identity} | {measured['kind']} | {' | '.join(measured['said'])} |", flush=True)
+        found[identity] = {"note": str(notes[identity]), **measured}
         settings = {
             name: getattr(chosen, name) for name in ("model", "seeds", "prompts", "steps", "window")
         }

@@ -11,13 +11,14 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import edits as editing
 import judge as judging
 import numpy as np
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 from tqdm import tqdm
 
 import locogen as loco
@@ -157,7 +158,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in tqdm(options.only, disable=None):
         concept = loco.concept(f"mini/{name}")
-        found[name] = lines = study(pipe, judge, concept, chosen[f"mini/{name}"], options)
+        measure = partial(study, pipe, judge, concept, chosen[f"mini/{name}"], options)
+        found[name] = lines = kept(options.folder / "concepts", name, measure)
         print(
             "|",
             " | ".join([concept.name, *(cell(lines, *c) for c in [("nothing", 0.0), *columns])]),

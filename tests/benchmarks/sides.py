@@ -18,13 +18,14 @@ import argparse
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 from torch import Tensor
 
 import locogen as loco
@@ -202,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=["mini", "mini-b"])
     add_machine(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/sides/sides.json"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/sides"))
     options = parser.parse_args()
     set_threads(options)
     scorer = loco.scorer("mini")
@@ -211,10 +212,9 @@ def main() -> None:
     for fact in facts(options.models):
         if fact.model not in pipes:
             pipes = {fact.model: loco.load(fact.model, device=options.device)}
-        lines.append(measure(fact, pipes[fact.model], scorer))
+        name = f"{fact.model} {fact.wording}"
+        lines.append(kept(options.folder, name, partial(measure, fact, pipes[fact.model], scorer)))
     table = pd.DataFrame(lines)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(str(table.to_json(orient="records", indent=1)))
     print(table.to_string(index=False))
     print(summary(table).to_string(index=False))
 
