@@ -241,7 +241,8 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
     rows = effects[effects["measure"] == "concept_score"]
     changes: dict[str, str] = {}
     for arm, part in rows.groupby("arm"):
-        changes[str(arm)] = ", ".join(map(_change_text, part.to_dict("records")))
+        lines: Any = part
+        changes[str(arm)] = ", ".join(map(_change_text, lines.to_dict("records")))
     counts = ", ".join(str(count) for count in rows.loc[rows["arm"] == "top", "neurons"])
     return (
         f"Change of the concept score: with {counts} of {width} neurons of each matrix clamped, "
@@ -318,7 +319,7 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
         prompts (0 % to 46 %, n = 6; 100 % before). At telling concept and neighbors apart:
         no clear difference from all layers (0.12 [-0.48, 0.81]).
     """
-    rows = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
+    rows: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
     by_measure = {line["measure"]: line for line in rows.to_dict("records")}
     parts = []
     for measure, words in _OF_PROMPTS.items():
