@@ -42,6 +42,52 @@ A scheduler executes whatever is sent to its port: use it only inside a network 
 """
 
 
+_FIRST_STEPS = """\
+locogen finds, shows and edits where text-to-image models store what they know. First steps:
+
+  locogen localize neon                 which layers of the mini model carry neon? One page
+  locogen edit neon --layers 12-13      edit it away there, and see what else goes
+  locogen notebooks my-notebooks        the same and more, cell by cell in JupyterLab
+  locogen new my-study.toml             many models, concepts and settings at once
+  locogen models, locogen concepts      what it knows by name
+
+`locogen --help` lists all commands, `locogen COMMAND --help` says what each one takes.
+"""
+
+_EXAMPLE_STUDY = """\
+# A study: `locogen run {file}` runs it, `locogen report {folder}` makes its pages.
+# Every run is a notebook with parameters; runs are the product of the lists below.
+
+title = "Where mini keeps styles"
+notebook = "localize"                       # one of locogen's, or a path from here: "mine.ipynb"
+models = ["mini"]                           # names (`locogen models`), hub ids, or folders
+concepts = ["mini/neon", "mini/van-gogh"]   # ids (`locogen concepts`)
+
+# Parameters that are the same in every run; the first cell of the notebook lists them all.
+[defaults]
+seeds = 4
+max_prompts = 2
+num_inference_steps = 6
+# concepts_file = "my-concepts.toml"        # your own concepts
+
+# Each of these is tried with each of the others.
+[grid]
+window = [1, 2]
+
+# Runs for which all of this is true are left out.
+# [[exclude]]
+# model = "mini"
+# window = 1
+
+# Tables like this one replace the product: each has parameters and lists of its own.
+# [[run]]
+# notebook = "edit"
+# name = "edit-neon"
+# concept = "mini/neon"
+# layers = "12-13"
+"""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -53,6 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     show_any_text()
     options = _parser().parse_args(arguments)
+    if options.command is None:
+        print(_FIRST_STEPS, end="")
+        return 0
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -73,13 +122,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Find, show and edit where text-to-image models store what they know.",
     )
     parser.add_argument("--version", action="version", version=f"locogen {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(metavar="COMMAND")
     _add_questions(commands)
 
     run = commands.add_parser(
         "run",
         help="run a study: notebooks for many concepts and models",
-        epilog=_ENGINES,
+        epilog=_run_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     run.add_argument(
@@ -126,9 +176,24 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--open", action="store_true", help="open them in a browser, if there is a display"
     )
+    report.add_argument(
+        "--zip",
+        type=Path,
+        metavar="FILE.zip",
+        help="also write all pages to one file to send; the store's pictures are left out",
+    )
     report.set_defaults(command=_report)
 
+    notebooks = commands.add_parser("notebooks", help="copy locogen's notebooks into a folder")
+    notebooks.add_argument("folder", type=Path, metavar="DIR", help="made if it is not there")
+    notebooks.set_defaults(command=_notebooks)
+
+    new = commands.add_parser("new", help="write an example of a study's file, with comments")
+    new.add_argument("file", type=Path, metavar="STUDY.toml", help="must not be there yet")
+    new.set_defaults(command=_new)
+
     models = commands.add_parser("models", help="list the models that locogen knows by name")
+    models.add_argument("--json", action="store_true", help="with licenses and usual settings")
     models.set_defaults(command=_models)
 
     concepts = commands.add_parser("concepts", help="list the concepts that locogen knows by id")
@@ -136,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     concepts.add_argument(
         "--file", type=Path, metavar="FILE.toml", help="also list those of this file"
     )
+    concepts.add_argument("--json", action="store_true", help="as a list of objects")
     concepts.set_defaults(command=_concepts)
     return parser
 
@@ -229,6 +295,32 @@ def _run(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     _show_page(options.folder, options.open)
+    if options.zip is not None:
+        from locogen.pages.build import write_zip
+
+        write_zip(options.folder, options.zip)
+        print(options.zip)
+    return 0
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    from locogen.studies.notebooks import copy_notebooks
+
+    names = copy_notebooks(options.folder)
+    print(f"{len(names)} notebooks in {options.folder}: jupyter lab {options.folder / names[0]}")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    if options.file.suffix != ".toml":
+        raise LocogenError(f"{options.file}: give a name that ends in .toml")
+    text = _EXAMPLE_STUDY.format(file=options.file, folder=options.file.with_suffix(""))
+    try:
+        with options.file.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise LocogenError(f"{options.file} is there already: give another name") from None
+    print(f"{options.file}: edit it, then locogen run {options.file}")
     return 0
 
 
@@ -339,8 +431,13 @@ def has_display() -> bool:
 def _models(options: argparse.Namespace) -> int:
     from locogen.catalog import model_table
 
-    columns = ["name", "supported", "family", "size", "layers", "license", "id"]
-    _show([columns, *model_table()[columns].to_numpy().tolist()])
+    table = model_table()
+    if options.json:
+        print(table.to_json(orient="records", indent=1, force_ascii=False))
+        return 0
+    columns = ["name", "supported", "size", "layers", "id"]
+    _show([columns, *table[columns].to_numpy().tolist()])
+    print("Licenses, families and usual settings: locogen models --json")
     return 0
 
 
@@ -348,8 +445,17 @@ def _concepts(options: argparse.Namespace) -> int:
     from locogen.catalog import concepts
 
     table = concepts(options.model, file=options.file)
+    if options.json:
+        print(table.to_json(orient="records", indent=1, force_ascii=False))
+        return 0
     _show([list(table.columns), *table.to_numpy().tolist()])
     return 0
+
+
+def _run_help() -> str:
+    example = _EXAMPLE_STUDY.format(file="STUDY.toml", folder="STUDY")
+    indented = "".join(f"  {line}" for line in example.splitlines(keepends=True))
+    return f"an example of a study's file (`locogen new` writes it):\n{indented}\n{_ENGINES}"
 
 
 def _show(rows: Sequence[Sequence[object]]) -> None:

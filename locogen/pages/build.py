@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_DEFLATED, ZipFile
 
-from locogen.files import CannotWrite, write_whole
+from locogen.errors import LocogenError
+from locogen.files import CannotWrite, replacing, write_whole, writing
 from locogen.pages.entries import Entry, addresses, entries as entries_of
 from locogen.pages.html import page
 from locogen.pages.index import comparison_page, index_page
@@ -140,6 +142,34 @@ def gather(runs: Sequence[Finished]) -> tuple[list[Entry], dict[str, str], dict[
     models = dict.fromkeys(entry.run.model for entry in entries)
     concepts = dict.fromkeys(entry.concept for entry in entries)
     return entries, addresses("model", list(models)), addresses("concept", list(concepts))
+
+
+def write_zip(folder: Path | str, target: Path | str) -> None:
+    """Put the pages of a results folder, and the files that they link to, into one file to send.
+
+    Args:
+        folder: The results folder, with pages made by `build`.
+        target: The file to write.
+
+    Raises:
+        LocogenError: If there are no pages.
+        CannotWrite: The file cannot be written there.
+    """
+    folder = Path(folder).resolve()
+    target = Path(target)
+    if not (folder / "index.html").is_file():
+        raise LocogenError(f"{folder} has no pages: make them first (locogen report {folder})")
+    files = [file for file in sorted(folder.rglob("*")) if _is_sent(file.relative_to(folder), file)]
+    with writing(target.parent), replacing(target) as part, ZipFile(part, "w", ZIP_DEFLATED) as zip:
+        for file in files:
+            zip.write(file, Path(folder.name) / file.relative_to(folder))
+
+
+def _is_sent(name: Path, file: Path) -> bool:
+    """Not the store's thousands of pictures, nothing hidden or half-written, no link elsewhere."""
+    if name.parts[0] == "store" or any(part.startswith(".") for part in name.parts):
+        return False
+    return file.is_file() and not file.is_symlink() and file.suffix != ".zip"
 
 
 # --- the pages of a run --------------------------------------------------------------------------

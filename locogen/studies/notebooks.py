@@ -8,12 +8,14 @@ import functools
 import io
 import json
 import os
+import shutil
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from locogen.errors import LocogenError, unknown
+from locogen.files import writing
 
 ARRANGED = ("results",)  # parameters that a study sets itself
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -46,13 +48,43 @@ def notebook_file(name: str, base: Path) -> Path:
                 "the name of a notebook that comes with locogen"
             )
         return base / name
-    # In a wheel they lie within the package, in a checkout next to it.
-    inside = (_PACKAGE / "notebooks").glob("*.ipynb")
-    outside = (_PACKAGE.parent / "notebooks").glob("*.ipynb")
-    files = {file.stem: file for file in (*inside, *outside)}
+    files = _shipped()
     if name not in files:
         raise unknown("notebook", name, files)
     return files[name]
+
+
+def _shipped() -> dict[str, Path]:
+    """Name → file of locogen's notebooks."""
+    # In a wheel they lie within the package, in a checkout next to it.
+    inside = (_PACKAGE / "notebooks").glob("*.ipynb")
+    outside = (_PACKAGE.parent / "notebooks").glob("*.ipynb")
+    return {file.stem: file for file in (*inside, *outside)}
+
+
+def copy_notebooks(folder: Path) -> list[str]:
+    """Copy locogen's notebooks into a folder; nothing that is there is written over.
+
+    Args:
+        folder: Where to; made if it is not there.
+
+    Returns:
+        The names of the files, the first one to open first.
+
+    Raises:
+        LocogenError: If one of them is there already.
+    """
+    files = sorted(_shipped().values(), key=lambda file: file.name)
+    for file in files:
+        if (folder / file.name).exists():
+            raise LocogenError(
+                f"{folder / file.name} is there already: give another folder, or remove it there"
+            )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+    return [file.name for file in files]
 
 
 def source_of(notebook: Path) -> list[tuple[str, str]]:

@@ -643,6 +643,44 @@ def test_report_says_where_the_page_is(monkeypatch, tmp_path: Path, capsys) -> N
     assert __main__.main(["report", str(tmp_path), "--open"]) == 0 and opened == [address]
 
 
+def test_lists_fit_a_terminal_and_are_data_on_demand(capsys) -> None:
+    assert __main__.main(["models"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+    for command, name in (("models", "mini"), ("concepts", "mini/neon")):
+        assert __main__.main([command, "--json"]) == 0
+        rows = json.loads(capsys.readouterr().out)
+        assert name in {row.get("id") for row in rows} | {row["name"] for row in rows}
+    assert __main__.main(["models", "--json"]) == 0
+    assert "license" in json.loads(capsys.readouterr().out)[0]
+
+
+def test_without_a_command_the_next_steps_are_named(capsys) -> None:
+    assert __main__.main([]) == 0
+    said = capsys.readouterr().out
+    assert "locogen localize neon" in said and "locogen notebooks" in said
+
+
+def test_an_example_study_is_one_that_runs(tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.toml"
+    assert __main__.main(["new", str(file)]) == 0
+    assert __main__.main(["run", str(file), "--dry-run"]) == 0
+    assert "4 runs" in capsys.readouterr().out
+    before = file.read_text()
+    assert __main__.main(["new", str(file)]) == 2
+    assert "is there already" in capsys.readouterr().err and file.read_text() == before
+    assert __main__.main(["new", str(tmp_path / "mine")]) == 2
+
+
+def test_notebooks_are_copied_and_never_written_over(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "notebooks"
+    assert __main__.main(["notebooks", str(folder)]) == 0
+    assert "00_start_here.ipynb" in capsys.readouterr().out
+    assert (folder / "localize.ipynb").is_file()
+    (folder / "localize.ipynb").write_text("mine")
+    assert __main__.main(["notebooks", str(folder)]) == 2
+    assert (folder / "localize.ipynb").read_text() == "mine"
+
+
 def test_help_is_quick() -> None:
     code = "import sys; from locogen.__main__ import _parser; _parser().format_help(); print(*sys.modules)"
     done = subprocess.run(
