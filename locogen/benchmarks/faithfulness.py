@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from locogen.localization.localize import score_columns
+from locogen.localization.scored_pictures import score_columns
 from locogen.models.defaults import settings_for
 from locogen.pictures.runs import generate
 from locogen.pictures.score import scorer_for

@@ -25,7 +25,7 @@ from locogen.interventions.states import (
     find_text_states,
     restoring,
 )
-from locogen.localization.localize import in_reading_order, score_columns
+from locogen.localization.scored_pictures import in_reading_order, score_columns
 from locogen.models.defaults import settings_for
 from locogen.models.families import end_position, subject_occurrences, warn_unread
 from locogen.models.text import PromptEncoding

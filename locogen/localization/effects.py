@@ -7,6 +7,7 @@ effects table is the same for every localizer.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,13 +97,13 @@ def effect(
     """
     import pandas as pd
 
-    raced = "verdict" in table
+    is_partial = "verdict" in table
     measure = functools.partial(_concept_effects, level=level)
     parts = []
     for name, rows in table.groupby("concept", sort=False):
         column = _checked_score(rows, str(name), score)
         by_score = functools.partial(measure, column=column)
-        parts.append(raced_effects(rows, by_score, column) if raced else by_score(rows))
+        parts.append(partial_effects(rows, by_score, column) if is_partial else by_score(rows))
     if not parts:
         raise LocogenError("the pictures table is empty: run localize first")
     return pd.concat(parts, ignore_index=True)
@@ -455,19 +456,38 @@ def _p_any(effects: Array, placebo: Array | None) -> Array:
     return np.max(p_values, axis=0)
 
 
-# --- races ---------------------------------------------------------------------------------------
+# --- searches that do not look at everything -----------------------------------------------------
+
+# What these searches say of windows, in columns of both tables.
+_SAID = {
+    "race": ("verdict", "looked", "sure"),
+    "attribute": ("search", "verdict", "looked", "others", "sampled", "hits", "missed"),
+}
 
 
-def raced_effects(
+def search_of(table: Any) -> str:
+    """How windows were searched, by the columns of a pictures or effects table."""
+    if "verdict" not in table:
+        return "all"
+    return "attribute" if "search" in table else "race"
+
+
+def partial_effects(
     rows: Any, whole: Callable[[Any], pd.DataFrame], column: str = "clip_score"
 ) -> pd.DataFrame:
-    """The effects table of one concept's race.
+    """The effects table of one concept's race, or of its search by attribution.
 
-    The winner and its rival have all pictures and are judged as in an exhaustive search. Of the
-    other windows there is the `estimate` on the `n` pairs they had, without an interval: which
-    pairs they had depends on how they did. Every window says how it left the race (`verdict`),
-    after how many pairs (`looked`), and `sure`: the share of any other window's effect that the
-    winner's reaches at least, with 95 % confidence (`racing.Race.sure`).
+    The finalists have all pictures and are judged as in an exhaustive search. Of the other windows
+    there is the `estimate` on the `n` pairs they had, without an interval. Every window says what
+    became of it (`verdict`) and on how many pairs it was looked at (`looked`).
+
+    - A race: which pairs a window had depends on how it did, and p-values are corrected for all
+      windows. `sure`: the share of any other window's effect that the winner's reaches at least,
+      with 95 % confidence (`racing.Race.sure`).
+    - A search by attribution: other seeds chose the finalists, so p-values are corrected for these
+      alone, unless a sampled window became one. `missed`: the largest share of the pictures of all
+      `others` that may have half of the winner's effect, with 95 % confidence, by `hits` of the
+      `sampled` ones (`attribution.search`). Windows without a picture have `n` 0 and no estimate.
 
     Args:
         rows: The concept's pictures table.
@@ -486,32 +506,67 @@ def raced_effects(
     partial = rows["role"].isin(["window", "insert"]) & ~rows["start"].isin(finalists)
     table = whole(rows[~partial])
 
-    # The finalists were picked among all windows by some of the same pictures. Bonferroni's
-    # correction holds however they were picked.
     on_layers = table["axis"] == "layer"
     for name in ("p_any", "p_lead"):
-        table.loc[on_layers, name] = (table.loc[on_layers, name] * len(sizes)).clip(upper=1)
+        corrected = table.loc[on_layers, name] * _chosen_among(rows)
+        table.loc[on_layers, name] = corrected.clip(upper=1)
     others = swept[~swept["start"].isin(finalists)]
+    parts = [table[on_layers]]
+    finalist = table[on_layers].iloc[0]
     if len(others):
-        dropped = _partly_measured(rows, others, table[on_layers].iloc[0], column)
-        layers = pd.concat([table[on_layers], dropped], ignore_index=True)
+        parts.append(_partly_measured(rows, others, finalist, column))
+    unseen = _unseen(swept, finalist)
+    if len(unseen):
+        parts.append(unseen)
+    if len(parts) > 1:
+        layers = pd.concat(parts, ignore_index=True)
         layers = layers.iloc[layers["position"].argsort(kind="stable")]
         table = pd.concat([layers, table[~on_layers]], ignore_index=True)
 
-    columns = ["verdict", "looked", "sure"]
+    columns = list(_SAID[search_of(rows)])
     verdicts: Any = swept.drop_duplicates("start").set_index("start")[columns]
     table = table.join(verdicts, on="position")
     table.loc[table["axis"] != "layer", columns] = None
     return table
 
 
+def _chosen_among(rows: Any) -> int:
+    """Among how many windows the finalists were picked by pictures that judge them as well."""
+    # Bonferroni's correction holds however they were picked.
+    if search_of(rows) == "attribute":
+        return _count_of_windows(rows) if "challenger" in set(rows["verdict"]) else 1
+    return rows.loc[rows["role"] == "window", "start"].nunique()
+
+
+def _count_of_windows(rows: Any) -> int:
+    """How many windows a model has, whether or not they were looked at."""
+    # The ceiling replaces all layers; without controls only the search knows how many there are.
+    return int(rows["windows"].max())
+
+
+def _shared(finalist: Any) -> dict[str, Any]:
+    """What all lines on the layer axis of one concept share."""
+    names = ["method", "concept", "axis", "kind", "width", "baseline", "score"]
+    return finalist[names].to_dict()
+
+
+def _unseen(swept: Any, finalist: Any) -> pd.DataFrame:
+    """Lines of the windows that have no picture at all."""
+    import pandas as pd
+
+    if search_of(swept) != "attribute":
+        return pd.DataFrame()
+    starts = set(range(_count_of_windows(swept))) - set(swept["start"])
+    lines = [_shared(finalist) | {"position": start, "n": 0} for start in sorted(starts)]
+    return pd.DataFrame(lines)
+
+
 def _partly_measured(rows: Any, swept: Any, finalist: Any, column: str) -> pd.DataFrame:
-    """Lines of the windows that left the race: their paired estimate on the pairs they had."""
+    """Lines of windows that have some of the pictures: their paired estimate on these."""
     import pandas as pd
 
     baseline = rows[rows["role"] == "baseline"].set_index(["prompt", "seed"])[column]
-    shared = ["method", "concept", "axis", "kind", "width", "baseline", "score"]
-    common = finalist[shared].to_dict()
+    common = _shared(finalist)
     lines = []
     for start, part in swept.groupby("start"):
         score = part.set_index(["prompt", "seed"])[column]
@@ -520,6 +575,36 @@ def _partly_measured(rows: Any, swept: Any, finalist: Any, column: str) -> pd.Da
         line = {"position": start, "estimate": estimate, "choose": estimate, "n": len(part)}
         lines.append(common | line)
     return pd.DataFrame(lines).astype({"position": "Int64"})
+
+
+def search_note(layers: pd.DataFrame) -> str:
+    """What a search did not look at, and what follows, in words, from its layer axis."""
+    return attribution_note(layers) if search_of(layers) == "attribute" else race_note(layers)
+
+
+def attribution_note(layers: pd.DataFrame) -> str:
+    """What a search by attribution did not look at, and bounds what it may have missed."""
+    counts: Any = layers["n"].astype(int)
+    pairs = int(counts.max())
+    partly = int(((counts > 0) & (counts < pairs)).sum())
+    never = int((counts == 0).sum())
+    notes = [f"{int((counts == pairs).sum())} of {len(layers)} windows measured"]
+    if partly:
+        most = int(counts[counts < pairs].max())
+        amount = "one pair" if most == 1 else f"at most {most}"
+        notes.append(f"{partly} seen on {amount} of {pairs} only")
+    if never:
+        notes.append(f"{never} not looked at")
+    chosen = layers[layers["verdict"] == "chosen"].iloc[0]
+    sampled = int(chosen["sampled"])
+    if sampled:
+        confidence = f"{1 - stats.ALPHA:.0%}"
+        notes.append(
+            f"{int(chosen['hits'])} of {sampled} random pictures of {int(chosen['others'])} other "
+            f"windows had half of its effect, so at most {math.ceil(100 * chosen['missed'])}% of "
+            f"all of theirs have (confidence {confidence})"
+        )
+    return "proposed by attribution: " + ", ".join(notes)
 
 
 def race_note(layers: pd.DataFrame) -> str:
@@ -601,6 +686,6 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Verdict:
         )
     verdict = judge(effects, min_share)
     layers: Any = effects[effects["axis"] == "layer"]
-    if "verdict" not in layers:
+    if search_of(layers) == "all":
         return verdict
-    return replace(verdict, reason=f"{verdict.reason}; {race_note(layers)}")
+    return replace(verdict, reason=f"{verdict.reason}; {search_note(layers)}")

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.errors import LocogenError
-from locogen.localization.effects import carrier, effect, score_used
-from locogen.localization.racing import BUDGET, Rows, race, run_races
+from locogen.localization.attribution.proposal import Proposal, propose
+from locogen.localization.attribution.search import Planned, scouts, search
+from locogen.localization.effects import carrier, effect
+from locogen.localization.racing import BUDGET, race, run_races
+from locogen.localization.scored_pictures import ScoredPictures, with_store
 from locogen.models.defaults import settings_for, window_for
 from locogen.models.families import check_known
 from locogen.models.layers import find_layers
 from locogen.phrasings import neighbor_texts
 from locogen.pictures.fingerprint import same_weights
-from locogen.pictures.runs import Run, generate
-from locogen.pictures.score import probabilities, scorer_for
-from locogen.plan import Concept, Pooled, PromptPair, Settings, distinct_seeds, sweep
+from locogen.pictures.runs import Run
+from locogen.pictures.score import scorer_for
+from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from locogen.pictures.score import Scorer
 
-SCORED_AT_ONCE = 256  # pictures
 AUTO_WIDTHS = (1, 2, 3)  # of window="auto", in this order
 # Kinds of verdicts with which window="auto" is content; wider windows may decide the others.
 DECIDED = ("one place", "each necessary", "each sufficient", "nobody")
-FIRST_COLUMNS = (
-    *("concept", "kind", "role", "prompt", "target", "text", "start", "width", "seed", "edit"),
-    *("image", "clip_score", "content_score", "probability"),
-)
-Array = np.ndarray[Any, Any]
+SEARCHES = ("all", "race", "attribute")
+Search = Literal["all", "race", "attribute"]
+AT_ONCE = 8  # pictures whose gradients are taken together
 
 
 def localize(
@@ -54,7 +48,7 @@ def localize(
     controls: bool = True,
     timesteps: Iterable[tuple[int, int]] = (),
     pooled: Pooled = "keep",
-    search: Literal["all", "race"] = "all",
+    search: Search = "all",
     budget: float = BUDGET,
     store: str | Path | None = None,
     progress: bool = True,
@@ -87,17 +81,25 @@ def localize(
             then is less than the target's own picture) or "target".
         search: "all": every window on every prompt and seed. "race": drop windows as soon as they
             cannot be the best (see `racing`); the table then has `verdict`, `looked` and `sure`.
+            "attribute": gradients propose three windows, whatever the number of layers. The best
+            of them, chosen on the seeds that follow yours, and the best that does not overlap it
+            are measured with all controls on yours. Of all other windows, pictures drawn at random
+            bound what may have been missed: with confidence 95 %, no larger share of their
+            pictures than `missed` has at least half of the chosen window's effect.
         budget: Largest share of the exhaustive search's pictures that a race makes.
         store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Run`: its pictures, its plan, and the pictures table, one row an image.
+        A `Run`: its pictures, its plan, and the pictures table, one row an image. With
+        search="attribute" its `attributions` are what proposed, and its settings have the costs:
+        `proposal_rows` (of the denoiser, where a gradient counts three), `choosing_pictures` (which
+        are not in the table), and in all `denoiser_rows` and `generations`, as many pictures.
 
     Raises:
         LocogenError: For a concept that the tokenizer does not know, a window larger than the
-            model, no or repeated seeds, a race with too few seeds or with timesteps, and as
-            `generate` does.
+            model, no or repeated seeds, a race with too few seeds, timesteps in a search that
+            does not look at them, and as `generate` and (search="attribute") `attribute` do.
 
     Example:
         >>> pipe = load("mini")
@@ -109,17 +111,9 @@ def localize(
     """
     concepts = _checked_concepts(concept)
     for one in concepts:
-        check_known(pipe, one)
-        for pair in one.pairs:
-            neighbor_texts(one, pair)  # a name without a place should not cost a sweep
+        _check_readable(pipe, one)
     spans = tuple(timesteps)
-    if search not in ("all", "race"):
-        raise LocogenError(f"search is {search!r}: use 'all' or 'race'")
-    if spans and search == "race":
-        raise LocogenError("a race looks at no timesteps: use search='all' for them")
-    if window == "auto" and search == "race":
-        raise LocogenError("a race has one width: give window= a number, or use search='all'")
-
+    _check_search(search, window, spans)
     settings = settings_for(
         pipe,
         num_inference_steps=num_inference_steps,
@@ -127,138 +121,222 @@ def localize(
         batch_size=batch_size,
     )
     n_layers = len(find_layers(pipe))
-    rows: dict[str, Any] = {"n_layers": n_layers, "seeds": distinct_seeds(seeds)}
-    rows |= {"controls": controls, "pooled": pooled}
+    layout = {"n_layers": n_layers, "seeds": distinct_seeds(seeds)}
+    layout |= {"controls": controls, "pooled": pooled}
     # The scorer comes before the pictures: what is wrong with it should not cost a sweep.
     judge = scorer_for(pipe, scorer)
-    pictures = _ScoredPictures(pipe, concepts, judge, settings, store, progress)
+    pictures = ScoredPictures(pipe, concepts, judge, settings, store, progress)
+    if search == "all":
+        planner: _Planner = _Sweeps(layout | {"timesteps": spans})
+    elif search == "race":
+        planner = _Races(layout, budget)
+    else:
+        planner = _Proposals(layout)
 
     facts: dict[str, Any] = {"n_layers": n_layers, "search": search}
     if window == "auto":
-        rows |= {"timesteps": spans}
-        return _stored(pictures, lambda stored: _by_evidence(stored, rows, facts))
-    width = window_for(pipe, window)
-    rows["window"] = width
-    facts["window"] = width
-    if search == "all":
-        plans = {i: list(sweep(c, timesteps=spans, **rows)) for i, c in enumerate(concepts)}
-        run = pictures.of(plans)
-        return run.with_table(run.table, **facts)
-    races = [race(c, budget=budget, **rows) for c in concepts]
+        widths = tuple(width for width in AUTO_WIDTHS if width <= n_layers)
+    else:
+        widths = (window_for(pipe, window),)
+    return _found(planner, pictures, widths, facts)
+
+
+def _check_readable(pipe: Pipeline, concept: Concept) -> None:
+    """Raise `LocogenError` for what would be noticed after a sweep."""
+    check_known(pipe, concept)
+    for pair in concept.pairs:
+        neighbor_texts(concept, pair)  # a name without a place
+
+
+def _check_search(search: str, window: Any, spans: Sequence[Any]) -> None:
+    if search not in SEARCHES:
+        raise LocogenError(f"search is {search!r}: use 'all', 'race' or 'attribute'")
+    if spans and search != "all":
+        raise LocogenError(f"search={search!r} looks at no timesteps: use search='all' for them")
+    if window == "auto" and search == "race":
+        raise LocogenError("a race has one width: give window= a number, or use search='all'")
+
+
+# --- searches ------------------------------------------------------------------------------------
+
+Plans = dict[int, Planned]  # by number of the concept
+
+
+class _Planner:
+    """Decides which rows are made for concepts, with windows of one width."""
+
+    looks_again = True  # whether it reads pictures more than once
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """The rows of the concepts with these numbers."""
+        raise NotImplementedError
+
+    def finished(self, run: Run) -> Run:
+        """The run, with what the search has to say of itself."""
+        return run
+
+
+@dataclass
+class _Sweeps(_Planner):
+    """Every window of every concept."""
+
+    layout: Mapping[str, Any]
+    looks_again = False
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """Whole sweeps."""
+        concepts = pictures.concepts
+        return {i: Planned(sweep(concepts[i], window=width, **self.layout)) for i in numbers}
+
+
+@dataclass
+class _Races(_Planner):
+    """Windows that leave as soon as they cannot be the best: see `racing`."""
+
+    layout: Mapping[str, Any]
+    budget: float
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """The rows that races ask for, made and scored look by look."""
+        options = {**self.layout, "window": width, "budget": self.budget}
+        races = [race(pictures.concepts[number], **options) for number in numbers]
+        return _side_by_side(races, pictures, numbers)
+
+    def finished(self, run: Run) -> Run:
+        """The run with the budget among its settings."""
+        return run.with_table(run.table, budget=self.budget)
+
+
+@dataclass
+class _Proposals(_Planner):
+    """Windows that gradients propose: see `attribution.search`."""
+
+    layout: Mapping[str, Any]
+    proposals: dict[int, Proposal] = field(default_factory=dict)  # by number of the concept
+    pictures_made: set[Any] = field(default_factory=set)  # by what makes them
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """The rows of the windows that are proposed, and of those that only measuring names."""
+        searches = []
+        for number in numbers:
+            order = self._proposal(pictures, number).ranked_at(width)
+            concept = pictures.concepts[number]
+            searches.append(search(concept, order=order, window=width, **self.layout))
+        plans = _side_by_side(searches, pictures, numbers)
+        for plan in plans.values():
+            self.pictures_made |= {_what_makes(row) for row in (*plan.rows, *plan.others)}
+        return plans
+
+    def _proposal(self, pictures: ScoredPictures, number: int) -> Proposal:
+        """What gradients say of a concept: once, whatever the width of windows."""
+        if number not in self.proposals:
+            scout = scouts(pictures.concepts[number], self.layout["seeds"])
+            settings = pictures.settings
+            self.proposals[number] = propose(
+                pictures.pipe,
+                scout.concept,
+                window=1,
+                seeds=scout.seeds,
+                pooled=None if self.layout["pooled"] == "target" else "keep",
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                batch_size=min(settings.batch_size, AT_ONCE),
+                progress=pictures.progress,
+            )
+        return self.proposals[number]
+
+    def finished(self, run: Run) -> Run:
+        """The run with what proposed, and with all costs."""
+        found = [proposal.attribution for proposal in self.proposals.values()]
+        rows = sum(one.settings["denoiser_rows"] for one in found)
+        as_pictures = sum(one.settings["pictures"] for one in found)
+        pictures = len(self.pictures_made)
+        only_choosing = self.pictures_made - {_what_makes(row) for row in run.plan}
+        costs: dict[str, Any] = {"proposal_rows": rows, "choosing_pictures": len(only_choosing)}
+        costs["denoiser_rows"] = rows + round(pictures * rows / as_pictures)
+        costs["generations"] = pictures + math.ceil(as_pictures)
+        run = run.with_table(run.table, **costs)
+        return replace(run, attributions={one.concept: one for one in found})
+
+
+def _what_makes(row: Intervention) -> tuple[Any, ...]:
+    """What makes a row's picture; the target does not matter where no layer gets it."""
+    target = None if row.is_plain else row.target
+    return row.prompt, target, row.layers, row.seed
+
+
+def _side_by_side(
+    runners: Sequence[Any], pictures: ScoredPictures, numbers: Sequence[int]
+) -> Plans:
+    """Run the searches of several concepts so that their rows share batches."""
+
+    def scores_of(requests: Mapping[int, Any]) -> dict[int, Any]:
+        # Requests are counted from 0, whatever the numbers of their concepts.
+        scores = pictures.scores_of({numbers[place]: rows for place, rows in requests.items()})
+        return {place: scores[numbers[place]] for place in requests}
+
+    results = run_races(runners, scores_of)
+    return {number: Planned(*result) for number, result in zip(numbers, results, strict=True)}
+
+
+def _found(
+    planner: _Planner, pictures: ScoredPictures, widths: Sequence[int], facts: dict[str, Any]
+) -> Run:
+    """The run of a search: of one width, or of the narrowest at which verdicts name places."""
+
+    def find(stored: ScoredPictures) -> Run:
+        plans = _plans(planner, stored, widths)
+        run = _run_of(stored, plans)
+        widest = max(row.width or 0 for plan in plans.values() for row in plan.rows)
+        return planner.finished(run).with_table(run.table, window=widest, **facts)
+
+    if not planner.looks_again and len(widths) == 1:
+        return find(pictures)
     with same_weights():  # the model's weights are hashed once, not at every look
-        run = _stored(pictures, lambda stored: _run_races(races, stored))
-    return run.with_table(run.table, budget=budget, **facts)
+        return with_store(pictures, find)
 
 
-@dataclass(frozen=True)
-class _ScoredPictures:
-    """Makes and scores the rows of plans, always with the same pipeline and settings."""
-
-    pipe: Pipeline
-    concepts: Sequence[Concept]
-    scorer: Scorer
-    settings: Settings
-    store: str | Path | None
-    progress: bool
-
-    def of(self, plans: Mapping[int, Rows]) -> Run:
-        """One scored run of all plans. `plans`: {number of the concept: rows}."""
-        rows = [row for plan in plans.values() for row in plan]
-        settings = self.settings.as_dict()
-        run = generate(self.pipe, rows, store=self.store, progress=self.progress, **settings)
-        table = run.table.assign(**self._scored_against(plans))
-        beside = self._beside(plans)
-        table = table.assign(**score_columns(run, table, self.scorer, beside=beside))
-        return run.with_table(in_reading_order(table), **self.scorer.settings)
-
-    def scores_of(self, plans: Mapping[int, Rows]) -> dict[int, Array]:
-        """The scores of each plan's rows, {number of the concept: (rows,)}."""
-        table = self.of(plans).table
-        scores: dict[int, Array] = {}
-        start = 0
-        for number, plan in plans.items():
-            rows = table.iloc[start : start + len(plan)]
-            # Concepts with neighbors race on their probability, as `effect` will judge them by it.
-            scores[number] = rows[score_used(rows)].to_numpy()
-            start += len(plan)
-        return scores
-
-    def _beside(self, plans: Mapping[int, Rows]) -> list[Beside]:
-        """For each row, the texts that its picture is compared with."""
-        rows: list[Beside] = []
-        for number, plan in plans.items():
-            concept = self.concepts[number]
-            of_prompt = {pair.prompt: beside(concept, pair) for pair in concept.pairs}
-            rows += [of_prompt[row.prompt] for row in plan]
-        return rows
-
-    def _scored_against(self, plans: Mapping[int, Rows]) -> dict[str, list[Any]]:
-        """Columns that say what each row is about and what its picture is scored against."""
-        columns: dict[str, list[Any]] = {}
-        for name in ("concept", "kind", "pair", "text", "content"):
-            columns[name] = []
-        for number, plan in plans.items():
-            concept = self.concepts[number]
-            places = {pair.prompt: i for i, pair in enumerate(concept.pairs)}
-            for row in plan:
-                place = places[row.prompt]
-                pair = concept.pairs[place]
-                columns["concept"].append(concept.name)
-                columns["kind"].append(concept.kind)
-                columns["pair"].append(place)
-                columns["text"].append(concept.scored_text(pair))
-                columns["content"].append(concept.content_text(pair))
-        return columns
+def _plans(planner: _Planner, pictures: ScoredPictures, widths: Sequence[int]) -> Plans:
+    """Each concept's plan, with the narrowest windows at which its verdict names places."""
+    numbers = {concept.name: i for i, concept in enumerate(pictures.concepts)}
+    plans: Plans = {}
+    open_yet = list(numbers.values())
+    for width in widths:
+        plans |= planner.plans(pictures, open_yet, width)
+        if width == widths[-1]:
+            break
+        table = _run_of(pictures, {number: plans[number] for number in open_yet}).table
+        for name, part in table.groupby("concept", sort=False):
+            if carrier(effect(part)).kind in DECIDED:
+                open_yet.remove(numbers[str(name)])
+        if not open_yet:
+            break
+    return {number: plans[number] for number in sorted(plans)}
 
 
-def _run_races(races: Sequence[Any], pictures: _ScoredPictures) -> Run:
-    """The rows that races ask for, made and scored look by look; then all of them as one run.
-
-    The table gets the verdict on each row (`racing.race`).
-    """
+def _run_of(pictures: ScoredPictures, plans: Plans) -> Run:
+    """All rows of plans as one run, with what a search says of each."""
     import pandas as pd
 
-    results = run_races(races, pictures.scores_of)
-    run = pictures.of({number: rows for number, (rows, _) in enumerate(results)})
-    verdicts = pd.DataFrame([verdict for _, lines in results for verdict in lines])
-    verdicts = verdicts.astype({"looked": "Int64", "sure": float})
+    run = pictures.of({number: plan.rows for number, plan in plans.items()})
+    lines = [line for plan in plans.values() for line in plan.verdicts]
+    if not lines:
+        return run
+    verdicts = pd.DataFrame(lines)
+    types = {name: kind for name, kind in _VERDICT_TYPES.items() if name in verdicts}
+    verdicts = verdicts.astype(types)
     return run.with_table(run.table.assign(**{name: verdicts[name] for name in verdicts}))
 
 
-def _by_evidence(pictures: _ScoredPictures, rows: Mapping[str, Any], facts: Any) -> Run:
-    """Each concept's sweep of the narrowest windows at which the verdict names places."""
-    concepts = pictures.concepts
-    plans: dict[int, Rows] = {}
-    open_yet = list(range(len(concepts)))
-    tried = [width for width in AUTO_WIDTHS if width <= rows["n_layers"]]
-    for width in tried:
-        for number in open_yet:
-            plans[number] = list(sweep(concepts[number], window=width, **rows))
-        table = pictures.of({number: plans[number] for number in open_yet}).table
-        names = {concepts[number].name: number for number in open_yet}
-        for name, part in table.groupby("concept", sort=False):
-            if carrier(effect(part)).kind in DECIDED:
-                open_yet.remove(names[str(name)])
-        if not open_yet:
-            break
-    run = pictures.of(plans)  # read from the store
-    widest = max(row.width or 0 for plan in plans.values() for row in plan)
-    return run.with_table(run.table, window=widest, **facts)
-
-
-def _stored(pictures: _ScoredPictures, make: Callable[[_ScoredPictures], Run]) -> Run:
-    """A run that reads its pictures more than once: with a temporary store where there is none."""
-    if pictures.store is not None:
-        return make(pictures)
-    folder = tempfile.mkdtemp(prefix="locogen-")
-    try:
-        run = make(replace(pictures, store=folder))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    # The run's pictures are read from the folder: it goes when they do.
-    weakref.finalize(run.pictures, shutil.rmtree, folder, ignore_errors=True)
-    return run
+_VERDICT_TYPES = {
+    "looked": "Int64",
+    "windows": "Int64",
+    "sure": float,
+    "others": "Int64",
+    "sampled": "Int64",
+    "hits": "Int64",
+    "missed": float,
+}
 
 
 def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
@@ -275,92 +353,3 @@ def _checked_concepts(concept: Concept | Sequence[Concept]) -> list[Concept]:
             f"localize was given the concepts {names}: give at least one, and no name twice"
         )
     return concepts
-
-
-class Beside(NamedTuple):
-    """What a picture is compared with: its concept's neighbors in the form of the scored text."""
-
-    texts: tuple[str, ...]
-    has_old_answer: bool  # of a fact: the first of the texts
-
-
-def beside(concept: Concept, pair: PromptPair) -> Beside:
-    """The texts that pictures of a pair are compared with; none where no neighbors are named."""
-    texts = neighbor_texts(concept, pair)
-    has_old_answer = bool(texts) and concept.kind == "fact" and concept.answer is not None
-    return Beside(texts, has_old_answer)
-
-
-def score_columns(
-    run: Run, table: pd.DataFrame, scorer: Scorer, *, beside: Sequence[Beside] = ()
-) -> dict[str, Array]:
-    """The columns `clip_score`, `content_score` and, with `beside`, `probability`.
-
-    `table`: the columns `text` and `content` say what each picture is scored against. `beside`:
-    what each is compared with.
-    """
-    # Facts have nothing that should stay: they are scored against "", and the score is dropped.
-    has_no_content = table["content"].isna().to_numpy()
-    texts = list(table["text"])
-    contents = list(table["content"].fillna(""))
-    scale: Any = scorer.settings.get("logit_scale")
-    scores: list[Array] = []
-    content_scores: list[Array] = []
-    probable: list[Array] = []
-    # In parts, so that not all pictures are in memory at once.
-    for start in range(0, len(run), SCORED_AT_ONCE):
-        part = slice(start, start + SCORED_AT_ONCE)
-        compared = [] if scale is None else list(beside[part])
-        neighbors = _padded(texts[part], compared)
-        score, content_score, *others = scorer(
-            run.pictures[part], texts[part], contents[part], *neighbors
-        )
-        scores.append(score)
-        content_scores.append(content_score)
-        if compared and scale is not None:
-            probable.append(_probability(np.stack([score, *others]), compared, scale))
-    content = np.concatenate(content_scores)
-    columns = {
-        "clip_score": np.concatenate(scores),
-        "content_score": np.where(has_no_content, np.nan, content),
-    }
-    if beside:
-        unknown = np.full(len(content), np.nan)
-        columns["probability"] = np.concatenate(probable) if probable else unknown
-    return columns
-
-
-def _padded(texts: Sequence[str], compared: Sequence[Beside]) -> list[list[str]]:
-    """Lists of neighbors' texts, one text a picture in each; its own text where it has no more."""
-    most = max((len(each.texts) for each in compared), default=0)
-    lists = []
-    for place in range(most):
-        line = []
-        for own, each in zip(texts, compared, strict=True):
-            line.append(each.texts[place] if place < len(each.texts) else own)
-        lists.append(line)
-    return lists
-
-
-def _probability(cosines: Array, compared: Sequence[Beside], scale: float) -> Array:
-    """Probability of each picture's own text among its neighbors', (pictures,).
-
-    `cosines`: own text first, (texts, pictures). Of a fact, the mean of "the new answer has come"
-    and "the old one is gone": losing the old answer counts, not only the arrival of the new one.
-    NaN without neighbors.
-    """
-    counts = np.array([len(each.texts) for each in compared])  # (pictures,)
-    is_padding = np.arange(len(cosines))[:, None] > counts
-    shares = probabilities(np.where(is_padding, np.nan, cosines), scale)  # (texts, pictures)
-    own = shares[0]
-    has_old = np.array([each.has_old_answer for each in compared])
-    old = shares[min(1, len(shares) - 1)]  # the old answer is the first neighbor
-    probable = np.where(has_old, (own + 1 - old) / 2, own)
-    return np.where(counts > 0, probable, np.nan)
-
-
-def in_reading_order(table: pd.DataFrame) -> Any:
-    """The table with the columns that all runs share first."""
-    others = [column for column in table.columns if column not in FIRST_COLUMNS]
-    first = [column for column in FIRST_COLUMNS if column in table]
-    return table[[*first, *others]]

@@ -27,7 +27,7 @@ effect the leader reaches at least:
   and what is said about the winner holds.
 
 Every seed serves for the choice, so none is left to judge the winner by: what is said of it
-afterwards must be corrected for the choice among all windows (`effects.raced_effects`).
+afterwards must be corrected for the choice among all windows (`effects.partial_effects`).
 
 tests/localization/test_racing.py simulates the error rate on noise resampled from the mini model
 and with seeds that move all prompts alike, and that of a plain bootstrap and of pairs that count as
@@ -40,7 +40,7 @@ import functools
 import math
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -55,6 +55,7 @@ Pair = tuple[str, int]  # (prompt, seed)
 Rows = list[Intervention]
 Cells = dict[tuple[str, int, str, int | None], Intervention]  # (prompt, seed, role, start) → row
 Raced = tuple[Rows, list[dict[str, Any]]]  # the rows, and the verdict on each
+Result = TypeVar("Result")  # of a search
 
 
 def looks(pairs: int) -> tuple[int, ...]:
@@ -386,14 +387,14 @@ def _verdict(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
 
 
 def run_races(
-    races: Sequence[Generator[Rows, Array, Raced]],
+    races: Sequence[Generator[Rows, Array, Result]],
     measure: Callable[[dict[int, Rows]], dict[int, Array]],
-) -> list[Raced]:
-    """Run races side by side, so that their rows share batches.
+) -> list[Result]:
+    """Run races, or other searches that ask for rows, side by side: their rows share batches.
 
     `measure`: {number of a race: its rows} → {number: their scores}.
     """
-    results: dict[int, Raced] = {}
+    results: dict[int, Result] = {}
     requests = {number: next(runner) for number, runner in enumerate(races)}
     while requests:
         for number, scores in measure(requests).items():

@@ -46,7 +46,11 @@ CEILING = "ceiling"
 AXES = {NECESSITY: "layer", SUFFICIENCY: "insert"}  # question → axis of the effects table
 NUMBERS = ("estimate", "low", "high", "share", "share_low", "share_high")
 COLUMNS = ("question", "place", "start", "width", *NUMBERS, "p", "passes")
-_RACE = "a race looks at two windows to the end"
+# What a search that does not look at everything says of itself.
+_PARTIAL = {
+    "race": "a race looks at two windows to the end",
+    "attribute": "a search by attribution measures few windows",
+}
 Line = dict[str, Any]
 
 
@@ -67,7 +71,7 @@ class _Case:
     min_share: float
     score: str
     kind: str
-    raced: bool
+    partial: str  # what the search says of itself if it does not look at everything; else empty
 
     def on(self, axis: str) -> dict[int, Line]:
         """First layer → line of an axis."""
@@ -101,7 +105,7 @@ def _case(effects: Any, min_share: float) -> _Case:
     first = effects.iloc[0]
     lines: dict[tuple[str, int | None], Line] = {}
     for line in effects.to_dict("records"):
-        if line["axis"] == "timesteps":
+        if line["axis"] == "timesteps" or line.get("n") == 0:  # windows without a picture
             continue
         place: Any = line.get("position")
         lines[line["axis"], None if _missing(place) else int(place)] = line
@@ -111,8 +115,14 @@ def _case(effects: Any, min_share: float) -> _Case:
         min_share=min_share,
         score=str(first.get("score", "clip_score")),
         kind=str(first.get("kind", "")),
-        raced="verdict" in effects,
+        partial=_partial(effects),
     )
+
+
+def _partial(effects: Any) -> str:
+    if "verdict" not in effects:
+        return ""
+    return _PARTIAL["attribute" if "search" in effects else "race"]
 
 
 # --- evidence ------------------------------------------------------------------------------------
@@ -288,7 +298,10 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
 def _without_ceiling(case: _Case) -> _Decision:
     """A sweep without controls shows which window moves the score most, and no more."""
     layers = case.on("layer")
-    best = max(layers, key=lambda start: _number(layers[start], "choose"))
+    # What has few of the pictures is not the best for their sake.
+    pictures = {start: _number(line, "n") for start, line in layers.items()}
+    complete = [s for s in layers if not pictures[s] < max(pictures.values())]
+    best = max(complete, key=lambda start: _number(layers[start], "choose"))
     line = layers[best]
     is_ahead = _number(line, "p_lead") <= stats.ALPHA
     if is_ahead and _number(line, "fresh") > 0 and not _number(line, "p_any") > stats.ALPHA:
@@ -332,10 +345,10 @@ def _one_place(
         verb = {True: "it suffices", False: "it does not suffice", None: "it may suffice"}
         parts.append(f"{verb[_reaches(insert, case.min_share)]} ({_share(insert)} comes back)")
     if _number(line, "p_lead") <= stats.ALPHA:
-        rivals = "its best rival" if case.raced else "every other place"
+        rivals = "its best rival" if case.partial else "every other place"
         parts.append(f"ahead of {rivals}")
-    if case.raced:
-        parts.append(f"{_RACE}: a third place that is needed too would not be seen")
+    if case.partial:
+        parts.append(f"{case.partial}: a third place that is needed too would not be seen")
     near = [s for s in _answers(evidence, NECESSITY).passes if s != start]
     if near:
         windows = ", ".join(Window(s, case.width).label for s in near)
@@ -361,8 +374,8 @@ def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decis
         parts = [f"{len(places)} places are each {word} ({shares} of the ceiling's effect)"]
         return _Decision("spread", tuple(places), _said(case, parts))
     parts = [f"{shares} of the ceiling's effect"]
-    if case.raced:
-        parts.append(f"{_RACE}: there may be more places")
+    if case.partial:
+        parts.append(f"{case.partial}: there may be more places")
     return _Decision(kind, tuple(places), _said(case, parts))
 
 
@@ -383,11 +396,11 @@ def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _D
 
 
 def _none_necessary(case: _Case, sufficient: Answers) -> _Decision:
-    if case.raced:
+    if case.partial:
         return _Decision(
             "inconclusive",
             (),
-            f"{_short(case)}; {_RACE}: search='all' would tell "
+            f"{_short(case)}; {case.partial}: search='all' would tell "
             "whether it is spread or one of several places suffices",
         )
     inserts = {start: _number(line, "estimate") for start, line in case.on("insert").items()}

@@ -88,6 +88,8 @@ class Run:
         settings: Everything but the rows that is needed to make the pictures again. The store has
             it too, with the names of the pictures, in the file `run-….json`.
         made_by: A weak reference to the pipeline, which lives as long as somebody keeps it.
+        attributions: By concept, the `Attribution` that proposed its windows, for runs of
+            `localize` with search="attribute"; else empty.
 
     Example:
         >>> pipe = load("mini")
@@ -104,6 +106,7 @@ class Run:
     table: pd.DataFrame
     settings: dict[str, Any] = field(default_factory=dict)
     made_by: weakref.ref[Any] | None = field(default=None, repr=False)
+    attributions: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.plan)

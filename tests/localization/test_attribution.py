@@ -76,8 +76,8 @@ def state_of(denoiser):
 def test_integrated_shares_sum_to_what_all_layers_do(family, how):
     # DeepFloyd's scheduler clips pixels, which no number of points makes smooth.
     bound = 0.2 if family == "if" and how == "chain" else 0.01
-    # PixArt needs more points than are taken by default: its sum is 0.989 with these.
-    points = {"most_points": 81} if family == "pixart-alpha" else {}
+    # The PixArts need more points than are taken by default: their sums are 0.989 with these.
+    points = {"most_points": 81} if family.startswith("pixart") else {}
     found = attribute(model(family), CONCEPT, how=how, seeds=[0], bound=bound, **points, **OPTIONS)
     total = found.shares.sum() + (0 if found.pooled is None else found.pooled.sum())
     assert abs(total - 1) <= bound

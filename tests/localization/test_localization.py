@@ -17,7 +17,7 @@ from support.sweeps import planted
 from locogen import catalog, stats
 from locogen.catalog import mini_folder, model_entry
 from locogen.errors import LocogenError
-from locogen.localization import localize as localization
+from locogen.localization import localize as localization, scored_pictures
 from locogen.localization.effects import carrier, effect
 from locogen.localization.localize import localize
 from locogen.models.load import load
@@ -173,7 +173,7 @@ def test_what_is_not_given_is_the_catalogs(monkeypatch):
 
     entry = dataclasses.replace(model_entry("sd-1.5"), window=3, guidance_scale=5.0)
     monkeypatch.setattr(catalog.models, "model_entries", lambda: (model_entry("mini"), entry))
-    monkeypatch.setattr(localization, "generate", generate)
+    monkeypatch.setattr(scored_pictures, "generate", generate)
     for source in (entry.id, entry.mirrors[0]):
         assert asked(source, window=None) == (3, 50, 5.0)
     assert asked(entry.id) == (2, 50, 5.0), "the window is 2 unless it is left open"

@@ -159,7 +159,7 @@ def test_what_a_race_refuses(tmp_path):
     for budget in (0, -1, 1.5, 0.01):
         with pytest.raises(LocogenError, match="of the pictures at least"):
             next(race(six(), n_layers=16, window=2, seeds=range(4), budget=budget))
-    with pytest.raises(LocogenError, match="'all' or 'race'"):
+    with pytest.raises(LocogenError, match="'all', 'race' or 'attribute'"):
         localize(tiny.pipeline(), STYLE, search="fast", scorer=tiny.FakeScorer())  # pyright: ignore[reportArgumentType]
 
 

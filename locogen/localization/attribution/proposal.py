@@ -16,7 +16,8 @@ from locogen.localization.attribution.result import (
     attribution_window,
     window_sums,
 )
-from locogen.plan import Concept, Window
+from locogen.localization.attribution.search import with_rival
+from locogen.plan import Concept, Pooled, Window
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
@@ -46,16 +47,16 @@ class Proposal:
     @property
     def ranked(self) -> tuple[int, ...]:
         """The first layers of all windows, the largest share first: what a search looks at."""
-        return tuple(int(start) for start in np.argsort(-self.layers.mean((1, 2)), kind="stable"))
+        return self.ranked_at(self.carrier.width)
+
+    def ranked_at(self, width: int) -> tuple[int, ...]:
+        """The same with windows of another width."""
+        sums = window_sums(self.attribution.layers, width).mean((1, 2))  # (windows,)
+        return tuple(int(start) for start in np.argsort(-sums, kind="stable"))
 
     def candidates(self, count: int) -> tuple[int, ...]:
         """The best windows, and the best one that overlaps none of them, as their rival."""
-        best = self.ranked[:count]
-        width = self.carrier.width
-        for start in self.ranked[count:]:
-            if all(abs(start - one) >= width for one in best):
-                return (*best, start)
-        return best
+        return with_rival(self.ranked, count, self.carrier.width)
 
 
 def propose(
@@ -65,6 +66,7 @@ def propose(
     window: int = 2,
     seeds: Iterable[int] = range(4),
     how: How = "gradient",
+    pooled: Pooled | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 32,
@@ -78,6 +80,7 @@ def propose(
         window: Number of neighboring layers whose shares are summed.
         seeds: Random seeds; every prompt is run with each of them.
         how: See `attribute`.
+        pooled: See `attribute`.
         num_inference_steps: Denoising steps; None: the catalog's number for this model.
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
         batch_size: Pictures run at once.
@@ -91,6 +94,7 @@ def propose(
         concept,
         how=how,
         seeds=seeds,
+        pooled=pooled,
         most_points=POINTS,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
