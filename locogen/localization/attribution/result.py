@@ -163,7 +163,7 @@ def step_weights(norms: Array) -> Array:
     (mini-b's neon and blueprint: layers 12-13 for 0-1). The first step alone misses what enters
     late (mini-b's van gogh). Counted by ‖d‖, all of mini-b's concepts and the planted ones that
     were tried came out where LocoGen or the judge has them; ‖d‖² gave the same windows, and lets
-    one step decide more. `tests/benchmarks/attribution.py` has them side by side.
+    one step decide more. `tests/benchmarks/attribution.py weightings` has them side by side.
 
     Args:
         norms: ‖d‖ of each step, (..., steps).
