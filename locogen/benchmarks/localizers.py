@@ -18,6 +18,7 @@ from locogen.benchmarks.answers import CANNOT_TELL, EFFECT_COLUMNS, Answer, answ
 from locogen.catalog.plants import plant_entries
 from locogen.localization.attribution.attribute import How
 from locogen.localization.attribution.proposal import propose
+from locogen.localization.attribution.result import attribution_effect
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.comparison import locate
 from locogen.localization.effects import carrier, effect
@@ -46,6 +47,16 @@ def race(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     run = localize(pipe, concept, search="race", **settings)
     effects = effect(run.table)
     return answer_of(carrier(effects), pictures=len(run), **_along(effects, "layer"))
+
+
+def proposed_first(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
+    """LocoGen on the windows that gradients propose, with a random sample of the others."""
+    run = localize(pipe, concept, search="attribute", **settings)
+    effects = effect(run.table)
+    # Most windows have a picture or none; what ranks the layers is what proposed them.
+    proposed = attribution_effect(run.attributions[concept.name], window=run.settings["window"])
+    along = _along(effects, "layer") | {"profile": _along(proposed, "layer")["profile"]}
+    return answer_of(carrier(effects), pictures=run.settings["generations"], **along)
 
 
 def bare_argmin(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
@@ -120,6 +131,7 @@ LOCALIZERS: Mapping[str, Localizer] = MappingProxyType(
     {
         "locogen": locogen,
         "locogen race": race,
+        "locogen (attribute)": proposed_first,
         "causal tracing": causal_tracing,
         "attention contribution": attention,
         "attribution": attribution,

@@ -17,6 +17,7 @@ from locogen.localization.attention import (
     contribution_window,
     contributions,
 )
+from locogen.localization.attribution.proposal import propose
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.effects import Scores, carrier, effect, score_used
 from locogen.localization.localize import localize
@@ -104,7 +105,7 @@ def localizers() -> pd.DataFrame:
 
     Example:
         >>> localizers()["name"].to_list()
-        ['locogen', 'causal tracing', 'attention contribution']
+        ['locogen', 'causal tracing', 'attention contribution', 'attribution']
     """
     import pandas as pd
 
@@ -372,6 +373,23 @@ def _attention_contribution(
     )
 
 
+def _attribution(
+    pipe: Pipeline, concept: Concept, window: int, common: dict[str, Any], scored: dict[str, Any]
+) -> Located:
+    # It scores no pictures, so `scored` is not needed.
+    proposal = propose(pipe, concept, window=window, **common)
+    return Located(
+        method="attribution",
+        concept=concept.name,
+        effects=proposal.effects,
+        layers=proposal.layers,
+        carrier=proposal.carrier,
+        generations=proposal.generations,
+        seconds=0.0,
+        remark=proposal.carrier.reason,
+    )
+
+
 class _Localizer(NamedTuple):
     """A localizer: `ask` runs it; its question and the pictures it takes, in words."""
 
@@ -395,5 +413,10 @@ _LOCALIZERS = {
         _attention_contribution,
         "how much the concept's words write in each layer",
         "prompts x seeds",
+    ),
+    "attribution": _Localizer(
+        _attribution,
+        "what each layer adds to what the target does to the denoiser, by gradients",
+        "about 2.5 x prompts x seeds, where a gradient counts three",
     ),
 }

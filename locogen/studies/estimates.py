@@ -129,7 +129,7 @@ def _relevant(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sweep_length(run: Planned) -> int | None:
-    """The number of rows of `localize`'s plan, or None where it cannot be known.
+    """The number of rows of `localize`'s plan, about, or None where it cannot be known.
 
     That is so for a model whose layers the catalog does not know, and for another notebook of the
     same name that has not the same parameters.
@@ -149,10 +149,24 @@ def _sweep_length(run: Planned) -> int | None:
     if seeds < 1:
         return None
 
+    pairs = min(prompts, limit)
+    search = values.get("search") or "all"
+    if search == "attribute":
+        return _searched_length(pairs * seeds, entry.layers - window + 1)
+    if search != "all":
+        return None  # how far a race goes depends on what it sees
+
     # The plan of one pair of prompts; it has the same length for every subject.
     subject = Concept("x", "style", (PromptPair("x", "y"),))
     rows = sweep(subject, n_layers=entry.layers, window=window, seeds=range(seeds))
-    return min(prompts, limit) * len(rows)
+    return pairs * len(rows)
+
+
+def _searched_length(pairs: int, windows: int) -> int:
+    """About how many pictures a search by attribution makes, for pairs of a prompt and a seed."""
+    # Baseline, ceiling and placebo, two windows, and an insert; of the others one at random each.
+    # What proposes and chooses is a few more, and a sampled window that may be better, too.
+    return 6 * pairs + min(pairs, windows)
 
 
 def _count_prompts(values: Mapping[str, Any], base: Path) -> int | None:

@@ -34,7 +34,9 @@ def found(tmp_path_factory) -> dict[str, Located]:
 
 
 def test_each_fills_the_same_table(found):
-    assert list(found) == ["locogen", "causal tracing", "attention contribution"]
+    assert list(found) == [
+        *("locogen", "causal tracing", "attention contribution", "attribution")
+    ]
     for name, one in found.items():
         effects = one.effects
         assert list(effects.columns[:8]) == [
@@ -58,6 +60,8 @@ def test_each_fills_the_same_table(found):
 def test_the_cost_is_counted(found):
     counts = {name: one.generations for name, one in found.items()}
     assert counts["locogen"] == 2 * (2 * 15 + 3) and counts["attention contribution"] == 2
+    # One step: the path, both ends, three gradients of three passes; twelve rows a seed.
+    assert counts["attribution"] == 2 * 12
     states = 70 + 2 * 2 * 3 - 4  # of a one-token subject, first and last are the same: made once
     assert counts["causal tracing"] >= 2 * (1 + 1 + states)
     assert counts["causal tracing"] <= 2 * (1 + 1 + states) + 2 * (70 // 15 + 1)

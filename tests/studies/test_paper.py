@@ -104,7 +104,7 @@ def test_it_runs_with_tiny_pipelines_in_place_of_the_checkpoints(
         assert told["published"] == published_start(model, told["kind"]) == start
         page = json.loads((results / run.slug / "notebook.ipynb").read_text(encoding="utf-8"))
         shown = json.dumps(page["cells"], ensure_ascii=False)
-        words = f"Published for {told['kind']}s in {model} (Basu et al. 2024): from layer {start}"
+        words = f"Published for {model} (Basu et al. 2024): layers {start}"
         assert (words in shown) == bool(start)
     index = build(results).read_text(encoding="utf-8")
     assert (
