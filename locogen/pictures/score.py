@@ -21,6 +21,7 @@ from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 PUBLISHED = "clip-vit-b-16"  # the scorer of the published scores
@@ -119,6 +120,30 @@ class Clip:
             cosines.append(np.einsum("id,id->i", picture_embeddings, text_embeddings))
         return cosines
 
+    def of_pixels(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """The cosine of pixels and text, as numbers that can be differentiated by the pixels.
+
+        Pixels are not rounded to 8 bits, and resized by torch: cosines differ by little from those
+        of pictures.
+
+        Args:
+            pixels: Pictures in 0..1, (pictures, 3, height, width).
+            texts: One text a picture.
+
+        Returns:
+            (pictures,)
+        """
+        import torch
+
+        device = self.model.device
+        by_text = self.texts(texts)
+        embeddings = torch.from_numpy(np.stack([by_text[text] for text in texts])).float()
+        prepared = _prepared(pixels.to(device).float(), self.processor)
+        features = self.model.get_image_features(pixel_values=prepared)
+        rows = getattr(features, "pooler_output", features)  # transformers 5 wraps them
+        unit = torch.nn.functional.normalize(rows.float(), dim=-1)  # (pictures, width)
+        return (unit * embeddings.to(device)).sum(-1)
+
     def _pictures(self, pictures: Sequence[Image]) -> Array:
         import torch
 
@@ -137,6 +162,31 @@ class Clip:
         tokens = self.tokenizer([text], padding="max_length", truncation=True, return_tensors="pt")
         with torch.no_grad():
             return _unit(self.model.get_text_features(**tokens.to(self.model.device)))[0]
+
+
+def _prepared(pixels: Tensor, processor: Any) -> Tensor:
+    """Pixels as a processor of pictures would give them to the model, differentiably."""
+    import torch
+
+    values = pixels  # (pictures, 3, height, width)
+    if processor.do_resize:
+        height, width = values.shape[-2:]
+        size = processor.size
+        short = size.get("shortest_edge")
+        shape = (size.get("height"), size.get("width"))
+        if short is not None:
+            shape = (height * short // min(height, width), width * short // min(height, width))
+        values = torch.nn.functional.interpolate(values, shape, mode="bicubic", antialias=True)
+        values = values.clamp(0, 1)  # as pictures are, where the curve overshoots
+    if processor.do_center_crop:
+        high, wide = processor.crop_size["height"], processor.crop_size["width"]
+        top, left = (values.shape[-2] - high) // 2, (values.shape[-1] - wide) // 2
+        values = values[..., top : top + high, left : left + wide]
+    if processor.do_normalize:
+        mean = values.new_tensor(processor.image_mean).reshape(3, 1, 1)
+        spread = values.new_tensor(processor.image_std).reshape(3, 1, 1)
+        values = (values - mean) / spread
+    return values
 
 
 def _unit(features: Any) -> Array:

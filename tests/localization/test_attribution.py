@@ -13,7 +13,7 @@ from locogen.interventions.denoiser_calls import on_denoiser
 from locogen.interventions.prompts import active_contexts, intervene
 from locogen.localization.attribution.attribute import attribute
 from locogen.localization.attribution.blending import blending
-from locogen.localization.attribution.chain import ChainLine
+from locogen.localization.attribution.chain import ChainLine, Scored
 from locogen.localization.attribution.direct import DirectLine, inputs_along
 from locogen.localization.attribution.paths import Paths, Picture
 from locogen.localization.attribution.proposal import propose
@@ -27,6 +27,7 @@ from locogen.models.families import denoiser_of, family_of
 from locogen.models.hooks import after
 from locogen.models.layers import find_layers
 from locogen.pictures.batches import Texts, call_pipeline
+from locogen.pictures.score import scorer as load_scorer
 from locogen.plan import Concept, Intervention, PromptPair, Settings, with_target_runs
 
 PROMPT, TARGET = "a big cat b", "a big b"
@@ -114,6 +115,42 @@ def test_a_row_of_its_own_for_each_layer_says_what_layers_do_only_together():
     assert np.isclose(found.shares.sum() + found.residual.item(), 1)
     assert not found.is_complete
     assert "together" in found.remark
+
+
+def test_shares_of_the_score_sum_to_what_it_changes_by():
+    """Through decoder and scorer; and what is explained is what the scorer says of the pictures."""
+    pipe, judge = model("sd"), load_scorer("mini")
+    options = {"how": "chain", "seeds": [0], "scorer": judge, **OPTIONS}
+    found = attribute(pipe, CONCEPT, explain="score", bound=0.01, most_points=81, **options)
+    assert found.is_complete and found.settings["explain"] == "score"
+    assert np.isclose(found.shares.sum() + found.residual.item(), 1)
+    latents = attribute(pipe, CONCEPT, explain="latents", **options)
+    assert not np.allclose(found.shares, latents.shares, atol=0.02)
+
+    with blending(pipe) as blend:
+        scored = Scored(judge, {PROMPT: PROMPT})
+        line = ChainLine(paths_of(blend), (0, 1), False, False, False, scored)
+        explained = [line.output([0], [alpha]).item() for alpha in (0.0, 1.0)]
+    texts = Texts(pipe, [Intervention(PROMPT, TARGET)])
+    pictures = []
+    for prompt in (PROMPT, TARGET):
+        rows = [Intervention(prompt, prompt, (), 0)]
+        pictures += call_pipeline(
+            pipe, rows, texts.arguments([prompt]), SETTINGS, output_type="pil"
+        )
+    [cosines] = judge(pictures, [PROMPT] * 2)
+    assert np.allclose(explained, cosines, atol=0.01)
+    assert abs(cosines[0] - cosines[1]) > 0.02  # or they would agree for nothing
+
+
+def test_a_scorer_without_gradients_is_refused():
+    options = {"how": "chain", "explain": "score", **OPTIONS}
+    with pytest.raises(LocogenError, match="lets no gradients through"):
+        attribute(model("sd"), CONCEPT, scorer=tiny.FakeScorer(), **options)
+    with pytest.raises(LocogenError, match="no picture to score"):
+        attribute(model("sd"), CONCEPT, **options | {"how": "gradient"})
+    with pytest.raises(LocogenError, match="latents"):
+        attribute(model("sd"), CONCEPT, **options | {"explain": "pixels"})
 
 
 class Steep:

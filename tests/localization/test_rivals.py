@@ -34,9 +34,7 @@ def found(tmp_path_factory) -> dict[str, Located]:
 
 
 def test_each_fills_the_same_table(found):
-    assert list(found) == [
-        *("locogen", "causal tracing", "attention contribution", "attribution")
-    ]
+    assert list(found) == [*("locogen", "causal tracing", "attention contribution", "attribution")]
     for name, one in found.items():
         effects = one.effects
         assert list(effects.columns[:8]) == [

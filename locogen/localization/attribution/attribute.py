@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from locogen.errors import LocogenError, unknown
 from locogen.localization.attribution.blending import Blend, blending
-from locogen.localization.attribution.chain import SMALL, ChainLine
+from locogen.localization.attribution.chain import SMALL, ChainLine, Scored
 from locogen.localization.attribution.direct import DirectLine, exact_shares, inputs_along
 from locogen.localization.attribution.paths import Cost, Paths, Picture
 from locogen.localization.attribution.quadrature import Integral, Line, integrate
@@ -20,11 +20,16 @@ from locogen.localization.attribution.words import words_of
 from locogen.models.defaults import settings_for
 from locogen.models.families import check_known, denoiser_of, family_of, warn_unread
 from locogen.pictures.batches import Texts, halved_batch_size
+from locogen.pictures.score import scorer_for
 from locogen.plan import Concept, Intervention, Pooled, Settings, distinct_seeds
 from locogen.types import Pipeline
 
+if TYPE_CHECKING:
+    from locogen.pictures.score import Scorer
+
 Array = np.ndarray[Any, Any]
 How = Literal["gradient", "rows", "chain"]
+Explain = Literal["latents", "score"]
 STEPS = 3  # of the direct effect, spread over all
 POINTS = 3
 MOST_POINTS = 27
@@ -42,6 +47,7 @@ class _Options:
     heads: bool
     pooled: bool
     checkpointing: bool
+    scored: Scored | None = None
 
     def check(self) -> None:
         """Raise `LocogenError` for what cannot be."""
@@ -72,6 +78,8 @@ def attribute(
     guidance_scale: float | None = None,
     batch_size: int = 8,
     checkpointing: bool | None = None,
+    explain: Explain = "latents",
+    scorer: Scorer | str | None = None,
     progress: bool = True,
 ) -> Attribution:
     """Say what each layer, denoising step and token adds to what the target does in all layers.
@@ -103,6 +111,12 @@ def attribute(
         batch_size: Pictures run at once.
         checkpointing: Whether a chain keeps the denoiser's inputs alone and runs each step again
             for its gradients, which saves memory. None: for denoisers that are not small.
+        explain: Of what a chain says the shares: "latents", the final latents on the way from the
+            prompt's to the target's, or "score", the scorer's cosine of the finished picture with
+            the text that `localize` would score it against. Its gradients go through the decoder
+            and the scorer.
+        scorer: For explain="score": a scorer or its name; None: the catalog's for this model. It
+            must let gradients through, as CLIP does.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -111,8 +125,8 @@ def attribute(
 
     Raises:
         LocogenError: For a concept that the tokenizer does not know, steps that are not there, a
-            target that changes nothing, an open locogen context, fused projections, and gradients
-            that are not finite.
+            target that changes nothing, an open locogen context, fused projections, gradients
+            that are not finite, and a scorer without gradients.
         UnsupportedModel: The family is unknown.
 
     Example:
@@ -144,6 +158,7 @@ def attribute(
         heads=heads,
         pooled=_has_pooled(pipe, pooled),
         checkpointing=_is_checkpointed(pipe, checkpointing),
+        scored=_scored(pipe, concept, how, explain, scorer),
     )
     options.check()
 
@@ -169,6 +184,7 @@ def attribute(
         settings={
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
+            "explain": explain,
             "denoiser_rows": cost.rows,
             "pictures": cost.rows / (cost.halves * settings.num_inference_steps),
             "seconds": time.perf_counter() - begin,
@@ -204,6 +220,28 @@ def _is_checkpointed(pipe: Pipeline, checkpointing: bool | None) -> bool:
     if checkpointing is not None:
         return checkpointing
     return sum(weight.numel() for weight in denoiser_of(pipe).parameters()) > SMALL
+
+
+def _scored(
+    pipe: Pipeline, concept: Concept, how: How, explain: str, choice: Scorer | str | None
+) -> Scored | None:
+    """The score as what is explained; None: the latents."""
+    if explain not in ("latents", "score"):
+        raise unknown("quantity to explain", explain, ("latents", "score"))
+    if explain == "latents":
+        return None
+    if how != "chain":
+        raise LocogenError(
+            f"how={how!r} looks at single steps, which have no picture to score: take how='chain' "
+            "for explain='score'"
+        )
+    scorer: Any = scorer_for(pipe, choice)
+    if not hasattr(scorer, "of_pixels"):
+        raise LocogenError(
+            f"{type(scorer).__name__} lets no gradients through, it has no of_pixels: take a CLIP "
+            "by its name, or explain='latents'"
+        )
+    return Scored(scorer, {pair.prompt: concept.scored_text(pair) for pair in concept.pairs})
 
 
 def _words(pipe: Pipeline, prompt: str, tokens: int, how: How) -> tuple[str, ...] | None:
@@ -272,7 +310,14 @@ def _rows(paths: Paths, options: _Options) -> Integral:
 
 def _chain(paths: Paths, options: _Options) -> Integral:
     """Of one batch, through all steps."""
-    line = ChainLine(paths, options.steps, options.heads, options.pooled, options.checkpointing)
+    line = ChainLine(
+        paths,
+        options.steps,
+        options.heads,
+        options.pooled,
+        options.checkpointing,
+        options.scored,
+    )
     return _integrated(line, paths, options)
 
 

@@ -1,16 +1,16 @@
 """The total effect: gradients through the whole sampling chain.
 
 Every layer has an alpha at every step, and what is explained are the final latents along x(target)
-- x(prompt). Gradients go through the scheduler's own steps and guidance, so that a step counts with
+- x(prompt), or what a scorer says of the picture. Gradients go through the scheduler's own steps and guidance, so that a step counts with
 all that later steps make of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.localization.attribution.blending import Blend, Moment, new_alphas
@@ -26,37 +26,76 @@ if TYPE_CHECKING:
 SMALL = 50_000_000  # weights of a denoiser whose activations are kept rather than computed again
 
 
+class PixelScorer(Protocol):
+    """A scorer through which gradients go, as `pictures.score.Clip`."""
+
+    def of_pixels(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """Cosines of pixels in 0..1, (pictures, 3, height, width), and texts, (pictures,)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """The score as what is explained.
+
+    Attributes:
+        scorer: What scores.
+        texts: What pictures are scored against, by prompt.
+    """
+
+    scorer: PixelScorer
+    texts: Mapping[str, str]
+
+
 @dataclass(eq=False)
 class ChainLine:
-    """The line from prompt to target, through all steps: see `quadrature.Line`."""
+    """The line from prompt to target, through all steps: see `quadrature.Line`.
+
+    `scored`: explain the score; None: the final latents.
+    """
 
     paths: Paths
     steps: Sequence[int]
     heads: bool
     pooled: bool
     checkpointing: bool
+    scored: Scored | None = None
 
     def output(self, rows: Sequence[int], alphas: Sequence[float]) -> Tensor:
-        """The final latents with every layer of a row at its alpha, (rows, numbers)."""
+        """What is explained, with every layer of a row at its alpha, (rows, numbers)."""
+        import torch
+
         paths = self._only(rows)
         chain = _Chain(paths, alphas, self, is_differentiated=False)
-        with chain.following():
-            latents = run(paths, gradients=False)
-        return latents[: len(rows)].flatten(1).cpu().double()
+        with chain.following(), torch.no_grad():
+            explained = self._explained(paths, gradients=False)
+        return explained.cpu().double()
 
     def shares(self, rows: Sequence[int], alphas: Sequence[float], direction: Tensor) -> Shares:
         """The derivatives by each step's and layer's alpha: see `quadrature.Line`."""
+        import torch
+
         paths = self._only(rows)
         chain = _Chain(paths, alphas, self, is_differentiated=True)
-        with chain.following():
-            latents = run(paths, gradients=True)[: len(rows)]
+        is_half = paths.blend.denoiser.dtype.itemsize < 4
+        with chain.following(), torch.enable_grad():
+            explained = self._explained(paths, gradients=True)
             leaves = [leaf for step in self.steps for leaf in chain.alphas[step].values()]
-            gradients = iter(gradients_along(latents, leaves, direction))
+            gradients = iter(gradients_along(explained, leaves, direction, is_half=is_half))
         by_step = []
         for step in self.steps:
             by_step.append({place: next(gradients) for place in chain.alphas[step]})
         blend = paths.blend
         return stacked(by_step, len(blend.layers), self.heads, blend)
+
+    def _explained(self, paths: Paths, *, gradients: bool) -> Tensor:
+        """The final latents, or the score of each picture as its one number, (rows, numbers)."""
+        # Behind them are targets' own runs, with joint attention.
+        output = run(paths, gradients=gradients, decoded=self.scored is not None)[: paths.count]
+        if self.scored is None:
+            return output.flatten(1)
+        texts = [self.scored.texts[picture.prompt] for picture in paths.pictures]
+        return self.scored.scorer.of_pixels(output, texts)[:, None]
 
     def _only(self, rows: Sequence[int]) -> Paths:
         pictures = [self.paths.pictures[row] for row in rows]

@@ -117,12 +117,13 @@ class Paths:
         return self.texts.stack(texts)
 
 
-def run(paths: Paths, *, gradients: bool) -> Tensor:
+def run(paths: Paths, *, gradients: bool, decoded: bool = False) -> Tensor:
     """Call the pipeline as it is written: its final latents, or pixels if it has no decoder.
 
     Args:
         paths: Its prompts, seeds and settings.
         gradients: Whether what comes out can be differentiated by what goes in.
+        decoded: Whether to return pixels in 0..1, (rows, 3, height, width), for any pipeline.
     """
     import torch
 
@@ -140,10 +141,12 @@ def run(paths: Paths, *, gradients: bool) -> Tensor:
                 generator=generators(paths.plan),
                 num_inference_steps=paths.settings.num_inference_steps,
                 guidance_scale=paths.settings.guidance_scale,
-                output_type=_undecoded(pipe),
+                output_type="pt" if decoded else _undecoded(pipe),
             )
     finally:
         pipe.set_progress_bar_config(**bar)
+    if decoded and getattr(pipe, "vae", None) is None:
+        return (output.images / 2 + 0.5).clamp(0, 1)  # IF leaves them between -1 and 1
     return output.images
 
 

@@ -94,52 +94,71 @@ def integrate(
         bound: Largest distance of a row's sum from 1.
         most_points: No more points a row than these.
     """
-    import torch
-
-    count = len(rows)
-    start = line.output(rows, [0.0] * count)  # (rows, numbers)
-    change = line.output(rows, [1.0] * count) - start
-    norm = torch.linalg.vector_norm(change, dim=1)  # (rows,)
-    square = norm.square().clamp_min(torch.finfo(torch.float64).tiny)
-    direction = change / square[:, None]
-
-    whole = _integrated(line, rows, [(0.0, 1.0, 1.0)] * count, direction, points)
+    path = _path(line, rows)
+    whole = _integrated(line, rows, [(0.0, 1.0, 1.0)] * len(rows), path.direction, points)
     parts = [[interval] for interval in whole]  # by row
-    used = np.full(count, points)
+    used = np.full(len(rows), points)
     while True:
-        missed = [
-            i
-            for i in range(count)
-            if abs(_error(parts[i])) > bound and norm[i] > 0 and used[i] + 2 * points <= most_points
-        ]
+        may_have_more = (path.norm > 0) & (used + 2 * points <= most_points)  # (rows,)
+        is_missed = np.array([abs(_error(row)) > bound for row in parts])
+        missed = np.flatnonzero(may_have_more & is_missed).tolist()
         if not missed:
             break
-        worst = [max(parts[i], key=lambda part: abs(part.error)) for i in missed]
-        middles = [(part.low + part.high) / 2 for part in worst]
-        some = [rows[i] for i in missed]
-        moved = line.output(some, middles) - start[missed]
-        values = (moved * direction[missed]).sum(1).tolist()
-        before = [_value_at(parts[i], part.low) for i, part in zip(missed, worst, strict=True)]
-        lower = [
-            (part.low, middle, value - first)
-            for part, middle, value, first in zip(worst, middles, values, before, strict=True)
-        ]
-        upper = [
-            (middle, part.high, part.change - change)
-            for part, middle, (_, _, change) in zip(worst, middles, lower, strict=True)
-        ]
-        lower_parts = _integrated(line, some, lower, direction[missed], points)
-        upper_parts = _integrated(line, some, upper, direction[missed], points)
-        for i, part, *halves in zip(missed, worst, lower_parts, upper_parts, strict=True):
-            parts[i] = [one for one in parts[i] if one is not part] + halves
-            used[i] += 2 * points
+        _halve_worst(line, rows, path, parts, missed, points)
+        used[missed] += 2 * points
     return Integral(
         layers=np.stack([sum(part.layers for part in row) for row in parts]),
         pooled=np.stack([sum(part.pooled for part in row) for row in parts]),
         residual=np.array([[_error(row)] for row in parts]),
         points=used[:, None],
-        norm=norm.numpy()[:, None],
+        norm=path.norm[:, None],
     )
+
+
+class _Path(NamedTuple):
+    """The two ends of each row's line."""
+
+    start: Tensor  # what is explained at the prompt, (rows, numbers)
+    direction: Tensor  # along which shares are taken: 1 from end to end, (rows, numbers)
+    norm: Array  # how far the ends are apart, (rows,)
+
+
+def _path(line: Line, rows: Sequence[int]) -> _Path:
+    import torch
+
+    start = line.output(rows, [0.0] * len(rows))  # (rows, numbers)
+    change = line.output(rows, [1.0] * len(rows)) - start
+    norm = torch.linalg.vector_norm(change, dim=1)  # (rows,)
+    square = norm.square().clamp_min(torch.finfo(torch.float64).tiny)
+    return _Path(start, change / square[:, None], norm.numpy())
+
+
+def _halve_worst(
+    line: Line,
+    rows: Sequence[int],
+    path: _Path,
+    parts: list[list[_Interval]],
+    missed: Sequence[int],
+    points: int,
+) -> None:
+    """Halve the part of each missed row's line where its sum is most at fault; changes `parts`."""
+    worst = [max(parts[i], key=lambda part: abs(part.error)) for i in missed]
+    middles = [(part.low + part.high) / 2 for part in worst]
+    some = [rows[i] for i in missed]
+    direction = path.direction[missed]
+    moved = line.output(some, middles) - path.start[missed]  # (missed, numbers)
+    values = (moved * direction).sum(1).tolist()
+    lower = []
+    upper = []
+    for i, part, middle, value in zip(missed, worst, middles, values, strict=True):
+        change = value - _value_at(parts[i], part.low)
+        lower.append((part.low, middle, change))
+        upper.append((middle, part.high, part.change - change))
+    lower_parts = _integrated(line, some, lower, direction, points)
+    upper_parts = _integrated(line, some, upper, direction, points)
+    for i, part, *halves in zip(missed, worst, lower_parts, upper_parts, strict=True):
+        parts[i].remove(part)
+        parts[i] += halves
 
 
 def _error(parts: Sequence[_Interval]) -> float:
@@ -174,13 +193,16 @@ def _integrated(
     return [_Interval(*ends[i], layers[i], pooled[i]) for i in range(len(rows))]
 
 
-def gradients_along(output: Tensor, leaves: Sequence[Tensor], direction: Tensor) -> list[Tensor]:
+def gradients_along(
+    output: Tensor, leaves: Sequence[Tensor], direction: Tensor, *, is_half: bool = False
+) -> list[Tensor]:
     """The gradient of ⟨output, direction⟩ by each leaf, in float32; rows do not mix.
 
     Args:
         output: (rows, ...)
         leaves: Tensors with a row for each of `output`.
         direction: (rows, numbers of a row)
+        is_half: Whether numbers of sixteen bits lie on the way, though `output` may have more.
 
     Raises:
         LocogenError: A leaf was not used, or gradients are not finite.
@@ -188,7 +210,7 @@ def gradients_along(output: Tensor, leaves: Sequence[Tensor], direction: Tensor)
     import torch
 
     flat = output.flatten(1)
-    if output.itemsize >= 4:
+    if output.itemsize >= 4 and not is_half:
         gradients = torch.autograd.grad(flat, leaves, direction.to(flat), allow_unused=True)
         return _checked(gradients)
 

@@ -108,8 +108,10 @@ class Attribution:
         if self.is_complete:
             return amount
         missed = int((abs(self.residual) > self.bound).sum())
-        why = "layers act together" if self.how == "rows" else "the picture tips over on the way"
-        return f"{amount}: {missed} of {sums.size} further from 1 than {self.bound:g}, where {why}"
+        far = f"{amount}: {missed} of {sums.size} further from 1 than {self.bound:g}"
+        if self.how == "rows":
+            return f"{far}, where layers act together"
+        return f"{far} with {self.points.max()} points, where the picture tips over on the way"
 
     @property
     def table(self) -> pd.DataFrame:
