@@ -26,6 +26,8 @@ from locogen.views.tables import interval, missing, number, precision
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from locogen.localization.attribution.result import Attribution
+
 
 # What a picture depends on besides its row: compared with the run's before a picture is shown.
 CIRCUMSTANCES = ("weights", "contexts", "pipeline", "scheduler", "dtype", "device", "torch")
@@ -64,13 +66,17 @@ class Shown(NamedTuple):
 class Explorer:
     """Answers looks at a run of `localize`, with `pipe` also for missing pictures.
 
-    `options` are those of the edits, see `edit.fit_edit`. Pictures, edits and neurons are kept in
-    memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
+    `options` are those of the edits, see `edit.fit_edit`; `attribution` is one more map beside
+    those of the run. Pictures, edits and neurons are kept in memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
     has changed since the run.
     """
 
     def __init__(
-        self, run: Run, pipe: Pipeline = None, options: Mapping[str, Any] | None = None
+        self,
+        run: Run,
+        pipe: Pipeline = None,
+        options: Mapping[str, Any] | None = None,
+        attribution: Attribution | None = None,
     ) -> None:
         if "clip_score" not in run.table:
             raise LocogenError(
@@ -86,6 +92,14 @@ class Explorer:
         self.options = dict(options or {})
         self.effects: Any = effect(run.table)
         self.concepts = {concept.name: concept for concept in _concepts(run.table)}
+        self.attributions = dict(run.attributions)  # by concept
+        if attribution is not None:
+            if attribution.concept not in self.concepts:
+                raise LocogenError(
+                    f"the attribution is of {attribution.concept!r}, which the run is not about: "
+                    f"give one of {', '.join(self.concepts)}"
+                )
+            self.attributions[attribution.concept] = attribution
         self.carriers = {name: self._carrier(name) for name in self.concepts}
         self.n_layers = int(run.settings["n_layers"])
         self.width = int(run.settings["window"])
@@ -106,7 +120,8 @@ class Explorer:
         start = self.carriers[concept.name].start
         if start is None:
             cells = self.cells(concept.name)
-            start = max(cells, key=lambda place: cells[place]["estimate"])
+            looked_at = [place for place in cells if not missing(cells[place]["estimate"])]
+            start = max(looked_at, key=lambda place: cells[place]["estimate"])
         prompt = concept.pairs[0].prompt
         return Look(concept.name, prompt, start, start + self.width - 1, self.seeds[0])
 
@@ -143,6 +158,8 @@ class Explorer:
                 "not a window of this run, so its effect was not measured."
             )
         row = cells[look.first]
+        if missing(row["estimate"]):
+            return f"{look.concept}, {look.window}: this window was not looked at."
         digits = precision(row["estimate"])
         effect = number(row["estimate"], digits) + interval(row, digits)
         share = ""

@@ -393,13 +393,15 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
 
 def _largest(lines: Mapping[int, Row]) -> int:
     """Start of the window with the largest estimate."""
-    return max(lines, key=lambda start: lines[start]["estimate"])
+    looked_at = [start for start, line in lines.items() if not missing(line["estimate"])]
+    return max(looked_at, key=lambda start: lines[start]["estimate"])
 
 
 def _best_elsewhere(lines: Mapping[int, Row], at: int, width: int, name: str) -> float:
     """The largest number among the windows that do not overlap the one at `at`; NaN without any."""
     elsewhere = [line[name] for start, line in lines.items() if abs(start - at) >= width]
-    return max(elsewhere, default=float("nan"))
+    # Windows that a search did not look at have none.
+    return max((value for value in elsewhere if not missing(value)), default=float("nan"))
 
 
 def _float(value: Any) -> float:

@@ -20,13 +20,15 @@ from locogen.files import data_uri
 from locogen.markup import macros
 from locogen.plan import Window
 from locogen.types import Pipeline
+from locogen.views.attribution_plots import By, attribution_matrix, plot_attribution
 from locogen.views.explorer import Explorer, Look, Shown
 from locogen.views.plots import figure_size, plot_effect
-from locogen.views.tables import describe, effect_matrix, number, precision
+from locogen.views.tables import describe, effect_matrix, missing, number, precision
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from locogen.localization.attribution.result import Attribution
     from locogen.pictures.runs import Run
 
 PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
@@ -52,6 +54,7 @@ def explore(
     run: Run,
     *,
     pipe: Pipeline = None,
+    attribution: Attribution | None = None,
     phrasings: Sequence[Any] | None = None,
     subject: str | None = None,
     becomes: str | None = None,
@@ -75,6 +78,8 @@ def explore(
         run: A run of `localize`. Its own pictures are shown at once.
         pipe: The pipeline that makes other pictures; None: the run's own, if it still exists.
             Without any, only the run's own pictures can be looked at.
+        attribution: What `attribute` says of a concept of the run: its map of layers × steps and
+            × words stands under the heatmap. None: that of a run of search="attribute".
         phrasings: How edits are fitted: as in `fit_edit`, like all arguments below. None: its
             default.
         subject: The words that the phrasings share.
@@ -119,7 +124,7 @@ def explore(
     chosen_options = {name: value for name, value in options.items() if value is not None}
     if pipe is None and run.made_by is not None:
         pipe = run.made_by()  # None where the pipeline is gone
-    return ExplorerBox(Explorer(run, pipe, chosen_options))
+    return ExplorerBox(Explorer(run, pipe, chosen_options, attribution))
 
 
 class ExplorerBox(ipywidgets.VBox):
@@ -138,12 +143,15 @@ class ExplorerBox(ipywidgets.VBox):
         self._make_controls(explorer.first_look())
         self.status = ipywidgets.HTML()
         self.pictures = ipywidgets.HTML()
+        self.map = ipywidgets.HTML()
+        self._maps: dict[str, str] = {}  # by concept, drawn when first looked at
         rules = STYLE.format(name=self._name) + "".join(self._colors())
         style = ipywidgets.HTML(f"<style>{rules}</style>")
         # On a narrow screen the controls stand below each other.
         wrap = ipywidgets.Layout(flex_flow="row wrap")
         controls = ipywidgets.HBox(self._controls(), layout=wrap)
-        super().__init__([style, *self.cells.values(), controls, self.status, self.pictures])
+        below = [controls, self.status, self.pictures]
+        super().__init__([style, *self.cells.values(), self.map, *below])
         self.add_class(self._name)
         for name, row in self.cells.items():
             row.observe(functools.partial(self._cell_clicked, name), "value")
@@ -196,13 +204,15 @@ class ExplorerBox(ipywidgets.VBox):
         """One concept's row of the heatmap, a button a window."""
         # All cells of a row have as many digits as tell them apart.
         cells = self.explorer.cells(name)
-        digits = precision(*(cell["estimate"] for cell in cells.values()))
+        estimates = [cell["estimate"] for cell in cells.values()]
+        digits = precision(*(value for value in estimates if not missing(value)))
         options = []
         tooltips = []
         for start, cell in cells.items():
             star = " ★" if start == self.explorer.carriers[name].start else ""
             layers = Window(start, self.explorer.width).label + star
-            effect = number(cell["estimate"], digits)
+            is_measured = not missing(cell["estimate"])
+            effect = number(cell["estimate"], digits) if is_measured else "–"
             options.append((f"{layers}\n{effect}", start))
             tooltips.append(f"{name}, layers {layers}: effect {effect}")
         row = ipywidgets.ToggleButtons(
@@ -225,7 +235,10 @@ class ExplorerBox(ipywidgets.VBox):
         largest = matrix.abs().max().max() or 1.0
         for place, name in enumerate(self.explorer.concepts):
             for child, row in enumerate(self.explorer.cells(name).values(), 1):
-                color = palette(0.5 + row["estimate"] / largest / 2)
+                # What was not looked at is white, as in the heatmap.
+                color = (1.0, 1.0, 1.0, 1.0)
+                if not missing(row["estimate"]):
+                    color = palette(0.5 + row["estimate"] / largest / 2)
                 # Dark text on light cells: luminance after Rec. 709.
                 light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.45
                 ink = "#000" if light else "#fff"
@@ -267,6 +280,7 @@ class ExplorerBox(ipywidgets.VBox):
         try:
             self.neurons.max = max(1, self.explorer.narrowest(self.look))
             self._mark_cell(self.look)
+            self.map.value = self._drawn_map(self._concept)
             self._show(self.look)
         except LocogenError as error:
             self.pictures.value = ""
@@ -304,7 +318,7 @@ class ExplorerBox(ipywidgets.VBox):
         return _rendered(
             "twin",
             name=self._name,
-            heatmap=Markup(self._heatmap),
+            heatmap=Markup(self._heatmap + self.map.value),
             status=status,
             prompt=self.look.prompt,
             seed=self.look.seed,
@@ -328,12 +342,42 @@ class ExplorerBox(ipywidgets.VBox):
         width = round(96 * drawing.get_figwidth())
         return _rendered("heatmap", alt=alt, width=width, source=data_uri(png.getvalue()))
 
+    def _drawn_map(self, concept: str) -> str:
+        """The attribution map of a concept, by step and by word; empty where there is none."""
+        if concept not in self.explorer.attributions:
+            return ""
+        if concept not in self._maps:
+            self._maps[concept] = _map(self.explorer.attributions[concept])
+        return self._maps[concept]
+
     def _ipython_display_(self) -> None:
         """The live widget and its twin, which a style in the widget hides while that lives."""
         self._displayed = True
         # Two outputs, for notebooks drop HTML beside a widget.
         display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
         display(HTML(self.twin()), display_id=self._name)
+
+
+def _map(attribution: Attribution) -> str:
+    """The maps of an attribution as pictures: layers × steps, and layers × words if it has any."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    shown = []
+    table = attribution.table
+    by_word: tuple[By, ...] = ("token",) if attribution.how != "rows" else ()
+    for by in ("step", *by_word):
+        png = io.BytesIO()
+        with matplotlib.style.context("default"):
+            size = figure_size(attribution_matrix(table, by))
+            drawing = Figure(figsize=size, dpi=120, layout="constrained")
+            plot_attribution(table, by=by, ax=drawing.add_subplot())
+            drawing.savefig(png, format="png")
+        words = "denoising step" if by == "step" else "word"
+        alt = f"Map of the shares of each layer and {words}. {attribution.remark}."
+        width = round(96 * drawing.get_figwidth())
+        shown.append(_rendered("heatmap", alt=alt, width=width, source=data_uri(png.getvalue())))
+    return "".join(shown)
 
 
 def _rendered(macro: str, **values: Any) -> str:

@@ -20,6 +20,7 @@ from locogen.editing.fit import Options
 from locogen.editing.neurons import find_neurons
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
+from locogen.localization.attribution.attribute import attribute
 from locogen.localization.effects import effect
 from locogen.localization.localize import localize
 from locogen.pages.cleaning import clean
@@ -198,7 +199,7 @@ def test_explore_takes_every_option_of_an_edit() -> None:
         "becomes",
     }
     parameters = inspect.signature(explore).parameters
-    assert options == set(parameters) - {"run", "pipe"}
+    assert options == set(parameters) - {"run", "pipe", "attribution"}
     assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
@@ -277,6 +278,38 @@ def test_beside_the_widget_stands_its_twin(box: ExplorerBox, shell: InteractiveS
         kept.count('src="data:image/png;base64,') == 4
         and "Heatmap of the effect of each window. blue:" in kept
     )
+
+
+def test_the_attribution_stands_under_the_heatmap(run: Run, pipe: Any) -> None:
+    """Its maps, in the widget and in its twin, and only where the concept has one."""
+    few: dict[str, Any] = {"seeds": [0], "num_inference_steps": STEPS, "progress": False}
+    proposed = attribute(pipe, concept("neon"), most_points=3, **few)
+    box = explore(run, attribution=proposed)
+    assert not box.map.value and box.twin().count("<img") == 4  # "blue" is shown first
+    box.cells["neon"].value = 7
+    assert box.map.value.count("<img") == 2 and proposed.remark in box.map.value
+    twin = box.twin()
+    assert twin.count("<img") == 6
+    assert (
+        twin.index("Heatmap of the effect")
+        < twin.index("Map of the shares")
+        < twin.index("hearing")
+    )
+    with pytest.raises(LocogenError, match="is of 'red'"):
+        explore(run, attribution=dataclasses.replace(proposed, concept="red"))
+
+
+def test_a_search_by_attribution_brings_its_map_and_leaves_cells_empty(pipe: Any) -> None:
+    options: dict[str, Any] = {"seeds": (0, 1), "num_inference_steps": 1, "progress": False}
+    options |= {"window": 2, "search": "attribute", "scorer": tiny.FakeScorer()}
+    run = localize(pipe, concept("blue"), **options)
+    box = explore(run)
+    assert box.map.value.count("<img") == 2
+    unseen = [start for start, cell in box.explorer.cells("blue").items() if not cell["n"]]
+    assert unseen
+    box.cells["blue"].value = unseen[0]
+    assert "was not looked at" in box.status.value
+    assert "<img" in box.pictures.value  # its pictures can still be made
 
 
 def test_names_are_escaped(run: Run) -> None:

@@ -1,8 +1,8 @@
 """The total effect: gradients through the whole sampling chain.
 
 Every layer has an alpha at every step, and what is explained are the final latents along x(target)
-- x(prompt), or what a scorer says of the picture. Gradients go through the scheduler's own steps and guidance, so that a step counts with
-all that later steps make of it.
+- x(prompt), or what a scorer says of the picture. Gradients go through the scheduler's own steps
+and guidance, so that a step counts with all that later steps make of it.
 """
 
 from __future__ import annotations
