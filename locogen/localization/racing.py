@@ -26,6 +26,10 @@ effect the leader reaches at least:
   all pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped,
   and what is said about the winner holds.
 
+Which windows start first makes no difference: each comparison takes three pairs of its own, in any
+order, so a proposal (`attribution.search`) saves a race nothing while the budget suffices for a
+first look at all windows, as the default does for any number of layers.
+
 Every seed serves for the choice, so none is left to judge the winner by: what is said of it
 afterwards must be corrected for the choice among all windows (`effects.partial_effects`).
 

@@ -149,23 +149,20 @@ def _sweep_length(run: Planned) -> int | None:
     if seeds < 1:
         return None
 
-    pairs = min(prompts, limit)
-    search = values.get("search") or "all"
-    if search == "attribute":
-        return _searched_length(pairs * seeds, entry.layers - window + 1)
-    if search != "all":
-        return None  # how far a race goes depends on what it sees
-
     # The plan of one pair of prompts; it has the same length for every subject.
     subject = Concept("x", "style", (PromptPair("x", "y"),))
     rows = sweep(subject, n_layers=entry.layers, window=window, seeds=range(seeds))
-    return pairs * len(rows)
+    search = values.get("search", "all")
+    return _searched_length(search, len(rows) * min(prompts, limit), min(prompts, limit) * seeds)
 
 
-def _searched_length(pairs: int, windows: int) -> int:
-    """About how many pictures a search by attribution makes, for pairs of a prompt and a seed."""
+def _searched_length(search: str, every: int, pairs: int) -> int | None:
+    """About how many pictures a search makes of `every` picture of a sweep; None: unknown."""
+    if search != "attribute":
+        return every if search == "all" else None  # a race depends on what it sees
     # Baseline, ceiling and placebo, two windows, and an insert; of the others one at random each.
     # What proposes and chooses is a few more, and a sampled window that may be better, too.
+    windows = every // pairs // 2 - 1
     return 6 * pairs + min(pairs, windows)
 
 

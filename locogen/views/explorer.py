@@ -67,8 +67,8 @@ class Explorer:
     """Answers looks at a run of `localize`, with `pipe` also for missing pictures.
 
     `options` are those of the edits, see `edit.fit_edit`; `attribution` is one more map beside
-    those of the run. Pictures, edits and neurons are kept in memory, none is written. Raises `LocogenError` for a run without scores, and for a model that
-    has changed since the run.
+    those of the run. Pictures, edits and neurons are kept in memory, none is written. Raises
+    `LocogenError` for a run without scores, and for a model that has changed since the run.
     """
 
     def __init__(
@@ -94,12 +94,7 @@ class Explorer:
         self.concepts = {concept.name: concept for concept in _concepts(run.table)}
         self.attributions = dict(run.attributions)  # by concept
         if attribution is not None:
-            if attribution.concept not in self.concepts:
-                raise LocogenError(
-                    f"the attribution is of {attribution.concept!r}, which the run is not about: "
-                    f"give one of {', '.join(self.concepts)}"
-                )
-            self.attributions[attribution.concept] = attribution
+            self._add(attribution)
         self.carriers = {name: self._carrier(name) for name in self.concepts}
         self.n_layers = int(run.settings["n_layers"])
         self.width = int(run.settings["window"])
@@ -110,6 +105,14 @@ class Explorer:
         for i, row in enumerate(run.plan):
             self._rows.setdefault(_what_makes(row), i)
         self._memory: dict[Any, Any] = {}  # pictures, edits and neurons made for looks
+
+    def _add(self, attribution: Attribution) -> None:
+        if attribution.concept not in self.concepts:
+            raise LocogenError(
+                f"the attribution is of {attribution.concept!r}, which the run is not about: "
+                f"give one of {', '.join(self.concepts)}"
+            )
+        self.attributions[attribution.concept] = attribution
 
     def _carrier(self, concept: str) -> Window:
         return carrier(self.effects[self.effects["concept"] == concept])

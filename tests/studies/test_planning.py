@@ -344,3 +344,19 @@ def test_the_plan_says_all_of_it(tmp_path: Path, capsys) -> None:
 
 def test_durations() -> None:
     assert [duration(s) for s in (0.4, 89, 150, 7500)] == ["0 s", "89 s", "2 min", "2 h 05 min"]
+
+
+def test_a_search_by_attribution_needs_far_fewer_pictures(tmp_path: Path) -> None:
+    """Counted about, before any run is finished; a race depends on what it sees, and is not."""
+    counts = {}
+    for search in ("all", "attribute", "race"):
+        path = tmp_path / f"{search}.toml"
+        path.write_text(
+            'notebook = "localize"\nmodel = "mini"\nconcepts = ["mini/neon"]\n'
+            f'[defaults]\nseeds = 4\nmax_prompts = 6\nsearch = "{search}"\n'
+        )
+        [run] = read_study(path)[2]
+        counts[search] = Costs(tmp_path).pictures(run)
+    assert counts["race"] is None
+    pairs = counts["all"] // 33
+    assert counts["attribute"] == 6 * pairs + min(pairs, 15) < counts["all"] / 3

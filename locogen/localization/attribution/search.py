@@ -182,13 +182,10 @@ def search(
     """
     judging = distinct_seeds(seeds)
     layout = {"n_layers": n_layers, "window": window, "pooled": pooled}
-    scout = scouts(concept, judging)
     candidates = with_rival(order, best, window)
-    choosing: Rows = []
+    choosing = _rows_to_choose(scouts(concept, judging), candidates, layout)
     ranking = list(candidates)
-    if len(candidates) > 1:
-        whole = sweep(scout.concept, seeds=scout.seeds, controls=False, **layout)
-        choosing = [row for row in whole if row.role == "baseline" or row.start in candidates]
+    if choosing:
         scores = yield choosing
         effects = _mean_effects(choosing, scores, concept.sign)
         ranking.sort(key=lambda start: -effects[start])
@@ -217,6 +214,14 @@ def search(
     }
     facts["missed"] = sample.missed(len(hits))
     return Planned(rows, _verdicts(rows, finalists, facts), choosing)
+
+
+def _rows_to_choose(scout: Scouts, candidates: Sequence[int], layout: Mapping[str, Any]) -> Rows:
+    """The baselines and the candidates; nothing where there is no choice."""
+    if len(candidates) < 2:
+        return []
+    every = sweep(scout.concept, seeds=scout.seeds, controls=False, **layout)
+    return [row for row in every if row.role == "baseline" or row.start in candidates]
 
 
 def _mean_effects(rows: Rows, scores: Array, sign: int) -> dict[int, float]:
