@@ -17,6 +17,7 @@ from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import generate
+from locogen.pictures.score import scorer_for
 from locogen.pictures.speed import speed
 from locogen.plan import Concept, Intervention, PromptPair, with_target_runs
 from support import tiny
@@ -132,6 +133,12 @@ def attributed(pipe):
     attribute(pipe, CONCEPT, steps=(0,), **few)
     attribute(pipe, CONCEPT, how="rows", steps=(0,), **few)
     attribute(pipe, CONCEPT, how="chain", **few)
+    attribute(pipe, CONCEPT, how="chain", explain="score", scorer=scorer_for(pipe, "mini"), **few)
+
+
+def searched(pipe):
+    """Gradients propose, and pictures are made by what they say."""
+    localize(pipe, CONCEPT, window=1, search="attribute", **SCORED)
 
 
 VERBS = {
@@ -144,6 +151,7 @@ VERBS = {
     "localize": measured,
     "speed": sped_up,
     "attribute": attributed,
+    "search": searched,
 }
 
 

@@ -19,6 +19,7 @@ import yaml
 from support import tiny
 
 import locogen
+from locogen.pages.build import build
 from locogen.studies.notebooks import parameters_of
 from locogen.studies.study import read_study, run_study
 
@@ -365,6 +366,29 @@ def test_start_here_runs(tmp_path: Path) -> None:
     ]
     assert len(live) == 1 and twin.count('src="data:image/png;base64,') == 4 and "hearing" in twin
     assert str(tmp_path) not in out.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_attribution_proposed_shows_its_maps(tmp_path: Path) -> None:
+    """Layers × steps and layers × words on its page, the search among its settings; a whole sweep has neither."""
+    own = 'notebook = "localize"\nmodel = "mini"\nconcepts = ["mini/neon"]\n'
+    own += "[defaults]\nmax_prompts = 1\nseeds = 2\nnum_inference_steps = 2\nwindow = 4\n"
+    own += '[[run]]\nname = "one"\nsearch = "attribute"\n[[run]]\nname = "all"\nsearch = "all"\n'
+    (tmp_path / "tiny.toml").write_text(own)
+    results = run_study(tmp_path / "tiny.toml", workers=1)
+    build(results)
+    pages = {
+        name: (results / f"{name}-neon" / "index.html").read_text(encoding="utf-8")
+        for name in ("one", "all")
+    }
+    for by in ("step", "token"):
+        words = f"what gradients propose, shares by {by} and layer"
+        assert words in pages["one"] and words not in pages["all"]
+    assert "proposed by attribution" in pages["one"]
+    assert "<dd>attribute</dd>" in pages["one"] and "<dd>all</dd>" in pages["all"]
+    told = json.loads((results / "one-neon" / "result.json").read_text())
+    assert told["pictures"] == told["settings"]["generations"]
+    assert told["pictures"] > len(pd.read_csv(results / "one-neon" / "pictures.csv"))
 
 
 @pytest.mark.slow
