@@ -143,6 +143,19 @@ def test_shares_of_the_score_sum_to_what_it_changes_by():
     assert abs(cosines[0] - cosines[1]) > 0.02  # or they would agree for nothing
 
 
+def test_shares_of_the_score_survive_sixteen_bits():
+    """The score has 32 bits, and what its gradients go through 16: they are scaled on the way."""
+    options = {"how": "chain", "explain": "score", "seeds": [0], "most_points": 3, **OPTIONS}
+    options["scorer"] = load_scorer("mini")
+    wide = attribute(model("sd"), CONCEPT, **options).layers[:, 0, 0]
+    pipe = copy.copy(model("sd"))
+    pipe.unet, pipe.vae = (copy.deepcopy(part).to(torch.float16) for part in (pipe.unet, pipe.vae))
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder).to(torch.float16)
+    half = attribute(pipe, CONCEPT, **options).layers[:, 0, 0]
+    assert np.corrcoef(wide, half)[0, 1] > 0.99
+    assert not np.array_equal(wide, half)
+
+
 def test_a_scorer_without_gradients_is_refused():
     options = {"how": "chain", "explain": "score", **OPTIONS}
     with pytest.raises(LocogenError, match="lets no gradients through"):
