@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.plan import Verdict, VerdictKind, Window
+from locogen.plan import Verdict, VerdictKind, Window, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -338,12 +338,12 @@ def _open(case: _Case, question: str, places: Sequence[Window], starts: Sequence
     lines = case.on(AXES[question])
     left = separate(starts, case.width, _estimates(case, AXES[question]))
     words = {NECESSITY: "necessary", SUFFICIENCY: "sufficient"}
-    beginning = f"{_listed(places)} {_is(places)} {words[question]}; " if places else ""
+    beginning = f"{listed(places)} {_is(places)} {words[question]}; " if places else ""
     shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in left)
     return _Decision(
         "inconclusive",
         (*places, *left),
-        f"{beginning}whether {_listed(left)} {_is(left)} {words[question]} is open "
+        f"{beginning}whether {listed(left)} {_is(left)} {words[question]} is open "
         f"({shares} of the ceiling's effect); {_more([lines[start] for start in starts])}",
     )
 
@@ -392,7 +392,7 @@ def _what_would_suffice_too(case: _Case, place: Window, sufficient: Answers) -> 
     away = _away(sufficient.passes, [place], case.width)
     if away:
         others = separate(away, case.width, _estimates(case, "insert"))
-        yield f"{_listed(others)} would suffice too"
+        yield f"{listed(others)} would suffice too"
 
 
 def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decision:
@@ -412,12 +412,12 @@ def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decis
 def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
     """Under some windows the concept went because the whole picture did."""
     strange = separate(starts, case.width, _estimates(case, "layer"))
-    beginning = f"{_listed(places)} {_is(places)} necessary; " if places else ""
+    beginning = f"{listed(places)} {_is(places)} necessary; " if places else ""
     amounts = "; ".join(_strange(case, place) for place in strange)
     return _Decision(
         "inconclusive",
         tuple(places),
-        f"{beginning}under {_listed(strange)} another picture came, not the target's ({amounts}): "
+        f"{beginning}under {listed(strange)} another picture came, not the target's ({amounts}): "
         "whether the concept is there is open; try a target that is nearer to the prompt, or a "
         "concept that names neighbors",
     )
@@ -548,7 +548,7 @@ def _elsewhere(places: Sequence[Window], width: int) -> str:
     high = int(places[-1].start or 0)
     if high - low <= width + 1:
         return f"try a wider window, {Window(low, high - low + width).label}"
-    return f"try these places together: {_listed(places)}"
+    return f"try these places together: {listed(places)}"
 
 
 def _strange(case: _Case, place: Window) -> str:
@@ -567,13 +567,6 @@ def _more(lines: Sequence[Line]) -> str:
     if not finite:
         return "more seeds or prompts would tell"
     return f"about {max(finite):.0f} seeds would tell"
-
-
-def _listed(places: Sequence[Window]) -> str:
-    names = [str(place) for place in places]
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _numbered(layers: Iterable[int]) -> str:
