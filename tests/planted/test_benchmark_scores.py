@@ -297,7 +297,9 @@ def test_full_marks_still_have_an_interval():
     assert line(scored, "auroc")["low"] == line(scored, "auroc")["high"] == 1
 
 
-def test_the_means_interval_covers_at_its_rate():
+def test_the_means_interval_covers_at_its_rate(monkeypatch):
+    alone = {"auroc": MEASURES["auroc"]}  # the others would take most of the time
+    monkeypatch.setattr("locogen.benchmarks.scores.MEASURES", alone)
     dice = np.random.default_rng(0)
     holds = []
     for _ in range(400):
