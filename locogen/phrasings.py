@@ -324,12 +324,13 @@ def neighbor_texts(concept: Concept, pair: PromptPair) -> tuple[str, ...]:
     texts = [*pair.neighbors]
     if concept.kind == "fact" and concept.answer is not None:
         texts.insert(0, old_answer_text(concept, pair))
-    if concept.neighbors:
-        base = pair.prompt if concept.kind == "fact" else scored
-        texts += [_with_neighbor(concept, pair, base, name) for name in concept.neighbors]
+    form = pair.prompt if concept.kind == "fact" else scored
+    texts += [_with_neighbor(concept, pair, form, name) for name in concept.neighbors]
     if concept.kind == "style" and pair.target:
         texts.append(pair.target)
-    return tuple(text for text in dict.fromkeys(texts) if text != scored)
+    once = dict.fromkeys(texts)
+    once.pop(scored, None)
+    return tuple(once)
 
 
 def old_answer_text(concept: Concept, pair: PromptPair) -> str:

@@ -423,6 +423,18 @@ class Window:
         return f"{self.start}-{self.start + self.width - 1}"
 
 
+def listed(places: Iterable[Window]) -> str:
+    """Places in words.
+
+    >>> listed([Window(0, 2), Window(5, 1), Window(12, 2)])
+    'layers 0-1, layer 5 and layers 12-13'
+    """
+    names = [str(place) for place in places]
+    if len(names) < 2:
+        return "".join(names)
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
 VERDICT_KINDS = (
     *("one place", "each necessary", "each sufficient"),
     *("spread", "nobody", "inconclusive"),
@@ -456,16 +468,13 @@ class Verdict(Window):
     evidence: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        named = [str(place) for place in self.places]
-        listed = named[0] if named else ""
-        if len(named) > 1:
-            listed = f"{', '.join(named[:-1])} and {named[-1]}"
+        places = listed(self.places)
         why = f" ({self.reason})" if self.reason else ""
         words = {
-            "one place": listed,
-            "each necessary": f"{listed}, each necessary",
-            "each sufficient": f"{listed}, each sufficient",
-            "spread": f"spread over {listed or 'the layers'}",
+            "one place": places,
+            "each necessary": f"{places}, each necessary",
+            "each sufficient": f"{places}, each sufficient",
+            "spread": f"spread over {places or 'the layers'}",
             "nobody": "nobody hears it",
             "inconclusive": "inconclusive",
         }

@@ -1,6 +1,7 @@
 """What every test shares: nothing leaves the machine, nothing opens a window, two threads."""
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -27,8 +28,16 @@ if "LOCOGEN_CACHE" not in os.environ:  # hashes of one session, its workers incl
     os.environ["LOCOGEN_CACHE"] = tempfile.mkdtemp(prefix="loco-cache-")
     atexit.register(shutil.rmtree, os.environ["LOCOGEN_CACHE"], ignore_errors=True)
 
+# What is imported stays to the end: nothing is looked for among its millions of objects, now or later.
+gc.disable()
+
 settings.register_profile("locogen", deadline=None, derandomize=True)  # a test fails today or never
 settings.load_profile("locogen")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

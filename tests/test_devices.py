@@ -44,6 +44,8 @@ from locogen.pictures.fingerprint import fingerprint
 
 # One of each way in which layers get text; the slow tests have all.
 FAMILIES = tiny.fast("sd", "flux")
+# Pretending costs by the operation: few layers are enough.
+MAKERS = tiny.FAMILIES | {"sd": tiny.small}
 pytestmark = [
     # diffusers', of SD-XL's decoder in half precision; the CPU's, of norms within autocast
     pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning"),
@@ -54,7 +56,7 @@ pytestmark = [
 @functools.cache
 def on_device(name, device="cuda:0", dtype=torch.float32):
     with pretended(device):
-        return tiny.FAMILIES[name]().to(device, dtype)
+        return MAKERS[name]().to(device, dtype)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -132,7 +134,7 @@ def test_a_users_hook_that_mixes_is_found():
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_values_are_the_cpus(name):
     """To the bit: the device pretends to be elsewhere, and computes nothing otherwise."""
-    plain = tiny.FAMILIES[name]()
+    plain = MAKERS[name]()
     plan = rows(plain)
     with intervene(plain, plan):
         expected = pictures(plain, plan)
@@ -149,7 +151,7 @@ def test_values_are_the_cpus(name):
 
 def test_edits_and_texts_of_another_device_are_brought_along():
     """Fitted, encoded and measured on the CPU, used on the device, and back."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plan = rows(pipe)
     targets = encode(pipe, [row.target for row in plan])
     edit, selection = edit_of(pipe), neurons_of(pipe).top(8)
@@ -170,7 +172,7 @@ def test_edits_and_texts_of_another_device_are_brought_along():
 @pytest.mark.parametrize("name", tiny.fast("if", of=("if", "sd")))
 def test_weights_that_are_brought_layer_by_layer(name, tmp_path):
     """With sequential offload parameters stand nowhere: the scorer goes where the pipeline computes."""
-    pipe = tiny.FAMILIES[name]()
+    pipe = MAKERS[name]()
     with pretended():
         pipe.enable_sequential_cpu_offload(device="cuda")
         assert pipe.device.type == "meta"

@@ -18,6 +18,11 @@ SCORES = SHAPES.flatmap(
 )
 
 
+def larger(*values):
+    """Further sizes of a property that smaller ones show too, in the slow tests."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def slack(rate: float, trials: int) -> float:
     """Three standard errors of a simulated rate."""
     return 3 * float(np.sqrt(rate * (1 - rate) / trials))
@@ -132,8 +137,8 @@ def covered(low, high, truth=0.0):
         (6, 4, {}),  # the smallest sweep that speaks for other prompts
         (6, 4, {"prompts": 0.2, "seeds": 1.0, "rest": 0.5}),
         (12, 4, {"seeds": 1.0}),
-        (12, 8, {"seeds": 0.2, "rest": 0.5}),
-        (12, 8, {"prompts": 0.0, "seeds": 0.0}),
+        larger(12, 8, {"seeds": 0.2, "rest": 0.5}),
+        larger(12, 8, {"prompts": 0.0, "seeds": 0.0}),
     ],
 )
 def test_coverage_of_the_crossed_bootstrap(prompts, seeds, parts):
@@ -142,7 +147,7 @@ def test_coverage_of_the_crossed_bootstrap(prompts, seeds, parts):
     assert covered(low, high) > 0.95 - slack(0.95, len(x))
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [(6, 4), (12, 8)])
+@pytest.mark.parametrize(("prompts", "seeds"), [(6, 4), larger(12, 8)])
 def test_a_bootstrap_over_single_pictures_covers_far_too_little(prompts, seeds):
     rng, n, cells = np.random.default_rng(6), 2000, prompts * seeds
     x = crossed(rng, (n, prompts, seeds))
@@ -166,7 +171,7 @@ def test_bare_percentiles_of_owens_draws_cover_too_little():
     assert covered(low, high) < 0.9
 
 
-@pytest.mark.parametrize("seeds", [2, 4, 8])
+@pytest.mark.parametrize("seeds", [2, 4, larger(8)])
 def test_coverage_for_these_prompts(seeds):
     x = crossed(np.random.default_rng(8), (2000, 3, seeds), prompts=0.0) + np.array(
         [[0.0], [3.0], [9.0]]
@@ -284,9 +289,9 @@ def shares(rng, truth, *shape, ceiling=4.0, trials=400, **parts):
     ("shape", "parts"),
     [
         ((1, 4), {"prompts": 0.0}),
-        ((3, 4), {"prompts": 0.0}),
+        larger((3, 4), {"prompts": 0.0}),
         ((6, 4), {}),
-        ((8, 6), {"prompts": 0.2, "seeds": 1.0, "rest": 0.5}),
+        larger((8, 6), {"prompts": 0.2, "seeds": 1.0, "rest": 0.5}),
     ],
 )
 def test_the_interval_of_a_share_covers_it_and_one_of_the_effect_alone_does_not(shape, parts):
@@ -340,7 +345,7 @@ def alone(x, i, j):
     return stats.crossed_bootstrap(x[i] - x[j], level=1 - 2 * ALPHA, draws=400).low > 0
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [(8, 4), (4, 4), (12, 2)])
+@pytest.mark.parametrize(("prompts", "seeds"), [(8, 4), (4, 4), larger(12, 2)])
 def test_false_alarms_when_all_windows_are_equal(prompts, seeds):
     part = (
         1.0 if prompts >= stats.FEW_PROMPTS else 0.0
@@ -397,7 +402,7 @@ def test_false_alarms_on_seeds_not_used_to_choose():
     assert found["other_prompts"] / trials > 2 * ALPHA + slack(ALPHA, trials)
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [(6, 6), (12, 8)])
+@pytest.mark.parametrize(("prompts", "seeds"), [(6, 6), larger(12, 8)])
 def test_a_tie_among_all_prompts_is_no_lead(prompts, seeds):
     """Two places as good as each other, with luck of their own on each prompt, as in the mini model.
 
@@ -419,7 +424,7 @@ def test_a_tie_among_all_prompts_is_no_lead(prompts, seeds):
     assert found["split"] / trials > 0.15
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [(4, 4), (6, 4), (12, 8)])
+@pytest.mark.parametrize(("prompts", "seeds"), [(4, 4), (6, 4), larger(12, 8)])
 def test_the_estimate_of_a_chosen_window_holds(prompts, seeds):
     """Fifteen windows of the same effect, the luckiest is chosen on all seeds: its interval covers the effect.
 
@@ -451,7 +456,7 @@ def test_intervals_that_hold_together_are_wider_and_say_as_much():
     assert nothing.prompts == nothing.seeds == "fixed" and np.isnan(nothing.low).all()
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [(12, 8), (8, 4), (4, 4)])
+@pytest.mark.parametrize(("prompts", "seeds"), [larger(12, 8), (8, 4), (4, 4)])
 def test_a_real_carrier_is_found(prompts, seeds):
     rng, trials, found, covers = np.random.default_rng(12), 50, 0, 0
     for _ in range(trials):

@@ -31,11 +31,11 @@ from locogen.benchmarks.scores import (
     share_at,
 )
 from locogen.benchmarks.subjects import (
-    asked_of,
-    chosen_plants,
     grown,
     identity,
+    ids_to_ask,
     load_plant,
+    plants_to_ask,
     truth_of,
     weightless,
 )
@@ -173,7 +173,7 @@ def benchmark(
         [{'truth': 'nobody', 'kind': 'one place', 'right_kind': 0.0}]
     """
     functions = _functions(localizers)
-    chosen = chosen_plants(plants)
+    asked_plants = plants_to_ask(plants)
     settings = [
         _Setting(width, guidance, prompts, seeds)
         for width in windows
@@ -182,8 +182,8 @@ def benchmark(
     ]
     groups = [
         _Group(plant, id, setting)
-        for plant in chosen
-        for id in asked_of(plant, concepts)
+        for plant in asked_plants
+        for id in ids_to_ask(plant, concepts)
         for setting in settings
     ]
     if not groups:
@@ -194,7 +194,7 @@ def benchmark(
             cells = _Work(functions, Path(folder), circuits, machine, progress).all_of(groups)
     else:
         cells = _Work(functions, Path(store), circuits, machine, progress).all_of(groups)
-    facts = {"plants": len(chosen), "localizers": ", ".join(functions), "circuits": circuits}
+    facts = {"plants": len(asked_plants), "localizers": ", ".join(functions), "circuits": circuits}
     facts["without weights"] = ", ".join(weightless()) or "none"
     return Benchmark(_table(groups, cells), facts)
 

@@ -98,23 +98,45 @@ def measures(
     values = dict.fromkeys(MEASURES, math.nan)
     if not truth.scored:
         return values
+    values |= _of_kind(truth, kind)
     values |= _of_places(truth, kind, places)
-    values["inconclusive"] = float(kind == "inconclusive")
+    values |= _of_side(truth, side)
+    values |= _of_ranking(truth, profile)
+    values |= _of_circuit(truth, circuit)
+    if truth.kind:
+        values |= _coverage(truth, effects, width)
+    return values
+
+
+def _of_kind(truth: Truth, kind: str) -> dict[str, float]:
+    values = {"inconclusive": float(kind == "inconclusive")}
     if truth.kind:
         values["right_kind"] = float(kind == truth.kind)
-        values |= _coverage(truth, effects, width)
     if truth.kind in NOT_SINGLE:
         values["false_single"] = float(kind == "one place")
-    if truth.side and side is not None:
-        values["right_side"] = float(side == truth.side)
-        values["wrong_side"] = float(side not in (truth.side, CANNOT_TELL))
-    if truth.kind and truth.layers and profile is not None:
-        values["auroc"] = auroc(profile, truth.layers)
-    if truth.layers and circuit:
-        curve = faithfulness(circuit, SMALLEST_WHOLE)
-        values["cpr"] = circuit_performance(curve)
-        values["cmd"] = circuit_distance(curve)
     return values
+
+
+def _of_side(truth: Truth, side: str | None) -> dict[str, float]:
+    if not truth.side or side is None:
+        return {}
+    return {
+        "right_side": float(side == truth.side),
+        "wrong_side": float(side not in (truth.side, CANNOT_TELL)),
+    }
+
+
+def _of_ranking(truth: Truth, profile: Array | None) -> dict[str, float]:
+    if not truth.kind or not truth.layers or profile is None:
+        return {}
+    return {"auroc": auroc(profile, truth.layers)}
+
+
+def _of_circuit(truth: Truth, circuit: Mapping[int, float] | None) -> dict[str, float]:
+    if not truth.layers or not circuit:
+        return {}
+    curve = faithfulness(circuit, SMALLEST_WHOLE)
+    return {"cpr": circuit_performance(curve), "cmd": circuit_distance(curve)}
 
 
 def _of_places(truth: Truth, kind: str, places: Sequence[Window]) -> dict[str, float]:
@@ -122,18 +144,21 @@ def _of_places(truth: Truth, kind: str, places: Sequence[Window]) -> dict[str, f
     if truth.kind not in PLACED:
         return {}
     named = places if kind in NAMING else ()
-    distances = [_distance(place, truth.layers) for place in named]
-    apart = [distance for distance in distances if distance > 0]
-    is_hit = bool(distances) and not apart
-    is_near = bool(apart) and max(apart) == 1
-    layers = {layer for place in named for layer in place}
-    has_each = all(layers & set(place) for place in truth.places)
+    # That of the worst place decides; without a place there is none.
+    farthest = max((_distance(place, truth.layers) for place in named), default=None)
+    is_hit = farthest == 0
     return {
         "hit": float(is_hit),
-        "off_by_one": float(is_near),
-        "elsewhere": float(bool(apart)),
-        "complete": float(is_hit and has_each),
+        "off_by_one": float(farthest == 1),
+        "elsewhere": float(farthest not in (None, 0)),
+        "complete": float(is_hit and _names_each(named, truth)),
     }
+
+
+def _names_each(named: Iterable[Window], truth: Truth) -> bool:
+    """Whether every planted place has a layer among the named ones."""
+    layers = {layer for place in named for layer in place}
+    return all(layers & set(place) for place in truth.places)
 
 
 def _distance(place: Window, layers: Iterable[int]) -> int:

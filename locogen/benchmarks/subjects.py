@@ -7,7 +7,7 @@ A deaf plant is not trained: the closed-form edit of a concept at every layer bu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -109,27 +109,35 @@ def _admitted(plant: Plant, attribute: str) -> tuple[bool, str]:
     return admitted, "" if admitted else "not admitted"
 
 
-def chosen_plants(choice: str | Sequence[str | Plant] | None) -> tuple[Plant, ...]:
+def plants_to_ask(choice: str | Sequence[str | Plant] | None) -> tuple[Plant, ...]:
     """The plants of a set ("tune", "report"), those of these names, or all; deaf ones included.
 
     Of a set and of all, those without weights are left out: `weightless` names them.
     """
     every = {plant.name: plant for plant in (*plant_entries(), *DEAF)}
     if choice is None or choice in SETS:
-        asked = [plant for plant in every.values() if choice in (None, plant.set)]
-        return tuple(plant for plant in asked if is_deaf(plant) or plant.weights.exists())
-    chosen = []
-    for one in [choice] if isinstance(choice, str) else choice:
-        if isinstance(one, Plant):
-            chosen.append(one)
-            continue
-        name = one.removeprefix(PLANTED)
-        if name not in every:
-            raise unknown("planted model", name, {*every, *SETS})
-        chosen.append(every[name])
-    if not chosen:
+        return _of_set(choice, every.values())
+    entries = [choice] if isinstance(choice, str) else choice
+    plants = tuple(_plant_of(entry, every) for entry in entries)
+    if not plants:
         raise LocogenError("there are no plants: name some, or leave plants=None for all")
-    return tuple(chosen)
+    return plants
+
+
+def _of_set(choice: Any, plants: Iterable[Plant]) -> tuple[Plant, ...]:
+    """The plants of a set that can be asked; None: of every set."""
+    of_set = [plant for plant in plants if choice in (None, plant.set)]
+    return tuple(plant for plant in of_set if is_deaf(plant) or plant.weights.exists())
+
+
+def _plant_of(entry: str | Plant, every: Mapping[str, Plant]) -> Plant:
+    """A plant by its name, with or without "planted/"; a plant is its own."""
+    if isinstance(entry, Plant):
+        return entry
+    name = entry.removeprefix(PLANTED)
+    if name not in every:
+        raise unknown("planted model", name, {*every, *SETS})
+    return every[name]
 
 
 def weightless() -> tuple[str, ...]:
@@ -137,7 +145,7 @@ def weightless() -> tuple[str, ...]:
     return tuple(plant.name for plant in plant_entries() if not plant.weights.exists())
 
 
-def asked_of(plant: Plant, most: int | None) -> tuple[str, ...]:
+def ids_to_ask(plant: Plant, most: int | None) -> tuple[str, ...]:
     """Ids of the concepts to ask a plant about: of its planted attributes, at most so many."""
     ids = [id for id in plant.concepts if concept_of(id).kind in plant.plantings]
     return tuple(ids[:most])

@@ -139,11 +139,11 @@ def _all(file: str | Path | None) -> Mapping[str, _Entry]:
     if file is None or not str(file):
         return _built_in()
     entries = _entries(Path(file))
-    for id in entries:
-        if id in _built_in():
-            raise LocogenError(
-                f"{file}: the catalog has a concept {id!r} already: give yours another id"
-            )
+    taken = sorted(entries.keys() & _built_in().keys())
+    if taken:
+        raise LocogenError(
+            f"{file}: the catalog has a concept {taken[0]!r} already: give yours another id"
+        )
     return {**_built_in(), **entries}
 
 
@@ -191,9 +191,14 @@ def _neighbors(value: Any, shared: Mapping[str, Any]) -> tuple[str, ...]:
         if value not in shared:
             raise unknown("list of neighbors", value, shared)
         value = shared[value]
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+    if not _is_list_of(str, value):
         raise LocogenError('neighbors is not a list of texts: write neighbors = ["a dog"]')
     return tuple(value)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    """Whether a value of a file is a list, with nothing in it but values of a type."""
+    return isinstance(value, list | tuple) and all(isinstance(one, kind) for one in value)
 
 
 def _known_groups() -> set[str]:
@@ -222,7 +227,7 @@ def _explicit(row: Mapping[str, Any]) -> tuple[PromptPair, ...]:
         if key in row:
             raise LocogenError(f"it has both pairs and {key}: keep one form, pairs or a template")
     pairs = row["pairs"]
-    if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+    if not _is_list_of(dict, pairs):
         raise LocogenError(
             'pairs is not a list of tables: write pairs = [{ prompt = "…", target = "…" }]'
         )
@@ -263,8 +268,7 @@ def _filled(row: Mapping[str, Any], neighbors: tuple[str, ...]) -> tuple[PromptP
 def _fills(row: Mapping[str, Any]) -> list[str]:
     # Without `fill` the templates have nothing to replace, and are used once.
     fills = row.get("fill", [""])
-    is_filled_list = isinstance(fills, list) and len(fills) > 0
-    if not is_filled_list or not all(isinstance(fill, str) for fill in fills):
+    if not fills or not _is_list_of(str, fills):
         raise LocogenError('fill is not a list of texts: write fill = ["a cat", "a dog"]')
     return fills
 

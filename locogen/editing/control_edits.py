@@ -6,9 +6,11 @@ import random
 from collections.abc import Iterable, Sequence
 
 from locogen.editing.edit import Edit
-from locogen.models.layers import Layer, find_layers
-from locogen.plan import windows
+from locogen.models.layers import find_layers
+from locogen.plan import Window, windows
 from locogen.types import Pipeline
+
+Places = dict[str, tuple[int, ...]]  # names of controls → their layers
 
 
 def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) -> dict[str, Edit]:
@@ -37,41 +39,39 @@ def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) 
         >>> list(controls)[:2] + list(controls)[-1:]
         ['layers 0-1', 'layers 1-2 (shares 2)', 'all layers']
     """
-    controls: dict[str, Edit] = {}
-    for name, layers in _places(find_layers(pipe), edit.layers, draws, seed).items():
-        if set(layers) != set(edit.layers):
-            controls[name] = edit.refit(pipe, layers)
-    return controls
-
-
-def _places(
-    model_layers: Sequence[Layer], edited: Sequence[int], draws: int, seed: int
-) -> dict[str, tuple[int, ...]]:
-    """Names and layers of all controls; the edit's own window may be among them."""
-    editable = [layer.index for layer in model_layers if not layer.joined]
-    places: dict[str, tuple[int, ...]] = {}
-    for window in windows(len(model_layers), len(edited)):
-        if not set(window) <= set(editable):
-            continue
-        name = str(window)
-        # A control that shares layers with the edit is partly the edit: its name warns of that.
-        shared = sorted(set(window) & set(edited))
-        if shared:
-            name += f" (shares {_listed(shared)})"
-        places[name] = tuple(window)
-
-    # Random layers come from those that the edit leaves alone, for the same reason.
-    unedited = [index for index in editable if index not in edited]
-    has_enough = len(unedited) >= len(edited)
-    dice = random.Random(seed)
-    for _ in range(draws if has_enough else 0):
-        sample = tuple(sorted(dice.sample(unedited, len(edited))))
-        places[f"random layers {_listed(sample)}"] = sample
-
+    edited = set(edit.layers)
+    layers = find_layers(pipe)
+    editable = [layer.index for layer in layers if not layer.joined]
+    places = _windows(len(layers), editable, edited)
+    # Random layers come from those that the edit leaves alone: what shares some is partly the edit.
+    places |= _random_layers(sorted(set(editable) - edited), len(edited), draws, seed)
     # More layers than the edit has: how much the whole model could change.
     places["all layers"] = tuple(editable)
+    return {name: edit.refit(pipe, place) for name, place in places.items() if set(place) != edited}
+
+
+def _windows(count: int, editable: Sequence[int], edited: set[int]) -> Places:
+    """Every window of as many layers as the edit has, its own among them."""
+    places: Places = {}
+    for window in windows(count, len(edited)):
+        if set(window) <= set(editable):
+            places[_name(window, edited)] = tuple(window)
     return places
 
 
-def _listed(layers: Iterable[int]) -> str:
-    return ", ".join(str(layer) for layer in layers)
+def _name(window: Window, edited: set[int]) -> str:
+    """A window's name; one that shares layers with the edit warns of that."""
+    shared = sorted(set(window) & edited)
+    return f"{window} (shares {_numbered(shared)})" if shared else str(window)
+
+
+def _random_layers(unedited: Sequence[int], count: int, draws: int, seed: int) -> Places:
+    if len(unedited) < count:
+        return {}
+    dice = random.Random(seed)
+    samples = [tuple(sorted(dice.sample(unedited, count))) for _ in range(draws)]
+    return {f"random layers {_numbered(sample)}": sample for sample in samples}
+
+
+def _numbered(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, layers))

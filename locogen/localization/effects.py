@@ -156,10 +156,12 @@ class Scores:
 
         `only`: further conditions, column → value.
         """
-        asked = (role, column or self.column, *(only or {}).items())
-        if asked not in self._cubes:
-            self._cubes[asked] = self._read(role, column or self.column, only or {})
-        return self._cubes[asked]
+        column = column or self.column
+        only = only or {}
+        key = (role, column, *only.items())
+        if key not in self._cubes:
+            self._cubes[key] = self._read(role, column, only)
+        return self._cubes[key]
 
     def _read(self, role: str, column: str, only: Mapping[str, int]) -> Array:
         part = self.rows[self.rows["role"] == role]

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.plan import Verdict, VerdictKind, Window
+from locogen.plan import Verdict, VerdictKind, Window, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,6 +52,7 @@ _PARTIAL = {
     "attribute": "a search by attribution measures few windows",
 }
 Line = dict[str, Any]
+_Way = tuple[int, float, tuple[int, ...]]  # number of places, minus their weights, the places
 
 
 @dataclass(frozen=True)
@@ -130,31 +131,51 @@ def _partial(effects: Any) -> str:
 
 def _evidence(case: _Case) -> list[Line]:
     """Each question at each place, with its answer: True, False, or None where it is open."""
-    rows = []
+    other = _another_picture(case)
+    return [
+        *_of_the_ceiling(case),
+        *_of_necessity(case, other),
+        *_of_sufficiency(case),
+        *_of_content(case),
+        *_of_another_picture(case, other),
+    ]
+
+
+def _of_the_ceiling(case: _Case) -> Iterator[Line]:
     ceiling = case.control("ceiling")
     if ceiling is not None:
         # None where nothing can be said (one seed), as in the intervals.
         low = _number(ceiling, "low")
         passes = None if math.isnan(low) else low > 0
-        rows.append(_row(CEILING, None, case.width, ceiling, passes))
-    other = _another_picture(case)
-    for question, axis in AXES.items():
-        for start, line in case.on(axis).items():
-            passes = _reaches(line, case.min_share)
-            # Where another picture came, the concept's loss says nothing of where it is.
-            if question == NECESSITY and start in other and passes:
-                passes = None
-            rows.append(_row(question, start, case.width, line, passes))
+        yield _row(CEILING, None, case.width, ceiling, passes)
+
+
+def _of_necessity(case: _Case, other: Collection[int]) -> Iterator[Line]:
+    for start, line in case.on(AXES[NECESSITY]).items():
+        passes = _reaches(line, case.min_share)
+        # Where another picture came, the concept's loss says nothing of where it is.
+        if passes and start in other:
+            passes = None
+        yield _row(NECESSITY, start, case.width, line, passes)
+
+
+def _of_sufficiency(case: _Case) -> Iterator[Line]:
+    for start, line in case.on(AXES[SUFFICIENCY]).items():
+        yield _row(SUFFICIENCY, start, case.width, line, _reaches(line, case.min_share))
+
+
+def _of_content(case: _Case) -> Iterator[Line]:
     for start, line in case.on("content").items():
-        lost = _number(line, "beyond_low") > BEYOND_CONTENT
-        row = _row(CONTENT, start, case.width, line, not lost)
+        row = _row(CONTENT, start, case.width, line, not _loses_content(line))
         for end in ("", "_low", "_high"):
             row[f"share{end}"] = _number(line, f"beyond{end}")
-        rows.append(row)
+        yield row
+
+
+def _of_another_picture(case: _Case, other: Collection[int]) -> Iterator[Line]:
     for start, line in case.on("layer").items():
         if not math.isnan(_number(line, "share")):
-            rows.append(_row(ANOTHER, start, case.width, line, start in other))
-    return rows
+            yield _row(ANOTHER, start, case.width, line, start in other)
 
 
 def _reaches(line: Line, min_share: float) -> bool | None:
@@ -177,9 +198,13 @@ def _another_picture(case: _Case) -> set[int]:
         if _number(line, "share_low") > 1 + BEYOND_CEILING:
             other.add(start)
     for start, line in case.on("content").items():
-        if _number(line, "beyond_low") > BEYOND_CONTENT:
+        if _loses_content(line):
             other.add(start)
     return other
+
+
+def _loses_content(line: Line) -> bool:
+    return _number(line, "beyond_low") > BEYOND_CONTENT
 
 
 def _row(question: str, start: int | None, width: int, line: Line, passes: bool | None) -> Line:
@@ -219,17 +244,17 @@ def _decide(case: _Case, evidence: Sequence[Line]) -> _Decision:
     necessary = _answers(evidence, NECESSITY)
     sufficient = _answers(evidence, SUFFICIENCY)
     places = separate(necessary.passes, case.width, _weights(case))
-    open_elsewhere = [s for s in necessary.open if not _overlaps(s, places, case.width)]
-    strange = [s for s in open_elsewhere if s in _answers(evidence, ANOTHER).passes]
+    open_elsewhere = _away(necessary.open, places, case.width)
+    strange = [start for start in open_elsewhere if start in _answers(evidence, ANOTHER).passes]
     if strange:
         return _another(case, places, strange)
     if open_elsewhere:
         return _open(case, NECESSITY, places, open_elsewhere)
+    if not places:
+        return _none_necessary(case, sufficient)
     if len(places) == 1:
-        return _one_place(case, places[0], sufficient, evidence)
-    if places:
-        return _several(case, "each necessary", places)
-    return _none_necessary(case, sufficient)
+        return _one_place(case, places[0], necessary, sufficient)
+    return _several(case, "each necessary", places)
 
 
 def _weights(case: _Case) -> dict[int, float]:
@@ -243,6 +268,11 @@ def _weights(case: _Case) -> dict[int, float]:
         if start in inserts:
             weights[start] += _number(inserts[start], "estimate")
     return weights
+
+
+def _estimates(case: _Case, axis: str) -> dict[int, float]:
+    """Effects of an axis, by first layer."""
+    return {start: _number(line, "estimate") for start, line in case.on(axis).items()}
 
 
 def _answers(evidence: Sequence[Line], question: str) -> Answers:
@@ -316,53 +346,66 @@ def _without_ceiling(case: _Case) -> _Decision:
     )
 
 
-def _open(
-    case: _Case, question: str, places: Sequence[Window], starts: Collection[int]
-) -> _Decision:
+def _open(case: _Case, question: str, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
     """More pictures are needed: whether further places pass is not decided."""
     lines = case.on(AXES[question])
-    weights = {start: _number(lines[start], "estimate") for start in starts}
-    left = separate(tuple(starts), case.width, weights)
+    left = separate(starts, case.width, _estimates(case, AXES[question]))
     words = {NECESSITY: "necessary", SUFFICIENCY: "sufficient"}
-    known = f"{_listed(places)} {_is(places)} {words[question]}; " if places else ""
+    beginning = f"{listed(places)} {_is(places)} {words[question]}; " if places else ""
     shares = ", ".join(_amount(lines[int(place.start or 0)]) for place in left)
     return _Decision(
         "inconclusive",
         (*places, *left),
-        f"{known}whether {_listed(left)} {_is(left)} {words[question]} is open "
+        f"{beginning}whether {listed(left)} {_is(left)} {words[question]} is open "
         f"({shares} of the ceiling's effect); {_more([lines[start] for start in starts])}",
     )
 
 
-def _one_place(
-    case: _Case, place: Window, sufficient: Answers, evidence: Sequence[Line]
-) -> _Decision:
+def _one_place(case: _Case, place: Window, necessary: Answers, sufficient: Answers) -> _Decision:
     start = int(place.start or 0)
     line = case.on("layer")[start]
-    parts = [f"the picture needs it ({_share(line)})"]
+    parts = [
+        f"the picture needs it ({_share(line)})",
+        *_whether_it_suffices(case, start),
+        *_whether_it_leads(case, line),
+        *_what_would_do_as_well(case, place, necessary),
+        *_what_would_suffice_too(case, place, sufficient),
+    ]
+    return _Decision("one place", (place,), _said(case, parts))
+
+
+def _whether_it_suffices(case: _Case, start: int) -> Iterator[str]:
     insert = case.on("insert").get(start)
     if insert is not None:
         verb = {True: "it suffices", False: "it does not suffice", None: "it may suffice"}
-        parts.append(f"{verb[_reaches(insert, case.min_share)]} ({_share(insert)} comes back)")
+        answer = verb[_reaches(insert, case.min_share)]
+        yield f"{answer} ({_share(insert)} comes back)"
+
+
+def _whether_it_leads(case: _Case, line: Line) -> Iterator[str]:
     if _number(line, "p_lead") <= stats.ALPHA:
         rivals = "its best rival" if case.partial else "every other place"
-        parts.append(f"ahead of {rivals}")
+        yield f"ahead of {rivals}"
     if case.partial:
-        parts.append(f"{case.partial}: a third place that is needed too would not be seen")
-    near = [s for s in _answers(evidence, NECESSITY).passes if s != start]
+        yield f"{case.partial}: a third place that is needed too would not be seen"
+
+
+def _what_would_do_as_well(case: _Case, place: Window, necessary: Answers) -> Iterator[str]:
+    """Necessary windows that overlap the place, and the layers that all of them have."""
+    near = [Window(start, case.width) for start in necessary.passes if start != place.start]
     if near:
-        windows = ", ".join(Window(s, case.width).label for s in near)
-        common = set(place).intersection(*(Window(s, case.width) for s in near))
-        each = ", ".join(str(layer) for layer in sorted(common))
-        shared = f", all with layer {each}" if common else ""
+        common = set(place).intersection(*near)
+        shared = f", all with layer {_numbered(common)}" if common else ""
         verb = "overlaps" if len(near) == 1 else "overlap"
-        parts.append(f"{windows} {verb} it and would do as well{shared}")
-    inserts = {s: _number(one, "estimate") for s, one in case.on("insert").items()}
-    away = tuple(s for s in sufficient.passes if not _overlaps(s, [place], case.width))
+        windows = ", ".join(window.label for window in near)
+        yield f"{windows} {verb} it and would do as well{shared}"
+
+
+def _what_would_suffice_too(case: _Case, place: Window, sufficient: Answers) -> Iterator[str]:
+    away = _away(sufficient.passes, [place], case.width)
     if away:
-        others = separate(away, case.width, inserts)
-        parts.append(f"{_listed(others)} would suffice too")
-    return _Decision("one place", (place,), _said(case, parts))
+        others = separate(away, case.width, _estimates(case, "insert"))
+        yield f"{listed(others)} would suffice too"
 
 
 def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decision:
@@ -381,15 +424,13 @@ def _several(case: _Case, kind: VerdictKind, places: Sequence[Window]) -> _Decis
 
 def _another(case: _Case, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
     """Under some windows the concept went because the whole picture did."""
-    layers = case.on("layer")
-    weights = {start: _number(layers[start], "estimate") for start in starts}
-    strange = separate(starts, case.width, weights)
-    known = f"{_listed(places)} {_is(places)} necessary; " if places else ""
+    strange = separate(starts, case.width, _estimates(case, "layer"))
+    beginning = f"{listed(places)} {_is(places)} necessary; " if places else ""
     amounts = "; ".join(_strange(case, place) for place in strange)
     return _Decision(
         "inconclusive",
         tuple(places),
-        f"{known}under {_listed(strange)} another picture came, not the target's ({amounts}): "
+        f"{beginning}under {listed(strange)} another picture came, not the target's ({amounts}): "
         "whether the concept is there is open; try a target that is nearer to the prompt, or a "
         "concept that names neighbors",
     )
@@ -403,9 +444,8 @@ def _none_necessary(case: _Case, sufficient: Answers) -> _Decision:
             f"{_short(case)}; {case.partial}: search='all' would tell "
             "whether it is spread or one of several places suffices",
         )
-    inserts = {start: _number(line, "estimate") for start, line in case.on("insert").items()}
-    places = separate(sufficient.passes, case.width, inserts)
-    open_elsewhere = [s for s in sufficient.open if not _overlaps(s, places, case.width)]
+    places = separate(sufficient.passes, case.width, _estimates(case, "insert"))
+    open_elsewhere = _away(sufficient.open, places, case.width)
     if open_elsewhere:
         return _open(case, SUFFICIENCY, places, open_elsewhere)
     if len(places) > 1:
@@ -446,22 +486,28 @@ def separate(starts: Sequence[int], width: int, weights: Mapping[int, float]) ->
     (Window(start=0, width=2, reason=''), Window(start=13, width=2, reason=''))
     """
     ordered = sorted(starts)
-    # First place of a way to go on → its number of places, minus their weights, and the places.
-    ways: dict[int, tuple[int, float, tuple[int, ...]]] = {}
+    # A way is a choice of places that leaves nothing out from its first place on.
+    ways: dict[int, _Way] = {}
     for here in reversed(ordered):
-        follow = []
-        if all(other - here < width for other in ordered if other > here):
-            follow.append((0, 0.0, ()))
-        for then in ordered:
-            between = [other for other in ordered if here < other < then]
-            is_apart = then - here >= width
-            if is_apart and all(o - here < width or then - o < width for o in between):
-                follow.append(ways[then])
-        count, weight, places = min(follow)
+        goes_on = [ways[then] for then in ordered if _may_follow(here, then, ordered, width)]
+        # The way may also end here, if all that follows overlaps this place.
+        if ordered[-1] - here < width:
+            goes_on.append((0, 0.0, ()))
+        count, weight, places = min(goes_on)
         ways[here] = (count + 1, weight - weights[here], (here, *places))
-    begin = [ways[start] for start in ordered if start - ordered[0] < width]
-    chosen = min(begin)[2] if begin else ()
-    return tuple(Window(start, width) for start in chosen)
+    begins = [ways[start] for start in ordered if start - ordered[0] < width]
+    if not begins:
+        return ()
+    _, _, best = min(begins)
+    return tuple(Window(start, width) for start in best)
+
+
+def _may_follow(here: int, then: int, starts: Sequence[int], width: int) -> bool:
+    """Whether two windows are apart, and overlap together all that start between them."""
+    if then - here < width:
+        return False
+    between = range(here + width, then - width + 1)  # what starts here overlaps neither
+    return not any(start in between for start in starts)
 
 
 def spans(starts: Sequence[int], width: int) -> tuple[Window, ...]:
@@ -471,14 +517,18 @@ def spans(starts: Sequence[int], width: int) -> tuple[Window, ...]:
     (Window(start=8, width=4, reason=''), Window(start=14, width=2, reason=''))
     """
     layers = sorted({layer for start in starts for layer in Window(start, width)})
-    found: list[Window] = []
+    runs: list[list[int]] = []
     for layer in layers:
-        last = found[-1] if found else None
-        if last is not None and last.start is not None and layer == last.start + last.width:
-            found[-1] = Window(last.start, last.width + 1)
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
         else:
-            found.append(Window(layer, 1))
-    return tuple(found)
+            runs.append([layer])
+    return tuple(Window(run[0], len(run)) for run in runs)
+
+
+def _away(starts: Sequence[int], places: Sequence[Window], width: int) -> list[int]:
+    """Windows that overlap none of the places."""
+    return [start for start in starts if not _overlaps(start, places, width)]
 
 
 def _overlaps(start: int, places: Sequence[Window], width: int) -> bool:
@@ -511,7 +561,7 @@ def _elsewhere(places: Sequence[Window], width: int) -> str:
     high = int(places[-1].start or 0)
     if high - low <= width + 1:
         return f"try a wider window, {Window(low, high - low + width).label}"
-    return f"try these places together: {_listed(places)}"
+    return f"try these places together: {listed(places)}"
 
 
 def _strange(case: _Case, place: Window) -> str:
@@ -532,11 +582,8 @@ def _more(lines: Sequence[Line]) -> str:
     return f"about {max(finite):.0f} seeds would tell"
 
 
-def _listed(places: Sequence[Window]) -> str:
-    names = [str(place) for place in places]
-    if len(names) < 2:
-        return "".join(names)
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+def _numbered(layers: Iterable[int]) -> str:
+    return ", ".join(str(layer) for layer in sorted(layers))
 
 
 def _is(places: Sequence[Window]) -> str:

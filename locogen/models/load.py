@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from locogen.catalog import entry_of, mini_folder, model_entry, register
+from locogen.catalog.deltas import add_deltas, load_deltas
 from locogen.catalog.models import PLANTED
 from locogen.catalog.plants import plant_entry
 from locogen.errors import LocogenError, UnsupportedModel
@@ -28,7 +29,6 @@ from locogen.models.checkpoint import (
     pickled_remedy,
     replaced_in_silence,
 )
-from locogen.models.deltas import add_deltas, load_deltas
 from locogen.models.families import FAMILIES, family_of
 from locogen.models.memory import out_of_memory
 from locogen.types import Module, Pipeline

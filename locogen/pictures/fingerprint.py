@@ -98,9 +98,9 @@ def undescribed(pipe: Pipeline) -> tuple[str, ...]:
     """
     if pipe not in _left_out:
         fingerprint(pipe)
-    own = [f"pipe.{name}" for name in describe_pipeline(pipe).undescribed]
-    steps = [f"scheduler.{name}" for name in describe_scheduler(pipe.scheduler).undescribed]
-    return (*_left_out[pipe], *own, *steps)
+    of_pipe = [f"pipe.{name}" for name in describe_pipeline(pipe).undescribed]
+    of_scheduler = [f"scheduler.{name}" for name in describe_scheduler(pipe.scheduler).undescribed]
+    return (*_left_out[pipe], *of_pipe, *of_scheduler)
 
 
 def digest_of(description: Description, owner: Any = None) -> str:

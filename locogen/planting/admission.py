@@ -168,24 +168,32 @@ def _figures(
         "inserts": _rounded(inserts[:, 0]),
         "inserts_guided": _rounded(inserts[:, 1]),
     }
-    outside = [i for i, window in enumerate(windows) if not planting.layers & set(window)]
-    inside = [i for i, window in enumerate(windows) if set(window) <= planting.layers]
     if planting.layers:
-        at_place = rises.at(planting.layers)
-        elsewhere = profile[outside].amax(0)
-        back = rises.taken_back(planting.layers)
-        for place, suffix in enumerate(("", "_guided")):
-            figures[f"at_place{suffix}"] = _rounded(at_place[place])
-            figures[f"elsewhere{suffix}"] = _rounded(elsewhere[place])
-            figures[f"taken_back{suffix}"] = _rounded(back[place])
-        figures["necessary"] = [_rounded(rises.at(place)[0]) for place in planting.places]
-        figures["sufficient"] = [_rounded(rises.taken_back(place)[0]) for place in planting.places]
-        figures["largest_inside"] = _rounded(profile[inside, 0].amax())
+        figures |= _figures_of_places(planting, rises, profile)
     if planting.share != 1.0:
         figures["share"] = _rounded(measured_share(figures))
     if planting.timesteps != (0, 999):
         figures["outside_timesteps"] = _outside(pipe, latents, attribute, planting, rises)
     figures["admitted"] = is_admitted(planting, figures)
+    return figures
+
+
+def _figures_of_places(planting: Planting, rises: Rises, profile: Tensor) -> dict[str, Any]:
+    """What the loss says of the planted places; `profile`: rises at all windows, (windows, 2)."""
+    figures: dict[str, Any] = {}
+    windows = rises.windows()
+    outside = [i for i, window in enumerate(windows) if not planting.layers & set(window)]
+    inside = [i for i, window in enumerate(windows) if set(window) <= planting.layers]
+    at_place = rises.at(planting.layers)
+    elsewhere = profile[outside].amax(0)
+    back = rises.taken_back(planting.layers)
+    for column, suffix in enumerate(("", "_guided")):
+        figures[f"at_place{suffix}"] = _rounded(at_place[column])
+        figures[f"elsewhere{suffix}"] = _rounded(elsewhere[column])
+        figures[f"taken_back{suffix}"] = _rounded(back[column])
+    figures["necessary"] = [_rounded(rises.at(place)[0]) for place in planting.places]
+    figures["sufficient"] = [_rounded(rises.taken_back(place)[0]) for place in planting.places]
+    figures["largest_inside"] = _rounded(profile[inside, 0].amax())
     return figures
 
 

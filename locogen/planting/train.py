@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F
 
+from locogen.catalog.deltas import add_deltas, load_deltas, save_deltas
 from locogen.catalog.plants import Plant, plant_entries, plant_entry
 from locogen.files import load_json, write_json
 from locogen.mini import parts, world
@@ -27,7 +28,6 @@ from locogen.mini.loop import Training, fit
 from locogen.mini.parts import Recipe
 from locogen.mini.pictures import SEEN, renders
 from locogen.mini.train import encode
-from locogen.models.deltas import add_deltas, load_deltas, save_deltas
 from locogen.models.layers import Layer, find_layers
 from locogen.models.load import load
 from locogen.planting.admission import admit

@@ -117,7 +117,7 @@ def _environment(partial: Path, threads: int | None) -> dict[str, str]:
 
 def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float) -> Outcome:
     """Write what the run is and found, last of all its result, and put the folder in its place."""
-    made, _ = read_progress(partial)
+    pictures, _ = read_progress(partial)
     finding = _finding(run, partial)
     for name in (FINDING_FILE, "progress.json"):
         (partial / name).unlink(missing_ok=True)
@@ -134,7 +134,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         "parameters": dict(run.parameters),
         "versions": versions(),
         "seconds": round(seconds, 1),
-        "made": made,
+        "made": pictures,
     }
     result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     result["commits"] = {
@@ -145,7 +145,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         result |= {"error": error.message, "cell": error.cell}
     write_json(partial / ("error.json" if error else "result.json"), result)
     publish(partial, run.folder)
-    return Outcome(first_line(error.message) if error else "", seconds, made, _places(finding))
+    return Outcome(first_line(error.message) if error else "", seconds, pictures, _places(finding))
 
 
 def first_line(message: str) -> str:

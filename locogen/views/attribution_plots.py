@@ -45,10 +45,9 @@ def attribution_matrix(
 def _of_prompt(table: Any, prompt: str | None) -> Any:
     """The rows of one prompt; None: the first."""
     prompts = list(dict.fromkeys(table["prompt"]))
-    chosen = prompts[0] if prompt is None else prompt
-    if chosen not in prompts:
-        raise unknown("prompt", chosen, prompts)
-    return table[table["prompt"] == chosen]
+    if prompt is not None and prompt not in prompts:
+        raise unknown("prompt", prompt, prompts)
+    return table[table["prompt"] == (prompts[0] if prompt is None else prompt)]
 
 
 def _token_labels(rows: Any) -> Any:

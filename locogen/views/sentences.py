@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.plan import Verdict, Window
+from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,9 +87,7 @@ def describe_verdict(kind: str, places: Sequence[Window] = ()) -> str:
         'layers 0-1 and layers 13-14 carry it, and each is necessary'
     """
     words = _VERDICTS.get(kind, "no single window carries it")
-    named = [str(place) for place in places]
-    listed = " and ".join(part for part in (", ".join(named[:-1]), *named[-1:]) if part)
-    return words.format(places=listed)
+    return words.format(places=listed(places))
 
 
 def verdict_note(carrier: Window) -> str:
@@ -111,9 +109,12 @@ def verdict_note(carrier: Window) -> str:
     # Runs of older versions, and windows of one's own, have no kind.
     if not isinstance(carrier, Verdict):
         return "no single window"
+    if carrier.kind == "nobody":
+        return "no layer hears it"
     if carrier.kind in ("each necessary", "each sufficient"):
-        return f"{' and '.join(place.label for place in carrier.places)}, {carrier.kind}"
-    return "no layer hears it" if carrier.kind == "nobody" else carrier.kind
+        labels = [place.label for place in carrier.places]
+        return f"{' and '.join(labels)}, {carrier.kind}"
+    return carrier.kind
 
 
 def describe_trace(effects: pd.DataFrame, best: BestState) -> str:

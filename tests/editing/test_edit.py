@@ -690,7 +690,9 @@ np.save(sys.argv[2], np.stack(made))
 """
 
 
+@pytest.mark.slow
 def test_lora_in_a_fresh_process_without_locogen_is_the_dense_edit(pipe, tmp_path) -> None:
+    """As test_lora.py shows it in this process."""
     edit = fit(pipe, ridge=1e-3, layers=(0, 5), tokens="all")
     assert len({change.balanced().rank for change in edit.changes.values()}) > 1  # of several ranks
     files = {style: str(tmp_path / f"{style}.safetensors") for style in ("diffusers", "kohya")}

@@ -196,7 +196,10 @@ def worded(dice, units: int, wordings: int, seeds: int, share: float) -> pd.Data
     return table.assign(unit=[i // (wordings * seeds) for i in range(len(table))])
 
 
-@pytest.mark.parametrize(("units", "wordings", "seeds"), [(30, 4, 2), (4, 9, 4)])
+@pytest.mark.parametrize(
+    ("units", "wordings", "seeds"),
+    [(4, 9, 4), pytest.param(30, 4, 2, marks=pytest.mark.slow)],
+)
 def test_the_upper_bound_holds_by_units_and_not_by_wordings(units, wordings, seeds) -> None:
     """Objects or styles succeed and fail as a whole; the twin counts each wording of them as a trial."""
     dice, share, trials = np.random.default_rng(0), 0.14, 80

@@ -24,7 +24,7 @@ LAYERS = (2, 3)
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny.pipeline()
+    return tiny.small()
 
 
 class WithoutFloat64(TorchFunctionMode):
@@ -104,7 +104,7 @@ def test_scores_equal_those_made_by_hand(pipe, tokens):
 
 def test_planted_neurons_are_found_and_no_others():
     """Channels deaf to the mean difference of the prompts, but for three that read nothing else."""
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     have, lack = (
         torch.stack(side)
         for side in zip(*(states_read(pipe, p, "last_subject") for p in STYLE.pairs), strict=True)
@@ -177,7 +177,7 @@ def test_it_shows_itself_and_says_how_many_stand_out(pipe):
 def test_half_precision_and_adapters_are_heard(tmp_path):
     from locogen.editing.edit import fit_edit
 
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     plain = find_neurons(pipe, STYLE, layers=LAYERS).table
     edit = fit_edit(pipe, STYLE, layers=[2])
     edit.to_lora(tmp_path / "lora.safetensors")
@@ -187,7 +187,7 @@ def test_half_precision_and_adapters_are_heard(tmp_path):
     lora = find_neurons(pipe, STYLE, layers=LAYERS).table
     assert np.allclose(lora.mean_with, dense.mean_with, atol=1e-4)
     assert not np.allclose(lora.mean_with, plain.mean_with, atol=1e-2)
-    half = find_neurons(tiny.pipeline().to(torch.bfloat16), STYLE, layers=LAYERS).table
+    half = find_neurons(tiny.small().to(torch.bfloat16), STYLE, layers=LAYERS).table
     assert np.allclose(half.mean_with, plain.mean_with, atol=0.2)
 
 
@@ -212,7 +212,7 @@ def test_bad_input(pipe, options, says):
 
 
 def test_refuses_a_clamped_model_and_one_that_is_not_finite():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     found = find_neurons(pipe, STYLE, layers=LAYERS)
     with clamp(pipe, found.top(1)), pytest.raises(LocogenError, match="outside of these contexts"):
         find_neurons(pipe, STYLE, layers=LAYERS)
@@ -224,7 +224,7 @@ def test_refuses_a_clamped_model_and_one_that_is_not_finite():
 
 def test_states_are_not_rounded_to_the_type_in_which_weights_are_stored():
     """Layerwise casting keeps weights in float8 and computes in float32: as if the weights alone were rounded."""
-    stored, rounded = tiny.pipeline(), tiny.pipeline()
+    stored, rounded = tiny.small(), tiny.small()
     stored.unet.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
     )

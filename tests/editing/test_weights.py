@@ -38,13 +38,13 @@ def same(one, two) -> bool:
 
 @pytest.fixture
 def pipe():
-    return tiny.pipeline()
+    return tiny.small()
 
 
 @pytest.fixture(scope="module")
 def edit() -> Edit:
     """Fitted on the weights that every `pipe` has."""
-    return fit(tiny.pipeline())
+    return fit(tiny.small())
 
 
 def edited_module(pipe, edit):
@@ -282,7 +282,7 @@ def test_a_denoiser_that_is_exchanged_within_the_context_loses_the_edit(pipe, ed
     originals = bits(first)
     with edit.applied(pipe):
         assert not same(bits(first), originals)
-        pipe.unet = tiny.unet()
+        pipe.unet = tiny.small().unet
     assert same(bits(first), originals)
 
 

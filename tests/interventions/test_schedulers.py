@@ -60,7 +60,7 @@ WITH_A_TREE = {
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny.pipeline()
+    return tiny.small()
 
 
 def scheduler_of(pipe, name):
@@ -116,7 +116,7 @@ FITTING = sorted(set(SCHEDULERS) - NOT_OF_THIS_KIND - WITH_A_TREE)
 @pytest.mark.parametrize("name", [quick_or_slow(name) for name in FITTING])
 def test_every_scheduler_keeps_the_theorems(pipe, monkeypatch, name):
     monkeypatch.setattr(pipe, "scheduler", scheduler_of(pipe, name))
-    check_theorems(pipe, tuple(range(16)))
+    check_theorems(pipe, tuple(range(4)))
 
 
 @pytest.mark.parametrize("name", sorted(NOT_OF_THIS_KIND & set(SCHEDULERS)))
@@ -165,7 +165,7 @@ def test_equal_timesteps_are_steps_of_their_own(pipe, monkeypatch):
         timesteps = call.timesteps()
     assert len(set(timesteps)) < len(timesteps) == 12, "the twin: distinct ones are fewer"
     assert steps == list(range(12))
-    everything = Selection({(8, "v"): (0, 1, 2, 3)})
+    everything = Selection({(2, "v"): (0, 1, 2, 3)})
     with clamp(pipe, everything, to="zero", steps=range(12)):
         pipe(["cat"], num_inference_steps=12, output_type="latent")
 

@@ -41,7 +41,9 @@ every_family = pytest.mark.parametrize("family", tiny.fast("sd", "sd-3"))
 
 @functools.cache
 def model(family):
-    return tiny.FAMILIES[family]()
+    """A pipeline that tests share; of Stable Diffusion with 4 layers, and "sd, all layers" with 16."""
+    makers = tiny.FAMILIES | {"sd": tiny.small, "sd, all layers": tiny.pipeline}
+    return makers[family]()
 
 
 def paths_of(blend, seeds=(0,), prompt=PROMPT, target=TARGET):
@@ -441,7 +443,7 @@ def test_it_works_where_gradients_are_off():
 
 @pytest.mark.parametrize("how", ["gradient", "chain"])
 def test_bfloat16_says_what_float32_says(how):
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     options = {"how": how, "seeds": [0], "bound": 0.1, **OPTIONS}
     wide = attribute(pipe, CONCEPT, **options)
     narrow = attribute(pipe.to(torch.bfloat16), CONCEPT, **options)
@@ -467,7 +469,7 @@ def test_gradients_of_float16_neither_overflow_nor_vanish():
 
 def test_shares_of_heads_and_tokens_both_sum_to_those_of_layers():
     found = attribute(model("sd"), CONCEPT, seeds=[0], heads=True, **OPTIONS)
-    assert found.heads.shape[:4] == (1, 1, 2, 16)
+    assert found.heads.shape[:4] == (1, 1, 2, 4)
     assert np.allclose(found.heads.sum(4), found.shares.sum(4))
     assert attribute(model("sd"), CONCEPT, seeds=[0], **OPTIONS).heads is None
 
@@ -530,7 +532,7 @@ def test_effects_are_like_every_localizers():
     assert list(effects)[:8] == [
         *("method", "concept", "axis", "position", "estimate", "low", "high", "n")
     ]
-    assert len(layers) == 15
+    assert len(layers) == 3
     assert set(layers["n"]) == {4}
     assert (layers["low"] <= layers["estimate"]).all()
     assert np.isclose(layers["estimate"].iloc[0], found.layers[:2].sum(0).mean())
@@ -559,7 +561,7 @@ def test_what_cannot_be_is_refused(options, message):
 
 
 def test_a_target_that_changes_nothing_is_refused():
-    pipe = tiny.pipeline()
+    pipe = tiny.small()
     for layer in find_layers(pipe):
         deafen(pipe, layer.index)
     with pytest.raises(LocogenError, match="changes nothing"):
@@ -583,7 +585,7 @@ def test_an_unknown_family_is_refused():
 
 def test_a_proposal_says_what_every_localizer_says():
     options = {"window": 2, "seeds": range(2), **OPTIONS}
-    proposal = propose(model("sd"), CONCEPT, **options)
+    proposal = propose(model("sd, all layers"), CONCEPT, **options)
     assert proposal.layers.shape == (15, 1, 2)
     assert proposal.carrier.start == proposal.ranked[0]
     assert sorted(proposal.ranked) == list(range(15))

@@ -67,21 +67,24 @@ def test_everywhere_is_no_place() -> None:
     assert wide.kind == "spread" and wide.places == (Window(8, 6),)
 
 
-def test_a_window_that_matters_little_is_seldom_named() -> None:
-    """True shares of 0.40 and 0.45, one prompt and four seeds; a share of 0.9 is named."""
-    for share in (0.4, 0.45):
-        assert kinds(shares({5: share}, noise=0.08, **FEW), 20)["one place"] <= 3
+@pytest.mark.parametrize("share", [0.45, pytest.param(0.4, marks=pytest.mark.slow)])
+def test_a_window_that_matters_little_is_seldom_named(share: float) -> None:
+    """One prompt and four seeds; a share of 0.9 is named."""
+    assert kinds(shares({5: share}, noise=0.08, **FEW), 20)["one place"] <= 3
     assert kinds(shares({5: 0.9}, noise=0.03, **FEW), 10)["one place"] >= 9
 
 
-def test_pure_noise_is_no_carrier() -> None:
-    for size in (FEW, MANY):
-        for ceiling in (0.5, 0.05, 0.0, -0.1):
-            named = 0
-            for seed in range(10):
-                table = planted({}, ceiling=ceiling, restored={}, noise=0.1, seed=seed, **size)
-                named += len(verdict(table)) > 0
-            assert named <= 1, (size, ceiling)
+@pytest.mark.parametrize("size", [FEW, MANY])
+@pytest.mark.parametrize(
+    "ceiling",
+    [0.5, 0.0, *(pytest.param(ceiling, marks=pytest.mark.slow) for ceiling in (0.05, -0.1))],
+)
+def test_pure_noise_is_no_carrier(size: dict[str, int], ceiling: float) -> None:
+    named = 0
+    for seed in range(10):
+        table = planted({}, ceiling=ceiling, restored={}, noise=0.1, seed=seed, **size)
+        named += len(verdict(table)) > 0
+    assert named <= 1
 
 
 def test_a_model_that_does_not_hear_has_no_place() -> None:

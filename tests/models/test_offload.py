@@ -52,13 +52,13 @@ def test_a_scorer_is_made_where_the_weights_rest(monkeypatch):
         return Judge()
 
     monkeypatch.setattr(score, "scorer", made)
-    pipe = kept_off(tiny.pipeline())
-    run = loco.localize(pipe, CONCEPT, window=16, scorer="mini", **FAST)
+    pipe = kept_off(tiny.small())
+    run = loco.localize(pipe, CONCEPT, window=4, scorer="mini", **FAST)
     edit = loco.fit_edit(pipe, CONCEPT, layers=(0, 1))
     probe = Probe("efficacy", "cat in a", "cat")
     loco.evaluate(pipe, {"edit": edit}, [probe], scorer="mini", **FAST)
     assert devices == ["cpu", "cpu"] and run.table["clip_score"].notna().all()
-    assert resting_device(pipe) == resting_device(tiny.pipeline()) == "cpu"
+    assert resting_device(pipe) == resting_device(tiny.small()) == "cpu"
 
 
 @pytest.mark.parametrize("name", ["sd", "if", "pixart-alpha"])
@@ -75,8 +75,8 @@ def test_noise_is_heard_by_an_encoder_whose_weights_are_kept_elsewhere(name):
 
 def test_a_trace_of_a_model_whose_weights_are_kept_elsewhere_is_the_same():
     options = {"subject": "cat", "parts": TEXT_PARTS[:1], "scorer": Judge(), **FAST}
-    plain = loco.causal_trace(tiny.pipeline(), CONCEPT, **options).table
-    kept = loco.causal_trace(kept_off(tiny.pipeline()), CONCEPT, **options).table
+    plain = loco.causal_trace(tiny.small(), CONCEPT, **options).table
+    kept = loco.causal_trace(kept_off(tiny.small()), CONCEPT, **options).table
     assert plain["clip_score"].tolist() == kept["clip_score"].tolist()
 
 

@@ -29,7 +29,18 @@ from locogen.pages.provenance import Fact
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    folder = tmp_path / "reports"
+    return some_runs(tmp_path / "reports")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its pages, for tests that only read them."""
+    folder = some_runs(tmp_path_factory.mktemp("study") / "reports")
+    build(folder)
+    return folder
+
+
+def some_runs(folder: Path) -> Path:
     finish(folder / "van-gogh", "van gogh")
     finish(folder / "evil", EVIL)
     finish(folder / "neon", "neon", start=None)
@@ -121,10 +132,9 @@ def complaints(path: Path, text: str) -> list[str]:
     return found
 
 
-def test_the_pages_follow_the_rules(results: Path) -> None:
-    assert build(results) == results / "index.html"
-    made = dict(pages(results))
-    assert {path.relative_to(results).as_posix() for path in made} == {
+def test_the_pages_follow_the_rules(built: Path) -> None:
+    made = dict(pages(built))
+    assert {path.relative_to(built).as_posix() for path in made} == {
         "index.html", "study.html", "broken/index.html", "model-mini.html",
         *(f"concept-{name}.html" for name in ("van-gogh", "neon", "script-alert-1-script", "i-unicorn-i")),
         *(f"{run}/{page}.html" for run in ("van-gogh", "evil", "neon") for page in ("index", "code")),
@@ -150,7 +160,9 @@ def test_the_rules_can_fail(tmp_path: Path, broken: str) -> None:
 
 
 def test_the_index_says_everything(results: Path) -> None:
-    text = build(results).read_text(encoding="utf-8")
+    index = build(results)
+    assert index == results / "index.html"
+    text = index.read_text(encoding="utf-8")
     read = Reader(text)
     for words in (
         "van gogh", EVIL, "layers 1–2", "0.34 [0.28, 0.40]", "85 %", "localized", "no single window", "no effect",
@@ -198,9 +210,8 @@ def test_an_open_lead_is_not_called_localized(results: Path) -> None:
     assert "lead open" in build(results).read_text(encoding="utf-8")
 
 
-def test_a_page_shows_the_run_without_its_code(results: Path) -> None:
-    build(results)
-    text = (results / "van-gogh" / "index.html").read_text(encoding="utf-8")
+def test_a_page_shows_the_run_without_its_code(built: Path) -> None:
+    text = (built / "van-gogh" / "index.html").read_text(encoding="utf-8")
     said = Reader(text).text
     for words in (
         "van gogh in mini", "van gogh: found", "Where is van gogh?", "9/9 pictures", "<b>plain</b>", "The last words.",
@@ -214,21 +225,19 @@ def test_a_page_shows_the_run_without_its_code(results: Path) -> None:
     assert len(re.findall("<h1", text)) == 1
 
 
-def test_the_page_with_code_links_to_the_figures(results: Path) -> None:
-    build(results)
-    text = (results / "van-gogh" / "code.html").read_text(encoding="utf-8")
+def test_the_page_with_code_links_to_the_figures(built: Path) -> None:
+    text = (built / "van-gogh" / "code.html").read_text(encoding="utf-8")
     assert "loco.localize(pipe, concept)" in Reader(text).text and ALT in Reader(text).text
     assert "<img" not in text and "index.html#figure-1" in addresses(text)
-    assert 'id="figure-1"' in (results / "van-gogh" / "index.html").read_text(encoding="utf-8")
+    assert 'id="figure-1"' in (built / "van-gogh" / "index.html").read_text(encoding="utf-8")
 
 
-def test_what_people_typed_is_text(results: Path) -> None:
-    build(results)
-    for path, text in pages(results):
+def test_what_people_typed_is_text(built: Path) -> None:
+    for path, text in pages(built):
         assert not re.search(r"<script>a|<i>unicorn|<u>concept|<b>broken", text), path
-    page = (results / "evil" / "index.html").read_text(encoding="utf-8")
+    page = (built / "evil" / "index.html").read_text(encoding="utf-8")
     assert f"{EVIL} in mini" in Reader(page).text and f"{EVIL}: found" in Reader(page).text
-    assert "&lt;b&gt;broken&lt;/b&gt;" in (results / "broken" / "index.html").read_text(
+    assert "&lt;b&gt;broken&lt;/b&gt;" in (built / "broken" / "index.html").read_text(
         encoding="utf-8"
     )
 
@@ -331,13 +340,13 @@ def test_a_concept_of_two_models_is_told_apart(tmp_path: Path) -> None:
     assert "monet in mini, c" in read.text and "monet in mini, d" in read.text
 
 
-def test_pages_of_a_run_stay_small(results: Path) -> None:
-    build(results)
-    assert all(len(text) < 1_500_000 for _, text in pages(results))
+def test_pages_of_a_run_stay_small(built: Path) -> None:
+    assert all(len(text) < 1_500_000 for _, text in pages(built))
 
 
-def test_no_torch(results: Path) -> None:
-    code = f"import sys, locogen.pages.build as r; r.build({str(results)!r}); assert 'torch' not in sys.modules"
+def test_no_torch(tmp_path: Path) -> None:
+    finish(tmp_path / "neon", "neon")
+    code = f"import sys, locogen.pages.build as r; r.build({str(tmp_path)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

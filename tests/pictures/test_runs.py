@@ -23,7 +23,7 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 4, "progr
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny.pipeline()
+    return tiny.small()
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_one_store_under_an_outer_context(pipe, tmp_path):
     plain = [Intervention("cat in a", "cat in a", (), 0, "baseline")]
     options = FAST | {"batch_size": 1}
     before = pixels(generate(pipe, plain, store=tmp_path, **options))
-    with intervene(pipe, [Intervention("cat in a", "dog", tuple(range(16)))]):
+    with intervene(pipe, [Intervention("cat in a", "dog", tuple(range(4)))]):
         inside = pixels(generate(pipe, plain, store=tmp_path, **options))
     assert not np.array_equal(before, inside)
     assert np.array_equal(before, pixels(generate(pipe, plain, store=tmp_path, **options)))
@@ -170,10 +170,10 @@ def test_whatever_makes_the_picture_is_in_the_mark():
         lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
         lambda pipe: pipe.to(torch.float64),
     )
-    plain = fingerprint(tiny.pipeline())
-    assert plain == fingerprint(tiny.pipeline())
+    plain = fingerprint(tiny.small())
+    assert plain == fingerprint(tiny.small())
     for change in changes:
-        pipe = tiny.pipeline()
+        pipe = tiny.small()
         change(pipe)
         assert fingerprint(pipe) != plain
 
@@ -416,7 +416,7 @@ def test_the_key_knows_pooled_and_timesteps_where_they_matter(pipe, tmp_path):
 
 
 def test_non_finite_pictures_are_refused(rows, tmp_path):
-    broken = tiny.pipeline()
+    broken = tiny.small()
     with torch.no_grad():
         broken.vae.post_quant_conv.bias.fill_(float("nan"))
     with pytest.raises(LocogenError, match=r"non-finite pixels.*float32"):
@@ -444,7 +444,7 @@ def test_the_empty_prompt_has_a_picture_and_a_key_of_its_own(pipe, tmp_path):
     run = generate(pipe, ["", "a cat"], store=tmp_path, **FAST)
     empty, cat = (np.asarray(picture) for picture in run.pictures)
     assert not np.array_equal(empty, cat)
-    rows = [Intervention("a cat", target, tuple(range(16)), 0) for target in ("", "a cat")]
+    rows = [Intervention("a cat", target, tuple(range(4)), 0) for target in ("", "a cat")]
     ceiling = np.asarray(generate(pipe, rows, store=tmp_path, **FAST).pictures[0])
     assert np.abs(ceiling.astype(int) - empty).max() <= 1
 
@@ -459,8 +459,8 @@ def test_a_run_shows_itself_and_escapes(pipe):
 
 def test_kept_rows_of_a_plan_share_their_baseline(pipe, tmp_path):
     concept = Concept("x", "style", (PromptPair("cat in a", "cat"),))
-    run = generate(pipe, sweep(concept, n_layers=16, seeds=(0,)), store=tmp_path, **FAST)
-    assert len(run) == 33
+    run = generate(pipe, sweep(concept, n_layers=4, seeds=(0,)), store=tmp_path, **FAST)
+    assert len(run) == 9
     (ceiling,) = (run.pictures[i] for i, row in enumerate(run.plan) if row.role == "ceiling")
     own = generate(pipe, ["cat"], store=tmp_path, **FAST).pictures[0]
     assert np.abs(np.asarray(ceiling, int) - np.asarray(own)).max() <= 1

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from locogen.catalog.deltas import add_deltas, load_deltas, save_deltas
 from locogen.errors import LocogenError
-from locogen.models.deltas import add_deltas, load_deltas, save_deltas
 
 
 def module() -> torch.nn.Linear:
