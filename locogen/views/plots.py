@@ -395,7 +395,7 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
         hollow = {"mfc": "none", "mec": color, "alpha": 0.6, "markersize": 5}
         ax.plot(part["before"], heights, marker, **hollow)
     filled = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
-    ax.errorbar(after, heights, xerr=[below, above], label=measure, **filled)
+    ax.errorbar(after, heights, xerr=np.stack([below, above]), label=measure, **filled)
 
 
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:
@@ -520,7 +520,7 @@ def _series(
     below = [_distance(row, "low") for row in rows]
     above = [_distance(row, "high") for row in rows]
     looks = {"fmt": style, "color": color, "capsize": 2.5, "markersize": 5}
-    ax.errorbar(places, values, yerr=[below, above], label=label, **looks)
+    ax.errorbar(places, values, yerr=np.stack([below, above]), label=label, **looks)
 
 
 def _distance(row: dict[str, Any], end: str) -> float:
