@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from locogen.errors import LocogenError
 from locogen.views.tables import (
     Carriers,
@@ -520,7 +522,7 @@ def _series(
     below = [_distance(row, "low") for row in rows]
     above = [_distance(row, "high") for row in rows]
     looks = {"fmt": style, "color": color, "capsize": 2.5, "markersize": 5}
-    ax.errorbar(places, values, yerr=np.stack([below, above]), label=label, **looks)
+    ax.errorbar(places, values, yerr=[below, above], label=label, **looks)
 
 
 def _distance(row: dict[str, Any], end: str) -> float:
