@@ -612,6 +612,8 @@ def _is_foreign(hook: Any, module: Module) -> bool:
 def generators(plan: Sequence[Intervention]) -> list[torch.Generator]:
     """Make one CPU generator a row, seeded with its seed: the same noise on every device.
 
+    In half precision torch 2.6 draws other numbers than in float32, and than torch 2.13 does.
+
     Args:
         plan: The rows.
 

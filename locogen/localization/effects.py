@@ -415,6 +415,8 @@ def carrier_evidence(
     intervals = stats.crossed_bootstrap(fresh, level=level, prompts=prompts)
     p_any = _p_any(effects, placebo)
     ceiling_effect = np.nan if ceiling is None else ceiling[:, :, held_out].mean()
+    # Nothing has no share: not a number, and no warning of numpy's.
+    whole = ceiling_effect if ceiling_effect != 0 else np.nan
 
     lines = []
     for window in range(len(effects)):
@@ -425,7 +427,7 @@ def carrier_evidence(
         }
         line["fresh_low"] = intervals.low[window]
         line["fresh_high"] = intervals.high[window]
-        line["share"] = fresh[window].mean() / ceiling_effect
+        line["share"] = fresh[window].mean() / whole
         line |= dict.fromkeys(("lead", "lead_low", "p_lead"), np.nan)
         lines.append(line)
 

@@ -271,7 +271,8 @@ def half_of(device: torch.device) -> str | None:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type != "cpu":
         return None
-    capabilities = torch.cpu.get_capabilities()
+    # torch 2.6 does not say what the processor computes with: no half precision then.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     has_bfloat16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if has_bfloat16 else None
 
@@ -413,9 +414,13 @@ def _compilations_for(regions: int) -> Iterator[None]:
 
     config = torch._dynamo.config
     each = max(1, regions)
-    limits = {
-        "recompile_limit": config.recompile_limit * each,
-        "accumulated_recompile_limit": config.accumulated_recompile_limit * each,
-    }
+    limits = {name: getattr(config, name) * each for name in _limit_names(config)}
     with config.patch(limits):
         yield
+
+
+def _limit_names(config: Any) -> tuple[str, str]:
+    """What this version of dynamo calls its limits: for one function, and for all."""
+    if hasattr(config, "recompile_limit"):
+        return "recompile_limit", "accumulated_recompile_limit"
+    return "cache_size_limit", "accumulated_cache_size_limit"  # torch 2.6

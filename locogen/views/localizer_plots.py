@@ -140,7 +140,7 @@ def plot_profiles(effects: Mapping[str, pd.DataFrame], *, ax: Axes | None = None
         above = (rows["high"] - rows["value"]).clip(lower=0).fillna(0)
         at = rows["at"] + 0.08 * (place - 1)  # so that profiles do not hide each other
         looks = {"fmt": style, "color": color, "capsize": 2, "markersize": 4}
-        ax.errorbar(at, rows["value"], yerr=[below, above], label=str(method), **looks)
+        ax.errorbar(at, rows["value"], yerr=np.stack([below, above]), label=str(method), **looks)
     last = int(table["at"].max() + 1)
     ax.set_xticks(range(0, last + 1, 1 if last <= 20 else 5))
     # Wide intervals may leave the axes: the estimates count.

@@ -239,7 +239,7 @@ def plot_shares(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
             "color": COLORS[place % len(COLORS)],
         }
         looks |= {"capsize": 2, "markersize": 4, "linewidth": 1, "alpha": 0.85}
-        ax.errorbar(at, rows["share"], yerr=[below, above], label=str(localizer), **looks)
+        ax.errorbar(at, rows["share"], yerr=np.stack([below, above]), label=str(localizer), **looks)
     ax.set_xlim(-0.05, 1.1)
     # Wide intervals may leave the axes: the shares count.
     shares = points["share"]

@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from locogen.errors import LocogenError
 from locogen.views.tables import (
     Carriers,
@@ -395,7 +397,7 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
         hollow = {"mfc": "none", "mec": color, "alpha": 0.6, "markersize": 5}
         ax.plot(part["before"], heights, marker, **hollow)
     filled = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
-    ax.errorbar(after, heights, xerr=[below, above], label=measure, **filled)
+    ax.errorbar(after, heights, xerr=np.stack([below, above]), label=measure, **filled)
 
 
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:

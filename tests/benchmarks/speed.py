@@ -466,7 +466,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    processor = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    processor = capabilities.get("cpu_name", platform.processor())
     asked = {k: v for k, v in vars(chosen).items() if k not in ("out", "here", "only")}
     found: dict[str, Any] = {
         "locogen": loco.__version__,

@@ -97,10 +97,12 @@ def test_the_gradient_at_the_prompt_alone_does_not_sum_to_it():
 
 def test_points_are_added_until_the_sum_is_near_enough():
     few = attribute(model("sd"), CONCEPT, seeds=[0], points=1, bound=10.0, **OPTIONS)
-    more = attribute(model("sd"), CONCEPT, seeds=[0], points=1, bound=1e-3, **OPTIONS)
+    # A tenth of what one point leaves, whatever weights this version of torch draws.
+    bound = abs(few.residual.item()) / 10
+    more = attribute(model("sd"), CONCEPT, seeds=[0], points=1, bound=bound, **OPTIONS)
     assert few.points.item() == 1
     assert more.points.item() > 1
-    assert abs(more.residual.item()) <= 1e-3 < abs(few.residual.item())
+    assert abs(more.residual.item()) <= bound < abs(few.residual.item())
 
 
 def test_a_sum_that_cannot_be_had_is_said_to_be():

@@ -18,7 +18,7 @@ from locogen import catalog, stats
 from locogen.catalog import mini_folder, model_entry
 from locogen.errors import LocogenError
 from locogen.localization import localize as localization, scored_pictures
-from locogen.localization.effects import carrier, effect
+from locogen.localization.effects import carrier, carrier_evidence, effect
 from locogen.localization.localize import localize
 from locogen.models.load import load
 from locogen.pictures.runs import generate
@@ -458,3 +458,13 @@ def test_a_window_as_wide_as_the_evidence_asks(monkeypatch, tmp_path):
     assert set(wider.table["width"].dropna()) == {3}
     with pytest.raises(LocogenError, match="one width"):
         localize(pipe, STYLE, window="auto", search="race", seeds=range(4))
+
+
+def test_nothing_has_no_share():
+    """Where all layers together do nothing at all: no division by zero; the twin has a ceiling."""
+    effects = np.arange(8.0).reshape(2, 1, 4)  # (windows, prompts, seeds)
+    options = {"placebo": None, "width": 1, "level": 0.95}
+    nothing = carrier_evidence(effects, ceiling=np.zeros((1, 1, 4)), **options)
+    assert all(np.isnan(line["share"]) for line in nothing)
+    whole = carrier_evidence(effects, ceiling=np.full((1, 1, 4), 2.0), **options)
+    assert all(line["share"] > 0 for line in whole)

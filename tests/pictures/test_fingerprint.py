@@ -136,7 +136,8 @@ def padded_left(pipe):
 
 
 def other_position_ids(pipe):
-    pipe.text_encoder.embeddings.position_ids[0, 1] = 7
+    ids = pipe.text_encoder.embeddings.position_ids  # (1, positions)
+    ids.copy_(ids.flip(1))
 
 
 def first_noise_rate(pipe):

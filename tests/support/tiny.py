@@ -439,7 +439,8 @@ class _StandIn:
 
 def stand_in(monkeypatch: Any, module: Any, forward: Any) -> None:
     """Put a function in the place of a module's `forward`, marked so that it is not taken for a stranger's."""
-    monkeypatch.setattr(module, "forward", _StandIn(forward))
+    # Not `setattr`: pytest before 9.2 would leave the method of the class on the module.
+    monkeypatch.setitem(vars(module), "forward", _StandIn(forward))
 
 
 FAMILIES: dict[str, Any] = {
