@@ -47,7 +47,7 @@ def study_page(runs: Sequence[Finished], *, name: str, title: str = "") -> str:
         title=f"How this was made: {title}",
         name=name,
         totals=_totals_sentence(runs),
-        toml=studytoml_text(runs, title=title),
+        toml=study_toml(runs, title=title),
         locogen_version=_locogen_version(runs),
         lines=[_run_line(run) for run in runs],
         groups=_shared_facts(runs),
@@ -88,7 +88,7 @@ def _differences(runs: Sequence[Finished]) -> list[list[str]]:
     return rows
 
 
-def studytoml_text(runs: Sequence[Finished], *, title: str) -> str:
+def study_toml(runs: Sequence[Finished], *, title: str) -> str:
     """A study file that makes these runs again, from the parameters that each has recorded."""
     # A run that failed early may have recorded nothing.
     repeatable = [run for run in runs if run.facts.get("parameters") or run.facts.get("notebook")]
