@@ -242,8 +242,8 @@ def concepts_of(model: str, asked: argparse.Namespace) -> Iterator[str]:
     if asked.concepts:
         yield from asked.concepts
         return
-    family = "mini" if model.startswith(("mini", "planted")) else "sd"
-    yield from list(loco.concepts(family)["id"])[:: asked.every]
+    known = loco.concepts("mini" if model.startswith("planted") else model)
+    yield from list(known["id"])[:: asked.every]
 
 
 def cells_of(asked: argparse.Namespace, model: str) -> list[dict[str, Any]]:

@@ -217,12 +217,15 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
         same = {name: differ(runs["all"], rows, loop()) for name, loop in loops.items()}
         jobs: dict[str, Callable[[], Any]] = {**loops, "all": partial(ours, "all")}
         jobs |= {"race": partial(ours, "race", **raced), "all, auto": partial(paced, "all, auto")}
+        jobs |= {"attribute": partial(ours, "attribute", search="attribute")}
         took = in_turn(jobs | {"race, auto": partial(paced, "race, auto", **raced)}, chosen.rounds)
     for name in loops:  # what the whole sweep would take
         took[name] = [t * len(plan) / len(rows) for t in took[name]]
     ratios = {f"{a} / {b}": ratio(took[a], took[b]) for a in loops for b in took if b not in loops}
-    made = {name: len(run) for name, run in runs.items()}
+    made = {name: run.settings.get("generations", len(run)) for name, run in runs.items()}
+    [proposed] = runs["attribute"].attributions.values()
     told = {"pictures": made, "sampled": len(rows), "largest_difference": same, "speed": repr(pace)}
+    told["seconds_to_proposal"] = proposed.settings["seconds"]
     return told | {"seconds": took, "ratios": ratios, "nnsight": "nnsight" in loops}
 
 
@@ -370,13 +373,16 @@ def sweep_lines(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
         for fast, wanted in (
             ("all", "6 ×"),
             ("race", "18 ×"),
+            ("attribute", "40 ×"),
             ("all, auto", "6 ×"),
             ("race, auto", "18 ×"),
         ):
-            name = "`localize(search='race')`" if fast.startswith("race") else "`localize`"
+            search = fast.removesuffix(", auto")
+            name = "`localize`" if search == "all" else f"`localize(search='{search}')`"
             name += " in `speed(pipe)`, its measuring not counted," if fast.endswith("auto") else ""
             told = f"{one['ratios'][f'{slow} / {fast}']:.1f} ×, {one['pictures'][fast]} pictures"
             yield f"{name} against {words}", told, wanted
+    yield "from call to proposal", f"{one['seconds_to_proposal']:.1f} s", "–"
     worst = max(one["largest_difference"].values())
     yield "their pictures, largest difference", f"{worst} of 255", "1"
 
