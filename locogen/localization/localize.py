@@ -66,8 +66,8 @@ def localize(
         concept: What to look for, or several concepts with different names.
         window: Number of neighboring layers that get the target together; None: the catalog's
             number for this model. "auto": 1, and where the verdict (`carrier`) then names no place
-            or places, 2, then 3, each concept by its own evidence. The table has the last width
-            that was needed.
+            or places, 2, then 3, each concept by its own evidence, in every search but a race. The
+            table has the last width that was needed; the seeds that judge have chosen it.
         seeds: Random seeds; every prompt is made with each of them.
         num_inference_steps: Denoising steps; None: the catalog's number for this model.
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
