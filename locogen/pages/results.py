@@ -247,6 +247,9 @@ def read_effects(path: Path) -> pd.DataFrame:
             _check_numbers(table[name], name)
 
     windows: Any = table[table["axis"] == "layer"]
+    if "n" in windows:
+        # A search that does not look at every window says so by a row without pictures.
+        windows = windows[windows["n"] != 0]
     for name in _NEEDED:
         if windows[name].isna().any():
             raise ValueError(f"{path.name} has a window without {name}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat.v4 as nb
+import pandas as pd
 import pytest
 from PIL import Image
 from support.made_up import effects, fill_store, finish, nbformat_write, notebook, pictures, png
@@ -354,3 +355,14 @@ def test_a_table_as_excel_saves_it(tmp_path: Path) -> None:
     """With a byte-order mark, which is no part of the first column's name."""
     (tmp_path / "effects.csv").write_bytes(effects("neon").to_csv(index=False).encode("utf-8-sig"))
     assert reading.read_effects(tmp_path / "effects.csv").columns[0] == "method"
+
+
+def test_a_window_that_was_not_looked_at_has_no_number_and_others_need_one(tmp_path: Path) -> None:
+    lines = [{"concept": "neon", "axis": "layer", "position": 3, "estimate": 0.4, "n": 4}]
+    unseen = {"concept": "neon", "axis": "layer", "position": 4, "estimate": None, "n": 0}
+    file = tmp_path / "effects.csv"
+    pd.DataFrame([*lines, unseen]).to_csv(file, index=False)
+    assert len(reading.read_effects(file)) == 2
+    pd.DataFrame([*lines, unseen | {"n": 4}]).to_csv(file, index=False)
+    with pytest.raises(ValueError, match="a window without estimate"):
+        reading.read_effects(file)

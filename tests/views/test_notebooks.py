@@ -385,6 +385,9 @@ def test_a_run_that_attribution_proposed_shows_its_maps(tmp_path: Path) -> None:
         words = f"what gradients propose, shares by {by} and layer"
         assert words in pages["one"] and words not in pages["all"]
     assert "proposed by attribution" in pages["one"]
+    # The index has both: windows that were not looked at do not make a table a damaged one.
+    index = (results / "index.html").read_text(encoding="utf-8")
+    assert index.count('class="place"') == 2
     assert "<dd>attribute</dd>" in pages["one"] and "<dd>all</dd>" in pages["all"]
     told = json.loads((results / "one-neon" / "result.json").read_text())
     assert told["pictures"] == told["settings"]["generations"]
