@@ -52,3 +52,16 @@ def close_figures():
     yield
     if (pyplot := sys.modules.get("matplotlib.pyplot")) is not None:
         pyplot.close("all")
+
+
+@pytest.fixture
+def one_noise(monkeypatch):
+    """Let a seed be one noise in every precision: torch 2.6 draws other numbers in half precision."""
+    import torch
+
+    randn = torch.randn
+
+    def drawn(*shape, dtype=None, **options):
+        return randn(*shape, dtype=torch.float32, **options).to(dtype)
+
+    monkeypatch.setattr(torch, "randn", drawn)

@@ -147,7 +147,7 @@ def test_shares_of_the_score_sum_to_what_it_changes_by():
     assert abs(cosines[0] - cosines[1]) > 0.05  # or they would agree for nothing
 
 
-def test_shares_of_the_score_survive_sixteen_bits():
+def test_shares_of_the_score_survive_sixteen_bits(one_noise):
     """The score has 32 bits, and what its gradients go through 16: they are scaled on the way."""
     options = {"how": "chain", "explain": "score", "seeds": [0], "most_points": 3, **OPTIONS}
     options["scorer"] = load_scorer("mini")
@@ -444,7 +444,7 @@ def test_it_works_where_gradients_are_off():
 
 
 @pytest.mark.parametrize("how", ["gradient", "chain"])
-def test_bfloat16_says_what_float32_says(how):
+def test_bfloat16_says_what_float32_says(how, one_noise):
     pipe = tiny.small()
     options = {"how": how, "seeds": [0], "bound": 0.1, **OPTIONS}
     wide = attribute(pipe, CONCEPT, **options)
