@@ -414,9 +414,7 @@ def carrier_evidence(
     choice = effects[:, :, selection].mean((1, 2))  # (windows,)
     intervals = stats.crossed_bootstrap(fresh, level=level, prompts=prompts)
     p_any = _p_any(effects, placebo)
-    ceiling_effect = np.nan if ceiling is None else ceiling[:, :, held_out].mean()
-    # Nothing has no share: not a number, and no warning of numpy's.
-    whole = ceiling_effect if ceiling_effect != 0 else np.nan
+    whole = _whole_effect(ceiling, held_out)
 
     lines = []
     for window in range(len(effects)):
@@ -446,6 +444,15 @@ def carrier_evidence(
         )
         lines[best] |= {"lead": lead.lead, "lead_low": lead.low, "p_lead": lead.p_value}
     return lines
+
+
+def _whole_effect(ceiling: Array | None, held_out: Sequence[int]) -> float:
+    """What shares are shares of: the mean effect of every layer together."""
+    if ceiling is None:
+        return np.nan
+    effect = float(ceiling[:, :, held_out].mean())
+    # Nothing has no share: not a number, and no warning of numpy's.
+    return effect if effect != 0 else np.nan
 
 
 def _p_any(effects: Array, placebo: Array | None) -> Array:
@@ -599,13 +606,13 @@ def attribution_note(layers: pd.DataFrame) -> str:
         notes.append(f"{partly} seen on {amount} of {pairs} only")
     if never:
         notes.append(f"{never} not looked at")
-    chosen = layers[layers["verdict"] == "chosen"].iloc[0]
-    sampled = int(chosen["sampled"])
+    window = layers[layers["verdict"] == "chosen"].iloc[0]
+    sampled = int(window["sampled"])
     if sampled:
         confidence = f"{1 - stats.ALPHA:.0%}"
         notes.append(
-            f"{int(chosen['hits'])} of {sampled} random pictures of {int(chosen['others'])} other "
-            f"windows had half of its effect, so at most {math.ceil(100 * chosen['missed'])}% of "
+            f"{int(window['hits'])} of {sampled} random pictures of {int(window['others'])} other "
+            f"windows had half of its effect, so at most {math.ceil(100 * window['missed'])}% of "
             f"all of theirs have (confidence {confidence})"
         )
     return "proposed by attribution: " + ", ".join(notes)

@@ -247,16 +247,16 @@ class _Proposals(_Planner):
 
     def finished(self, run: Run) -> Run:
         """The run with what proposed, and with all costs."""
-        found = [proposal.attribution for proposal in self.proposals.values()]
-        rows = sum(one.settings["denoiser_rows"] for one in found)
-        as_pictures = sum(one.settings["pictures"] for one in found)
+        attributions = [proposal.attribution for proposal in self.proposals.values()]
+        rows = sum(one.settings["denoiser_rows"] for one in attributions)
+        as_pictures = sum(one.settings["pictures"] for one in attributions)
         pictures = len(self.pictures_made)
         only_choosing = self.pictures_made - {_what_makes(row) for row in run.plan}
         costs: dict[str, Any] = {"proposal_rows": rows, "choosing_pictures": len(only_choosing)}
         costs["denoiser_rows"] = rows + round(pictures * rows / as_pictures)
         costs["generations"] = pictures + math.ceil(as_pictures)
         run = run.with_table(run.table, **costs)
-        return replace(run, attributions={one.concept: one for one in found})
+        return replace(run, attributions={one.concept: one for one in attributions})
 
 
 def _what_makes(row: Intervention) -> tuple[Any, ...]:

@@ -168,8 +168,8 @@ def _padded(texts: Sequence[str], compared: Sequence[Beside]) -> list[list[str]]
     lists = []
     for place in range(most):
         line = []
-        for own, each in zip(texts, compared, strict=True):
-            line.append(each.texts[place] if place < len(each.texts) else own)
+        for text, each in zip(texts, compared, strict=True):
+            line.append(each.texts[place] if place < len(each.texts) else text)
         lists.append(line)
     return lists
 
@@ -184,10 +184,10 @@ def _probability(cosines: Array, compared: Sequence[Beside], scale: float) -> Ar
     counts = np.array([len(each.texts) for each in compared])  # (pictures,)
     is_padding = np.arange(len(cosines))[:, None] > counts
     shares = probabilities(np.where(is_padding, np.nan, cosines), scale)  # (texts, pictures)
-    own = shares[0]
+    scored = shares[0]  # of the text that pictures are scored against
     has_old = np.array([each.has_old_answer for each in compared])
     old = shares[min(1, len(shares) - 1)]  # the old answer is the first neighbor
-    probable = np.where(has_old, (own + 1 - old) / 2, own)
+    probable = np.where(has_old, (scored + 1 - old) / 2, scored)
     return np.where(counts > 0, probable, np.nan)
 
 

@@ -76,7 +76,7 @@ def inputs_along(paths: Paths, steps: Sequence[int]) -> dict[int, Inputs]:
     Raises:
         LocogenError: A step is not there.
     """
-    kept: dict[int, Inputs] = {}
+    inputs_by_step: dict[int, Inputs] = {}
 
     def hooks_for(call: Call) -> list[Hook]:
         def keep(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,20 +85,20 @@ def inputs_along(paths: Paths, steps: Sequence[int]) -> dict[int, Inputs]:
                 return
             step = call.step()
             # A scheduler of second order calls the denoiser twice a step: the first call counts.
-            if step in steps and step not in kept:
+            if step in steps and step not in inputs_by_step:
                 whole = Inputs(args, kwargs, call.rows.stop)
-                kept[step] = whole.of(call.rows)
+                inputs_by_step[step] = whole.of(call.rows)
 
         return [before(denoiser_of(paths.pipe, paths.blend.family), keep, "the denoiser")]
 
     with on_denoiser(paths.pipe, hooks_for):
         run(paths, gradients=False)
-    missing = [step for step in steps if step not in kept]
+    missing = [step for step in steps if step not in inputs_by_step]
     if missing:
         raise LocogenError(
             f"steps {missing} are not there: the call has {paths.settings.num_inference_steps}"
         )
-    return kept
+    return inputs_by_step
 
 
 @dataclass(eq=False)

@@ -89,7 +89,7 @@ def propose(
     Raises:
         LocogenError: As `attribute`, and for a window larger than the model.
     """
-    found = attribute(
+    shares = attribute(
         pipe,
         concept,
         how=how,
@@ -102,9 +102,9 @@ def propose(
         progress=progress,
     )
     return Proposal(
-        effects=attribution_effect(found, window=window),
-        layers=window_sums(found.layers, window),
-        carrier=attribution_window(found, window=window),
-        generations=math.ceil(found.settings["pictures"]),
-        attribution=found,
+        effects=attribution_effect(shares, window=window),
+        layers=window_sums(shares.layers, window),
+        carrier=attribution_window(shares, window=window),
+        generations=math.ceil(shares.settings["pictures"]),
+        attribution=shares,
     )
