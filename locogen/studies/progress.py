@@ -20,6 +20,7 @@ from locogen.studies.worker import Outcome
 
 QUIET = 60.0  # seconds after which a log gets a line about the runs at work
 WINDOW = 60.0  # seconds over which a bar's speed is taken
+SOON = 2.0  # seconds before which a run's speed says nothing: it may have begun long before
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class RunProgress:
     def __str__(self) -> str:
         if not self.pictures:
             return f"{duration(self.seconds)}, no picture yet"
-        speed = self.speed or self.pictures / max(self.seconds, 0.1)
+        if self.speed is None and self.seconds < SOON:
+            return f"{self.pictures}/{self.total} pictures"
+        speed = self.speed or self.pictures / self.seconds
         text = f"{self.pictures}/{self.total} pictures, {speed:.1f}/s"
         missing = self.total - self.pictures
         return f"{text}, {duration(missing / speed)} left" if missing > 0 else text
@@ -107,10 +110,12 @@ class Board:
 
     def refresh(self) -> None:
         """Show the runs at work; to be called again and again."""
+        # Looked at each time, also where nothing is printed: a speed needs the run's beginning.
+        running = self.at_work()
         if self.bars:
-            self.bars.show(self.at_work(), self.total - len(self.left), self._remaining())
+            self.bars.show(running, self.total - len(self.left), self._remaining())
         elif time.monotonic() - self.last_line > QUIET:
-            each = "; ".join(f"{slug} {run}" for slug, run in self.at_work().items())
+            each = "; ".join(f"{slug} {run}" for slug, run in running.items())
             self.print(f"at work: {each or 'nothing yet'}{self._remaining()}")
 
     def print(self, line: str) -> None:

@@ -286,6 +286,7 @@ def test_a_pace_in_words() -> None:
         str(RunProgress(3.0, 0, 0)) == "3 s, no picture yet"
         and str(RunProgress(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
     )
+    assert str(RunProgress(0.0, 180, 264)) == "180/264 pictures", "not 1800.0/s, 0 s left"
 
 
 @pytest.fixture
@@ -334,6 +335,16 @@ def test_a_log_is_not_silent_for_long(board: Board, capsys) -> None:
     assert capsys.readouterr().out == ""
     (work / "progress.json").unlink()  # it is about to be published
     assert board.at_work()["run-number-1"].pictures == 3
+
+
+def test_a_run_is_timed_from_its_beginning_also_where_nothing_is_printed(
+    board: Board, capsys
+) -> None:
+    """Else the first line, after a minute, has the pictures of a minute in no time."""
+    work = board.results / ".partial-run-number-1-0123abcd"
+    work.mkdir()
+    board.refresh()
+    assert capsys.readouterr().out == "" and work.name in board.first_seen
 
 
 def shown(bars: Bars) -> list[str]:
