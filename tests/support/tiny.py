@@ -211,13 +211,13 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 
 def gemma() -> Gemma2Model:
-    """One layer of one head: in letters, Sana's instruction is more than a thousand tokens to attend to."""
+    """Layers of one head: in letters, Sana's instruction is more than a thousand tokens to attend to."""
     torch.manual_seed(3)
     shape: dict[str, Any] = dict(
         vocab_size=len(gemma_tokenizer()),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=8,
