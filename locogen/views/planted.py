@@ -252,28 +252,33 @@ def plot_shares(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
 
 
 def describe_benchmark(scores: pd.DataFrame) -> str:
-    """Say in one sentence for each localizer how it did.
+    """Say in a sentence for each measure how the localizers did.
 
     Args:
         scores: From `Benchmark.scores()`, of one setting.
 
     Returns:
-        Sentences: the right kind of answer, places hit, and false single places, with intervals.
+        Sentences: the right kind of answer and false single places, or else places hit; with
+        intervals, localizers that score alike together.
 
     Example:
         >>> import pandas as pd
-        >>> line = {"localizer": "mine", "low": 0.51, "high": 1.0, "plants": 4}
-        >>> describe_benchmark(pd.DataFrame([line | {"measure": "hit", "value": 1.0}]))
-        'mine: hit 1.00 [0.51, 1.00] (4 models).'
+        >>> line = {"measure": "hit", "value": 1.0, "low": 0.51, "high": 1.0, "plants": 4}
+        >>> names = pd.DataFrame([line | {"localizer": "mine"}, line | {"localizer": "yours"}])
+        >>> describe_benchmark(names)
+        'Hit: 1.00 [0.51, 1.00] mine, yours (4 models).'
     """
+    measures = [name for name in ("right_kind", "false_single") if name in set(scores["measure"])]
     sentences = []
-    for localizer, rows in scores.groupby("localizer", sort=False):
-        lines: Any = rows.drop_duplicates("measure").set_index("measure")
-        parts = []
-        for name in ("right_kind", "hit", "false_single"):
-            if name in lines.index:
-                line = lines.loc[name]
-                text = interval_text(line["value"], line["low"], line["high"])
-                parts.append(f"{HEADINGS[name]} {text} ({line['plants']:.0f} models)")
-        sentences.append(f"{localizer}: {', '.join(parts) or 'no score'}.")
-    return " ".join(sentences)
+    for measure in measures or ["hit"]:
+        rows: Any = scores[scores["measure"] == measure].drop_duplicates("localizer")
+        if rows.empty:
+            continue
+        alike: dict[str, list[str]] = {}
+        for line in rows.to_dict("records"):
+            text = interval_text(line["value"], line["low"], line["high"])
+            alike.setdefault(text, []).append(line["localizer"])
+        parts = [f"{text} {', '.join(names)}" for text, names in alike.items()]
+        count = f"{rows['plants'].max():.0f} models"
+        sentences.append(f"{HEADINGS[measure].capitalize()}: {'; '.join(parts)} ({count}).")
+    return " ".join(sentences) or "No localizer has a score."

@@ -93,4 +93,19 @@ def test_scores_are_laid_out_by_localizer():
     assert both.index.names == ["localizer", "window"] and len(both) == 4
     with pytest.raises(LocogenError, match="no measure 'hits'"):
         loco.score_table(long, ["hits"])
-    assert "mine: hit 1.00 [0.50, 1.00] (4 models)" in loco.describe_benchmark(long)
+
+
+def test_localizers_that_score_alike_are_named_together():
+    long = scored(
+        ("mine", "right_kind", 1.0, 0.5, 1.0, 4),
+        ("blind", "right_kind", 0.0, 0.0, 0.5, 4),
+        ("blinder", "right_kind", 0.0, 0.0, 0.5, 4),
+    )
+    words = loco.describe_benchmark(long)
+    assert (
+        words == "Right kind: 1.00 [0.50, 1.00] mine; 0.00 [0.00, 0.50] blind, blinder (4 models)."
+    )
+    # Without what is said first, places hit.
+    hits = scored(("mine", "hit", 1.0, 0.5, 1.0, 4))
+    assert loco.describe_benchmark(hits) == "Hit: 1.00 [0.50, 1.00] mine (4 models)."
+    assert loco.describe_benchmark(hits[:0]) == "No localizer has a score."
