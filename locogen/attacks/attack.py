@@ -122,9 +122,9 @@ def attack(
         >>> neon = concept("mini/neon").first(2)
         >>> edit = fit_edit(pipe, neon, layers=[12, 13])
         >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "seeds": [0]}
-        >>> found = attack(pipe, neon, edit, kind="closed", progress=False, **few)
-        >>> found.table["model"].tolist()
-        ['edited', 'unedited', 'placebo', 'never had']
+        >>> few |= {"models": ["edited"], "progress": False}
+        >>> attack(pipe, neon, edit, kind="noise", **few).table["model"].tolist()
+        ['edited']
     """
     if kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
@@ -203,7 +203,7 @@ def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe
 
 def _models(models: Sequence[Model] | None, never_had: NeverHad | None) -> tuple[Model, ...]:
     if models is None:
-        return tuple(one for one in MODELS if one != "never had" or never_had is not None)
+        return MODELS if never_had is not None else MODELS[:-1]
     unknown = [one for one in models if one not in MODELS]
     if unknown or not models:
         raise LocogenError(f"models is {list(models)}: use some of {', '.join(MODELS)}")
@@ -253,7 +253,7 @@ class _Attacked:
 
         weights = weights_of(self.goal.pipe)
         tables: list[pd.DataFrame] = []
-        found: dict[str, Mapping[str, Any]] = {}
+        tensors: dict[str, Mapping[str, Any]] = {}
         words: dict[str, tuple[str, ...]] = {}
         for model in models:
             goal, edit = self._target(model)
@@ -265,14 +265,14 @@ class _Attacked:
             for attempt in KINDS[self.kind](attacked):
                 tables.append(self._table(model, attacked, attempt, old))
                 # The last attempt is the strongest.
-                found[model] = {name: value.cpu() for name, value in attempt.found.items()}
+                tensors[model] = {name: value.cpu() for name, value in attempt.tensors.items()}
                 if attempt.words:
                     words[model] = attempt.words
         return Attack(
             concept=self.goal.concept.name,
             kind=self.kind,
             table=pd.concat(tables, ignore_index=True),
-            found={model: tensors for model, tensors in found.items() if tensors},
+            tensors={name: values for name, values in tensors.items() if values},
             words=words,
             settings=self._settings(),
         )
@@ -330,8 +330,8 @@ class _Attacked:
 
     def _settings(self) -> dict[str, Any]:
         goal = self.goal
-        given = self.never_had
-        pictures = () if given is None else given.pictures
+        never_had = self.never_had
+        pictures = () if never_had is None else never_had.pictures
         return {
             "concept": goal.concept.name,
             "kind": self.kind,

@@ -35,8 +35,8 @@ class NeverHad:
     Attributes:
         pictures: Of the concept; picture `i` shows what the training pair `i` names (counted round
             where there are more). Empty: the attacked concept's own pictures with red and blue
-            exchanged. The judge then sees every picture with both put back as well: it shows the
-            exchanged concept where it so fits better than as it is.
+            exchanged. The judge then sees every picture with both put back, and its colors have to
+            be nearer to the exchanged pictures' than to those before: see `exchanged_colors`.
         name: What stands in the place of the concept's name in the texts for the scorer. Only with
             pictures.
 
@@ -82,6 +82,35 @@ def exchanged(picture: Image) -> Image:
     from PIL import Image as Images
 
     return Images.fromarray(np.asarray(picture.convert("RGB"))[..., ::-1].copy())
+
+
+def exchanged_colors(pictures: Sequence[Image], references: Sequence[Image]) -> Array:
+    """Whether pictures have the colors of references rather than those with red and blue exchanged.
+
+    By the sign of their product with the references' mean difference of red and blue, on 8 x 8
+    means: exchanging the two turns the sign, so 0 lies in the middle.
+
+    Args:
+        pictures: Any pictures.
+        references: Pictures with exchanged colors.
+
+    Returns:
+        (pictures,), 0 or 1.
+    """
+    template = _red_over_blue(references).mean(0)  # (64,)
+    return (_red_over_blue(pictures) @ template > 0).astype(float)
+
+
+def _red_over_blue(pictures: Sequence[Image]) -> Array:
+    """Red minus blue of 8 x 8 means, (pictures, 64)."""
+    from PIL import Image as Images
+
+    rows = []
+    for picture in pictures:
+        small = picture.convert("RGB").resize((8, 8), Images.Resampling.BOX)
+        values = np.asarray(small, float)  # (8, 8, 3)
+        rows.append((values[..., 0] - values[..., 2]).ravel())
+    return np.stack(rows)
 
 
 def words_in(concept: Concept, prompt: str) -> str:
@@ -134,12 +163,10 @@ class Judged:
         shown: Whether no other text of the probe fits better, (rows,), 0 or 1.
         score: The probability of the probe's text among all of them; the raw score where the
             scorer has no `logit_scale`, (rows,).
-        own: The raw score of the probe's text, (rows,).
     """
 
     shown: Array
     score: Array
-    own: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +224,12 @@ class Goal:
 
     def _made(self, prompts: Sequence[str]) -> tuple[list[Image], list[PromptPair]]:
         """Pictures by the model as it is: seed by seed, so that the first show different things."""
+        run = generate(self.pipe, prompts, seeds=LEARNING_SEEDS, store=self.store, **self.settings)
+        count = len(LEARNING_SEEDS)
         pictures: list[Image] = []
-        pairs: list[PromptPair] = []
-        for seed in LEARNING_SEEDS:
-            run = generate(self.pipe, prompts, seeds=[seed], store=self.store, **self.settings)
-            pictures += list(run.pictures)
-            pairs += self.training
-        return pictures, pairs
+        for place in range(count):
+            pictures += run.pictures[place::count]  # those of one seed
+        return pictures, [*self.training] * count
 
     def pictures(self, prompts: Sequence[str]) -> list[Image]:
         """Pictures of the probes, prompt by prompt and seed by seed, by the model as it is now."""
@@ -218,11 +244,11 @@ class Goal:
         probes = [never_had.probe(probe, self.concept) for probe in self.probes]
         if not never_had.exchanges_colors:
             return self._judged(pictures, probes)
-        # What the concept itself could be mistaken for: it has to look more like the exchanged one.
-        as_they_are = self._judged(pictures, probes)
+        # Scorers look at shapes: the concept itself would pass for its exchange. So the colors have
+        # to be those of the exchanged pictures as well.
         put_back = self._judged([exchanged(picture) for picture in pictures], probes)
-        shown = put_back.shown * (put_back.own > as_they_are.own)
-        return Judged(shown, put_back.score * (put_back.own > as_they_are.own), put_back.own)
+        has_colors = exchanged_colors(pictures, self.learned[0])  # (rows,)
+        return Judged(put_back.shown * has_colors, put_back.score * has_colors)
 
     def _judged(self, pictures: Sequence[Image], probes: Sequence[Probe]) -> Judged:
         """What the scorer says of pictures of these probes, each under every seed."""
@@ -235,7 +261,7 @@ class Goal:
             lines.append(line)
         scores = np.stack(self.scorer(pictures, *lines))  # (texts, rows)
         shown = (scores[0] >= scores[1:].max(0)).astype(float)
-        return Judged(shown, self._probability(scores, lines), scores[0])
+        return Judged(shown, self._probability(scores, lines))
 
     def _probability(self, scores: Array, lines: Sequence[Sequence[str]]) -> Array:
         """The first text's probability among the others, (rows,); raw where there is no scale."""

@@ -57,14 +57,14 @@ class Attempt:
         strength: Steps, tokens, pictures or seeds: what the kind counts.
         context: Opens a context in which the model is edited (or not) and attacked.
         prompts: What the pictures are made of, one a probe.
-        found: Tensors that the attack found, by name.
+        tensors: What the attack found, by name.
         words: Tokens that it found.
     """
 
     strength: int
     context: Context
     prompts: tuple[str, ...]
-    found: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
     words: tuple[str, ...] = ()
 
 
@@ -151,8 +151,8 @@ def inversion(model: Attacked) -> Iterator[Attempt]:
 
     with model.edited():
         values = model.optimized({"vectors": start}, loss_at)
-    for step, found in values.items():
-        yield _with_vectors(model, step, token, found["vectors"])
+    for step, tensors in values.items():
+        yield _with_vectors(model, step, token, tensors["vectors"])
 
 
 def _start(model: Attacked) -> Tensor:
@@ -168,9 +168,9 @@ def _start(model: Attacked) -> Tensor:
     count = model.options.vectors
     if model.options.start == "own":
         words = words_in(concept, concept.pairs[0].prompt)
-        own = table[_ids(pipe, words)]  # (tokens of the words, width)
-        places = [min(place, len(own) - 1) for place in range(count)]
-        return own[places].clone()
+        name_vectors = table[_ids(pipe, words)]  # (tokens of the words, width)
+        places = [min(place, len(name_vectors) - 1) for place in range(count)]
+        return name_vectors[places].clone()
     means = [table[_ids(pipe, name)].mean(0) for name in concept.neighbors if name != concept.name]
     mean = torch.stack(means).mean(0) if means else table.mean(0)  # (width,)
     return mean.expand(count, -1).clone()
@@ -229,20 +229,20 @@ def states(model: Attacked) -> Iterator[Attempt]:
     pictures, pairs = goal.learned
     loss = DenoisingLoss.of(model.pipe, pictures)
     with torch.no_grad():
-        own = _own_states(model.pipe, [pair.prompt for pair in pairs])
-    start = torch.zeros_like(own[0], dtype=torch.float32)  # (tokens, width)
+        text = _own_states(model.pipe, [pair.prompt for pair in pairs])
+    start = torch.zeros_like(text[0], dtype=torch.float32)  # (tokens, width)
 
     def loss_at(step: int, values: Mapping[str, Tensor]) -> Tensor:
         noised = loss.draw(options.seed, step, options.batch)
-        rows = noised.rows.to(own.device)
-        return loss.per_row(noised, own[rows] + values["change"].to(own)).mean()
+        rows = noised.rows.to(text.device)
+        return loss.per_row(noised, text[rows] + values["change"].to(text)).mean()
 
     with model.edited():
         values = model.optimized({"change": start}, loss_at)
-    for step, found in values.items():
-        change = found["change"]
+    for step, tensors in values.items():
+        change = tensors["change"]
         yield _with_change(
-            model, step, "added", change, lambda text, added=change: text + added.to(text)
+            model, step, "added", change, lambda states, added=change: states + added.to(states)
         )
 
 

@@ -76,13 +76,13 @@ class Noised:
         rows: Which pictures they are, (rows,).
         latents: With noise, (rows, channels, height, width).
         times: Training timesteps, (rows,).
-        wanted: What the denoiser should predict, of the latents' shape.
+        target: What the denoiser should predict, of the latents' shape.
     """
 
     rows: Tensor
     latents: Tensor
     times: Tensor
-    wanted: Tensor
+    target: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,12 +129,12 @@ class DenoisingLoss:
         clean = self.clean[places.to(self.clean.device)]  # (rows, channels, height, width)
         keep = self._signal[times].sqrt()[:, None, None, None].to(clean)  # (rows, 1, 1, 1)
         lost = (1 - self._signal[times]).sqrt()[:, None, None, None].to(clean)
-        wanted = {
+        target = {
             "epsilon": noise,
             "v_prediction": keep * noise - lost * clean,  # Salimans & Ho 2022
             "sample": clean,
         }[self.pipe.scheduler.config.prediction_type]
-        return Noised(places, keep * clean + lost * noise, times, wanted)
+        return Noised(places, keep * clean + lost * noise, times, target)
 
     def per_row(self, noised: Noised, states: Tensor, denoiser: Denoiser | None = None) -> Tensor:
         """The mean squared error of each row, (rows,), in float32.
@@ -149,7 +149,7 @@ class DenoisingLoss:
         predicted = predict(
             noised.latents, noised.times, encoder_hidden_states=states.to(noised.latents)
         ).sample
-        error = (predicted.float() - noised.wanted.float()).square()
+        error = (predicted.float() - noised.target.float()).square()
         return error.flatten(1).mean(1)
 
 

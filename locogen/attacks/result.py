@@ -49,7 +49,7 @@ class Attack:
             tokens, pictures, or seeds, whatever the kind counts. `shown_…`: 1 if the concept's
             text fits best among its neighbors', before by the prompt's own words. `before`,
             `after`: its probability among them.
-        found: What was found, by model: tensors by name. Of vectors the name is the token.
+        tensors: What was found, by model: tensors by name. Of vectors the name is the token.
         words: Tokens that were found, by model.
         settings: Everything that the attack was made with.
 
@@ -58,17 +58,18 @@ class Attack:
         >>> neon = concept("mini/neon").first(2)
         >>> edit = fit_edit(pipe, neon, layers=[12, 13])
         >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "seeds": [0]}
-        >>> found = attack(pipe, neon, edit, steps=0, models=["edited"], progress=False, **few)
-        >>> found.table[["model", "strength", "prompt"]].to_dict("records")
-        [{'model': 'edited', 'strength': 0, 'prompt': 'a picture of an owl in the style of neon'}]
-        >>> list(found.found["edited"])
-        ['<neon>']
+        >>> noise = {"kind": "noise", "models": ["edited"], "progress": False}
+        >>> tried = attack(pipe, neon, edit, **noise, **few)
+        >>> tried.table[["model", "strength", "prompt"]].to_dict("records")
+        [{'model': 'edited', 'strength': 1, 'prompt': 'a picture of an owl in the style of neon'}]
+        >>> list(tried.summary()["seeds"])
+        [1]
     """
 
     concept: str
     kind: str
     table: pd.DataFrame
-    found: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,11 +126,11 @@ class Attack:
         lines = self.summary(level).groupby("model", sort=False).tail(1).set_index("model")
         parts = []
         if "edited" in lines.index:
-            own = lines.loc["edited"]
+            edited = lines.loc["edited"]
             own_words = _share(self._before("edited"), level)
             parts.append(
                 f"{self.concept} shows in {own_words} by its own words, and in "
-                f"{_bounded(own)} {WORDS_OF_KINDS[self.kind]}"
+                f"{_bounded(edited)} {WORDS_OF_KINDS[self.kind]}"
             )
         if "never had" in lines.index:
             parts.append(
@@ -175,12 +176,12 @@ class Attack:
             "settings": dict(self.settings),
             "table": self.table.to_csv(index=False),
         }
-        tensors = {
+        values = {
             name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.found.get(model, {}).items()
+            for name, tensor in self.tensors.get(model, {}).items()
         }
         with replacing(Path(path)) as part:
-            save_file(tensors, part, metadata={"locogen attack": json.dumps(record)})
+            save_file(values, part, metadata={"locogen attack": json.dumps(record)})
 
     @classmethod
     def load(cls, path: str | Path) -> Attack:
@@ -216,7 +217,7 @@ class Attack:
             concept=record["concept"],
             kind=record["kind"],
             table=pd.read_csv(StringIO(record["table"]), keep_default_na=False),
-            found={record["model"]: tensors} if tensors else {},
+            tensors={record["model"]: tensors} if tensors else {},
             words={name: tuple(words) for name, words in record["words"].items()},
             settings=record["settings"],
         )

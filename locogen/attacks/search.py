@@ -78,8 +78,10 @@ class Objective:
         ids = self.ids.input_ids.expand(count, -1, -1)  # (candidates, rows, places)
         offsets = ids - self.word.first
         flat = offsets.clamp(min=0).flatten(1)  # (candidates, rows · places)
-        own = candidates.gather(1, flat).view_as(ids)  # (candidates, rows, places)
-        ids = torch.where(offsets >= 0, own, ids).flatten(0, 1)  # (candidates · rows, places)
+        tokens_of_rows = candidates.gather(1, flat).view_as(ids)  # (candidates, rows, places)
+        ids = torch.where(offsets >= 0, tokens_of_rows, ids).flatten(
+            0, 1
+        )  # (candidates · rows, places)
         tokens = dict(self.ids)
         tokens["input_ids"] = ids
         if "attention_mask" in tokens:
@@ -105,7 +107,7 @@ def _repeated(noised: Noised, count: int) -> Noised:
         noised.rows.repeat(count),
         noised.latents.repeat(count, 1, 1, 1),
         noised.times.repeat(count),
-        noised.wanted.repeat(count, 1, 1, 1),
+        noised.target.repeat(count, 1, 1, 1),
     )
 
 

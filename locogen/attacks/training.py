@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
 from locogen.files import replacing
@@ -50,73 +50,94 @@ def optimize(
     import torch
     from tqdm import tqdm
 
-    wanted = sorted(set(stops))
+    ends = sorted(set(stops))
     values = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.AdamW(list(values.values()), lr=rate)
-    kept: dict[int, dict[str, Tensor]] = {}
-    step = _resume(path, values, optimizer, kept)
-    with tqdm(total=wanted[-1], initial=step, desc=label, disable=not progress) as bar:
-        while True:
-            if step in wanted and step not in kept:
-                kept[step] = {name: value.detach().clone() for name, value in values.items()}
-            is_last = step >= wanted[-1]
-            if path is not None and step and (is_last or step % KEEP_EVERY == 0):
-                _write(path, step, values, optimizer, kept)
-            if is_last:
-                return {stop: kept[stop] for stop in wanted}
-            with torch.enable_grad():
-                loss = loss_at(step, values)
-                gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-            if not torch.isfinite(loss):
-                raise LocogenError(f"{label}: the loss is {loss.item()} at step {step}: lower rate")
-            for value, gradient in zip(values.values(), gradients, strict=True):
-                value.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            bar.update()
+    training = _Training(values, optimizer, path)
+    training.resume()
+    with tqdm(total=ends[-1], initial=training.step, desc=label, disable=not progress) as bar:
+        for end in ends:
+            while training.step < end:
+                training.follow(loss_at, label)
+                bar.update()
+                if training.step % KEEP_EVERY == 0:
+                    training.write()
+            training.snapshot()
+    training.write()
+    return {end: training.snapshots[end] for end in ends}
 
 
-def _write(
-    path: Path, step: int, values: Values, optimizer: object, kept: Mapping[int, Values]
-) -> None:
-    """Write the state; a kill at any moment leaves the one before."""
-    import torch
-    from safetensors.torch import save_file
+class _Training:
+    """Values, AdamW's state of them, and the values of some steps."""
 
-    tensors = {"step": torch.tensor(step)}
-    for name, value in values.items():
-        tensors[f"value/{name}"] = value.detach()
-        for part, moment in optimizer.state.get(value, {}).items():  # pyright: ignore
-            tensors[f"{part}/{name}"] = moment
-    for stop, old in kept.items():
-        tensors |= {f"after {stop}/{name}": value for name, value in old.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
+    def __init__(self, values: dict[str, Tensor], optimizer: Any, path: Path | None) -> None:
+        self.values = values
+        self.optimizer = optimizer
+        self.path = path
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.step = 0
 
+    def follow(self, loss_at: Callable[[int, Values], Tensor], label: str) -> None:
+        """One step down the loss."""
+        import torch
 
-def _resume(
-    path: Path | None, values: Values, optimizer: object, kept: dict[int, dict[str, Tensor]]
-) -> int:
-    """Take values, moments and kept values from the file, if there is one; the step reached."""
-    import torch
-    from safetensors.torch import load_file
+        with torch.enable_grad():
+            loss = loss_at(self.step, self.values)
+            parameters = list(self.values.values())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if not torch.isfinite(loss):
+            raise LocogenError(
+                f"{label}: the loss is {loss.item()} at step {self.step}: give a lower rate="
+            )
+        for value, gradient in zip(parameters, gradients, strict=True):
+            value.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
 
-    if path is None or not path.exists():
-        return 0
-    tensors = load_file(path)
-    step = int(tensors.pop("step"))
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            what, _, name = key.partition("/")
-            value = values[name]
-            if what == "value":
-                value.copy_(tensor)
-            elif what.startswith("after "):
-                kept.setdefault(int(what.removeprefix("after ")), {})[name] = tensor.to(value)
-            else:
-                # AdamW counts its steps on the CPU.
-                moment = tensor if what == "step" else tensor.to(value)
-                optimizer.state[value][what] = moment  # pyright: ignore
-    return step
+    def snapshot(self) -> None:
+        """Remember the values as they are after this step; those of a resumed training stay."""
+        if self.step not in self.snapshots:
+            copies = {name: value.detach().clone() for name, value in self.values.items()}
+            self.snapshots[self.step] = copies
+
+    def write(self) -> None:
+        """Write the state; a kill at any moment leaves the one before."""
+        import torch
+        from safetensors.torch import save_file
+
+        if self.path is None:
+            return
+        tensors = {"step": torch.tensor(self.step)}
+        for name, value in self.values.items():
+            tensors[f"value/{name}"] = value.detach()
+            for part, moment in self.optimizer.state.get(value, {}).items():
+                tensors[f"{part}/{name}"] = moment
+        for step, values in self.snapshots.items():
+            tensors |= {f"after {step}/{name}": value for name, value in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
+
+    def resume(self) -> None:
+        """Take values, moments and snapshots from the file, if there is one."""
+        import torch
+        from safetensors.torch import load_file
+
+        if self.path is None or not self.path.exists():
+            return
+        tensors = load_file(self.path)
+        self.step = int(tensors.pop("step"))
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                what, _, name = key.partition("/")
+                value = self.values[name]
+                if what == "value":
+                    value.copy_(tensor)
+                elif what.startswith("after "):
+                    step = int(what.removeprefix("after "))
+                    self.snapshots.setdefault(step, {})[name] = tensor.to(value)
+                else:
+                    # AdamW counts its steps on the CPU.
+                    moment = tensor if what == "step" else tensor.to(value)
+                    self.optimizer.state[value][what] = moment

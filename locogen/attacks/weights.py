@@ -25,9 +25,9 @@ def text_names(pipe: Pipeline, *, everything: bool = False) -> list[str]:
     modules: list[Any] = []
     for layer in find_layers(pipe):
         modules += [layer.module] if everything else family.matrices(layer.module).values()
-    wanted = {id(weight) for module in modules for weight in module.parameters()}
+    ids = {id(weight) for module in modules for weight in module.parameters()}
     named = denoiser_of(pipe).named_parameters()
-    return [name for name, weight in named if id(weight) in wanted]
+    return [name for name, weight in named if id(weight) in ids]
 
 
 def weights_now(pipe: Pipeline, names: list[str]) -> dict[str, Tensor]:

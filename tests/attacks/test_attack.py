@@ -1,5 +1,6 @@
 """Attacks, as theorems on a tiny model: what must hold whatever the weights are."""
 
+import dataclasses
 import subprocess
 import sys
 from typing import ClassVar
@@ -61,6 +62,13 @@ class Colors:
                 np.array([mean[channel[text]] for mean, text in zip(means, line, strict=True)])
             )
         return rows
+
+
+class AnyColor(Colors):
+    """A scorer that does not see colors: everything is red."""
+
+    def __call__(self, pictures, *texts):
+        return [np.array([float(text == "red") for text in line]) for line in texts]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +266,7 @@ def test_an_attack_comes_back_from_its_file(pipe, edit, tmp_path) -> None:
     found.save(tmp_path / "found.safetensors")
     loaded = Attack.load(tmp_path / "found.safetensors")
     assert loaded.table.equals(found.table)
-    assert torch.equal(loaded.found["edited"]["<cat>"], found.found["edited"]["<cat>"])
+    assert torch.equal(loaded.tensors["edited"]["<cat>"], found.tensors["edited"]["<cat>"])
     assert loaded.sentence() == found.sentence()
     (tmp_path / "other.safetensors").write_bytes(b"nothing")
     with pytest.raises(LocogenError, match="no attack"):
@@ -365,7 +373,7 @@ def test_the_loss_wants_what_the_scheduler_takes_for_the_clean_picture(predictio
     loss = DenoisingLoss(pipe, torch.randn(2, 4, 8, 8))
     noised = loss.fixed(0, 2)
     for row in range(2):
-        step = pipe.scheduler.step(noised.wanted[row], int(noised.times[row]), noised.latents[row])
+        step = pipe.scheduler.step(noised.target[row], int(noised.times[row]), noised.latents[row])
         torch.testing.assert_close(step.pred_original_sample, loss.clean[row], rtol=1e-3, atol=1e-3)
 
 
@@ -403,8 +411,11 @@ def test_the_concept_itself_is_not_taken_for_the_one_that_never_was(pipe, edit) 
     """Red pictures show red and not its exchange; blue ones are red exchanged."""
     from PIL import Image
 
-    goal = kinds.Goal(pipe, CAT, CAT.pairs, HELD_OUT, (0,), Colors(), None, {}, NeverHad())
+    goal = kinds.Goal(pipe, CAT, CAT.pairs, HELD_OUT, (0,), AnyColor(), None, {}, NeverHad())
     red = Image.new("RGB", (4, 4), (200, 0, 0))
+    vars(goal)["learned"] = ([exchanged(red)], CAT.pairs[:1])
+    plain = dataclasses.replace(goal, never_had=None)
+    assert plain.judge([red, exchanged(red)]).shown.tolist() == [1, 1]  # for a scorer of shapes
     assert goal.judge([red, exchanged(red)]).shown.tolist() == [0, 1]
 
 

@@ -9,8 +9,8 @@ share a folder: each takes the next row that no other has begun.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from machine import add_machine, set_threads
 
 import locogen as loco
-from locogen.attacks.goal import exchanged
+from locogen.attacks.goal import exchanged, exchanged_colors
 from locogen.editing.edit import Edit
 from locogen.editing.probes import Probe
 from locogen.mini import world
@@ -102,22 +102,24 @@ def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int,
     return tuple(sorted({layer for place in best.places for layer in place}))
 
 
-def recognized(judge: Any, concept: loco.Concept, seed: int = 0) -> dict[str, float]:
-    """How often the judge knows renders of the style, as they are and with colors exchanged."""
-    import random
-
+def recognized(judge: Any, concept: loco.Concept) -> dict[str, float]:
+    """How often renders of a style are taken for it, and how often their colors for exchanged ones."""
     among = [f"style of {style}" for style in world.STYLES]
     mine = among.index(f"style of {concept.name}")
     pictures = [
-        world.render(thing, concept.name, random.Random(f"attacks/{seed}/{thing}"))
+        world.render(thing, concept.name, random.Random(f"attacks/{thing}"))
         for thing in world.OBJECTS
     ]
-
-    def share(shown: Any) -> float:
-        scores = judge(shown, *[[text] * len(shown) for text in among])
-        return float((pd.DataFrame(scores).idxmax() == mine).mean())
-
-    return {"as they are": share(pictures), "exchanged": share([exchanged(p) for p in pictures])}
+    scores = judge(pictures, *[[text] * len(pictures) for text in among])
+    turned = [exchanged(picture) for picture in pictures]
+    references, others = turned[::2], turned[1::2]
+    return {
+        "taken for it": float((pd.DataFrame(scores).idxmax() == mine).mean()),
+        "exchanged, with exchanged colors": float(exchanged_colors(others, references).mean()),
+        "as they are, with exchanged colors": float(
+            exchanged_colors(pictures[1::2], references).mean()
+        ),
+    }
 
 
 def row(
@@ -236,8 +238,8 @@ def main() -> None:
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
     for style in options.only:
-        share = recognized(judge, dataclasses.replace(style_concept(style)[0]))
-        print(f"the judge knows {style} in renders: {json.dumps(share)}")
+        share = recognized(judge, style_concept(style)[0])
+        print(f"renders of {style}: {json.dumps(share)}")
     print(HEADING)
     tables = rows(pipe, judge, options)
     if tables:
