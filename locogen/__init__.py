@@ -71,7 +71,7 @@ _PUBLIC = {
     "editing.edit": ("Edit", "fit_edit", "undo_all"),
     "editing.evaluation": ("compare", "evaluate", "lead", "summary"),
     "editing.neurons": ("find_neurons", "Neurons"),
-    "editing.probes": ("Probe", "probes_for"),
+    "editing.probes": ("Probe", "probes_for", "prompt_kind_probes"),
     "views.attribution_plots": ("plot_attribution",),
     "views.localizer_plots": ("plot_profiles", "plot_trace"),
     "views.notebook": ("save", "show"),

@@ -48,6 +48,7 @@ from .editing.neurons import (
 from .editing.probes import (
     Probe as Probe,
     probes_for as probes_for,
+    prompt_kind_probes as prompt_kind_probes,
 )
 from .errors import (
     LocogenError as LocogenError,

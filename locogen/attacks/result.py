@@ -142,6 +142,32 @@ class Attack:
                 parts.append(f"with {name} {_bounded(lines.loc[model])}")
         return "; ".join(parts) + "."
 
+    def evaluation(self, arm: str, model: str = "edited") -> pd.DataFrame:
+        """The rows of one model as those of an evaluation, to be joined to its table.
+
+        Args:
+            arm: The name of the evaluation's arm.
+            model: Which model's rows.
+
+        Returns:
+            A table like `evaluate`'s, with the kind of attack as the measure, at its largest
+            strength: `summary(pd.concat([table, attack.evaluation("carrier")]))`.
+
+        Raises:
+            LocogenError: The attack has no such model.
+        """
+        self._check_model(model)
+        rows: Any = self.table[self.table["model"] == model]
+        rows = rows[rows["strength"] == rows["strength"].max()]
+        names = {"shown_before": "right_before", "shown_after": "right_after"}
+        columns = ["prompt", "unit", "seed", "before", "after", *names]
+        return rows[columns].rename(columns=names).assign(arm=arm, measure=self.kind, sign=-1)
+
+    def _check_model(self, model: str) -> None:
+        models = list(dict.fromkeys(self.table["model"]))
+        if model not in models:
+            raise LocogenError(f"the attack has no model {model!r}: use one of {', '.join(models)}")
+
     def _before(self, model: str) -> pd.DataFrame:
         """The rows of a model's first strength: what its own words show is the same in all."""
         rows: Any = self.table[self.table["model"] == model]
@@ -164,9 +190,7 @@ class Attack:
         """
         from safetensors.torch import save_file
 
-        models = list(dict.fromkeys(self.table["model"]))
-        if model not in models:
-            raise LocogenError(f"the attack has no model {model!r}: use one of {', '.join(models)}")
+        self._check_model(model)
         record = {
             "format": ATTACK_FORMAT,
             "concept": self.concept,

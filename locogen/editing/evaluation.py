@@ -300,7 +300,8 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
             )
             lines.append(labels | {"quantity": quantity} | means | counts)
         for quantity, bounds in OF_PAIRS.items():
-            if quantity in part:
+            # What is joined to an evaluation, such as attacks, may lack them.
+            if quantity in part and not bool(part[quantity].isna().to_numpy().all()):
                 means = _pair_means(_grid(part, quantity), level, bounds)
                 lines.append(labels | {"quantity": quantity} | means | counts)
     return pd.DataFrame(lines)

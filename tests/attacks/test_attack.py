@@ -6,6 +6,7 @@ import sys
 from typing import ClassVar
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from support import tiny
@@ -19,11 +20,14 @@ from locogen.attacks.states import closed_form_map
 from locogen.attacks.training import optimize
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import fit_edit
+from locogen.editing.evaluation import evaluate, summary
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import generate
 from locogen.plan import Concept, PromptPair
+from locogen.views import plots
+from locogen.views.sentences import describe_edit
 
 CAT = Concept(
     "cat",
@@ -440,6 +444,19 @@ def test_the_table_and_the_summary_name_what_they_hold(pipe, edit) -> None:
     assert ((lines["low"] <= lines["after"]) & (lines["after"] <= lines["high"])).all()
     assert "never had" in found.sentence()
     assert "<table" in found._repr_html_()
+
+
+def test_an_attack_joins_an_evaluation(pipe, edit) -> None:
+    table = evaluate(pipe, {"carrier": edit}, HELD_OUT, seeds=[0], scorer=Colors(), **FEW)
+    tried = attacked(pipe, edit, "noise")
+    lines = summary(pd.concat([table, tried.evaluation("carrier")]))
+    assert set(lines["measure"]) == {"efficacy", "noise"}
+    shares = lines[lines["quantity"] == "right"].set_index("measure")["after"]
+    assert shares["noise"] == tried.summary()["after"].iloc[-1]
+    assert "under the best of the seeds" in describe_edit(lines, "carrier")
+    assert plots.plot_evaluation(lines).get_legend().get_texts()[-1].get_text() == "noise"
+    with pytest.raises(LocogenError, match="no model"):
+        tried.evaluation("carrier", "placebo")
 
 
 def test_mistakes_are_named(pipe, edit) -> None:

@@ -80,7 +80,8 @@ def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tupl
     every = tuple(layer.index for layer in loco.find_layers(pipe))
     carrier = CARRIERS.get(style) or carrier_of(pipe, style, options)
     named = {f"layers {', '.join(map(str, carrier))}": carrier}
-    return {name: layers for name, layers in named.items() if layers} | {"all layers": every}
+    everywhere = {"all layers": every} if options.all_layers else {}
+    return {name: layers for name, layers in named.items() if layers} | everywhere
 
 
 def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int, ...]:
@@ -230,6 +231,9 @@ def main() -> None:
         nargs="*",
         default=["edited", "unedited", "placebo", "never had"],
         help="what is attacked",
+    )
+    parser.add_argument(
+        "--all-layers", action="store_true", help="attack the edit at all layers as well"
     )
     parser.add_argument("--progress", action="store_true")
     add_machine(parser)
