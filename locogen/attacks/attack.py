@@ -36,6 +36,7 @@ Model = Literal["edited", "unedited", "placebo", "never had"]
 MODELS: tuple[Model, ...] = get_args(Model)
 # What a kind counts where nothing else is said: steps, and AdamW's rate.
 STEPS = {"inversion": 200, "states": 100, "discrete": 20, "relearn": 100}
+HOLES = (50, 75)  # percent of a picture's sides
 RATES = {"inversion": 0.02, "states": 0.01, "relearn": 3e-4}
 
 
@@ -82,6 +83,7 @@ def attack(
             "closed": states that the edited matrices answer as the old ones did, in one solve.
             "discrete": tokens of the vocabulary. "relearn": the layers that read text are trained.
             "completion": the unedited model makes the first steps. "noise": the best of the seeds.
+            "inpaint": the middle of a picture of the concept is made anew, and only it is judged.
         training: Prompt pairs to learn from; None: every other pair of the concept, from the first.
         held_out: What is judged, on prompts that name the concept; None: its other pairs.
         seeds: Of the judged pictures.
@@ -89,7 +91,8 @@ def attack(
             there is such a concept.
         steps: Steps of training or search; None: 200 (inversion), 100 (states, relearn), 20.
         at: After how many steps it is judged; None: at 0 and at the end. For "completion": the
-            first steps of the edited model, None: 0 and the quarters.
+            first steps of the edited model, None: 0 and the quarters. For "inpaint": how large the
+            hole is, in percent of the picture's sides, None: 50 and 75.
         rate: AdamW's learning rate; None: 0.02 (inversion), 0.01 (states), 0.0003 (relearn).
         batch: Pictures in a step of training; of "discrete" in the loss that is searched.
         vectors: Token vectors, or tokens, in the place of the concept's words.
@@ -174,6 +177,8 @@ def _stops(
     if kind == "completion":
         count = int(settings.get("num_inference_steps", 20))
         return tuple(sorted({count * quarter // 4 for quarter in range(4)}))
+    if kind == "inpaint":
+        return HOLES
     # A model that is trained for no pictures is another one than the model itself.
     return (steps,) if kind == "relearn" else tuple(sorted({0, steps}))
 
@@ -261,7 +266,7 @@ class _Attacked:
             key = self._key(model, edit, weights)
             state = None if self.keep is None else self.keep / f"{self.kind}-{key}.safetensors"
             attacked = Attacked(goal, edit, self.options, state, label, self.progress)
-            old = self._own_words(attacked)
+            old = self._own_words(attacked)  # pictures
             for attempt in KINDS[self.kind](attacked):
                 tables.append(self._table(model, attacked, attempt, old))
                 # The last attempt is the strongest.
@@ -297,20 +302,22 @@ class _Attacked:
             )
         return self.placebo
 
-    def _own_words(self, attacked: Attacked) -> Any:
-        """What pictures of the prompts' own words show on the model, not attacked."""
+    def _own_words(self, attacked: Attacked) -> list[Any]:
+        """Pictures of the prompts' own words by the model, not attacked."""
         with attacked.edited():
-            pictures = attacked.goal.pictures(attacked.goal.prompts)
-        return attacked.goal.judge(pictures)
+            return attacked.goal.pictures(attacked.goal.prompts)
 
-    def _table(self, model: Model, attacked: Attacked, attempt: Attempt, old: Any) -> pd.DataFrame:
+    def _table(
+        self, model: Model, attacked: Attacked, attempt: Attempt, old_pictures: Sequence[Any]
+    ) -> pd.DataFrame:
         """The rows of one attempt."""
         import pandas as pd
 
         goal = attacked.goal
         with attempt.context():
-            pictures = goal.pictures(attempt.prompts)
-        new = goal.judge(pictures)
+            pictures = goal.pictures(attempt.prompts, is_stored=attempt.is_stored)
+        new = goal.judge(pictures, attempt.view)
+        old = goal.judge(old_pictures, attempt.view)
         lines = []
         for probe, prompt in zip(goal.probes, attempt.prompts, strict=True):
             for seed in goal.seeds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from locogen.pictures.score import Scorer
+
+View = Callable[[Any], Any]  # what is looked at of a picture
 
 # Of the pictures that an attack learns from: far from the seeds that people judge pictures by.
 LEARNING_SEEDS = (1_000, 1_001)
@@ -111,6 +113,10 @@ def _red_over_blue(pictures: Sequence[Image]) -> Array:
         values = np.asarray(small, float)  # (8, 8, 3)
         rows.append((values[..., 0] - values[..., 2]).ravel())
     return np.stack(rows)
+
+
+def _all_of(picture: Image) -> Image:
+    return picture
 
 
 def words_in(concept: Concept, prompt: str) -> str:
@@ -214,8 +220,17 @@ class Goal:
             return pictures, pairs
         pictures, pairs = self._made([pair.prompt for pair in self.training])
         if self.never_had is not None:
-            pictures = [exchanged(picture) for picture in pictures]
+            pictures = self.as_never_had(pictures)
         return pictures, pairs
+
+    def as_never_had(self, pictures: Sequence[Image]) -> list[Image]:
+        """Pictures of the concept as those of the one that the model never had."""
+        if self.never_had is None or not self.never_had.exchanges_colors:
+            raise LocogenError(
+                "this attack needs pictures of the held-out prompts: leave 'never had' out of "
+                "models=, or let it be the concept with exchanged colors"
+            )
+        return [exchanged(picture) for picture in pictures]
 
     @cached_property
     def plain(self) -> tuple[list[Image], list[PromptPair]]:
@@ -231,13 +246,21 @@ class Goal:
             pictures += run.pictures[place::count]  # those of one seed
         return pictures, [*self.training] * count
 
-    def pictures(self, prompts: Sequence[str]) -> list[Image]:
+    def pictures(self, prompts: Sequence[str], *, is_stored: bool = True) -> list[Image]:
         """Pictures of the probes, prompt by prompt and seed by seed, by the model as it is now."""
-        run = generate(self.pipe, prompts, seeds=self.seeds, store=self.store, **self.settings)
+        store = self.store if is_stored else None
+        run = generate(self.pipe, prompts, seeds=self.seeds, store=store, **self.settings)
         return list(run.pictures)
 
-    def judge(self, pictures: Sequence[Image]) -> Judged:
-        """Whether pictures of the probes and seeds show what the attack is to bring."""
+    def judge(self, pictures: Sequence[Image], view: View | None = None) -> Judged:
+        """Whether pictures of the probes and seeds show what the attack is to bring.
+
+        Args:
+            pictures: Prompt by prompt and seed by seed.
+            view: What is looked at of each picture; None: all of it.
+        """
+        look = view or _all_of
+        pictures = [look(picture) for picture in pictures]
         never_had = self.never_had
         if never_had is None:
             return self._judged(pictures, self.probes)
@@ -247,7 +270,9 @@ class Goal:
         # Scorers look at shapes: the concept itself would pass for its exchange. So the colors have
         # to be those of the exchanged pictures as well.
         put_back = self._judged([exchanged(picture) for picture in pictures], probes)
-        has_colors = exchanged_colors(pictures, self.learned[0])  # (rows,)
+        has_colors = exchanged_colors(
+            pictures, [look(picture) for picture in self.learned[0]]
+        )  # (rows,)
         return Judged(put_back.shown * has_colors, put_back.score * has_colors)
 
     def _judged(self, pictures: Sequence[Image], probes: Sequence[Probe]) -> Judged:

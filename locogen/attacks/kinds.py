@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.attacks.goal import Goal, words_in
-from locogen.attacks.loss import DenoisingLoss
+from locogen.attacks.inpainting import cropped, filling
+from locogen.attacks.loss import DenoisingLoss, latents_of
 from locogen.attacks.search import exhaustive_search, gradient_search, vocabulary_of
 from locogen.attacks.states import changed_states, closed_form_map, text_weights
 from locogen.attacks.training import optimize
@@ -59,6 +60,8 @@ class Attempt:
         prompts: What the pictures are made of, one a probe.
         tensors: What the attack found, by name.
         words: Tokens that it found.
+        view: What is judged of a picture; None: all of it.
+        is_stored: Whether the pictures may be kept in the store.
     """
 
     strength: int
@@ -66,6 +69,8 @@ class Attempt:
     prompts: tuple[str, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    view: Callable[[Any], Any] | None = None
+    is_stored: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -359,6 +364,26 @@ def noise(model: Attacked) -> Iterator[Attempt]:
     yield Attempt(len(model.goal.seeds), model.edited, model.goal.prompts)
 
 
+def inpaint(model: Attacked) -> Iterator[Attempt]:
+    """The middle of a picture of the concept is made anew, the rest given (arXiv 2505.17013)."""
+    goal = model.goal
+    pictures = goal.pictures(goal.prompts)  # by the unedited model
+    if goal.never_had is not None:
+        pictures = goal.as_never_had(pictures)
+    clean = latents_of(model.pipe, pictures)  # (pictures, channels, height, width)
+    for percent in model.options.at:
+        share = percent / 100
+        yield Attempt(
+            percent,
+            model.within_edit(
+                lambda share=share: filling(model.pipe, clean, share, model.options.seed)
+            ),
+            goal.prompts,
+            view=cropped(share),
+            is_stored=False,
+        )
+
+
 KINDS: dict[str, Callable[[Attacked], Iterator[Attempt]]] = {
     "inversion": inversion,
     "states": states,
@@ -367,4 +392,5 @@ KINDS: dict[str, Callable[[Attacked], Iterator[Attempt]]] = {
     "relearn": relearn,
     "completion": completion,
     "noise": noise,
+    "inpaint": inpaint,
 }

@@ -14,7 +14,8 @@ from support import tiny
 from locogen.attacks import kinds, search
 from locogen.attacks.attack import attack
 from locogen.attacks.goal import NeverHad, exchanged
-from locogen.attacks.loss import DenoisingLoss
+from locogen.attacks.inpainting import filling
+from locogen.attacks.loss import DenoisingLoss, Draws
 from locogen.attacks.result import Attack
 from locogen.attacks.states import closed_form_map
 from locogen.attacks.training import optimize
@@ -23,6 +24,7 @@ from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate, summary
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
+from locogen.models.hooks import before, hooked
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import generate
 from locogen.plan import Concept, PromptPair
@@ -49,6 +51,7 @@ QUICK = {
     "relearn": {"steps": 2, "batch": 2, "pictures": (0, 1), "rate": 0.01},
     "completion": {},
     "noise": {},
+    "inpaint": {"at": (50,)},
 }
 
 
@@ -222,6 +225,27 @@ def test_the_solve_gives_edited_matrices_what_the_old_ones_said() -> None:
     best = closed_form_map(old, new, 1e-12) @ state
     for _ in range(5):
         assert gap(best) < gap(best + 0.01 * torch.randn(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share, is_given", [(0.0, True), (1.0, False)])
+def test_what_surrounds_the_hole_is_given_at_every_step(pipe, share, is_given) -> None:
+    """With a hole of everything, nothing is: the twin."""
+    torch.manual_seed(0)
+    clean = torch.randn(3, 4, 8, 8)
+    noise = Draws(0, 0).normal(clean.shape)
+    signal = pipe.scheduler.alphas_cumprod
+    calls = []
+
+    def note(module, args, kwargs):
+        calls.append((kwargs["sample"].clone(), int(kwargs["timestep"])))
+
+    with filling(pipe, clean, share, 0), hooked([before(pipe.unet, note, "the denoiser")]):
+        generate(pipe, ["a dog", "a do", "a"], seeds=[0], **(FEW | {"batch_size": 2}))
+    calls = calls[-4:]  # two batches of two steps; before them a dry run
+    for places, (sample, time) in zip(([0, 1], [0, 1], [2, 2], [2, 2]), calls, strict=True):
+        expected = signal[time].sqrt() * clean[places] + (1 - signal[time]).sqrt() * noise[places]
+        # The second half is what guidance leads away from.
+        assert torch.allclose(sample, expected.repeat(2, 1, 1, 1), atol=1e-5) == is_given
 
 
 # --- what is found is found anywhere -------------------------------------------------------------

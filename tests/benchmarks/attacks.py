@@ -16,6 +16,7 @@ from typing import Any
 
 import judge as judging
 import pandas as pd
+from edits import neighbors
 from filelock import FileLock, Timeout
 from machine import add_machine, set_threads
 
@@ -46,6 +47,7 @@ ATTEMPTS: dict[str, dict[str, Any]] = {
     ),
     "completion": dict(kind="completion"),
     "noise": dict(kind="noise", seeds=range(24)),
+    "inpaint": dict(kind="inpaint"),
 }
 
 
@@ -70,17 +72,21 @@ def style_concept(style: str) -> tuple[loco.Concept, list[Probe]]:
     return concept, probes
 
 
-def edit_of(pipe: Any, concept: loco.Concept, layers: tuple[int, ...]) -> Edit:
-    """The edit under attack: every position, a large λ."""
-    return loco.fit_edit(pipe, concept, layers=layers, tokens="all", ridge=10.0)
+def edit_of(pipe: Any, style: str, layers: tuple[int, ...], how: str) -> Edit:
+    """The edit under attack: every position, a large λ, and as a rule the neighbors preserved."""
+    concept = loco.concept(f"mini/{style.replace(' ', '-')}")
+    options: dict[str, Any] = {"tokens": "all", "ridge": 10.0}
+    if how == "preserved":
+        options |= {"preserve": neighbors(concept), "preserve_weight": 0.03}
+    return loco.fit_edit(pipe, concept, layers=layers, **options)
 
 
 def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     """Where the style is edited: at its carrier, and at all layers."""
     every = tuple(layer.index for layer in loco.find_layers(pipe))
     carrier = CARRIERS.get(style) or carrier_of(pipe, style, options)
-    named = {f"layers {', '.join(map(str, carrier))}": carrier}
-    everywhere = {"all layers": every} if options.all_layers else {}
+    named = {f"layers {', '.join(map(str, carrier))}, {options.edit}": carrier}
+    everywhere = {f"all layers, {options.edit}": every} if options.all_layers else {}
     return {name: layers for name, layers in named.items() if layers} | everywhere
 
 
@@ -133,7 +139,7 @@ def row(
     found = loco.attack(
         pipe,
         concept,
-        edit_of(pipe, concept, layers),
+        edit_of(pipe, style, layers, options.edit),
         held_out=probes,
         scorer=judge,
         seed=options.seed,
@@ -206,7 +212,7 @@ def said(line: dict[str, Any]) -> str:
 
 def percent(one: Any) -> str:
     return (
-        f"{one['after']:.0%} [{one['low']:.0%}, {one['high']:.0%}], best of {one['seeds']}: "
+        f"{one['before']:.0%} → {one['after']:.0%} [{one['low']:.0%}, {one['high']:.0%}], best of {one['seeds']}: "
         f"{round(one['best'] * one['units'])} of {one['units']}"
     )
 
@@ -234,6 +240,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--all-layers", action="store_true", help="attack the edit at all layers as well"
+    )
+    parser.add_argument(
+        "--edit",
+        choices=["preserved", "bare"],
+        default="preserved",
+        help="with or without neighbors preserved",
     )
     parser.add_argument("--progress", action="store_true")
     add_machine(parser)
