@@ -66,6 +66,7 @@ _PUBLIC = {
     "localization.localize": ("localize",),
     "localization.sample_size": ("plan_seeds",),
     "localization.trace_effects": ("best_state", "sides", "trace_effect"),
+    "editing.contexts.steering": ("fit_steering", "Steering"),
     "editing.control_edits": ("control_edits", "placebo_edit"),
     "editing.deafening": ("deafen",),
     "editing.edit": ("Edit", "fit_edit", "undo_all"),

@@ -23,6 +23,10 @@ from .catalog import (
     plants as plants,
     published_start as published_start,
 )
+from .editing.contexts.steering import (
+    Steering as Steering,
+    fit_steering as fit_steering,
+)
 from .editing.control_edits import (
     control_edits as control_edits,
     placebo_edit as placebo_edit,
