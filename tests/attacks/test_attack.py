@@ -19,12 +19,14 @@ from locogen.attacks.loss import DenoisingLoss, Draws
 from locogen.attacks.result import Attack
 from locogen.attacks.states import closed_form_map
 from locogen.attacks.training import optimize
+from locogen.catalog import concept
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate, summary
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
 from locogen.models.hooks import before, hooked
+from locogen.models.load import load
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import generate
 from locogen.plan import Concept, PromptPair
@@ -425,6 +427,24 @@ def test_the_placebo_is_as_large_and_about_other_words(pipe, edit) -> None:
     assert "dog" in placebo.name  # the only other word of three letters
     with pytest.raises(LocogenError, match="avoid"):
         placebo_edit(pipe, edit, avoid=["dog"])
+
+
+@pytest.mark.slow
+def test_a_placebo_moves_neither_own_words_nor_the_best_of_the_seeds() -> None:
+    """On the mini model; its twin is the edit itself."""
+    mini = load("mini")
+    neon = concept("mini/neon")
+    others = [style for style in neon.neighbors if style != "neon"]
+    frames = ("a picture in the style of {}", "a picture in {} style", "a picture, {}")
+    kept = [frame.format(other) for other in others for frame in frames]
+    options = {"tokens": "all", "ridge": 10.0, "preserve": kept, "preserve_weight": 0.03}
+    edit = fit_edit(mini, neon, layers=[12, 13], **options)
+    few = {"num_inference_steps": 8, "seeds": [0, 1], "progress": False}
+    lines = attack(mini, neon, edit, kind="noise", **few).summary()
+    last = lines.groupby("model").last()
+    for model, low, high in (("placebo", 0.75, 1), ("unedited", 0.75, 1), ("edited", 0, 0.25)):
+        assert low <= last.loc[model, "before"] <= high
+        assert low <= last.loc[model, "best"] <= high
 
 
 def test_colors_are_exchanged_and_put_back() -> None:
