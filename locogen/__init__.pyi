@@ -23,10 +23,6 @@ from .catalog import (
     plants as plants,
     published_start as published_start,
 )
-from .editing.contexts.steering import (
-    Steering as Steering,
-    fit_steering as fit_steering,
-)
 from .editing.control_edits import (
     control_edits as control_edits,
     placebo_edit as placebo_edit,
@@ -53,6 +49,14 @@ from .editing.probes import (
     Probe as Probe,
     probes_for as probes_for,
     prompt_kind_probes as prompt_kind_probes,
+)
+from .editing.rivals.editors import (
+    edit_with as edit_with,
+    editors as editors,
+)
+from .editing.rivals.steering import (
+    Steering as Steering,
+    fit_steering as fit_steering,
 )
 from .errors import (
     LocogenError as LocogenError,

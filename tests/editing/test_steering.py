@@ -7,9 +7,9 @@ import pytest
 import torch
 from support import tiny
 
-from locogen.editing.contexts.steering import Steering, fit_steering
 from locogen.editing.evaluation import evaluate
 from locogen.editing.probes import Probe
+from locogen.editing.rivals.steering import Steering, fit_steering
 from locogen.errors import LocogenError
 from locogen.models.hooks import after, hooked
 from locogen.models.layers import find_layers
