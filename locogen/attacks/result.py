@@ -109,7 +109,8 @@ class Attack:
                     "best_high": high,
                     "n": int(shares["n"]),
                     "units": units,
-                    "seeds": part["seed"].nunique(),
+                    # A row of a search for noise speaks of all seeds so far.
+                    "seeds": strength if self.kind == "noise" else part["seed"].nunique(),
                 }
             )
         return pd.DataFrame(lines)

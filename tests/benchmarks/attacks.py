@@ -84,7 +84,7 @@ def edit_of(pipe: Any, style: str, layers: tuple[int, ...], how: str) -> Edit:
 def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     """Where the style is edited: at its carrier, and at all layers."""
     every = tuple(layer.index for layer in loco.find_layers(pipe))
-    carrier = CARRIERS.get(style) or carrier_of(pipe, style, options)
+    carrier = carrier_of(pipe, style, options)
     named = {f"layers {', '.join(map(str, carrier))}, {options.edit}": carrier}
     everywhere = {f"all layers, {options.edit}": every} if options.all_layers else {}
     return {name: layers for name, layers in named.items() if layers} | everywhere
@@ -92,6 +92,8 @@ def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tupl
 
 def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int, ...]:
     """The layers of the style's carrier, from two prompts; () where there is none."""
+    if style in CARRIERS:
+        return CARRIERS[style]
     identity = f"mini/{style.replace(' ', '-')}"
     few = loco.concept(identity).first(2)
     run = loco.localize(
