@@ -1,5 +1,14 @@
 """The public names and their types: the same table as `__init__._PUBLIC` (a test compares them)."""
 
+from .attacks.attack import (
+    attack as attack,
+)
+from .attacks.goal import (
+    NeverHad as NeverHad,
+)
+from .attacks.result import (
+    Attack as Attack,
+)
 from .benchmarks.answers import (
     Answer as Answer,
 )
@@ -16,6 +25,7 @@ from .catalog import (
 )
 from .editing.control_edits import (
     control_edits as control_edits,
+    placebo_edit as placebo_edit,
 )
 from .editing.deafening import (
     deafen as deafen,
@@ -38,6 +48,15 @@ from .editing.neurons import (
 from .editing.probes import (
     Probe as Probe,
     probes_for as probes_for,
+    prompt_kind_probes as prompt_kind_probes,
+)
+from .editing.rivals.editors import (
+    edit_with as edit_with,
+    editors as editors,
+)
+from .editing.rivals.steering import (
+    Steering as Steering,
+    fit_steering as fit_steering,
 )
 from .errors import (
     LocogenError as LocogenError,

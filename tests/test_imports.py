@@ -33,6 +33,7 @@ ROOMS = (
         "pictures",
         "localization",
         "editing",
+        "attacks",
         "benchmarks",
         "views",
         "studies",

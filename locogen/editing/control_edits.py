@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from locogen.editing.closed_form import LowRank
 from locogen.editing.edit import Edit
+from locogen.errors import LocogenError
 from locogen.models.layers import find_layers
 from locogen.plan import Window, windows
 from locogen.types import Pipeline
@@ -48,6 +52,72 @@ def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) 
     # More layers than the edit has: how much the whole model could change.
     places["all layers"] = tuple(editable)
     return {name: edit.refit(pipe, place) for name, place in places.items() if set(place) != edited}
+
+
+def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[str] = ()) -> Edit:
+    """Fit the same edit about random words, and make it as large: what an edit does in itself.
+
+    Args:
+        pipe: The pipeline that the edit was fitted on.
+        edit: The edit. Its layers and options stay, and so does the size of each matrix's change
+            (Frobenius norm).
+        seed: Of the words, drawn from the tokenizer's.
+        avoid: Texts whose words are not drawn, besides the edit's own.
+
+    Returns:
+        The placebo.
+
+    Raises:
+        LocogenError: The tokenizer has too few other words, or nothing changes for those drawn.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> edit = fit_edit(pipe, concept("mini/neon"), layers=[2, 3])
+        >>> placebo = placebo_edit(pipe, edit)
+        >>> placebo.layers == edit.layers, "neon" in placebo.name
+        (True, False)
+    """
+    phrasings = edit.recipe["phrasings"]
+    texts = [*avoid, *edit.recipe["options"]["preserve"]]
+    for phrasing in phrasings:
+        texts += [phrasing["source"], phrasing["target"]]
+    pool = _words_of(pipe, texts)
+    count = max(len(phrasing["subject"].split()) for phrasing in phrasings)
+    if len(pool) < count:
+        raise LocogenError(
+            f"the tokenizer has {len(pool)} words that no text holds, and a placebo needs {count}: "
+            "give fewer texts in avoid="
+        )
+    words = " ".join(random.Random(seed).sample(pool, count))
+    about: list[dict[str, str]] = []
+    for phrasing in phrasings:
+        source = phrasing["source"].replace(phrasing["subject"], words)
+        about.append({"source": source, "target": phrasing["target"], "subject": words})
+    fitted = replace(edit, recipe={**edit.recipe, "phrasings": about}).refit(pipe)
+
+    changes: dict[str, LowRank] = {}
+    for name, change in fitted.changes.items():
+        size = float(change.change.norm())
+        if not size:
+            raise LocogenError(
+                f"the placebo about {words!r} changes nothing in {name}: take another seed"
+            )
+        scale = float(edit.changes[name].change.norm()) / size
+        changes[name] = LowRank(scale * change.up, change.down)
+    return replace(fitted, name=f"placebo ({words})", changes=changes)
+
+
+def _words_of(pipe: Pipeline, texts: Iterable[str]) -> list[str]:
+    """The tokenizer's whole words of three letters and more that no text holds, in order."""
+    held = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    words = set()
+    for piece in pipe.tokenizer.get_vocab():
+        # CLIP marks the end of a word, T5 and Gemma its beginning.
+        word = piece.removesuffix("</w>").removeprefix("\N{LOWER ONE EIGHTH BLOCK}")
+        is_whole = word != piece and word.isalpha() and word.isascii() and word.islower()
+        if is_whole and len(word) > 2 and word not in held:
+            words.add(word)
+    return sorted(words)
 
 
 def _windows(count: int, editable: Sequence[int], edited: set[int]) -> Places:

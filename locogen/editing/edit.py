@@ -13,7 +13,7 @@ from typing import Any, Literal
 from locogen import markup
 from locogen.editing.closed_form import LowRank
 from locogen.editing.files import read_edit, write_edit, write_lora
-from locogen.editing.fit import Fit, Options, layers_to_edit, matrices_to_edit, recipe_of
+from locogen.editing.fit import Fit, Matrices, Options, layers_to_edit, matrices_to_edit, recipe_of
 from locogen.editing.weights import (
     WeightChange,
     apply_change,
@@ -366,6 +366,9 @@ def fit_edit(
     null_space: bool = False,
     ordinary: Sequence[str] = (),
     entry: bool = False,
+    filtered: bool = False,
+    anchored: bool = False,
+    matrices: Matrices = "kv",
 ) -> Edit:
     """Fit the closed-form edit (LocoEdit, arXiv 2405.01008) that removes or changes a concept.
 
@@ -399,6 +402,12 @@ def fit_edit(
             (MEMIT's covariance).
         entry: Whether to edit also the map by which text enters outside of the layers: SD-XL's
             `add_embedding`, the `context_embedder` of SD 3 and FLUX.
+        filtered: Whether the null space keeps only those preserved prompts that an edit without
+            them would change more than the mean (SPEED, arXiv 2503.07392): fewer directions are
+            lost to the edit.
+        anchored: Whether the null space also keeps what every prompt holds, the start mark and the
+            mean of the empty prompt (SPEED).
+        matrices: "kv", or "v": values alone (SPEED), so that where attention looks stays.
 
     Returns:
         The `Edit`.
@@ -441,6 +450,9 @@ def fit_edit(
         null_space=null_space,
         ordinary=ordinary,
         entry=entry,
+        filtered=filtered,
+        anchored=anchored,
+        matrices=matrices,
     )
     name = " + ".join(one.name for one in concepts)
     return _fit(pipe, name, phrasings_to_fit, layers, options)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from locogen import stats
-from locogen.editing.edit import Edit
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
@@ -84,9 +83,17 @@ def _judge_of(run: Run, choice: Scorer | str | None) -> Scorer:
     return score.scorer(choice) if isinstance(choice, str) else choice
 
 
+class Applicable(Protocol):
+    """What a model can have within a context: an `Edit`, a `Steering`."""
+
+    def applied(self, pipe: Pipeline, strength: float = 1.0) -> AbstractContextManager[Any]:
+        """Within the context, it holds."""
+        ...
+
+
 def evaluate(
     pipe: Pipeline,
-    arms: Mapping[str, Edit | Sequence[Edit]],
+    arms: Mapping[str, Applicable | Sequence[Applicable]],
     probes: Sequence[Probe],
     *,
     seeds: Iterable[int] = range(2),
@@ -103,6 +110,7 @@ def evaluate(
     Args:
         pipe: The pipeline.
         arms: What is compared: name -> an edit, several that are applied together, or () for none.
+            A `Steering`, and anything else with its `applied`, counts as an edit.
         probes: Prompts to look at, as from `probes_for`.
         seeds: Random seeds; every prompt is made with each of them.
         strength: How many times each edit is added. Above 1 makes up for what `preserve` holds
@@ -150,7 +158,7 @@ def evaluate(
     old = measuring.measure((), strength)
     tables = []
     for name, edits in arms.items():
-        edits = [edits] if isinstance(edits, Edit) else list(edits)
+        edits = list(edits) if isinstance(edits, Sequence) else [edits]
         new = measuring.measure(edits, strength) if edits else old
         tables.append(measuring.table(old, new).assign(arm=name))
     table = pd.concat(tables, ignore_index=True)
@@ -199,7 +207,7 @@ class _Measuring:
     scorer: Scorer
     settings: Mapping[str, Any]
 
-    def measure(self, edits: Iterable[Edit], strength: float) -> _Measured:
+    def measure(self, edits: Iterable[Applicable], strength: float) -> _Measured:
         """With all of the edits applied."""
         with ExitStack() as contexts:
             for edit in edits:
@@ -300,7 +308,8 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
             )
             lines.append(labels | {"quantity": quantity} | means | counts)
         for quantity, bounds in OF_PAIRS.items():
-            if quantity in part:
+            # What is joined to an evaluation, such as attacks, may lack them.
+            if quantity in part and not bool(part[quantity].isna().to_numpy().all()):
                 means = _pair_means(_grid(part, quantity), level, bounds)
                 lines.append(labels | {"quantity": quantity} | means | counts)
     return pd.DataFrame(lines)

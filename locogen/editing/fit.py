@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from locogen import __version__
 from locogen.editing.closed_form import (
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Matrices = Literal["kv", "v"]
+
+
 @dataclass(frozen=True)
 class Options:
     """The settings of a fit, checked; `fit_edit` says what each of them means."""
@@ -42,6 +45,9 @@ class Options:
     null_space: bool = False
     ordinary: Sequence[str] = ()
     entry: bool = False
+    filtered: bool = False
+    anchored: bool = False
+    matrices: Matrices = "kv"
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
@@ -55,6 +61,12 @@ class Options:
         if self.null_space and self.ordinary:
             raise LocogenError(
                 "null_space and ordinary are two ways to keep other prompts: use only one of them"
+            )
+        if self.matrices not in get_args(Matrices):
+            raise LocogenError(f"matrices is {self.matrices!r}: use 'kv' or 'v'")
+        if (self.filtered or self.anchored) and not self.null_space:
+            raise LocogenError(
+                "filtered and anchored choose what the null space keeps: give null_space=True too"
             )
         if not 0 < self.preserve_weight < math.inf:
             raise LocogenError(
@@ -123,6 +135,8 @@ def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) 
     matrices: list[Matrix] = []
     for layer in layers:
         for kind, module in family.matrices(layer.module).items():
+            if kind not in options.matrices:
+                continue
             matrices.append(Matrix(f"{paths[module]}.weight", kind, layer))
     if options.entry:
         if family.text_projection is None:
@@ -198,6 +212,10 @@ class Fit:
                 preserved.append(self._states(prompt, positions, layer))
             preserve = torch.cat(preserved).to(source)
         if self.options.null_space and preserve is not None:
+            if self.options.filtered:
+                preserve = self._disturbed(layer, preserve, ridge)
+            if self.options.anchored:
+                preserve = torch.cat([preserve, self._anchors(layer).to(source)])
             return null_space_factor(source, preserve, ridge=ridge)
         covariance: Tensor | None = None  # (width, width)
         if self.options.ordinary:
@@ -209,6 +227,29 @@ class Fit:
             preserve_weight=self.options.preserve_weight,
             covariance=covariance,
         )
+
+    def _disturbed(self, layer: Layer | None, preserve: Tensor, ridge: float) -> Tensor:
+        """The preserved rows that an edit without any would change more than the mean does.
+
+        SPEED's filter (arXiv 2503.07392), by the change of the states that the matrices would
+        read, so that all matrices share it, (kept rows, width).
+        """
+        source, target = self.rows(layer)  # (rows, width) each
+        down = shared_factor(source, ridge=ridge)  # (rows, width)
+        changes = (preserve @ down.T) @ (target - source)  # (preserved rows, width)
+        sizes = changes.square().sum(1)  # (preserved rows,)
+        return preserve[sizes >= sizes.mean()]
+
+    def _anchors(self, layer: Layer | None) -> Tensor:
+        """What every prompt holds: its start, and the mean of the empty prompt, (2, width)."""
+        import torch
+
+        positions = self.inputs.places("", "all")
+        anchors = [self._states("", positions, layer).mean(0)]  # (width,)
+        # Families with T5 have no mark before the first word.
+        if positions[0] > 0:
+            anchors.insert(0, self._states("", [positions[0] - 1], layer)[0])
+        return torch.stack(anchors)
 
     def _covariance(self, layer: Layer | None) -> Tensor:
         """The second moment of what is read of ordinary captions, (width, width)."""

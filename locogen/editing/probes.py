@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from locogen.errors import LocogenError
-from locogen.phrasings import phrase_in
-from locogen.plan import Concept, PromptPair
+from locogen.phrasings import neighbor_texts, occurrences, phrase_in, shown_text, subject_in
+from locogen.plan import Concept, PromptPair, paraphrase
 
-Measure = Literal["efficacy", "generality", "specificity", "ordinary", "chance"]
-MEASURES: tuple[Measure, ...] = ("efficacy", "generality", "specificity", "ordinary", "chance")
+Measure = Literal[
+    "efficacy",
+    "generality",
+    "specificity",
+    "ordinary",
+    "chance",
+    "name",
+    "short",
+    "long",
+    "variant",
+    "implicit",
+    "rest",
+]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,8 @@ class Probe:
             see; "generality": the same in other words; "specificity": neighbors that should stay;
             "ordinary": pictures that have nothing to do with the concept; "chance": prompts of
             neighbors with the concept's own text: how often what is not the concept is taken for
-            it, before any edit.
+            it, before any edit. By kinds of prompts (see `prompt_kind_probes`): "name", "short",
+            "long", "variant", "implicit"; "rest": what else the edited concept's prompts name.
         prompt: The prompt.
         text: What its pictures are scored against.
         among: Texts that it is compared with: a picture is right if none of them scores higher
@@ -52,7 +65,7 @@ class Probe:
     @property
     def sign(self) -> int:
         """1 where an edit should bring or keep right pictures, -1 where it should remove them."""
-        if self.comes or self.measure in ("specificity", "ordinary"):
+        if self.comes or self.measure in ("specificity", "ordinary", "rest"):
             return 1
         return -1
 
@@ -101,6 +114,101 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
                 among = _alternatives(one, pair, pair.prompt, neighbors)
                 probes.append(Probe("specificity", pair.prompt, pair.prompt, among))
     return tuple(dict.fromkeys(probes))
+
+
+def prompt_kind_probes(
+    concept: Concept, others: Sequence[Concept] = (), *, long: str = "{prompt}, {target}"
+) -> tuple[Probe, ...]:
+    """Probes of the ways to ask for a concept, and of what else its prompts name.
+
+    The kinds are those of EMMA (arXiv 2512.17320): the name alone, a short prompt, long ones,
+    variants in other words, and implicit ones, which do not say the name: facts whose answer is
+    the concept. "rest" asks whether the object of an edited style's prompt is still shown.
+
+    Args:
+        concept: The concept that is edited.
+        others: Neighbors that its pictures could show, and facts whose answer it may be.
+        long: How a long prompt is made of a pair.
+
+    Returns:
+        The probes, each once; of kinds that the concept has none of, none.
+
+    Raises:
+        LocogenError: A pair's prompt and target do not show which words are the concept.
+
+    Example:
+        >>> pairs = [PromptPair(f"a {thing} in neon", f"a {thing}") for thing in ("dog", "cat")]
+        >>> for probe in prompt_kind_probes(Concept("neon", "style", pairs, neighbors=["pink"])):
+        ...     print(probe.measure, "|", probe.prompt, "|", probe.text)
+        name | neon | a picture in the style of neon
+        short | a picture in the style of neon | a picture in the style of neon
+        long | a dog in neon, a dog | a dog in neon
+        variant | an image of a dog in neon | a dog in neon
+        rest | a dog in neon | a dog
+        long | a cat in neon, a cat | a cat in neon
+        variant | an image of a cat in neon | a cat in neon
+        rest | a cat in neon | a cat
+    """
+    neighbors = _neighbor_names(concept, others)
+    comes = concept.kind == "fact"
+    probes = _name_probes(concept, neighbors)
+    for pair in concept.pairs:
+        text = concept.scored_text(pair)
+        among = _alternatives(concept, pair, text, neighbors)
+        long_prompt = long.format(prompt=pair.prompt, target=pair.target).strip(" ,")
+        other_words = pair.placebo or paraphrase(pair.prompt, pair.target)
+        probes.append(Probe("long", long_prompt, text, among, comes, unit=pair.prompt))
+        probes.append(Probe("variant", other_words, text, among, comes, unit=pair.prompt))
+        probes += _rest_probes(concept, pair)
+    return tuple(dict.fromkeys([*probes, *_implicit_probes(concept, others)]))
+
+
+def _neighbor_names(concept: Concept, others: Sequence[Concept]) -> list[str]:
+    """What could stand in the concept's place: the neighbors that it names, and the others."""
+    names = [*concept.neighbors]
+    names += [_words_of(other) for other in others if other.kind == concept.kind]
+    return [name for name in dict.fromkeys(names) if name != _words_of(concept)]
+
+
+def _name_probes(concept: Concept, neighbors: Sequence[str]) -> list[Probe]:
+    """The name alone, and a prompt of little else."""
+    words = phrase_in(concept, concept.pairs[0]) if concept.kind != "style" else concept.name
+    frame = "a picture in the style of {}" if concept.kind == "style" else "a picture of {}"
+    short = frame.format(words)
+    if concept.kind == "fact":
+        first = concept.pairs[0]
+        text = concept.scored_text(first)
+        among = _alternatives(concept, first, text, ())
+    else:
+        text = short
+        among = (text, *[frame.format(name) for name in neighbors], "a picture")
+    comes = concept.kind == "fact"
+    return [Probe("name", words, text, among, comes), Probe("short", short, text, among, comes)]
+
+
+def _rest_probes(concept: Concept, pair: PromptPair) -> list[Probe]:
+    """What else a prompt names, among what the other prompts do: what should stay."""
+    texts = [concept.content_text(other) for other in concept.pairs]
+    contents = tuple(dict.fromkeys(text for text in texts if text))
+    content = concept.content_text(pair)
+    # One content alone could not be mistaken for another.
+    if content is None or len(contents) < 2:
+        return []
+    return [Probe("rest", pair.prompt, content, contents)]
+
+
+def _implicit_probes(concept: Concept, others: Sequence[Concept]) -> list[Probe]:
+    """Prompts of facts whose answer is the concept: they ask for it without its name."""
+    subject = subject_in(concept, concept.pairs[0])
+    probes: list[Probe] = []
+    for fact in others:
+        if fact.kind != "fact" or not fact.answer or not occurrences(fact.answer, subject):
+            continue
+        for pair in fact.pairs:
+            text = shown_text(fact, pair)
+            among = (text, *neighbor_texts(fact, pair))
+            probes.append(Probe("implicit", pair.prompt, text, tuple(dict.fromkeys(among))))
+    return probes
 
 
 def _probes_of(concept: Concept, pair: PromptPair, neighbors: Sequence[str]) -> list[Probe]:

@@ -271,7 +271,8 @@ def describe_benchmark(scores: pd.DataFrame) -> str:
     measures = [name for name in ("right_kind", "false_single") if name in set(scores["measure"])]
     sentences = []
     for measure in measures or ["hit"]:
-        rows: Any = scores[scores["measure"] == measure].drop_duplicates("localizer")
+        of_measure: Any = scores[scores["measure"] == measure]
+        rows = of_measure.drop_duplicates("localizer")
         if rows.empty:
             continue
         alike: dict[str, list[str]] = {}

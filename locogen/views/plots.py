@@ -324,7 +324,14 @@ _MEASURES = {
     "specificity": ("D", "#2166ac"),
     "ordinary": ("^", "#4d4d4d"),
     "chance": ("v", "#999999"),
+    "name": ("P", "#d6604d"),
+    "short": ("*", "#b35806"),
+    "long": (">", "#8c510a"),
+    "variant": ("<", "#bf812d"),
+    "implicit": ("X", "#c51b7d"),
+    "rest": ("p", "#1b7837"),
 }
+_OTHER_MEASURE = ("d", "#762a83")  # an attack's
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",
     "score": "mean CLIP-score (cosine)",
@@ -372,7 +379,9 @@ def plot_evaluation(
         raise LocogenError(f"the summary has no quantity {quantity!r}: it has {quantities}")
     arms = list(dict.fromkeys(rows["arm"]))
     ax = axes_for(ax, (7.5, 1.4 + 0.36 * len(arms)))
-    measures = [name for name in _MEASURES if (rows["measure"] == name).any()]
+    present = list(dict.fromkeys(rows["measure"]))
+    measures = [name for name in _MEASURES if name in present]
+    measures += [name for name in present if name not in _MEASURES]
     for place, measure in enumerate(measures):
         shift = 0.22 * (place - (len(measures) - 1) / 2)  # so that marks do not hide each other
         part = rows[rows["measure"] == measure]
@@ -388,7 +397,7 @@ def plot_evaluation(
 
 def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -> None:
     """One measure of several arms, each at its height."""
-    marker, color = _MEASURES[measure]
+    marker, color = _MEASURES.get(measure, _OTHER_MEASURE)
     after = part["after"].to_numpy(float)
     # Errorbars take distances, and none below zero; without an interval there is no bar.
     below = (after - part["after_low"]).clip(lower=0).fillna(0)

@@ -293,6 +293,19 @@ _OF_PROMPTS = {
     "efficacy": "of its own prompts",
     "generality": "said in other words",
     "specificity": "of its neighbors",
+    "name": "of its name alone",
+    "short": "of a short prompt",
+    "long": "of its long prompts",
+    "variant": "of its prompts in other words",
+    "implicit": "of prompts that ask for it without its name",
+    "rest": "of what else its prompts name",
+    "inversion": "after token vectors were trained in the place of its words",
+    "states": "after its text states were trained",
+    "closed": "after its text states were solved for",
+    "discrete": "with other tokens in the place of its words",
+    "relearn": "after the model was trained on a few pictures",
+    "completion": "where the unedited model makes the first steps",
+    "noise": "under the best of the seeds",
 }
 
 

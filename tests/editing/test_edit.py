@@ -107,6 +107,44 @@ def test_null_space_leaves_the_preserved_prompt_alone(pipe) -> None:
     assert moved[2] < 1e-10
 
 
+def test_what_every_prompt_holds_can_be_kept_exactly(pipe) -> None:
+    start = state(pipe, "", 0)
+    padding = torch.stack([state(pipe, "", place) for place in range(1, 40)]).mean(0)
+    loose = fit(pipe, preserve=["a dog"], null_space=True)
+    anchored = fit(pipe, preserve=["a dog"], null_space=True, anchored=True)
+    for x in (start, padding, state(pipe, "a dog", end_position(pipe, "a dog") - 1)):
+        assert max(float((x @ c.change.T).norm()) for c in anchored.changes.values()) < 1e-10
+    assert max(float((start @ c.change.T).norm()) for c in loose.changes.values()) > 1e-6
+    # The start mark is the same in every prompt.
+    assert torch.allclose(start, state(pipe, "a dog", 0))
+
+
+def test_the_filter_keeps_what_the_edit_would_disturb(pipe) -> None:
+    prompts = ["a dog", "a do", "b c d", "x, y"]
+    states = [state(pipe, text, end_position(pipe, text) - 1) for text in prompts]
+    free = fit(pipe)
+    filtered = fit(pipe, preserve=prompts, null_space=True, filtered=True)
+    every = fit(pipe, preserve=prompts, null_space=True)
+
+    def moves(edit):
+        sizes = [max(float((x @ c.change.T).norm()) for c in edit.changes.values()) for x in states]
+        return torch.tensor(sizes)
+
+    assert (moves(every) < 1e-10).all()
+    is_kept = moves(filtered) < 1e-10
+    assert 0 < is_kept.sum() < len(prompts)
+    assert moves(free)[is_kept].min() > moves(free)[~is_kept].max()
+
+
+def test_values_can_be_edited_alone(pipe) -> None:
+    edit = fit(pipe, matrices="v")
+    assert edit.changes and all(".to_v." in name for name in edit.changes)
+    both = fit(pipe)
+    for name, change in edit.changes.items():
+        assert torch.equal(change.change, both.changes[name].change)
+    assert edit.refit(pipe).changes.keys() == edit.changes.keys()
+
+
 def test_ordinary_captions_are_dear(pipe) -> None:
     captions = ["a dog", "a do", "do a dog", "dog do"]
     x = torch.stack([state(pipe, c, end_position(pipe, c)) for c in captions])
@@ -582,6 +620,8 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
         (dict(pairs=[("a dog", "a do")]), "does not contain the subject 'cat'"),
         (dict(null_space=True), "null_space keeps"),
         (dict(preserve=["a dog"], null_space=True, ordinary=["a"]), "use only one of them"),
+        (dict(preserve=["a dog"], anchored=True), "null_space=True"),
+        (dict(matrices="k"), "matrices is 'k'"),
     ],
 )
 def test_bad_input(pipe, options: dict, says: str) -> None:

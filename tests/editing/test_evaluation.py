@@ -16,7 +16,7 @@ from locogen.editing import likeness
 from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import _grid, _paired_means, compare, evaluate, lead, summary
-from locogen.editing.probes import Probe, probes_for
+from locogen.editing.probes import Probe, probes_for, prompt_kind_probes
 from locogen.errors import LocogenError
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
@@ -357,6 +357,33 @@ def test_probes_from_concepts() -> None:
     assert probes_for(fact)[0] == Probe(
         "efficacy", "the animal of france", "a dog", ("a dog", "the animal of france"), comes=True
     )
+
+
+def test_probes_of_every_kind_of_prompt() -> None:
+    probes = prompt_kind_probes(STYLE, [OTHER])
+    by_measure = {}
+    for probe in probes:
+        by_measure.setdefault(probe.measure, []).append(probe)
+    assert list(by_measure) == ["name", "short", "long", "variant", "rest"]
+    assert by_measure["name"][0].prompt == "cat"
+    assert by_measure["name"][0].among[1] == "a picture in the style of ca"
+    assert [probe.prompt for probe in by_measure["variant"]][1] == "do, cat"
+    # The rest of a style's prompt should stay, and its object could be taken for another.
+    assert [probe.sign for probe in by_measure["rest"]] == [1, 1]
+    assert by_measure["rest"][0] == Probe("rest", "a dog in cat", "a dog", ("a dog", "a do"))
+    assert all(probe.sign == -1 for probe in probes if probe.measure != "rest")
+
+
+def test_facts_ask_for_an_object_without_its_name() -> None:
+    cat = Concept("cat", "object", (PromptPair("a picture of a cat", "a picture"),))
+    pair = PromptPair("the animal of france", "a dog")
+    fact = Concept("animal of france", "fact", (pair,), answer="a cat", neighbors=("a dog",))
+    other = Concept("animal of wales", "fact", (pair,), answer="a catalog", neighbors=("a dog",))
+    implicit = [p for p in prompt_kind_probes(cat, [fact, other]) if p.measure == "implicit"]
+    assert [probe.prompt for probe in implicit] == ["the animal of france"]
+    assert "cat" in implicit[0].text and implicit[0].sign == -1
+    new_answer = prompt_kind_probes(fact)[0]
+    assert new_answer.comes and new_answer.text == "a dog"
 
 
 def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:

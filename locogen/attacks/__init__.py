@@ -1,0 +1,1 @@
+"""Attacks on edits: whether someone who tries gets a removed concept back."""

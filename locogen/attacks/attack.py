@@ -1,0 +1,371 @@
+"""Attack an edit: does a removed concept come back for someone who tries?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
+from locogen.attacks.kinds import KINDS, Attacked, Attempt, Kind, Options
+from locogen.attacks.loss import check_attackable
+from locogen.attacks.result import COLUMNS, Attack
+from locogen.attacks.words import digest
+from locogen.catalog import mini_folder
+from locogen.editing.control_edits import placebo_edit
+from locogen.editing.edit import Edit
+from locogen.editing.probes import Probe
+from locogen.errors import LocogenError
+from locogen.models.defaults import source_of
+from locogen.pictures import score
+from locogen.pictures.fingerprint import weights_of
+from locogen.plan import Concept, PromptPair, distinct_seeds
+from locogen.types import Pipeline
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from locogen.pictures.score import Scorer
+
+Model = Literal["edited", "unedited", "placebo", "never had"]
+MODELS: tuple[Model, ...] = get_args(Model)
+# What a kind counts where nothing else is said: steps, and AdamW's rate.
+STEPS = {"inversion": 200, "states": 100, "discrete": 20, "relearn": 100}
+HOLES = (50, 75)  # percent of a picture's sides
+RATES = {"inversion": 0.02, "states": 0.01, "relearn": 3e-4}
+
+
+def attack(
+    pipe: Pipeline,
+    concept: Concept,
+    edit: Edit,
+    *,
+    kind: Kind = "inversion",
+    training: Sequence[PromptPair] | None = None,
+    held_out: Sequence[Probe] | None = None,
+    seeds: Iterable[int] = range(2),
+    models: Sequence[Model] | None = None,
+    steps: int | None = None,
+    at: Iterable[int] | None = None,
+    rate: float | None = None,
+    batch: int = 16,
+    vectors: int = 1,
+    start: Literal["neighbors", "own"] = "neighbors",
+    exhaustive: bool = False,
+    vocabulary: Sequence[str] | None = None,
+    pictures: Sequence[int] = (0, 1, 3, 10),
+    trained: Literal["text matrices", "cross attention"] = "text matrices",
+    ridge: float = 0.1,
+    seed: int = 0,
+    placebo: Edit | None = None,
+    never_had: NeverHad | None = None,
+    scorer: Scorer | str | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Attack:
+    """Try to get a concept back that an edit removed, on the edited model and on its controls.
+
+    Pictures of the concept are made by the unedited model; what is found is judged on other
+    prompts. The model is left as it was, also where the attack is stopped.
+
+    Args:
+        pipe: A pipeline of Stable Diffusion 1 or 2, not edited, as from `load`.
+        concept: What the edit removed.
+        edit: The edit.
+        kind: "inversion": token vectors in the place of the concept's words are trained. "states":
+            one change of all text states is trained, whether or not words could give it.
+            "closed": states that the edited matrices answer as the old ones did, in one solve.
+            "discrete": tokens of the vocabulary. "relearn": the layers that read text are trained.
+            "completion": the unedited model makes the first steps. "noise": the best of the seeds.
+            "inpaint": the middle of a picture of the concept is made anew, and only it is judged.
+        training: Prompt pairs to learn from; None: every other pair of the concept, from the first.
+        held_out: What is judged, on prompts that name the concept; None: its other pairs.
+        seeds: Of the judged pictures.
+        models: Which models are attacked; None: all four (see `Attack`), "never had" only where
+            there is such a concept.
+        steps: Steps of training or search; None: 200 (inversion), 100 (states, relearn), 20.
+        at: After how many steps it is judged; None: at 0 and at the end. For "completion": the
+            first steps of the edited model, None: 0 and the quarters. For "inpaint": how large the
+            hole is, in percent of the picture's sides, None: 50 and 75.
+        rate: AdamW's learning rate; None: 0.02 (inversion), 0.01 (states), 0.0003 (relearn).
+        batch: Pictures in a step of training; of "discrete" in the loss that is searched.
+        vectors: Token vectors, or tokens, in the place of the concept's words.
+        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words.
+        exhaustive: Whether "discrete" tries every combination instead of following gradients.
+        vocabulary: Words of one token each that "discrete" may use; None: all.
+        pictures: How many pictures of the concept "relearn" sees, besides as many plain ones as
+            there are.
+        trained: What "relearn" trains: keys and values, or the whole cross-attention layers.
+        ridge: How much "closed" holds the states, as a share of the matrices' own size.
+        seed: Of the attack's own draws.
+        placebo: An edit of the same size about something else; None: `placebo_edit`.
+        never_had: A concept that the model never had; None: for the mini model the concept with
+            red and blue exchanged, else none.
+        scorer: What says whether the concept is shown: a scorer or its name; None: the catalog's.
+        folder: Where pictures and the state of trainings are kept, so that a stopped attack goes
+            on; None: nowhere. Several attacks may share it.
+        progress: Whether to show progress bars.
+        settings: `num_inference_steps`, `guidance_scale` and `batch_size` of `generate`.
+
+    Returns:
+        An `Attack`.
+
+    Raises:
+        LocogenError: Another family of models, float16, an unknown kind or model, prompts that do
+            not name the concept, no neighbors to judge by, or as `generate`.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> neon = concept("mini/neon").first(2)
+        >>> edit = fit_edit(pipe, neon, layers=[12, 13])
+        >>> few = {"num_inference_steps": 1, "guidance_scale": 1.0, "seeds": [0]}
+        >>> few |= {"models": ["edited"], "progress": False}
+        >>> attack(pipe, neon, edit, kind="noise", **few).table["model"].tolist()
+        ['edited']
+    """
+    if kind not in KINDS:
+        raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
+    check_attackable(pipe)
+    steps = STEPS.get(kind, 0) if steps is None else steps
+    options = Options(
+        steps=steps,
+        at=_stops(kind, at, steps, settings),
+        rate=RATES.get(kind, 0.0) if rate is None else rate,
+        batch=batch,
+        vectors=vectors,
+        start=start,
+        exhaustive=exhaustive,
+        vocabulary=None if vocabulary is None else tuple(vocabulary),
+        pictures=tuple(pictures),
+        trained=trained,
+        ridge=ridge,
+        seed=seed,
+    )
+    if never_had is None and source_of(pipe) in ("mini", str(mini_folder())):
+        never_had = NeverHad()
+    with _kept(folder) as place:
+        goal = Goal(
+            pipe,
+            concept,
+            training=tuple(concept.pairs[::2] if training is None else training),
+            probes=_held_out(concept, held_out),
+            seeds=distinct_seeds(seeds),
+            scorer=score.scorer_for(pipe, scorer),
+            store=place / "pictures",
+            settings={"progress": False, **settings},
+        )
+        attacked = _Attacked(goal, edit, placebo, never_had, options, kind, progress)
+        attacked.keep = None if folder is None else place
+        return attacked.run(_models(models, never_had))
+
+
+def _stops(
+    kind: str, at: Iterable[int] | None, steps: int, settings: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """After how many steps it is judged."""
+    if at is not None:
+        stops = tuple(sorted({int(stop) for stop in at}))
+        if not stops or stops[0] < 0:
+            raise LocogenError(f"at is {at!r}: give numbers of steps from 0 up")
+        return stops
+    if kind == "completion":
+        count = int(settings.get("num_inference_steps", 20))
+        return tuple(sorted({count * quarter // 4 for quarter in range(4)}))
+    if kind == "inpaint":
+        return HOLES
+    # A model that is trained for no pictures is another one than the model itself.
+    return (steps,) if kind == "relearn" else tuple(sorted({0, steps}))
+
+
+def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe, ...]:
+    if held_out is None:
+        pairs = concept.pairs[1::2]
+        if not pairs:
+            raise LocogenError(
+                f"concept {concept.name!r} has one prompt pair, and an attack learns from some and "
+                "is judged on others: give it more, or training= and held_out="
+            )
+        return probes_of(concept, pairs)
+    probes = tuple(held_out)
+    for probe in probes:
+        words_in(concept, probe.prompt)  # before the attack: a mistake should not cost a training
+    silent = [probe.prompt for probe in probes if not set(probe.among) - {probe.text}]
+    if silent or not probes:
+        raise LocogenError(
+            f"held_out needs probes with among=, what else their pictures could show: {silent[:1]}"
+        )
+    prompts = [probe.prompt for probe in probes]
+    if len(set(prompts)) < len(prompts):
+        raise LocogenError("held_out has a prompt twice: each prompt is judged once")
+    return probes
+
+
+def _models(models: Sequence[Model] | None, never_had: NeverHad | None) -> tuple[Model, ...]:
+    if models is None:
+        return MODELS if never_had is not None else MODELS[:-1]
+    unknown = [one for one in models if one not in MODELS]
+    if unknown or not models:
+        raise LocogenError(f"models is {list(models)}: use some of {', '.join(MODELS)}")
+    if "never had" in models and never_had is None:
+        raise LocogenError(
+            "no concept is known that this model never had: give never_had=, or leave it out of "
+            "models="
+        )
+    return tuple(models)
+
+
+@contextmanager
+def _kept(folder: str | Path | None) -> Iterator[Path]:
+    """The folder, or one that is deleted in the end."""
+    if folder is not None:
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
+
+
+class _Attacked:
+    """One attack on all of its models."""
+
+    def __init__(
+        self,
+        goal: Goal,
+        edit: Edit,
+        placebo: Edit | None,
+        never_had: NeverHad | None,
+        options: Options,
+        kind: str,
+        progress: bool,
+    ) -> None:
+        self.goal = goal
+        self.edit = edit
+        self.placebo = placebo
+        self.never_had = never_had
+        self.options = options
+        self.kind = kind
+        self.progress = progress
+        self.keep: Path | None = None
+
+    def run(self, models: Sequence[Model]) -> Attack:
+        """Attack one model after the other."""
+        import pandas as pd
+
+        weights = weights_of(self.goal.pipe)
+        tables: list[pd.DataFrame] = []
+        tensors: dict[str, Mapping[str, Any]] = {}
+        words: dict[str, tuple[str, ...]] = {}
+        for model in models:
+            goal, edit = self._target(model)
+            label = f"{self.kind}, {model}"
+            key = self._key(model, edit, weights)
+            state = None if self.keep is None else self.keep / f"{self.kind}-{key}.safetensors"
+            attacked = Attacked(goal, edit, self.options, state, label, self.progress)
+            old = self._own_words(attacked)  # pictures
+            for attempt in KINDS[self.kind](attacked):
+                tables.append(self._table(model, attacked, attempt, old))
+                # The last attempt is the strongest.
+                tensors[model] = {name: value.cpu() for name, value in attempt.tensors.items()}
+                if attempt.words:
+                    words[model] = attempt.words
+        return Attack(
+            concept=self.goal.concept.name,
+            kind=self.kind,
+            table=pd.concat(tables, ignore_index=True),
+            tensors={name: values for name, values in tensors.items() if values},
+            words=words,
+            settings=self._settings(),
+        )
+
+    def _target(self, model: Model) -> tuple[Goal, Edit | None]:
+        """What is to come back, and the edit of the model that it is to come back from."""
+        if model == "never had":
+            return replace(self.goal, never_had=self.never_had), self.edit
+        if model == "placebo":
+            return self.goal, self._placebo()
+        return self.goal, self.edit if model == "edited" else None
+
+    def _placebo(self) -> Edit:
+        if self.placebo is None:
+            texts: list[str] = []
+            for pair in self.goal.training:
+                texts += [pair.prompt, pair.target]
+            for probe in self.goal.probes:
+                texts += [probe.prompt, probe.text, *probe.among]
+            self.placebo = placebo_edit(
+                self.goal.pipe, self.edit, seed=self.options.seed, avoid=texts
+            )
+        return self.placebo
+
+    def _own_words(self, attacked: Attacked) -> list[Any]:
+        """Pictures of the prompts' own words by the model, not attacked."""
+        with attacked.edited():
+            return attacked.goal.pictures(attacked.goal.prompts)
+
+    def _table(
+        self, model: Model, attacked: Attacked, attempt: Attempt, old_pictures: Sequence[Any]
+    ) -> pd.DataFrame:
+        """The rows of one attempt."""
+        import pandas as pd
+
+        goal = attacked.goal
+        with attempt.context():
+            pictures = goal.pictures(attempt.prompts, is_stored=attempt.is_stored)
+        new = goal.judge(pictures, attempt.view)
+        old = goal.judge(old_pictures, attempt.view)
+        lines = []
+        for probe, prompt in zip(goal.probes, attempt.prompts, strict=True):
+            for seed in goal.seeds:
+                unit = probe.unit or probe.prompt
+                lines.append((self.kind, model, attempt.strength, prompt, unit, seed))
+        table = pd.DataFrame(lines, columns=list(COLUMNS[:6]))
+        table = table.assign(
+            shown_before=old.shown, shown_after=new.shown, before=old.score, after=new.score
+        )
+        return _best_so_far(table, goal.seeds) if self.kind == "noise" else table
+
+    def _key(self, model: str, edit: Edit | None, weights: str) -> str:
+        """A name for the state of a training: all that makes a difference to it."""
+        facts = self._settings() | {"model": model, "weights": weights, "edit": _edit_key(edit)}
+        text = json.dumps(facts, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _settings(self) -> dict[str, Any]:
+        goal = self.goal
+        never_had = self.never_had
+        pictures = () if never_had is None else never_had.pictures
+        return {
+            "concept": goal.concept.name,
+            "kind": self.kind,
+            **asdict(self.options),
+            "training": [(pair.prompt, pair.target) for pair in goal.training],
+            "seeds": list(goal.seeds),
+            "scorer": goal.scorer.settings.get("scorer"),
+            "edited_layers": list(self.edit.layers),
+            "never_had": [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pictures],
+            **{name: value for name, value in goal.settings.items() if name != "progress"},
+        }
+
+
+def _edit_key(edit: Edit | None) -> list[str]:
+    if edit is None:
+        return []
+    return [f"{name} {digest(change.change)}" for name, change in edit.changes.items()]
+
+
+def _best_so_far(table: pd.DataFrame, seeds: Sequence[int]) -> pd.DataFrame:
+    """Rows of a search for noise: after so many seeds, the best of them; before, the first."""
+    by_prompt = table.groupby("prompt", sort=False)
+    rank = by_prompt.cumcount() + 1
+    return table.assign(
+        strength=rank,
+        shown_before=by_prompt["shown_before"].transform("first"),
+        before=by_prompt["before"].transform("first"),
+        shown_after=by_prompt["shown_after"].cummax(),
+        after=by_prompt["after"].cummax(),
+    )

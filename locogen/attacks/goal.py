@@ -1,0 +1,301 @@
+"""What an attack is to bring back, from which pictures, and how one sees whether it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from locogen.editing.probes import Probe
+from locogen.errors import LocogenError
+from locogen.phrasings import neighbor_texts, occurrences, phrase_in, shown_text, subject_in
+from locogen.pictures.runs import generate
+from locogen.pictures.score import probabilities
+from locogen.plan import Concept, PromptPair
+from locogen.stats import Array
+from locogen.types import Pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from locogen.pictures.score import Scorer
+
+View = Callable[[Any], Any]  # what is looked at of a picture
+
+# Of the pictures that an attack learns from: far from the seeds that people judge pictures by.
+LEARNING_SEEDS = (1_000, 1_001)
+
+
+@dataclass(frozen=True)
+class NeverHad:
+    """A concept that the model never had: what an attack brings of it, the attack has taught.
+
+    Attributes:
+        pictures: Of the concept; picture `i` shows what the training pair `i` names (counted round
+            where there are more). Empty: the attacked concept's own pictures with red and blue
+            exchanged. The judge then sees every picture with both put back, and its colors have to
+            be nearer to the exchanged pictures' than to those before: see `exchanged_colors`.
+        name: What stands in the place of the concept's name in the texts for the scorer. Only with
+            pictures.
+
+    Raises:
+        LocogenError: Pictures without a name, or a name without pictures.
+
+    Example:
+        >>> NeverHad().exchanges_colors
+        True
+    """
+
+    pictures: tuple[Any, ...] = ()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pictures", tuple(self.pictures))
+        if bool(self.pictures) != bool(self.name):
+            raise LocogenError(
+                "a concept that the model never had needs pictures= and name=, or neither: then "
+                "red and blue of the concept's own pictures are exchanged"
+            )
+
+    @property
+    def exchanges_colors(self) -> bool:
+        """Whether it is the concept with red and blue exchanged."""
+        return not self.pictures
+
+    def probe(self, probe: Probe, concept: Concept) -> Probe:
+        """What a picture is asked instead of the probe."""
+        if self.name is None:
+            return probe
+        text = probe.text.replace(concept.name, self.name)
+        if text == probe.text:
+            raise LocogenError(
+                f"the text {probe.text!r} lacks {concept.name!r}, so {self.name!r} cannot take its "
+                "place: give probes whose texts name the concept"
+            )
+        return replace(probe, text=text, among=(*probe.among, probe.text))
+
+
+def exchanged(picture: Image) -> Image:
+    """The picture with red and blue exchanged; twice, it is the old one."""
+    from PIL import Image as Images
+
+    return Images.fromarray(np.asarray(picture.convert("RGB"))[..., ::-1].copy())
+
+
+def exchanged_colors(pictures: Sequence[Image], references: Sequence[Image]) -> Array:
+    """Whether pictures have the colors of references rather than those with red and blue exchanged.
+
+    By the sign of their product with the references' mean difference of red and blue, on 8 x 8
+    means: exchanging the two turns the sign, so 0 lies in the middle.
+
+    Args:
+        pictures: Any pictures.
+        references: Pictures with exchanged colors.
+
+    Returns:
+        (pictures,), 0 or 1.
+    """
+    template = _red_over_blue(references).mean(0)  # (64,)
+    return (_red_over_blue(pictures) @ template > 0).astype(float)
+
+
+def _red_over_blue(pictures: Sequence[Image]) -> Array:
+    """Red minus blue of 8 x 8 means, (pictures, 64)."""
+    from PIL import Image as Images
+
+    rows = []
+    for picture in pictures:
+        small = picture.convert("RGB").resize((8, 8), Images.Resampling.BOX)
+        values = np.asarray(small, float)  # (8, 8, 3)
+        rows.append((values[..., 0] - values[..., 2]).ravel())
+    return np.stack(rows)
+
+
+def _all_of(picture: Image) -> Image:
+    return picture
+
+
+def words_in(concept: Concept, prompt: str) -> str:
+    """The words of a prompt that an attack puts its own in the place of.
+
+    Raises `LocogenError` if the prompt does not name the concept.
+    """
+    first = concept.pairs[0]
+    names = [subject_in(concept, first), concept.name]
+    if concept.kind == "fact":
+        # The words that ask for the answer belong to its name: "the animal of" france.
+        names.insert(0, phrase_in(concept, first))
+    for name in names:
+        places = occurrences(prompt, name)
+        if places:
+            start, end = places[0]
+            return prompt[start:end]
+    raise LocogenError(
+        f"the prompt {prompt!r} does not name {concept.name!r}, so there is no place for an "
+        "attack's words: give prompts that do"
+    )
+
+
+def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...]:
+    """Probes that ask whether the concept is still shown, of a fact its old answer.
+
+    Raises `LocogenError` where nothing says what else a picture could show.
+    """
+    probes = []
+    for pair in pairs:
+        text = shown_text(concept, pair)
+        others = [*neighbor_texts(concept, pair)]
+        if concept.kind == "fact":
+            others.append(concept.scored_text(pair))
+        among = tuple(other for other in dict.fromkeys(others) if other != text)
+        if not among:
+            raise LocogenError(
+                f"nothing says what pictures of {pair.prompt!r} could show in place of "
+                f"{concept.name!r}: give the concept neighbors=, or held_out= probes with among="
+            )
+        probes.append(Probe("efficacy", pair.prompt, text, among))
+    return tuple(probes)
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a scorer says of pictures, row by row: probes times seeds.
+
+    Attributes:
+        shown: Whether no other text of the probe fits better, (rows,), 0 or 1.
+        score: The probability of the probe's text among all of them; the raw score where the
+            scorer has no `logit_scale`, (rows,).
+    """
+
+    shown: Array
+    score: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """A concept to bring back: pictures to learn from, and others to be judged by.
+
+    Attributes:
+        pipe: The pipeline.
+        concept: The concept.
+        training: Pairs that are learned from.
+        probes: Held-out prompts that are judged.
+        seeds: Of the judged pictures.
+        scorer: What judges.
+        store: Folder of the pictures.
+        settings: Of `generate`.
+        never_had: Instead of the concept, one that the model never had.
+    """
+
+    pipe: Pipeline
+    concept: Concept
+    training: tuple[PromptPair, ...]
+    probes: tuple[Probe, ...]
+    seeds: tuple[int, ...]
+    scorer: Scorer
+    store: Path
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    never_had: NeverHad | None = None
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The probes' prompts, in order."""
+        return tuple(probe.prompt for probe in self.probes)
+
+    def with_token(self, prompt: str, token: str) -> str:
+        """The prompt with a token in the place of the words that name the concept."""
+        words = words_in(self.concept, prompt)
+        return prompt.replace(words, token, 1)
+
+    @cached_property
+    def learned(self) -> tuple[list[Image], list[PromptPair]]:
+        """Pictures of the concept and the pair that each shows; the model is not edited now."""
+        if self.never_had is not None and self.never_had.pictures:
+            pictures = list(self.never_had.pictures)
+            pairs = [self.training[i % len(self.training)] for i in range(len(pictures))]
+            return pictures, pairs
+        pictures, pairs = self._made([pair.prompt for pair in self.training])
+        if self.never_had is not None:
+            pictures = self.as_never_had(pictures)
+        return pictures, pairs
+
+    def as_never_had(self, pictures: Sequence[Image]) -> list[Image]:
+        """Pictures of the concept as those of the one that the model never had."""
+        if self.never_had is None or not self.never_had.exchanges_colors:
+            raise LocogenError(
+                "this attack needs pictures of the held-out prompts: leave 'never had' out of "
+                "models=, or let it be the concept with exchanged colors"
+            )
+        return [exchanged(picture) for picture in pictures]
+
+    @cached_property
+    def plain(self) -> tuple[list[Image], list[PromptPair]]:
+        """Pictures without the concept, of the training pairs' targets, and their pairs."""
+        return self._made([pair.target for pair in self.training])
+
+    def _made(self, prompts: Sequence[str]) -> tuple[list[Image], list[PromptPair]]:
+        """Pictures by the model as it is: seed by seed, so that the first show different things."""
+        run = generate(self.pipe, prompts, seeds=LEARNING_SEEDS, store=self.store, **self.settings)
+        count = len(LEARNING_SEEDS)
+        pictures: list[Image] = []
+        for place in range(count):
+            pictures += run.pictures[place::count]  # those of one seed
+        return pictures, [*self.training] * count
+
+    def pictures(self, prompts: Sequence[str], *, is_stored: bool = True) -> list[Image]:
+        """Pictures of the probes, prompt by prompt and seed by seed, by the model as it is now."""
+        store = self.store if is_stored else None
+        run = generate(self.pipe, prompts, seeds=self.seeds, store=store, **self.settings)
+        return list(run.pictures)
+
+    def judge(self, pictures: Sequence[Image], view: View | None = None) -> Judged:
+        """Whether pictures of the probes and seeds show what the attack is to bring.
+
+        Args:
+            pictures: Prompt by prompt and seed by seed.
+            view: What is looked at of each picture; None: all of it.
+        """
+        look = view or _all_of
+        pictures = [look(picture) for picture in pictures]
+        never_had = self.never_had
+        if never_had is None:
+            return self._judged(pictures, self.probes)
+        probes = [never_had.probe(probe, self.concept) for probe in self.probes]
+        if not never_had.exchanges_colors:
+            return self._judged(pictures, probes)
+        # Scorers look at shapes: the concept itself would pass for its exchange. So the colors have
+        # to be those of the exchanged pictures as well.
+        put_back = self._judged([exchanged(picture) for picture in pictures], probes)
+        has_colors = exchanged_colors(
+            pictures, [look(picture) for picture in self.learned[0]]
+        )  # (rows,)
+        return Judged(put_back.shown * has_colors, put_back.score * has_colors)
+
+    def _judged(self, pictures: Sequence[Image], probes: Sequence[Probe]) -> Judged:
+        """What the scorer says of pictures of these probes, each under every seed."""
+        rows = [probe for probe in probes for _ in self.seeds]
+        most = max(len(probe.among) for probe in rows)
+        lines = [[probe.text for probe in rows]]
+        for place in range(most):
+            # Shorter lists are filled up with the own text, which cannot beat itself.
+            line = [(*probe.among, *[probe.text] * most)[place] for probe in rows]
+            lines.append(line)
+        scores = np.stack(self.scorer(pictures, *lines))  # (texts, rows)
+        shown = (scores[0] >= scores[1:].max(0)).astype(float)
+        return Judged(shown, self._probability(scores, lines))
+
+    def _probability(self, scores: Array, lines: Sequence[Sequence[str]]) -> Array:
+        """The first text's probability among the others, (rows,); raw where there is no scale."""
+        scale = self.scorer.settings.get("logit_scale")
+        if scale is None:
+            return scores[0]
+        distinct = scores.copy()  # (texts, rows)
+        for place, line in enumerate(lines[1:], start=1):
+            for row, text in enumerate(line):
+                if text == lines[0][row]:
+                    distinct[place, row] = np.nan
+        return probabilities(distinct, scale)[0]

@@ -1,0 +1,396 @@
+"""The kinds of attacks: each trains, solves or searches, and says how to make pictures with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from locogen.attacks.goal import Goal, words_in
+from locogen.attacks.inpainting import cropped, filling
+from locogen.attacks.loss import DenoisingLoss, latents_of
+from locogen.attacks.search import exhaustive_search, gradient_search, vocabulary_of
+from locogen.attacks.states import changed_states, closed_form_map, text_weights
+from locogen.attacks.training import optimize
+from locogen.attacks.weights import text_names, weights_now, with_weights, with_weights_from
+from locogen.attacks.words import NewWord, digest, speaking, states_of, token_for
+from locogen.editing.edit import Edit
+from locogen.errors import LocogenError
+from locogen.models.families import denoiser_of
+from locogen.plan import PromptPair
+from locogen.types import Pipeline
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+Kind = Literal[
+    "inversion", "states", "closed", "discrete", "relearn", "completion", "noise", "inpaint"
+]
+Context = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an attack does; `attack` says what each of them means."""
+
+    steps: int
+    at: tuple[int, ...]
+    rate: float
+    batch: int
+    vectors: int
+    start: Literal["neighbors", "own"]
+    exhaustive: bool
+    vocabulary: tuple[str, ...] | None
+    pictures: tuple[int, ...]
+    trained: Literal["text matrices", "cross attention"]
+    ridge: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One way to make pictures: within its context, of its prompts.
+
+    Attributes:
+        strength: Steps, tokens, pictures or seeds: what the kind counts.
+        context: Opens a context in which the model is edited (or not) and attacked.
+        prompts: What the pictures are made of, one a probe.
+        tensors: What the attack found, by name.
+        words: Tokens that it found.
+        view: What is judged of a picture; None: all of it.
+        is_stored: Whether the pictures may be kept in the store.
+    """
+
+    strength: int
+    context: Context
+    prompts: tuple[str, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    view: Callable[[Any], Any] | None = None
+    is_stored: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Attacked:
+    """A model under attack.
+
+    Attributes:
+        goal: What is to come back.
+        edit: The edit that the model has; None: none.
+        options: The attack's.
+        state: Where its state is kept; None: nowhere.
+        label: For progress bars.
+        progress: Whether to show them.
+    """
+
+    goal: Goal
+    edit: Edit | None
+    options: Options
+    state: Path | None
+    label: str
+    progress: bool
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The pipeline."""
+        return self.goal.pipe
+
+    @contextmanager
+    def edited(self) -> Iterator[None]:
+        """Within the context, the model has its edit."""
+        with nullcontext() if self.edit is None else self.edit.applied(self.pipe):
+            yield
+
+    def within_edit(self, context: Context) -> Context:
+        """A context within the edit's."""
+
+        @contextmanager
+        def both() -> Iterator[None]:
+            with ExitStack() as stack:
+                stack.enter_context(self.edited())
+                stack.enter_context(context())
+                yield
+
+        return both
+
+    def optimized(
+        self, start: Mapping[str, Tensor], loss_at: Callable[[int, Any], Tensor], name: str = ""
+    ) -> dict[int, dict[str, Tensor]]:
+        """The values of the steps that are looked at: see `optimize`."""
+        path = self.state
+        if path is not None and name:
+            path = path.with_name(f"{path.stem}-{name}{path.suffix}")
+        return optimize(
+            start,
+            loss_at,
+            stops=self.options.at,
+            rate=self.options.rate,
+            path=path,
+            label=f"{self.label} {name}".strip(),
+            progress=self.progress,
+        )
+
+
+# --- by words ------------------------------------------------------------------------------------
+
+
+def inversion(model: Attacked) -> Iterator[Attempt]:
+    """Token vectors in the place of the concept's words (Pham et al. 2023, arXiv 2308.01508)."""
+    goal = model.goal
+    token = token_for(model.pipe, goal.concept.name)
+    pictures, pairs = goal.learned
+    loss = DenoisingLoss.of(model.pipe, pictures)
+    captions = [goal.with_token(pair.prompt, token) for pair in pairs]
+    options = model.options
+    start = _start(model)  # (vectors, width)
+    word = NewWord(model.pipe, token, start)
+
+    def loss_at(step: int, values: Mapping[str, Tensor]) -> Tensor:
+        noised = loss.draw(options.seed, step, options.batch)
+        word.vectors = values["vectors"]
+        states = word.states([captions[row] for row in noised.rows.tolist()])
+        return loss.per_row(noised, states).mean()
+
+    with model.edited():
+        values = model.optimized({"vectors": start}, loss_at)
+    for step, tensors in values.items():
+        yield _with_vectors(model, step, token, tensors["vectors"])
+
+
+def _start(model: Attacked) -> Tensor:
+    """The vectors to begin with: the mean of the neighbors' words, or the concept's own words.
+
+    (vectors, width), in float32
+    """
+    import torch
+
+    pipe = model.pipe
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().float()  # (words, width)
+    concept = model.goal.concept
+    count = model.options.vectors
+    if model.options.start == "own":
+        words = words_in(concept, concept.pairs[0].prompt)
+        name_vectors = table[_ids(pipe, words)]  # (tokens of the words, width)
+        places = [min(place, len(name_vectors) - 1) for place in range(count)]
+        return name_vectors[places].clone()
+    means = [table[_ids(pipe, name)].mean(0) for name in concept.neighbors if name != concept.name]
+    mean = torch.stack(means).mean(0) if means else table.mean(0)  # (width,)
+    return mean.expand(count, -1).clone()
+
+
+def _ids(pipe: Pipeline, words: str) -> list[int]:
+    return pipe.tokenizer(words, add_special_tokens=False).input_ids
+
+
+def _with_vectors(
+    model: Attacked, strength: int, token: str, vectors: Tensor, words: tuple[str, ...] = ()
+) -> Attempt:
+    """Pictures of the held-out prompts with a token of these vectors."""
+    prompts = tuple(model.goal.with_token(prompt, token) for prompt in model.goal.prompts)
+    context = model.within_edit(lambda: speaking(model.pipe, token, vectors))
+    return Attempt(strength, context, prompts, {token: vectors}, words)
+
+
+def discrete(model: Attacked) -> Iterator[Attempt]:
+    """Tokens of the vocabulary in the place of the concept's words (arXiv 2310.11868)."""
+    goal = model.goal
+    options = model.options
+    token = token_for(model.pipe, goal.concept.name)
+    pictures, pairs = goal.learned
+    loss = DenoisingLoss.of(model.pipe, pictures)
+    captions = [goal.with_token(pair.prompt, token) for pair in pairs]
+    vocabulary = vocabulary_of(model.pipe, options.vocabulary)
+    search = exhaustive_search if options.exhaustive else gradient_search
+    with model.edited():
+        ids = search(
+            model.pipe,
+            token,
+            loss,
+            captions,
+            vocabulary,
+            tokens=options.vectors,
+            steps=options.steps,
+            batch=options.batch,
+            seed=options.seed,
+            progress=model.progress,
+        )
+    table = model.pipe.text_encoder.get_input_embeddings().weight.detach().float()
+    words = tuple(model.pipe.tokenizer.convert_ids_to_tokens(ids))
+    yield _with_vectors(model, options.vectors, token, table[ids].clone(), words)
+
+
+# --- by states -----------------------------------------------------------------------------------
+
+
+def states(model: Attacked) -> Iterator[Attempt]:
+    """Any states: one change for every prompt is trained, whether or not words could give it."""
+    import torch
+
+    goal = model.goal
+    options = model.options
+    pictures, pairs = goal.learned
+    loss = DenoisingLoss.of(model.pipe, pictures)
+    with torch.no_grad():
+        text = _own_states(model.pipe, [pair.prompt for pair in pairs])
+    start = torch.zeros_like(text[0], dtype=torch.float32)  # (tokens, width)
+
+    def loss_at(step: int, values: Mapping[str, Tensor]) -> Tensor:
+        noised = loss.draw(options.seed, step, options.batch)
+        rows = noised.rows.to(text.device)
+        return loss.per_row(noised, text[rows] + values["change"].to(text)).mean()
+
+    with model.edited():
+        values = model.optimized({"change": start}, loss_at)
+    for step, tensors in values.items():
+        change = tensors["change"]
+        yield _with_change(
+            model, step, "added", change, lambda states, added=change: states + added.to(states)
+        )
+
+
+def _own_states(pipe: Pipeline, prompts: Sequence[str]) -> Tensor:
+    """Text states of prompts, (prompts, tokens, width)."""
+    tokens = pipe.tokenizer(
+        list(prompts), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return states_of(pipe, tokens)
+
+
+def closed(model: Attacked) -> Iterator[Attempt]:
+    """States that the edited matrices answer as the old ones did: one solve, nothing trained."""
+    old = text_weights(model.pipe)
+    with model.edited():
+        new = text_weights(model.pipe)
+    matrix = closed_form_map(old, new, model.options.ridge).float()  # (width, width)
+    yield _with_change(model, 1, "mapped", matrix, lambda text: text + text @ matrix.T.to(text))
+
+
+def _with_change(
+    model: Attacked, strength: int, verb: str, change: Tensor, function: Callable[[Tensor], Tensor]
+) -> Attempt:
+    """Pictures of the held-out prompts' own words with changed states."""
+    label = f"states {verb} {digest(change)}"
+    context = model.within_edit(lambda: changed_states(model.pipe, function, label))
+    return Attempt(strength, context, model.goal.prompts, {"states": change})
+
+
+# --- by training the model -----------------------------------------------------------------------
+
+
+def relearn(model: Attacked) -> Iterator[Attempt]:
+    """The layers that read text, trained on plain pictures and a few of the concept.
+
+    Without any of the concept, what comes back was only covered (arXiv 2410.08074).
+    """
+    for count in model.options.pictures:
+        yield _relearned(model, count)
+
+
+def _relearned(model: Attacked, count: int) -> Attempt:
+    import torch
+    from torch.func import functional_call
+
+    goal = model.goal
+    pipe = model.pipe
+    options = model.options
+    pictures, captions = _lesson(goal, count)
+    loss = DenoisingLoss.of(pipe, pictures)
+    with torch.no_grad():
+        text = _own_states(pipe, captions)  # (pictures, tokens, width)
+    denoiser = denoiser_of(pipe)
+    trained = text_names(pipe, everything=options.trained == "cross attention")
+    edited_names = [] if model.edit is None else list(model.edit.changes)
+    with model.edited():
+        start = weights_now(pipe, list(dict.fromkeys([*trained, *edited_names])))
+
+    def loss_at(step: int, values: Mapping[str, Tensor]) -> Tensor:
+        noised = loss.draw(options.seed, step, options.batch)
+        weights = {**fixed, **{name: value.to(start[name]) for name, value in values.items()}}
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(denoiser, weights, args, kwargs)
+
+        return loss.per_row(noised, text[noised.rows.to(text.device)], predict).mean()
+
+    # Other weights that the edit changed keep what it made of them.
+    fixed = {name: start[name] for name in edited_names if name not in trained}
+    first = {name: start[name].float() for name in trained}
+    values = model.optimized(first, loss_at, f"with {count}")
+    weights = start | {name: value.to(start[name]) for name, value in values[max(values)].items()}
+    return Attempt(count, lambda: with_weights(pipe, weights), goal.prompts)
+
+
+def _lesson(goal: Goal, count: int) -> tuple[list[Image], list[str]]:
+    """Plain pictures and so many of the concept, which make up half of what is drawn; captions."""
+    pictures, pairs = goal.plain
+    captions = [pair.target for pair in pairs]
+    learned, of_concept = goal.learned
+    if count > len(learned):
+        raise LocogenError(
+            f"there are {len(learned)} pictures of the concept to learn from, not {count}: give "
+            "more training pairs, or fewer in pictures="
+        )
+    repeated = [i % count for i in range(len(pictures))] if count else []
+    more: list[Image] = [learned[i] for i in repeated]
+    words: list[PromptPair] = [of_concept[i] for i in repeated]
+    return pictures + more, captions + [pair.prompt for pair in words]
+
+
+# --- without text --------------------------------------------------------------------------------
+
+
+def completion(model: Attacked) -> Iterator[Attempt]:
+    """The unedited model makes the first steps, the edited one the rest (arXiv 2505.17013)."""
+    goal = model.goal
+    pipe = model.pipe
+    names = [] if model.edit is None else list(model.edit.changes)
+    with model.edited():
+        weights = weights_now(pipe, names)
+    label = "no edit" if model.edit is None else f"the edit of {model.edit.digest}"
+    sizes = [digest(value) for value in weights.values()]
+    for step in model.options.at:
+
+        def late(step: int = step) -> Any:
+            return with_weights_from(pipe, weights, step, f"{label} {sizes}")
+
+        yield Attempt(step, late, goal.prompts)
+
+
+def noise(model: Attacked) -> Iterator[Attempt]:
+    """Only the noise is sought: the best of so many seeds, by the prompts' own words."""
+    yield Attempt(len(model.goal.seeds), model.edited, model.goal.prompts)
+
+
+def inpaint(model: Attacked) -> Iterator[Attempt]:
+    """The middle of a picture of the concept is made anew, the rest given (arXiv 2505.17013)."""
+    goal = model.goal
+    pictures = goal.pictures(goal.prompts)  # by the unedited model
+    if goal.never_had is not None:
+        pictures = goal.as_never_had(pictures)
+    clean = latents_of(model.pipe, pictures)  # (pictures, channels, height, width)
+    for percent in model.options.at:
+        share = percent / 100
+        yield Attempt(
+            percent,
+            model.within_edit(
+                lambda share=share: filling(model.pipe, clean, share, model.options.seed)
+            ),
+            goal.prompts,
+            view=cropped(share),
+            is_stored=False,
+        )
+
+
+KINDS: dict[str, Callable[[Attacked], Iterator[Attempt]]] = {
+    "inversion": inversion,
+    "states": states,
+    "closed": closed,
+    "discrete": discrete,
+    "relearn": relearn,
+    "completion": completion,
+    "noise": noise,
+    "inpaint": inpaint,
+}

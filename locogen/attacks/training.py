@@ -1,0 +1,143 @@
+"""A short training that goes on where it was stopped, its whole state in one safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from locogen.errors import LocogenError
+from locogen.files import replacing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEEP_EVERY = 25  # steps after which the state is written
+
+Values = Mapping[str, "Tensor"]
+
+
+def optimize(
+    start: Values,
+    loss_at: Callable[[int, Values], Tensor],
+    *,
+    stops: Iterable[int],
+    rate: float,
+    path: Path | None,
+    label: str,
+    progress: bool,
+) -> dict[int, dict[str, Tensor]]:
+    """Follow the loss from some values by AdamW, and keep the values of some steps.
+
+    Gradients are asked for by name: nothing but the values has any, and no module is touched.
+
+    Args:
+        start: The values to begin with, by name.
+        loss_at: The loss of values at a step. It draws its batch from the step alone, so that a
+            resumed training sees what an unbroken one sees.
+        stops: Numbers of steps after which the values are kept.
+        rate: AdamW's.
+        path: Where the state is kept; None: nowhere.
+        label: Of the progress bar.
+        progress: Whether to show one.
+
+    Returns:
+        The values by the number of steps; after 0 steps they are `start`, to the bit.
+
+    Raises:
+        LocogenError: The loss is no number.
+    """
+    import torch
+    from tqdm import tqdm
+
+    ends = sorted(set(stops))
+    values = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.AdamW(list(values.values()), lr=rate)
+    training = _Training(values, optimizer, path)
+    training.resume()
+    with tqdm(total=ends[-1], initial=training.step, desc=label, disable=not progress) as bar:
+        for end in ends:
+            while training.step < end:
+                training.follow(loss_at, label)
+                bar.update()
+                if training.step % KEEP_EVERY == 0:
+                    training.write()
+            training.snapshot()
+    training.write()
+    return {end: training.snapshots[end] for end in ends}
+
+
+class _Training:
+    """Values, AdamW's state of them, and the values of some steps."""
+
+    def __init__(self, values: dict[str, Tensor], optimizer: Any, path: Path | None) -> None:
+        self.values = values
+        self.optimizer = optimizer
+        self.path = path
+        self.snapshots: dict[int, dict[str, Tensor]] = {}
+        self.step = 0
+
+    def follow(self, loss_at: Callable[[int, Values], Tensor], label: str) -> None:
+        """One step down the loss."""
+        import torch
+
+        with torch.enable_grad():
+            loss = loss_at(self.step, self.values)
+            parameters = list(self.values.values())
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        if not torch.isfinite(loss):
+            raise LocogenError(
+                f"{label}: the loss is {loss.item()} at step {self.step}: give a lower rate="
+            )
+        for value, gradient in zip(parameters, gradients, strict=True):
+            value.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def snapshot(self) -> None:
+        """Remember the values as they are after this step; those of a resumed training stay."""
+        if self.step not in self.snapshots:
+            copies = {name: value.detach().clone() for name, value in self.values.items()}
+            self.snapshots[self.step] = copies
+
+    def write(self) -> None:
+        """Write the state; a kill at any moment leaves the one before."""
+        import torch
+        from safetensors.torch import save_file
+
+        if self.path is None:
+            return
+        tensors = {"step": torch.tensor(self.step)}
+        for name, value in self.values.items():
+            tensors[f"value/{name}"] = value.detach()
+            for part, moment in self.optimizer.state.get(value, {}).items():
+                tensors[f"{part}/{name}"] = moment
+        for step, values in self.snapshots.items():
+            tensors |= {f"after {step}/{name}": value for name, value in values.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as part:
+            save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
+
+    def resume(self) -> None:
+        """Take values, moments and snapshots from the file, if there is one."""
+        import torch
+        from safetensors.torch import load_file
+
+        if self.path is None or not self.path.exists():
+            return
+        tensors = load_file(self.path)
+        self.step = int(tensors.pop("step"))
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                what, _, name = key.partition("/")
+                value = self.values[name]
+                if what == "value":
+                    value.copy_(tensor)
+                elif what.startswith("after "):
+                    step = int(what.removeprefix("after "))
+                    self.snapshots.setdefault(step, {})[name] = tensor.to(value)
+                else:
+                    # AdamW counts its steps on the CPU.
+                    moment = tensor if what == "step" else tensor.to(value)
+                    self.optimizer.state[value][what] = moment

@@ -1,0 +1,1 @@
+"""Other ways to make a model do without a concept, to set beside the closed-form edit."""

@@ -1,0 +1,278 @@
+"""Steering: a concept's direction is subtracted from what layers put out, in every call."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from locogen import markup
+from locogen.errors import LocogenError
+from locogen.files import replacing
+from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.prompts import active_contexts
+from locogen.models.families import family_of
+from locogen.models.hooks import Hook, after
+from locogen.models.layers import Layer, find_layers, select
+from locogen.pictures.batches import Texts, call_pipeline
+from locogen.plan import Concept, Intervention, Settings, distinct_seeds
+from locogen.types import Module, Pipeline
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEERING_FORMAT = 1  # of the file; raised when its meaning changes
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A concept's direction in what each layer puts out, at each step: from `fit_steering`.
+
+    It has no weights to merge, so that it cannot be written as a LoRA: it holds within
+    `applied` alone.
+
+    Attributes:
+        name: The concept's name.
+        directions: By layer, of length 1, (steps, channels).
+        settings: How they were measured.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> steering = fit_steering(pipe, concept("mini/neon").first(2), num_inference_steps=1)
+        >>> with steering.applied(pipe):
+        ...     run = generate(pipe, ["a neon cat"], num_inference_steps=1, progress=False)
+        >>> steering.layers == tuple(range(16))
+        True
+    """
+
+    name: str
+    directions: Mapping[int, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the steered layers."""
+        return tuple(self.directions)
+
+    def applied(self, pipe: Pipeline, strength: float = 1.0) -> AbstractContextManager[Any]:
+        """Within the context, layers put out nothing along the concept's direction.
+
+        Of each picture token's output the positive part along the direction is subtracted (CASteer,
+        arXiv 2503.09630), in the prompt's rows, not in those that guidance leads away from. Runs of
+        another number of steps take the directions of the steps at the same share of the way.
+
+        Args:
+            pipe: The pipeline.
+            strength: How many times it is subtracted; 1 leaves nothing, CASteer also uses 2.
+
+        Returns:
+            A context manager.
+
+        Raises:
+            LocogenError: The model lacks a layer, or a layer puts out another number of channels.
+        """
+        layers = select(find_layers(pipe), self.layers)
+
+        def hooks_for(call: Call) -> list[Hook]:
+            return [
+                after(layer.module, self._hook(layer, call, strength), layer.label)
+                for layer in layers
+            ]
+
+        return on_denoiser(pipe, hooks_for, f"steering {self._digest} × {strength}")
+
+    def _hook(self, layer: Layer, call: Call, strength: float) -> Any:
+        directions = self.directions[layer.index]  # (steps, channels)
+
+        def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
+            if not call.rows:
+                return None
+            if output.shape[-1] != directions.shape[-1]:
+                raise LocogenError(
+                    f"{layer.label} puts out {output.shape[-1]} channels, and the steering has "
+                    f"{directions.shape[-1]}: fit it on this model"
+                )
+            share = call.step() / len(call.timesteps())
+            direction = directions[int(share * len(directions))].to(output)  # (channels,)
+            rows = output[call.rows.start :]  # (pictures, picture tokens, channels)
+            along = (rows @ direction).clamp(min=0)  # (pictures, picture tokens)
+            changed = output.clone()
+            changed[call.rows.start :] = rows - strength * along[..., None] * direction
+            return changed
+
+        return hook
+
+    @property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for index, values in self.directions.items():
+            digest.update(f"{index} {tuple(values.shape)}".encode())
+            digest.update(values.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            LocogenError: The file cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        record = {"format": STEERING_FORMAT, "name": self.name, "settings": dict(self.settings)}
+        tensors = {str(index): values.contiguous() for index, values in self.directions.items()}
+        with replacing(Path(path)) as part:
+            save_file(tensors, part, metadata={"locogen steering": json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Steering:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The steering.
+
+        Raises:
+            LocogenError: There is no such file, or it is from another program or a later format.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                record = json.loads((file.metadata() or {})["locogen steering"])
+                names = sorted(file.keys(), key=int)
+                directions = {int(name): file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise LocogenError(
+                f"{path} is no steering that locogen saved ({type(error).__name__}): give the file "
+                "that Steering.save wrote"
+            ) from error
+        if record["format"] != STEERING_FORMAT:
+            raise LocogenError(
+                f"{path} is a steering of format {record['format']}, and this locogen reads format "
+                f"{STEERING_FORMAT}: load it with the locogen that saved it"
+            )
+        return cls(record["name"], directions, record["settings"])
+
+    def _repr_html_(self) -> str:
+        facts = {"steering away from": self.name, "layers": len(self.layers), **self.settings}
+        return markup.shown("facts", facts=facts)
+
+
+def fit_steering(
+    pipe: Pipeline,
+    concept: Concept,
+    *,
+    layers: Iterable[int] | None = None,
+    seeds: Iterable[int] = (0, 1),
+    num_inference_steps: int = 20,
+    guidance_scale: float = 7.5,
+    batch_size: int = 32,
+) -> Steering:
+    """Measure a concept's direction in the layers' outputs, by pictures with and without it.
+
+    The direction of a layer and step is the mean difference of its output between the prompts of
+    the concept's pairs and their targets, under the same seeds, averaged over the picture (CASteer,
+    arXiv 2503.09630). Nothing is trained, and no weight changes.
+
+    Args:
+        pipe: A diffusers pipeline, as from `load`.
+        concept: The concept, with its prompt pairs.
+        layers: A window, or indices of layers; None: all of them.
+        seeds: Of the pictures.
+        num_inference_steps: Denoising steps, each with directions of its own.
+        guidance_scale: Of the pictures.
+        batch_size: Pictures at once.
+
+    Returns:
+        The `Steering`.
+
+    Raises:
+        LocogenError: SD 3 and FLUX, whose layers put out text and picture together; no difference
+            between prompts and targets; an open context.
+
+    Example:
+        >>> pipe = load("mini")
+        >>> few = {"seeds": [0], "num_inference_steps": 2, "layers": [12, 13]}
+        >>> steering = fit_steering(pipe, concept("mini/neon").first(1), **few)
+        >>> [tuple(values.shape) for values in steering.directions.values()]
+        [(2, 96), (2, 64)]
+    """
+    family = family_of(pipe)
+    if family.joint_attention:
+        raise LocogenError(
+            f"the layers of {family.name} put out text and picture together, so there is no output "
+            "of text alone to steer: edit the model with fit_edit"
+        )
+    if active_contexts(pipe):
+        raise LocogenError("the model is within another context: call fit_steering outside of it")
+    every = find_layers(pipe)
+    steered = every if layers is None else select(every, layers)
+    settings = Settings(num_inference_steps, float(guidance_scale), batch_size)
+    numbers = distinct_seeds(seeds)
+    means = []
+    for texts in zip(*[(pair.prompt, pair.target) for pair in concept.pairs], strict=True):
+        rows = [
+            Intervention(text, text, (), seed, "baseline") for text in texts for seed in numbers
+        ]
+        means.append(_mean_outputs(pipe, steered, rows, settings))
+    with_concept, without = means
+
+    directions: dict[int, Tensor] = {}
+    for layer in steered:
+        difference = with_concept[layer.index] - without[layer.index]  # (steps, channels)
+        lengths = difference.norm(dim=1, keepdim=True)  # (steps, 1)
+        if not (lengths > 0).all():
+            raise LocogenError(
+                f"{layer.label} puts out the same with and without {concept.name!r}: leave it out "
+                "of layers="
+            )
+        directions[layer.index] = (difference / lengths).float().cpu()
+    record = {"seeds": list(numbers), "pairs": len(concept.pairs), **settings.as_dict()}
+    return Steering(concept.name, directions, record)
+
+
+def _mean_outputs(
+    pipe: Pipeline, layers: Sequence[Layer], rows: Sequence[Intervention], settings: Settings
+) -> dict[int, Tensor]:
+    """The mean output of each layer over pictures and their tokens, (steps, channels) each."""
+    import torch
+
+    sums: defaultdict[tuple[int, int], Any] = defaultdict(float)
+
+    def hooks_for(call: Call) -> list[Hook]:
+        return [after(layer.module, adding(layer.index, call), layer.label) for layer in layers]
+
+    def adding(index: int, call: Call) -> Any:
+        def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if call.rows:
+                pictures = output[call.rows.start :].double().mean(1)  # (pictures, channels)
+                sums[index, call.step()] += pictures.sum(0)  # (channels,)
+
+        return hook
+
+    texts = Texts(pipe, rows)
+    kind = "latent" if hasattr(pipe, "vae") else "np"  # only what the layers put out is looked at
+    with on_denoiser(pipe, hooks_for):
+        for part in _parts(rows, settings.batch_size):
+            arguments = texts.arguments([row.prompt for row in part])
+            call_pipeline(pipe, part, arguments, settings, output_type=kind)
+    steps = range(settings.num_inference_steps)
+    return {
+        layer.index: torch.stack([sums[layer.index, step] for step in steps]) / len(rows)
+        for layer in layers
+    }
+
+
+def _parts(rows: Sequence[Intervention], size: int) -> Iterator[Sequence[Intervention]]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]

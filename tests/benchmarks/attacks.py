@@ -1,0 +1,268 @@
+"""Do edits hold for someone who tries? `python tests/benchmarks/attacks.py` attacks edits of the mini model.
+
+For each style, one edit of fixed settings is attacked in every way, beside four controls: no edit, a placebo edit of the
+same size, and on the edited model a concept that the model never had. An independent judge looks at objects that no
+attack learned from. Every finished row lies in the folder, so that a second call only counts; several processes may
+share a folder: each takes the next row that no other has begun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import judge as judging
+import pandas as pd
+from edits import neighbors
+from filelock import FileLock, Timeout
+from machine import add_machine, set_threads
+
+import locogen as loco
+from locogen.attacks.goal import exchanged, exchanged_colors
+from locogen.editing.edit import Edit
+from locogen.editing.probes import Probe
+from locogen.mini import world
+
+OBJECTS = (
+    26  # of a style: 12 to learn from and 14 to be judged by, as in the trial that this repeats
+)
+LEARNED = 12
+# Where each style is edited: its carrier (README), by the published way with a large λ at every position.
+CARRIERS = {"neon": (12, 13)}
+# What is tried, by a name for the table: options of `attack`.
+ATTEMPTS: dict[str, dict[str, Any]] = {
+    "inversion, 1 vector": dict(kind="inversion", vectors=1, at=[0, 25, 50, 100, 200]),
+    "inversion, 2 vectors": dict(kind="inversion", vectors=2),
+    "inversion, 4 vectors": dict(kind="inversion", vectors=4),
+    "states": dict(kind="states", at=[0, 25, 100]),
+    "closed": dict(kind="closed"),
+    "discrete, 1 token of all": dict(kind="discrete", vectors=1, exhaustive=True),
+    "discrete, 3 tokens by gradient": dict(kind="discrete", vectors=3, steps=60),
+    "relearn, keys and values": dict(kind="relearn", pictures=[0, 1, 3, 10]),
+    "relearn, cross attention": dict(
+        kind="relearn", pictures=[0, 1, 3, 10], trained="cross attention"
+    ),
+    "completion": dict(kind="completion"),
+    "noise": dict(kind="noise", seeds=range(24)),
+    "inpaint": dict(kind="inpaint"),
+}
+
+
+def style_concept(style: str) -> tuple[loco.Concept, list[Probe]]:
+    """The style with pairs to learn from, and probes of other objects for the judge."""
+    seen = [thing for thing in world.OBJECTS if (thing, style) not in world.HELD_OUT]
+    things = seen[:: max(1, len(seen) // OBJECTS)][:OBJECTS]
+    # Taken in turn, so that both parts hold things of every sort.
+    learned = things[::2][:LEARNED]
+    judged = [thing for thing in things if thing not in learned]
+    pairs = [
+        loco.PromptPair(world.prompt(thing, style), f"a picture of {world.with_article(thing)}")
+        for thing in learned
+    ]
+    others = tuple(other for other in world.STYLES[1:] if other != style)
+    concept = loco.Concept(style, "style", tuple(pairs), neighbors=others)
+    among = tuple(f"style of {other}" for other in world.STYLES if other != style)
+    probes = [
+        Probe("efficacy", world.prompt(thing, style), f"style of {style}", among, unit=thing)
+        for thing in judged
+    ]
+    return concept, probes
+
+
+def edit_of(pipe: Any, style: str, layers: tuple[int, ...], how: str) -> Edit:
+    """The edit under attack: every position, a large λ, and as a rule the neighbors preserved."""
+    concept = loco.concept(f"mini/{style.replace(' ', '-')}")
+    options: dict[str, Any] = {"tokens": "all", "ridge": 10.0}
+    if how == "preserved":
+        options |= {"preserve": neighbors(concept), "preserve_weight": 0.03}
+    return loco.fit_edit(pipe, concept, layers=layers, **options)
+
+
+def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """Where the style is edited: at its carrier, and at all layers."""
+    every = tuple(layer.index for layer in loco.find_layers(pipe))
+    carrier = carrier_of(pipe, style, options)
+    named = {f"layers {', '.join(map(str, carrier))}, {options.edit}": carrier}
+    everywhere = {f"all layers, {options.edit}": every} if options.all_layers else {}
+    return {name: layers for name, layers in named.items() if layers} | everywhere
+
+
+def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int, ...]:
+    """The layers of the style's carrier, from two prompts; () where there is none."""
+    if style in CARRIERS:
+        return CARRIERS[style]
+    identity = f"mini/{style.replace(' ', '-')}"
+    few = loco.concept(identity).first(2)
+    run = loco.localize(
+        pipe,
+        few,
+        seeds=range(4),
+        num_inference_steps=options.steps,
+        batch_size=options.batch_size,
+        store=options.folder / "carriers",
+        progress=False,
+    )
+    best = loco.carrier(loco.effect(run.table))
+    if tuple(best):
+        return tuple(best)
+    return tuple(sorted({layer for place in best.places for layer in place}))
+
+
+def recognized(judge: Any, concept: loco.Concept) -> dict[str, float]:
+    """How often renders of a style are taken for it, and how often their colors for exchanged ones."""
+    among = [f"style of {style}" for style in world.STYLES]
+    mine = among.index(f"style of {concept.name}")
+    pictures = [
+        world.render(thing, concept.name, random.Random(f"attacks/{thing}"))
+        for thing in world.OBJECTS
+    ]
+    scores = judge(pictures, *[[text] * len(pictures) for text in among])
+    turned = [exchanged(picture) for picture in pictures]
+    references, others = turned[::2], turned[1::2]
+    return {
+        "taken for it": float((pd.DataFrame(scores).idxmax() == mine).mean()),
+        "exchanged, with exchanged colors": float(exchanged_colors(others, references).mean()),
+        "as they are, with exchanged colors": float(
+            exchanged_colors(pictures[1::2], references).mean()
+        ),
+    }
+
+
+def row(
+    pipe: Any, judge: Any, style: str, place: str, name: str, options: argparse.Namespace
+) -> pd.DataFrame:
+    """One attack on one edit, as a summary with intervals; read from its file if it is finished."""
+    concept, probes = style_concept(style)
+    layers = places(pipe, style, options)[place]
+    given = {"seeds": range(2)} | ATTEMPTS[name]
+    found = loco.attack(
+        pipe,
+        concept,
+        edit_of(pipe, style, layers, options.edit),
+        held_out=probes,
+        scorer=judge,
+        seed=options.seed,
+        folder=options.folder / "states",
+        num_inference_steps=options.steps,
+        batch_size=options.batch_size,
+        models=options.models,
+        progress=options.progress,
+        **given,
+    )
+    path = options.folder / "files" / f"{slug(style, place, name, options.seed)}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found.save(path, model=options.models[0])
+    return found.summary().assign(style=style, place=place, attack=name, seed=options.seed)
+
+
+def slug(*parts: object) -> str:
+    return "-".join(str(part).replace(" ", "_").replace(",", "") for part in parts)
+
+
+def rows(pipe: Any, judge: Any, options: argparse.Namespace) -> list[pd.DataFrame]:
+    """All rows that no other process is at."""
+    tables = []
+    for style in options.only:
+        for place in places(pipe, style, options):
+            for name in options.kinds:
+                models = slug(*options.models)
+                path = (
+                    options.folder
+                    / "rows"
+                    / f"{slug(style, place, name, options.seed, models)}.csv"
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with FileLock(path.with_suffix(".lock"), timeout=0):
+                        if not path.exists():
+                            table = row(pipe, judge, style, place, name, options)
+                            table.to_csv(path, index=False)
+                        tables.append(pd.read_csv(path))
+                        print(*[said(line) for line in lines_of(tables[-1])], sep="\n", flush=True)
+                except Timeout:
+                    continue
+    return tables
+
+
+def lines_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line a strength of the edited model, with the controls of the same strength."""
+    lines = []
+    # Of the noise only powers of two are printed: best of 1, 2, 4, …
+    strengths = [
+        s for s in table.strength.unique() if "noise" not in str(table.attack[0]) or s in (1, 4, 24)
+    ]
+    for strength in strengths:
+        part = table[table.strength == strength].set_index("model")
+        first = part.iloc[0]
+        line = {"style": first["style"], "place": first["place"], "attack": first["attack"]}
+        line |= {"strength": strength, "own": first["before"], "units": int(first["units"])}
+        line |= {model: part.loc[model] for model in part.index}
+        lines.append(line)
+    return lines
+
+
+def said(line: dict[str, Any]) -> str:
+    """One row of the printed table: shares of pictures, and the best of the seeds by units."""
+    parts = [line["style"], line["place"], line["attack"], line["strength"], f"{line['own']:.0%}"]
+    for model in ("edited", "placebo", "unedited", "never had"):
+        parts.append(percent(line[model]) if model in line else "–")
+    return f"| {' | '.join(map(str, parts))} |"
+
+
+def percent(one: Any) -> str:
+    return (
+        f"{one['before']:.0%} → {one['after']:.0%} [{one['low']:.0%}, {one['high']:.0%}], best of {one['seeds']}: "
+        f"{round(one['best'] * one['units'])} of {one['units']}"
+    )
+
+
+HEADING = (
+    "| style | edited at | attack | strength | own words | edited, attacked | placebo | unedited | never had |"
+    "\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--folder", type=Path, default=Path("runs/attacks"))
+    parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the attacks' own draws")
+    parser.add_argument("--only", nargs="*", default=list(world.STYLES[1:]), help="styles")
+    parser.add_argument("--kinds", nargs="*", default=list(ATTEMPTS), help="rows of ATTEMPTS")
+    parser.add_argument(
+        "--models",
+        nargs="*",
+        default=["edited", "unedited", "placebo", "never had"],
+        help="what is attacked",
+    )
+    parser.add_argument(
+        "--all-layers", action="store_true", help="attack the edit at all layers as well"
+    )
+    parser.add_argument(
+        "--edit",
+        choices=["preserved", "bare"],
+        default="preserved",
+        help="with or without neighbors preserved",
+    )
+    parser.add_argument("--progress", action="store_true")
+    add_machine(parser)
+    options = parser.parse_args()
+    set_threads(options)
+    pipe = loco.load(options.model, device=options.device)
+    judge = judging.JudgeScorer(judging.train(options.judge))
+    for style in options.only:
+        share = recognized(judge, style_concept(style)[0])
+        print(f"renders of {style}: {json.dumps(share)}")
+    print(HEADING)
+    tables = rows(pipe, judge, options)
+    if tables:
+        pd.concat(tables).to_csv(options.folder / "attacks.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
