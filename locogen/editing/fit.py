@@ -54,6 +54,19 @@ class Options:
             raise LocogenError(f"tokens is {self.tokens!r}: use one of {', '.join(TOKENS)}")
         object.__setattr__(self, "preserve", _prompts(self.preserve, "preserve"))
         object.__setattr__(self, "ordinary", _prompts(self.ordinary, "ordinary"))
+        self._check_null_space()
+        if self.matrices not in get_args(Matrices):
+            raise LocogenError(f"matrices is {self.matrices!r}: use 'kv' or 'v'")
+        if not 0 < self.preserve_weight < math.inf:
+            raise LocogenError(
+                f"preserve_weight is {self.preserve_weight}: give a finite number above 0"
+            )
+
+    def _check_null_space(self) -> None:
+        if (self.filtered or self.anchored) and not self.null_space:
+            raise LocogenError(
+                "filtered and anchored choose what the null space keeps: give null_space=True too"
+            )
         if self.null_space and not self.preserve:
             raise LocogenError(
                 "null_space keeps the preserved prompts exactly: give some prompts in preserve="
@@ -61,16 +74,6 @@ class Options:
         if self.null_space and self.ordinary:
             raise LocogenError(
                 "null_space and ordinary are two ways to keep other prompts: use only one of them"
-            )
-        if self.matrices not in get_args(Matrices):
-            raise LocogenError(f"matrices is {self.matrices!r}: use 'kv' or 'v'")
-        if (self.filtered or self.anchored) and not self.null_space:
-            raise LocogenError(
-                "filtered and anchored choose what the null space keeps: give null_space=True too"
-            )
-        if not 0 < self.preserve_weight < math.inf:
-            raise LocogenError(
-                f"preserve_weight is {self.preserve_weight}: give a finite number above 0"
             )
 
     def ridge_of(self, matrix: str) -> float:

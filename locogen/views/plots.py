@@ -379,9 +379,7 @@ def plot_evaluation(
         raise LocogenError(f"the summary has no quantity {quantity!r}: it has {quantities}")
     arms = list(dict.fromkeys(rows["arm"]))
     ax = axes_for(ax, (7.5, 1.4 + 0.36 * len(arms)))
-    present = list(dict.fromkeys(rows["measure"]))
-    measures = [name for name in _MEASURES if name in present]
-    measures += [name for name in present if name not in _MEASURES]
+    measures = _in_order(rows["measure"])
     for place, measure in enumerate(measures):
         shift = 0.22 * (place - (len(measures) - 1) / 2)  # so that marks do not hide each other
         part = rows[rows["measure"] == measure]
@@ -393,6 +391,13 @@ def plot_evaluation(
     ax.grid(axis="x", alpha=0.3)
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     return ax
+
+
+def _in_order(measures: Iterable[str]) -> list[str]:
+    """Each measure once, in the order of their marks; those without a mark of their own last."""
+    present = list(dict.fromkeys(measures))
+    marked = [name for name in _MEASURES if name in present]
+    return marked + [name for name in present if name not in _MEASURES]
 
 
 def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -> None:
