@@ -59,8 +59,23 @@ def on_device(name, device="cuda:0", dtype=torch.float32):
         return MAKERS[name]().to(device, dtype)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("name", FAMILIES)
+# Joint attention has its own ways of interventions and edits; all else it shares with the first family.
+PAIRED = [
+    pytest.param(name, verb, marks=pytest.mark.slow)
+    if name == "flux" and verb not in ("intervene", "edit", "attribute")
+    else (name, verb)
+    for name in ("sd", "flux")
+    for verb in VERBS
+]
+OTHERS = [
+    pytest.param(name, verb, marks=pytest.mark.slow)
+    for name in tiny.FAMILIES
+    if name not in ("sd", "flux")
+    for verb in VERBS
+]
+
+
+@pytest.mark.parametrize(("name", "verb"), [*PAIRED, *OTHERS])
 def test_no_two_devices_meet(name, verb, tmp_path, monkeypatch):
     if verb in ("trace", "contribution") and name in EVOLVING:
         pytest.skip("refused for this family")

@@ -66,6 +66,9 @@ def explore(
     null_space: bool | None = None,
     ordinary: Iterable[str] | None = None,
     entry: bool | None = None,
+    filtered: bool | None = None,
+    anchored: bool | None = None,
+    matrices: str | None = None,
 ) -> ExplorerBox:
     """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
 
@@ -92,6 +95,9 @@ def explore(
         null_space: Whether to keep them exactly.
         ordinary: Captions whose directions should stay.
         entry: Whether to edit also the map by which text enters outside of the layers.
+        filtered: Whether to keep only the preserved prompts that an edit would move most.
+        anchored: Whether to keep also what every prompt holds.
+        matrices: "kv", or "v" for values alone.
 
     Returns:
         A widget: display it in Jupyter, or set its controls by code.
@@ -120,6 +126,9 @@ def explore(
         "null_space": null_space,
         "ordinary": ordinary,
         "entry": entry,
+        "filtered": filtered,
+        "anchored": anchored,
+        "matrices": matrices,
     }
     chosen_options = {name: value for name, value in options.items() if value is not None}
     if pipe is None and run.made_by is not None:

@@ -278,6 +278,7 @@ def test_a_search_leaves_the_model_as_it_was():
     assert all(v.grad is None for v in pipe.unet.parameters())
 
 
+@pytest.mark.slow
 def test_the_narrowest_window_that_decides_is_proposed_once_for_all_widths(monkeypatch):
     from locogen.localization import localize as module
     from locogen.plan import Verdict
@@ -304,6 +305,7 @@ def test_the_narrowest_window_that_decides_is_proposed_once_for_all_widths(monke
     assert run.settings["generations"] > narrow.settings["generations"]
 
 
+@pytest.mark.slow
 def test_several_concepts_are_searched_side_by_side():
     other = Concept("t", "object", (PromptPair("big cat", "big"),))
     run = localize(

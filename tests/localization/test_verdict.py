@@ -43,7 +43,7 @@ MANY: dict[str, Any] = {"prompts": 6, "seeds": 6}
 # --- the right kind ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [FEW, MANY])
+@pytest.mark.parametrize("size", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 def test_two_places_of_which_the_picture_needs_each_are_never_one(size: dict[str, int]) -> None:
     found = kinds(shares({2: 0.8, 11: 0.8}, noise=0.03, **size), 10)
     assert found["one place"] == 0
@@ -74,7 +74,7 @@ def test_a_window_that_matters_little_is_seldom_named(share: float) -> None:
     assert kinds(shares({5: 0.9}, noise=0.03, **FEW), 10)["one place"] >= 9
 
 
-@pytest.mark.parametrize("size", [FEW, MANY])
+@pytest.mark.parametrize("size", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "ceiling",
     [0.5, 0.0, *(pytest.param(ceiling, marks=pytest.mark.slow) for ceiling in (0.05, -0.1))],

@@ -101,7 +101,7 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
     "engine, seen",
     [
         ("serial", {"5"}),
-        ("processes", {"5", "7"}),
+        pytest.param("processes", {"5", "7"}, marks=pytest.mark.slow),  # make demo runs so
         pytest.param("dask", {"5", "7"}, marks=pytest.mark.slow),
     ],
 )

@@ -343,6 +343,7 @@ def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_start_here_runs(tmp_path: Path) -> None:
     """In a study; what can be clicked leaves its twin, and after the edit is undone the pictures are the same."""
     values = "\n".join(
