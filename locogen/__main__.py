@@ -296,6 +296,8 @@ def _run(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     _show_page(options.folder, options.open)
     if options.zip is not None:
+        if options.zip.is_dir() or not options.zip.parent.is_dir():
+            raise LocogenError(f"--zip {options.zip}: give a file in a folder that is there")
         from locogen.pages.build import write_zip
 
         write_zip(options.folder, options.zip)
@@ -314,6 +316,8 @@ def _notebooks(options: argparse.Namespace) -> int:
 def _new(options: argparse.Namespace) -> int:
     if options.file.suffix != ".toml":
         raise LocogenError(f"{options.file}: give a name that ends in .toml")
+    if not options.file.parent.is_dir():
+        raise LocogenError(f"the folder {options.file.parent} is not there: make it first")
     text = _EXAMPLE_STUDY.format(file=options.file, folder=options.file.with_suffix(""))
     try:
         with options.file.open("x", encoding="utf-8") as file:
@@ -353,6 +357,8 @@ def _ask(options: argparse.Namespace) -> int:
     )
     lora: Path | None = getattr(options, "lora", None)
     layers: str | None = getattr(options, "layers", None)
+    if lora is not None and not lora.parent.is_dir():
+        raise LocogenError(f"--lora {lora}: the folder {lora.parent} is not there; make it first")
     if lora is not None and lora.is_dir():
         raise LocogenError(f"--lora {lora} is a folder: give a file, such as off.safetensors")
     if layers == "found":
@@ -400,7 +406,7 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 def _shared(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those parameters that a localization takes too."""
-    common = ("device", "dtype", "offload", "seeds", "max_prompts")
+    common = ("device", "dtype", "offload", "seeds", "max_prompts", "num_inference_steps")
     return {name: parameters[name] for name in common if name in parameters}
 
 

@@ -625,17 +625,28 @@ def sweep(
 
 def distinct_seeds(seeds: Iterable[int]) -> tuple[int, ...]:
     """The seeds as a tuple; raises `LocogenError` when there are none or one comes twice."""
-    try:
-        numbers = tuple(int(seed) for seed in seeds)
-    except TypeError:
-        raise LocogenError(
-            f"seeds is {seeds!r}: give several whole numbers, such as range(4)"
-        ) from None
+    numbers = tuple(_whole_seeds(seeds))
     if not numbers:
         raise LocogenError("there are no seeds: give at least one, such as seeds=range(4)")
     if len(set(numbers)) < len(numbers):
         raise LocogenError(f"seeds {numbers} has one twice: it would count the same picture twice")
     return numbers
+
+
+def _whole_seeds(seeds: Iterable[int]) -> Iterator[int]:
+    """Each seed as a number that torch takes; neither cut to a whole one nor read from a text."""
+    remedy = "give several whole numbers from 0 up, such as range(4)"
+    if isinstance(seeds, str):
+        raise LocogenError(f"seeds is {seeds!r}: {remedy}")
+    try:
+        every = list(seeds)
+    except TypeError:
+        raise LocogenError(f"seeds is {seeds!r}: {remedy}") from None
+    for seed in every:
+        is_whole = hasattr(seed, "__index__") and not isinstance(seed, bool)
+        if not is_whole or not 0 <= int(seed) < 2**63:
+            raise LocogenError(f"seed {seed!r}: {remedy}")
+        yield int(seed)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from locogen.errors import LocogenError
-from locogen.files import replacing, toml_lines
+from locogen.files import ENCODING, replacing, toml_lines, writing
 from locogen.finding import Finding
 from locogen.phrasings import exchanged
 from locogen.plan import KINDS, PromptPair
@@ -22,6 +22,8 @@ from locogen.studies.records import read_record
 
 STUDY = "study.toml"
 CONCEPTS = "concepts.toml"
+# What their first line says: no other file is written over.
+_OURS = "# Written by locogen for one question; the next question in this folder writes it anew."
 _OWN = "asked/concept"  # id of a concept that no catalog has
 
 # What a style or an object that is only named is asked about with: plain words of any model.
@@ -62,7 +64,7 @@ class Question:
     @property
     def slug(self) -> str:
         """A name for its folder."""
-        return slugify(f"{self.notebook} {self.concept} {self.model}")
+        return slugify(f"{self.notebook} {self.concept} {self.target or ''} {self.model}")
 
 
 def write_study(question: Question, folder: Path) -> Path:
@@ -84,15 +86,17 @@ def write_study(question: Question, folder: Path) -> Path:
         >>> question = Question("localize", "a house in the style of gogh", target="a house")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     study = write_study(question, Path(folder))
-        ...     print(study.with_name("concepts.toml").read_text())
+        ...     for line in study.with_name("concepts.toml").read_text().splitlines()[1:]:
+        ...         print(line)
         ["asked/concept"]
         name = "gogh"
         kind = "style"
         pairs = [{"prompt" = "a house in the style of gogh", "target" = "a house"}]
-        <BLANKLINE>
     """
-    folder.mkdir(parents=True, exist_ok=True)
     entry = _new_concept(question)
+    _check_folder(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     parameters = dict(question.parameters)
     concept = _OWN
     if entry is None:
@@ -182,12 +186,25 @@ def _new_concept(question: Question) -> dict[str, Any] | None:
         return None
     if question.kind not in _TEMPLATES:
         raise LocogenError(
-            f"{question.concept!r} is no concept of the catalog (`locogen concepts`): "
-            "give the prompt without it as --target, or say --kind style or --kind object"
+            f"{question.concept!r} is no concept of the catalog (`locogen concepts`)"
+            f"{_near(question)}: give the prompt without it as --target, or say --kind style or "
+            "--kind object"
         )
     template = dict(_TEMPLATES[question.kind])
     template["prompt"] = template["prompt"].replace("{name}", question.concept)
     return {"name": question.concept, "kind": question.kind} | template
+
+
+def _near(question: Question) -> str:
+    """Which concept of the catalog may have been meant."""
+    from difflib import get_close_matches
+
+    from locogen.catalog import concepts
+
+    table = concepts(question.model, file=question.concepts_file or None)
+    names = [*table["name"], *table["id"]]
+    close = get_close_matches(question.concept.replace("-", " "), names, n=1)
+    return f", did you mean {close[0]!r}" if close else ""
 
 
 def _concept_of_prompt(question: Question, target: str) -> dict[str, Any]:
@@ -201,6 +218,19 @@ def _concept_of_prompt(question: Question, target: str) -> dict[str, Any]:
     return {"name": question.name or name, "kind": kind, "pairs": [pair]}
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a file in the folder's place, and files there that somebody else wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise LocogenError(f"{folder} is a file: give a folder for the results (--into)")
+    for name in (STUDY, CONCEPTS):
+        file = folder / name
+        if file.exists() and not file.read_text(ENCODING, errors="replace").startswith(_OURS):
+            raise LocogenError(
+                f"{file} is not of an earlier question, and would be written over: "
+                "give another folder (--into)"
+            )
+
+
 def _write(file: Path, lines: list[str]) -> None:
-    with replacing(file) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with writing(file.parent), replacing(file) as temporary:
+        temporary.write_text("\n".join([_OURS, *lines]) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
@@ -14,6 +15,7 @@ from locogen.plan import (
     Verdict,
     Window,
     common_content,
+    distinct_seeds,
     missing_target_runs,
     paraphrase,
     parse_layers,
@@ -227,3 +229,10 @@ def test_neighbors_are_texts():
     for neighbors in ("pop art", [""], [3]):
         with pytest.raises(LocogenError, match="neighbor"):
             Concept("neon", "style", [PAIR], neighbors=neighbors)
+
+
+@pytest.mark.parametrize("seeds", ["12", [0.5], [True], [-1], [2**63], 3, ["a"]])
+def test_seeds_are_whole_numbers_and_never_cut_to_one(seeds):
+    with pytest.raises(LocogenError, match="whole numbers"):
+        distinct_seeds(seeds)
+    assert distinct_seeds(np.arange(2)) == (0, 1)

@@ -1,6 +1,7 @@
 """From a concept, a name or a prompt to a study of one run, and to its page."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,33 @@ def test_mistakes_are_named_before_anything_starts(tmp_path):
     with pytest.raises(LocogenError, match="ridge"):
         write_study(Question("localize", "mini/neon", parameters={"ridge": 1.0}), tmp_path)
     assert not list(tmp_path.glob("**/results"))
+
+
+@pytest.mark.parametrize("name", ["study.toml", "concepts.toml"])
+def test_a_file_of_somebody_else_is_never_written_over(name, tmp_path):
+    (tmp_path / name).write_text("mine = 1\n")
+    question = Question("localize", "a house in neon", target="a house")
+    with pytest.raises(LocogenError, match="not of an earlier question"):
+        write_study(question, tmp_path)
+    assert (tmp_path / name).read_text() == "mine = 1\n"
+    (tmp_path / name).unlink()
+    write_study(question, tmp_path)
+    write_study(question, tmp_path)  # the twin: its own files are
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(LocogenError, match="is a file"):
+        write_study(Question("localize", "mini/neon"), file)
+
+
+def test_what_was_meant_is_named_and_two_targets_have_two_folders():
+    with pytest.raises(LocogenError, match="did you mean 'neon'"):
+        write_study(Question("localize", "neno"), Path("not-made"))
+    assert not Path("not-made").exists()
+    slugs = {Question("localize", "a b", target=target).slug for target in (None, "a", "b")}
+    assert len(slugs) == 3
 
 
 def finding_with(window, folder):

@@ -131,6 +131,13 @@ def attack(
     """
     if kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
+    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
+        raise LocogenError(
+            f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
+            f"{type(edit).__name__}: see concept() and fit_edit()"
+        )
+    if isinstance(vocabulary, str):
+        raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
     check_attackable(pipe)
     steps = STEPS.get(kind, 0) if steps is None else steps
     options = Options(
@@ -173,14 +180,30 @@ def _stops(
         stops = tuple(sorted({int(stop) for stop in at}))
         if not stops or stops[0] < 0:
             raise LocogenError(f"at is {at!r}: give numbers of steps from 0 up")
+        _check_stops(kind, stops, settings)
         return stops
     if kind == "completion":
-        count = int(settings.get("num_inference_steps", 20))
+        count = _picture_steps(settings)
         return tuple(sorted({count * quarter // 4 for quarter in range(4)}))
     if kind == "inpaint":
         return HOLES
     # A model that is trained for no pictures is another one than the model itself.
     return (steps,) if kind == "relearn" else tuple(sorted({0, steps}))
+
+
+def _check_stops(kind: str, stops: tuple[int, ...], settings: Mapping[str, Any]) -> None:
+    """Completions end before the picture does, and a hole is no larger than it."""
+    most = None
+    if kind == "completion":
+        most = _picture_steps(settings) - 1
+    elif kind == "inpaint":
+        most = 100
+    if most is not None and stops[-1] > most:
+        raise LocogenError(f"at is {stops}: of {kind!r} give numbers up to {most}")
+
+
+def _picture_steps(settings: Mapping[str, Any]) -> int:
+    return int(settings.get("num_inference_steps") or 20)
 
 
 def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe, ...]:

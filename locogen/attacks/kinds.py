@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,6 +49,23 @@ class Options:
     trained: Literal["text matrices", "cross attention"]
     ridge: float
     seed: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no attack could do, before anything is trained."""
+        choices = {"start": ("neighbors", "own"), "trained": ("text matrices", "cross attention")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                words = ", ".join(map(repr, allowed))
+                raise LocogenError(f"{name} is {getattr(self, name)!r}: use one of {words}")
+        for name, least in {"steps": 0, "batch": 1, "vectors": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise LocogenError(f"{name} is {value!r}: give a whole number from {least} up")
+        for name in ("rate", "ridge"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise LocogenError(f"{name} is {getattr(self, name)}: give a number from 0 up")
+        if not self.pictures or min(self.pictures) < 0:
+            raise LocogenError(f"pictures is {self.pictures}: give numbers from 0 up")
 
 
 @dataclass(frozen=True, eq=False)

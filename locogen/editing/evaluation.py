@@ -421,8 +421,9 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
     measures = [name for name in ("efficacy", "specificity") if name in set(table["measure"])]
     if not rivals or arm not in set(table["arm"]) or len(measures) < 2:
         raise LocogenError(
-            f"there is nothing to compare {arm!r} with: give evaluate it, controls, and both "
-            "measures"
+            f"there is nothing to compare {arm!r} with: evaluate it and other arms together "
+            f"(the table has {', '.join(map(str, table['arm'].unique()))}), with efficacy and "
+            "specificity, as from probes_for(concept, others)"
         )
     lines = []
     for rival in rivals:

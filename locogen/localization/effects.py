@@ -608,6 +608,8 @@ def attribution_note(layers: pd.DataFrame) -> str:
         notes.append(f"{never} not looked at")
     window = layers[layers["verdict"] == "chosen"].iloc[0]
     sampled = int(window["sampled"])
+    if never and not sampled:
+        notes.append("nothing bounds what these would do: all of them overlap what was measured")
     if sampled:
         confidence = f"{1 - stats.ALPHA:.0%}"
         notes.append(

@@ -123,6 +123,10 @@ def _case(effects: Any, min_share: float) -> _Case:
 def _partial(effects: Any) -> str:
     if "verdict" not in effects:
         return ""
+    counts = effects.loc[effects["axis"] == "layer", "n"]
+    # Every window on every pair: nothing is partial about it.
+    if counts.min() == counts.max():
+        return ""
     return _PARTIAL["attribute" if "search" in effects else "race"]
 
 

@@ -74,6 +74,8 @@ def copy_notebooks(folder: Path) -> list[str]:
     Raises:
         LocogenError: If one of them is there already.
     """
+    if folder.exists() and not folder.is_dir():
+        raise LocogenError(f"{folder} is a file: give a folder for the notebooks")
     files = sorted(_shipped().values(), key=lambda file: file.name)
     for file in files:
         if (folder / file.name).exists():

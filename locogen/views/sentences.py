@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
+from locogen.errors import LocogenError
 from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
@@ -322,6 +323,9 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
         units allows; and one about the controls, which says "better" or "worse" only where the
         interval leaves out zero.
 
+    Raises:
+        LocogenError: The summary lacks the arm, or the comparison is of another one.
+
     Example:
         >>> import pandas as pd
         >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "units": 6}
@@ -333,6 +337,13 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
         prompts (0 % to 46 %, n = 6; 100 % before). At telling concept and neighbors apart:
         no clear difference from all layers (0.12 [-0.48, 0.81]).
     """
+    if arm not in set(summary["arm"]):
+        arms = ", ".join(map(str, dict.fromkeys(summary["arm"])))
+        raise LocogenError(f"the summary has no arm {arm!r}: it has {arms}")
+    if leads is not None and arm in set(leads["rival"]):
+        raise LocogenError(
+            f"leads has {arm!r} among the rivals: it is of another arm; give lead(table, {arm!r})"
+        )
     rows: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
     by_measure = {line["measure"]: line for line in rows.to_dict("records")}
     parts = []

@@ -270,7 +270,11 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     rival = ""
     if not missing(row["rival"]):
         rival = f"; next best elsewhere {number(row['rival'], digits)}"
-    return f"{label}: {subject} {_change(row, digits)}{held_out}{share}{rival}{_content(row)}."
+    unseen = ""
+    if row["unseen"]:
+        unseen = f"; {row['unseen']} of {row['windows']} windows were not looked at"
+    change = f"{_change(row, digits)}{held_out}{share}"
+    return f"{label}: {subject} {change}{rival}{_content(row)}{unseen}."
 
 
 def _share_of_ceiling(row: Mapping[str, Any]) -> str:
@@ -359,6 +363,10 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
             "give the carrier of this table"
         )
     line = lines[at]
+    if missing(line["estimate"]):
+        raise LocogenError(
+            f"{label}: the window at layer {at} was not looked at: measure it (search='all')"
+        )
     if width is None:
         width = int(line.get("width", 1))
     # A carrier is spoken of by what was measured on other seeds than those that chose it.
@@ -388,6 +396,8 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "places": getattr(carrier, "places", ()),
         "score": line.get("score"),
         "n": line.get("n"),
+        "unseen": sum(1 for other in lines.values() if other.get("n") == 0),
+        "windows": len(lines),
     }
 
 

@@ -525,3 +525,27 @@ def test_mistakes_are_named(pipe, edit) -> None:
         attacked(pipe, edit, "relearn", pictures=[99])
     with pytest.raises(LocogenError, match="name="):
         NeverHad(name="x")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"start": "foo"}, "start is 'foo'"),
+        ({"kind": "relearn", "trained": "foo"}, "trained is 'foo'"),
+        ({"kind": "relearn", "pictures": [-1]}, "pictures is"),
+        ({"kind": "completion", "at": [99], "num_inference_steps": 2}, "numbers up to 1"),
+        ({"kind": "inpaint", "at": [500]}, "numbers up to 100"),
+        ({"kind": "closed", "ridge": -1.0}, "ridge is -1.0"),
+        ({"kind": "discrete", "vocabulary": "dog"}, "a list of words"),
+        ({"steps": -1}, "steps is -1"),
+        ({"steps": 1.5}, "steps is 1.5"),
+        ({"batch": 0}, "batch is 0"),
+        ({"vectors": 0}, "vectors is 0"),
+    ],
+)
+def test_what_no_attack_could_do_is_refused_before_it_begins(wrong, words):
+    pipe = tiny.pipeline()
+    cat = Concept("cat", "style", (PromptPair("a cat in b", "a b"), PromptPair("cat", "b")))
+    edit = fit_edit(pipe, cat, layers=[0])
+    with pytest.raises(LocogenError, match=words):
+        attack(pipe, cat, edit, **{"kind": "inversion", "progress": False} | wrong)

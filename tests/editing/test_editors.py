@@ -57,7 +57,7 @@ def test_names_say_where_and_what_is_edited(pipe) -> None:
 
 
 def test_mistakes_are_named(pipe) -> None:
-    with pytest.raises(LocogenError, match="editor is 'mine'"):
+    with pytest.raises(LocogenError, match="no editor 'mine'"):
         edit_with("mine", pipe, CAT, layers=[1])
     with pytest.raises(LocogenError, match="preserve="):
         edit_with("UCE", pipe, CAT, layers=[1])

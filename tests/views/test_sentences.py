@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, strategies as st
 
+from locogen.errors import LocogenError
 from locogen.localization.trace_effects import BestState
 from locogen.plan import Window
 from locogen.views.sentences import (
@@ -101,3 +102,22 @@ def test_steps_say_what_they_reach():
     assert fewest == 12 and words.startswith("12 steps are enough for 90 % of what 50 choose")
     fewest, words = describe_steps({6: 0.5, 12: 0.7}, 50, 0.9)
     assert fewest == 50 and words.startswith("no fewer than 50 steps are enough")
+
+
+def test_an_edit_is_described_by_its_own_arm_and_comparison():
+    with pytest.raises(LocogenError, match="no arm 'nope': it has layers 0-1"):
+        describe_edit(means(), "nope")
+    leads = pd.DataFrame([{"rival": "layers 0-1", "estimate": 0.5, "low": 0.1, "high": 0.9}])
+    with pytest.raises(LocogenError, match="of another arm"):
+        describe_edit(means(), "layers 0-1", leads)
+
+
+def test_windows_that_nobody_looked_at_are_counted_and_not_described():
+    row = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "share": None}
+    seen = row | {"position": 3, "estimate": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    unseen = row | {"position": 9, "estimate": None, "low": None, "high": None, "n": 0}
+    table = pd.DataFrame([seen, unseen])
+    assert "1 of 2 windows were not looked at" in describe(table, Window(3, 2))
+    assert "not looked at" not in describe(table[:1], Window(3, 2))
+    with pytest.raises(LocogenError, match="was not looked at"):
+        describe(table, Window(9, 2))

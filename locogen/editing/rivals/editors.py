@@ -12,7 +12,7 @@ from locogen.editing.edit import Edit, fit_edit
 from locogen.editing.evaluation import Applicable
 from locogen.editing.neurons import find_neurons
 from locogen.editing.rivals.steering import Steering, fit_steering
-from locogen.errors import LocogenError
+from locogen.errors import LocogenError, unknown
 from locogen.interventions.clamping import Selection, clamp
 from locogen.models.layers import find_layers
 from locogen.plan import Concept
@@ -89,11 +89,20 @@ def _speed(task: Task, **options: Any) -> Edit:
     return task.edit(task.editable, preserve=task.preserve, matrices="v", **choices, **options)
 
 
+def _without_options(editor: str, options: Mapping[str, Any]) -> None:
+    if options:
+        raise LocogenError(
+            f"{editor} is no edit of matrices and takes no {', '.join(options)}: leave these out"
+        )
+
+
 def _steering(task: Task, **options: Any) -> Steering:
+    _without_options("steering", options)
     return fit_steering(task.pipe, task.concept, num_inference_steps=task.num_inference_steps)
 
 
 def _neurons(task: Task, **options: Any) -> ClampedNeurons:
+    _without_options("neurons", options)
     return ClampedNeurons(find_neurons(task.pipe, task.concept, layers=task.layers).top(NEURONS))
 
 
@@ -170,9 +179,16 @@ def edit_with(
         16
     """
     if editor not in _EDITORS:
-        raise LocogenError(f"editor is {editor!r}: use one of {', '.join(_EDITORS)}")
+        raise unknown("editor", editor, _EDITORS)
+    for name, prompts in {"preserve": preserve, "ordinary": ordinary}.items():
+        if isinstance(prompts, str):
+            raise LocogenError(f"{name} is one text, {prompts!r}: give a list of prompts")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise LocogenError(f"layers is {layers!r}: give indices, such as [12, 13], or a window")
     if editor in ("UCE", "LocoEdit, preserved", "null space", "SPEED") and not preserve:
-        raise LocogenError(f"{editor} preserves prompts: give some in preserve=")
+        raise LocogenError(
+            f"the editor {editor!r} keeps prompts as they are: give some in preserve="
+        )
     if editor == "covariance" and not ordinary:
         raise LocogenError("covariance is of ordinary captions: give some in ordinary=")
     task = Task(

@@ -125,11 +125,13 @@ class Sample:
     def missed(self, hits: int) -> float:
         """Largest share of these windows' pictures that may hit, with confidence 95 %.
 
+        NaN where there are none: what was not drawn from bounds nothing.
+
         >>> Sample((0, 1, 2), tuple((start, ("a cat", 0)) for start in (0, 1, 2)), 9).missed(0)
         0.6315968501359612
         """
         if not self.windows:
-            return 0.0
+            return math.nan
         return _upper_bound(hits, len(self.cells))
 
 
