@@ -122,9 +122,11 @@ def read_runs(folder: Path | str) -> list[Finished]:
         if is_own_folder and not place.name.startswith(".") and _is_run(place):
             runs.append(read_run(place))
     if not runs:
-        raise LocogenError(
-            f"{folder} holds no run: make results first with `python -m locogen run`"
-        )
+        inner = folder / "results"  # where a single question keeps them
+        remedy = "make results first with `python -m locogen run`"
+        if inner.is_dir():
+            remedy = f"they are in {inner}"
+        raise LocogenError(f"{folder} holds no run: {remedy}")
 
     order = read_study_facts(folder).get("runs", [])
 

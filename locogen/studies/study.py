@@ -93,7 +93,8 @@ def run_study(
             with _started(plan, engine, workers, scheduler) as (board, started_engine):
                 failed = _execute(plan, board, started_engine, keep_going)
     if failed or failed_before:
-        raise StudyFailed(_summary(len(selection), failed, failed_before))
+        remedy = "call it again" if retry_failed else "add --retry failed"
+        raise StudyFailed(_summary(len(selection), failed, failed_before, remedy))
     return results
 
 
@@ -171,13 +172,13 @@ def _write_study_file(title: str, results: Path, runs: Sequence[Planned]) -> Non
     write_json(results / "study.json", {"title": title, "base": base, "runs": slugs})
 
 
-def _summary(total: int, failed: Mapping[str, str], failed_before: Mapping[str, str]) -> str:
+def _summary(
+    total: int, failed: Mapping[str, str], failed_before: Mapping[str, str], remedy: str
+) -> str:
     errors = {**failed_before, **failed}
     lines = "".join(f"\n  {slug}: {error}" for slug, error in errors.items())
     before = f", {len(failed_before)} of them before" if failed_before else ""
-    return (
-        f"{len(errors)} of {total} runs failed{before}; add --retry failed to repeat them:{lines}"
-    )
+    return f"{len(errors)} of {total} runs failed{before}; {remedy} to repeat them:{lines}"
 
 
 # --- the plan in words ---------------------------------------------------------------------------

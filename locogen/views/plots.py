@@ -103,8 +103,15 @@ def plot_effect(
     for concept, start in cells.items():
         if start is not None and start in matrix.columns:
             _mark(ax, list(matrix.index).index(concept), list(matrix.columns).index(start))
+    signs = []
     if any(start is not None for start in cells.values()):
-        ax.set_title("★ outlined: the carrier window", loc="left", fontsize=9)
+        signs.append("★ outlined: the carrier window")
+    if matrix.isna().to_numpy().any():
+        # A cell without a number is not drawn, and shows what lies behind it.
+        ax.patch.set(facecolor="0.95", edgecolor="0.75", hatch="////")
+        signs.append("hatched: not measured")
+    if signs:
+        ax.set_title("; ".join(signs), loc="left", fontsize=9)
     return ax
 
 

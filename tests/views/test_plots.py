@@ -516,3 +516,14 @@ def test_windows_over_time_are_of_one_concept() -> None:
     assert plot_timesteps(timed(["monet", "neon"]), "neon")
     with pytest.raises(LocogenError, match=r"sweep with timesteps="):
         plot_timesteps(effects())
+
+
+def test_a_window_that_was_not_measured_is_hatched() -> None:
+    table = effects(["monet"])
+    unseen = (table["axis"] == "layer") & (table["position"] == 3)
+    assert unseen.any()
+    shown = plot_effect(table.assign(estimate=table["estimate"].mask(unseen)))
+    assert shown.patch.get_hatch() == "////"
+    assert "hatched: not measured" in shown.get_title(loc="left")
+    whole = plot_effect(table)  # the twin
+    assert whole.patch.get_hatch() is None and "hatched" not in whole.get_title(loc="left")
