@@ -131,6 +131,7 @@ def attack(
     """
     if kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
+    check_attackable(pipe)
     if not isinstance(concept, Concept) or not isinstance(edit, Edit):
         raise LocogenError(
             f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
@@ -138,7 +139,6 @@ def attack(
         )
     if isinstance(vocabulary, str):
         raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
-    check_attackable(pipe)
     steps = STEPS.get(kind, 0) if steps is None else steps
     options = Options(
         steps=steps,
