@@ -79,8 +79,9 @@ def state_of(denoiser):
 def test_integrated_shares_sum_to_what_all_layers_do(family, how):
     # DeepFloyd's scheduler clips pixels, which no number of points makes smooth.
     bound = 0.2 if family == "if" and how == "chain" else 0.01
-    # The PixArts need more points than are taken by default: their sums are 0.989 with these.
-    points = {"most_points": 81} if family.startswith("pixart") else {}
+    # Some stand-ins change within a small part of the line, and need more points than are taken by
+    # default; until then the result says that it is not complete.
+    points = {"most_points": 81} if family.startswith(("pixart", "sana")) else {}
     found = attribute(model(family), CONCEPT, how=how, seeds=[0], bound=bound, **points, **OPTIONS)
     total = found.shares.sum() + (0 if found.pooled is None else found.pooled.sum())
     assert abs(total - 1) <= bound
