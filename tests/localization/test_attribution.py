@@ -246,7 +246,8 @@ def test_a_row_is_what_intervene_makes_of_it(family):
 
 @every_family
 def test_the_gradient_is_the_finite_difference_of_the_exact_row(family):
-    small = 1e-2
+    # A smaller step is lost in the rounding of float32; DeepFloyd's stand-in bends within this one.
+    small = 1e-2 if family == "if" else 5e-2
     with blending(model(family)) as blend:
         line = direct_line(paths_of(blend))
         direction = unit(line)
@@ -258,7 +259,9 @@ def test_the_gradient_is_the_finite_difference_of_the_exact_row(family):
             outputs = [one_moved(line, place, 0.3, alpha) for place in places]
             return torch.cat(outputs) @ direction[0]
 
-        difference = (along(small) - along(-small)) / (2 * small)
+        wide, narrow = ((along(step) - along(-step)) / (2 * step) for step in (small, small / 2))
+        # Richardson: without the part of the error that goes with the step's square.
+        difference = (4 * narrow - wide) / 3
     expected = shares.layers[0, 0].sum((1, 2))
     assert np.allclose(difference, expected, atol=2e-3 * max(1, abs(expected).max()))
     assert abs(expected).max() > 1e-2  # or the rows would agree for nothing
@@ -286,8 +289,10 @@ def test_a_layer_that_cannot_hear_has_no_share(family, how):
     hears = attribute(pipe, CONCEPT, **options).layers[1]
     deafen(pipe, 1)
     deaf = attribute(pipe, CONCEPT, **options).layers[1]
-    assert np.abs(hears).max() > 1e-4
-    assert np.abs(deaf).max() < 1e-6  # rows of one batch and of another differ by rounding
+    # Rows of one batch and of another differ by rounding, and an output has some hundred numbers.
+    rounding = 100 * np.finfo(np.float32).eps
+    assert np.abs(hears).max() > 5 * rounding
+    assert np.abs(deaf).max() < rounding
 
 
 @torch.no_grad()
