@@ -132,13 +132,7 @@ def attack(
     if kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
     check_attackable(pipe)
-    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
-        raise LocogenError(
-            f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
-            f"{type(edit).__name__}: see concept() and fit_edit()"
-        )
-    if isinstance(vocabulary, str):
-        raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
+    _check_types(concept, edit, vocabulary)
     steps = STEPS.get(kind, 0) if steps is None else steps
     options = Options(
         steps=steps,
@@ -170,6 +164,17 @@ def attack(
         attacked = _Attacked(goal, edit, placebo, never_had, options, kind, progress)
         attacked.keep = None if folder is None else place
         return attacked.run(_models(models, never_had))
+
+
+def _check_types(concept: Any, edit: Any, vocabulary: Any) -> None:
+    """Refuse a name in the place of the thing, and a text in that of a list."""
+    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
+        raise LocogenError(
+            f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
+            f"{type(edit).__name__}: see concept() and fit_edit()"
+        )
+    if isinstance(vocabulary, str):
+        raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
 
 
 def _stops(

@@ -267,14 +267,22 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     # Without a carrier, the sentence does not claim that the window carries the concept.
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
     held_out = " on seeds not used to choose it" if row["fresh"] else ""
-    rival = ""
-    if not missing(row["rival"]):
-        rival = f"; next best elsewhere {number(row['rival'], digits)}"
-    unseen = ""
-    if row["unseen"]:
-        unseen = f"; {row['unseen']} of {row['windows']} windows were not looked at"
     change = f"{_change(row, digits)}{held_out}{share}"
-    return f"{label}: {subject} {change}{rival}{_content(row)}{unseen}."
+    rest = f"{_elsewhere(row, digits)}{_content(row)}{_unseen(row)}"
+    return f"{label}: {subject} {change}{rest}."
+
+
+def _elsewhere(row: Mapping[str, Any], digits: int) -> str:
+    if missing(row["rival"]):
+        return ""
+    return f"; next best elsewhere {number(row['rival'], digits)}"
+
+
+def _unseen(row: Mapping[str, Any]) -> str:
+    """What a search that measures few windows leaves open."""
+    if not row["unseen"]:
+        return ""
+    return f"; {row['unseen']} of {row['windows']} windows were not looked at"
 
 
 def _share_of_ceiling(row: Mapping[str, Any]) -> str:
@@ -345,6 +353,20 @@ def missing(value: Any) -> bool:
     return value is None or bool(pd.isna(value))
 
 
+def _measured(label: str, lines: Mapping[int, Row], at: int) -> Row:
+    """The row of a window; raises where the table has none, or no picture of it."""
+    if at not in lines:
+        raise LocogenError(
+            f"{label}: its carrier starts at layer {at}, which the effects table does not have: "
+            "give the carrier of this table"
+        )
+    if missing(lines[at]["estimate"]):
+        raise LocogenError(
+            f"{label}: the window at layer {at} was not looked at: measure it (search='all')"
+        )
+    return lines[at]
+
+
 def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling: Any) -> Row:
     """One row of `findings`. `lines`: window start → its row of the effects table."""
     start = None
@@ -357,16 +379,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
 
     # Without a carrier, or with one that names no window, the largest effect is spoken of.
     at = _largest(lines) if start is None else int(start)
-    if at not in lines:
-        raise LocogenError(
-            f"{label}: its carrier starts at layer {at}, which the effects table does not have: "
-            "give the carrier of this table"
-        )
-    line = lines[at]
-    if missing(line["estimate"]):
-        raise LocogenError(
-            f"{label}: the window at layer {at} was not looked at: measure it (search='all')"
-        )
+    line = _measured(label, lines, at)
     if width is None:
         width = int(line.get("width", 1))
     # A carrier is spoken of by what was measured on other seeds than those that chose it.

@@ -80,8 +80,8 @@ def _random_layers(task: Task, **options: Any) -> Edit:
     rest = [index for index in task.editable if index not in task.layers]
     if len(rest) < len(task.layers):
         raise LocogenError("there are too few other layers to draw from: edit fewer layers")
-    drawn = random.Random(task.seed).sample(rest, len(task.layers))
-    return task.edit(sorted(drawn), **options)
+    layers = random.Random(task.seed).sample(rest, len(task.layers))
+    return task.edit(sorted(layers), **options)
 
 
 def _speed(task: Task, **options: Any) -> Edit:
