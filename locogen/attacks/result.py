@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import StringIO
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import markup, stats
 from locogen.editing.evaluation import summary as evaluation_summary
+from locogen.editing.files import read_recorded, write_recorded
 from locogen.errors import LocogenError
-from locogen.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -189,8 +188,6 @@ class Attack:
         Raises:
             LocogenError: The attack has no such model, or the file cannot be written.
         """
-        from safetensors.torch import save_file
-
         self._check_model(model)
         record = {
             "format": ATTACK_FORMAT,
@@ -201,12 +198,7 @@ class Attack:
             "settings": dict(self.settings),
             "table": self.table.to_csv(index=False),
         }
-        values = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in self.tensors.get(model, {}).items()
-        }
-        with replacing(Path(path)) as part:
-            save_file(values, part, metadata={"locogen attack": json.dumps(record)})
+        write_recorded(Path(path), "attack", record, self.tensors.get(model, {}))
 
     @classmethod
     def load(cls, path: str | Path) -> Attack:
@@ -222,22 +214,8 @@ class Attack:
             LocogenError: There is no such file, or it is from another program or a later format.
         """
         import pandas as pd
-        from safetensors import SafetensorError, safe_open
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                record = json.loads((file.metadata() or {})["locogen attack"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise LocogenError(
-                f"{path} is no attack that locogen saved ({type(error).__name__}): give the file "
-                "that Attack.save wrote"
-            ) from error
-        if record["format"] != ATTACK_FORMAT:
-            raise LocogenError(
-                f"{path} is an attack of format {record['format']}, and this locogen reads format "
-                f"{ATTACK_FORMAT}: load it with the locogen that saved it"
-            )
+        record, tensors = read_recorded(Path(path), "attack", ATTACK_FORMAT)
         return cls(
             concept=record["concept"],
             kind=record["kind"],

@@ -58,6 +58,45 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, LowRank]]:
     return metadata, changes
 
 
+def write_recorded(
+    path: Path, kind: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write tensors with a record of what they are: the file of an attack, or of a steering.
+
+    Raises:
+        LocogenError: The file cannot be written there.
+    """
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    _write(path, values, {f"locogen {kind}": json.dumps(record)})
+
+
+def read_recorded(path: Path, kind: str, format: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_recorded` wrote: the record and the tensors.
+
+    Raises:
+        LocogenError: There is no such file, or it is from another program or a later format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            record = json.loads((file.metadata() or {})[f"locogen {kind}"])
+            for name in file.keys():  # noqa: SIM118
+                tensors[name] = file.get_tensor(name)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise LocogenError(
+            f"{path} is no {kind} that locogen saved ({type(error).__name__}): give the file that "
+            "its save wrote"
+        ) from error
+    if record["format"] != format:
+        raise LocogenError(
+            f"{path} is of format {record['format']} of a {kind}, and this locogen reads format "
+            f"{format}: load it with the locogen that saved it"
+        )
+    return record, tensors
+
+
 def write_lora(
     path: Path, name: str, changes: Mapping[str, LowRank], modules: Mapping[str, str], style: str
 ) -> None:

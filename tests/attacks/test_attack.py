@@ -549,3 +549,13 @@ def test_what_no_attack_could_do_is_refused_before_it_begins(wrong, words):
     edit = fit_edit(pipe, cat, layers=[0])
     with pytest.raises(LocogenError, match=words):
         attack(pipe, cat, edit, **{"kind": "inversion", "progress": False} | wrong)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    table = pd.DataFrame({"model": ["edited"]})
+    found = Attack(concept="cat", kind="noise", table=table, tensors={}, words={}, settings={})
+    for path in (tmp_path / "nowhere" / "a.safetensors", tmp_path):
+        with pytest.raises(LocogenError, match="cannot be written"):
+            found.save(path)
+    found.save(tmp_path / "a.safetensors")  # the twin
+    assert (tmp_path / "a.safetensors").exists()

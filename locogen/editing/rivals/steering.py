@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locogen import markup
+from locogen.editing.files import read_recorded, write_recorded
 from locogen.errors import LocogenError
-from locogen.files import replacing
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.prompts import active_contexts
 from locogen.models.families import family_of
@@ -124,12 +123,9 @@ class Steering:
         Raises:
             LocogenError: The file cannot be written.
         """
-        from safetensors.torch import save_file
-
         record = {"format": STEERING_FORMAT, "name": self.name, "settings": dict(self.settings)}
-        tensors = {str(index): values.contiguous() for index, values in self.directions.items()}
-        with replacing(Path(path)) as part:
-            save_file(tensors, part, metadata={"locogen steering": json.dumps(record)})
+        tensors = {str(index): values for index, values in self.directions.items()}
+        write_recorded(Path(path), "steering", record, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Steering:
@@ -144,23 +140,8 @@ class Steering:
         Raises:
             LocogenError: There is no such file, or it is from another program or a later format.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                record = json.loads((file.metadata() or {})["locogen steering"])
-                names = sorted(file.keys(), key=int)
-                directions = {int(name): file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise LocogenError(
-                f"{path} is no steering that locogen saved ({type(error).__name__}): give the file "
-                "that Steering.save wrote"
-            ) from error
-        if record["format"] != STEERING_FORMAT:
-            raise LocogenError(
-                f"{path} is a steering of format {record['format']}, and this locogen reads format "
-                f"{STEERING_FORMAT}: load it with the locogen that saved it"
-            )
+        record, tensors = read_recorded(Path(path), "steering", STEERING_FORMAT)
+        directions = {int(name): tensors[name] for name in sorted(tensors, key=int)}
         return cls(record["name"], directions, record["settings"])
 
     def _repr_html_(self) -> str:
