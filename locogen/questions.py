@@ -211,7 +211,9 @@ def _concept_of_prompt(question: Question, target: str) -> dict[str, Any]:
     words = exchanged(PromptPair(question.concept, target))[0] if target else question.concept
     name = words
     for mark in _MARKS_OF_STYLE:
-        name = name.removeprefix(mark)
+        if name.startswith(mark):
+            name = name.removeprefix(mark)
+            break  # "style of by …" is a name that begins with "by"
     is_style = name != words or " style of " in question.concept
     kind = question.kind or ("style" if is_style else "object")
     pair = {"prompt": question.concept, "target": target}
