@@ -282,11 +282,21 @@ def has_carrier(cell: dict[str, Any]) -> bool:
 
 def counted(layers: int, prompts: int, seeds: int, steps: int, *, challenged: bool) -> float:
     """All rows of a search, of those of the whole sweep: counted, without a model."""
+    of_search, of_sweep = rows_counted(
+        layers, prompts, seeds, steps, width=WIDTH, challenged=challenged
+    )
+    return of_search / of_sweep
+
+
+def rows_counted(
+    layers: int, prompts: int, seeds: int, steps: int, *, width: int, challenged: bool
+) -> tuple[int, int]:
+    """Rows of the denoiser that a search takes and that the whole sweep takes, with guidance."""
     pairs = tuple(PromptPair(f"prompt {i}", f"target {i}") for i in range(prompts))
     concept = Concept("counted", "fact", pairs)
-    windows = layers - WIDTH + 1
+    windows = layers - width + 1
     runner = search(
-        concept, order=range(windows), n_layers=layers, window=WIDTH, seeds=range(seeds)
+        concept, order=range(windows), n_layers=layers, window=width, seeds=range(seeds)
     )
     rows = next(runner)
     pictures = len(rows)
@@ -305,8 +315,8 @@ def counted(layers: int, prompts: int, seeds: int, steps: int, *, challenged: bo
     looked_at = min(STEPS_LOOKED_AT, steps)
     # The prompt's own path; at each step both ends, and at each point a gradient of three passes.
     of_proposal = proposals * (halves * steps + looked_at * (2 + 3 * POINTS))
-    every = len(sweep(concept, n_layers=layers, window=WIDTH, seeds=range(seeds)))
-    return (of_proposal + pictures * halves * steps) / (every * halves * steps)
+    every = len(sweep(concept, n_layers=layers, window=width, seeds=range(seeds)))
+    return of_proposal + pictures * halves * steps, every * halves * steps
 
 
 def print_targets(asked: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 `python tests/benchmarks/planted.py` asks every localizer about the models for reports, with 2 prompts × 4 seeds and
 windows of two layers, and prints how each did, with what was counted. Answers and pictures are kept in the folder's
 store (`runs/planted`, which the notebook of `reports/planted.toml` reads too): a second call only prints, several at
-once share the work. `--all` also tries windows of 1 and 3 layers, guidance 1 and 3, 1 × 4 and 6 × 6 pictures.
+once share the work. `--settings` also takes windows of 1 and 3 layers, guidance 1 and 3, 1 × 4 and 6 × 6 pictures,
+`--all` means all of them.
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ COLUMNS = (
 )
 BASE: dict[str, Any] = {"windows": [2], "guidance_scales": [None], "sizes": [(2, 4)]}
 # One thing changed at a time: all together would be 27 times as much.
-OTHERS: list[dict[str, Any]] = [
-    {"windows": [1, 3]},
-    {"guidance_scales": [1.0, 3.0]},
-    {"sizes": [(1, 4), (6, 6)]},
-]
+CHANGES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "guidances": {"guidance_scales": [1.0, 3.0]},
+    "widths": {"windows": [1, 3]},
+    "few": {"sizes": [(1, 4)]},
+    "many": {"sizes": [(6, 6)]},
+}
 
 
 def markdown(table: Any) -> str:
@@ -61,14 +64,15 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("runs/planted"))
     parser.add_argument("--concepts", type=int, default=0, help="of each model at most; 0: all")
     add_machine(parser)
-    parser.add_argument("--all", action="store_true", help="other widths, guidances and sizes too")
+    parser.add_argument("--settings", nargs="+", default=["base"], choices=CHANGES)
+    parser.add_argument("--all", action="store_true", help="all of these settings")
     chosen = parser.parse_args()
     set_threads(chosen)
     plants = chosen.plants if chosen.plants in ("report", "tune") else chosen.plants.split(",")
     machine: dict[str, Any] = {"device": chosen.device, "batch_size": chosen.batch_size}
     localizers = chosen.localizers.split(",") if chosen.localizers else None
-    for change in [{}, *(OTHERS if chosen.all else [])]:
-        setting = BASE | change
+    for name in CHANGES if chosen.all else chosen.settings:
+        setting = BASE | CHANGES[name]
         bench = loco.benchmark(
             *(localizers, plants),
             concepts=chosen.concepts or None,
