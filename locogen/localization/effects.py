@@ -493,8 +493,8 @@ def partial_effects(
     became of it (`verdict`) and on how many pairs it was looked at (`looked`).
 
     - A race: which pairs a window had depends on how it did, and p-values are corrected for all
-      windows. `sure`: the share of any other window's effect that the winner's reaches at least,
-      with 95 % confidence (`racing.Race.sure`).
+      windows that it looked at. `sure`: the share of any other window's effect that the winner's
+      reaches at least, with 95 % confidence (`racing.Race.sure`).
     - A search by attribution: other seeds chose the finalists, so p-values are corrected for these
       alone, unless a sampled window became one. `missed`: the largest share of the pictures of all
       `others` that may have half of the winner's effect, with 95 % confidence, by `hits` of the
@@ -565,7 +565,7 @@ def _unseen(swept: Any, finalist: Any) -> pd.DataFrame:
     """Lines of the windows that have no picture at all."""
     import pandas as pd
 
-    if search_of(swept) != "attribute":
+    if "windows" not in swept:  # a race's table from before races could leave windows unseen
         return pd.DataFrame()
     starts = set(range(_count_of_windows(swept))) - set(swept["start"])
     lines = [_shared(finalist) | {"position": start, "n": 0} for start in sorted(starts)]
@@ -622,9 +622,10 @@ def attribution_note(layers: pd.DataFrame) -> str:
 
 def race_note(layers: pd.DataFrame) -> str:
     """What a race did not look at and how sure it is, in words, from its layer axis."""
-    counts: Any = layers["n"]
+    counts: Any = layers["n"].astype(int)
     pairs = int(counts.max())
-    partial = counts[counts < pairs].astype(int)
+    partial = counts[(counts > 0) & (counts < pairs)]
+    never = int((counts == 0).sum())
     notes = []
     if len(partial):
         low, high = partial.min(), partial.max()
@@ -632,12 +633,14 @@ def race_note(layers: pd.DataFrame) -> str:
         notes.append(
             f"{len(partial)} of {len(layers)} windows seen on {amount} of {pairs} pairs only"
         )
+    if never:
+        notes.append(f"{never} not looked at: the budget paid for those that gradients proposed")
     verdicts = layers["verdict"].tolist()
     if "dropped" in verdicts:
         notes.append(f"{verdicts.count('dropped')} cannot be the best")
     if "cut" in verdicts:
         notes.append(f"{verdicts.count('cut')} left out for the budget's sake")
-    sure = float(layers["sure"].iloc[0])
+    sure = float(layers["sure"].dropna().iloc[0])
     if sure > 0:
         percent = int(100 * sure)
         confidence = f"{1 - stats.ALPHA:.0%}"

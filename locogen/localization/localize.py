@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,13 +87,14 @@ def localize(
             are measured with all controls on yours. Of all other windows, pictures drawn at random
             bound what may have been missed: with confidence 95 %, no larger share of their
             pictures than `missed` has at least half of the chosen window's effect.
-        budget: Largest share of the exhaustive search's pictures that a race makes.
+        budget: Largest share of the exhaustive search's pictures that a race makes. Where it does
+            not pay for a first look at every window, those that gradients propose start.
         store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
         progress: Whether to show a progress bar.
 
     Returns:
-        A `Run`: its pictures, its plan, and the pictures table, one row an image. With
-        search="attribute" its `attributions` are what proposed, and its settings have the costs:
+        A `Run`: its pictures, its plan, and the pictures table, one row an image. Where gradients
+        proposed, its `attributions` are what proposed, and its settings have the costs:
         `proposal_rows` (of the denoiser, where a gradient counts three), `choosing_pictures` (which
         are not in the table), and in all `denoiser_rows` and `generations`, as many pictures.
 
@@ -129,9 +131,9 @@ def localize(
     if search == "all":
         planner: _Planner = _Sweeps(layout | {"timesteps": spans})
     elif search == "race":
-        planner = _Races(layout, budget)
+        planner = _Races(layout, budget, _Gradients(layout))
     else:
-        planner = _Proposals(layout)
+        planner = _Proposals(layout, _Gradients(layout))
 
     facts: dict[str, Any] = {"n_layers": n_layers, "search": search}
     if window == "auto":
@@ -190,45 +192,15 @@ class _Sweeps(_Planner):
 
 
 @dataclass
-class _Races(_Planner):
-    """Windows that leave as soon as they cannot be the best: see `racing`."""
-
-    layout: Mapping[str, Any]
-    budget: float
-
-    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
-        """The rows that races ask for, made and scored look by look."""
-        options = {**self.layout, "window": width, "budget": self.budget}
-        races = [race(pictures.concepts[number], **options) for number in numbers]
-        return _side_by_side(races, pictures, numbers)
-
-    def finished(self, run: Run) -> Run:
-        """The run with the budget among its settings."""
-        return run.with_table(run.table, budget=self.budget)
-
-
-@dataclass
-class _Proposals(_Planner):
-    """Windows that gradients propose: see `attribution.search`."""
+class _Gradients:
+    """What gradients propose for each concept, and what that costs: see `attribution`."""
 
     layout: Mapping[str, Any]
     proposals: dict[int, Proposal] = field(default_factory=dict)  # by number of the concept
-    pictures_made: set[Any] = field(default_factory=set)  # by what makes them
 
-    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
-        """The rows of the windows that are proposed, and of those that only measuring names."""
-        searches = []
-        for number in numbers:
-            order = self._proposal(pictures, number).ranked_at(width)
-            concept = pictures.concepts[number]
-            searches.append(search(concept, order=order, window=width, **self.layout))
-        plans = _side_by_side(searches, pictures, numbers)
-        for plan in plans.values():
-            self.pictures_made |= {_what_makes(row) for row in (*plan.rows, *plan.others)}
-        return plans
-
-    def _proposal(self, pictures: ScoredPictures, number: int) -> Proposal:
-        """What gradients say of a concept: once, whatever the width of windows."""
+    def order(self, pictures: ScoredPictures, number: int, width: int) -> tuple[int, ...]:
+        """The windows of a concept by their first layers, the most promising first."""
+        # Gradients are taken once, whatever the width of windows.
         if number not in self.proposals:
             scout = scouts(pictures.concepts[number], self.layout["seeds"])
             settings = pictures.settings
@@ -243,20 +215,72 @@ class _Proposals(_Planner):
                 batch_size=min(settings.batch_size, AT_ONCE),
                 progress=pictures.progress,
             )
-        return self.proposals[number]
+        return self.proposals[number].ranked_at(width)
 
-    def finished(self, run: Run) -> Run:
-        """The run with what proposed, and with all costs."""
+    def with_costs(self, run: Run, others: set[Any]) -> Run:
+        """The run with what proposed, and with all costs; `others`: pictures not in its plan."""
         attributions = [proposal.attribution for proposal in self.proposals.values()]
         rows = sum(one.settings["denoiser_rows"] for one in attributions)
         as_pictures = sum(one.settings["pictures"] for one in attributions)
-        pictures = len(self.pictures_made)
-        only_choosing = self.pictures_made - {_what_makes(row) for row in run.plan}
-        costs: dict[str, Any] = {"proposal_rows": rows, "choosing_pictures": len(only_choosing)}
+        in_plan = {_what_makes(row) for row in run.plan}
+        pictures = len(in_plan | others)
+        costs: dict[str, Any] = {
+            "proposal_rows": rows,
+            "choosing_pictures": pictures - len(in_plan),
+        }
         costs["denoiser_rows"] = rows + round(pictures * rows / as_pictures)
         costs["generations"] = pictures + math.ceil(as_pictures)
         run = run.with_table(run.table, **costs)
         return replace(run, attributions={one.concept: one for one in attributions})
+
+
+@dataclass
+class _Races(_Planner):
+    """Windows that leave as soon as they cannot be the best: see `racing`."""
+
+    layout: Mapping[str, Any]
+    budget: float
+    gradients: _Gradients
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """The rows that races ask for, made and scored look by look."""
+        options = {**self.layout, "window": width, "budget": self.budget}
+        races = []
+        for number in numbers:
+            # Asked only where the budget does not pay for a look at every window.
+            order = partial(self.gradients.order, pictures, number, width)
+            races.append(race(pictures.concepts[number], order=order, **options))
+        return _side_by_side(races, pictures, numbers)
+
+    def finished(self, run: Run) -> Run:
+        """The run with the budget among its settings, and with what proposed."""
+        run = run.with_table(run.table, budget=self.budget)
+        return self.gradients.with_costs(run, set()) if self.gradients.proposals else run
+
+
+@dataclass
+class _Proposals(_Planner):
+    """Windows that gradients propose: see `attribution.search`."""
+
+    layout: Mapping[str, Any]
+    gradients: _Gradients
+    pictures_made: set[Any] = field(default_factory=set)  # by what makes them
+
+    def plans(self, pictures: ScoredPictures, numbers: Sequence[int], width: int) -> Plans:
+        """The rows of the windows that are proposed, and of those that only measuring names."""
+        searches = []
+        for number in numbers:
+            order = self.gradients.order(pictures, number, width)
+            concept = pictures.concepts[number]
+            searches.append(search(concept, order=order, window=width, **self.layout))
+        plans = _side_by_side(searches, pictures, numbers)
+        for plan in plans.values():
+            self.pictures_made |= {_what_makes(row) for row in (*plan.rows, *plan.others)}
+        return plans
+
+    def finished(self, run: Run) -> Run:
+        """The run, with what proposed and with all costs."""
+        return self.gradients.with_costs(run, self.pictures_made)
 
 
 def _what_makes(row: Intervention) -> tuple[Any, ...]:

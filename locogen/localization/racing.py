@@ -26,9 +26,10 @@ effect the leader reaches at least:
   all pairs of windows (Hsu, Ann. Stat. 12, 1984). With probability 1 - alpha it is never dropped,
   and what is said about the winner holds.
 
-Which windows start first makes no difference: each comparison takes three pairs of its own, in any
-order, so a proposal (`attribution.search`) saves a race nothing while the budget suffices for a
-first look at all windows, as the default does for any number of layers.
+Which windows start first makes no difference while the budget pays for a first look at all of them,
+as the default does for any number of layers: each comparison takes three pairs of its own, in any
+order. A smaller budget needs a ranking (`order`, from `attribution`): the best of it start, and the
+others are not looked at, of which the result says that nothing is sure.
 
 Every seed serves for the choice, so none is left to judge the winner by: what is said of it
 afterwards must be corrected for the choice among all windows (`effects.partial_effects`).
@@ -49,6 +50,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from locogen.errors import LocogenError
+from locogen.localization.attribution.search import with_rival
 from locogen.plan import Concept, Intervention, Pooled, distinct_seeds, sweep
 from locogen.stats import ALPHA, student_quantile
 
@@ -114,7 +116,7 @@ def reach(leader: Array, other: Array, tail: float, seeds: Sequence[int] | None 
     `leader`, `other`: effects on the same pairs, (pairs,); `seeds`: as in `bound`. 1 means that the
     other is not the best; 0 that nothing can be said.
     """
-    if bound(leader, tail, seeds) <= 0:
+    if not len(leader) or bound(leader, tail, seeds) <= 0:
         return 0.0
     if ahead(leader, other, tail, seeds):
         return 1.0
@@ -138,7 +140,8 @@ class Race:
 
     `effects`: (windows, pairs), NaN where not looked. `left`: window → (how, after how many pairs),
     where how is "dropped" (it cannot be the best, at `alpha` for the whole race) or "cut" (for the
-    budget). `seeds`: the seed of each pair, None: each has its own.
+    budget; after no pair: it did not start). `seeds`: the seed of each pair, None: each has its
+    own.
     """
 
     windows: int
@@ -200,6 +203,11 @@ class Race:
             if ahead(leader, self.effects[window, :upto], self.tail, seeds):
                 self.left[window] = ("dropped", upto)
 
+    def start(self, windows: Iterable[int]) -> None:
+        """Look at these windows alone."""
+        for window in set(range(self.windows)) - set(windows):
+            self.left[window] = ("cut", 0)
+
     def keep(self, best: int) -> None:
         """Cut all windows but the `best` first ones."""
         for window in self.alive[best:]:
@@ -222,6 +230,7 @@ def race(
     controls: bool = True,
     pooled: Pooled = "keep",
     budget: float = BUDGET,
+    order: Callable[[], Sequence[int]] | None = None,
     alpha: float = ALPHA,
 ) -> Generator[Rows, Array, Raced]:
     """The race of one concept, as a generator: yields rows to make, is sent their scores.
@@ -239,11 +248,15 @@ def race(
         controls: Whether to make the controls.
         pooled: As in `plan.Intervention`.
         budget: Share of the rows of `plan.sweep` that all rows of the race may reach.
+        order: Gives the windows by their first layers, the most promising first. Asked only where
+            the budget does not pay for a look at all: as many start as it pays for. None: then it
+            is refused.
         alpha: Error probability of the whole race.
 
     Returns:
         All rows, in the order of the sweep, and a verdict on each: `verdict` (chosen, stayed,
-        dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`).
+        dropped, cut), `looked` (pairs it raced on), `sure` (`Race.sure`), `windows` (how many there
+        are, looked at or not).
 
     Raises:
         LocogenError: For fewer than four seeds, or a budget that is too small.
@@ -256,16 +269,13 @@ def race(
     seed_of_pair = tuple(seed for _, seed in pairs)
     state = Race(n_layers - window + 1, len(pairs), alpha, seed_of_pair)
     # What every pair gets, whichever window wins.
-    always = ["baseline"]
-    rows_a_pair = 1
-    if controls:
-        always += ["ceiling", "placebo"]
-        rows_a_pair = 4  # these three, and the winner's insert
-    common = rows_a_pair * len(pairs)
-    allowed = _affordable(budget, len(every), common, state, len(pairs))
+    always = ["baseline", "ceiling", "placebo"] if controls else ["baseline"]
+    funds = _Funds(budget, len(every), _rows_a_pair(controls) * len(pairs))
+    state.start(_starting(state, funds, order, window))
+    allowed = funds.for_windows
 
     while state.seen < state.pairs:
-        upto = _next_look(state, allowed, len(pairs))
+        upto = _next_look(state, allowed)
         alive = sorted(state.alive)
         if len(alive) == 1 and state.windows > 1:
             break  # the winner is known
@@ -314,44 +324,78 @@ def ordered_pairs(concept: Concept, seeds: Sequence[int]) -> list[Pair]:
     return pairs
 
 
-def _window_rows(state: Race, alive: int, upto: int, pairs: int) -> int:
+@dataclass(frozen=True)
+class _Funds:
+    """What a race may spend: `exhaustive` rows has the whole search, `common` every race."""
+
+    budget: float
+    exhaustive: int
+    common: int
+
+    @property
+    def for_windows(self) -> int:
+        """Rows that are left for windows."""
+        return int(self.budget * self.exhaustive + 1e-9) - self.common
+
+    def check(self, rows: int) -> None:
+        """Raise `LocogenError` if so many rows of windows are more than there is."""
+        if 0 < self.budget <= 1 and rows <= self.for_windows:
+            return
+        needed = math.ceil(100 * (self.common + rows) / self.exhaustive) / 100
+        raise LocogenError(
+            f"the budget is {self.budget}, this race takes {needed} of the pictures at least: "
+            "give more, or more seeds"
+        )
+
+
+def _rows_a_pair(controls: bool) -> int:
+    """Rows that every pair gets: the baseline; ceiling, placebo and the winner's insert."""
+    return 4 if controls else 1
+
+
+def _least(state: Race, windows: int) -> int:
+    """Window rows of a race that looks at so many windows on two pairs, and no more."""
+    return _window_rows(state, windows, min(2, state.pairs))
+
+
+def _starting(
+    state: Race, funds: _Funds, order: Callable[[], Sequence[int]] | None, width: int
+) -> Sequence[int]:
+    """The windows that the race begins with: all, or the first of the order and their rival."""
+    everything = range(state.windows)
+    if order is None or _least(state, state.windows) <= funds.for_windows:
+        funds.check(_least(state, state.windows))
+        return everything
+    funds.check(_least(state, min(2, state.windows)))
+    count = 2
+    first_look = min(FIRST_LOOK, state.pairs)
+    while _window_rows(state, count + 1, first_look) <= funds.for_windows:
+        count += 1
+    return with_rival(order(), count - 1, width)
+
+
+def _window_rows(state: Race, alive: int, upto: int) -> int:
     """Window rows in all, if `alive` windows go on to pair `upto` and the race ends there.
 
     Its two finalists are then made for all pairs; the rival may be one that left early.
     """
     already = int(np.isfinite(state.effects).sum())
-    of_winner = pairs - upto
-    earliest = min([upto, *(after for _, after in state.left.values())])
-    of_rival = pairs - earliest if state.windows > 1 else 0
+    of_winner = state.pairs - upto
+    earliest = min([upto, *(after for _, after in state.left.values() if after)])
+    of_rival = state.pairs - earliest if state.windows > 1 else 0
     return already + alive * (upto - state.seen) + of_winner + of_rival
 
 
-def _affordable(budget: float, exhaustive: int, common: int, state: Race, pairs: int) -> int:
-    """How many window rows the budget allows; raises if they do not suffice for a first look.
-
-    `exhaustive`: rows of the exhaustive search; `common`: rows that every race needs.
-    """
-    least = common + _window_rows(state, state.windows, min(2, state.pairs), pairs)
-    allowed = int(budget * exhaustive + 1e-9)
-    if not 0 < budget <= 1 or allowed < least:
-        needed = math.ceil(100 * least / exhaustive) / 100
-        raise LocogenError(
-            f"the budget is {budget}, this race takes {needed} of the pictures at least: "
-            "give more, or more seeds"
-        )
-    return allowed - common
-
-
-def _next_look(state: Race, allowed: int, pairs: int) -> int:
+def _next_look(state: Race, allowed: int) -> int:
     """How many pairs to have seen at the next look; cuts windows if not all can be afforded."""
     upto = next(count for count in looks(state.pairs) if count > state.seen)
     if not state.seen:
-        while _window_rows(state, state.windows, upto, pairs) > allowed:
+        while _window_rows(state, len(state.alive), upto) > allowed:
             upto -= 1
         return upto
-    if _window_rows(state, len(state.alive), upto, pairs) > allowed:
+    if _window_rows(state, len(state.alive), upto) > allowed:
         further = upto - state.seen
-        spare = allowed - _window_rows(state, 0, upto, pairs) - further  # the rival may stop here
+        spare = allowed - _window_rows(state, 0, upto) - further  # the rival may stop here
         state.keep(max(1, spare // further))
     return upto
 
@@ -375,19 +419,20 @@ def _rows_of_race(
 def _finalists(state: Race, width: int) -> list[int]:
     """The winner, and the best window that does not overlap it, if there is one."""
     winner = state.alive[0]
-    means = np.nanmean(state.effects, axis=1)  # (windows,), on the pairs that each was looked at
-    apart = [start for start in range(state.windows) if abs(start - winner) >= width]
+    seen = [start for start in range(state.windows) if np.isfinite(state.effects[start]).any()]
+    apart = [start for start in seen if abs(start - winner) >= width]
     if not apart:
         return [winner]
-    return [winner, max(apart, key=lambda start: means[start])]
+    # On the pairs that each was looked at.
+    return [winner, max(apart, key=lambda start: float(np.nanmean(state.effects[start])))]
 
 
 def _verdict(state: Race, row: Intervention, sure: float) -> dict[str, Any]:
     """The columns that a race adds to a row; empty for baseline and controls."""
     if row.start is None:
-        return {"verdict": None, "looked": None, "sure": None}
+        return {"verdict": None, "looked": None, "sure": None, "windows": None}
     verdict, looked = state.verdict(row.start)
-    return {"verdict": verdict, "looked": looked, "sure": sure}
+    return {"verdict": verdict, "looked": looked, "sure": sure, "windows": state.windows}
 
 
 def run_races(

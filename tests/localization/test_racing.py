@@ -137,6 +137,54 @@ def test_where_the_budget_is_short_windows_are_cut_and_said_to_be():
     assert "for the budget's sake" in carrier(effect(raced)).reason
 
 
+def test_a_small_budget_pays_for_the_windows_that_are_proposed():
+    table = planted({5: 0.4, 11: 0.2}, seeds=8)
+    with pytest.raises(LocogenError, match="of the pictures at least"):  # the twin: no order
+        replay(table, six(), seeds=range(8), budget=0.19)
+    raced = replay(
+        table, six(), seeds=range(8), budget=0.19, order=lambda: (5, 6, 4, 11, *range(4))
+    )
+    assert len(raced) <= 0.19 * len(table)
+    seen = set(raced.loc[raced["role"] == "window", "start"])
+    assert {5, 11} <= seen <= {4, 5, 6, 11, 0, 1, 2, 3} and len(seen) < 8
+    effects = effect(raced)
+    layer = effects[effects["axis"] == "layer"].set_index("position")
+    assert list(layer.index) == list(range(15)) and layer.loc[14, "n"] == 0
+    verdict = carrier(effects)
+    assert verdict.start == 5
+    assert f"{15 - len(seen)} not looked at" in verdict.reason
+    assert "too few pairs" in verdict.reason, "nothing is sure of what nobody saw"
+
+
+def test_an_order_that_hides_the_best_is_not_said_to_be_sure():
+    table = planted({5: 0.4, 11: 0.2}, seeds=8)
+    raced = replay(table, six(), seeds=range(8), budget=0.19, order=lambda: (11, 10, 12, 0, 1, 2))
+    assert raced["sure"].max() == 0.0
+    assert "too few pairs to say how near the best it is" in carrier(effect(raced)).reason
+
+
+def test_a_race_asks_for_an_order_only_when_it_needs_one():
+    def never():
+        raise AssertionError("the budget pays for all")
+
+    table = planted({5: 0.4}, seeds=8)
+    raced = replay(table, six(), seeds=range(8), order=never)
+    pd.testing.assert_frame_equal(raced, replay(table, six(), seeds=range(8)))
+
+
+def test_localize_proposes_where_a_race_has_too_little(tmp_path):
+    options = {"num_inference_steps": 1, "batch_size": 33, "scorer": tiny.FakeScorer()}
+    options |= {"window": 2, "seeds": range(4), "search": "race", "progress": False}
+    run = localize(tiny.pipeline(), [STYLE], budget=0.21, store=tmp_path, **options)
+    [proposed] = run.attributions.values()
+    assert run.settings["proposal_rows"] == proposed.settings["denoiser_rows"] > 0
+    assert run.settings["generations"] > len(run)
+    starts = run.table.loc[run.table["role"] == "window", "start"]
+    assert starts.nunique() < 15
+    enough = localize(tiny.pipeline(), [STYLE], store=tmp_path, **options)
+    assert not enough.attributions and "proposal_rows" not in enough.settings
+
+
 @pytest.mark.parametrize("budget", np.linspace(0.12, 1, 23))
 @pytest.mark.parametrize("controls", [True, False])
 def test_no_race_overspends(budget, controls):
@@ -144,13 +192,15 @@ def test_no_race_overspends(budget, controls):
         concept = six(prompts=prompts)
         table = planted({5: 0.2, 9: 0.2}, noise=noise, prompts=prompts, seeds=seeds)
         every = len(sweep(concept, n_layers=16, window=2, seeds=range(seeds), controls=controls))
-        try:
-            raced = replay(table, concept, seeds=range(seeds), budget=budget, controls=controls)
-        except LocogenError as error:
-            assert "of the pictures at least" in str(error)
-            continue
-        assert len(raced) <= budget * every
-        assert not raced.duplicated(["role", "prompt", "start", "seed"]).any()
+        for order in (None, lambda: tuple(range(15))):
+            asked = {"seeds": range(seeds), "budget": budget, "controls": controls, "order": order}
+            try:
+                raced = replay(table, concept, **asked)
+            except LocogenError as error:
+                assert "of the pictures at least" in str(error)
+                continue
+            assert len(raced) <= budget * every
+            assert not raced.duplicated(["role", "prompt", "start", "seed"]).any()
 
 
 def test_what_a_race_refuses(tmp_path):
