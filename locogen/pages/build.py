@@ -295,8 +295,8 @@ def _tables(run: Finished) -> list[ShownTable]:
     """The numbers behind the run's figures."""
     tables = []
     for name in run.tables:
-        # A row for each picture: too long, and the pictures are what is looked at.
-        if name == "pictures":
+        # A row for each picture, or for each cell of a map: these are what is looked at.
+        if name in ("pictures", "shares"):
             continue
         try:
             table: Any = read_table(run.folder / f"{name}.csv")
