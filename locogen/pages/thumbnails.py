@@ -139,11 +139,12 @@ def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
         legend = ax.get_legend()
         if legend is not None:
             legend.remove()
+        is_fact = "kind" in effects and set(effects["kind"].dropna()) == {"fact"}
         margin = 0.04 * (scale.high - scale.low)
         ax.set(
             ylim=(scale.low - margin, scale.high + margin),
             xlabel="window start (layer)",
-            ylabel="change of score",
+            ylabel="score gained" if is_fact else "score lost",
         )
         ax.set_title("", loc="left")
         ax.tick_params(labelsize=8)

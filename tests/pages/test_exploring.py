@@ -40,7 +40,13 @@ def test_each_window_prompt_and_seed_has_its_pictures(results: Path) -> None:
     (sweep,) = data["sweeps"]
     assert [window["label"] for window in sweep["windows"]][:2] == ["layers 0–1", "layers 1–2"]
     assert [sample["seed"] for sample in sweep["samples"]] == [0, 1]
-    assert dict(map(tuple, sweep["windows"][0]["lines"]))["Pictures"] == "n = 12"
+    lines = [dict(map(tuple, window["lines"])) for window in sweep["windows"]]
+    assert lines[0]["Pictures"] == "n = 12; with n = 2 seeds, intervals are hardly worth printing"
+    assert [window["note"] for window in sweep["windows"]][:3] == [
+        "★ the carrier",
+        "(has layer 1 in common with the carrier)",
+        "",
+    ]
     table = swept("neon")
     for sample in sweep["samples"]:
         shown = sample["pictures"]

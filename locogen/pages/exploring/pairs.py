@@ -53,6 +53,8 @@ def pairs_of(table: Any) -> list[Pair]:
     if not all(name in table for name in NEEDED):
         return []
     table = table.dropna(subset=["image_before", "image_after"])
+    order = {measure: place for place, measure in enumerate(MEASURES)}
+    table = table.sort_values("measure", key=lambda names: names.map(order), kind="stable")
     # Two probes of one prompt have the same pictures.
     table = table.drop_duplicates(["arm", "prompt", "seed"])
     pairs = []
@@ -81,7 +83,7 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 def arms_of(pairs: Sequence[Pair]) -> list[str]:
-    """The arms whose edit changed some picture, in the order of the table."""
+    """The arms whose edit changed some picture, in the order of the pairs."""
     changed = [pair.arm for pair in pairs if pair.before != pair.after]
     return list(dict.fromkeys(changed))
 

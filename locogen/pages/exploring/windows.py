@@ -24,6 +24,7 @@ ROLES = {
     "insert": "only here",
     "ceiling": "without it anywhere",
 }
+FEW_SEEDS = 2  # an interval over so few says little
 NOT_SWEPT = "first_timestep"  # pictures that get the target for a while only are not of windows
 _PER_WINDOW = ("window", "insert")
 Pictures = Mapping[tuple[str, int | None], tuple[str, float]]  # role and start → name and score
@@ -162,7 +163,7 @@ def sweep_data(sweep: Sweep, album: Album, samples: Sequence[Sample]) -> dict[st
     windows = []
     for row, cell in zip(sweep.entry.rows.to_dict("records"), sweep.cells, strict=True):
         lines = list(_lines(sweep, row, others))
-        note = "★ the carrier" if cell.start == sweep.entry.row["start"] else ""
+        note = _note(sweep.entry.row, cell.start)
         windows.append({"start": cell.start, "label": cell.label, "note": note, "lines": lines})
     return {
         "concept": sweep.concept,
@@ -170,6 +171,20 @@ def sweep_data(sweep: Sweep, album: Album, samples: Sequence[Sample]) -> dict[st
         "roles": list(ROLES.items()),
         "samples": [_sample_data(sweep, sample, album) for sample in samples],
     }
+
+
+def _note(row: Mapping[str, Any], start: int) -> str:
+    """What a window has to do with the carrier: neighbors that share a layer look alike."""
+    if row["start"] is None:
+        return ""
+    if start == row["start"]:
+        return "★ the carrier"
+    width = int(row["width"])
+    common = sorted(set(Window(start, width)) & set(Window(int(row["start"]), width)))
+    if not common:
+        return ""
+    place = str(Window(common[0], len(common))).replace("-", "–")
+    return f"(has {place} in common with the carrier)"
 
 
 def _other_rows(entry: Entry) -> dict[tuple[str, int | None], Mapping[str, Any]]:
@@ -185,30 +200,48 @@ def _lines(
     sweep: Sweep, row: Mapping[str, Any], others: Mapping[tuple[str, int | None], Any]
 ) -> Iterator[tuple[str, str]]:
     """What was measured at one window: what it is, and how much."""
-    start = int(row["position"])
     if missing(row["estimate"]):
         yield "Effect", "this window was not looked at"
         return
+    score = sweep.score[:1].upper() + sweep.score[1:]
     is_fact = sweep.entry.kind == "fact"
     verb = "gained by the other answer" if is_fact else "lost"
-    score = sweep.score[:1].upper() + sweep.score[1:]
     yield f"{score} {verb} when this window gets the target", amount(row)
     if not missing(row.get("share")):
-        yield "Of what all layers together do", f"{number(100 * row['share'], 0)} %"
-    for axis, words in (
-        ("insert", f"{score} brought back by this window alone"),
-        ("content", "Lost of what should stay"),
-    ):
-        other = others.get((axis, start))
-        # A fact replaces its content.
-        if (
-            other is not None
-            and not missing(other["estimate"])
-            and not (is_fact and axis == "content")
-        ):
+        yield "Of what all layers together do", _share(row["share"])
+    axes = {"insert": f"{score} brought back by this window alone"}
+    # A fact replaces its content: nothing should stay.
+    if not is_fact:
+        axes["content"] = "Lost of what should stay"
+    for axis, words in axes.items():
+        other = others.get((axis, int(row["position"])))
+        if other is not None and not missing(other["estimate"]):
             yield words, amount(other)
     if not missing(row.get("n")):
-        yield "Pictures", f"n = {int(row['n'])}"
+        yield "Pictures", _count(sweep, int(row["n"]))
+
+
+def _share(share: float) -> str:
+    text = f"{number(100 * share, 0)} %"
+    if share > 1.005:
+        text += ": with all layers another picture comes, so that it can be more than 100 %"
+    return text
+
+
+def _count(sweep: Sweep, n: int) -> str:
+    """`n = 8: 2 prompts × 4 seeds`, and what two seeds are worth."""
+    prompts = len({sample.prompt for sample in sweep.samples})
+    seeds = len({sample.seed for sample in sweep.samples})
+    text = f"n = {n}"
+    if n == prompts * seeds:
+        text += f": {_counted(prompts, 'prompt')} × {_counted(seeds, 'seed')}"
+    if seeds <= FEW_SEEDS:
+        text += f"; with n = {_counted(seeds, 'seed')}, intervals are hardly worth printing"
+    return text
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _sample_data(sweep: Sweep, sample: Sample, album: Album) -> dict[str, Any]:
