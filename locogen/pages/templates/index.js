@@ -20,10 +20,12 @@
       readout.textContent = "";
       strip.setAttribute("aria-label", `${label} Arrow keys: each window.`);
     };
-    strip.addEventListener("pointermove", event => {
+    const pointed = event => {
       const box = image.getBoundingClientRect();
       point(Math.floor((event.clientX - box.left) / box.width * cells.length));
-    });
+    };
+    strip.addEventListener("pointermove", pointed);
+    strip.addEventListener("pointerdown", pointed);  // a finger does not move before it taps
     strip.addEventListener("pointerleave", leave);
     strip.addEventListener("focus", () => point(Math.max(0, place)));
     strip.addEventListener("blur", leave);
