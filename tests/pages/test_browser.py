@@ -274,7 +274,7 @@ def test_pages_print_well(reports: Path, opened: Any) -> None:
         assert (
             page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         )
-        assert page.locator("nav").is_hidden()
+        assert page.locator("nav").locator("visible=true").count() == 0
         assert (
             page.evaluate("getComputedStyle(document.querySelector('table')).display") == "table"
         ), "no cards on paper"
