@@ -24,6 +24,7 @@ ROLES = {
     "insert": "only here",
     "ceiling": "without it anywhere",
 }
+ROLES_OF_FACTS = ROLES | {"window": "other answer here", "ceiling": "other answer everywhere"}
 FEW_SEEDS = 2  # an interval over so few says little
 NOT_SWEPT = "first_timestep"  # pictures that get the target for a while only are not of windows
 _PER_WINDOW = ("window", "insert")
@@ -76,6 +77,11 @@ class Sweep:
     def concept(self) -> str:
         """The concept's name, with what tells this sweep from others of it."""
         return str(self.entry.row["label"])
+
+    @property
+    def is_fact(self) -> bool:
+        """Whether the target has another answer, instead of no concept."""
+        return self.entry.kind == "fact"
 
     @property
     def first(self) -> int:
@@ -168,7 +174,7 @@ def sweep_data(sweep: Sweep, album: Album, samples: Sequence[Sample]) -> dict[st
     return {
         "concept": sweep.concept,
         "windows": windows,
-        "roles": list(ROLES.items()),
+        "roles": list((ROLES_OF_FACTS if sweep.is_fact else ROLES).items()),
         "samples": [_sample_data(sweep, sample, album) for sample in samples],
     }
 
@@ -204,14 +210,13 @@ def _lines(
         yield "Effect", "this window was not looked at"
         return
     score = sweep.score[:1].upper() + sweep.score[1:]
-    is_fact = sweep.entry.kind == "fact"
-    verb = "gained by the other answer" if is_fact else "lost"
+    verb = "gained by the other answer" if sweep.is_fact else "lost"
     yield f"{score} {verb} when this window gets the target", amount(row)
     if not missing(row.get("share")):
         yield "Of what all layers together do", _share(row["share"])
     axes = {"insert": f"{score} brought back by this window alone"}
     # A fact replaces its content: nothing should stay.
-    if not is_fact:
+    if not sweep.is_fact:
         axes["content"] = "Lost of what should stay"
     for axis, words in axes.items():
         other = others.get((axis, int(row["position"])))
