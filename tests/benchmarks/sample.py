@@ -46,7 +46,7 @@ def pages(slugs: list[str]) -> None:
         page.write_text(text, "utf-8")
     linked = "".join(page.read_text("utf-8") for page in TARGET.glob("*.html"))
     for picture in TARGET.glob("*/pictures/*"):
-        if picture.name not in linked:
+        if picture.relative_to(TARGET).as_posix() not in linked:
             picture.unlink()
     for folder in TARGET.glob("*/pictures"):
         if not any(folder.iterdir()):
