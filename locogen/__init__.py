@@ -74,7 +74,7 @@ _PUBLIC = {
     "editing.rivals.editors": ("edit_with", "editors"),
     "editing.rivals.steering": ("fit_steering", "Steering"),
     "editing.probes": ("Probe", "probes_for", "prompt_kind_probes"),
-    "views.attribution_plots": ("plot_attribution",),
+    "views.attribution_plots": ("attribution_shares", "plot_attribution"),
     "views.localizer_plots": ("plot_profiles", "plot_trace"),
     "views.notebook": ("save", "show"),
     "views.planted": ("describe_benchmark", "plot_places", "plot_shares", "score_table"),

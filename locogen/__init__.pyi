@@ -158,6 +158,7 @@ from .stats import (
     wilson as wilson,
 )
 from .views.attribution_plots import (
+    attribution_shares as attribution_shares,
     plot_attribution as plot_attribution,
 )
 from .views.localizer_plots import (

@@ -123,9 +123,9 @@ def evaluate(
     Returns:
         A table with one row an arm, probe and seed. `before`, `after`: raw cosines with the
         probe's text. `right_before`, `right_after`: 1 if that text beats those of `among`, else 0;
-        NaN without such texts. `sign`, `unit`: see `Probe`. `ssim`: likeness of the two pictures
-        (1: the same). `distance`: 1 - cosine of their features, if the scorer has features.
-        `lpips`: if that package is installed.
+        NaN without such texts. `sign`, `unit`: see `Probe`. `image_before`, `image_after`: names of
+        the two pictures in the store. `ssim`: their likeness (1: the same). `distance`: 1 - cosine
+        of their features, if the scorer has features. `lpips`: if that package is installed.
 
     Raises:
         LocogenError: No arm or no probe, an edit of another model, and as `generate`.
@@ -191,6 +191,7 @@ class _Measured:
     """Pictures of all prompts and seeds, and what the scorer says of them."""
 
     pictures: Sequence[Image]
+    names: Sequence[str]  # of the pictures, in the store
     scores: Array  # (rows,), raw cosines with the probe's text
     right: Array  # (rows,), 1, 0 or NaN
     features: Array | None  # (pictures, width)
@@ -214,11 +215,12 @@ class _Measuring:
                 contexts.enter_context(edit.applied(self.pipe, strength))
             run = generate(self.pipe, self.prompts, seeds=self.seeds, **self.settings)
             pictures = list(run.pictures)
+            names = list(run.table["image"])
             scores, right = self._scores(pictures)
         # A scorer need not have features: those of the catalog do.
         features_of = getattr(self.scorer, "pictures", None)
         features = None if features_of is None else features_of(pictures)
-        return _Measured(pictures, scores, right, features)
+        return _Measured(pictures, names, scores, right, features)
 
     def _scores(self, pictures: Sequence[Image]) -> tuple[Array, Array]:
         """Scores with the probes' own texts, and whether no other text is higher, (rows,) each."""
@@ -259,6 +261,10 @@ class _Measuring:
             right_after=new.right,
         )
         places = [row.picture for row in self.rows]
+        table = table.assign(
+            image_before=[old.names[place] for place in places],
+            image_after=[new.names[place] for place in places],
+        )
         alike = likeness(old.pictures, new.pictures, old.features, new.features)
         return table.assign(**{name: values[places] for name, values in alike.items()})
 

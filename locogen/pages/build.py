@@ -7,6 +7,7 @@ code that makes pages has changed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import warnings
@@ -19,9 +20,12 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from locogen.errors import LocogenError
 from locogen.files import CannotWrite, replacing, write_whole, writing
+from locogen.pages.cleaning import headings
 from locogen.pages.entries import Entry, addresses, entries as entries_of
+from locogen.pages.exploring.album import PAGE, page_limit
+from locogen.pages.exploring.explorable import Explorable, explorable
 from locogen.pages.html import page
-from locogen.pages.index import comparison_page, index_page
+from locogen.pages.index import comparison_page, index_page, show_entry
 from locogen.pages.notebook import notebook_html, read_notebook
 from locogen.pages.pictures import shown_pictures
 from locogen.pages.provenance import fact_groups, study_page, time_spent
@@ -37,7 +41,6 @@ from locogen.pages.results import (
 )
 from locogen.views.tables import describe, missing
 
-LARGE = 1_500_000  # bytes; building a larger page gives a warning
 MOST_ROWS = 250  # of a table; a longer one is only linked
 
 # Columns to show of the tables behind a run's figures; of others, all.
@@ -51,6 +54,17 @@ FILES = {
     "edit.safetensors": "Edit",
     "lora.safetensors": "LoRA",
 }
+# Ids of a run's page, and their words in its table of contents. With a dot: no id of a notebook has
+# one after cleaning.
+CONTENTS = {
+    "page.meaning": "What this means",
+    "page.windows": "Look at each window",
+    "page.edits": "Look at the pictures before and after",
+    "page.maps": "What gradients propose",
+    "page.words": "The words of this page",
+    "page.how": "How this was made",
+}
+SCRIPTED = ("page.windows", "page.edits")  # those that are there only if the page's script runs
 GENERATOR = '<meta name="generator" content="locogen">'
 HEAD = 2000  # characters of a page in which its meta elements stand
 
@@ -113,8 +127,9 @@ def _build(folder: Path, runs: Sequence[Finished]) -> Path:
     entries, models, concepts = gather(runs)
     digests = {run.folder: _digest_of_run(run) for run in runs}
     for run in runs:
-        links = _links_up(run, entries, models, concepts)
-        _write_run(run, links, digests[run.folder])
+        in_run = [entry for entry in entries if entry.run is run]
+        links = _links_up(in_run, models, concepts)
+        _write_run(run, in_run, links, digests[run.folder])
 
     # Entries of a model differ by concept, those of a concept by model.
     _write_comparisons(folder, entries, "model", models, concepts, digests)
@@ -176,29 +191,33 @@ def _is_sent(name: Path, file: Path) -> bool:
 
 
 def _links_up(
-    run: Finished,
-    entries: Iterable[Entry],
-    models: Mapping[str, str],
-    concepts: Mapping[str, str],
+    entries: Iterable[Entry], models: Mapping[str, str], concepts: Mapping[str, str]
 ) -> dict[str, str]:
     """Links from a run to the pages of its model and its concepts: address → words."""
     links = {}
     for entry in entries:
-        if entry.run is run:
-            links[f"../{models[run.model]}"] = run.model
-            links[f"../{concepts[entry.concept]}"] = entry.concept
+        links[f"../{models[entry.run.model]}"] = entry.run.model
+        links[f"../{concepts[entry.concept]}"] = entry.concept
     return links
 
 
 def run_page(
-    run: Finished, notebook: Any, *, code: bool, links: Mapping[str, str], source: str = ""
+    run: Finished,
+    notebook: Any,
+    *,
+    code: bool,
+    entries: Sequence[Entry] = (),
+    links: Mapping[str, str],
+    source: str = "",
 ) -> str:
     """One run's page.
 
     Args:
         run: The run.
         notebook: From `read_notebook`; None if it has none.
-        code: Whether to show the notebook's code; figures are then links to the page without it.
+        code: Whether to show the notebook's code; figures are then links to the page without it,
+            which also has all that can be explored.
+        entries: What the run says about concepts.
         links: Pages of its model and concepts, address → words.
         source: A hash of what the page is made from.
 
@@ -208,21 +227,57 @@ def run_page(
     body = ""
     if notebook is not None:
         body = notebook_html(notebook, run=run.folder.name, code=code)
+    looks = Explorable() if code or run.error else explorable(run, entries, len(body))
+    outcomes = [show_entry(entry) for entry in entries if entry.row]
+    has_meaning = not (code or run.error) and _is_explained(run, entries)
     return page(
         "run.html",
         title=run.title,
+        script=looks.script,
+        data=looks.data,
         # The notebook's tables and pictures have sizes.
         allow_inline_styles=True,
         source=source,
         run=run,
         finding=_finding(run),
+        date=str(run.facts.get("finished") or "")[:10],
+        outcomes=outcomes,
+        has_meaning=has_meaning,
+        contents=_contents_list(looks, body, has_meaning=has_meaning),
+        scripted=SCRIPTED,
+        explorable=looks,
         body=body,
         code=code,
         links=links,
-        files={name: words for name, words in FILES.items() if (run.folder / name).exists()},
+        files=_linked_files(run),
         tables=[] if code else _tables(run),
         facts=fact_groups(_footer_facts(run)),
     )
+
+
+def _is_explained(run: Finished, entries: Sequence[Entry]) -> bool:
+    """Whether `templates/meaning.html` knows what a run of this kind means."""
+    return any(entry.row for entry in entries) or "evaluation" in run.tables
+
+
+def _linked_files(run: Finished) -> dict[str, str]:
+    """The run's files that its page links to, and their words."""
+    return {name: words for name, words in FILES.items() if (run.folder / name).exists()}
+
+
+def _contents_list(looks: Explorable, body: str, *, has_meaning: bool) -> list[tuple[str, str]]:
+    """The page's table of contents: ids of headings, and their words."""
+    parts = {
+        "page.meaning": has_meaning,
+        "page.windows": looks.sweeps,
+        "page.edits": looks.arms,
+        "page.maps": looks.maps,
+    }
+    contents = [(name, CONTENTS[name]) for name, is_there in parts.items() if is_there]
+    contents += headings(body)
+    if has_meaning:
+        contents.append(("page.words", CONTENTS["page.words"]))
+    return [*contents, ("page.how", CONTENTS["page.how"])]
 
 
 def _finding(run: Finished) -> str:
@@ -240,8 +295,8 @@ def _tables(run: Finished) -> list[ShownTable]:
     """The numbers behind the run's figures."""
     tables = []
     for name in run.tables:
-        # A row for each picture: too long, and the pictures are what is looked at.
-        if name == "pictures":
+        # A row for each picture, or for each cell of a map: these are what is looked at.
+        if name in ("pictures", "shares"):
             continue
         try:
             table: Any = read_table(run.folder / f"{name}.csv")
@@ -273,32 +328,43 @@ def _footer_facts(run: Finished) -> dict[str, Mapping[str, Any]]:
     return groups
 
 
-def _write_run(run: Finished, links: Mapping[str, str], digest: str) -> None:
+def _write_run(
+    run: Finished, entries: Sequence[Entry], links: Mapping[str, str], digest: str
+) -> None:
     """Write a run's pages, with and without code, unless they are up to date."""
-    source = _digest(digest, links)
+    source = _digest(digest, links, [list(entry.pictures) for entry in entries])
     names = ["index.html"]
     if run.has_notebook:
         names.append("code.html")
     if _are_up_to_date((run.folder / name for name in names), source):
         return
 
-    for name, text in _run_pages(run, links, source).items():
+    for name, text in _run_pages(run, entries, links, source).items():
         try:
             _write(run.folder / name, text)
         except OSError as error:  # such as a folder of that name
             _warn(f"{run.folder.name}: {name} cannot be written: {reason_of(error)}")
-        if len(text) > LARGE:
+        if len(text) > PAGE and len(text) > page_limit(run, _copied_pictures(run)):
             _warn(f"{run.folder / name} is large: {len(text) / 1e6:.1f} MB")
 
 
-def _run_pages(run: Finished, links: Mapping[str, str], source: str) -> dict[str, str]:
+def _copied_pictures(run: Finished) -> list[str]:
+    return sorted(file.name for file in (run.folder / "pictures").glob("*.png"))
+
+
+def _run_pages(
+    run: Finished, entries: Sequence[Entry], links: Mapping[str, str], source: str
+) -> dict[str, str]:
     """File → page; with a notebook that cannot be read, one page with the reason."""
+    making = functools.partial(run_page, run, entries=entries, links=links, source=source)
     try:
         notebook = read_notebook(run.folder / "notebook.ipynb")
-        pages = {"index.html": run_page(run, notebook, code=False, links=links, source=source)}
+        pages = {"index.html": making(notebook, code=False)}
         if notebook is not None:
-            pages["code.html"] = run_page(run, notebook, code=True, links=links, source=source)
+            pages["code.html"] = making(notebook, code=True)
         return pages
+    except CannotWrite:
+        raise
     except Exception as error:  # nbformat, nbconvert and Pillow raise errors of many kinds
         reason = f"the notebook cannot be read: {reason_of(error)}"
         _warn(f"{run.folder.name}: {reason}")

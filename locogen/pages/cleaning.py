@@ -199,14 +199,15 @@ class Arranger(Rewriter):
         self.figures_at = figures_at
         self.undescribed: list[str] = []  # ids of figures
         self.figures = 0
+        self.headings = 0
 
     def start(self, tag: str, attributes: dict[str, str], closing: str = "") -> None:
         """Write a tag: a heading one level down, a table within what scrolls it."""
         if re.fullmatch(r"h[1-5]", tag):
             lower = f"h{int(tag[1]) + 1}"
-            # Of nbconvert's headings only the id is of use, for links.
-            ids = {name: value for name, value in attributes.items() if name == "id"}
-            super().start(lower, ids)
+            # Of nbconvert's headings only the id is of use, for links; one with "?" was removed.
+            self.headings += 1
+            super().start(lower, {"id": attributes.get("id", f"section-{self.headings}")})
         elif tag == "table":
             # Focusable, so that it can be scrolled by keyboard.
             self.parts.append('<div class="scroll" tabindex="0" role="region" aria-label="Table">')
@@ -241,6 +242,48 @@ class Arranger(Rewriter):
         """Whether what comes is a notebook's output by itself, judged by nbconvert's class."""
         before = "".join(self.parts[-2:])
         return re.search(r"output_(png|jpeg|svg)", before) is not None
+
+
+def headings(fragment: str) -> list[tuple[str, str]]:
+    """The ids and the words of the headings that `arrange` wrote, but for those of parts of parts.
+
+    Args:
+        fragment: The HTML of `arrange`.
+
+    Returns:
+        In the order of the page.
+    """
+    reader = _HeadingReader()
+    reader.feed(fragment)
+    reader.close()
+    return [(name, " ".join(words.split())) for name, words in reader.found if words.strip()]
+
+
+class _HeadingReader(HTMLParser):
+    """Reads the headings of the second and the third level."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[tuple[str, str]] = []
+        self._is_open = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A heading begins."""
+        name = dict(attrs).get("id")
+        if tag in ("h2", "h3") and name:
+            self.found.append((name, ""))
+            self._is_open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        """A heading ends."""
+        if tag in ("h2", "h3"):
+            self._is_open = False
+
+    def handle_data(self, data: str) -> None:
+        """The words of a heading."""
+        if self._is_open:
+            name, words = self.found[-1]
+            self.found[-1] = (name, words + data)
 
 
 def _is_wide(attributes: dict[str, str]) -> bool:

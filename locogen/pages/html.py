@@ -1,8 +1,8 @@
 """Pages from the templates in `locogen/pages/templates/`.
 
-A page is one file that fetches nothing: its style and pictures are inside it, and no script runs
-but the index's. A content security policy repeats this to the browser, and names style and script
-by their hashes.
+A page is one file that fetches nothing from elsewhere: its style, pictures and data are inside it,
+and no script runs but one of ours. A content security policy repeats this to the browser, and names
+style and script by their hashes. Only a picture that is enlarged may come from beside the page.
 
 All values are escaped by the templates, except `markupsafe.Markup`: HTML that is known to be safe,
 because a template made it or `locogen.pages.cleaning` cleaned it.
@@ -22,6 +22,7 @@ from locogen.markup import environment
 
 PACKAGE = "locogen.pages"
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
+POLICY_WITH_FILES = POLICY.replace("img-src data:", "img-src data: 'self'")
 
 
 def render(template: str, **values: Any) -> Markup:
@@ -42,6 +43,7 @@ def page(
     *,
     title: str,
     script: str = "",
+    data: Any = None,
     allow_inline_styles: bool = False,
     source: str = "",
     **values: Any,
@@ -52,6 +54,7 @@ def page(
         template: A file of `locogen/pages/templates/`.
         title: What the browser shows as the page's name.
         script: The file of `templates/` that may run in it; empty: none.
+        data: What the script reads: plain values, which pictures beside the page may be among.
         allow_inline_styles: Whether elements may have style attributes, as those of notebooks do.
         source: A hash of all that the page is made from, to see whether it is still up to date.
         **values: What the template's names stand for.
@@ -65,7 +68,10 @@ def page(
     return render(
         template,
         title=title,
-        policy=policy(style, code, allow_inline_styles=allow_inline_styles),
+        policy=policy(
+            style, code, allow_inline_styles=allow_inline_styles, allow_files=data is not None
+        ),
+        data=data,
         style=Markup(style),  # files of ours
         script=Markup(code),
         source=source,
@@ -73,9 +79,11 @@ def page(
     )
 
 
-def policy(style: str, script: str = "", *, allow_inline_styles: bool = False) -> Markup:
+def policy(
+    style: str, script: str = "", *, allow_inline_styles: bool = False, allow_files: bool = False
+) -> Markup:
     """The content security policy of a page with this style and script, and nothing else."""
-    rules = [POLICY, f"style-src {_hash_source(style)}"]
+    rules = [POLICY_WITH_FILES if allow_files else POLICY, f"style-src {_hash_source(style)}"]
     if allow_inline_styles:
         rules.append("style-src-attr 'unsafe-inline'")
     if script:

@@ -24,6 +24,11 @@ from locogen.views.tables import interval, missing, number, precision, sentence
 TITLE = "Which layers carry what the model knows"
 INDEX_PICTURE = 64  # pixels
 CARD_PICTURE = 96
+OTHER = "other"  # the outcome of edits and other notebooks, in the filter
+FAILED = "failed or unfinished"
+ELSE = "of an edit or another notebook"
+LOCALIZING = "on where concepts come in"
+RUNS = (FAILED, ELSE, LOCALIZING)  # every run is one of these
 LEGEND_STEPS = 48  # cells of the legend's strip
 
 # The keys are those of `index.js`; the first one is the order in which rows are written.
@@ -67,6 +72,8 @@ class ShownEntry:
     reason: str = ""
     """Why there is a single window, or why there is none."""
     pictures: Sequence[Picture] = ()
+    cells: Sequence[tuple[int, str]] = ()
+    """Each window of the strip: its first layer, and `layers 8–9: 0.34 [0.28, 0.40]`."""
 
     @property
     def run(self) -> Finished:
@@ -88,6 +95,20 @@ class ShownEntry:
         """Where the authors of LocoGen found concepts of this kind in this model, if anywhere."""
         start = self.run.finding.published
         return "" if start is None else f"published: from layer {start}"
+
+    @property
+    def window_address(self) -> str:
+        """The run's page at one of the windows, whose first layer comes after it."""
+        # A page with several sweeps has to be told which one is meant.
+        several = len(self.run.findings) > 1
+        concept = f"concept={quote(str(self.entry.row['label']))}&" if several else ""
+        return f"{self.run.address}/index.html#{concept}window="
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The first and the last layer of the strip, for its axis."""
+        width = int(self.entry.row["width"])
+        return str(self.cells[0][0]), str(self.cells[-1][0] + width - 1)
 
     @property
     def sort_values(self) -> dict[str, Any]:
@@ -123,6 +144,7 @@ def index_page(
     Returns:
         The page's HTML.
     """
+    entries = list(entries)
     scale = _scale(entries)
     in_matrix = {entry.run.folder for entry in entries}
     other_runs = [run for run in runs if run.folder not in in_matrix]
@@ -132,10 +154,10 @@ def index_page(
         script="index.js" if entries else "",
         counts=_counts_sentence(runs, entries),
         legend=_legend(scale, entries),
-        filters=_filters(entries, models),
+        filters=_filters(entries, other_runs, models),
         models=models,
         rows=_matrix(entries, models, concepts, scale),
-        other_runs=other_runs,
+        other_runs=[(run, _filtered_by(run)) for run in other_runs],
     )
 
 
@@ -161,10 +183,11 @@ def comparison_page(
     lines = []
     for entry in entries:
         name = entry.distinguished(by)
-        lines.append((name, others[name], _show(entry, scale)))
+        lines.append((name, others[name], show_entry(entry, scale)))
     return page(
         "comparison.html",
         title=title,
+        script="index.js" if any(entry.row for entry in entries) else "",
         source=source,
         counts=_counts_sentence([entry.run for entry in entries], entries),
         legend=_legend(scale, entries),
@@ -179,20 +202,34 @@ def comparison_page(
 # --- both pages ----------------------------------------------------------------------------------
 
 
-def _counts_sentence(runs: Iterable[Finished], entries: Iterable[Entry]) -> str:
-    """How many runs there are, and how many entries of each state."""
+def _counts_sentence(runs: Iterable[Finished], entries: Sequence[Entry]) -> str:
+    """How many runs there are, and how many entries of each state: all numbers add up."""
     # A run of several concepts is named once for each of them.
     distinct = {run.folder: run for run in runs}
-    failed = sum(bool(run.error) for run in distinct.values())
-    failures = f"{failed} failed or unfinished" if failed else "none failed"
-    text = f"{count_runs(list(distinct.values()))}, {failures}."
+    localizing = {entry.run.folder for entry in entries}
+    kinds = Counter(_kind_of_run(run, localizing) for run in distinct.values())
+    shown = [f"{kinds[kind]} {kind}" for kind in RUNS if kinds[kind]]
+    if not kinds[FAILED]:
+        shown.append("none failed")
+    text = f"{count_runs(list(distinct.values()))}, {', '.join(shown)}."
+    return text + _outcomes_sentence(entries)
 
+
+def _outcomes_sentence(entries: Iterable[Entry]) -> str:
     states = Counter(entry.state for entry in entries)
     del states["failed"]
     outcomes = [f"{states[state]} {words}" for state, (words, _) in STATES.items() if states[state]]
-    if outcomes:
-        text += f" Outcomes: {', '.join(outcomes)}."
-    return text
+    if not outcomes:
+        return ""
+    total = sum(states.values())
+    return f" {total} outcome{'s' if total > 1 else ''}: {', '.join(outcomes)}."
+
+
+def _kind_of_run(run: Finished, localizing: Collection[Path]) -> str:
+    """One of `RUNS`. `localizing`: folders of the runs that say something about a concept."""
+    if run.error:
+        return FAILED
+    return LOCALIZING if run.folder in localizing else ELSE
 
 
 def _scale(entries: Iterable[Entry]) -> Scale:
@@ -222,8 +259,16 @@ def _scorers(entries: Iterable[Entry]) -> list[str]:
     return sorted(scorers)
 
 
-def _show(entry: Entry, scale: Scale, *, pictures: Sequence[Picture] = ()) -> ShownEntry:
-    """An entry in words and pictures."""
+def show_entry(
+    entry: Entry, scale: Scale | None = None, *, pictures: Sequence[Picture] = ()
+) -> ShownEntry:
+    """An entry in words and pictures.
+
+    Args:
+        entry: The entry.
+        scale: Which effects have the strongest colors; None: without a strip.
+        pictures: Its small pictures.
+    """
     row = entry.row
     if not row:
         return ShownEntry(entry)
@@ -238,7 +283,20 @@ def _show(entry: Entry, scale: Scale, *, pictures: Sequence[Picture] = ()) -> Sh
         if not missing(row["share"]):
             share = f"{number(100 * row['share'], 0)} %"
     reason = str(row.get("reason") or "")
-    return ShownEntry(entry, _strip(entry, scale), place, amount, share, reason, pictures)
+    if scale is None:
+        return ShownEntry(entry, None, place, amount, share, reason, pictures)
+    cells = _cells(entry)
+    return ShownEntry(entry, _strip(entry, scale), place, amount, share, reason, pictures, cells)
+
+
+def _cells(entry: Entry) -> list[tuple[int, str]]:
+    """What `index.js` says of each cell of a strip, and where it leads."""
+    cells = []
+    for row in entry.rows.to_dict("records"):
+        start = int(row["position"])
+        amount = "not looked at" if missing(row["estimate"]) else _amount(row)
+        cells.append((start, f"{_place(start, entry.row['width'])}: {amount}"))
+    return cells
 
 
 def _strip(entry: Entry, scale: Scale) -> Picture:
@@ -287,19 +345,33 @@ def _pictures(entry: Entry, files: Mapping[str, Path], size: int) -> list[Pictur
 # --- the index -----------------------------------------------------------------------------------
 
 
-def _filters(entries: Sequence[Entry], models: Addresses) -> list[dict[str, Any]]:
+def _filters(
+    entries: Sequence[Entry], other_runs: Sequence[Finished], models: Addresses
+) -> list[dict[str, Any]]:
     """The select fields of the form above the matrix: name, label, and value → words."""
-    outcomes = {state: words for state, (words, _) in STATES.items()}
-    kinds_present = {entry.kind for entry in entries}
-    states_present = {entry.state for entry in entries}
+    outcomes = {state: words for state, (words, _) in STATES.items()} | {OTHER: "edits and other"}
+    kinds_present = {entry.kind for entry in entries} | {run.finding.kind for run in other_runs}
+    states_present = {entry.state for entry in entries} | {_state_of(run) for run in other_runs}
+    names = list(dict.fromkeys([*models, *(run.model for run in other_runs)]))
     fields = [
-        _select("model", "Model", dict(zip(models, models, strict=True)), models),
+        _select("model", "Model", dict(zip(names, names, strict=True)), names),
         _select("kind", "Kind", dict(zip(KINDS, KINDS, strict=True)), kinds_present),
         _select("state", "Outcome", outcomes, states_present),
         {"name": "sort", "label": "Sort by", "options": SORTS},
     ]
     # One column needs no choice.
-    return fields if len(models) > 1 else fields[1:]
+    return fields if len(names) > 1 else fields[1:]
+
+
+def _filtered_by(run: Finished) -> dict[str, str]:
+    """Data attributes by which `index.js` filters a run that localizes nothing."""
+    values = {"data-model": run.model, "data-kind": run.finding.kind, "data-state": _state_of(run)}
+    return {name: value for name, value in values.items() if value}
+
+
+def _state_of(run: Finished) -> str:
+    """The outcome by which a run that localizes nothing is filtered."""
+    return "failed" if run.error else OTHER
 
 
 def _select(
@@ -325,7 +397,7 @@ def _matrix(
         # Baseline and carrier only: the index should stay small.
         files = {label: file for label, file in entry.pictures.items() if label != "ceiling"}
         pictures = _pictures(entry, files, INDEX_PICTURE)
-        row["cells"][entry.run.model].append(_show(entry, scale, pictures=pictures))
+        row["cells"][entry.run.model].append(show_entry(entry, scale, pictures=pictures))
     return list(rows.values())
 
 

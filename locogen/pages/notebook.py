@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from functools import cache
@@ -14,6 +15,8 @@ from locogen.files import ENCODING
 from locogen.pages.cleaning import arrange, clean
 from locogen.pages.png import shrink
 
+# Tag of cells that only the notebook itself and the page with code show.
+DIRECTION = "notebook"
 # Outputs that need a running kernel or a script: they do nothing in a saved page.
 LIVE = {"application/vnd.jupyter.widget-view+json", "application/javascript"}
 
@@ -76,13 +79,23 @@ def notebook_html(notebook: Any, *, run: str, code: bool) -> Markup:
     Returns:
         The HTML. Warns of figures without a description, once, on the page that shows them.
     """
-    fragment, _ = _exporter(code).from_notebook_node(notebook)
+    shown = notebook if code else _without_directions(notebook)
+    fragment, _ = _exporter(code).from_notebook_node(shown)
     body, undescribed = arrange(fragment, figures_at="index.html" if code else "")
     if not code:
         remedy = 'display it with metadata={"image/png": {"alt": "what it shows"}}'
         for figure in undescribed:
             warnings.warn(f"{run}: {figure} has no description: {remedy}", stacklevel=2)
     return body
+
+
+def _without_directions(notebook: Any) -> Any:
+    """The notebook less the cells that speak to who runs it: "Change these lines"."""
+    shown = copy.copy(notebook)
+    shown.cells = [
+        cell for cell in notebook.cells if DIRECTION not in cell.metadata.get("tags", [])
+    ]
+    return shown
 
 
 @cache

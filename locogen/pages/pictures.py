@@ -1,4 +1,4 @@
-"""The pictures that pages show of a run: baseline, carrier and ceiling, copied from its store.
+"""The pictures that pages show of a run, copied from its store.
 
 Results come from anywhere. Of the names in `pictures.csv` only the last part counts, links are not
 followed, and stores are looked for only in the study's folder.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ def shown_pictures(entry: Entry) -> dict[str, Path]:
     # `pictures.csv` is not checked when it is read, and `pictures/` may be anything but a folder.
     try:
         for label, name in _picture_names(entry).items():
-            file = _own_copy(entry.run, name)
+            file = picture_file(entry.run, name)
             if file is not None:
-                files[label] = file
+                files[label] = own_copy(entry.run, file)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
         return {}
     return files
@@ -54,31 +54,56 @@ def _picture_names(entry: Entry) -> dict[str, str]:
     return {str(label): str(name) for label, name in pairs}
 
 
-def _own_copy(run: Finished, name: str) -> Path | None:
-    """A picture in the run's `pictures/`, copied from a store if it is not there yet."""
+def picture_file(run: Finished, name: str, stores: Iterable[Path] | None = None) -> Path | None:
+    """Where a picture is: in the run's `pictures/`, or else in a store; None if it is nowhere.
+
+    Args:
+        run: The run.
+        name: The picture's name, as the run's tables have it.
+        stores: From `stores_of`, for whoever asks often; None: they are looked for.
+    """
     name = Path(name).name  # "../../secret.png" is looked for as "secret.png"
-    copy = run.folder / "pictures" / name
-    # Writing through a link would write outside of the results folder.
-    if copy.parent.is_symlink() or copy.is_symlink() or not name.endswith(".png"):
+    if not name.endswith(".png"):
         return None
-    if copy.is_file():
-        return copy
-    for store in (run.folder.parent / "store", *_named_stores(run)):
+    copies = run.folder / "pictures"
+    # Writing through a link would write outside of the results folder.
+    if copies.is_symlink() or (copies / name).is_symlink():
+        return None
+    if (copies / name).is_file():
+        return copies / name
+    for store in stores_of(run) if stores is None else stores:
         original = store / name
         if original.is_file() and not original.is_symlink():
-            with writing(run.folder):
-                copy.parent.mkdir(exist_ok=True)
-            write_whole(copy, original.read_bytes())
-            return copy
+            return original
     return None
 
 
-def _named_stores(run: Finished) -> Iterator[Path]:
-    """The store that the run's parameters name, if it is a picture store in the study's folder.
+def own_copy(run: Finished, original: Path) -> Path:
+    """A picture in the run's `pictures/`, copied there if it is not there yet.
 
-    Results could name any place, such as a folder of somebody's photographs.
+    Args:
+        run: The run.
+        original: From `picture_file`.
+
+    Raises:
+        CannotWrite: The run's folder takes no files.
+    """
+    copy = run.folder / "pictures" / original.name
+    if original != copy:
+        with writing(run.folder):
+            copy.parent.mkdir(exist_ok=True)
+        write_whole(copy, original.read_bytes())
+    return copy
+
+
+def stores_of(run: Finished) -> Iterator[Path]:
+    """Where pictures of a run may be: its results' store, and the one that its parameters name.
+
+    The latter only if it is a picture store in the study's folder: results could name any place,
+    such as a folder of somebody's photographs.
     """
     results = run.folder.parent.absolute()
+    yield results / "store"
     base = _study_folder(results)
     name = run.group("parameters").get("store")
     if not isinstance(name, str) or not name:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TABLES = (
     *("pictures", "effects", "evaluation", "summary", "grid", "neurons", "changes"),
-    *("localizers", "agreement", "sides", "trace"),
+    *("localizers", "agreement", "sides", "trace", "shares"),
 )
 
 # Columns of text: pandas would read a concept called "1984" as a number.

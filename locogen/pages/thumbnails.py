@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from locogen.pages.png import check_size
+from locogen.pages.png import check_size, size_of
 from locogen.views.plots import plot_curve
 from locogen.views.tables import missing
 
@@ -54,19 +54,9 @@ def heat_strip(values: Iterable[Any], scale: Scale, *, marked: int | None = None
     Returns:
         A PNG.
     """
-    import numpy as np
-    import seaborn as sns
     from PIL import Image
 
-    numbers = [math.nan if missing(value) else float(value) for value in values]
-    heights = np.array(numbers)  # (cells,)
-    # Symmetric around zero, so that equal effects of both signs are equally strong.
-    limit = max(-scale.low, scale.high)
-    palette = sns.color_palette("vlag", as_cmap=True)
-    colors = palette(0.5 + 0.5 * heights / limit)  # (cells, RGBA)
-    colors[np.isnan(heights)] = (0.6, 0.6, 0.6, 1)
-
-    row = (colors[None, :, :3] * 255).round().astype("uint8")  # (1, cells, RGB)
+    row = _colors(values, scale)[None]  # (1, cells, RGB)
     pixels = row.repeat(CELL, axis=1).repeat(HEIGHT, axis=0)  # (HEIGHT, cells * CELL, RGB)
     if marked is not None:
         cell = pixels[:, marked * CELL : (marked + 1) * CELL]  # (HEIGHT, CELL, RGB), a view
@@ -78,6 +68,45 @@ def heat_strip(values: Iterable[Any], scale: Scale, *, marked: int | None = None
     png = io.BytesIO()
     Image.fromarray(pixels).quantize(256).save(png, "PNG", optimize=True)
     return png.getvalue()
+
+
+def cell_styles(values: Iterable[Any], scale: Scale) -> list[str]:
+    """The colors of `heat_strip` as CSS, each with the ink that is easier to read on it."""
+    styles = []
+    for red, green, blue in _colors(values, scale).tolist():
+        # The luminance of WCAG 2: above 0.179 black has the higher contrast, below it white.
+        parts = []
+        for part in (red, green, blue):
+            value = part / 255
+            parts.append(value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4)
+        luminance = 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+        ink = "#000000" if luminance > 0.179 else "#ffffff"
+        styles.append(f"background: #{red:02x}{green:02x}{blue:02x}; color: {ink}")
+    return styles
+
+
+def _colors(values: Iterable[Any], scale: Scale) -> Any:
+    """The colors of values, from 0 to 255: (cells, RGB); missing ones are gray."""
+    import numpy as np
+    import seaborn as sns
+
+    numbers = [math.nan if missing(value) else float(value) for value in values]
+    heights = np.array(numbers)  # (cells,)
+    # Symmetric around zero, so that equal effects of both signs are equally strong.
+    limit = max(-scale.low, scale.high)
+    palette = sns.color_palette("vlag", as_cmap=True)
+    colors = palette(0.5 + 0.5 * heights / limit)  # (cells, RGBA)
+    colors[np.isnan(heights)] = (0.6, 0.6, 0.6, 1)
+    return (colors[:, :3] * 255).round().astype("uint8")
+
+
+def picture_size(file: Path) -> int:
+    """The longer side of a PNG in pixels, from its first bytes; 0 if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return max(size_of(stream.read(24)))
+    except OSError:
+        return 0
 
 
 def small_picture(file: Path, size: int) -> bytes | None:
@@ -110,11 +139,12 @@ def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
         legend = ax.get_legend()
         if legend is not None:
             legend.remove()
+        is_fact = "kind" in effects and set(effects["kind"].dropna()) == {"fact"}
         margin = 0.04 * (scale.high - scale.low)
         ax.set(
             ylim=(scale.low - margin, scale.high + margin),
             xlabel="window start (layer)",
-            ylabel="change of score",
+            ylabel="score gained" if is_fact else "score lost",
         )
         ax.set_title("", loc="left")
         ax.tick_params(labelsize=8)

@@ -42,6 +42,46 @@ def attribution_matrix(
     return matrix.reindex(index=order, columns=sorted(matrix.columns))
 
 
+def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
+    """Put the maps of attributions into one table: what a run's page draws.
+
+    Args:
+        tables: `attribute(...).table` of each concept.
+
+    Returns:
+        One row a cell: concept, by ("step", on average over prompts and seeds, or "token", of the
+        first prompt), label (of the step or word), layer, share. Without tokens, no such rows.
+
+    Raises:
+        LocogenError: A table of several concepts.
+
+    Example:
+        >>> import pandas as pd
+        >>> cells = [{"layer": 3, "token": 1, "share": 0.2}, {"layer": 8, "token": 1, "share": 0.8}]
+        >>> table = pd.DataFrame(cells).assign(concept="neon", prompt="a neon cat", seed=0, step=0)
+        >>> attribution_shares(table.assign(word="neon"))[["by", "label", "layer", "share"]]
+              by   label  layer  share
+        0   step       0      3    0.2
+        1   step       0      8    0.8
+        2  token  1 neon      3    0.2
+        3  token  1 neon      8    0.8
+    """
+    import pandas as pd
+
+    parts = []
+    for table in tables:
+        axes: list[By] = ["step", "token"] if table["token"].notna().any() else ["step"]
+        for by in axes:
+            matrix = attribution_matrix(table, by)
+            cells = matrix.rename_axis("label").reset_index()
+            cells = cells.melt("label", var_name="layer", value_name="share", ignore_index=False)
+            # Row by row, as the map is read.
+            cells = cells.sort_index(kind="stable")
+            parts.append(cells.assign(concept=table["concept"].iloc[0], by=by))
+    whole = pd.concat(parts, ignore_index=True)
+    return whole.astype({"label": str})[["concept", "by", "label", "layer", "share"]]
+
+
 def _of_prompt(table: Any, prompt: str | None) -> Any:
     """The rows of one prompt; None: the first."""
     prompts = list(dict.fromkeys(table["prompt"]))

@@ -44,8 +44,8 @@ def save(results: Path | str, finding: Finding, **tables: Any) -> None:
         results: The folder, which exists; "" writes nothing, so that a notebook leaves no files
             unless it is asked to.
         finding: What was found, and from what; `finding.json`.
-        tables: File name without `.csv` → a table (pandas). Tables with an index that has a name
-            are written with it.
+        tables: File name without `.csv` → a table (pandas); None writes nothing. Tables with an
+            index that has a name are written with it.
 
     Returns:
         Nothing.
@@ -65,6 +65,8 @@ def save(results: Path | str, finding: Finding, **tables: Any) -> None:
         return
     folder = Path(results)
     for name, table in tables.items():
+        if table is None:
+            continue
         named = any(level is not None for level in table.index.names)
         table.to_csv(folder / f"{name}.csv", index=named)
     finding.write(folder)

@@ -47,10 +47,8 @@ __all__ = [
 ]
 
 START_LABEL = "window start (layer, execution order)"
-CHANGE_LABELS = {
-    "clip_score": "change of CLIP-score (cosine)",
-    "probability": "change of probability (among neighbors)",
-}
+# What effects are measured by, and in what units, for the axes of effects.
+SCORES = {"clip_score": ("CLIP-score", "cosine"), "probability": ("probability", "among neighbors")}
 SCORE_LABEL = "mean CLIP-score (cosine)"
 ANNOTATED_COLUMNS = 20  # with more columns, numbers do not fit into the cells
 SMALL_PICTURE = 128  # pixels: up to here a picture is enlarged square by square
@@ -92,7 +90,8 @@ def plot_effect(
         '★ outlined: the carrier window'
     """
     matrix = effect_matrix(effects, axis=axis)
-    ax = _heatmap(matrix, _change_label(effects), ax, cmap="vlag", center=0, **_around_zero(matrix))
+    label = _change_label(effects, axis)
+    ax = _heatmap(matrix, label, ax, cmap="vlag", center=0, **_around_zero(matrix))
     cells = carrier_cells(effects, carriers, axis=axis)
     names = []
     notes = carrier_notes(effects, carriers, axis=axis)
@@ -567,11 +566,22 @@ def _band(ax: Axes, name: str, row: dict[str, Any], *, above: bool) -> None:
     ax.text(1.01, estimate, name, transform=end, color=color, va=side, fontsize=9)
 
 
-def _change_label(effects: pd.DataFrame) -> str:
-    """What the effects are changes of."""
+def _change_label(effects: pd.DataFrame, axis: str = "layer") -> str:
+    """What an effect above zero means: the score is lost with the window; for a fact, gained."""
+    if axis == "content":
+        return "content score lost (cosine)"
     used = {"clip_score"}
     if "score" in effects:
         used = set(effects["score"].dropna()) - {"content_score"}
+    verb = "brought back" if axis == "insert" else _verb(effects)
     if len(used) > 1:
-        return "change of score"
-    return CHANGE_LABELS.get(min(used, default=""), CHANGE_LABELS["clip_score"])
+        return f"score {verb}"
+    name, unit = SCORES.get(min(used, default=""), SCORES["clip_score"])
+    return f"{name} {verb} ({unit})"
+
+
+def _verb(effects: pd.DataFrame) -> str:
+    kinds = set(effects["kind"].dropna()) if "kind" in effects else set()
+    if kinds == {"fact"}:
+        return "gained"
+    return "lost, for facts gained" if "fact" in kinds else "lost"

@@ -308,23 +308,15 @@ def _change(row: Mapping[str, Any], digits: int) -> str:
 
 
 def _content(row: Mapping[str, Any]) -> str:
-    """How the score of what should stay changes at a window, and, to compare, at the controls."""
+    """How much of what should stay is lost at a window, and, to compare, at the controls."""
     names = {"content": "", "content_ceiling": "ceiling ", "content_placebo": "placebo "}
     if missing(row.get("content")):
         return ""
-    changes = {}
-    for axis, name in names.items():
-        if not missing(row.get(axis)):
-            changes[name] = -row[axis]  # the table has what is lost
-    digits = precision(*changes.values())
-    window, *controls = (name + _signed(change, digits) for name, change in changes.items())
+    losses = {name: row[axis] for axis, name in names.items() if not missing(row.get(axis))}
+    digits = precision(*losses.values())
+    window, *controls = (name + number(loss, digits) for name, loss in losses.items())
     compared = f" ({', '.join(controls)})" if controls else ""
-    return f"; the score of what should stay changes by {window}{compared}"
-
-
-def _signed(value: float, digits: int) -> str:
-    sign = "+" if value > 0 else ""
-    return sign + number(value, digits)
+    return f"; lost of what should stay: {window}{compared}"
 
 
 def precision(*values: float) -> int:

@@ -40,9 +40,17 @@ def pages(slugs: list[str]) -> None:
             ignore=shutil.ignore_patterns("*.ipynb", "result.json", "study.json", ".*"),
         )
     for page in TARGET.rglob("*.html"):
-        page.write_text(
-            re.sub(r'<a href="notebook\.ipynb">[^<]*</a>', "", page.read_text("utf-8")), "utf-8"
-        )
+        text = re.sub(r'<a href="notebook\.ipynb">[^<]*</a>', "", page.read_text("utf-8"))
+        # Of the full pictures only those that the other pages link to; the rest are in the page, small.
+        text = re.sub(r'"file": "pictures/[^"]*"', '"file": ""', text)
+        page.write_text(text, "utf-8")
+    linked = "".join(page.read_text("utf-8") for page in TARGET.glob("*.html"))
+    for picture in TARGET.glob("*/pictures/*"):
+        if picture.relative_to(TARGET).as_posix() not in linked:
+            picture.unlink()
+    for folder in TARGET.glob("*/pictures"):
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def figures(slugs: list[str]) -> None:

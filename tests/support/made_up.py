@@ -159,6 +159,33 @@ def pictures(concept: str) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(image=images)
 
 
+def swept(concept: str) -> pd.DataFrame:
+    """A whole pictures table: what `pictures` has, the inserts and a score that falls at window 1."""
+    rows = pictures(concept)
+    inserts = rows[rows["role"] == "window"].assign(role="insert")
+    table = pd.concat([rows, inserts], ignore_index=True).assign(target="a house")
+    lost = (table["role"] == "ceiling") | ((table["role"] == "window") & (table["start"] == 1))
+    return table.assign(clip_score=np.where(lost, 0.16, 0.5))
+
+
+def edited(arms: Sequence[str]) -> pd.DataFrame:
+    """An evaluation of edits, whose pictures are those of `fill_store`: baseline before, ceiling after."""
+    known = dict(unit="", text="x", right_before=1.0, right_after=0.0, before=0.5, after=0.1)
+    rows = [
+        dict(known, arm=arm, measure=measure, prompt=f"{EVIL} {measure}", seed=seed, image_before=f"{seed}-baseline.png")
+        for arm in arms
+        for measure in ("efficacy", "specificity")
+        for seed in (0, 1)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table.assign(
+        image_after=[
+            name if arm == "no edit" else name.replace("baseline", "ceiling")
+            for arm, name in zip(table["arm"], table["image_before"], strict=True)
+        ]
+    )
+
+
 def fill_store(folder: Path, size: int = 64) -> None:
     """Pictures of noise, the hardest to make small, under the names that `pictures` gives."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,12 @@ import pandas as pd
 import pytest
 
 from locogen.errors import LocogenError
-from locogen.views.attribution_plots import attribution_matrix, completeness, plot_attribution
+from locogen.views.attribution_plots import (
+    attribution_matrix,
+    attribution_shares,
+    completeness,
+    plot_attribution,
+)
 
 WORDS = ("(start)", "neon", "cat", "(end)", "(pad)", "(pad)")
 
@@ -83,3 +88,18 @@ def test_what_cannot_be_drawn_is_refused():
         attribution_matrix(shares().assign(token=pd.NA), "token")
     with pytest.raises(LocogenError, match="axis"):
         attribution_matrix(shares(), "head")
+
+
+def test_shares_are_both_maps_cell_by_cell():
+    table = shares()
+    whole = attribution_shares(table, table.assign(concept="cat"))
+    assert list(whole["concept"].unique()) == ["neon", "cat"]
+    for by in ("step", "token"):
+        rows = whole[(whole["concept"] == "neon") & (whole["by"] == by)]
+        matrix = attribution_matrix(table, by)
+        again = rows.pivot(index="label", columns="layer", values="share")
+        again = again.loc[[str(label) for label in matrix.index]]
+        assert np.allclose(again.to_numpy().astype(float), matrix.to_numpy())
+        assert list(dict.fromkeys(rows["label"])) == [str(label) for label in matrix.index]
+    chained = table.assign(token=float("nan"), word=None)
+    assert set(attribution_shares(chained)["by"]) == {"step"}, "no tokens, no such map"

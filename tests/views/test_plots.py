@@ -199,9 +199,7 @@ def test_effect_heatmap_draws_the_matrix_on_one_scale_around_zero() -> None:
     assert min(neutral[:3]) > 0.9  # zero is the pale middle of vlag
     assert max(neutral[:3]) - min(mesh.cmap(mesh.norm(0.34))[:3]) > 0.5
     assert ax.get_xlabel() == "window start (layer, execution order)"
-    assert "change of CLIP-score (cosine)" in {
-        a.get_xlabel() + a.get_ylabel() for a in ax.figure.axes
-    }
+    assert "CLIP-score lost (cosine)" in {a.get_xlabel() + a.get_ylabel() for a in ax.figure.axes}
 
 
 def test_carriers_are_outlined_and_starred() -> None:
@@ -222,7 +220,7 @@ def test_without_carriers_nothing_is_marked() -> None:
 def test_one_concept_takes_one_window() -> None:
     ax = plot_effect(effects(["monet"]), carriers=window(3))
     assert outlines(ax) == [(3, 0)]
-    assert "change of CLIP-score (cosine)" in {
+    assert "CLIP-score lost (cosine)" in {
         a.get_xlabel() for a in ax.figure.axes
     }  # the bar lies below
     with pytest.raises(LocogenError, match="give a dict"):
@@ -407,12 +405,10 @@ def test_what_should_stay_is_told_beside_the_controls() -> None:
     )
     said = describe(table, window(3))
     assert said.endswith(
-        "elsewhere 0.05; the score of what should stay changes by −0.021 (ceiling +0.050, placebo −0.010)."
+        "elsewhere 0.05; lost of what should stay: 0.021 (ceiling −0.050, placebo 0.010)."
     )
     bare = table[~table["axis"].str.startswith("content_")]
-    assert describe(bare, window(3)).endswith(
-        "elsewhere 0.05; the score of what should stay changes by −0.021."
-    )
+    assert describe(bare, window(3)).endswith("elsewhere 0.05; lost of what should stay: 0.021.")
     assert "should stay" not in describe(effects(["monet"]), window(3))
     assert "should stay" not in describe(table, window(3), short=True)
 

@@ -1,0 +1,1 @@
+"""What of a run can be explored on its page: windows, edits and maps, from tables and pictures."""

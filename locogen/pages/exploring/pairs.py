@@ -1,0 +1,112 @@
+"""Pictures before and after an edit, in pairs, from the table of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from locogen.pages.exploring.album import Album
+from locogen.views.tables import missing, number
+
+# Measure → what its pictures show; also the order in which they are shown.
+MEASURES = {
+    "efficacy": "The concept",
+    "generality": "The concept in other words",
+    "specificity": "Neighbors, which should stay",
+    "ordinary": "Prompts without the concept",
+}
+# Whether the scorer recognizes what the prompt asks for, before and after, in words.
+RECOGNIZED = {
+    (True, True): "recognized before and after",
+    (True, False): "recognized before, not after",
+    (False, True): "recognized after, not before",
+    (False, False): "recognized neither before nor after",
+}
+NEEDED = ("arm", "measure", "prompt", "seed", "before", "after", "image_before", "image_after")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One prompt and seed under one arm: the picture before and the one after."""
+
+    arm: str
+    measure: str
+    prompt: str
+    seed: int
+    before: str
+    """The name of the picture, as for `after`."""
+    after: str
+    words: str
+    """What the scorer says of the two."""
+
+
+def pairs_of(table: Any) -> list[Pair]:
+    """The pairs of an evaluation, arm by arm; empty if it does not name its pictures.
+
+    Args:
+        table: The run's `evaluation.csv`.
+
+    Raises:
+        ValueError: The table has wrong values; also `TypeError`.
+    """
+    if not all(name in table for name in NEEDED):
+        return []
+    table = table.dropna(subset=["image_before", "image_after"])
+    order = {measure: place for place, measure in enumerate(MEASURES)}
+    table = table.sort_values("measure", key=lambda names: names.map(order), kind="stable")
+    # Two probes of one prompt have the same pictures.
+    table = table.drop_duplicates(["arm", "prompt", "seed"])
+    pairs = []
+    for row in table.to_dict("records"):
+        pairs.append(
+            Pair(
+                arm=str(row["arm"]),
+                measure=str(row["measure"]),
+                prompt=str(row["prompt"]),
+                seed=int(row["seed"]),
+                before=str(row["image_before"]),
+                after=str(row["image_after"]),
+                words=_words(row),
+            )
+        )
+    return pairs
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    """`CLIP-score 0.82 → 0.29; recognized before, not after`."""
+    text = f"CLIP-score {number(row['before'])} → {number(row['after'])}"
+    before, after = row.get("right_before"), row.get("right_after")
+    if missing(before) or missing(after):
+        return text
+    return f"{text}; {RECOGNIZED[bool(before), bool(after)]}"
+
+
+def arms_of(pairs: Sequence[Pair]) -> list[str]:
+    """The arms whose edit changed some picture, in the order of the pairs."""
+    changed = [pair.arm for pair in pairs if pair.before != pair.after]
+    return list(dict.fromkeys(changed))
+
+
+def pairs_data(pairs: Sequence[Pair], album: Album) -> dict[str, Any]:
+    """What the page's script shows: plain values, those pairs that are in the album.
+
+    Args:
+        pairs: The pairs.
+        album: The page's pictures.
+    """
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for pair in pairs:
+        before, after = album.place(pair.before), album.place(pair.after)
+        if before is None or after is None:
+            continue
+        line = {
+            "group": MEASURES.get(pair.measure, pair.measure),
+            "prompt": pair.prompt,
+            "seed": pair.seed,
+            "before": before,
+            "after": after,
+            "words": pair.words,
+        }
+        shown.setdefault(pair.arm, []).append(line)
+    return {"arms": [{"name": arm, "pairs": lines} for arm, lines in shown.items()]}

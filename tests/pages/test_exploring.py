@@ -1,0 +1,194 @@
+"""What a run's page lets one explore: all of it from the run's tables and pictures, within so many bytes."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+from support.made_up import EVIL, edited, fill_store, finish, notebook, study, swept
+
+from locogen.pages.build import build, gather
+from locogen.pages.cleaning import arrange, headings
+from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, make_album, page_limit
+from locogen.pages.exploring.explorable import explorable
+from locogen.pages.exploring.maps import maps_of
+from locogen.pages.exploring.pairs import arms_of, pairs_of
+from locogen.pages.results import read_run, read_runs
+from locogen.pages.thumbnails import Scale, cell_styles
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = study(tmp_path / "reports", ("mini",), ("neon",))
+    swept("neon").to_csv(folder / "mini-0" / "pictures.csv", index=False)
+    return folder
+
+
+def data_of(page: Path) -> Any:
+    """What the page's script reads; None if there is nothing for it."""
+    text = page.read_text(encoding="utf-8")
+    block = re.search(r'<script type="application/json" id="page.data">(.*?)</script>', text)
+    return block and json.loads(block[1])
+
+
+def test_each_window_prompt_and_seed_has_its_pictures(results: Path) -> None:
+    build(results)
+    data = data_of(results / "mini-0" / "index.html")
+    (sweep,) = data["sweeps"]
+    assert [window["label"] for window in sweep["windows"]][:2] == ["layers 0–1", "layers 1–2"]
+    assert [sample["seed"] for sample in sweep["samples"]] == [0, 1]
+    lines = [dict(map(tuple, window["lines"])) for window in sweep["windows"]]
+    assert lines[0]["Pictures"] == "n = 12; with n = 2 seeds, intervals are hardly worth printing"
+    assert [window["note"] for window in sweep["windows"]][:3] == [
+        "★ the carrier",
+        "(has layer 1 in common with the carrier)",
+        "",
+    ]
+    table = swept("neon")
+    for sample in sweep["samples"]:
+        shown = sample["pictures"]
+        for role, start in (("window", 3), ("insert", 2)):
+            asked = (
+                (table["role"] == role)
+                & (table["start"] == start)
+                & (table["seed"] == sample["seed"])
+            )
+            (name,) = table[asked]["image"]
+            place, words = shown[role][str(start)]
+            assert data["pictures"][place]["file"] == f"pictures/{name}"
+            assert words == "CLIP-score 0.50 (0.00)"
+        assert shown["window"]["1"][1] == "CLIP-score 0.16 (−0.34)", "the one that loses it"
+    for picture in data["pictures"]:
+        full = (results / "mini-0" / picture["file"]).read_bytes()
+        assert full == (results / "store" / Path(picture["file"]).name).read_bytes()
+
+
+def test_the_code_has_nothing_to_explore(results: Path) -> None:
+    build(results)
+    assert data_of(results / "mini-0" / "code.html") is None
+
+
+def test_what_does_not_fit_is_left_out_and_said(results: Path) -> None:
+    run, entries = only(results)
+    whole = explorable(run, entries, used=0)
+    size = sum(len(picture["source"]) for picture in whole.data["pictures"])
+    half = explorable(run, entries, used=PAGE - 200_000 - int(0.6 * size))
+    assert not whole.left_out and half.left_out == "1 of 2 prompts and seeds fit into this page."
+    assert len(half.data["sweeps"][0]["samples"]) == 1
+    assert explorable(run, entries, used=PAGE).data is None, "no room at all"
+
+
+def only(folder: Path) -> tuple[Any, Any]:
+    runs = read_runs(folder)
+    return runs[0], gather(runs)[0]
+
+
+def test_large_pictures_may_take_more(results: Path) -> None:
+    run, _ = only(results)
+    names = ["0-baseline.png"]
+    assert page_limit(run, names) == PAGE == page_limit(run, ["missing.png"])
+    fill_store(results / "store", size=200)
+    (results / "mini-0" / "pictures" / names[0]).unlink()
+    assert page_limit(run, names) == PAGE_OF_LARGE
+    album = make_album(run, [["0-baseline.png"], ["0-ceiling.png"]], 1_000_000)
+    assert album.groups == 2 and album.place("missing.png") is None
+    source = album.shown[0]["source"]
+    assert len(source) > 10 * len(make_album(run, [names], 4000).shown[0]["source"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda table: table.drop(columns="image"),
+        lambda table: table.assign(seed="many"),
+        lambda table: table.assign(start="x"),
+        lambda table: table.assign(image="../../secret.png"),
+        lambda table: table.iloc[:0],
+    ],
+)
+def test_a_damaged_table_of_pictures_leaves_the_page_as_it_was(results: Path, damage: Any) -> None:
+    damage(swept("neon")).to_csv(results / "mini-0" / "pictures.csv", index=False)
+    build(results)
+    page = results / "mini-0" / "index.html"
+    assert data_of(page) is None and "The last words." in page.read_text(encoding="utf-8")
+
+
+def test_data_cannot_end_its_element(results: Path) -> None:
+    table = swept("neon").assign(prompt=f"{EVIL}</script><!--")
+    table.to_csv(results / "mini-0" / "pictures.csv", index=False)
+    build(results)
+    page = results / "mini-0" / "index.html"
+    assert data_of(page)["sweeps"][0]["samples"][0]["prompt"] == f"{EVIL}</script><!--"
+    assert EVIL not in page.read_text(encoding="utf-8")
+
+
+def test_pairs_of_an_evaluation() -> None:
+    table = edited(["no edit", "layers 1-2"])
+    pairs = pairs_of(table)
+    assert arms_of(pairs) == ["layers 1-2"]
+    assert pairs[-1].words == "CLIP-score 0.50 → 0.10; recognized before, not after"
+    assert pairs_of(table.drop(columns="image_after")) == [], "an older run"
+    twice = pd.concat([table, table.assign(measure="ordinary")])
+    assert len(pairs_of(twice)) == len(pairs), "probes of one prompt share their pictures"
+
+
+def test_maps_of_an_attribution(tmp_path: Path) -> None:
+    cells = [("step", "0", 0.1), ("step", "1", 0.3), ("token", "2 neon", 0.4)]
+    table = pd.DataFrame(cells, columns=["by", "label", "share"]).assign(concept=EVIL, layer=3)
+    steps, tokens = maps_of(table)
+    assert [(label, line[0][0]) for label, line in steps.rows] == [("0", "10"), ("1", "30")]
+    assert tokens.title.endswith("layers × words")
+    run = finish(tmp_path / "run", "neon")
+    table.to_csv(run / "shares.csv", index=False)
+    build(tmp_path)
+    text = (run / "index.html").read_text(encoding="utf-8")
+    assert 'class="map"' in text and EVIL not in text
+    (run / "shares.csv").write_text("concept,by\nneon,step\n")
+    assert not explorable(read_run(run), [], 0).maps
+
+
+def test_colors_can_be_read_on() -> None:
+    styles = cell_styles([-1.0, 0.0, 1.0, None], Scale(-1.0, 1.0))
+    assert [style[-7:] for style in styles] == ["#ffffff", "#000000", "#ffffff", "#000000"]
+
+
+def test_pages_without_code_drop_what_speaks_to_who_runs_the_notebook(tmp_path: Path) -> None:
+    run = finish(tmp_path / "run", "neon")
+    book = notebook("neon")
+    book.cells[-1].metadata["tags"] = ["notebook"]
+    (run / "notebook.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    build(tmp_path)
+    pages = {name: (run / name).read_text(encoding="utf-8") for name in ("index.html", "code.html")}
+    assert "The last words." not in pages["index.html"] and "Where is neon?" in pages["index.html"]
+    assert "The last words." in pages["code.html"]
+
+
+def test_headings_lead_to_themselves() -> None:
+    body, _ = arrange(
+        "<h1>a <b>b</b></h1><h2 id='what?'>c?</h2><h4>d</h4><h2 id='e'>&lt;e&gt;</h2>"
+    )
+    assert headings(body) == [("section-1", "a b"), ("section-2", "c?"), ("e", "<e>")]
+
+
+def test_the_page_says_what_it_means_and_when_it_was_made(results: Path) -> None:
+    build(results)
+    text = (results / "mini-0" / "index.html").read_text(encoding="utf-8")
+    assert "What this means" in text and "through\nthrough" not in text
+    assert '<time datetime="2025-01-02">' in text and "The words of this page" in text
+    for name in re.findall(r'<a href="#([^"]+)">', text):
+        assert f'id="{name}"' in text, f"the table of contents leads nowhere: {name}"
+
+
+def test_a_missing_store_leaves_the_page_as_it_was(results: Path) -> None:
+    (results / "store").rename(results / "gone")
+    build(results)
+    assert data_of(results / "mini-0" / "index.html") is None
+
+
+def test_pictures_are_not_read_from_elsewhere(results: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "secret.png")
+    run, _ = only(results)
+    assert make_album(run, [["../../secret.png", str(tmp_path / "secret.png")]], 10**6).shown == []
