@@ -197,7 +197,7 @@ def check_twin(page: Any, folder: Path, found: dict[str, str]) -> None:
 
 SWEEP = (
     "import os\nos.environ['LOCOGEN_CACHE'] = 'cache'\nimport locogen as loco\npipe = loco.load('mini')",
-    "run = loco.localize(pipe, loco.concept('mini/neon'), window=4, seeds=range(2), num_inference_steps=8, batch_size=4)\n"
+    "run = loco.localize(pipe, loco.concept('mini/neon').first(1), window=8, seeds=range(2), num_inference_steps=4, batch_size=2)\n"
     "print(len(run), 'rows in all')",
 )
 
@@ -217,7 +217,7 @@ def test_a_stopped_sweep_goes_on(lab: str, page: Any, tmp_path: Path) -> None:
 
     run_cells()
     page.get_by_text(re.compile(r"picture\s\d+\sof\s\d+")).first.wait_for()
-    while len(list(store.glob("*.png"))) < 8:
+    while len(list(store.glob("*.png"))) < 4:
         page.wait_for_timeout(50)
     page.screenshot(path=tmp_path / "bar.png")
     page.locator("[data-command='notebook:interrupt-kernel']").first.click()

@@ -14,9 +14,11 @@ from nbclient import NotebookClient
 
 pytestmark = pytest.mark.slow
 
-LOAD = "import locogen as loco\npipe = loco.load('mini')\nconcept = loco.concept('mini/neon')"
+LOAD = (
+    "import locogen as loco\npipe = loco.load('mini')\nconcept = loco.concept('mini/neon').first(1)"
+)
 SWEEP = """
-run = loco.localize(pipe, concept, window=4, seeds=range(2), num_inference_steps=8, batch_size=4)
+run = loco.localize(pipe, concept, window=8, seeds=range(2), num_inference_steps=4, batch_size=2)
 print(len(run), "rows")
 """
 
@@ -28,7 +30,7 @@ def errors(cell: Any) -> list[Any]:
 def interrupt_when_begun(client: Any, store: Path, stopped: threading.Event) -> None:
     """As the button does, as soon as some pictures are there."""
     end = time.monotonic() + 240
-    while len(list(store.glob("*.png"))) < 8 and time.monotonic() < end:
+    while len(list(store.glob("*.png"))) < 4 and time.monotonic() < end:
         time.sleep(0.02)
     pid = client.km.provisioner.pid
 
