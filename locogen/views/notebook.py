@@ -34,7 +34,7 @@ def show(figure: Figure | Axes, alt: str) -> None:
     from IPython.display import display
     from matplotlib.figure import Figure
 
-    drawing = figure if isinstance(figure, Figure) else figure.get_figure(root=True)
+    drawing: Any = figure if isinstance(figure, Figure) else figure.get_figure(root=True)
     bundle, metadata = _drawn(drawing, alt)
     if "image/png" in bundle:
         display(bundle, metadata=metadata, raw=True)
@@ -52,7 +52,7 @@ def _drawn(drawing: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     from IPython.core.getipython import get_ipython
 
-    shell = get_ipython()
+    shell: Any = get_ipython()
     if shell is None:
         return {}, {}
     data, metadata = shell.display_formatter.format(drawing)

@@ -205,6 +205,8 @@ SWEEP = (
 def test_a_stopped_sweep_goes_on(lab: str, page: Any, tmp_path: Path) -> None:
     """Run, stop, run again: one line and no traceback, and what was there is not made again."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in SWEEP])
+    # Without it JupyterLab asks which kernel to start.
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
     nbformat.write(book, tmp_path / "sweep.ipynb")
     store = tmp_path / "cache" / "pictures"
     page.goto(lab.replace(START, "sweep.ipynb"))
