@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,11 @@ def run_key(
         parts["concept"] = repr(subject)
     for parameter in _WEIGHTS:
         if used.get(parameter):
-            parts[parameter] = _weights_hash(parameter, used, base)
+            parts[parameter] = _weights_hash(str(used[parameter]), base)
     if used.get("models_file"):
-        # Its entry holds the model's usual settings.
-        parts["model's entry"] = repr(entry_named(used, base))
+        # Its entry holds the model's usual settings, and where its weights are.
+        parts["models_file"] = repr(entry_named(used, base))
+        parts["model's folder"] = _contents([model_place(used, base)])
     return hashed({**parts, **common})
 
 
@@ -156,19 +157,22 @@ def _code_hash() -> str:
     return hashed(texts)
 
 
-def _weights_hash(parameter: str, values: Mapping[str, Any], base: Path) -> list[Any]:
+def _weights_hash(name: str, base: Path) -> list[Any]:
     """A model or scorer by the content of its folder, if it has one; others by their name or id."""
-    name = str(values[parameter])
-    folders: list[Path | None] = [base / name]
-    if parameter == "model" and entry_named(values, base) is not None:
-        folders = [model_place(values, base)]
+    entry = entry_named({"model": name}, base)
+    folders = [entry.folder if entry else base / name]
     if name == "mini-b":
         # Only its U-Net is its own: all other parts are those of the first mini model.
         folders.append(mini_folder())
 
-    parts: list[Any] = [name]
+    return [name, *_contents(folders)]
+
+
+def _contents(folders: Sequence[Path | None]) -> list[Any]:
+    """Path and hash of each file; None stands for a model that is not on this machine."""
+    parts: list[Any] = []
     for folder in folders:
-        if folder is None:  # of a model that is not in the package
+        if folder is None:
             continue
         for file in sorted(folder.rglob("*")):
             if file.is_file():
