@@ -14,12 +14,13 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 OPEN := $(if $(CI),,--open)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reports paper planted benchmark bench test test-all test-oldest check fast python
+.PHONY: help demo docs reports paper planted benchmark bench test test-all test-oldest check fast python
 
 help:
 	@echo "make demo      install, run the main job on the mini model (reports/mini.toml), show its page"
 	@echo "make test      install, run lint, types and the fast tests"
 	@echo "make test-all  the same with every test, slow ones included"
+	@echo "make docs      write the reference of every module from its docstrings, offline: build/docs/index.html"
 	@echo "make bench     measure how fast it is: the table of reports/performance.md, all figures in runs/bench/bench.json"
 	@echo "make planted   train the planted models again (about 40 minutes on two cores) and measure them"
 	@echo "make benchmark ask every localizer about the planted models, and show the page (reports/planted.toml)"
@@ -58,6 +59,11 @@ benchmark: $(INSTALLED_DEV)
 	$(PY) tests/benchmarks/planted.py --threads 1; wait
 	$(PY) -m locogen run reports/planted.toml --keep-going --retry failed
 	$(PY) -m locogen report reports/planted $(OPEN)
+
+# Files that fetch nothing: open them with a double click.
+docs: $(INSTALLED_DEV)
+	$(PY) -m pdoc --docformat google --output-directory build/docs \
+		locogen locogen.studies.planning locogen.catalog.concepts locogen.catalog.models
 
 test: check fast
 

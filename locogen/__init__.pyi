@@ -1,4 +1,4 @@
-"""The public names and their types: the same table as `__init__._PUBLIC` (a test compares them)."""
+# The public names and their types: the same table as `__init__._PUBLIC` (a test compares them).
 
 from .attacks.attack import (
     attack as attack,
@@ -116,6 +116,9 @@ from .localization.trace_effects import (
     sides as sides,
     trace_effect as trace_effect,
 )
+from .markup import (
+    readable as readable,
+)
 from .models.layers import (
     Layer as Layer,
     find_layers as find_layers,
@@ -127,6 +130,9 @@ from .phrasings import (
     default_phrasings as default_phrasings,
     shown_text as shown_text,
     subject_in as subject_in,
+)
+from .pictures.default_store import (
+    store_folder as store_folder,
 )
 from .pictures.runs import (
     Run as Run,

@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return options.command(options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            print(f"locogen: {interrupt}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # `locogen models | head`: nobody reads further. Python writes what is left when it ends,
@@ -192,6 +194,12 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("file", type=Path, metavar="STUDY.toml", help="must not be there yet")
     new.set_defaults(command=_new)
 
+    clean = commands.add_parser(
+        "clean", help="say how large the default store is, and delete its pictures"
+    )
+    clean.add_argument("--yes", action="store_true", help="delete without asking")
+    clean.set_defaults(command=_clean)
+
     models = commands.add_parser("models", help="list the models that locogen knows by name")
     models.add_argument("--json", action="store_true", help="with licenses and usual settings")
     models.set_defaults(command=_models)
@@ -210,6 +218,11 @@ def _add_questions(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     """The commands that answer one question with a page."""
     localize = _question(commands, "localize", "find the layers that carry a concept")
     localize.add_argument("--window", type=int, metavar="N", help="layers in a window")
+    localize.add_argument(
+        "--search",
+        choices=["all", "race", "attribute"],
+        help="every window (default); a race; or those that gradients propose, the quickest",
+    )
 
     edit = _question(commands, "edit", "edit a concept away, and measure what else goes")
     _add_layers(edit)
@@ -247,6 +260,9 @@ def _question(
     parser.add_argument("--name", default="", help="what to call it on the page")
     parser.add_argument("--file", default="", metavar="FILE.toml", help="your own concepts")
     parser.add_argument("--model", default="mini", help="name, folder or hub id (default: mini)")
+    parser.add_argument(
+        "--models-file", metavar="FILE.toml", help="your own models, which --model then names"
+    )
     parser.add_argument("--device", metavar="cpu|cuda|mps")
     parser.add_argument("--dtype", metavar="float32|float16|bfloat16")
     parser.add_argument("--offload", choices=["model", "sequential"])
@@ -311,6 +327,32 @@ def _notebooks(options: argparse.Namespace) -> int:
     names = copy_notebooks(options.folder)
     print(f"{len(names)} notebooks in {options.folder}: jupyter lab {options.folder / names[0]}")
     return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from locogen.pictures.default_store import empty, size_of, store_folder
+
+    folder = store_folder()
+    size = size_of(folder)
+    print(f"{folder}: {size}")
+    if not size.size:
+        return 0
+    if not options.yes and not _agreed():
+        print("kept")
+        return 0
+    empty(folder)
+    print("deleted")
+    return 0
+
+
+def _agreed() -> bool:
+    """Whether the person at the keyboard says yes."""
+    if not sys.stdin.isatty():
+        raise LocogenError("nobody is there to be asked: add --yes to delete these files")
+    return input("Delete these files? Stopped runs then begin anew. [y/N] ").strip().lower() in (
+        "y",
+        "yes",
+    )
 
 
 def _new(options: argparse.Namespace) -> int:
@@ -385,6 +427,7 @@ _PARAMETERS = {
     "steps": "num_inference_steps",
     "prompts": "max_prompts",
     "window": "window",
+    "search": "search",
     "ridge": "ridge",
     "tokens": "tokens",
     "becomes": "becomes",
@@ -398,6 +441,8 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, option, None)
         if value is not None:
             parameters[parameter] = value
+    if options.models_file is not None:
+        parameters["models_file"] = str(Path(options.models_file).absolute())
     if options.notebook == "neurons":
         # Its second concept is one of the mini model's.
         parameters["other"] = ""
@@ -406,7 +451,8 @@ def _parameters(options: argparse.Namespace) -> dict[str, Any]:
 
 def _shared(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Those parameters that a localization takes too."""
-    common = ("device", "dtype", "offload", "seeds", "max_prompts", "num_inference_steps")
+    common = ("models_file", "device", "dtype", "offload", "seeds", "max_prompts")
+    common += ("num_inference_steps",)
     return {name: parameters[name] for name in common if name in parameters}
 
 

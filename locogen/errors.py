@@ -41,6 +41,23 @@ class UnsupportedModel(LocogenError):
     """The model belongs to a family that locogen does not support (yet)."""
 
 
+def name_interrupt(interrupt: KeyboardInterrupt, words: str, *, anew: bool = False) -> None:
+    """Let an interrupt say what was stopped; a notebook shows these words and no traceback.
+
+    It stays a plain KeyboardInterrupt: Python ends with 130 for that class alone, which tells a
+    shell's loop to end too.
+
+    Args:
+        interrupt: As it was raised.
+        words: What was stopped, and what is kept.
+        anew: Whether these words replace what an inner call has said already.
+    """
+    if anew or not interrupt.args:
+        interrupt.args = (words,)
+        # IPython asks the exception for it.
+        setattr(interrupt, "_render_traceback_", lambda: [words])  # noqa: B010
+
+
 def unknown(thing: str, name: str, names: Iterable[str]) -> LocogenError:
     """An error for a name that does not exist, with the nearest ones that do.
 

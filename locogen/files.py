@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,25 @@ def write_whole(path: Path, content: bytes) -> None:
     # "x": if somebody puts a link there after all, this fails and does not follow it.
     with writing(path.parent), replacing(path) as part, part.open("xb") as stream:
         stream.write(content)
+
+
+AUTO = "auto"  # as the place of pictures: a folder of the user's cache
+
+
+def cache_folder() -> Path:
+    """Where this user's cache of locogen is: hashes of weights, and pictures of runs.
+
+    `LOCOGEN_CACHE` if that is set; else `locogen` in the folder that the system has for caches; for
+    a user without a home, in that for temporary files.
+    """
+    from platformdirs import user_cache_path
+
+    folder = os.environ.get("LOCOGEN_CACHE")
+    if folder:
+        return Path(folder)
+    place = user_cache_path("locogen", appauthor=False)
+    # Without a home "~" stays as it is, and would be a folder of that name right here.
+    return place if place.is_absolute() else Path(tempfile.gettempdir(), "locogen")
 
 
 # --- folders of runs -----------------------------------------------------------------------------

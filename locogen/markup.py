@@ -67,4 +67,48 @@ def shown(kind: str, **values: Any) -> str:
 
 def table_html(table: Any) -> Markup:
     """A pandas table as notebooks show it: pandas escapes what is in it."""
-    return Markup(table._repr_html_())
+    return Markup(readable(table)._repr_html_())
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number for people: a true minus sign, and no minus before zero."""
+    text = f"{value:.{digits}f}"
+    return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
+
+
+def readable(table: Any, digits: int = 3) -> Any:
+    """A table as people read it, for display alone: every cell becomes text.
+
+    Args:
+        table: A pandas table, with or without an index of names.
+        digits: Of numbers that are not whole.
+
+    Returns:
+        A table of the same shape: "–" where a value is missing, no minus before zero, and as many
+        digits in each number.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"low": [-0.0001, float("nan")], "n": [3, None]}, dtype="Float64")
+        >>> print(readable(table.astype({"n": "Int64"}), 2))
+            low  n
+        0  0.00  3
+        1     –  –
+    """
+    texts = table.astype(object)
+    for place in range(texts.shape[1]):  # two columns may have one name
+        column = [_cell(value, digits) for value in texts.iloc[:, place]]
+        texts.isetitem(place, column)
+    return texts
+
+
+def _cell(value: Any, digits: int) -> Any:
+    """One cell as text; what is neither a number nor missing stays."""
+    import pandas as pd
+
+    # Lists and tables are cells too, and of these pandas would answer for each element.
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return "–"
+    if pd.api.types.is_float(value):
+        return number(value, digits)
+    return value

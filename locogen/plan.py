@@ -148,6 +148,14 @@ class PromptPair:
                 "give a paraphrase of the prompt"
             )
 
+    def _repr_html_(self) -> str:
+        from locogen import markup
+
+        facts = {"scored against": self.text, "placebo": self.placebo, "content": self.content}
+        facts["neighbors"] = ", ".join(self.neighbors)
+        facts = {label: value for label, value in facts.items() if value}
+        return markup.shown("pair", prompt=self.prompt, target=self.target, facts=facts)
+
     def _check_text(self, field: str) -> None:
         value = getattr(self, field)
         is_optional = field in _OPTIONAL_TEXTS
@@ -238,6 +246,22 @@ class Concept:
                 f"fact {self.name!r} has an empty target for {pair.prompt!r}, and no text to score "
                 "its pictures against: give text=, which names the new answer"
             )
+
+    def _repr_html_(self) -> str:
+        from locogen import markup
+
+        pairs = [
+            {"prompt": pair.prompt, "target": pair.target, "text": self.scored_text(pair)}
+            for pair in self.pairs
+        ]
+        return markup.shown(
+            "concept",
+            name=self.name,
+            sort=self.kind,
+            text=self.text,
+            neighbors=self.neighbors,
+            pairs=pairs,
+        )
 
     def first(self, n: int, after: int = 0) -> Concept:
         """The concept with fewer prompts: `n` pairs behind the first `after`; 0: all of them."""
@@ -412,6 +436,11 @@ class Window:
             return f"no single window{why}"
         noun = "layers" if self.width > 1 else "layer"
         return f"{noun} {self.label}"
+
+    def _repr_html_(self) -> str:
+        from locogen import markup
+
+        return markup.shown("window", title=type(self).__name__, text=str(self), reason=self.reason)
 
     @property
     def label(self) -> str:

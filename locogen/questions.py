@@ -7,7 +7,8 @@ every study is, and its files say what was asked.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,30 @@ def write_study(question: Question, folder: Path) -> Path:
     """
     entry = _new_concept(question)
     _check_folder(folder)
+    files = {STUDY: _study_lines(question, entry)}
+    if entry is not None:
+        files[CONCEPTS] = [f'["{_OWN}"]', *toml_lines(entry)]
+    _check(files, folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        _write(folder / name, lines)
+    return folder / STUDY
+
+
+def _check(files: Mapping[str, Sequence[str]], folder: Path) -> None:
+    """Check every value before a file is written where it would stay, or a kernel is started."""
+    with tempfile.TemporaryDirectory(prefix="locogen-") as trial:
+        for name, lines in files.items():
+            _write(Path(trial, name), lines)
+        try:
+            read_study(Path(trial, STUDY))
+        except LocogenError as error:
+            raise LocogenError(str(error).replace(trial, str(folder))) from None
+
+
+def _study_lines(question: Question, entry: Mapping[str, Any] | None) -> list[str]:
+    """The lines of the study's file; `entry`: of a concept that no catalog has."""
     parameters = dict(question.parameters)
     concept = _OWN
     if entry is None:
@@ -104,7 +127,6 @@ def write_study(question: Question, folder: Path) -> Path:
         if question.concepts_file:
             parameters["concepts_file"] = str(Path(question.concepts_file).absolute())
     else:
-        _write(folder / CONCEPTS, [f'["{_OWN}"]', *toml_lines(entry)])
         parameters["concepts_file"] = CONCEPTS
     model = (
         str(Path(question.model).absolute()) if Path(question.model).is_dir() else question.model
@@ -113,11 +135,7 @@ def write_study(question: Question, folder: Path) -> Path:
     top |= {"results": "results", "model": model}
     run = {"concept": concept, "name": slugify(entry["name"] if entry else question.concept)}
     lines = [*toml_lines(top), "", "[defaults]", *toml_lines(parameters)]
-    lines += ["", "[[run]]", *toml_lines(run)]
-    study = folder / STUDY
-    _write(study, lines)
-    read_study(study)  # checks every value, before anything is started
-    return study
+    return [*lines, "", "[[run]]", *toml_lines(run)]
 
 
 def found_layers(results: Path) -> str:
@@ -233,6 +251,6 @@ def _check_folder(folder: Path) -> None:
             )
 
 
-def _write(file: Path, lines: list[str]) -> None:
+def _write(file: Path, lines: Sequence[str]) -> None:
     with writing(file.parent), replacing(file) as temporary:
         temporary.write_text("\n".join([_OURS, *lines]) + "\n", encoding="utf-8")

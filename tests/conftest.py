@@ -40,6 +40,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def no_default_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test does not keep on purpose is made anew: a picture of another call would hide a difference.
+
+    Nothing reaches the user's own cache either way: `LOCOGEN_CACHE` is set above.
+    """
+    monkeypatch.setattr("locogen.pictures.default_store._folder_in_cache", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout."""

@@ -45,6 +45,15 @@ def test_the_whole_traceback_is_to_be_had(
     assert len(shown(shell, "%tb", capsys)) == 4, "and the next one is short again"
 
 
+def test_a_stopped_run_shows_one_line(
+    shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = "from locogen.errors import name_interrupt\nstop = KeyboardInterrupt()\n"
+    named = stop + "name_interrupt(stop, 'stopped at 27 of 132; they are kept')\nraise stop"
+    assert shown(shell, named, capsys) == ["stopped at 27 of 132; they are kept"]
+    assert len(shown(shell, f"{stop}raise stop", capsys)) > 3, "the twin: a traceback"
+
+
 def test_other_errors_keep_their_traceback(
     shell: InteractiveShell, capsys: pytest.CaptureFixture[str]
 ) -> None:

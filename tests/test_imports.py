@@ -52,6 +52,7 @@ STUDIES_KNOW = {
     "plan",
     "finding",
     "catalog",
+    "models.checkpoint",  # how many layers a folder has, by the names of its weights
     "pictures.progress",
 }  # a study starts kernels: it makes no picture
 WITHOUT_TORCH = ("plan", "stats", "pages", "views.tables", "views.plots", "localization.effects")

@@ -18,7 +18,17 @@ OBJECTS = {
         settings={EVIL: EVIL},
         pictures=[{"alt": QUOTE, "source": EVIL}],
         table=EVIL,
+        place=EVIL,
     ),
+    "concept": dict(
+        name=EVIL,
+        sort=EVIL,
+        text=EVIL,
+        neighbors=(EVIL,),
+        pairs=[{"prompt": EVIL, "target": EVIL, "text": EVIL}],
+    ),
+    "pair": dict(prompt=EVIL, target=EVIL, facts={EVIL: EVIL}),
+    "window": dict(title=EVIL, text=EVIL, reason=QUOTE),
     "edit": dict(name=EVIL, facts={EVIL: EVIL}),
     "neurons": dict(
         concept=EVIL, distinct=1, count=2, alpha=0.05, settings={EVIL: EVIL}, table=EVIL
@@ -53,3 +63,38 @@ def test_a_missing_value_is_an_error() -> None:
 def test_a_table_escapes_its_cells() -> None:
     html = markup.table_html(pd.DataFrame({EVIL: [EVIL]}))
     assert "script" not in tags(html) and "&lt;script" in html
+
+
+# Tables
+
+
+def test_a_table_for_people_has_no_computer_words() -> None:
+    table = pd.DataFrame(
+        {
+            "start": pd.array([8, None], dtype="Int64"),
+            "low": [-0.0004, float("nan")],
+            "cell": [None, [1, 2]],
+            "passes": pd.array([True, None], dtype="boolean"),
+            "text": ["<b>", pd.NA],
+        }
+    )
+    html = markup.table_html(table)
+    assert not re.search(r"NA&gt;|NaN|None|-0\.0", html)
+    assert "&lt;b&gt;" in html and "<b>" not in html
+    assert markup.readable(table).to_numpy().tolist() == [
+        [8, "0.000", "–", True, "<b>"],
+        ["–", "–", [1, 2], "–", "–"],
+    ]
+    plain = table._repr_html_()
+    assert "NaN" in plain and "&lt;NA&gt;" in plain and "-0.0004" in plain, "the twin"
+
+
+def test_two_columns_of_one_name_and_none_at_all() -> None:
+    twice = pd.DataFrame([[0.5, float("nan")]], columns=["x", "x"])
+    assert markup.readable(twice, 1).to_numpy().tolist() == [["0.5", "–"]]
+    assert markup.readable(pd.DataFrame()).shape == (0, 0)
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00")])
+def test_numbers_for_people(value: float, text: str) -> None:
+    assert markup.number(value) == text

@@ -236,3 +236,24 @@ def test_seeds_are_whole_numbers_and_never_cut_to_one(seeds):
     with pytest.raises(LocogenError, match="whole numbers"):
         distinct_seeds(seeds)
     assert distinct_seeds(np.arange(2)) == (0, 1)
+
+
+# What they show of themselves
+
+
+def test_a_concept_shows_its_pairs() -> None:
+    pair = PromptPair("a <b>cat</b> in the style of neon", "a cat", placebo="a neon-style cat")
+    shown = Concept("neon", "style", [pair], neighbors=["graffiti"])._repr_html_()
+    assert "<b>Concept</b> neon, style; neighbors: graffiti" in shown
+    assert "<td>a &lt;b&gt;cat&lt;/b&gt; in the style of neon</td><td>a cat</td>" in shown
+    assert "→ a cat</p><p>placebo: a neon-style cat</p>" in pair._repr_html_()
+    assert "(empty)" in PromptPair("a cat", "")._repr_html_()
+
+
+def test_a_window_shows_its_reason_once() -> None:
+    assert (
+        Window(8, 2, "the largest")._repr_html_() == "<p><b>Window</b> layers 8-9: the largest</p>"
+    )
+    assert Window(None, 2, "no effect")._repr_html_().count("no effect") == 1
+    verdict = Verdict(8, 2, "q &lt; 0.05", kind="one place", places=(Window(8, 2),))
+    assert verdict._repr_html_() == "<p><b>Verdict</b> layers 8-9: q &amp;lt; 0.05</p>"

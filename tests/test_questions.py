@@ -66,7 +66,10 @@ def test_mistakes_are_named_before_anything_starts(tmp_path):
         write_study(Question("localize", "a cat that jumps", kind="fact"), tmp_path)
     with pytest.raises(LocogenError, match="ridge"):
         write_study(Question("localize", "mini/neon", parameters={"ridge": 1.0}), tmp_path)
-    assert not list(tmp_path.glob("**/results"))
+    with pytest.raises(LocogenError, match=r"layers '99': mini has layers 0 to 15") as caught:
+        write_study(Question("edit", "mini/neon", parameters={"layers": "99"}), tmp_path)
+    assert str(tmp_path / "study.toml") in str(caught.value), "as if it were there already"
+    assert not list(tmp_path.iterdir()), "no file is left of what cannot be run"
 
 
 @pytest.mark.parametrize("name", ["study.toml", "concepts.toml"])
@@ -148,3 +151,26 @@ def test_from_a_name_to_an_edit_and_its_page(tmp_path, capsys):
     assert (tmp_path / "off.safetensors").stat().st_size > 0
     assert __main__.main(arguments) == 0
     assert "1 to do" not in capsys.readouterr().out
+
+
+def test_a_search_passes_through(tmp_path, monkeypatch):
+    studies = []
+    monkeypatch.setattr("locogen.studies.study.run_study", lambda study, **_: studies.append(study))
+    monkeypatch.setattr(__main__, "_show_page", lambda *_: None)
+    command = ["localize", "mini/neon", "--search", "attribute", "--into", str(tmp_path / "x")]
+    assert __main__.main(command) == 0
+    (run,) = read_study(studies[0])[2]
+    assert run.parameters["search"] == "attribute"
+
+
+def test_models_of_ones_own_can_be_asked(tmp_path, monkeypatch):
+    own = tmp_path / "models.toml"
+    own.write_text('[models.mine]\nid = "me/mine"\nfamily = "StableDiffusionPipeline"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(__main__, "_show_page", lambda *_: None)
+    monkeypatch.setattr("locogen.studies.study.run_study", lambda study, **_: study)
+    command = ["localize", "mini/neon", "--model", "mine", "--into", "x"]
+    assert __main__.main(command) == 2, "the twin: nobody knows it"
+    assert __main__.main([*command, "--models-file", "models.toml"]) == 0
+    (run,) = read_study(tmp_path / "x" / "study.toml")[2]
+    assert Path(run.parameters["models_file"]) == own

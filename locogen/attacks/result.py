@@ -226,7 +226,7 @@ class Attack:
         )
 
     def _repr_html_(self) -> str:
-        table = markup.table_html(self.summary().round(3))
+        table = markup.table_html(self.summary())
         return markup.shown("attack", way=self.kind, sentence=self.sentence(), table=table)
 
 

@@ -10,6 +10,9 @@ A file with models of your own has the form of `models.toml`; `id` (a hub id or 
     guidance_scale = 6.0
 
 >>> pipe = load("my-finetune", file="my-models.toml")
+
+A folder may be given from the working folder, or from where the file is. A study takes the file as
+the parameter `models_file`.
 """
 
 from __future__ import annotations

@@ -6,16 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from locogen import stats
+from locogen.console import current, open_bar
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
+from locogen.files import AUTO
 from locogen.pictures import score
+from locogen.pictures.default_store import Place
 from locogen.pictures.runs import Run, generate
 from locogen.plan import distinct_seeds
 from locogen.stats import Array
@@ -99,7 +101,7 @@ def evaluate(
     seeds: Iterable[int] = range(2),
     strength: float = 1.0,
     scorer: Scorer | str | None = None,
-    store: str | Path | None = None,
+    store: Place = AUTO,
     progress: bool = True,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -116,7 +118,7 @@ def evaluate(
         strength: How many times each edit is added. Above 1 makes up for what `preserve` holds
             back, at the neighbors' cost.
         scorer: A scorer or its name (see `scorer`); None: the catalog's for the model.
-        store: Folder for the pictures; None: a temporary folder.
+        store: Folder for the pictures; "auto": `store_folder`; None: a temporary folder.
         progress: Whether to show a progress bar.
         settings: `num_inference_steps`, `guidance_scale` and `batch_size` of `generate`.
 
@@ -145,22 +147,24 @@ def evaluate(
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
-    measuring = _Measuring(
-        pipe,
-        prompts,
-        seeds,
-        _rows(probes, prompts, seeds),
-        # Before the pictures: a mistake in the scorer should not cost a run.
-        score.scorer_for(pipe, scorer),
-        {"store": store, "progress": progress, **settings},
-    )
-
-    old = measuring.measure((), strength)
-    tables = []
-    for name, edits in arms.items():
-        edits = list(edits) if isinstance(edits, Sequence) else [edits]
-        new = measuring.measure(edits, strength) if edits else old
-        tables.append(measuring.table(old, new).assign(arm=name))
+    with open_bar(progress, "loading the scorer") as bar:
+        measuring = _Measuring(
+            pipe,
+            prompts,
+            seeds,
+            _rows(probes, prompts, seeds),
+            # Before the pictures: a mistake in the scorer should not cost a run.
+            score.scorer_for(pipe, scorer),
+            {"store": store, "progress": progress, **settings},
+        )
+        # Of all arms at once: the bar then says how long all of them take.
+        bar.expect("picture", len(prompts) * len(seeds) * (1 + len(arms)))
+        old = measuring.measure((), strength)
+        tables = []
+        for name, edits in arms.items():
+            edits = list(edits) if isinstance(edits, Sequence) else [edits]
+            new = measuring.measure(edits, strength) if edits else old
+            tables.append(measuring.table(old, new).assign(arm=name))
     table = pd.concat(tables, ignore_index=True)
     return table.loc[:, ["arm", *table.columns.drop("arm")]]
 
@@ -214,6 +218,7 @@ class _Measuring:
             for edit in edits:
                 contexts.enter_context(edit.applied(self.pipe, strength))
             run = generate(self.pipe, self.prompts, seeds=self.seeds, **self.settings)
+            current().say("scoring pictures")
             pictures = list(run.pictures)
             names = list(run.table["image"])
             scores, right = self._scores(pictures)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from locogen import stats
+from locogen.console import open_bar
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.indices import index_on
@@ -95,8 +96,6 @@ def attention_contribution(
         >>> len(table), table["layer"].nunique(), set(table["prompt"])
         (16, 16, {'a picture of a cat'})
     """
-    from tqdm.auto import tqdm
-
     check_apart(pipe, "attention contribution")
     settings = settings_for(
         pipe,
@@ -110,10 +109,7 @@ def attention_contribution(
     parts: list[Array] = []
     start = 0
     size = batch_size
-    bar = tqdm(
-        total=len(rows), unit=" runs", desc="measuring", disable=not progress, mininterval=0.5
-    )
-    with bar:
+    with open_bar(progress) as bar, bar.counting("run", len(rows)):
         while start < len(rows):
             batch = rows[start : start + size]
             try:
@@ -122,7 +118,7 @@ def attention_contribution(
                 size = halved_batch_size(pipe, error, size, stacklevel=3)
                 continue
             start += len(batch)
-            bar.update(len(batch))
+            bar.add(len(batch))
     return _long_table(concept, rows, np.concatenate(parts))
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from locogen.console import open_bar
 from locogen.errors import LocogenError, unknown
+from locogen.files import AUTO
 from locogen.interventions.corruption import Noise, Restored, corrupted_states
 from locogen.interventions.states import (
     DENOISER_PARTS,
@@ -31,6 +32,7 @@ from locogen.models.families import end_position, subject_occurrences, warn_unre
 from locogen.models.text import PromptEncoding
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures.batches import Batch, Texts, call_pipeline, halved_batch_size
+from locogen.pictures.default_store import Place
 from locogen.pictures.runs import Run, intervention_key, make_run
 from locogen.pictures.score import scorer_for
 from locogen.pictures.store import content_key
@@ -97,7 +99,7 @@ def causal_trace(
     guidance_scale: float | None = None,
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
-    store: str | Path | None = None,
+    store: Place = AUTO,
     progress: bool = True,
 ) -> Run:
     """Restore every state of the denoiser and the text encoder, each in a picture of its own.
@@ -121,7 +123,8 @@ def causal_trace(
         guidance_scale: Classifier-free guidance; None: the catalog's value for this model.
         batch_size: Pictures made at once, at least two.
         scorer: A scorer or its name (see `scorer`); None: the catalog's for this model.
-        store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
+        store: Folder for the pictures; what it holds is not made again. "auto": `store_folder`, in
+            this user's cache; None: a temporary folder.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -165,11 +168,12 @@ def causal_trace(
             plan += planned_rows(pipe, pair.prompt, words, seed, traced_parts, numbered)
 
     # The scorer comes before the pictures: what is wrong with it should not cost a trace.
-    judge = scorer_for(pipe, scorer)
-    run = _pictures_of(pipe, plan, settings, store, progress)
-    # There is no second text, of what should stay: `content` is empty.
-    table = run.table.assign(**_scored_against(concept, plan))
-    scores = score_columns(run, table.assign(content=None), judge)
+    with open_bar(progress, "loading the scorer"):
+        judge = scorer_for(pipe, scorer)
+        run = _pictures_of(pipe, plan, settings, store, progress)
+        # There is no second text, of what should stay: `content` is empty.
+        table = run.table.assign(**_scored_against(concept, plan))
+        scores = score_columns(run, table.assign(content=None), judge)
     return run.with_table(
         in_reading_order(table.assign(**scores)),
         noise_scale=noise_scale,
@@ -286,7 +290,7 @@ def _pictures_of(
     pipe: Pipeline,
     plan: Sequence[Restoration],
     settings: Settings,
-    store: str | Path | None,
+    store: Place,
     progress: bool,
 ) -> Run:
     def batches(
@@ -305,7 +309,6 @@ def _pictures_of(
         columns=_columns(plan),
         batches=batches,
         store=store,
-        verb="tracing",
         progress=progress,
     )
 

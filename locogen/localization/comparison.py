@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from locogen.errors import LocogenError, unknown
+from locogen.files import AUTO
 from locogen.localization.attention import (
     attention_contribution,
     contribution_effect,
@@ -29,6 +29,7 @@ from locogen.localization.trace_effects import (
     sides,
     trace_effect,
 )
+from locogen.pictures.default_store import Place
 from locogen.plan import Concept, Window
 from locogen.stats import rank_correlation
 from locogen.types import Pipeline
@@ -124,7 +125,7 @@ def locate(
     guidance_scale: float | None = None,
     batch_size: int = 32,
     scorer: Scorer | str | None = None,
-    store: str | Path | None = None,
+    store: Place = AUTO,
     progress: bool = True,
 ) -> Located:
     """Ask one localizer where a concept is; `agree` compares two answers.
@@ -140,7 +141,7 @@ def locate(
         batch_size: Pictures made at once.
         scorer: A scorer or its name; None: the catalog's for this model. Not every localizer
             scores.
-        store: Folder for the pictures; None: a temporary folder.
+        store: Folder for the pictures; "auto": `store_folder`; None: a temporary folder.
         progress: Whether to show a progress bar.
 
     Returns:

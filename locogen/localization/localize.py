@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from locogen.console import open_bar
 from locogen.errors import LocogenError
+from locogen.files import AUTO
 from locogen.localization.attribution.proposal import Proposal, propose
 from locogen.localization.attribution.search import Planned, scouts, search
 from locogen.localization.effects import carrier, effect
@@ -19,6 +20,7 @@ from locogen.models.defaults import settings_for, window_for
 from locogen.models.families import check_known
 from locogen.models.layers import find_layers
 from locogen.phrasings import neighbor_texts
+from locogen.pictures.default_store import Place
 from locogen.pictures.fingerprint import same_weights
 from locogen.pictures.runs import Run
 from locogen.pictures.score import scorer_for
@@ -51,7 +53,7 @@ def localize(
     pooled: Pooled = "keep",
     search: Search = "all",
     budget: float = BUDGET,
-    store: str | Path | None = None,
+    store: Place = AUTO,
     progress: bool = True,
 ) -> Run:
     """Find where a concept is: replace each window of layers, and score the pictures.
@@ -89,7 +91,8 @@ def localize(
             pictures than `missed` has at least half of the chosen window's effect.
         budget: Largest share of the exhaustive search's pictures that a race makes. Where it does
             not pay for a first look at every window, those that gradients propose start.
-        store: Folder for the pictures; what it holds is not made again. None: a temporary folder.
+        store: Folder for the pictures; what it holds is not made again. "auto": `store_folder`, in
+            this user's cache; None: a temporary folder.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -126,21 +129,30 @@ def localize(
     layout = {"n_layers": n_layers, "seeds": distinct_seeds(seeds)}
     layout |= {"controls": controls, "pooled": pooled}
     # The scorer comes before the pictures: what is wrong with it should not cost a sweep.
-    judge = scorer_for(pipe, scorer)
-    pictures = ScoredPictures(pipe, concepts, judge, settings, store, progress)
-    if search == "all":
-        planner: _Planner = _Sweeps(layout | {"timesteps": spans})
-    elif search == "race":
-        planner = _Races(layout, budget, _Gradients(layout))
-    else:
-        planner = _Proposals(layout, _Gradients(layout))
+    with open_bar(progress, "loading the scorer"):
+        judge = scorer_for(pipe, scorer)
+        pictures = ScoredPictures(pipe, concepts, judge, settings, store, progress)
+        planner = _planner(search, layout, spans, budget)
+        facts: dict[str, Any] = {"n_layers": n_layers, "search": search}
+        return _found(planner, pictures, _widths(pipe, window, n_layers), facts)
 
-    facts: dict[str, Any] = {"n_layers": n_layers, "search": search}
+
+def _planner(
+    search: Search, layout: Mapping[str, Any], spans: Sequence[tuple[int, int]], budget: float
+) -> _Planner:
+    """What decides which rows are made."""
+    if search == "all":
+        return _Sweeps({**layout, "timesteps": spans})
+    if search == "race":
+        return _Races(layout, budget, _Gradients(layout))
+    return _Proposals(layout, _Gradients(layout))
+
+
+def _widths(pipe: Pipeline, window: int | Literal["auto"] | None, n_layers: int) -> tuple[int, ...]:
+    """The widths of windows, narrowest first."""
     if window == "auto":
-        widths = tuple(width for width in AUTO_WIDTHS if width <= n_layers)
-    else:
-        widths = (window_for(pipe, window),)
-    return _found(planner, pictures, widths, facts)
+        return tuple(width for width in AUTO_WIDTHS if width <= n_layers)
+    return (window_for(pipe, window),)
 
 
 def _check_readable(pipe: Pipeline, concept: Concept) -> None:

@@ -7,13 +7,15 @@ import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from locogen.console import current
+from locogen.errors import name_interrupt
 from locogen.localization.effects import score_used
 from locogen.phrasings import neighbor_texts
+from locogen.pictures.default_store import Place, place_of
 from locogen.pictures.runs import Run, generate
 from locogen.pictures.score import probabilities
 from locogen.plan import Concept, Intervention, PromptPair, Settings
@@ -41,7 +43,7 @@ class ScoredPictures:
     concepts: Sequence[Concept]
     scorer: Scorer
     settings: Settings
-    store: str | Path | None
+    store: Place
     progress: bool
 
     def of(self, plans: Mapping[int, Rows]) -> Run:
@@ -96,12 +98,14 @@ class ScoredPictures:
 
 def with_store(pictures: ScoredPictures, make: Callable[[ScoredPictures], Run]) -> Run:
     """A run that reads its pictures more than once: with a temporary store where there is none."""
-    if pictures.store is not None:
+    if place_of(pictures.store) is not None:
         return make(pictures)
     folder = tempfile.mkdtemp(prefix="locogen-")
     try:
         run = make(replace(pictures, store=folder))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            name_interrupt(error, "stopped; without a store no picture is kept", anew=True)
         shutil.rmtree(folder, ignore_errors=True)
         raise
     # The run's pictures are read from the folder: it goes when they do.
@@ -142,6 +146,7 @@ def score_columns(
     # In parts, so that not all pictures are in memory at once.
     for start in range(0, len(run), SCORED_AT_ONCE):
         part = slice(start, start + SCORED_AT_ONCE)
+        current().say(f"scoring picture {start + 1} of {len(run)}")
         compared = [] if scale is None else list(beside[part])
         neighbors = _padded(texts[part], compared)
         score, content_score, *others = scorer(

@@ -344,6 +344,44 @@ def file_problem(file: Path) -> str | None:
     return None
 
 
+def count_layers(folder: Path) -> int | None:
+    """How many layers of a pipeline's denoiser read text, by the names of its weights.
+
+    No weight is read. `find_layers` says the same of the loaded pipeline.
+
+    Args:
+        folder: A folder in diffusers' format.
+
+    Returns:
+        The number; None if it cannot be seen from the names.
+    """
+    names: set[str] = set()
+    for part in ("unet", "transformer"):
+        for file in (folder / part).glob("*.safetensors"):
+            names |= _tensor_names(file)
+    cross = [name for name in names if name.endswith("attn2.to_k.weight")]
+    if cross:
+        return len(cross)
+    # Families whose attention reads picture and text together.
+    joint = [name for name in names if name.endswith("add_k_proj.weight")]
+    single = {match[0] for name in names if (match := re.match(_SINGLE_BLOCK, name))}
+    return len(joint) + len(single) or None
+
+
+_SINGLE_BLOCK = r"single_transformer_blocks\.\d+\."
+
+
+def _tensor_names(file: Path) -> set[str]:
+    """The names of a file's tensors; none of a damaged one, of which `load` says what it is."""
+    try:
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+    except (OSError, ValueError, struct.error):
+        return set()
+    return set(header) if isinstance(header, dict) else set()
+
+
 def _cut_short(file: Path, size: int) -> str:
     return (
         f"has a file that was cut short, {file.name} ({size} bytes): delete it and fetch it again"

@@ -8,14 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from locogen.catalog import entry_of, mini_folder, model_entry, register
-from locogen.catalog.deltas import add_deltas, load_deltas
+from locogen.catalog import entry_of, mini_folder, model_entries, model_entry, register
 from locogen.catalog.models import PLANTED
 from locogen.catalog.plants import plant_entry
+from locogen.console import open_bar
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.checkpoint import (
     INDEX,
@@ -91,15 +91,29 @@ def load(
         >>> type(pipe).__name__, pipe.device.type
         ('StableDiffusionPipeline', 'cpu')
     """
+    _check_options(dtype, offload)
+    # Before torch is imported, which takes seconds: a person should see at once that work begins.
+    with open_bar(True, f"loading weights of {name}"):
+        if str(name).startswith(PLANTED):
+            return _planted(str(name), device=device, dtype=dtype, offload=offload)
+        sources = _sources_of(str(name), file)
+        return _loaded(str(name), sources, device, dtype, offload, local_files_only)
+
+
+def _loaded(
+    name: str,
+    sources: _Sources,
+    device: str | None,
+    dtype: str,
+    offload: Literal["model", "sequential"] | None,
+    local_files_only: bool,
+) -> Any:
+    """The pipeline of the first source that can be loaded, where it is to compute."""
     import torch
 
-    _check_options(dtype, offload)
-    if str(name).startswith(PLANTED):
-        return _planted(str(name), device=device, dtype=dtype, offload=offload)
-    sources = _sources_of(str(name), file)
     # It advises to install torchvision, which locogen does not need.
     with _muted("transformers.utils.import_utils"):
-        pipe = _first_that_loads(str(name), sources, getattr(torch, dtype), local_files_only)
+        pipe = _first_that_loads(name, sources, getattr(torch, dtype), local_files_only)
     family_of(pipe)
     pipe.set_progress_bar_config(disable=True)
     target = device or ("cpu" if offload is None else "cuda")
@@ -126,6 +140,8 @@ def _check_options(dtype: str, offload: str | None) -> None:
 
 def _planted(name: str, *, device: str | None, dtype: str, offload: Any) -> Any:
     """A planted model: its base, with the differences that were trained."""
+    from locogen.catalog.deltas import add_deltas, load_deltas
+
     plant = plant_entry(name)
     # Added in full precision: the base's own rounding to another type comes after.
     pipe = load(plant.base)
@@ -183,7 +199,7 @@ def _hint_at_half_precision(device: str) -> None:
     warnings.warn(
         f"float32 on {device!r} takes twice the memory of half precision and is several times "
         "slower: consider load(…, dtype='float16') or 'bfloat16', or loco.speed",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -245,13 +261,14 @@ def _attempts(sources: _Sources, local_files_only: bool) -> Iterator[tuple[str, 
 
 def _fetch(source: str, revision: str | None, dtype: Any, local_files_only: bool) -> Any:
     """The pipeline of one source; the files of a hub id are fetched first."""
-    with _without_bars():
-        if Path(source).is_file():
-            pipe = _from_file(Path(source), dtype, local_files_only)
-        elif Path(source).is_dir():
-            pipe = _from_folder(Path(source), dtype)
+    is_on_hub = not Path(source).exists()
+    # Downloads show the hub's own bars: they take long, and say how much is left.
+    place = _downloaded(source, revision, local_files_only) if is_on_hub else Path(source)
+    with without_library_bars():
+        if place.is_file():
+            pipe = _from_file(place, dtype, local_files_only)
         else:
-            pipe = _from_folder(_downloaded(source, revision, local_files_only), dtype)
+            pipe = _from_folder(place, dtype)
     _check_complete(pipe)
     # Not the place in the cache: the catalog's settings are looked up by it.
     if not Path(source).is_dir():
@@ -271,17 +288,27 @@ def _check_complete(pipe: Pipeline) -> None:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Within the context diffusers shows no progress bars."""
-    from diffusers.utils import logging as bars
+def without_library_bars() -> Iterator[None]:
+    """Within the context diffusers and transformers show no bars; what was set before comes back.
 
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    Bars of downloads are the hub's, and not for this context: download before it.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging as of_transformers
+
+    hub_is_silent = are_progress_bars_disabled()
+    shown = [bars for bars in (of_diffusers, of_transformers) if bars.is_progress_bar_enabled()]
+    for bars in shown:
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        for bars in shown:
             bars.enable_progress_bar()
+        # transformers switches the hub's bars along with its own.
+        if hub_is_silent and of_transformers in shown:
+            disable_progress_bars()
 
 
 def _downloaded(source: str, revision: str | None, local_files_only: bool) -> Path:
@@ -468,15 +495,28 @@ def _kind_of_file(file: Path) -> tuple[str, str]:
         content = "v1"
     # diffusers calls everything that it does not know "v1".
     if content == "v1" and "model.diffusion_model.input_blocks.0.0.weight" not in shapes:
-        raise LocogenError(
-            f"{file} is not a checkpoint of a whole pipeline (a LoRA, a VAE or an embedding?): "
-            "load the pipeline it belongs to, and then the file with diffusers' own loaders"
-        )
+        raise LocogenError(f"{file} is not a checkpoint of a whole pipeline {_what_to_load(file)}")
     if content not in SINGLE_FILES:
         raise UnsupportedModel(
             f"{file} is a {content} checkpoint: supported are {', '.join(SINGLE_FILES)}"
         )
     return SINGLE_FILES[content], fetch_diffusers_config(outline)["pretrained_model_name_or_path"]
+
+
+def _what_to_load(file: Path) -> str:
+    """What to load in the place of a file that does not hold a whole pipeline."""
+    whole = file.absolute().parent.parent
+    if (whole / INDEX).is_file():
+        return f"but one of its parts: load the folder of the whole, load({str(whole)!r})"
+    if (file.parent / "config.json").is_file():
+        return (
+            "but one of its parts: load the folder of the whole pipeline, the one with "
+            f"{INDEX} in it"
+        )
+    return (
+        "(a LoRA, a VAE or an embedding?): load the pipeline it belongs to, and then the file with "
+        "diffusers' own loaders"
+    )
 
 
 def _config_of(file: Path, original: str, local_files_only: bool) -> Path:
@@ -535,7 +575,8 @@ def _sources_of(name: str, file: str | Path | None) -> _Sources:
     if place.is_dir() or (is_checkpoint and place.is_file()):
         return _Sources((str(place),))
     _check_is_no_path(name, place, is_checkpoint)
-    if "/" in name and file is None:
+    is_named = file is not None and name in {entry.name for entry in model_entries(file)}
+    if "/" in name and not is_named:
         return _Sources((name,), "main")
     return _sources_of_entry(name, file)
 
@@ -544,8 +585,8 @@ def _check_is_no_path(name: str, place: Path, is_checkpoint: bool) -> None:
     """Refuse what can only be a path, and does not exist."""
     if is_checkpoint:
         raise LocogenError(
-            f"there is no file {place}: "
-            "give a .safetensors file, a folder, a hub id or a catalog name"
+            f"there is no file {place.absolute()}: "
+            "give the path of a .safetensors file, a folder, a hub id or a catalog name"
         )
     # A hub id has one slash.
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -558,11 +599,16 @@ def _check_is_no_path(name: str, place: Path, is_checkpoint: bool) -> None:
 def _sources_of_entry(name: str, file: str | Path | None) -> _Sources:
     """Where the catalog, or a user's TOML file, says that a model is."""
     entry = model_entry(name, file)
-    if file is not None:
-        register(entry)
     if entry.family not in FAMILIES:
         raise UnsupportedModel(f"{name} is a {entry.family}: supported are {', '.join(FAMILIES)}")
-    place = Path(entry.id).expanduser()
-    if place.exists():
-        return _Sources((str(place),))
+    places = [Path(entry.id).expanduser()]
+    if file is not None:
+        places.append(Path(file).parent / entry.id)  # a folder may start where its file is
+    for place in places:
+        if place.exists():
+            # A pipeline remembers the place that it came from, and finds its defaults by it.
+            register(replace(entry, id=str(place)))
+            return _Sources((str(place),))
+    if file is not None:
+        register(entry)
     return _Sources((entry.id, *entry.mirrors), entry.revision, entry.gated)

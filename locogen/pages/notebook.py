@@ -65,6 +65,8 @@ def _prepare(output: Any) -> Any:
     data = output.get("data") or {}
     if "image/png" in data:
         data["image/png"] = shrink(data["image/png"])
+        # The same picture again, for readers that pass over the words in its metadata.
+        data.pop("text/html", None)
     return output
 
 

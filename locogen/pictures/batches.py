@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
+from locogen.console import StepListener, current
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene_encoded
 from locogen.models.families import encode_guided, family_of
@@ -143,6 +144,7 @@ class Texts:
         too_small = (
             f"the text encoders do not fit the memory of {pipe._execution_device}: {SMALLER}"
         )
+        current().say("encoding prompts")
         with from_the_seed_alone(pipe), memory_named(too_small):
             encoded = {prompt: encode_guided(pipe, [prompt]) for prompt in prompts}
         self.of = {prompt: positive for prompt, (positive, _) in encoded.items()}
@@ -185,12 +187,13 @@ def call_pipeline(
     settings: Settings,
     output_type: str = "np",
 ) -> Any:
-    """The images of one call of the pipeline, without its progress bar.
+    """The images of one call of the pipeline; our bar says its steps, its own is not shown.
 
     `arguments` holds the encoded prompts, one row for each of `rows`, which give the seeds.
     """
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**bar, "disable": True})
+    pipe.set_progress_bar_config(**bar | StepListener.options(len(rows)))
+    current().work()
     try:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), _decoding_in_slices(pipe):
             output = pipe(

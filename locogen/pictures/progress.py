@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+from locogen.console import ASKED
 from locogen.files import CannotWrite, load_json, write_json
-
-ASKED = "LOCOGEN_PROGRESS"  # the environment variable that names the file
 
 
 class Heartbeat:
@@ -20,6 +20,7 @@ class Heartbeat:
     def __init__(self) -> None:
         self.made = 0
         self.asked = 0
+        self.seconds = 0.0  # spent making them: neither loading nor scoring
 
     def ask(self, pictures: int) -> None:
         """Note that this many more are to be made."""
@@ -27,9 +28,10 @@ class Heartbeat:
         self.asked = self.made + pictures
         self._write()
 
-    def add(self, pictures: int) -> None:
-        """Note that this many more are made."""
+    def add(self, pictures: int, seconds: float = 0.0) -> None:
+        """Note that this many more are made, and the time that it took."""
         self.made += pictures
+        self.seconds += seconds
         self._write()
 
     def _write(self) -> None:
@@ -38,13 +40,23 @@ class Heartbeat:
             return
         # The folder is gone, or the disk full: that should not stop the run.
         with contextlib.suppress(OSError, CannotWrite):
-            write_json(Path(place), {"made": self.made, "asked": self.asked})
+            counts = {"made": self.made, "asked": self.asked}
+            write_json(Path(place), counts | {"seconds": round(self.seconds, 3)})
 
 
-def read_progress(folder: Path) -> tuple[int, int]:
-    """Pictures made and asked for so far by the run that works in the folder."""
+class Counts(NamedTuple):
+    """How far a run is."""
+
+    made: int  # pictures
+    asked: int
+    seconds: float  # spent making them
+
+
+def read_progress(folder: Path) -> Counts:
+    """What the run that works in the folder has made so far, and what it was asked for."""
     counts = load_json(folder / "progress.json")
-    return int(counts.get("made", 0)), int(counts.get("asked", 0))
+    made = int(counts.get("made", 0))
+    return Counts(made, int(counts.get("asked", 0)), float(counts.get("seconds", 0.0)))
 
 
 beat = Heartbeat()

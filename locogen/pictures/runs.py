@@ -12,19 +12,27 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
 
 from locogen import markup
-from locogen.errors import LocogenError
-from locogen.files import data_uri
+from locogen.console import current, open_bar
+from locogen.errors import LocogenError, name_interrupt
+from locogen.files import AUTO, data_uri
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.defaults import name_of
 from locogen.models.families import warn_unread
 from locogen.pictures.batches import Batch, pictures_of
 from locogen.pictures.checks import check_scheduler, oddities
+from locogen.pictures.default_store import (
+    Place,
+    place_of,
+    shortened,
+    size_of,
+    store_folder,
+    warn_if_large,
+)
 from locogen.pictures.description import (
     describe_pipeline,
     describe_scheduler,
@@ -130,8 +138,20 @@ class Run:
             pictures.append({"alt": row.prompt, "source": _thumbnail(picture)})
         table = markup.table_html(self.table.head())
         return markup.shown(
-            "run", count=len(self), settings=settings, pictures=pictures, table=table
+            "run",
+            count=len(self),
+            settings=settings,
+            pictures=pictures,
+            table=table,
+            place=self._place(),
         )
+
+    def _place(self) -> str:
+        """Where the pictures are, in words; of the user's cache also how large it is."""
+        folder = self.pictures.store.folder
+        if folder == store_folder():
+            return f"{shortened(folder)}, which holds {size_of(folder)} (locogen clean empties it)"
+        return shortened(folder)
 
 
 def _thumbnail(picture: Image) -> str:
@@ -148,7 +168,7 @@ def generate(
     plan_or_prompts: Sequence[Intervention] | Sequence[str] | str,
     *,
     seeds: Iterable[int] | None = None,
-    store: str | Path | None = None,
+    store: Place = AUTO,
     num_inference_steps: int = 20,
     guidance_scale: float = 7.5,
     batch_size: int = 32,
@@ -165,7 +185,8 @@ def generate(
         plan_or_prompts: The rows of a plan, or one or more prompts, which are then combined with
             every seed, prompt by prompt.
         seeds: Random seeds for prompts; None: seed 0. A plan has its own.
-        store: Folder for the pictures; None: a temporary folder, deleted with the run.
+        store: Folder for the pictures; "auto": `store_folder`; None: a temporary folder, deleted
+            with the run.
         num_inference_steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 is off.
         batch_size: Largest number of pictures made at once. On a GPU fewer are made if its free
@@ -211,7 +232,6 @@ def generate(
         columns=_columns(plan),
         batches=batches,
         store=store,
-        verb="generating",
         progress=progress,
     )
 
@@ -334,8 +354,7 @@ def make_run(
     key_of: Callable[[Row, Mapping[str, Any]], str],
     columns: pd.DataFrame,
     batches: Callable[[Sequence[Row], Sequence[Row], int | None], Iterator[Batch[Row]]],
-    store: str | Path | None,
-    verb: str,
+    store: Place,
     progress: bool,
 ) -> Run:
     """Make those pictures of a plan that the store does not hold; give all of them as a `Run`.
@@ -352,64 +371,84 @@ def make_run(
         batches: Makes pictures, given the distinct rows whose pictures are missing, all distinct
             rows, and the batch size of an earlier, interrupted call (None: there was none). It
             yields each missing row once, in any order.
-        store: Folder for the pictures; None: a temporary folder, deleted with the run.
-        verb: What the progress bar says.
-        progress: Whether to show it.
+        store: Folder for the pictures; "auto": `store_folder`; None: a temporary folder, deleted
+            with the run.
+        progress: Whether to show a progress bar.
 
     Returns:
         The run; its table is `columns`, then edit, image and the settings.
     """
     import pandas as pd
 
-    shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if store is None else store)
-    # Keys come first: they hold the weights and contexts of this moment.
-    circumstances = circumstances_of(pipe, settings)
-    keys = [key_of(row, circumstances) for row in plan]
-    facts = {"model": name_of(pipe), **circumstances, "pictures": len(plan)}
-    images = [f"{key}.png" for key in keys]
+    with open_bar(progress, "reading the model"):
+        # Keys come first: they hold the weights and contexts of this moment.
+        circumstances = circumstances_of(pipe, settings)
+        # Nobody finds pictures of unknown code again: they would only fill the user's cache.
+        is_unknown = store == AUTO and bool(circumstances["foreign"])
+        place = None if is_unknown else place_of(store)
+        shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if place is None else place)
+        keys = [key_of(row, circumstances) for row in plan]
+        facts = {"model": name_of(pipe), **circumstances, "pictures": len(plan)}
+        images = [f"{key}.png" for key in keys]
 
-    # Rows that make the same picture share a key: it is made once.
-    rows_by_key = dict(zip(keys, plan, strict=True))
-    missing = {key: row for key, row in rows_by_key.items() if shelf.get(key) is None}
-    if missing:
-        # A store that cannot be written is noticed here, before a batch is made.
-        record = Record(shelf, {**facts, "images": images})
-        new = batches(list(missing.values()), list(rows_by_key.values()), record.batch)
-        _write_pictures(new, missing, record, verb, progress)
+        # Rows that make the same picture share a key: it is made once.
+        rows_by_key = dict(zip(keys, plan, strict=True))
+        missing = {key: row for key, row in rows_by_key.items() if shelf.get(key) is None}
+        if missing:
+            # A store that cannot be written is noticed here, before a batch is made.
+            record = Record(shelf, {**facts, "images": images})
+            new = batches(list(missing.values()), list(rows_by_key.values()), record.batch)
+            here = "they are not kept" if place is None else f"they are kept in {shortened(place)}"
+            _write_pictures(new, missing, record, len(rows_by_key), here)
+            if store == AUTO and place is not None:
+                warn_if_large(place)
 
-    pictures = Pictures(shelf, keys)
-    # Pictures are read from the folder: it goes when they do.
-    if store is None:
-        weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
-    table = columns.assign(edit=pd.NA, image=images, **settings.as_dict())
-    return Run(tuple(plan), pictures, table, facts, weakref.ref(pipe))
+        pictures = Pictures(shelf, keys)
+        # Pictures are read from the folder: it goes when they do.
+        if place is None:
+            weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
+        table = columns.assign(edit=pd.NA, image=images, **settings.as_dict())
+        return Run(tuple(plan), pictures, table, facts, weakref.ref(pipe))
 
 
 def _write_pictures(
     batches: Iterator[Batch[Row]],
     missing: Mapping[str, Row],
     record: Record,
-    verb: str,
-    progress: bool,
+    total: int,
+    fate: str,
 ) -> None:
-    """Write pictures as they are made, with a progress bar and for the study's progress file."""
-    from tqdm.auto import tqdm
+    """Write pictures as they are made; the bar and the study's progress file count them.
 
-    total = len(missing)
+    Args:
+        batches: Makes them.
+        missing: Key → row of those to make.
+        record: Of the run.
+        total: How many pictures the run has, those that are there already included.
+        fate: What becomes of the pictures if the run is stopped, in words.
+    """
     keys = {row: key for key, row in missing.items()}
-    beat.ask(total)
-    bar = tqdm(total=total, unit=" pictures", desc=verb, disable=not progress, mininterval=0.5)
-    # The writer is left last to first: all pictures are on disk before an error leaves.
-    with bar, Writer(record.shelf) as writer:
-        for rows, pixels, batch_size in batches:
-            record.settle(batch_size)
-            # Good pictures of a batch are written, even if another one ends the run.
-            is_finite = [bool(np.isfinite(picture).all()) for picture in pixels]
-            good = [(keys[row], pixels[i]) for i, row in enumerate(rows) if is_finite[i]]
-            writer.put(good)
-            _check_finite(rows, is_finite)
-            bar.update(len(rows))
-            beat.add(len(rows))
+    done = total - len(missing)
+    beat.ask(len(missing))
+    bar = current()
+    seconds = bar.seconds
+    try:
+        # The writer is left first: all pictures are on disk before an error leaves.
+        with bar.counting("picture", total, done), Writer(record.shelf) as writer:
+            for rows, pixels, batch_size in batches:
+                record.settle(batch_size)
+                # Good pictures of a batch are written, even if another one ends the run.
+                is_finite = [bool(np.isfinite(picture).all()) for picture in pixels]
+                good = [(keys[row], pixels[i]) for i, row in enumerate(rows) if is_finite[i]]
+                writer.put(good)
+                _check_finite(rows, is_finite)
+                done += len(rows)
+                bar.add(len(rows))
+                beat.add(len(rows), bar.seconds - seconds)
+                seconds = bar.seconds
+    except KeyboardInterrupt as interrupt:
+        name_interrupt(interrupt, f"stopped at {done} of {total}; {fate}")
+        raise
 
 
 def _check_finite(rows: Sequence[PlannedPicture], is_finite: Sequence[bool]) -> None:

@@ -14,6 +14,7 @@ from locogen.catalog import entry_of, mini_folder, scorer_entry
 from locogen.errors import LocogenError
 from locogen.models.checkpoint import missing_weights
 from locogen.models.defaults import source_of
+from locogen.models.load import without_library_bars
 from locogen.models.memory import memory_named, out_of_memory
 from locogen.models.offload import resting_device
 from locogen.models.text import token_ids
@@ -225,9 +226,10 @@ def scorer(name: str = "mini", *, device: str = "cpu", local_files_only: bool = 
     source, revision = _source_of_scorer(name)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        loaded: Any = CLIPModel.from_pretrained(
-            source, dtype="float32", use_safetensors=True, output_loading_info=True, **options
-        )
+        with without_library_bars():
+            loaded: Any = CLIPModel.from_pretrained(
+                source, dtype="float32", use_safetensors=True, output_loading_info=True, **options
+            )
         processor = CLIPImageProcessorPil.from_pretrained(source, **options)
         tokenizer = CLIPTokenizer.from_pretrained(source, **options)
     except (OSError, SafetensorError) as error:

@@ -117,7 +117,7 @@ class PictureStore:
             remedy = (
                 "free some space"
                 if error.errno == errno.ENOSPC
-                else "give store= a folder that can"
+                else "give store= a folder that can, or None for a temporary one"
             )
             raise LocogenError(
                 f"the store {self.folder} cannot be written ({error.strerror}): {remedy}, and call "

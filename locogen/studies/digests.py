@@ -1,22 +1,19 @@
 """Hashes of large files, remembered by size and times.
 
 A plan of several large models then appears at once, not after minutes. The hashes are kept for this
-user, outside of results and models: in `LOCOGEN_CACHE`, else `XDG_CACHE_HOME/locogen`, else
-`~/.cache/locogen`. Without such a place, or with a damaged file there, everything is hashed as if
-for the first time.
+user, outside of results and models, in `locogen.files.cache_folder`. Without such a place, or with
+a damaged file there, everything is hashed as if for the first time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 import time
 from pathlib import Path
 
 from locogen.errors import LocogenError
-from locogen.files import load_json, write_json
+from locogen.files import cache_folder, load_json, write_json
 
 LARGE = 4_000_000  # bytes; hashing a smaller file takes less time than looking it up
 
@@ -80,11 +77,4 @@ def _remember(name: str, entry: list[int | str]) -> None:
 
 
 def _memory_file() -> Path:
-    folder = os.environ.get("LOCOGEN_CACHE")
-    if folder:
-        return Path(folder, "hashes.json")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    try:
-        return caches.expanduser() / "locogen" / "hashes.json"
-    except RuntimeError:  # a user without a home, as in some containers
-        return Path(tempfile.gettempdir(), "locogen-hashes.json")
+    return cache_folder() / "hashes.json"

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from locogen.errors import LocogenError, unknown
-from locogen.studies.keys import entry_named
+from locogen.studies.keys import model_place
 from locogen.studies.planning import Planned
 from locogen.studies.worker import take_gpu
 
@@ -243,12 +243,10 @@ def fit_at_once(runs: Sequence[Planned], gpus: int) -> int:
 def _memory(run: Planned) -> float:
     """About what a run's kernel needs, in bytes."""
     libraries = 2 * _GIB  # and the pictures
-    name = run.value("model")
-    if not name:
+    if not run.value("model"):
         return libraries
-    entry = entry_named(name)
-    folder = entry.folder if entry else run.base / str(name)
-    if folder is None or not folder.is_dir():
+    folder = model_place(run.values(), run.base)
+    if folder is None:
         return 12 * _GIB  # a model of the hub, whose size is not known
     # The factor leaves room for copies while weights are loaded, and for what they compute.
     weights = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from locogen.catalog import usual_settings
 from locogen.plan import Concept, PromptPair, sweep
-from locogen.studies.keys import concept_of, entry_named
+from locogen.studies.keys import concept_of, entry_named, layers_of
 from locogen.studies.planning import Planned
 from locogen.studies.records import read_record
 
@@ -18,6 +19,7 @@ _NO_MATTER = (
     "model",
     "concept",
     "concepts_file",
+    "models_file",
     "prompt",
     "target",
     "text",
@@ -135,14 +137,15 @@ def _sweep_length(run: Planned) -> int | None:
     same name that has not the same parameters.
     """
     values = run.values()
-    entry = entry_named(values.get("model"))
+    entry = entry_named(values, run.base)
+    layers = layers_of(values, run.base)
     prompts = _count_prompts(values, run.base)
-    if entry is None or entry.layers is None or prompts is None:
+    if layers is None or prompts is None:
         return None
 
     # 0 or nothing stands for "as is usual" in our notebooks; in others it could be any text.
     seeds: Any = values.get("seeds")
-    window: Any = values.get("window") or entry.window
+    window: Any = values.get("window") or (entry.window if entry else usual_settings("")["window"])
     limit = values.get("max_prompts") or prompts
     if not all(type(number) is int for number in (seeds, window, limit)):
         return None
@@ -151,7 +154,7 @@ def _sweep_length(run: Planned) -> int | None:
 
     # The plan of one pair of prompts; it has the same length for every subject.
     subject = Concept("x", "style", (PromptPair("x", "y"),))
-    rows = sweep(subject, n_layers=entry.layers, window=window, seeds=range(seeds))
+    rows = sweep(subject, n_layers=layers, window=window, seeds=range(seeds))
     search = values.get("search", "all")
     return _searched_length(search, len(rows) * min(prompts, limit), min(prompts, limit) * seeds)
 

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from locogen import __version__
 from locogen.catalog import ModelEntry, concept, mini_folder, model_entries, scorer_entry
 from locogen.errors import LocogenError
+from locogen.models.checkpoint import count_layers
 from locogen.plan import Concept
 from locogen.studies.digests import digest
 from locogen.studies.notebooks import defaults_of, source_of
@@ -48,12 +49,48 @@ def versions() -> dict[str, str]:
     return numbers
 
 
-def entry_named(model: Any) -> ModelEntry | None:
-    """The catalog's entry of a model by its name; None for a folder, a hub id, or nothing."""
-    for entry in model_entries():
-        if entry.name == model:
+def entry_named(values: Mapping[str, Any], base: Path) -> ModelEntry | None:
+    """The entry of the model that parameters name; None for a folder, a hub id, or nothing.
+
+    Args:
+        values: Parameters of a notebook: `model`, and `models_file` for a TOML file of one's own.
+        base: The study's folder, where the path of that file starts.
+    """
+    for entry in model_entries(_models_file(values, base)):
+        if entry.name == values.get("model"):
             return entry
     return None
+
+
+def _models_file(values: Mapping[str, Any], base: Path) -> Path | None:
+    file = values.get("models_file")
+    return base / file if isinstance(file, str) and file else None
+
+
+def model_place(values: Mapping[str, Any], base: Path) -> Path | None:
+    """The folder on this machine that a model is loaded from; None if it is on the hub."""
+    entry = entry_named(values, base)
+    if entry is not None and entry.folder is not None:
+        return entry.folder
+    model = str(values.get("model") or "")
+    places = [base / model]
+    if entry is not None:
+        # In a file of one's own a folder starts where that file is.
+        file = _models_file(values, base) or base
+        places = [Path(entry.id).expanduser(), file.parent / entry.id]
+    for place in places:
+        if model and place.is_dir():
+            return place
+    return None
+
+
+def layers_of(values: Mapping[str, Any], base: Path) -> int | None:
+    """How many layers the model has that parameters name; None where no file here says so."""
+    entry = entry_named(values, base)
+    if entry is not None and entry.layers is not None:
+        return entry.layers
+    place = model_place(values, base)
+    return None if place is None else count_layers(place)
 
 
 def concept_of(values: Mapping[str, Any], base: Path) -> Concept | None:
@@ -102,6 +139,10 @@ def run_key(
     for parameter in _WEIGHTS:
         if used.get(parameter):
             parts[parameter] = _weights_hash(str(used[parameter]), base)
+    if used.get("models_file"):
+        # Its entry holds the model's usual settings, and where its weights are.
+        parts["models_file"] = repr(entry_named(used, base))
+        parts["model's folder"] = _contents([model_place(used, base)])
     return hashed({**parts, **common})
 
 
@@ -118,15 +159,20 @@ def _code_hash() -> str:
 
 def _weights_hash(name: str, base: Path) -> list[Any]:
     """A model or scorer by the content of its folder, if it has one; others by their name or id."""
-    entry = entry_named(name)
+    entry = entry_named({"model": name}, base)
     folders = [entry.folder if entry else base / name]
     if name == "mini-b":
         # Only its U-Net is its own: all other parts are those of the first mini model.
         folders.append(mini_folder())
 
-    parts: list[Any] = [name]
+    return [name, *_contents(folders)]
+
+
+def _contents(folders: Sequence[Path | None]) -> list[Any]:
+    """Path and hash of each file; None stands for a model that is not on this machine."""
+    parts: list[Any] = []
     for folder in folders:
-        if folder is None:  # of a model that is not in the package
+        if folder is None:
             continue
         for file in sorted(folder.rglob("*")):
             if file.is_file():
@@ -143,7 +189,7 @@ def _digest(file: Path, changed: int) -> str:
 # --- weights of the hub --------------------------------------------------------------------------
 
 
-def commits(notebook: Path, values: Mapping[str, Any]) -> dict[str, str]:
+def commits(notebook: Path, values: Mapping[str, Any], base: Path) -> dict[str, str]:
     """The commits of model and scorer that this machine holds from the hub; nothing for the others.
 
     They are not part of the key: a first run fetches its model, and must not count as outdated for
@@ -151,18 +197,18 @@ def commits(notebook: Path, values: Mapping[str, Any]) -> dict[str, str]:
     """
     used = {**defaults_of(notebook), **values}
     sources = {
-        "model": _model_sources(str(used.get("model") or "")),
+        "model": _model_sources(used, base),
         "scorer": _scorer_sources(str(used.get("scorer") or "")),
     }
     present = {parameter: _cached_commit(ids) for parameter, ids in sources.items()}
     return {parameter: commit for parameter, commit in present.items() if commit}
 
 
-def _model_sources(name: str) -> list[tuple[str, str]]:
+def _model_sources(values: Mapping[str, Any], base: Path) -> list[tuple[str, str]]:
     """The (id, revision) that a model is loaded from, in the order in which they are tried."""
-    entry = entry_named(name)
+    entry = entry_named(values, base)
     if entry is None or entry.embedded:
-        return _hub_id(name)
+        return _hub_id(str(values.get("model") or ""))
     mirrors = [(mirror, "main") for mirror in entry.mirrors]
     return [(entry.id, entry.revision), *mirrors]
 

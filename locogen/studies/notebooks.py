@@ -7,7 +7,9 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
+import re
 import shutil
 import tokenize
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +18,7 @@ from typing import Any
 
 from locogen.errors import LocogenError, unknown
 from locogen.files import writing
+from locogen.plan import KINDS, parse_layers
 
 ARRANGED = ("results",)  # parameters that a study sets itself
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -195,6 +198,7 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
         LocogenError: The notebook has no such parameter, or it has another type.
     """
     valid = parameters_of(notebook)
+    has_rules = is_shipped(notebook)
     for name, value in values.items():
         if name in ARRANGED:
             raise LocogenError(f"{name} is set by the study itself: leave it out")
@@ -206,6 +210,53 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
         kind = valid[name]["inferred_type_name"]
         if kind in _TYPES and not _has_type(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
+        if has_rules:
+            _check_value(name, value, valid[name])
+
+
+# What the parameters of locogen's own notebooks may be, by name: a kernel would take seconds to
+# find out. Those of other notebooks may mean anything.
+_COUNTS = ("seeds", "batch_size", "window", "num_inference_steps", "noises", "draws", "step")
+_AMOUNTS = ("guidance_scale", "ridge", "strength", "noise_scale", "max_prompts", "most")
+_AMOUNTS += ("neighbors", "controls", "prompts")
+_CHOICES = {
+    "dtype": ("float32", "float16", "bfloat16"),
+    "offload": ("", "model", "sequential"),
+    "kind": ("", *KINDS),
+    "search": ("all", "race", "attribute"),
+    "to": ("mean", "zero"),
+    "explain": ("latents", "score"),
+}
+_TOKENS = ("last_subject", "subject", "end", "all")
+
+
+def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
+    """Raise `LocogenError` for a value that the notebook would refuse."""
+    # 0 means "as is usual" where that is the notebook's own value.
+    least = 0 if parameter["default"] == "0" else 1
+    if name in _COUNTS and value < least:
+        raise LocogenError(f"{name} is {value}: give a whole number from {least} up")
+    if name in _AMOUNTS and not (value >= 0 and math.isfinite(value)):
+        raise LocogenError(f"{name} is {value}: give a number from 0 up")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
+    if name == "device" and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
+        raise LocogenError(f"device is {value!r}: use 'cpu', 'cuda', 'cuda:0' or 'mps'")
+    if name == "layers":
+        parse_layers(value)
+    if name == "tokens":
+        unknown_tokens = {part.strip() for part in value.split(",")} - {"", *_TOKENS}
+        if unknown_tokens:
+            raise LocogenError(f"tokens is {value!r}: use one of {_listed(_TOKENS)}")
+
+
+def _listed(choices: Iterable[str]) -> str:
+    return ", ".join(repr(choice) for choice in choices)
+
+
+def is_shipped(notebook: Path) -> bool:
+    """Whether a notebook is one of locogen's own."""
+    return notebook in _shipped().values()
 
 
 def _has_type(value: Any, kind: str) -> bool:

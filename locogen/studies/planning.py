@@ -46,11 +46,21 @@ from typing import Any
 from locogen.catalog import model_entries, read_toml
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
-from locogen.studies.keys import circumstances, commits, concept_of, entry_named, hashed, run_key
+from locogen.plan import parse_layers
+from locogen.studies.keys import (
+    circumstances,
+    commits,
+    concept_of,
+    entry_named,
+    hashed,
+    layers_of,
+    run_key,
+)
 from locogen.studies.notebooks import (
     ARRANGED,
     check_parameters,
     defaults_of,
+    is_shipped,
     notebook_file,
     parameters_of,
     plain,
@@ -182,7 +192,7 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
             base=base,
             folder=results / slug,
             key=run_key(row.notebook, row.values, base, common),
-            commits=commits(row.notebook, row.values),
+            commits=commits(row.notebook, row.values, base),
         )
         check_place(run.folder)
         runs.append(run)
@@ -257,7 +267,7 @@ def _rows(study: Mapping[str, Any], block: Mapping[str, Any], base: Path) -> Ite
             choice = plain(dict(zip(axes, combination, strict=True)))
             values = {**defaults, **choice, **fixed}
             check_parameters(values, notebook)
-            yield _named_row(block, notebook, values, listed, notebooks.is_list)
+            yield _named_row(block, notebook, values, listed, notebooks.is_list, base)
 
 
 def _selected(table: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
@@ -316,6 +326,7 @@ def _named_row(
     values: dict[str, Any],
     listed: Sequence[str],
     many_notebooks: bool,
+    base: Path,
 ) -> _Row:
     """A combination with its name: notebook, model, concept or own name, and the grid's values.
 
@@ -330,19 +341,19 @@ def _named_row(
         before.append(str(values["model"]))
     after: list[str] = []
     if "concept" in listed and own_name:
-        after.append(_short_subject(values))
+        after.append(_short_subject(values, base))
     for name in listed:
         if name not in ("model", "concept"):
             after.append(f"{name} {values[name]}")
-    name = " ".join([*before, own_name or _short_subject(values), *after])
+    name = " ".join([*before, own_name or _short_subject(values, base), *after])
     return _Row(notebook, values, name, title, (*before, *after))
 
 
-def _short_subject(values: Mapping[str, Any]) -> str:
+def _short_subject(values: Mapping[str, Any], base: Path) -> str:
     """The name of a run without its own: its prompt, or its concept without the model's prefix."""
     id = str(values.get("prompt") or values.get("concept") or "run")
     model = values.get("model")
-    entry = entry_named(model)
+    entry = entry_named(values, base)
     return id.removeprefix(f"{entry.concepts if entry else model}/")
 
 
@@ -383,19 +394,43 @@ def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
     for row in rows:
         model = row.values.get("model")
         if isinstance(model, str):
-            _check_model(model, base)
+            _check_model(row.values, base)
+        _check_layers(row, base)
         _subject(row.values, base)
 
 
-def _check_model(model: str, base: Path) -> None:
+def _check_model(values: Mapping[str, Any], base: Path) -> None:
+    model = values["model"]
+    is_known = entry_named(values, base) is not None
     # With a slash inside it may be an id of the hub, which only the kernel can look up.
-    if "/" not in model and entry_named(model) is None:
-        raise unknown("model", model, [entry.name for entry in model_entries()])
-    if model.startswith((".", "/")) and not (base / model).is_dir():
+    if "/" not in model and not is_known:
+        file = values.get("models_file")
+        entries = model_entries(base / file if file else None)
+        raise unknown("model", model, [entry.name for entry in entries])
+    if not is_known and model.startswith((".", "/")) and not (base / model).is_dir():
         raise LocogenError(
             f"there is no folder {base / model} to load a model from: give a folder, a hub id or a "
             "catalog name"
         )
+
+
+def _check_layers(row: _Row, base: Path) -> None:
+    """Raise `LocogenError` for layers, or a window, that the model does not have.
+
+    Where its number of layers is not known here, the kernel looks.
+    """
+    values = row.all_values()
+    count = layers_of(values, base)
+    if count is None or not is_shipped(row.notebook):
+        return
+    if isinstance(values.get("layers"), str):
+        beyond = [layer for layer in parse_layers(values["layers"]) if layer >= count]
+        if beyond:
+            raise LocogenError(
+                f"layers {values['layers']!r}: {values['model']} has layers 0 to {count - 1}"
+            )
+    if values.get("window", 0) > count:
+        raise LocogenError(f"window is {values['window']}: {values['model']} has {count} layers")
 
 
 def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> list[_Row]:

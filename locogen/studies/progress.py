@@ -12,15 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from locogen.pictures.progress import read_progress
+from locogen.pictures.progress import Counts, read_progress
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.planning import Planned
 from locogen.studies.records import read_record
 from locogen.studies.worker import Outcome
 
 QUIET = 60.0  # seconds after which a log gets a line about the runs at work
-WINDOW = 60.0  # seconds over which a bar's speed is taken
-SOON = 2.0  # seconds before which a run's speed says nothing: it may have begun long before
+SOON = 1.0  # seconds of work before which a run's speed says nothing
 
 
 @dataclass(frozen=True)
@@ -31,20 +30,20 @@ class RunProgress:
         seconds: Since it was first seen.
         pictures: Made so far.
         total: Pictures to make, as far as the run knows by now; 0 before the first.
-        speed: Pictures a second; None stands for the mean over `seconds`.
+        making: Seconds in which these pictures were made: neither loading nor scoring.
     """
 
     seconds: float
     pictures: int
     total: int
-    speed: float | None = None
+    making: float = 0.0
 
     def __str__(self) -> str:
         if not self.pictures:
             return f"{duration(self.seconds)}, no picture yet"
-        if self.speed is None and self.seconds < SOON:
+        if self.making < SOON:
             return f"{self.pictures}/{self.total} pictures"
-        speed = self.speed or self.pictures / self.seconds
+        speed = self.pictures / self.making
         text = f"{self.pictures}/{self.total} pictures, {speed:.1f}/s"
         missing = self.total - self.pictures
         return f"{text}, {duration(missing / speed)} left" if missing > 0 else text
@@ -64,7 +63,7 @@ class Board:
         self.total = len(todo)
         self.left = {run.slug: run for run in todo}
         self.first_seen: dict[str, float] = {}  # folder of a run at work → when
-        self.counts: dict[str, tuple[int, int]] = {}  # slug → pictures made, pictures in total
+        self.counts: dict[str, Counts] = {}  # by slug
         self.last_line = time.monotonic()
         self.end = self._estimate_end()
         self.bars = Bars(self.total) if sys.stdout.isatty() else None
@@ -88,9 +87,9 @@ class Board:
                 continue
             since = self.first_seen.setdefault(folder.name, now)
             # A run that is about to be published has deleted its file: what was last read holds.
-            self.counts[slug] = max(self.counts.get(slug, (0, 0)), read_progress(folder))
-            pictures, total = self.counts[slug]
-            running[slug] = RunProgress(now - since, pictures, total)
+            counts = max(self.counts.get(slug, Counts(0, 0, 0.0)), read_progress(folder))
+            self.counts[slug] = counts
+            running[slug] = RunProgress(now - since, counts.made, counts.asked, counts.seconds)
         return running
 
     def finish(self, run: Planned, outcome: Outcome) -> None:
@@ -104,8 +103,9 @@ class Board:
         line = f"[{self.total - len(self.left)}/{self.total}] {run.slug}  "
         line += f"{state} in {duration(outcome.seconds)}"
         if outcome.pictures:
-            speed = outcome.pictures / outcome.seconds
-            line += f" · {outcome.pictures} pictures, {speed:.1f}/s"
+            line += f" · {outcome.pictures} pictures"
+            if outcome.making >= SOON:
+                line += f", {outcome.pictures / outcome.making:.1f}/s"
         self.print(f"{line} · {outcome.error or outcome.summary}{self._remaining()}")
 
     def refresh(self) -> None:
@@ -117,6 +117,13 @@ class Board:
         elif time.monotonic() - self.last_line > QUIET:
             each = "; ".join(f"{slug} {run}" for slug, run in running.items())
             self.print(f"at work: {each or 'nothing yet'}{self._remaining()}")
+
+    def stopped(self) -> str:
+        """Where the runs at work were stopped, in words; empty if none has asked for pictures."""
+        running = self.at_work().values()
+        made = sum(run.pictures for run in running)
+        total = sum(run.total for run in running)
+        return f"stopped at {made} of {total} pictures; they are kept" if total else ""
 
     def print(self, line: str) -> None:
         """Print a line, above the bars if there are any."""
@@ -160,7 +167,6 @@ class Bars:
             console=console,
             get_time=clock,
             refresh_per_second=4,
-            speed_estimate_period=WINDOW,
             transient=True,
         )
         self.total = total
@@ -181,7 +187,12 @@ class Bars:
             if slug not in self.runs:
                 self.runs[slug] = self.progress.add_task(slug, total=None)
             # Without a total the bar pulses: nobody knows yet how many pictures there will be.
-            self.progress.update(self.runs[slug], completed=run.pictures, total=run.total or None)
+            self.progress.update(
+                self.runs[slug],
+                completed=run.pictures,
+                total=run.total or None,
+                making=run.making,
+            )
         state = f"{done}/{self.total} runs{remaining}"
         self.progress.update(self.all, completed=done, state=state)
 
@@ -196,6 +207,6 @@ class _StateColumn(ProgressColumn):
             seconds=task.elapsed or 0.0,
             pictures=int(task.completed),
             total=int(task.total or 0),
-            speed=task.speed,  # over the last minute: a model that is still loading says nothing
+            making=task.fields.get("making", 0.0),
         )
         return Text(str(run), no_wrap=True)

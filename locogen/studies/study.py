@@ -273,8 +273,9 @@ def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dic
                 _hold(waiting, board)
             board.refresh()
     except KeyboardInterrupt:
+        stopped = board.stopped() or "stopped"
         board.print(
-            f"interrupted\nleft: {_unfinished(left)}. Run the same command again to continue."
+            f"{stopped}\nleft: {_unfinished(left)}. Run the same command again to continue."
         )
         _stop(plan.results, waiting)
         raise

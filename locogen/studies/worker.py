@@ -17,17 +17,18 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from locogen.console import ASKED
 from locogen.errors import LocogenError
-from locogen.files import CannotWrite, load_json, publish, write_json, writing
+from locogen.files import AUTO, CannotWrite, load_json, publish, write_json, writing
 from locogen.finding import FILE as FINDING_FILE, Finding
-from locogen.pictures.progress import ASKED, read_progress
+from locogen.pictures.progress import read_progress
 from locogen.studies.kernel import Failure, execute
 from locogen.studies.keys import commits, versions
 from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned
 
 # Parameters that may be paths, which start at the study's folder.
-_PATHS = ("concepts_file", "store", "model", "scorer")
+_PATHS = ("concepts_file", "models_file", "store", "model", "scorer")
 _thread = threading.local()  # its GPU, where each thread has one
 
 
@@ -40,12 +41,14 @@ class Outcome:
         seconds: That the run took.
         pictures: That it made, without those that were in the store.
         summary: What it found, for a line on the terminal.
+        making: Seconds that the pictures took: without starting the kernel, loading and scoring.
     """
 
     error: str
     seconds: float
     pictures: int = 0
     summary: str = ""
+    making: float = 0.0
 
 
 def take_gpu(free: SimpleQueue[str]) -> None:
@@ -117,7 +120,7 @@ def _environment(partial: Path, threads: int | None) -> dict[str, str]:
 
 def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float) -> Outcome:
     """Write what the run is and found, last of all its result, and put the folder in its place."""
-    pictures, _ = read_progress(partial)
+    counts = read_progress(partial)
     finding = _finding(run, partial)
     for name in (FINDING_FILE, "progress.json"):
         (partial / name).unlink(missing_ok=True)
@@ -134,18 +137,24 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         "parameters": dict(run.parameters),
         "versions": versions(),
         "seconds": round(seconds, 1),
-        "made": pictures,
+        "made": counts.made,
     }
     result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     result["commits"] = {
-        **commits(run.notebook, run.parameters),
+        **commits(run.notebook, run.parameters, run.base),
         **run.commits,
     }  # or as the run has fetched them
     if error:
         result |= {"error": error.message, "cell": error.cell}
     write_json(partial / ("error.json" if error else "result.json"), result)
     publish(partial, run.folder)
-    return Outcome(first_line(error.message) if error else "", seconds, pictures, _places(finding))
+    return Outcome(
+        first_line(error.message) if error else "",
+        seconds,
+        counts.made,
+        _places(finding),
+        counts.seconds,
+    )
 
 
 def first_line(message: str) -> str:
@@ -201,6 +210,6 @@ def _is_path(name: str, value: Any, base: Path) -> bool:
     """Files are always paths; a model or a scorer with a slash may also be an id of the hub."""
     if not value or not isinstance(value, str):
         return False
-    if name in ("concepts_file", "store"):
-        return True
+    if name in ("concepts_file", "models_file", "store"):
+        return value != AUTO
     return "/" in value and (base / value).exists()

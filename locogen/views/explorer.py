@@ -19,6 +19,7 @@ from locogen.models.layers import find_layers
 from locogen.phrasings import default_phrasings
 from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import Run, generate
+from locogen.pictures.score import scorer
 from locogen.plan import Concept, Intervention, PromptPair, Window
 from locogen.types import Pipeline
 from locogen.views.tables import interval, missing, number, precision
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from locogen.localization.attribution.result import Attribution
+    from locogen.pictures.score import Scorer
 
 
 # What a picture depends on besides its row: compared with the run's before a picture is shown.
@@ -56,7 +58,7 @@ class Look:
 
 
 class Shown(NamedTuple):
-    """A picture and what it is; `score` is its CLIP-score where the run has it."""
+    """A picture, what it is, and its CLIP-score: None where the run's scorer is not here."""
 
     label: str
     picture: Image
@@ -67,8 +69,9 @@ class Explorer:
     """Answers looks at a run of `localize`, with `pipe` also for missing pictures.
 
     `options` are those of the edits, see `edit.fit_edit`; `attribution` is one more map beside
-    those of the run. Pictures, edits and neurons are kept in memory, none is written. Raises
-    `LocogenError` for a run without scores, and for a model that has changed since the run.
+    those of the run; `scorer` scores what is made, None: the run's own, if it can be loaded here.
+    Pictures, edits and neurons are kept in memory, none is written. Raises `LocogenError` for a run
+    without scores, and for a model that has changed since the run.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Explorer:
         pipe: Pipeline = None,
         options: Mapping[str, Any] | None = None,
         attribution: Attribution | None = None,
+        scorer: Scorer | str | None = None,
     ) -> None:
         if "clip_score" not in run.table:
             raise LocogenError(
@@ -90,6 +94,7 @@ class Explorer:
         self.run = run
         self.pipe = pipe
         self.options = dict(options or {})
+        self._scorer = scorer
         self.effects: Any = effect(run.table)
         self.concepts = {concept.name: concept for concept in _concepts(run.table)}
         self.attributions = dict(run.attributions)  # by concept
@@ -173,6 +178,29 @@ class Explorer:
         count = int(row["n"])
         return f"{look.concept}, {look.window}: effect {effect}{share}, n = {count}.{starred}"
 
+    def outcome(self, look: Look, shown: Sequence[Shown]) -> str:
+        """What an edit or a clamp did to this picture's score; empty where nothing was done.
+
+        One picture has no interval: the numbers stand beside those of the baseline and of the
+        target in all layers, and claim nothing beyond it.
+        """
+        baseline, _, ceiling, *changed = shown
+        if baseline.score is None or ceiling.score is None:
+            return ""
+        sentences = []
+        for one in changed:
+            if one.score is None:
+                continue
+            digits = precision(baseline.score, one.score, ceiling.score)
+            before, after, all_layers = (
+                number(score, digits) for score in (baseline.score, one.score, ceiling.score)
+            )
+            sentences.append(
+                f"{one.label}: score {before} → {after} on this picture, where “"
+                f"{self.pair(look).target}” in all layers makes it {all_layers}."
+            )
+        return " ".join(sentences)
+
     def show(self, look: Look) -> Iterator[Shown]:
         """The baseline, the window and the ceiling of the look; then edited and clamped.
 
@@ -192,12 +220,14 @@ class Explorer:
                 layers=every, role="ceiling", **replaced
             ),
         }
-        pictures = self._pictures(list(rows.values()))
+        pictures = self._pictures(list(rows.values()), pair)
         for label, (picture, score) in zip(rows, pictures, strict=True):
             yield Shown(label, picture, score)
         yield from self._changed(look)
 
-    def _pictures(self, rows: Sequence[Intervention]) -> list[tuple[Image, float | None]]:
+    def _pictures(
+        self, rows: Sequence[Intervention], pair: PromptPair
+    ) -> list[tuple[Image, float | None]]:
         """Of the unedited model; all that are missing are made in one batch."""
         keys = [_what_makes(row) for row in rows]
         lacking = {}  # several rows may ask for the same picture: it is made once
@@ -207,12 +237,12 @@ class Explorer:
         if lacking:
             new_pictures = self._make(list(lacking.values()))
             self._memory |= zip(lacking, new_pictures, strict=True)
-        return [self._picture(key) for key in keys]
+        return [self._picture(key, pair) for key in keys]
 
-    def _picture(self, key: Any) -> tuple[Image, float | None]:
-        """A picture of the run with its score, or one from memory, which has none."""
+    def _picture(self, key: Any, pair: PromptPair) -> tuple[Image, float | None]:
+        """A picture of the run with its score, or one from memory, which is scored now."""
         if key not in self._rows:
-            return self._memory[key], None
+            return self._memory[key], self._score(key, pair)
         place = self._rows[key]
         return self.run.pictures[place], float(self.run.table["clip_score"].iloc[place])
 
@@ -224,14 +254,46 @@ class Explorer:
             if key not in self._memory:
                 with self._edit(look).applied(self.pipe, look.strength):
                     (self._memory[key],) = self._make([row], besides="weights")
-            yield Shown(f"edit of {look.window}, strength {look.strength:g}", self._memory[key])
+            label = f"edit of {look.window}, strength {look.strength:g}"
+            yield Shown(label, self._memory[key], self._score(key, self.pair(look)))
         if look.neurons:
             key = replace(look, strength=0.0)  # nor the clamped one on the edit
             if key not in self._memory:
                 with clamp(self.pipe, self._neurons(look).top(look.neurons)):
                     (self._memory[key],) = self._make([row], besides="contexts")
             label = f"{look.window} with {look.neurons} of each matrix’ neurons clamped"
-            yield Shown(label, self._memory[key])
+            yield Shown(label, self._memory[key], self._score(key, self.pair(look)))
+
+    def _score(self, key: Any, pair: PromptPair) -> float | None:
+        """The CLIP-score of a picture in memory, as the run would have scored it."""
+        judge = self._judge()
+        if judge is None or pair.text is None:
+            return None
+        place = ("score", key, pair.text)
+        if place not in self._memory:
+            [cosines] = judge([self._memory[key]], [pair.text])
+            self._memory[place] = float(cosines[0])
+        return self._memory[place]
+
+    def _judge(self) -> Scorer | None:
+        """The run's scorer; None if it is not here, or another one by now."""
+        if "judge" not in self._memory:
+            self._memory["judge"] = self._loaded_scorer()
+        return self._memory["judge"]
+
+    def _loaded_scorer(self) -> Scorer | None:
+        choice = self._scorer or self.run.settings.get("scorer")
+        judge: Any = choice
+        if isinstance(choice, str):
+            try:
+                judge = scorer(choice, local_files_only=True)
+            except LocogenError:
+                return None
+        if judge is None:
+            return None
+        # Scores of two scorers cannot be compared.
+        same = all(self.run.settings.get(name) == value for name, value in judge.settings.items())
+        return judge if same else None
 
     def _make(self, rows: list[Intervention], *, besides: str = "") -> list[Image]:
         """Pictures with the run's settings, on a model that is as it was for the run.
@@ -242,7 +304,8 @@ class Explorer:
         settings = {
             name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")
         }
-        run = generate(self._model(), rows, batch_size=len(rows), progress=False, **settings)
+        asked = {"batch_size": len(rows), "store": None, "progress": False}
+        run = generate(self._model(), rows, **asked, **settings)
         for name in sorted(set(CIRCUMSTANCES) - {besides}):
             if run.settings[name] != self.run.settings[name]:
                 raise LocogenError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
 
 from locogen.finding import Finding
 
@@ -31,10 +34,40 @@ def show(figure: Figure | Axes, alt: str) -> None:
     from IPython.display import display
     from matplotlib.figure import Figure
 
-    drawing = figure if isinstance(figure, Figure) else figure.get_figure(root=True)
-    display(drawing, metadata={"image/png": {"alt": alt}})
+    drawing: Any = figure if isinstance(figure, Figure) else figure.get_figure(root=True)
+    bundle, metadata = _drawn(drawing, alt)
+    if "image/png" in bundle:
+        display(bundle, metadata=metadata, raw=True)
+    else:
+        display(drawing)
     # An open figure would be shown again, without its text, at the end of the cell.
     plt.close(drawing)
+
+
+def _drawn(drawing: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a notebook keeps of a figure, with its alternative text in both of its forms.
+
+    JupyterLab and nbconvert's own template show a picture without the words that its metadata has;
+    of HTML they show the words. locogen's pages read the metadata. Empty outside of a notebook.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell: Any = get_ipython()
+    if shell is None:
+        return {}, {}
+    data, metadata = shell.display_formatter.format(drawing)
+    png = data.get("image/png")
+    if png is None:
+        return data, metadata
+    if isinstance(png, bytes):
+        png = base64.b64encode(png).decode()
+    address = f"data:image/png;base64,{png.strip()}"
+    image = Markup('<img alt="{}" src="{}">').format(alt, address)
+    size = metadata.get("image/png", {})
+    return (
+        {**data, "image/png": png, "text/html": str(image)},
+        {**metadata, "image/png": {**size, "alt": alt}},
+    )
 
 
 def save(results: Path | str, finding: Finding, **tables: Any) -> None:

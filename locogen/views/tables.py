@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
+from locogen.markup import number
 from locogen.plan import Window
 from locogen.views.sentences import describe_verdict, verdict_note
 
@@ -323,12 +324,6 @@ def precision(*values: float) -> int:
     """Digits after the point that tell scores of this size apart."""
     sizes = [abs(value) for value in values if not missing(value)]
     return 2 if max(sizes, default=0) >= 0.095 else 3
-
-
-def number(value: float, digits: int = 2) -> str:
-    """A number for people: a true minus sign, and no minus before zero."""
-    text = f"{value:.{digits}f}"
-    return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
 
 
 def interval(row: Mapping[str, Any], digits: int = 2) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from locogen.localization.attribution.result import Attribution
     from locogen.pictures.runs import Run
+    from locogen.pictures.score import Scorer
 
 PICTURE = 150  # pixels across on the screen; small pictures are enlarged square by square
 AT_ONCE = 3  # baseline, window and ceiling come together
@@ -55,6 +56,7 @@ def explore(
     *,
     pipe: Pipeline = None,
     attribution: Attribution | None = None,
+    scorer: Scorer | str | None = None,
     phrasings: Sequence[Any] | None = None,
     subject: str | None = None,
     becomes: str | None = None,
@@ -73,9 +75,10 @@ def explore(
     """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
 
     Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at
-    some strength, or clamp some of their neurons. All of it works by keyboard. Nothing is written,
-    and the model is left as it was. In a saved notebook and in exported pages, where no widget
-    runs, the last view stays.
+    some strength, or clamp some of their neurons. Whatever is made is scored as the run was: the
+    captions, and a sentence, say what an edit did to this picture's score. All of it works by
+    keyboard. Nothing is written, and the model is left as it was. In a saved notebook and in
+    exported pages, where no widget runs, the last view stays.
 
     Args:
         run: A run of `localize`. Its own pictures are shown at once.
@@ -83,6 +86,8 @@ def explore(
             Without any, only the run's own pictures can be looked at.
         attribution: What `attribute` says of a concept of the run: its map of layers × steps and
             × words stands under the heatmap. None: that of a run of search="attribute".
+        scorer: What scores pictures that are made here; None: the run's own, if it has a name and
+            can be loaded without the network. It must be the run's.
         phrasings: How edits are fitted: as in `fit_edit`, like all arguments below. None: its
             default.
         subject: The words that the phrasings share.
@@ -133,7 +138,7 @@ def explore(
     chosen_options = {name: value for name, value in options.items() if value is not None}
     if pipe is None and run.made_by is not None:
         pipe = run.made_by()  # None where the pipeline is gone
-    return ExplorerBox(Explorer(run, pipe, chosen_options, attribution))
+    return ExplorerBox(Explorer(run, pipe, chosen_options, attribution, scorer))
 
 
 class ExplorerBox(ipywidgets.VBox):
@@ -187,6 +192,7 @@ class ExplorerBox(ipywidgets.VBox):
             options=prompts, description="prompt", style=common["style"]
         )
         self.prompt.layout.width = "min(36em, 100%)"
+        self.prompt.tooltip = "which of the concept's prompts is shown"
         self.seed = ipywidgets.BoundedIntText(look.seed, 0, 2**31 - 1, description="seed", **common)
         self.window = ipywidgets.IntRangeSlider(
             value=(look.first, look.last),
@@ -195,6 +201,8 @@ class ExplorerBox(ipywidgets.VBox):
             description="layers",
             **common,
         )
+        self.seed.tooltip = "the noise that pictures begin with; seeds of the run are shown at once"
+        self.window.tooltip = "the first and the last layer that hear the target"
         self.strength = ipywidgets.FloatSlider(
             0, min=0, max=2, step=0.25, description="edit strength", disabled=no_model, **common
         )
@@ -227,6 +235,7 @@ class ExplorerBox(ipywidgets.VBox):
         row = ipywidgets.ToggleButtons(
             options=options, value=None, tooltips=tooltips, description=name
         )
+        row.tooltip = f"effect of each window of layers on {name}: choose one to see its pictures"
         row.style.description_width = "7em"
         row.style.button_width = "3.8em"
         row.add_class(f"{self._name}-{place}")
@@ -315,7 +324,8 @@ class ExplorerBox(ipywidgets.VBox):
             # Edited and clamped pictures come last and are slow: show the others meanwhile.
             if len(shown) >= AT_ONCE:
                 self.pictures.value = _figures(shown)
-        self.status.value = _rendered("status", role="status", text=self.explorer.finding(look))
+        said = f"{self.explorer.finding(look)} {self.explorer.outcome(look, shown)}".strip()
+        self.status.value = _rendered("status", role="status", text=said)
 
     def twin(self) -> str:
         """The same view as plain HTML: the heatmap as a picture, the choice, and its pictures."""

@@ -77,7 +77,7 @@ def flops_of(pipe: Any, rows: int, steps: int) -> float:
 
 def call(pipe: Any, rows: int, steps: int) -> Any:
     plan = plan_of(rows)
-    options = dict(num_inference_steps=steps, batch_size=rows, progress=False)
+    options = dict(num_inference_steps=steps, batch_size=rows, store=None, progress=False)
     return loco.generate(pipe, plan, **options)
 
 

@@ -52,6 +52,7 @@ def shares(pipe: Any, judge: Any, pairs: int, steps: int, batch_size: int) -> di
     options: dict[str, Any] = dict(
         seeds=range(4), num_inference_steps=steps, batch_size=batch_size, progress=False
     )
+    options["store"] = None  # what is there would not be made again
     loco.localize(pipe, concept, window=14, scorer=judge, **(options | dict(seeds=[0])))  # imports
     parts = {"U-Net": pipe.unet, "decoder": pipe.vae.decoder, "text encoder": pipe.text_encoder}
     parts |= {"scorer, pictures": judge.model.vision_model, "scorer, texts": judge.model.text_model}

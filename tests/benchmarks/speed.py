@@ -177,7 +177,7 @@ def asked_of(chosen: argparse.Namespace) -> tuple[Concept, dict[str, Any]]:
     concept = loco.concept("mini/neon")
     concept = dataclasses.replace(concept, pairs=concept.pairs[:2])
     asked = dict(window=14 if chosen.tiny else 2, seeds=range(4), num_inference_steps=chosen.steps)
-    return concept, asked | dict(batch_size=chosen.batch_size, progress=False)
+    return concept, asked | dict(batch_size=chosen.batch_size, store=None, progress=False)
 
 
 def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -268,6 +268,7 @@ def growth(chosen: argparse.Namespace) -> dict[str, Any]:
     pipe, lines = loco.load("mini"), []
     steps = min(chosen.steps, 2)
     options: dict[str, Any] = dict(num_inference_steps=steps, batch_size=32, progress=False)
+    options["store"] = None  # what is there would not be made again
     loco.generate(pipe, ["a picture of a cat"], seeds=range(64), **options)
     for rows in (64, 128) if chosen.tiny else (64, 256, 1024, 4096):
         rates = []
@@ -294,7 +295,8 @@ START = """
 import time; begin = time.perf_counter()
 import locogen as loco; imported = time.perf_counter()
 pipe = loco.load("mini"); loaded = time.perf_counter()
-loco.generate(pipe, "a picture of a cat", num_inference_steps={steps}, progress=False).pictures[0]
+settings = dict(num_inference_steps={steps}, store=None, progress=False)
+loco.generate(pipe, "a picture of a cat", **settings).pictures[0]
 print(imported - begin, loaded - imported, time.perf_counter() - loaded)
 """
 

@@ -1,18 +1,20 @@
 """Loading: a folder is enough, parts have one dtype, what is missing is named with its remedy."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny
 
 from locogen.catalog import model_entries, model_entry, model_table, usual_settings
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models import load as models
+from locogen.models.checkpoint import count_layers
 from locogen.models.families import encode
 from locogen.models.layers import find_layers
 from locogen.models.load import load
@@ -137,6 +139,7 @@ def test_every_family_loads_from_a_folder(name, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     again = load(tmp_path / "model")
     assert type(again) is type(pipe)
+    assert count_layers(tmp_path / "model") == len(find_layers(pipe)), "by names of weights alone"
     own = tmp_path / "own.toml"
     family = type(pipe).__name__
     text = f'[models.mine]\nid = {str(tmp_path / "model")!r}\nfamily = "{family}"\nwindow = 3\nguidance_scale = 1.5\n'
@@ -150,6 +153,34 @@ def test_every_family_loads_from_a_folder(name, tmp_path):
         "guidance_scale": 1.5,
     }
     assert "mine" in set(model_table(own)["name"]) - set(model_table()["name"])
+    own.write_text(text.replace(str(tmp_path / "model"), "model"))
+    assert usual_settings(load("mine", file=own).config._name_or_path)["window"] == 3, (
+        "a folder may start where its file is"
+    )
+
+
+def test_layers_cannot_be_counted_where_nothing_is(tmp_path):
+    assert count_layers(tmp_path) is None
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"{")
+    assert count_layers(tmp_path) is None
+
+
+def test_a_part_of_a_pipeline_says_what_to_load(tmp_path):
+    """`load("model.safetensors")` of what is not there, of a part alone, and within its pipeline."""
+    with pytest.raises(LocogenError, match=re.escape(str(Path("nowhere.safetensors").absolute()))):
+        load("nowhere.safetensors")
+    part = tmp_path / "vae" / "model.safetensors"
+    part.parent.mkdir()
+    save_file({"x": torch.zeros(1)}, part)
+    with pytest.raises(LocogenError, match="a LoRA, a VAE or an embedding"):
+        load(part)
+    (part.parent / "config.json").write_text("{}")
+    with pytest.raises(LocogenError, match="one of its parts: load the folder of the whole"):
+        load(part)
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(LocogenError, match=re.escape(f"load({str(tmp_path)!r})")):
+        load(part)
 
 
 @pytest.mark.parametrize(

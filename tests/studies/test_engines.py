@@ -243,14 +243,14 @@ def test_a_kernel_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
     beat.ask(3)
     assert not list(tmp_path.iterdir()), "nobody asked"
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
-    beat.add(2)
-    assert read_progress(tmp_path) == (2, 3)
-    beat.add(1)
+    beat.add(2, 0.5)
+    assert read_progress(tmp_path) == (2, 3, 0.5)
+    beat.add(1, 0.25)
     beat.ask(4)  # another call of generate
-    assert read_progress(tmp_path) == (3, 7)
+    assert read_progress(tmp_path) == (3, 7, 0.75)
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "gone" / "progress.json"))
     beat.add(1)
-    assert read_progress(tmp_path / "gone") == (0, 0)
+    assert read_progress(tmp_path / "gone") == (0, 0, 0.0)
 
     def is_full(*about: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -258,7 +258,7 @@ def test_a_kernel_tells_how_far_it_is(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("LOCOGEN_PROGRESS", str(tmp_path / "progress.json"))
     monkeypatch.setattr(os, "replace", is_full)
     beat.add(1)
-    assert read_progress(tmp_path) == (3, 7), "a full disk stops no pictures"
+    assert read_progress(tmp_path) == (3, 7, 0.75), "a full disk stops no pictures"
 
 
 def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None:
@@ -276,17 +276,16 @@ def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None
         store=tmp_path,
         progress=False,
     )
-    made, asked = read_progress(tmp_path)
-    assert made == asked and (before, made >= 2) == ((0, 0), True)
+    after = read_progress(tmp_path)
+    assert before == (0, 0, 0.0) and after.made == after.asked >= 2
+    assert after.seconds > 0, "of the work alone"
 
 
 def test_a_pace_in_words() -> None:
-    assert str(RunProgress(10.0, 20, 60)) == "20/60 pictures, 2.0/s, 20 s left"
-    assert (
-        str(RunProgress(3.0, 0, 0)) == "3 s, no picture yet"
-        and str(RunProgress(10.0, 60, 60)) == "60/60 pictures, 6.0/s"
-    )
-    assert str(RunProgress(0.0, 180, 264)) == "180/264 pictures", "not 1800.0/s, 0 s left"
+    assert str(RunProgress(60.0, 20, 60, 10.0)) == "20/60 pictures, 2.0/s, 20 s left"
+    assert str(RunProgress(3.0, 0, 0)) == "3 s, no picture yet"
+    assert str(RunProgress(60.0, 60, 60, 10.0)) == "60/60 pictures, 6.0/s"
+    assert str(RunProgress(0.0, 180, 264, 0.1)) == "180/264 pictures", "not 1800.0/s, 0 s left"
 
 
 @pytest.fixture
@@ -311,7 +310,7 @@ def test_a_log_has_a_line_a_run(board: Board, capsys) -> None:
         json.dumps({**told, "key": first.key, "pictures": 40})
     )
     with board:
-        board.finish(first, Outcome("", 20.0, 40, "layers 0-1"))
+        board.finish(first, Outcome("", 20.0, 40, "layers 0-1", 20.0))
         board.finish(second, Outcome("ValueError: no", 4.0))
         board.finish(third, Outcome("", 2.0, 0, "executed"))
     assert capsys.readouterr().out.splitlines() == [
@@ -326,7 +325,7 @@ def test_a_log_is_not_silent_for_long(board: Board, capsys) -> None:
     assert capsys.readouterr().out == "", "nothing was to be said yet"
     work = board.results / ".partial-run-number-1-0123abcd"
     work.mkdir()
-    (work / "progress.json").write_text('{"made": 3, "asked": 12}')
+    (work / "progress.json").write_text('{"made": 3, "asked": 12, "seconds": 6.0}')
     board.first_seen[work.name] = time.monotonic() - 6
     board.last_line -= 61
     board.refresh()
@@ -361,7 +360,7 @@ def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
     bars = Bars(3, clock=lambda: seconds)
     bars.show(board.at_work(), 0, "")
     assert "0 s, no picture yet" in shown(bars)[1]
-    (work / "progress.json").write_text('{"made": 3, "asked": 12}')
+    (work / "progress.json").write_text('{"made": 3, "asked": 12, "seconds": 6.0}')
     seconds = 6.0
     bars.show(board.at_work(), 0, " · about 1 min left")
     first, last = shown(bars)
@@ -373,19 +372,12 @@ def test_a_terminal_shows_what_is_at_work(board: Board) -> None:
     assert "1/3 runs" in line
 
 
-def test_the_speed_is_that_of_the_last_minute() -> None:
-    """A model that was loading for long, or pictures that were quick at first, say little of now."""
-    seconds = 0.0
-    bars = Bars(1, clock=lambda: seconds)
-    for pictures in range(0, 61, 10):
-        bars.show({"x": RunProgress(seconds, pictures, 100)}, 0, "")
-        seconds += 1.0
-    assert "60/100 pictures, 10.0/s" in shown(bars)[1]
-    for pictures in range(61, 71):
-        seconds += 20.0
-        bars.show({"x": RunProgress(seconds, pictures, 100)}, 0, "")
-    assert "70/100 pictures, 0.1/s" in shown(bars)[1]
-    assert "0.3/s" in str(RunProgress(seconds, 70, 100)), "the twin: the mean of all"
+def test_the_speed_is_that_of_the_work() -> None:
+    """A model that was loading for long says nothing of the pictures, nor do those that were there before."""
+    bars = Bars(1)
+    bars.show({"x": RunProgress(200.0, 60, 100, 6.0)}, 0, "")
+    assert "60/100 pictures, 10.0/s, 4 s left" in shown(bars)[1]
+    assert 60 / 200 < 1, "the twin: by the clock it would be 0.3/s"
 
 
 def test_a_name_is_no_markup(board: Board, monkeypatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from test_study import write_notebook
 
 from locogen.errors import LocogenError
-from locogen.plan import sweep
+from locogen.plan import Concept, PromptPair, sweep
 from locogen.studies.estimates import Costs, duration
 from locogen.studies.notebooks import parameters_of
 from locogen.studies.planning import Planned, read_study
@@ -360,3 +360,84 @@ def test_a_search_by_attribution_needs_far_fewer_pictures(tmp_path: Path) -> Non
     assert counts["race"] is None
     pairs = counts["all"] // 33
     assert counts["attribute"] == 6 * pairs + min(pairs, 15) < counts["all"] / 3
+
+
+# Locogen's own notebooks: what a kernel would refuse is refused before one starts
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("seeds = 0", "seeds is 0: give a whole number from 1 up"),
+        ("num_inference_steps = -1", "from 0 up"),
+        ('dtype = "float"', "dtype is 'float': use one of 'float32'"),
+        ('device = "gpu"', "device is 'gpu': use 'cpu'"),
+        ('offload = "disk"', "offload is 'disk'"),
+        ('search = "fast"', "search is 'fast': use one of 'all', 'race', 'attribute'"),
+        ("guidance_scale = nan", "guidance_scale is nan"),
+        ("window = 17", "window is 17: mini has 16 layers"),
+        ('notebook = "edit"\nlayers = "15-16"', "layers '15-16': mini has layers 0 to 15"),
+        ('notebook = "edit"\nlayers = "last"', "last"),
+        ('notebook = "edit"\ntokens = "first"', "tokens is 'first': use one of 'last_subject'"),
+        ('notebook = "edit"\nridge = -0.1', "ridge is -0.1: give a number from 0 up"),
+    ],
+)
+def test_values_are_checked_before_a_kernel_starts(plan, line: str, words: str) -> None:
+    ordinary = 'concept = "mini/neon"\n'
+    if "notebook" not in line:
+        ordinary += 'notebook = "localize"\n'
+    assert plan(f"[[run]]\n{ordinary}{line.partition(chr(10))[0] if 'notebook' in line else ''}\n")
+    with pytest.raises(LocogenError, match=re.escape(words)):
+        plan(f"[[run]]\n{ordinary}{line}\n")
+
+
+def test_a_notebook_of_ones_own_may_mean_anything(plan, tmp_path: Path) -> None:
+    write_notebook(tmp_path / "odd.ipynb", parameters='device: str = "gpu"\nseeds: int = 0')
+    assert plan('[[run]]\nnotebook = "odd.ipynb"\nname = "x"\nseeds = -1\n')
+
+
+# Models of one's own
+
+
+def own_unet(folder: Path, layers: int) -> None:
+    """As much of a pipeline's folder as a plan reads: the names of weights."""
+    from numpy import zeros
+    from safetensors.numpy import save_file
+
+    (folder / "unet").mkdir(parents=True)
+    names = [f"down_blocks.0.attentions.{n}.attn2.to_k.weight" for n in range(layers)]
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: zeros(1) for name in names}, weights)
+
+
+def test_a_folder_of_ones_own_counts_its_pictures(plan, tmp_path: Path) -> None:
+    own_unet(tmp_path / "mine", 5)
+    lines = 'notebook = "localize"\nconcept = "mini/neon"\nseeds = 2\nmax_prompts = 1\n'
+    mine, unknown = plan(
+        f'[[run]]\nmodel = "./mine"\nname = "a"\n{lines}[[run]]\nmodel = "./own"\nname = "b"\n{lines}'
+    )
+    costs = Costs(tmp_path)
+    subject = Concept("x", "style", (PromptPair("x", "y"),))
+    assert costs.pictures(mine) == len(sweep(subject, n_layers=5, window=2, seeds=range(2)))
+    assert costs.pictures(unknown) is None, "the twin: an empty folder says nothing"
+    with pytest.raises(LocogenError, match=r"window is 6: \./mine has 5 layers"):
+        plan(f'[[run]]\nmodel = "./mine"\nwindow = 6\n{lines}')
+
+
+def test_models_come_from_a_file_of_ones_own(plan, tmp_path: Path) -> None:
+    own_unet(tmp_path / "weights" / "mine", 5)
+    family = 'family = "StableDiffusionPipeline"'
+    own = tmp_path / "weights" / "models.toml"
+    own.write_text(f'[models.mine]\nid = "mine"\n{family}\nwindow = 3\n')
+    study = '[defaults]\nmodels_file = "weights/models.toml"\nseeds = 1\nmax_prompts = 1\n[[run]]\n'
+    study += 'notebook = "localize"\nconcept = "mini/neon"\nmodel = "mine"\n'
+    (run,) = plan(study)
+    subject = Concept("x", "style", (PromptPair("x", "y"),))
+    planned = len(sweep(subject, n_layers=5, window=3, seeds=range(1)))
+    assert Costs(tmp_path).pictures(run) == planned, "with the window of its entry"
+    own.write_text(f'[models.mine]\nid = "mine"\n{family}\nwindow = 2\n')
+    assert plan(study)[0].key != run.key, "its settings are part of the result"
+    with pytest.raises(LocogenError, match="no model 'mine'"):
+        plan(study.replace('models_file = "weights/models.toml"', ""))
+    with pytest.raises(LocogenError, match="no model 'mien': did you mean 'mini' or 'mine'"):
+        plan(study.replace('"mine"', '"mien"'))

@@ -778,7 +778,7 @@ def test_no_kernel_outlives_its_study(write, tmp_path: Path, name: str) -> None:
     assert error == ""
     if name == "SIGINT":
         assert process.returncode == 130 and out.endswith(
-            "interrupted\nleft: neon, blueprint. Run the same command again to continue.\n"
+            "stopped\nleft: neon, blueprint. Run the same command again to continue.\n"
         )
         assert not left_over(tmp_path / "mini")
 

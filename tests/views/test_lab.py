@@ -193,3 +193,46 @@ def check_twin(page: Any, folder: Path, found: dict[str, str]) -> None:
     shown = twin.locator("figure img").evaluate_all("all => all.map(each => [each.alt, each.src])")
     assert dict(shown) == found and twin.locator("img[alt^='Heatmap of the effect']").is_visible()
     page.screenshot(path=folder / "exported.png")
+
+
+SWEEP = (
+    "import os\nos.environ['LOCOGEN_CACHE'] = 'cache'\nimport locogen as loco\npipe = loco.load('mini')",
+    "run = loco.localize(pipe, loco.concept('mini/neon').first(1), window=8, seeds=range(2), num_inference_steps=4, batch_size=2)\n"
+    "print(len(run), 'rows in all')",
+)
+
+
+def test_a_stopped_sweep_goes_on(lab: str, page: Any, tmp_path: Path) -> None:
+    """Run, stop, run again: one line and no traceback, and what was there is not made again."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in SWEEP])
+    # Without it JupyterLab asks which kernel to start.
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    nbformat.write(book, tmp_path / "sweep.ipynb")
+    store = tmp_path / "cache" / "pictures"
+    page.goto(lab.replace(START, "sweep.ipynb"))
+    idle = page.get_by_text("Python 3 | Idle")
+    idle.or_(page.get_by_text("Python 3 (ipykernel) | Idle")).first.wait_for()
+
+    def run_cells() -> None:
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+
+    run_cells()
+    page.get_by_text(re.compile(r"picture\s\d+\sof\s\d+")).first.wait_for()
+    while len(list(store.glob("*.png"))) < 4:
+        page.wait_for_timeout(50)
+    page.screenshot(path=tmp_path / "bar.png")
+    page.locator("[data-command='notebook:interrupt-kernel']").first.click()
+    line = page.get_by_text(re.compile(r"^stopped at \d+ of \d+; they are kept in "))
+    line.wait_for()
+    page.screenshot(path=tmp_path / "stopped.png")
+    assert page.get_by_text("Traceback").count() == 0
+    assert page.get_by_text("Loading weights").count() == 0
+    numbers = re.findall(r"\d+", line.inner_text())
+    there = {file.name: file.stat().st_mtime_ns for file in store.glob("*.png")}
+    assert len(there) == int(numbers[0]) < int(numbers[1])
+
+    run_cells()
+    page.get_by_text("rows in all").first.wait_for()
+    assert len(list(store.glob("*.png"))) == int(numbers[1])
+    assert {name: (store / name).stat().st_mtime_ns for name in there} == there

@@ -16,6 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from markupsafe import escape
 from support import tiny
 
 import locogen
@@ -249,6 +250,26 @@ def images(path: Path) -> list[Any]:
     return [o for o in outputs(path, "display_data") if "image/png" in o.data]
 
 
+UNREADABLE = re.compile(r"<NA>|&lt;NA&gt;|\bNaN\b|\bnan\b|>None<|[-−]0\.0*\b(?!\d)")
+
+
+def check_for_readers(path: Path) -> None:
+    """Every figure has its words in HTML too, and no table says NaN, <NA> or -0.000."""
+    for image in images(path):
+        assert escape(image.metadata["image/png"]["alt"]) in image.data["text/html"]
+    for output in outputs(path, "display_data") + outputs(path, "execute_result"):
+        if "image/png" not in output.data and "-twin" not in output.data.get("text/html", ""):
+            shown = output.data.get("text/html") or output.data.get("text/plain", "")
+            assert not UNREADABLE.findall(shown), shown
+
+
+@pytest.mark.parametrize("cell", ["NaN", "<NA>", "-0.000", "−0.00", "nan"])
+def test_what_is_unreadable_is_seen(cell: str) -> None:
+    """The twin: and ordinary numbers are not."""
+    assert UNREADABLE.search(f"<td>{cell}</td>")
+    assert not UNREADABLE.search("<td>−0.004</td> <td>0.000</td> -0.05 nano")
+
+
 def check_run(folder: Path, kind: str) -> dict[str, Any]:
     """What the pages read is there and agrees with itself."""
     told = json.loads((folder / "result.json").read_text())
@@ -276,7 +297,9 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
         for output in outputs(folder / "notebook.ipynb", "display_data")
         for mime in output.data
     }
-    assert kinds <= {"image/png", "text/markdown", "text/plain"}, "widgets do not survive in a page"
+    assert kinds <= {"image/png", "text/html", "text/markdown", "text/plain"}, (
+        "widgets do not survive in a page"
+    )
     return told
 
 
@@ -338,6 +361,7 @@ def test_notebooks_run_by_plain_papermill(path: Path, tmp_path: Path) -> None:
     asked = QUICK[path.stem] | ({} if path.stem in OWN_STEPS else {"num_inference_steps": 2})
     papermill.execute_notebook(str(path), str(out), asked, progress_bar=False, cwd=str(tmp_path))
     assert len(images(out)) == FIGURES.get(path.stem, len(images(out))) > 0
+    check_for_readers(out)
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"], (
         "nothing is written that was not asked for"
     )

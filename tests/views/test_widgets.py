@@ -8,8 +8,10 @@ import gc
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import ipywidgets
+import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
@@ -120,6 +122,34 @@ def test_what_is_missing_is_made_as_by_hand(run: Run, pipe: Any) -> None:
     assert fingerprint(pipe) == before
 
 
+def test_what_is_made_is_scored_as_the_run_was(run: Run, pipe: Any) -> None:
+    """So that "did the edit work?" is read off; by another scorer, nothing is."""
+    explorer = Explorer(run, pipe, {"tokens": "end", "ridge": 0.5}, scorer=tiny.FakeScorer())
+    asked = look(seed=7, strength=0.5, neurons=3)
+    shown = list(explorer.show(asked))
+    red = [np.asarray(one.picture, float)[..., 0].mean() / 255 for one in shown]
+    assert [one.score for one in shown] == pytest.approx(red)
+    said = explorer.outcome(asked, shown)
+    assert said.count("on this picture, where “a dog” in all layers makes it ") == 2
+    assert said.startswith("edit of layers 3-4, strength 0.5: score ")
+    assert explorer.outcome(asked, shown[:3]) == "", "nothing was done"
+
+    class Other(tiny.FakeScorer):
+        settings: ClassVar = {"scorer": "fake", "scale": 2.5}
+
+    other = Explorer(run, pipe, scorer=Other())
+    assert all(one.score is None for one in other.show(look(seed=7)))
+    box = explore(run, pipe=pipe, scorer=tiny.FakeScorer(), tokens="end", ridge=0.5)
+    box.strength.value = 0.5
+    assert "score" in box.status.value and "in all layers makes it" in box.status.value
+
+
+def test_every_control_has_a_name_and_says_what_it_does(box: ExplorerBox) -> None:
+    controls = [*box.cells.values(), box.prompt, box.seed, box.window, box.strength, box.neurons]
+    assert all(control.description and control.tooltip for control in controls)
+    assert not ipywidgets.IntSlider().tooltip, "the twin: it is not there by itself"
+
+
 def test_what_is_heard_beside_the_layers_is_the_run_s(tmp_path: Path) -> None:
     pipe = tiny.sdxl()
     options: dict[str, Any] = dict(num_inference_steps=1, progress=False, store=tmp_path)
@@ -199,7 +229,7 @@ def test_explore_takes_every_option_of_an_edit() -> None:
         "becomes",
     }
     parameters = inspect.signature(explore).parameters
-    assert options == set(parameters) - {"run", "pipe", "attribution"}
+    assert options == set(parameters) - {"run", "pipe", "attribution", "scorer"}
     assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from locogen.console import open_bar
 from locogen.errors import LocogenError, unknown
 from locogen.localization.attribution.blending import Blend, blending
 from locogen.localization.attribution.chain import SMALL, ChainLine, Scored
@@ -268,15 +269,12 @@ def _parts(
     progress: bool,
 ) -> Iterator[Integral]:
     """The shares of all pictures, batch by batch."""
-    from tqdm.auto import tqdm
-
     pictures = [Picture(pair.prompt, pair.target, s) for pair in concept.pairs for s in seeds]
     plan = [Intervention(picture.prompt, picture.target) for picture in pictures]
     texts = Texts(blend.pipe, plan)
     size = settings.batch_size
     start = 0
-    bar = tqdm(total=len(pictures), unit=" runs", desc="attributing", disable=not progress)
-    with bar:
+    with open_bar(progress) as bar, bar.counting("attribution", len(pictures)):
         while start < len(pictures):
             batch = pictures[start : start + size]
             paths = Paths(blend, batch, texts, settings, cost)
@@ -287,7 +285,7 @@ def _parts(
                 continue
             yield part
             start += len(batch)
-            bar.update(len(batch))
+            bar.add(len(batch))
 
 
 def _direct(paths: Paths, options: _Options) -> Integral:

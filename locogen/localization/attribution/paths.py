@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from locogen.console import current
 from locogen.interventions.denoiser_calls import Call
 from locogen.interventions.indices import index_on
 from locogen.interventions.prompts import generators
@@ -132,6 +133,7 @@ def run(paths: Paths, *, gradients: bool, decoded: bool = False) -> Tensor:
     call = inspect.unwrap(type(pipe).__call__)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
+    current().work()
     try:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), torch.set_grad_enabled(gradients):
             output = call(
