@@ -205,7 +205,7 @@ def _check_edit(kind: str, concept: Concept, edit: Applicable) -> None:
             f"than {kind!r}, such as 'inversion' or 'states'"
         )
     name = str(getattr(edit, "name", concept.name))
-    if concept.name not in name.split(" + "):
+    if concept.name.casefold() not in name.casefold().split(" + "):
         warnings.warn(
             f"the edit is of {name!r}, and {concept.name!r} is attacked, of which nothing was "
             "removed: what comes says nothing of the edit. Give the concept that was edited",

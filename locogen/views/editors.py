@@ -166,7 +166,8 @@ def editor_table(
             line[words] = _share_text(by_measure[measure]) if measure in by_measure else NOTHING
         lines.append(line | dict((costs or {}).get(str(arm), {})))
     table = pd.DataFrame(lines).astype(object).fillna(NOTHING)
-    return table.drop(columns="concept") if not table["concept"].any() else table
+    has_concepts = any(line["concept"] for line in lines)
+    return table if has_concepts else table.drop(columns="concept")
 
 
 def _share_text(line: Mapping[Any, Any]) -> str:

@@ -208,7 +208,7 @@ def edited_by(
     given |= dict(ordinary=[world.prompt(thing) for thing in world.OBJECTS])
     if editor != PLACEBO:
         return loco.edit_with(editor, pipe, concept, **given, **fit)
-    edit = loco.edit_with("LocoEdit", pipe, concept, **given, **fit)
+    edit: Any = loco.edit_with("LocoEdit", pipe, concept, **given, **fit)
     return loco.placebo_edit(pipe, edit, avoid=[*world.OBJECTS, *world.STYLES, *world.FACTS])
 
 
@@ -292,7 +292,9 @@ def attacks_on(
     if getattr(edit, "name", "").startswith("placebo"):
         edit = dataclasses.replace(edit, name=concept.name)  # the row is a control of the concept
     results: dict[str, Any] = {}
+    names = ["model", "strength", "before", "after", "low", "high", "n", "units"]
     for name in options.attacks:
+        asked: dict[str, Any] = {"models": ["edited", "never had"]} | ATTACKS[name]
         start = time.perf_counter()
         try:
             found = loco.attack(
@@ -309,16 +311,14 @@ def attacks_on(
                 num_inference_steps=options.steps,
                 batch_size=options.batch_size,
                 progress=False,
-                **({"models": ["edited", "never had"]} | ATTACKS[name]),
+                **asked,
             )
         except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
             results[name] = {"refused": str(error)}
             continue
-        names = ("model", "strength", "before", "after", "low", "high", "n", "units")
-        results[name] = {
-            "lines": found.summary()[list(names)].to_dict("records"),
-            "seconds": time.perf_counter() - start,
-        }
+        lines: Any = found.summary()[names]
+        seconds = time.perf_counter() - start
+        results[name] = {"lines": lines.to_dict("records"), "seconds": seconds}
     return results
 
 

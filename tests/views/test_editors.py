@@ -1,14 +1,19 @@
 """Editors side by side: panels and words say what the table says, and no more than its intervals."""
 
+from typing import Any
+
 import pandas as pd
 import pytest
 
+from locogen.attacks.result import Attack
 from locogen.errors import LocogenError
 from locogen.views.editors import describe_editors, editor_table, plot_editors
 from locogen.views.sentences import answer_edit
 
 
-def line(arm, measure, after, low, high, **more):
+def line(
+    arm: str, measure: str, after: float, low: float, high: float, **more: Any
+) -> dict[str, Any]:
     bounds = {"after": after, "after_low": low, "after_high": high}
     return (
         {"quantity": "right", "arm": arm, "measure": measure, "units": 8, "before": 1.0}
@@ -39,7 +44,8 @@ def test_there_is_a_panel_a_measure_and_a_line_an_editor() -> None:
     assert titles[3] == "after a solve, never had"
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names == ["UCE", "SPEED", "AdaVD"]
-    bars = figure.axes[0].containers[0].lines[0].get_xdata()
+    drawn: Any = figure.axes[0].containers[0]
+    bars = drawn.lines[0].get_xdata()
     assert list(bars) == [0.0, 0.9, 0.25]
 
 
@@ -71,17 +77,16 @@ def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
         describe_editors(SUMMARY.assign(quantity="ssim"))
 
 
-class Tried:
-    """What `answer_edit` reads of an attack."""
+class Tried(Attack):
+    """An attack of which only the summary is looked at."""
 
-    kind = "inversion"
+    def summary(self, level: float = 0.95) -> pd.DataFrame:
+        return self.table.assign(units=14, strength=1)
 
-    def __init__(self, *rows) -> None:
-        self.rows = rows
 
-    def summary(self):
-        names = ["model", "after", "low", "high"]
-        return pd.DataFrame(self.rows, columns=names).assign(units=14, strength=1)
+def tried(*rows: tuple[str, float, float, float]) -> Tried:
+    table = pd.DataFrame(list(rows), columns=["model", "after", "low", "high"])
+    return Tried("neon", "inversion", table)
 
 
 OWN = pd.DataFrame([line("layer 3", "efficacy", 0.0, 0.0, 0.37, sign=-1)])
@@ -106,10 +111,10 @@ def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
 
 def test_hidden_is_said_only_where_the_attack_brings_more_than_it_teaches() -> None:
     back = ("edited", 0.86, 0.52, 1.0)
-    text = answer_edit(OWN, "layer 3", "neon", [Tried(back, ("never had", 0.0, 0.0, 0.23))])
+    text = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.0, 0.0, 0.23))])
     assert "86 % (52 % to 100 %, n = 14) after token vectors were trained" in text
     assert text.endswith("hidden, not gone.") and "Nobody tried" not in text
-    unclear = answer_edit(OWN, "layer 3", "neon", [Tried(back, ("never had", 0.3, 0.1, 0.6))])
+    unclear = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.3, 0.1, 0.6))])
     assert "hidden, not gone" not in unclear  # the twin: the intervals overlap
     assert "does not show that it was only hidden" in unclear
-    assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [Tried(back)])
+    assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [tried(back)])
