@@ -108,6 +108,8 @@ def plot_editors(summary: pd.DataFrame) -> Figure:
             _draw(ax, part, [arms.index(arm) + shift for arm in part["arm"]], place, str(concept))
         ax.grid(axis="x", alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[max(0, len(measures) - columns) : len(measures)]:
+        ax.tick_params(labelbottom=True)  # where no panel is below
     first = axes[0, 0]
     first.set_yticks(range(len(arms)), [plain_label(arm, 24) for arm in arms])
     first.set_ylim(len(arms) - 0.5, -0.5)  # the first editor on top
@@ -140,7 +142,8 @@ def editor_table(
         costs: By editor what else is to be said of it, such as seconds and KB; None: nothing.
 
     Returns:
-        One row an editor (and concept), a column a measure; a dash where nothing was measured.
+        One row an editor (and concept), a column a measure: the share in percent, its bounds, and
+        the number of units (prompts) that they count; a dash where nothing was measured.
 
     Raises:
         LocogenError: The summary has no shares of right pictures.
@@ -151,7 +154,7 @@ def editor_table(
         >>> row |= {"after": 0.0, "after_low": 0.0, "after_high": 0.37}
         >>> table = editor_table(pd.DataFrame([row]), {"LocoEdit": {"seconds": 0.3}})
         >>> table.iloc[0].tolist()
-        ['LocoEdit', '0 % [0, 37], n = 8', 0.3]
+        ['LocoEdit', '0 % [0, 37] of 8', 0.3]
     """
     import pandas as pd
 
@@ -173,7 +176,7 @@ def editor_table(
 def _share_text(line: Mapping[Any, Any]) -> str:
     low, high = 100 * line["after_low"], 100 * line["after_high"]
     bounds = "" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]"
-    return f"{percent(line['after'])}{bounds}, n = {line['units']}"
+    return f"{percent(line['after'])}{bounds} of {line['units']}"
 
 
 def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> str:
@@ -196,7 +199,7 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
         >>> good = row | {"arm": "UCE", "after": 0.0, "after_low": 0.0, "after_high": 0.37}
         >>> poor = row | {"arm": "SPEED", "after": 0.9, "after_low": 0.47, "after_high": 1.0}
         >>> print(describe_editors(pd.DataFrame([good, poor])))
-        Shown by its own words least with UCE (0 % [0, 37], n = 8); more with SPEED.
+        Shown by its own words least with UCE (0 % [0, 37] of 8); more with SPEED.
     """
     rows = _shares(summary)
     rows = rows[rows["arm"] != control]
@@ -235,5 +238,6 @@ def _ranked(lines: Sequence[Mapping[Any, Any]], words: str, sign: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """All names, the last one after "and"."""
+    """All names, the last one after "and"; those with a comma of their own in quotes."""
+    names = [f"'{name}'" if "," in name else name for name in names]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

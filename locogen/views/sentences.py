@@ -372,8 +372,8 @@ def answer_edit(
     Returns:
         A sentence or two: what own words still show, with the number of prompts and the bound that
         so many prompts allow; and for each attack what it brought back, beside what the same attack
-        brings of a concept that the model never had. "Hidden, not gone" only where the interval of
-        the first is above that of the second.
+        brings of a concept that the model never had; and what of the neighbors is still shown.
+        "Hidden, not gone" only where the interval of the first is above that of the second.
 
     Raises:
         LocogenError: The summary lacks the arm, or its own prompts.
@@ -387,8 +387,8 @@ def answer_edit(
         46 % of such prompts, with 95 % confidence. Nobody tried to bring it back: this says nothing
         of other words, nor of somebody who tries.
     """
-    rows: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
-    rows = rows[rows["measure"] == "efficacy"]
+    of_arm: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
+    rows: Any = of_arm[of_arm["measure"] == "efficacy"]
     if rows.empty:
         raise LocogenError(
             f"the summary has no shares of right pictures of {arm!r} on the concept's own prompts: "
@@ -398,13 +398,23 @@ def answer_edit(
     comes = line.get("sign", -1) > 0
     question = f"Does {concept} get its new answer?" if comes else f"Is {concept} gone?"
     what = "the new answer" if comes else "it"
-    answer = f"{question} By its own words {what} is shown in {_bounded_share(line)}."
+    parts = [f"{question} By its own words {what} is shown in {_bounded_share(line)}."]
+    again = "The old answer" if comes else "It"
+    parts += [_attack_answer(attack, again) for attack in attacks]
     if not attacks:
-        return (
-            f"{answer} Nobody tried to bring it back: this says nothing of other words, nor of "
-            "somebody who tries."
+        parts.append(
+            "Nobody tried to bring it back: this says nothing of other words, nor of somebody who "
+            "tries."
         )
-    return " ".join([answer, *map(_attack_answer, attacks)])
+    near: Any = of_arm[of_arm["measure"] == "specificity"]
+    if not near.empty:
+        kept = near.iloc[0]
+        bounds = f"{percent(kept['after_low'])} to {percent(kept['after_high'])}"
+        parts.append(
+            f"Its neighbors are shown in {percent(kept['after'])} of their pictures ({bounds}, n = "
+            f"{int(kept['units'])}; {percent(kept['before'])} before)."
+        )
+    return " ".join(parts)
 
 
 def _bounded_share(line: Any) -> str:
@@ -419,14 +429,14 @@ def _bounded_share(line: Any) -> str:
     return f"{percent(line['after'])} of the pictures of {units} (between {low} and {high}, 95 %)"
 
 
-def _attack_answer(attack: Attack) -> str:
+def _attack_answer(attack: Attack, what: str) -> str:
     """What an attack brought back, and whether that says that the concept was only hidden."""
     lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
     words = _OF_PROMPTS[attack.kind]
     if "edited" not in lines.index:
         return f"The attack ({attack.kind}) was not made on the edited model."
     back = lines.loc["edited"]
-    text = f"It is shown in {_attacked_share(back)} {words}"
+    text = f"{what} is shown in {_attacked_share(back)} {words}"
     if "never had" not in lines.index:
         return f"{text}; what the attack can teach was not measured."
     taught = lines.loc["never had"]

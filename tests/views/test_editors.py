@@ -45,6 +45,8 @@ def test_there_is_a_panel_a_measure_and_a_line_an_editor() -> None:
     names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert names == ["UCE", "SPEED", "AdaVD"]
     drawn: Any = figure.axes[0].containers[0]
+    ticks = [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes]
+    assert ticks == [True] * 4
     bars = drawn.lines[0].get_xdata()
     assert list(bars) == [0.0, 0.9, 0.25]
 
@@ -59,7 +61,7 @@ def test_several_concepts_are_told_apart() -> None:
 
 def test_the_table_has_intervals_and_dashes_where_nothing_was_measured() -> None:
     table = editor_table(SUMMARY, {"UCE": {"KB": 12}}).set_index("editor")
-    assert table.loc["UCE", "by its own words"] == "0 % [0, 37], n = 8"
+    assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8"
     assert table.loc["AdaVD", "after a solve"] == "–" == table.loc["SPEED", "KB"]
     assert table.loc["UCE", "KB"] == 12
 
@@ -68,11 +70,13 @@ def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
     text = describe_editors(SUMMARY)
     first, second, third = text.split(". ")
     assert first.endswith(
-        "least with UCE (0 % [0, 37], n = 8); more with SPEED; no clear difference from AdaVD"
+        "least with UCE (0 % [0, 37] of 8); more with SPEED; no clear difference from AdaVD"
     )
-    assert "most with SPEED (100 % [70, 100], n = 8); less with UCE" in second
+    assert "most with SPEED (100 % [70, 100] of 8); less with UCE" in second
     assert "no clear difference from SPEED" in third and "more with" not in third
     assert "SPEED" not in describe_editors(SUMMARY, control="SPEED")  # the twin
+    renamed = SUMMARY.replace({"arm": {"UCE": "LocoEdit, preserved"}})
+    assert "least with 'LocoEdit, preserved' (0 %" in describe_editors(renamed)
     with pytest.raises(LocogenError, match="no shares"):
         describe_editors(SUMMARY.assign(quantity="ssim"))
 
@@ -103,6 +107,10 @@ def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
     assert "25 % of the pictures of 8 prompts (between 3 % and 65 %, 95 %)" in answer_edit(
         some, "layer 3", "neon"
     )
+    assert "neighbors" not in text  # nobody looked at any
+    near = line("layer 3", "specificity", 0.9, 0.7, 1.0, sign=1)
+    both = answer_edit(pd.concat([OWN, pd.DataFrame([near])]), "layer 3", "neon")
+    assert both.endswith("shown in 90 % of their pictures (70 % to 100 %, n = 8; 100 % before).")
     fact = OWN.assign(sign=1)
     assert answer_edit(fact, "layer 3", "france").startswith("Does france get its new answer?")
     with pytest.raises(LocogenError, match="own prompts"):
@@ -117,4 +125,6 @@ def test_hidden_is_said_only_where_the_attack_brings_more_than_it_teaches() -> N
     unclear = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.3, 0.1, 0.6))])
     assert "hidden, not gone" not in unclear  # the twin: the intervals overlap
     assert "does not show that it was only hidden" in unclear
+    fact = answer_edit(OWN.assign(sign=1), "layer 3", "france", [tried(back)])
+    assert "The old answer is shown in 86 %" in fact
     assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [tried(back)])
