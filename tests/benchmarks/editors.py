@@ -176,9 +176,14 @@ def attacked(concept: loco.Concept) -> tuple[loco.Concept, list[Probe]]:
         for one in thing_probes(concept, choosing=False)
         if one.measure == "efficacy"
     ]
-    learned = set(CHOOSING)
-    pairs = [pair for pair in concept.pairs if any(style in pair.prompt for style in learned)]
-    return dataclasses.replace(concept, pairs=tuple(pairs or concept.pairs[:2])), probes[::2]
+    # The styles that chose the settings are learned from, in three wordings each.
+    pairs = []
+    for pair in concept.pairs:
+        if any(style in pair.prompt for style in CHOOSING):
+            for head in ("a picture", "an image", "a small picture"):
+                texts = [text.replace("a picture", head, 1) for text in (pair.prompt, pair.target)]
+                pairs.append(loco.PromptPair(*texts))
+    return dataclasses.replace(concept, pairs=tuple(pairs)), probes[::2]
 
 
 def without(texts: Sequence[str], text: str) -> tuple[str, ...]:
