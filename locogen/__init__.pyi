@@ -54,6 +54,10 @@ from .editing.rivals.editors import (
     edit_with as edit_with,
     editors as editors,
 )
+from .editing.rivals.orthogonal_values import (
+    OrthogonalValues as OrthogonalValues,
+    fit_orthogonal_values as fit_orthogonal_values,
+)
 from .editing.rivals.steering import (
     Steering as Steering,
     fit_steering as fit_steering,
@@ -167,6 +171,11 @@ from .views.attribution_plots import (
     attribution_shares as attribution_shares,
     plot_attribution as plot_attribution,
 )
+from .views.editors import (
+    describe_editors as describe_editors,
+    editor_table as editor_table,
+    plot_editors as plot_editors,
+)
 from .views.localizer_plots import (
     plot_profiles as plot_profiles,
     plot_trace as plot_trace,
@@ -190,6 +199,7 @@ from .views.plots import (
     plot_timesteps as plot_timesteps,
 )
 from .views.sentences import (
+    answer_edit as answer_edit,
     describe_clamping as describe_clamping,
     describe_edit as describe_edit,
     describe_erasure as describe_erasure,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
-from locogen.attacks.kinds import KINDS, Attacked, Attempt, Kind, Options
+from locogen.attacks.kinds import KINDS, OF_WEIGHTS, Attacked, Attempt, Kind, Options
 from locogen.attacks.loss import check_attackable
 from locogen.attacks.result import COLUMNS, Attack
 from locogen.attacks.words import digest
 from locogen.catalog import mini_folder
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
+from locogen.editing.evaluation import Applicable
 from locogen.editing.probes import Probe
+from locogen.editing.rivals.at_inference import AtInference
 from locogen.errors import LocogenError
+from locogen.interventions.denoiser_calls import active_contexts
 from locogen.models.defaults import source_of
 from locogen.pictures import score
 from locogen.pictures.fingerprint import weights_of
@@ -43,9 +47,10 @@ RATES = {"inversion": 0.02, "states": 0.01, "relearn": 3e-4}
 def attack(
     pipe: Pipeline,
     concept: Concept,
-    edit: Edit,
+    edit: Applicable,
     *,
     kind: Kind = "inversion",
+    strength: float = 1.0,
     training: Sequence[PromptPair] | None = None,
     held_out: Sequence[Probe] | None = None,
     seeds: Iterable[int] = range(2),
@@ -62,7 +67,7 @@ def attack(
     trained: Literal["text matrices", "cross attention"] = "text matrices",
     ridge: float = 0.1,
     seed: int = 0,
-    placebo: Edit | None = None,
+    placebo: Applicable | None = None,
     never_had: NeverHad | None = None,
     scorer: Scorer | str | None = None,
     folder: str | Path | None = None,
@@ -77,18 +82,20 @@ def attack(
     Args:
         pipe: A pipeline of Stable Diffusion 1 or 2, not edited, as from `load`.
         concept: What the edit removed.
-        edit: The edit.
+        edit: The edit, or what acts at inference (whatever `edit_with` gives). The latter changes
+            no weight, so that "closed", "relearn" and "completion" refuse it.
         kind: "inversion": token vectors in the place of the concept's words are trained. "states":
             one change of all text states is trained, whether or not words could give it.
             "closed": states that the edited matrices answer as the old ones did, in one solve.
             "discrete": tokens of the vocabulary. "relearn": the layers that read text are trained.
             "completion": the unedited model makes the first steps. "noise": the best of the seeds.
             "inpaint": the middle of a picture of the concept is made anew, and only it is judged.
+        strength: How many times the edit, or the placebo, is applied.
         training: Prompt pairs to learn from; None: every other pair of the concept, from the first.
         held_out: What is judged, on prompts that name the concept; None: its other pairs.
         seeds: Of the judged pictures.
-        models: Which models are attacked; None: all four (see `Attack`), "never had" only where
-            there is such a concept.
+        models: Which models are attacked; None: all four (see `Attack`), "never had" and "placebo"
+            only where there is such a concept and such an edit.
         steps: Steps of training or search; None: 200 (inversion), 100 (states, relearn), 20.
         at: After how many steps it is judged; None: at 0 and at the end. For "completion": the
             first steps of the edited model, None: 0 and the quarters. For "inpaint": how large the
@@ -104,7 +111,8 @@ def attack(
         trained: What "relearn" trains: keys and values, or the whole cross-attention layers.
         ridge: How much "closed" holds the states, as a share of the matrices' own size.
         seed: Of the attack's own draws.
-        placebo: An edit of the same size about something else; None: `placebo_edit`.
+        placebo: An edit of the same size about something else; None: `placebo_edit`, or the
+            edit's own `placebo`.
         never_had: A concept that the model never had; None: for the mini model the concept with
             red and blue exchanged, else none.
         scorer: What says whether the concept is shown: a scorer or its name; None: the catalog's.
@@ -118,7 +126,11 @@ def attack(
 
     Raises:
         LocogenError: Another family of models, float16, an unknown kind or model, prompts that do
-            not name the concept, no neighbors to judge by, or as `generate`.
+            not name the concept, no neighbors to judge by, a kind that needs weights, or as
+            `generate`.
+
+    Warns:
+        UserWarning: The edit is of another concept.
 
     Example:
         >>> pipe = load("mini")
@@ -132,7 +144,8 @@ def attack(
     if kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
     check_attackable(pipe)
-    _check_types(concept, edit, vocabulary)
+    _check_types(concept, edit, vocabulary, placebo=placebo, never_had=never_had)
+    _check_edit(kind, concept, edit)
     steps = STEPS.get(kind, 0) if steps is None else steps
     options = Options(
         steps=steps,
@@ -147,6 +160,7 @@ def attack(
         trained=trained,
         ridge=ridge,
         seed=seed,
+        strength=strength,
     )
     if never_had is None and source_of(pipe) in ("mini", str(mini_folder())):
         never_had = NeverHad()
@@ -163,18 +177,40 @@ def attack(
         )
         attacked = _Attacked(goal, edit, placebo, never_had, options, kind, progress)
         attacked.keep = None if folder is None else place
-        return attacked.run(_models(models, never_had))
+        return attacked.run(_models(models, never_had, has_placebo=attacked.has_placebo))
 
 
-def _check_types(concept: Any, edit: Any, vocabulary: Any) -> None:
+def _check_types(concept: Any, edit: Any, vocabulary: Any, *, placebo: Any, never_had: Any) -> None:
     """Refuse a name in the place of the thing, and a text in that of a list."""
-    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
+    if not isinstance(concept, Concept) or not hasattr(edit, "applied"):
         raise LocogenError(
             f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
-            f"{type(edit).__name__}: see concept() and fit_edit()"
+            f"{type(edit).__name__}: see concept(), fit_edit() and edit_with()"
+        )
+    if placebo is not None and not hasattr(placebo, "applied"):
+        raise LocogenError(f"placebo is {placebo!r}: give an edit, as from placebo_edit()")
+    if never_had is not None and not isinstance(never_had, NeverHad):
+        raise LocogenError(
+            f"never_had is {never_had!r}: give a NeverHad, of pictures and a name or of neither"
         )
     if isinstance(vocabulary, str):
         raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
+
+
+def _check_edit(kind: str, concept: Concept, edit: Applicable) -> None:
+    """Refuse a kind that needs weights where there are none, and warn of another concept's edit."""
+    if kind in OF_WEIGHTS and not isinstance(edit, Edit):
+        raise LocogenError(
+            f"{type(edit).__name__} changes no weight, so {OF_WEIGHTS[kind]}: use another kind "
+            f"than {kind!r}, such as 'inversion' or 'states'"
+        )
+    name = str(getattr(edit, "name", concept.name))
+    if concept.name.casefold() not in name.casefold().split(" + "):
+        warnings.warn(
+            f"the edit is of {name!r}, and {concept.name!r} is attacked, of which nothing was "
+            "removed: what comes says nothing of the edit. Give the concept that was edited",
+            stacklevel=3,
+        )
 
 
 def _stops(
@@ -234,9 +270,12 @@ def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe
     return probes
 
 
-def _models(models: Sequence[Model] | None, never_had: NeverHad | None) -> tuple[Model, ...]:
+def _models(
+    models: Sequence[Model] | None, never_had: NeverHad | None, *, has_placebo: bool
+) -> tuple[Model, ...]:
     if models is None:
-        return MODELS if never_had is not None else MODELS[:-1]
+        missing = {"placebo": not has_placebo, "never had": never_had is None}
+        return tuple(model for model in MODELS if not missing.get(model, False))
     unknown = [one for one in models if one not in MODELS]
     if unknown or not models:
         raise LocogenError(f"models is {list(models)}: use some of {', '.join(MODELS)}")
@@ -244,6 +283,10 @@ def _models(models: Sequence[Model] | None, never_had: NeverHad | None) -> tuple
         raise LocogenError(
             "no concept is known that this model never had: give never_had=, or leave it out of "
             "models="
+        )
+    if "placebo" in models and not has_placebo:
+        raise LocogenError(
+            "no placebo is known of this edit: give placebo=, or leave it out of models="
         )
     return tuple(models)
 
@@ -264,8 +307,8 @@ class _Attacked:
     def __init__(
         self,
         goal: Goal,
-        edit: Edit,
-        placebo: Edit | None,
+        edit: Applicable,
+        placebo: Applicable | None,
         never_had: NeverHad | None,
         options: Options,
         kind: str,
@@ -279,6 +322,11 @@ class _Attacked:
         self.kind = kind
         self.progress = progress
         self.keep: Path | None = None
+
+    @property
+    def has_placebo(self) -> bool:
+        """Whether there is an edit about something else, or one can be made."""
+        return self.placebo is not None or isinstance(self.edit, (Edit, AtInference))
 
     def run(self, models: Sequence[Model]) -> Attack:
         """Attack one model after the other."""
@@ -310,7 +358,7 @@ class _Attacked:
             settings=self._settings(),
         )
 
-    def _target(self, model: Model) -> tuple[Goal, Edit | None]:
+    def _target(self, model: Model) -> tuple[Goal, Applicable | None]:
         """What is to come back, and the edit of the model that it is to come back from."""
         if model == "never had":
             return replace(self.goal, never_had=self.never_had), self.edit
@@ -318,17 +366,22 @@ class _Attacked:
             return self.goal, self._placebo()
         return self.goal, self.edit if model == "edited" else None
 
-    def _placebo(self) -> Edit:
+    def _placebo(self) -> Applicable:
         if self.placebo is None:
             texts: list[str] = []
             for pair in self.goal.training:
                 texts += [pair.prompt, pair.target]
             for probe in self.goal.probes:
                 texts += [probe.prompt, probe.text, *probe.among]
-            self.placebo = placebo_edit(
-                self.goal.pipe, self.edit, seed=self.options.seed, avoid=texts
-            )
+            self.placebo = self._made_placebo(texts)
         return self.placebo
+
+    def _made_placebo(self, avoid: Sequence[str]) -> Applicable:
+        pipe, seed = self.goal.pipe, self.options.seed
+        if isinstance(self.edit, Edit):
+            return placebo_edit(pipe, self.edit, seed=seed, avoid=avoid)
+        assert isinstance(self.edit, AtInference)  # see `has_placebo`
+        return self.edit.placebo(pipe, seed, avoid)
 
     def _own_words(self, attacked: Attacked) -> list[Any]:
         """Pictures of the prompts' own words by the model, not attacked."""
@@ -357,9 +410,10 @@ class _Attacked:
         )
         return _best_so_far(table, goal.seeds) if self.kind == "noise" else table
 
-    def _key(self, model: str, edit: Edit | None, weights: str) -> str:
+    def _key(self, model: str, edit: Applicable | None, weights: str) -> str:
         """A name for the state of a training: all that makes a difference to it."""
-        facts = self._settings() | {"model": model, "weights": weights, "edit": _edit_key(edit)}
+        facts = self._settings() | {"model": model, "weights": weights}
+        facts["edit"] = _edit_key(self.goal.pipe, edit)
         text = json.dumps(facts, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -370,19 +424,30 @@ class _Attacked:
         return {
             "concept": goal.concept.name,
             "kind": self.kind,
-            **asdict(self.options),
+            **_as_plain(self.options),
             "training": [(pair.prompt, pair.target) for pair in goal.training],
             "seeds": list(goal.seeds),
             "scorer": goal.scorer.settings.get("scorer"),
-            "edited_layers": list(self.edit.layers),
+            "edited_layers": list(getattr(self.edit, "layers", ())),
             "never_had": [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pictures],
             **{name: value for name, value in goal.settings.items() if name != "progress"},
         }
 
 
-def _edit_key(edit: Edit | None) -> list[str]:
+def _as_plain(options: Options) -> dict[str, Any]:
+    """The options; a strength of 1 goes without saying, as before there was another."""
+    values = asdict(options)
+    if options.strength == 1:
+        del values["strength"]
+    return values
+
+
+def _edit_key(pipe: Pipeline, edit: Applicable | None) -> list[str]:
     if edit is None:
         return []
+    if not isinstance(edit, Edit):
+        with edit.applied(pipe):
+            return [weights_of(pipe), *active_contexts(pipe)]
     return [f"{name} {digest(change.change)}" for name, change in edit.changes.items()]
 
 

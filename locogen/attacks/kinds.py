@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +18,7 @@ from locogen.attacks.training import optimize
 from locogen.attacks.weights import text_names, weights_now, with_weights, with_weights_from
 from locogen.attacks.words import NewWord, digest, speaking, states_of, token_for
 from locogen.editing.edit import Edit
+from locogen.editing.evaluation import Applicable
 from locogen.errors import LocogenError
 from locogen.models.families import denoiser_of
 from locogen.plan import PromptPair
@@ -49,6 +50,7 @@ class Options:
     trained: Literal["text matrices", "cross attention"]
     ridge: float
     seed: int
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what no attack could do, before anything is trained."""
@@ -61,6 +63,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise LocogenError(f"{name} is {value!r}: give a whole number from {least} up")
+        if not math.isfinite(self.strength):
+            raise LocogenError(f"strength is {self.strength}: give a finite number")
         for name in ("rate", "ridge"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise LocogenError(f"{name} is {getattr(self, name)}: give a number from 0 up")
@@ -97,7 +101,7 @@ class Attacked:
 
     Attributes:
         goal: What is to come back.
-        edit: The edit that the model has; None: none.
+        edit: The edit that the model has, or what acts at inference; None: none.
         options: The attack's.
         state: Where its state is kept; None: nowhere.
         label: For progress bars.
@@ -105,7 +109,7 @@ class Attacked:
     """
 
     goal: Goal
-    edit: Edit | None
+    edit: Applicable | None
     options: Options
     state: Path | None
     label: str
@@ -116,10 +120,18 @@ class Attacked:
         """The pipeline."""
         return self.goal.pipe
 
+    @property
+    def changes(self) -> list[str]:
+        """Names of the weights that the edit changes."""
+        return list(self.edit.changes) if isinstance(self.edit, Edit) else []
+
     @contextmanager
     def edited(self) -> Iterator[None]:
         """Within the context, the model has its edit."""
-        with nullcontext() if self.edit is None else self.edit.applied(self.pipe):
+        if self.edit is None:
+            yield
+            return
+        with self.edit.applied(self.pipe, self.options.strength):
             yield
 
     def within_edit(self, context: Context) -> Context:
@@ -320,7 +332,7 @@ def _relearned(model: Attacked, count: int) -> Attempt:
         text = _own_states(pipe, captions)  # (pictures, tokens, width)
     denoiser = denoiser_of(pipe)
     trained = text_names(pipe, everything=options.trained == "cross attention")
-    edited_names = [] if model.edit is None else list(model.edit.changes)
+    edited_names = model.changes
     with model.edited():
         start = weights_now(pipe, list(dict.fromkeys([*trained, *edited_names])))
 
@@ -364,10 +376,9 @@ def completion(model: Attacked) -> Iterator[Attempt]:
     """The unedited model makes the first steps, the edited one the rest (arXiv 2505.17013)."""
     goal = model.goal
     pipe = model.pipe
-    names = [] if model.edit is None else list(model.edit.changes)
     with model.edited():
-        weights = weights_now(pipe, names)
-    label = "no edit" if model.edit is None else f"the edit of {model.edit.digest}"
+        weights = weights_now(pipe, model.changes)
+    label = f"the edit of {model.edit.digest}" if isinstance(model.edit, Edit) else "no edit"
     sizes = [digest(value) for value in weights.values()]
     for step in model.options.at:
 
@@ -401,6 +412,13 @@ def inpaint(model: Attacked) -> Iterator[Attempt]:
             is_stored=False,
         )
 
+
+# Kinds that look at what an edit changed in the weights: why nothing else can be attacked so.
+OF_WEIGHTS = {
+    "closed": "its matrices answer as they did, and nothing is to be solved for",
+    "relearn": "it has nothing to learn again: whoever trains the weights can leave it out",
+    "completion": "there are no edited weights for the later steps",
+}
 
 KINDS: dict[str, Callable[[Attacked], Iterator[Attempt]]] = {
     "inversion": inversion,

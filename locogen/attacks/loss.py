@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
+from locogen.interventions.denoiser_calls import active_contexts, bare_calls
 from locogen.models.families import denoiser_of, family_of
 from locogen.types import Pipeline
 
@@ -29,6 +30,11 @@ def check_attackable(pipe: Pipeline) -> None:
         raise LocogenError(
             f"attacks are written for {SUPPORTED} (the mini model is one), and this "
             f"{type(pipe).__name__} is of {family.name}: attack a pipeline of that family"
+        )
+    if active_contexts(pipe):
+        raise LocogenError(
+            "the model is within another context, which the attack would take for a part of it: "
+            "call attack outside of it, and give it as the edit"
         )
     prediction = pipe.scheduler.config.prediction_type
     if prediction not in PREDICTIONS or not hasattr(pipe.scheduler, "alphas_cumprod"):
@@ -145,10 +151,12 @@ class DenoisingLoss:
             denoiser: What predicts; None: the pipeline's denoiser.
         """
         predict = denoiser_of(self.pipe) if denoiser is None else denoiser
-        # By name: calls with the text by position are not what contexts expect.
-        predicted = predict(
-            noised.latents, noised.times, encoder_hidden_states=states.to(noised.latents)
-        ).sample
+        # By name: calls with the text by position are not what contexts expect. What acts at
+        # inference acts here too: the attack is on the model as it is shipped.
+        with bare_calls():
+            predicted = predict(
+                noised.latents, noised.times, encoder_hidden_states=states.to(noised.latents)
+            ).sample
         error = (predicted.float() - noised.target.float()).square()
         return error.flatten(1).mean(1)
 

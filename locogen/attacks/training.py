@@ -64,6 +64,12 @@ def optimize(
                     training.write()
             training.snapshot()
     training.write()
+    missing = [end for end in ends if end not in training.snapshots]
+    if missing:
+        raise LocogenError(
+            f"{path} lacks the values after {missing[0]} steps: delete it, and the training begins "
+            "anew"
+        )
     return {end: training.snapshots[end] for end in ends}
 
 
@@ -120,13 +126,29 @@ class _Training:
             save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
 
     def resume(self) -> None:
-        """Take values, moments and snapshots from the file, if there is one."""
-        import torch
+        """Take values, moments and snapshots from the file, if there is one.
+
+        Raises `LocogenError` for a file that is none.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if self.path is None or not self.path.exists():
             return
-        tensors = load_file(self.path)
+        try:
+            self._take(load_file(self.path))
+        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+            raise LocogenError(
+                f"{self.path} is no state of this training, or a damaged one "
+                f"({type(error).__name__}: {error}): delete it, and the training begins anew"
+            ) from None
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        import torch
+
+        missing = [name for name in self.values if f"value/{name}" not in tensors]
+        if missing:
+            raise KeyError(f"no values of {missing[0]}")
         self.step = int(tensors.pop("step"))
         with torch.no_grad():
             for key, tensor in tensors.items():

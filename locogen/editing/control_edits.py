@@ -81,14 +81,8 @@ def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[s
     texts = [*avoid, *edit.recipe["options"]["preserve"]]
     for phrasing in phrasings:
         texts += [phrasing["source"], phrasing["target"]]
-    pool = _words_of(pipe, texts)
     count = max(len(phrasing["subject"].split()) for phrasing in phrasings)
-    if len(pool) < count:
-        raise LocogenError(
-            f"the tokenizer has {len(pool)} words that no text holds, and a placebo needs {count}: "
-            "give fewer texts in avoid="
-        )
-    words = " ".join(random.Random(seed).sample(pool, count))
+    words = random_words(pipe, texts, count, seed)
     about: list[dict[str, str]] = []
     for phrasing in phrasings:
         source = phrasing["source"].replace(phrasing["subject"], words)
@@ -105,6 +99,27 @@ def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[s
         scale = float(edit.changes[name].change.norm()) / size
         changes[name] = LowRank(scale * change.up, change.down)
     return replace(fitted, name=f"placebo ({words})", changes=changes)
+
+
+def random_words(pipe: Pipeline, avoid: Iterable[str], count: int, seed: int) -> str:
+    """So many random words of the tokenizer that no text holds: what a placebo is about.
+
+    Args:
+        pipe: The pipeline.
+        avoid: Texts whose words are not drawn.
+        count: Number of words.
+        seed: Of the draw.
+
+    Raises:
+        LocogenError: The tokenizer has too few other words.
+    """
+    pool = _words_of(pipe, avoid)
+    if len(pool) < count:
+        raise LocogenError(
+            f"the tokenizer has {len(pool)} words that no text holds, and a placebo needs {count}: "
+            "give fewer texts in avoid="
+        )
+    return " ".join(random.Random(seed).sample(pool, count))
 
 
 def _words_of(pipe: Pipeline, texts: Iterable[str]) -> list[str]:

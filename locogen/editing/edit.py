@@ -368,6 +368,7 @@ def fit_edit(
     entry: bool = False,
     filtered: bool = False,
     anchored: bool = False,
+    augmented: int = 0,
     matrices: Matrices = "kv",
 ) -> Edit:
     """Fit the closed-form edit (LocoEdit, arXiv 2405.01008) that removes or changes a concept.
@@ -407,6 +408,9 @@ def fit_edit(
             lost to the edit.
         anchored: Whether the null space also keeps what every prompt holds, the start mark and the
             mean of the empty prompt (SPEED).
+        augmented: How often each preserved state is repeated with noise along the direction that
+            the matrix answers least; with `filtered`, those of them that the edit would change more
+            than the mean are kept (SPEED uses 10).
         matrices: "kv", or "v": values alone (SPEED), so that where attention looks stays.
 
     Returns:
@@ -452,6 +456,7 @@ def fit_edit(
         entry=entry,
         filtered=filtered,
         anchored=anchored,
+        augmented=augmented,
         matrices=matrices,
     )
     name = " + ".join(one.name for one in concepts)

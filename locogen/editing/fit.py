@@ -15,6 +15,7 @@ from locogen.editing.closed_form import (
     LowRank,
     null_space_factor,
     shared_factor,
+    to_float64,
     update,
 )
 from locogen.editing.weights import plain_name
@@ -47,6 +48,7 @@ class Options:
     entry: bool = False
     filtered: bool = False
     anchored: bool = False
+    augmented: int = 0
     matrices: Matrices = "kv"
 
     def __post_init__(self) -> None:
@@ -63,9 +65,14 @@ class Options:
             )
 
     def _check_null_space(self) -> None:
-        if (self.filtered or self.anchored) and not self.null_space:
+        if (self.filtered or self.anchored or self.augmented) and not self.null_space:
             raise LocogenError(
-                "filtered and anchored choose what the null space keeps: give null_space=True too"
+                "filtered, anchored and augmented choose what the null space keeps: give "
+                "null_space=True too"
+            )
+        if not isinstance(self.augmented, int) or self.augmented < 0:
+            raise LocogenError(
+                f"augmented is {self.augmented!r}: give a whole number from 0 up (SPEED uses 10)"
             )
         if self.null_space and not self.preserve:
             raise LocogenError(
@@ -162,15 +169,17 @@ class Fit:
     options: Options
     device: Any
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _factors: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    _factors: dict[tuple[int, float, str], Tensor] = field(default_factory=dict)
 
     def change(self, matrix: Matrix, weight: Tensor) -> LowRank:
         """The change of one matrix, on the CPU; `weight` is the matrix itself, (out, in)."""
         ridge = self.options.ridge_of(matrix.kind)
         source, target = self.rows(matrix.layer)  # (rows, width) each
-        key = (self.inputs.key(matrix.layer), ridge)
+        # What is added to the preserved states depends on the matrix.
+        augmented = matrix.weight_name if self.options.augmented else ""
+        key = (self.inputs.key(matrix.layer), ridge, augmented)
         if key not in self._factors:
-            self._factors[key] = self._factor(matrix.layer, source, ridge)
+            self._factors[key] = self._factor(matrix.layer, source, ridge, weight)
         change = update(weight, source, target, self._factors[key])
         return LowRank(change.up.cpu(), change.down.cpu())
 
@@ -203,8 +212,8 @@ class Fit:
             return self.inputs.text_projection_input(prompt, positions)
         return self.inputs.states(prompt, layer)[list(positions)]
 
-    def _factor(self, layer: Layer | None, source: Tensor, ridge: float) -> Tensor:
-        """The factor that all matrices of a layer with the same λ share, (rows, width)."""
+    def _factor(self, layer: Layer | None, source: Tensor, ridge: float, weight: Tensor) -> Tensor:
+        """The factor of a matrix, (rows, width); without `augmented`, of all with the same λ."""
         import torch
 
         preserve: Tensor | None = None  # (preserved rows, width)
@@ -217,6 +226,10 @@ class Fit:
         if self.options.null_space and preserve is not None:
             if self.options.filtered:
                 preserve = self._disturbed(layer, preserve, ridge)
+            if self.options.augmented:
+                more = augmented_states(preserve, weight, self.options.augmented)
+                more = self._disturbed(layer, more, ridge) if self.options.filtered else more
+                preserve = torch.cat([preserve, more])
             if self.options.anchored:
                 preserve = torch.cat([preserve, self._anchors(layer).to(source)])
             return null_space_factor(source, preserve, ridge=ridge)
@@ -268,6 +281,28 @@ class Fit:
             covariance.add(states)
         assert covariance is not None  # there is at least one caption, see `_factor`
         return covariance.matrix()
+
+
+def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
+    """Each state with noise along the direction that a matrix answers least, (times · rows, width).
+
+    SPEED's augmentation (arXiv 2503.07392) of rank 1: c + ε p pᵀ with Gaussian ε and p the right
+    singular vector of the smallest singular value. For the matrix the states nearly stay the same.
+    In a null space that is exact, as here, all of them span one direction more: p.
+
+    Args:
+        states: Preserved states, (rows, width).
+        weight: The matrix, (out, width).
+        times: How often each state is augmented; the noise has a fixed seed.
+    """
+    import torch
+
+    matrix = to_float64(weight.detach()).to(states)  # (out, width)
+    least = torch.linalg.svd(matrix, full_matrices=False).Vh[-1]  # (width,), p
+    dice = torch.Generator().manual_seed(0)
+    count = times * len(states)
+    noise = torch.randn(count, states.shape[1], generator=dice, dtype=torch.float64).to(states)
+    return states.repeat(times, 1) + (noise @ least)[:, None] * least
 
 
 # --- how it was fitted ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ from locogen.types import Module, Pipeline
 if TYPE_CHECKING:
     from torch import Tensor
 
+_bare_calls: ContextVar[bool] = ContextVar("trainings call the denoiser", default=False)
 REMEDY = (
     "leave the context, unfuse projections (pipe.unfuse_qkv_projections()), load adapters and "
     "replace modules, and then open the context again"
@@ -69,6 +71,7 @@ class Call:
         self._first_text: Tensor | None = None  # conditional rows of the first denoiser call
         self._checked_states: list[Tensor] = []  # what the denoiser got with that text
         self._timestep: Any = None
+        self._is_bare = False  # the call in progress is of the denoiser alone, see `bare_calls`
         self._steps = DenoisingSteps(pipe, family)
 
     @property
@@ -109,6 +112,18 @@ class Call:
         """The timesteps at which the denoising steps begin, one a step, in order."""
         return self._steps.begin()
 
+    def progress(self) -> list[float]:
+        """How much of the denoising is done, 0 to below 1: one number, or one a row of a bare call.
+
+        Raises:
+            LocogenError: The timestep is none of the scheduler's.
+        """
+        if not self._is_bare:
+            return [self.step() / len(self.timesteps())]
+        last = self.pipe.scheduler.config.num_train_timesteps - 1
+        times = self._timestep.flatten().expand(len(self.states)).tolist()
+        return [(last - time) / (last + 1) for time in times]
+
     def encoded(self, encoding: Encoding) -> None:
         """Take note of what the pipeline's encoder returned."""
         if encoding.call is None:
@@ -134,10 +149,14 @@ class Call:
             self._check_thread()
             self._begin_own(args, kwargs)
             return
-        if self._pause() and caller is None:
+        if not self._pause() or caller is not None:
+            return
+        if not _bare_calls.get():
             raise LocogenError(
                 "the denoiser is called without its pipeline: within this context call pipe(…)"
             )
+        self._note(args, kwargs, is_bare=True)
+        self.rows = range(len(self.states))
 
     def end(self) -> None:
         """Take note of the end of a call of the denoiser."""
@@ -158,12 +177,16 @@ class Call:
                 "own pipeline"
             )
 
-    def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_bare: bool) -> None:
         self._in_progress = True
+        self._is_bare = is_bare
         self.arguments = kwargs
         self.cache = {}
         # U-Nets are called with the timestep as their second argument, transformers by its name.
         self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+
+    def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._note(args, kwargs, is_bare=False)
         if self._waiting:
             self._begin_pictures()
         if self._prompts is None:
@@ -224,6 +247,20 @@ class Call:
             "unknown which rows are the prompts': call the pipeline with guidance or without, and "
             "nothing that adds rows"
         )
+
+
+@contextmanager
+def bare_calls() -> Iterator[None]:
+    """Within the context, others act in calls of the denoiser without its pipeline as well.
+
+    Trainings make them. All their rows count as the prompts', and each has a timestep of its own,
+    of those that the model was trained on.
+    """
+    earlier = _bare_calls.set(True)
+    try:
+        yield
+    finally:
+        _bare_calls.reset(earlier)
 
 
 def _raised(encoding: Encoding) -> bool:

@@ -17,6 +17,7 @@ from locogen.plan import Verdict, Window, listed
 if TYPE_CHECKING:
     import pandas as pd
 
+    from locogen.attacks.result import Attack
     from locogen.localization.trace_effects import BestState, Sides
 
 
@@ -307,6 +308,7 @@ _OF_PROMPTS = {
     "relearn": "after the model was trained on a few pictures",
     "completion": "where the unedited model makes the first steps",
     "noise": "under the best of the seeds",
+    "inpaint": "in the hole of a picture of it",
 }
 
 
@@ -354,6 +356,99 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
     if leads is None or leads.empty:
         return text
     return f"{text} At telling concept and neighbors apart: {compare_words(leads)}."
+
+
+def answer_edit(
+    summary: pd.DataFrame, arm: str, concept: str, attacks: Sequence[Attack] = ()
+) -> str:
+    """Answer in one line whether a concept is gone, for somebody who has to rely on it.
+
+    Args:
+        summary: The means of an evaluation, from `summary`.
+        arm: The arm of the edit.
+        concept: The concept's name.
+        attacks: From `attack`, on this edit.
+
+    Returns:
+        A sentence or two: what own words still show, with the number of prompts and the bound that
+        so many prompts allow; and for each attack what it brought back, beside what the same attack
+        brings of a concept that the model never had; and what of the neighbors is still shown.
+        "Hidden, not gone" only where the interval of the first is above that of the second.
+
+    Raises:
+        LocogenError: The summary lacks the arm, or its own prompts.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "units": 6}
+        >>> row |= {"sign": -1, "before": 1.0, "after": 0.0, "after_low": 0.0, "after_high": 0.459}
+        >>> print(answer_edit(pd.DataFrame([row]), "layer 3", "neon"))
+        Is neon gone? By its own words it is shown in none of the pictures of 6 prompts: in at most
+        46 % of such prompts, with 95 % confidence. Nobody tried to bring it back: this says nothing
+        of other words, nor of somebody who tries.
+    """
+    of_arm: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
+    rows: Any = of_arm[of_arm["measure"] == "efficacy"]
+    if rows.empty:
+        raise LocogenError(
+            f"the summary has no shares of right pictures of {arm!r} on the concept's own prompts: "
+            "evaluate it with probes_for(concept, others)"
+        )
+    line = rows.iloc[0]
+    comes = line.get("sign", -1) > 0
+    question = f"Does {concept} get its new answer?" if comes else f"Is {concept} gone?"
+    what = "the new answer" if comes else "it"
+    parts = [f"{question} By its own words {what} is shown in {_bounded_share(line)}."]
+    again = "The old answer" if comes else "It"
+    parts += [_attack_answer(attack, again) for attack in attacks]
+    if not attacks:
+        parts.append(
+            "Nobody tried to bring it back: this says nothing of other words, nor of somebody who "
+            "tries."
+        )
+    near: Any = of_arm[of_arm["measure"] == "specificity"]
+    if not near.empty:
+        kept = near.iloc[0]
+        bounds = f"{percent(kept['after_low'])} to {percent(kept['after_high'])}"
+        parts.append(
+            f"Its neighbors are shown in {percent(kept['after'])} of their pictures ({bounds}, n = "
+            f"{int(kept['units'])}; {percent(kept['before'])} before)."
+        )
+    return " ".join(parts)
+
+
+def _bounded_share(line: Any) -> str:
+    """A share of prompts, and what it may be at most and at least among all such prompts."""
+    units = f"{int(line['units'])} prompts"
+    low, high = percent(line["after_low"]), percent(line["after_high"])
+    if line["after"] == 0:
+        return (
+            f"none of the pictures of {units}: in at most {high} of such prompts, with 95 % "
+            "confidence"
+        )
+    return f"{percent(line['after'])} of the pictures of {units} (between {low} and {high}, 95 %)"
+
+
+def _attack_answer(attack: Attack, what: str) -> str:
+    """What an attack brought back, and whether that says that the concept was only hidden."""
+    lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
+    words = _OF_PROMPTS[attack.kind]
+    if "edited" not in lines.index:
+        return f"The attack ({attack.kind}) was not made on the edited model."
+    back = lines.loc["edited"]
+    text = f"{what} is shown in {_attacked_share(back)} {words}"
+    if "never had" not in lines.index:
+        return f"{text}; what the attack can teach was not measured."
+    taught = lines.loc["never had"]
+    text = f"{text}, and a concept that the model never had in {_attacked_share(taught)}"
+    if back["low"] > taught["high"]:
+        return f"{text}: hidden, not gone."
+    return f"{text}: this does not show that it was only hidden."
+
+
+def _attacked_share(line: Any) -> str:
+    bounds = f"{percent(line['low'])} to {percent(line['high'])}"
+    return f"{percent(line['after'])} ({bounds}, n = {int(line['units'])})"
 
 
 def _share_after(line: Mapping[Any, Any], words: str) -> str:

@@ -70,6 +70,7 @@ def explore(
     entry: bool | None = None,
     filtered: bool | None = None,
     anchored: bool | None = None,
+    augmented: int | None = None,
     matrices: str | None = None,
 ) -> ExplorerBox:
     """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
@@ -102,6 +103,7 @@ def explore(
         entry: Whether to edit also the map by which text enters outside of the layers.
         filtered: Whether to keep only the preserved prompts that an edit would move most.
         anchored: Whether to keep also what every prompt holds.
+        augmented: How often preserved states are repeated with noise.
         matrices: "kv", or "v" for values alone.
 
     Returns:
@@ -133,6 +135,7 @@ def explore(
         "entry": entry,
         "filtered": filtered,
         "anchored": anchored,
+        "augmented": augmented,
         "matrices": matrices,
     }
     chosen_options = {name: value for name, value in options.items() if value is not None}

@@ -23,7 +23,11 @@ from locogen.catalog import concept
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate, summary
+from locogen.editing.neurons import find_neurons
 from locogen.editing.probes import Probe
+from locogen.editing.rivals.editors import ClampedNeurons
+from locogen.editing.rivals.orthogonal_values import fit_orthogonal_values
+from locogen.editing.rivals.steering import fit_steering
 from locogen.errors import LocogenError
 from locogen.models.hooks import before, hooked
 from locogen.models.load import load
@@ -395,6 +399,34 @@ def test_a_finished_attack_trains_no_more(pipe, edit, tmp_path, monkeypatch) -> 
         attacked(pipe, edit, folder=tmp_path, seed=1, **QUICK["inversion"])
 
 
+@pytest.mark.parametrize("damage", ["cut", "other names", "other shape", "no values of a step"])
+def test_a_damaged_state_is_named(tmp_path, damage) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path / "state.safetensors"
+    shared = {"stops": [2, 4], "rate": 0.1, "label": "", "progress": False, "path": path}
+
+    def loss_at(step, values):
+        return values["x"].square().sum()
+
+    start = {"x": torch.ones(3)}
+    whole = optimize(start, loss_at, **shared)
+    again = optimize(start, loss_at, **shared)
+    assert torch.equal(again[4]["x"], whole[4]["x"])  # the twin
+    tensors = load_file(path)
+    if damage == "other names":
+        tensors = {name.replace("x", "y"): value for name, value in tensors.items()}
+    elif damage == "other shape":
+        tensors["value/x"] = torch.ones(4)
+    elif damage == "no values of a step":
+        tensors.pop("after 2/x")
+    save_file(tensors, path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(LocogenError, match=r"state\.safetensors .*delete it"):
+        optimize(start, loss_at, **shared)
+
+
 # --- the loss is the model's own -----------------------------------------------------------------
 
 
@@ -417,6 +449,125 @@ def test_other_families_are_refused() -> None:
     sdxl = tiny.FAMILIES["sd-xl"]()
     with pytest.raises(LocogenError, match="Stable Diffusion 1 and 2"):
         attack(sdxl, CAT, None)
+
+
+# --- whatever an editor gives ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def at_inference(pipe):
+    """What acts while pictures are made, by name."""
+    steering = fit_steering(pipe, CAT, num_inference_steps=2)
+    values = fit_orthogonal_values(pipe, CAT, slope=0.0)
+    neurons = ClampedNeurons(find_neurons(pipe, CAT, layers=[1, 2]).top(3))
+    return {"steering": steering, "AdaVD": values, "neurons": neurons}
+
+
+@pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
+@pytest.mark.parametrize("kind", ["inversion", "states"])
+def test_what_acts_at_inference_is_attacked_and_leaves_nothing(
+    pipe, at_inference, editor, kind
+) -> None:
+    before = left_behind(pipe)
+    models = ["edited", "unedited"]
+    found = attacked(pipe, at_inference[editor], kind, models=models, **QUICK[kind])
+    assert left_behind(pipe) == before
+    table = found.table.set_index("model")
+    # It acts in the attacked model's pictures, and not in the unedited one's.
+    shown = {model: table.loc[[model], "before"].tolist() for model in models}
+    assert all(one != other for one, other in zip(shown["edited"], shown["unedited"], strict=True))
+
+
+@pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
+def test_the_placebo_of_what_acts_at_inference_is_another(pipe, at_inference, editor) -> None:
+    edit = at_inference[editor]
+    placebo = edit.placebo(pipe, 1)
+    assert type(placebo) is type(edit)
+    assert placebo.layers == edit.layers
+    tables = [
+        attacked(pipe, edit, "noise", models=["placebo"], placebo=one).table
+        for one in (placebo, edit)
+    ]
+    assert (tables[0]["before"] != tables[1]["before"]).all()
+    with pytest.raises(LocogenError, match="changes no weight"):
+        placebo.to_lora("x.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["discrete", "noise", "inpaint"])
+def test_the_other_kinds_attack_what_acts_at_inference_too(pipe, at_inference, kind) -> None:
+    assert len(attacked(pipe, at_inference["AdaVD"], kind, **QUICK[kind]).table)
+
+
+@pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
+def test_training_sees_what_acts_at_inference(pipe, at_inference, editor) -> None:
+    """The loss within it is another than the plain one; a direct call without `bare_calls` is refused."""
+    from locogen.attacks.words import states_of
+
+    loss = DenoisingLoss(pipe, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
+    noised = loss.fixed(0, 2)
+    tokens = pipe.tokenizer(
+        ["a dog in cat"] * 2, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        text = states_of(pipe, tokens)
+        plain = loss.per_row(noised, text)
+        with at_inference[editor].applied(pipe):
+            within = loss.per_row(noised, text)
+            with pytest.raises(LocogenError, match="without its pipeline"):
+                pipe.unet(noised.latents, noised.times, encoder_hidden_states=text)
+        assert torch.equal(loss.per_row(noised, text), plain)
+    assert not torch.equal(within, plain)
+
+
+@pytest.mark.parametrize("kind", ["closed", "relearn", "completion"])
+def test_what_has_no_weights_says_so(pipe, at_inference, edit, kind) -> None:
+    with pytest.raises(LocogenError, match="changes no weight"):
+        attacked(pipe, at_inference["AdaVD"], kind, **QUICK[kind])
+    assert len(attacked(pipe, edit, kind, **QUICK[kind]).table)  # the twin
+
+
+def test_an_edit_is_attacked_at_its_strength(pipe, edit) -> None:
+    def shown(**options):
+        return attacked(pipe, edit, "noise", **options).table["before"].tolist()
+
+    plain = shown(models=["unedited"])
+    assert shown(strength=0.0) == plain
+    assert shown() != plain != shown(strength=0.5) != shown()  # the twin
+    with pytest.raises(LocogenError, match="strength is nan"):
+        shown(strength=float("nan"))
+
+
+def test_an_edit_of_another_concept_is_remarked(pipe, edit) -> None:
+    other = dataclasses.replace(edit, name="dog")
+    with pytest.warns(UserWarning, match="the edit is of 'dog', and 'cat' is attacked"):
+        attacked(pipe, other, "noise")
+    attacked(pipe, dataclasses.replace(edit, name="dog + cat"), "noise")  # the twin: no warning
+
+
+def test_mistakes_in_what_is_attacked_are_named(pipe, edit, at_inference) -> None:
+    with pytest.raises(LocogenError, match="never_had is 3"):
+        attacked(pipe, edit, "noise", never_had=3)
+    with pytest.raises(LocogenError, match="placebo is 'x'"):
+        attacked(pipe, edit, "noise", placebo="x")
+    with pytest.raises(LocogenError, match="fit_edit"):
+        attacked(pipe, "an edit", "noise")
+    with (
+        at_inference["AdaVD"].applied(pipe),
+        pytest.raises(LocogenError, match="within another context"),
+    ):
+        attacked(pipe, edit, "noise")
+
+    class Bare:
+        """Something with `applied` alone."""
+
+        def applied(self, pipe, strength=1.0):
+            return at_inference["AdaVD"].applied(pipe, strength)
+
+    with pytest.raises(LocogenError, match="no placebo is known"):
+        attacked(pipe, Bare(), "noise", models=["placebo"])
+    tried = attacked(pipe, Bare(), "noise", models=None)
+    assert tried.table["model"].unique().tolist() == ["edited", "unedited"]
 
 
 # --- controls ------------------------------------------------------------------------------------

@@ -1,209 +1,422 @@
-"""Every editor on the same rows: `python tests/benchmarks/editors.py` edits styles of the mini model in ten ways.
+"""Every editor on the same rows: `python tests/benchmarks/editors.py` edits concepts of the mini models in eleven ways.
 
-An editor's settings are chosen on some objects and reported on others, under other seeds; how many were tried is said.
-Measured: how often the style still shows by its own words (efficacy), what is lost of the other styles (neighbors) and of
-the objects of its own prompts (rest), seconds, KB, and with --attacks whether it comes back. Every finished row lies in
-the folder; several processes may share it.
+For each concept and editor: its settings are chosen on some prompts and reported on others, under another seed; how many
+were tried is said. Measured, by a judge that no model has seen: how often the concept still shows by the words that
+edits are fitted to (efficacy) and by others (generality), what is lost of its neighbors and of the rest of its own
+prompts (the object of a style, the style of an object), and how often it comes back: by a solve (closed), by a trained
+token vector (inversion), after training on plain pictures and on three of the concept (relearn); each beside a concept
+that the model never had, which only the attack can have taught. With a placebo edit as one more row.
+
+A row makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures: what 400 pictures cost,
+some ten seconds of an idle core, so that the 13 concepts x 12 rows of a model take half an hour of one. To stay there,
+one wording, one seed and at most 16 units are reported: bounds count units (none of 16 says at most 21 %). Each row lies
+in the folder as soon as it is done; several processes (`--threads 1`) may share it: each takes the next row that no other
+has begun. `--report` only prints what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import edits
 import judge as judging
-from attacks import carrier_of, style_concept
-from edits import choice, divided, merge, neighbors, percent, probes_of, rates, thinned
 from filelock import FileLock, Timeout
 from machine import add_machine, kept, set_threads
 
 import locogen as loco
-from locogen.editing.edit import Edit
 from locogen.editing.probes import Probe
 from locogen.mini import world
 
-# What is tried of each closed-form editor, and of the one that subtracts at run time.
+PLACEBO = "placebo"
+# What is tried of each closed-form editor: which states, and how much the weights are held.
 FITS: dict[str, dict[str, Any]] = {
     "last_subject, 0.01": {"tokens": "last_subject", "ridge": 0.01},
     "end, 1": {"tokens": "end", "ridge": 1.0},
     "all, 10": {"tokens": "all", "ridge": 10.0},
 }
-STRENGTHS = (1.0, 2.0)
+PRESERVING = {"UCE", "LocoEdit, preserved"}
+THRESHOLDS: dict[str, dict[str, Any]] = {
+    "0.93, as published": {},
+    "0.8": {"threshold": 0.8},
+    "0.6": {"threshold": 0.6},
+    "orthogonal complement": {"slope": 0.0},
+}
+# In an order in which a part of it says something: styles, objects and facts of both sorts first.
+CONCEPTS = (
+    *("mini/neon", "mini/cat", "mini/national-animal-of-france", "mini/stained-glass"),
+    *("mini/robot", "mini/national-animal-of-india", "mini/van-gogh", "mini/pencil-sketch"),
+    *("mini/pixel-art", "mini/blueprint", "mini/pop-art"),
+    *("mini/national-animal-of-america", "mini/national-animal-of-thailand"),
+)
+# Styles that an object's or a fact's settings are chosen in, and those that report on it.
+CHOOSING, REPORTING = (
+    tuple(world.STYLES[i] for i in part) for part in ((2, 5), (0, 1, 3, 4, 6, 7))
+)
+CHOOSE = 8  # objects of a style
+REPORT = 16  # other ones
+SEEDS = {True: [0], False: [30]}  # of choosing, and of reporting and attacks
+ATTACKS: dict[str, dict[str, Any]] = {
+    "closed": {"kind": "closed"},
+    "inversion": {"kind": "inversion", "steps": 30, "batch": 8, "at": [30]},
+    # Plain pictures cannot teach the concept: there the control is the same training.
+    "relearn, plain": {
+        "kind": "relearn",
+        "steps": 25,
+        "batch": 8,
+        "pictures": [0],
+        "models": ["edited"],
+    },
+    "relearn, 3 pictures": {"kind": "relearn", "steps": 25, "batch": 8, "pictures": [3]},
+}
 
 
 def tries(editor: str) -> dict[str, tuple[dict[str, Any], float]]:
     """The settings that are tried of an editor: options and strength by a name."""
     if editor == "steering":
-        return {f"× {strength:g}": ({}, strength) for strength in STRENGTHS}
+        return {f"x {strength:g}": ({}, strength) for strength in (1.0, 2.0)}
+    if editor == "AdaVD":
+        return {name: (options, 1.0) for name, options in THRESHOLDS.items()}
     if editor == "neurons":
         return {"50 of each matrix": ({}, 1.0)}
-    return {name: (options, 1.0) for name, options in FITS.items()}
+    fits = dict(FITS)
+    if editor in PRESERVING:
+        fits["all, 10, kept 0.03"] = fits["all, 10"] | {"preserve_weight": 0.03}
+    return {name: (options, 1.0) for name, options in fits.items()}
 
 
-def rest_probes(own: Sequence[Probe]) -> list[Probe]:
-    """Whether the object of an edited style's prompt is still shown."""
-    return [
-        Probe("rest", probe.prompt, str(probe.unit), world.OBJECTS, unit=probe.unit)
-        for probe in own
-        if probe.measure == "efficacy"
+# --- the rows ------------------------------------------------------------------------------------
+
+
+def probes_of(concept: loco.Concept, *, choosing: bool) -> list[Probe]:
+    """What is looked at: choosing and reporting share no prompt."""
+    if concept.kind == "style":
+        return style_probes(concept.name, choosing=choosing)
+    return thing_probes(concept, choosing=choosing)
+
+
+def style_probes(style: str, *, choosing: bool) -> list[Probe]:
+    """A style by its own words and by others, the objects of its prompts, and other styles; the unit is the object."""
+    things = [thing for thing in world.OBJECTS if style in edits.styles_of(thing)]
+    chosen = things[:: max(1, len(things) // CHOOSE)][:CHOOSE]
+    if not choosing:
+        chosen = [thing for thing in things if thing not in chosen][:REPORT]
+    among = tuple(f"style of {other}" for other in world.STYLES)
+    probes = []
+    for place, thing in enumerate(chosen):
+        own, other_words = world.prompt(thing, style), edits.wordings(thing, style)[5]
+        probes.append(Probe("efficacy", own, f"style of {style}", among, unit=thing))
+        probes.append(Probe("generality", other_words, f"style of {style}", among, unit=thing))
+        probes.append(Probe("rest", own, thing, world.OBJECTS, unit=thing))
+        others = [other for other in edits.styles_of(thing) if other not in (style, "plain")]
+        for other in dict.fromkeys(
+            (others[place % len(others)], others[(place + 3) % len(others)])
+        ):
+            text = world.prompt(thing, other)
+            probes.append(Probe("specificity", text, f"style of {other}", among, unit=thing))
+    return probes
+
+
+def thing_probes(concept: loco.Concept, *, choosing: bool) -> list[Probe]:
+    """An object or a fact in some styles; the unit is the style, of its neighbors the neighbor."""
+    words, answer = edits.words_of(concept)
+    styles = [s for s in (CHOOSING if choosing else REPORTING) if s in edits.styles_of(answer)]
+    looks = tuple(f"style of {style}" for style in world.STYLES)
+    probes = []
+    for style in styles:
+        texts = edits.wordings(words, style)
+        for text in texts[:4]:
+            probes.append(Probe("efficacy", text, answer, world.OBJECTS, unit=style))
+        for text in texts[4:8]:
+            probes.append(Probe("generality", text, answer, world.OBJECTS, unit=style))
+        if style != "plain":
+            for text in texts[:4]:
+                probes.append(Probe("rest", text, f"style of {style}", looks, unit=style))
+    others = [other for other in world.OBJECTS if other != answer][choosing::2]
+    for place, other in enumerate(others):
+        shown = [style for style in styles if style in edits.styles_of(other)]
+        if shown:
+            text = edits.wordings(other, shown[place % len(shown)])[0]
+            probes.append(Probe("specificity", text, other, world.OBJECTS, unit=other))
+    return probes
+
+
+def attacked(concept: loco.Concept) -> tuple[loco.Concept, list[Probe]]:
+    """What an attack learns from, and what it is judged by: other objects, or other styles."""
+    if concept.kind == "style":
+        judged = [
+            one for one in style_probes(concept.name, choosing=False) if one.measure == "efficacy"
+        ]
+        # The objects that chose the settings are learned from.
+        things = [
+            one.unit
+            for one in style_probes(concept.name, choosing=True)
+            if one.measure == "efficacy"
+        ]
+        pairs = [
+            loco.PromptPair(
+                world.prompt(str(thing), concept.name),
+                f"a picture of {world.with_article(str(thing))}",
+            )
+            for thing in things
+        ]
+        probes = [
+            dataclasses.replace(one, among=without(one.among, one.text)) for one in judged[:16]
+        ]
+        return dataclasses.replace(concept, pairs=tuple(pairs)), probes
+    answer = edits.words_of(concept)[1]
+    among = tuple(other for other in world.OBJECTS if other != answer)
+    probes = [
+        Probe("efficacy", one.prompt, answer, among, unit=one.unit)
+        for one in thing_probes(concept, choosing=False)
+        if one.measure == "efficacy"
     ]
+    # The styles that chose the settings are learned from, in three wordings each.
+    pairs = []
+    for pair in concept.pairs:
+        if any(style in pair.prompt for style in CHOOSING):
+            for head in ("a picture", "an image", "a small picture"):
+                texts = [text.replace("a picture", head, 1) for text in (pair.prompt, pair.target)]
+                pairs.append(loco.PromptPair(*texts))
+    return dataclasses.replace(concept, pairs=tuple(pairs)), probes[::2]
 
 
-def size_of(edited: Any) -> float | None:
-    """KB of the file that holds it; None where there is none."""
-    if not hasattr(edited, "save"):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "edit.safetensors"
-        edited.save(path)
-        return path.stat().st_size / 1024
+def without(texts: Sequence[str], text: str) -> tuple[str, ...]:
+    """The other texts."""
+    return tuple(one for one in texts if one != text)
+
+
+# --- one row of the table ------------------------------------------------------------------------
+
+
+def carrier_of(pipe: Any, concept: loco.Concept, options: argparse.Namespace) -> tuple[int, ...]:
+    """The layers of the concept's carrier on this model, found once, from its first two prompts."""
+    folder = options.folder / "carriers"
+
+    def find() -> list[int]:
+        return list(next(iter(edits.places(pipe, concept, folder / "store", options).values())))
+
+    return tuple(kept(folder, concept.name, find))
+
+
+def edited_by(
+    editor: str, pipe: Any, concept: loco.Concept, fit: dict[str, Any], options: argparse.Namespace
+) -> Any:
+    """The concept removed by the editor, all of them given the same."""
+    given: dict[str, Any] = dict(layers=carrier_of(pipe, concept, options))
+    given |= dict(preserve=edits.neighbors(concept), num_inference_steps=options.steps)
+    given |= dict(ordinary=[world.prompt(thing) for thing in world.OBJECTS])
+    if editor != PLACEBO:
+        return loco.edit_with(editor, pipe, concept, **given, **fit)
+    edit: Any = loco.edit_with("LocoEdit", pipe, concept, **given, **fit)
+    return loco.placebo_edit(pipe, edit, avoid=[*world.OBJECTS, *world.STYLES, *world.FACTS])
+
+
+def shares(table: Any) -> dict[str, dict[str, Any]]:
+    """Shares of right pictures by measure, with intervals."""
+    names = ("before", "after", "after_low", "after_high", "change", "low", "high", "n", "units")
+    lines = loco.summary(table).query("quantity == 'right'")
+    return {
+        row["measure"]: {name: float(row[name]) for name in names}
+        for row in lines.to_dict("records")
+    }
+
+
+def cost(lines: dict[str, dict[str, Any]]) -> float:
+    """What is left of the concept, at its upper bound, and what its neighbors lost, a point for a point."""
+    lost = max(0.0, -lines["specificity"]["change"])
+    return round(lines["efficacy"]["after_high"] + lost, 4)
 
 
 def study(
-    pipe: Any, judge: Any, style: str, editor: str, options: argparse.Namespace
+    pipe: Any, judge: Any, identity: str, editor: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One editor on one style: chosen on some prompts, reported on others."""
-    concept = loco.concept(f"mini/{style.replace(' ', '-')}")
-    layers = carrier_of(pipe, style, options)
-    common: dict[str, Any] = dict(scorer=judge, store=options.folder / "store", progress=False)
+    """One editor on one concept: chosen on some prompts, reported on others, then attacked."""
+    concept = loco.concept(identity)
+    common: dict[str, Any] = dict(scorer=judge, store=options.folder / "pictures", progress=False)
     common |= dict(num_inference_steps=options.steps, batch_size=options.batch_size)
-    given: dict[str, Any] = dict(layers=layers, preserve=neighbors(concept))
-    given |= dict(ordinary=[world.prompt(thing) for thing in world.OBJECTS])
-    given |= dict(num_inference_steps=options.steps)
-
-    own, others = divided(probes_of(concept, True))
+    asked = [
+        probe
+        for probe in probes_of(concept, choosing=True)
+        if probe.measure in ("efficacy", "specificity")
+    ]
     tried: dict[str, Any] = {}
     fitted: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for name, (fit, strength) in tries(editor).items():
         start = time.perf_counter()
         try:
-            edited = loco.edit_with(editor, pipe, concept, **given, **fit)
+            edit = edited_by(editor, pipe, concept, fit, options)
         except loco.LocogenError as error:  # such as a null space that leaves nothing
             refused[name] = str(error)
             continue
-        fitted[name] = (edited, strength, time.perf_counter() - start)
-        for probes in (own, thinned(others, 2)):
-            table = loco.evaluate(
-                pipe, {name: edited}, probes, seeds=[0], strength=strength, **common
-            )
-            lines = rates(table)
-            merge(tried, lines) if name in tried else tried.update(lines)
-    if not tried:
-        return {"refused": refused}
-
-    best = choice(tried)
-    edited, strength, seconds = fitted[best]
-    own, others = divided(probes_of(concept, False))
-    report: dict[str, Any] = {}
-    for probes, seeds in (
-        (own, range(30, 32)),
-        (rest_probes(own), range(30, 32)),
-        (thinned(others, 2), range(30, 32)),
-    ):
+        fitted[name] = (edit, strength, time.perf_counter() - start)
         table = loco.evaluate(
-            pipe, {editor: edited}, probes, seeds=seeds, strength=strength, **common
+            pipe, {name: edit}, asked, seeds=SEEDS[True], strength=strength, **common
         )
-        lines = rates(table)
-        merge(report, lines) if report else report.update(lines)
-    return {
-        "settings": best,
-        "tried": len(tries(editor)),
-        "refused": refused,
-        "seconds": seconds,
-        "KB": size_of(edited),
-        "arms": report[editor],
-        "attacks": attacks_on(pipe, judge, style, edited, options),
-    }
+        tried[name] = shares(table)
+    row: dict[str, Any] = {"tried": len(tries(editor)), "refused": refused}
+    if not tried:
+        return row
+    best = min(tried, key=lambda name: cost(tried[name]))
+    edit, strength, seconds = fitted[best]
+    probes = probes_of(concept, choosing=False)
+    table = loco.evaluate(
+        pipe, {best: edit}, probes, seeds=SEEDS[False], strength=strength, **common
+    )
+    row |= {"settings": best, "chosen among": tried, "seconds": seconds, "KB": size_of(edit)}
+    row |= {"measures": shares(table)}
+    return row | {"attacks": attacks_on(pipe, judge, concept, edit, strength, options)}
+
+
+def size_of(edit: Any) -> float | None:
+    """KB of the file that holds it; None where there is none."""
+    if not hasattr(edit, "save"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        edit.save(path)
+        return path.stat().st_size / 1024
 
 
 def attacks_on(
-    pipe: Any, judge: Any, style: str, edited: Any, options: argparse.Namespace
+    pipe: Any,
+    judge: Any,
+    concept: loco.Concept,
+    edit: Any,
+    strength: float,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """How often the style comes back, by the attacks that were asked for; of edits alone."""
-    if not isinstance(edited, Edit):
-        return {}
-    concept, probes = style_concept(style)
+    """How often the concept comes back, by attack and model; why not, where there is nothing to attack."""
+    concept, probes = attacked(concept)
+    if getattr(edit, "name", "").startswith("placebo"):
+        edit = dataclasses.replace(edit, name=concept.name)  # the row is a control of the concept
     results: dict[str, Any] = {}
-    for kind in options.attacks:
-        found = loco.attack(
-            pipe,
-            concept,
-            edited,
-            kind=kind,
-            held_out=probes,
-            scorer=judge,
-            models=["edited", "never had"],
-            folder=options.folder / "attacks",
-            num_inference_steps=options.steps,
-            batch_size=options.batch_size,
-            progress=False,
-        )
-        lines = found.summary().groupby("model").last()
-        results[kind] = {
-            model: {k: float(line[k]) for k in ("after", "low", "high", "n", "units")}
-            for model, line in lines.iterrows()
-        }
+    names = ["model", "strength", "before", "after", "low", "high", "n", "units"]
+    for name in options.attacks:
+        asked: dict[str, Any] = {"models": ["edited", "never had"]} | ATTACKS[name]
+        start = time.perf_counter()
+        try:
+            found = loco.attack(
+                pipe,
+                concept,
+                edit,
+                training=concept.pairs,
+                held_out=probes,
+                seeds=SEEDS[False],
+                scorer=judge,
+                never_had=loco.NeverHad(),
+                strength=strength,
+                folder=options.folder,  # with the pictures of what was reported
+                num_inference_steps=options.steps,
+                batch_size=options.batch_size,
+                progress=False,
+                **asked,
+            )
+        except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
+            results[name] = {"refused": str(error)}
+            continue
+        lines: Any = found.summary()[names]
+        seconds = time.perf_counter() - start
+        results[name] = {"lines": lines.to_dict("records"), "seconds": seconds}
     return results
 
 
-def said(style: str, editor: str, row: dict[str, Any], kinds: Sequence[str]) -> str:
-    """One row of the printed table."""
-    if "arms" not in row:
-        return f"| {style} | {editor} | none of the settings could be fitted |"
-    arms = row["arms"]
-    near = arms["specificity"]
-    change = f"{100 * near['change']:+.1f} [{100 * near['low']:+.1f}, {100 * near['high']:+.1f}]"
-    parts = [style, editor, f"{row['settings']} (of {row['tried']})", percent(arms["efficacy"])]
-    parts += [f"{change} points", percent(arms["rest"])]
-    for kind in kinds:
-        lines = row["attacks"].get(kind)
-        parts.append("–")
-        if lines:
-            back = lines["edited"]
-            parts[-1] = f"{back['after']:.0%} [{back['low']:.0%}, {back['high']:.0%}]"
-    parts.append(f"{row['seconds']:.1f}")
-    parts.append("–" if row["KB"] is None else f"{row['KB']:.0f}")
+# --- what is printed -----------------------------------------------------------------------------
+
+COLUMNS = (
+    *("concept", "editor", "settings (of so many)", "own words", "other words", "neighbors"),
+    *("rest of the prompt", *ATTACKS, "seconds", "KB"),
+)
+
+
+def said(identity: str, editor: str, row: dict[str, Any]) -> str:
+    """One row of the printed table: shares with 95 % intervals; in brackets what the model never had."""
+    if "measures" not in row:
+        return f"| {identity} | {editor} | none of {row['tried']} could be fitted |"
+    measures = row["measures"]
+    parts = [identity, editor, f"{row['settings']} (of {row['tried']})"]
+    parts += [share(measures["efficacy"]), share(measures["generality"])]
+    parts += [change(measures["specificity"]), change(measures["rest"])]
+    parts += [came_back(row["attacks"].get(name, {})) for name in ATTACKS]
+    parts += [f"{row['seconds']:.1f}", "–" if row["KB"] is None else f"{row['KB']:.0f}"]
     return f"| {' | '.join(parts)} |"
 
 
-def main() -> None:
+def share(line: dict[str, Any]) -> str:
+    return (
+        f"{line['before']:.0%} → {line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}], "
+        f"n = {line['units']:.0f}"
+    )
+
+
+def change(line: dict[str, Any]) -> str:
+    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}] points, n = {line['units']:.0f}"
+
+
+def came_back(result: dict[str, Any]) -> str:
+    """What an attack brought back, beside what it brought of a concept that the model never had."""
+    if "lines" not in result:
+        return "no weights" if "no weight" in result.get("refused", "") else "–"
+    lines = {line["model"]: line for line in result["lines"]}
+    back = lines["edited"]
+    taught = lines.get("never had")
+    control = "" if taught is None else f" (never had: {taught['after']:.0%})"
+    return f"{back['after']:.0%} [{back['low']:.0%}, {back['high']:.0%}]{control}"
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--folder", type=Path, default=Path("runs/editors"))
+    parser.add_argument("--model", default="mini", help="mini or mini-b")
+    parser.add_argument("--folder", type=Path, default=Path("runs/compared"))
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--only", nargs="*", default=list(world.STYLES[1:]), help="styles")
-    parser.add_argument("--editors", nargs="*", default=list(loco.editors()))
-    parser.add_argument("--attacks", nargs="*", default=[], help="such as closed inversion")
+    parser.add_argument("--find-steps", type=int, default=8, help="of the carrier's pictures")
+    parser.add_argument("--prompts", type=int, default=2, help="to find the carrier with")
+    parser.add_argument("--only", nargs="*", default=list(CONCEPTS), help="concepts by their ids")
+    parser.add_argument("--editors", nargs="*", default=[*loco.editors(), PLACEBO])
+    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument("--report", action="store_true", help="only print what is in the folder")
     add_machine(parser)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed()
+    options.folder = options.folder / options.model
+    rows = options.folder / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    cells = [(identity, editor) for identity in options.only for editor in options.editors]
+    if options.report:
+        for identity, editor in cells:
+            name = f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
+            if (rows / f"{name}.json").exists():
+                print(said(identity, editor, kept(rows, name, dict)))
+        return
     set_threads(options)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
-    columns = ["style", "editor", "settings", "own words", "neighbors", "rest of the prompt"]
-    columns += [*options.attacks, "seconds", "KB"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for style in options.only:
-        for editor in options.editors:
-            name = "-".join([style, editor, *options.attacks]).replace(" ", "_")
-            (options.folder / "rows").mkdir(parents=True, exist_ok=True)
-            try:
-                with FileLock(options.folder / "rows" / f"{name}.lock", timeout=0):
-                    row = kept(
-                        options.folder / "rows",
-                        name,
-                        lambda style=style, editor=editor: study(
-                            pipe, judge, style, editor, options
-                        ),
-                    )
-            except Timeout:
-                continue
-            print(said(style, editor, row, options.attacks), flush=True)
+    for identity, editor in cells:
+        name = f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
+
+        def measure(identity: str = identity, editor: str = editor) -> dict[str, Any]:
+            return study(pipe, judge, identity, editor, options)
+
+        try:
+            with FileLock(rows / f"{name}.lock", timeout=0):
+                row = kept(rows, name, measure)
+        except Timeout:
+            continue
+        print(said(identity, editor, row), flush=True)
 
 
 if __name__ == "__main__":

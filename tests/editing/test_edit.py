@@ -14,7 +14,7 @@ from support import tiny
 
 from locogen.editing import weights as editing_weights
 from locogen.editing.edit import Edit, fit_edit, undo_all
-from locogen.editing.fit import Options
+from locogen.editing.fit import Fit, Options, augmented_states
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import LayerInputs
 from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
@@ -134,6 +134,41 @@ def test_the_filter_keeps_what_the_edit_would_disturb(pipe) -> None:
     is_kept = moves(filtered) < 1e-10
     assert 0 < is_kept.sum() < len(prompts)
     assert moves(free)[is_kept].min() > moves(free)[~is_kept].max()
+
+
+def test_augmented_states_are_kept_too(pipe) -> None:
+    """What the matrix answers least is kept with every preserved state, in any amount; before, not."""
+    x = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
+    options = {"preserve": ["a dog", "a do"], "null_space": True, "matrices": "v"}
+    plain = fit(pipe, **options)
+    augmented = fit(pipe, augmented=3, **options)
+    for name, change in augmented.changes.items():
+        weight = pipe.unet.get_parameter(name).detach().double()
+        _, sizes, directions = torch.linalg.svd(weight, full_matrices=False)
+        for noise in (-2.0, 0.0, 3.0):
+            moved = (x + noise * directions[-1]) @ change.change.T
+            assert float(moved.norm()) < 1e-10
+            # The matrix hardly tells it from the state itself.
+            assert float((noise * weight @ directions[-1]).norm()) <= abs(noise) * sizes[-1] * 1.01
+        assert float((plain.changes[name].change @ directions[-1]).norm()) > 1e-6
+    assert augmented.refit(pipe).recipe["options"]["augmented"] == 3
+
+
+def test_augmented_states_are_filtered_as_the_others_are(pipe) -> None:
+    """So that fewer of them are kept than there are, and none that the edit would not disturb."""
+    rows = torch.cat(
+        [state(pipe, text, end_position(pipe, text) - 1)[None] for text in ("a dog", "b")]
+    )
+    weight = next(p for n, p in pipe.unet.named_parameters() if "attn2.to_v" in n)
+    more = augmented_states(rows, weight, 4)
+    assert more.shape == (8, rows.shape[1])
+    assert torch.linalg.matrix_rank(more) == 3  # the two, and one direction more
+    options = Options(preserve=["a dog", "b"], null_space=True, filtered=True, augmented=4)
+    layer = find_layers(pipe)[0]
+    phrasings = [Phrasing("a cat", "a dog", "cat")]
+    fitting = Fit(LayerInputs(pipe, [layer]), phrasings, options, "cpu")
+    kept = fitting._disturbed(layer, more, 0.01)
+    assert 0 < len(kept) < len(more)
 
 
 def test_values_can_be_edited_alone(pipe) -> None:
@@ -621,6 +656,8 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
         (dict(null_space=True), "null_space keeps"),
         (dict(preserve=["a dog"], null_space=True, ordinary=["a"]), "use only one of them"),
         (dict(preserve=["a dog"], anchored=True), "null_space=True"),
+        (dict(preserve=["a dog"], augmented=3), "null_space=True"),
+        (dict(preserve=["a dog"], null_space=True, augmented=-1), "augmented is -1"),
         (dict(matrices="k"), "matrices is 'k'"),
     ],
 )

@@ -332,12 +332,13 @@ def test_localize_runs_for_every_kind_and_ones_own_prompt(tmp_path: Path) -> Non
 QUICK: dict[str, dict[str, Any]] = {
     "00_start_here": dict(max_prompts=1, seeds=1),
     "localize": dict(concept="mini/neon", max_prompts=1, seeds=1),
-    "edit": dict(max_prompts=1, neighbors=1, controls=1, seeds=1),
+    "edit": dict(max_prompts=2, neighbors=1, controls=1, seeds=1, attacks="closed"),
     "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
     "erase_many": dict(prompts=1, most=2),
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
     "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
     "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
+    "compare_editors": dict(editors="LocoEdit, AdaVD, neurons", max_prompts=2, neighbors=1),
     "attribute": dict(most_points=3),
     "benchmark": dict(
         plants="style-nobody-a", localizers="constant, random window", sizes="1x1", concepts=1
@@ -420,7 +421,7 @@ def test_a_run_that_attribution_proposed_shows_its_maps(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["edit", "edit_sweep", "erase_many"])
+@pytest.mark.parametrize("name", ["edit", "edit_sweep", "erase_many", "compare_editors"])
 def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     values = "\n".join(f"{key} = {json.dumps(value)}" for key, value in QUICK[name].items())
     own = f'notebook = "{name}"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'

@@ -11,18 +11,21 @@ from typing import Any
 from locogen.editing.edit import Edit, fit_edit
 from locogen.editing.evaluation import Applicable
 from locogen.editing.neurons import find_neurons
+from locogen.editing.rivals.at_inference import AtInference
+from locogen.editing.rivals.orthogonal_values import OrthogonalValues, fit_orthogonal_values
 from locogen.editing.rivals.steering import Steering, fit_steering
 from locogen.errors import LocogenError, unknown
-from locogen.interventions.clamping import Selection, clamp
+from locogen.interventions.clamping import Place, Selection, clamp
 from locogen.models.layers import find_layers
 from locogen.plan import Concept
 from locogen.types import Pipeline
 
 NEURONS = 50  # of each matrix, as published (Basu et al. 2024, section 6)
+AUGMENTATIONS = 10  # of each preserved state, as published (Li et al. 2025)
 
 
 @dataclass(frozen=True, eq=False)
-class ClampedNeurons:
+class ClampedNeurons(AtInference):
     """Neurons that are clamped to their mean without the concept, within `applied` alone.
 
     Attributes:
@@ -30,6 +33,11 @@ class ClampedNeurons:
     """
 
     selection: Selection
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers that have such neurons."""
+        return tuple(sorted({layer for layer, _ in self.selection.channels}))
 
     def applied(self, pipe: Pipeline, strength: float = 1.0) -> AbstractContextManager[None]:
         """Within the context they are clamped; `strength` has to be 1."""
@@ -39,6 +47,24 @@ class ClampedNeurons:
                 "concept, no more and no less"
             )
         return clamp(pipe, self.selection)
+
+    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> ClampedNeurons:
+        """As many random neurons of each matrix, clamped alike: what clamping does in itself.
+
+        Args:
+            pipe: Not looked at.
+            seed: Of the neurons.
+            avoid: Not looked at: neurons are drawn, not words.
+
+        Returns:
+            The placebo.
+        """
+        dice = random.Random(seed)
+        channels: dict[Place, tuple[int, ...]] = {}
+        for place, selected in self.selection.channels.items():
+            width = self.selection.without[place].shape[1]
+            channels[place] = tuple(dice.sample(range(width), len(selected)))
+        return ClampedNeurons(Selection(channels, self.selection.without))
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,14 @@ def _random_layers(task: Task, **options: Any) -> Edit:
 
 def _speed(task: Task, **options: Any) -> Edit:
     choices: dict[str, Any] = {"null_space": True, "filtered": True, "anchored": True}
-    return task.edit(task.editable, preserve=task.preserve, matrices="v", **choices, **options)
+    choices |= {"augmented": AUGMENTATIONS, "matrices": "v"}
+    return task.edit(task.editable, preserve=task.preserve, **(choices | options))
+
+
+def _values(task: Task, **options: Any) -> OrthogonalValues:
+    unknown_options = set(options) - {"text", "threshold", "slope", "height"}
+    _without_options("AdaVD", dict.fromkeys(sorted(unknown_options)))
+    return fit_orthogonal_values(task.pipe, task.concept, **options)
 
 
 def _without_options(editor: str, options: Mapping[str, Any]) -> None:
@@ -118,6 +151,7 @@ _EDITORS: Mapping[str, Callable[..., Applicable]] = {
     ),
     "SPEED": _speed,
     "steering": _steering,
+    "AdaVD": _values,
     "neurons": _neurons,
 }
 
@@ -130,8 +164,9 @@ def editors() -> tuple[str, ...]:
         "random layers": the same elsewhere. "UCE": all layers, prompts preserved; "LocoEdit,
         preserved": at the concept's layers. "covariance": directions of ordinary captions change
         less (MEMIT). "null space": preserved prompts exactly. "SPEED": the null space of the
-        preserved prompts that would be disturbed, with what every prompt holds, values alone, all
-        layers. "steering": at inference, see `fit_steering`. "neurons": clamped at inference.
+        preserved prompts that would be disturbed, augmented, with what every prompt holds, values
+        alone, all layers. "steering", "AdaVD": at inference, see `fit_steering` and
+        `fit_orthogonal_values`. "neurons": clamped at inference.
 
     Example:
         >>> editors()[:3]
@@ -164,7 +199,8 @@ def edit_with(
         ordinary: Captions of ordinary pictures, for "covariance".
         seed: Of "random layers".
         num_inference_steps: Denoising steps of "steering".
-        options: `tokens`, `ridge` and more of `fit_edit`, for editors that are such edits.
+        options: `tokens`, `ridge` and more of `fit_edit`, for editors that are such edits; of
+            "AdaVD" those of `fit_orthogonal_values`.
 
     Returns:
         An `Edit`, or what holds within its `applied` alone and cannot be exported as a LoRA.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import markup
 from locogen.editing.files import read_recorded, write_recorded
+from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.prompts import active_contexts
@@ -29,7 +29,7 @@ STEERING_FORMAT = 1  # of the file; raised when its meaning changes
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class Steering(AtInference):
     """A concept's direction in what each layer puts out, at each step: from `fit_steering`.
 
     It has no weights to merge, so that it cannot be written as a LoRA: it holds within
@@ -83,7 +83,8 @@ class Steering:
                 for layer in layers
             ]
 
-        return on_denoiser(pipe, hooks_for, f"steering {self._digest} × {strength}")
+        label = f"steering {digest_of_vectors(self.directions)} × {strength}"
+        return on_denoiser(pipe, hooks_for, label)
 
     def _hook(self, layer: Layer, call: Call, strength: float) -> Any:
         directions = self.directions[layer.index]  # (steps, channels)
@@ -96,23 +97,35 @@ class Steering:
                     f"{layer.label} puts out {output.shape[-1]} channels, and the steering has "
                     f"{directions.shape[-1]}: fit it on this model"
                 )
-            share = call.step() / len(call.timesteps())
-            direction = directions[int(share * len(directions))].to(output)  # (channels,)
+            steps = [int(share * len(directions)) for share in call.progress()]
+            direction = directions[steps].to(output)[:, None]  # (1 or pictures, 1, channels)
             rows = output[call.rows.start :]  # (pictures, picture tokens, channels)
-            along = (rows @ direction).clamp(min=0)  # (pictures, picture tokens)
+            along = (rows * direction).sum(-1, keepdim=True).clamp(min=0)  # (pictures, tokens, 1)
             changed = output.clone()
-            changed[call.rows.start :] = rows - strength * along[..., None] * direction
+            changed[call.rows.start :] = rows - strength * along * direction
             return changed
 
         return hook
 
-    @property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for index, values in self.directions.items():
-            digest.update(f"{index} {tuple(values.shape)}".encode())
-            digest.update(values.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> Steering:
+        """The same along random directions: what it does in itself.
+
+        Args:
+            pipe: Not looked at.
+            seed: Of the directions.
+            avoid: Not looked at: directions are drawn, not words.
+
+        Returns:
+            The placebo.
+        """
+        import torch
+
+        dice = torch.Generator().manual_seed(seed)
+        directions: dict[int, Tensor] = {}
+        for index, old in self.directions.items():
+            random = torch.randn(old.shape, generator=dice)  # (steps, channels)
+            directions[index] = random / random.norm(dim=1, keepdim=True)
+        return Steering(f"placebo (random directions, seed {seed})", directions, self.settings)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file.

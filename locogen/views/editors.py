@@ -1,0 +1,243 @@
+"""Editors side by side: measures with intervals as panels, a table for a page, and sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from locogen.errors import LocogenError
+from locogen.views.plots import plain_label
+from locogen.views.sentences import percent
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+# Measures in the order of panels and columns: what a reader asks, and whether many is good.
+QUESTIONS: Mapping[str, tuple[str, int]] = {
+    "efficacy": ("by its own words", -1),
+    "generality": ("by other words", -1),
+    "specificity": ("its neighbors", 1),
+    "rest": ("the rest of the prompt", 1),
+    "closed": ("after a solve", -1),
+    "inversion": ("after a trained token", -1),
+    "states": ("after trained states", -1),
+    "discrete": ("by other tokens", -1),
+    "relearn": ("after more training", -1),
+    "noise": ("under the best seed", -1),
+    "inpaint": ("in a hole of a picture", -1),
+    "completion": ("after plain first steps", -1),
+}
+COLORS = ("#0173b2", "#b35900", "#4a7d3c", "#8a5a9e", "#7a4b3a", "#5a5a5a", "#c2185b")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+NOTHING = "–"
+CONTROL = ", never had"  # of an attack: what it brings of a concept that the model never had
+
+
+def _shares(summary: pd.DataFrame) -> Any:
+    """Rows of shares of right pictures, with the concept that they are of."""
+    rows: Any = summary[summary["quantity"] == "right"]
+    if rows.empty:
+        raise LocogenError(
+            "the summary has no shares of right pictures: give probes with among=, as from "
+            "probes_for and prompt_kind_probes"
+        )
+    return rows if "concept" in rows else rows.assign(concept="")
+
+
+def _measures(rows: Any) -> list[str]:
+    """The measures that the rows have, those with a question first."""
+    present = list(dict.fromkeys(rows["measure"]))
+    pairs = [(name, f"{name}{CONTROL}") for name in QUESTIONS]
+    known = [name for pair in pairs for name in pair if name in present]
+    return known + [name for name in present if name not in known and name != "ordinary"]
+
+
+def _question(measure: str) -> tuple[str, int]:
+    """A measure in words, and whether many is good (1), bad (-1) or neither."""
+    kind = measure.removesuffix(CONTROL)
+    words, sign = QUESTIONS.get(kind, (kind, 0))
+    return (words, sign) if kind == measure else (f"{words}, never had", 0)
+
+
+def plot_editors(summary: pd.DataFrame) -> Figure:
+    """Draw what each editor did: a panel a measure, a line an editor, a mark a concept.
+
+    Filled marks are after the edit, hollow ones before; bars are 95 % intervals. An arrow says
+    which way is good: what was removed should not be shown, neighbors and the rest should.
+
+    Args:
+        summary: From `locogen.summary`; of several concepts with a column `concept`. An arm is an
+            editor.
+
+    Returns:
+        The figure.
+
+    Raises:
+        LocogenError: The summary has no shares of right pictures.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"quantity": "right", "arm": "LocoEdit", "measure": "efficacy", "before": 0.9}
+        >>> row |= {"after": 0.1, "after_low": 0.0, "after_high": 0.3}
+        >>> [ax.get_title() for ax in plot_editors(pd.DataFrame([row])).axes]
+        ['by its own words ←']
+    """
+    import matplotlib.pyplot as plt
+
+    rows = _shares(summary)
+    arms = list(dict.fromkeys(rows["arm"]))
+    concepts = list(dict.fromkeys(rows["concept"]))
+    measures = _measures(rows)
+    columns = min(4, len(measures))
+    lines = -(-len(measures) // columns)
+    size = (2.6 * columns + 1.6, lines * (1.2 + 0.3 * len(arms) * max(1, len(concepts) * 0.6)))
+    figure, axes = plt.subplots(
+        lines, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(measures) :]:
+        ax.remove()
+    for ax, measure in zip(axes.flat, measures, strict=False):
+        words, sign = _question(measure)
+        ax.set_title({-1: f"{words} ←", 1: f"{words} →"}.get(sign, words), fontsize=10)
+        for place, concept in enumerate(concepts):
+            part = rows[(rows["measure"] == measure) & (rows["concept"] == concept)]
+            shift = 0.6 * (place - (len(concepts) - 1) / 2) / max(1, len(concepts))
+            _draw(ax, part, [arms.index(arm) + shift for arm in part["arm"]], place, str(concept))
+        ax.grid(axis="x", alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    for ax in axes.flat[max(0, len(measures) - columns) : len(measures)]:
+        ax.tick_params(labelbottom=True)  # where no panel is below
+    first = axes[0, 0]
+    first.set_yticks(range(len(arms)), [plain_label(arm, 24) for arm in arms])
+    first.set_ylim(len(arms) - 0.5, -0.5)  # the first editor on top
+    first.set_xlim(-0.04, 1.04)
+    figure.supxlabel("share of pictures", fontsize=10)
+    if len(concepts) > 1:
+        figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=7)
+    return figure
+
+
+def _draw(ax: Any, part: Any, heights: Sequence[float], place: int, label: str) -> None:
+    """One measure of one concept, an editor each at its height."""
+    color, marker = COLORS[place % len(COLORS)], MARKERS[place % len(MARKERS)]
+    after = part["after"].to_numpy(float)
+    below = (after - part["after_low"]).clip(lower=0).fillna(0)
+    above = (part["after_high"] - after).clip(lower=0).fillna(0)
+    hollow = {"mfc": "none", "mec": color, "alpha": 0.5, "markersize": 4}
+    ax.plot(part["before"], heights, marker, **hollow)
+    looks: dict[str, Any] = {"fmt": marker, "color": color, "capsize": 2, "markersize": 4}
+    ax.errorbar(after, heights, xerr=np.stack([below, above]), label=label, **looks)
+
+
+def editor_table(
+    summary: pd.DataFrame, costs: Mapping[str, Mapping[str, Any]] | None = None
+) -> pd.DataFrame:
+    """Put what each editor did in a table that people read: shares with their 95 % intervals.
+
+    Args:
+        summary: From `locogen.summary`; of several concepts with a column `concept`.
+        costs: By editor what else is to be said of it, such as seconds and KB; None: nothing.
+
+    Returns:
+        One row an editor (and concept), a column a measure: the share in percent, its bounds, and
+        the number of units (prompts) that they count; a dash where nothing was measured.
+
+    Raises:
+        LocogenError: The summary has no shares of right pictures.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"quantity": "right", "arm": "LocoEdit", "measure": "efficacy", "units": 8}
+        >>> row |= {"after": 0.0, "after_low": 0.0, "after_high": 0.37}
+        >>> table = editor_table(pd.DataFrame([row]), {"LocoEdit": {"seconds": 0.3}})
+        >>> table.iloc[0].tolist()
+        ['LocoEdit', '0 % [0, 37] of 8', 0.3]
+    """
+    import pandas as pd
+
+    rows = _shares(summary)
+    measures = _measures(rows)
+    lines = []
+    for (concept, arm), part in rows.groupby(["concept", "arm"], sort=False):
+        by_measure = {line["measure"]: line for line in part.to_dict("records")}
+        line = {"concept": concept, "editor": arm}
+        for measure in measures:
+            words = _question(measure)[0]
+            line[words] = _share_text(by_measure[measure]) if measure in by_measure else NOTHING
+        lines.append(line | dict((costs or {}).get(str(arm), {})))
+    table = pd.DataFrame(lines).astype(object).fillna(NOTHING)
+    has_concepts = any(line["concept"] for line in lines)
+    return table if has_concepts else table.drop(columns="concept")
+
+
+def _share_text(line: Mapping[Any, Any]) -> str:
+    low, high = 100 * line["after_low"], 100 * line["after_high"]
+    bounds = "" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]"
+    return f"{percent(line['after'])}{bounds} of {line['units']}"
+
+
+def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> str:
+    """Say which editors did best, and which others their intervals cannot tell from these.
+
+    Args:
+        summary: From `locogen.summary`, of one concept; an arm is an editor.
+        control: An arm that is none, such as a placebo: it is not among the editors.
+
+    Returns:
+        A sentence for each of: own words, neighbors, and every attack. Another editor is called
+        worse only where the two intervals do not overlap.
+
+    Raises:
+        LocogenError: The summary has no shares of right pictures.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"quantity": "right", "measure": "efficacy", "units": 8}
+        >>> good = row | {"arm": "UCE", "after": 0.0, "after_low": 0.0, "after_high": 0.37}
+        >>> poor = row | {"arm": "SPEED", "after": 0.9, "after_low": 0.47, "after_high": 1.0}
+        >>> print(describe_editors(pd.DataFrame([good, poor])))
+        Shown by its own words least with UCE (0 % [0, 37] of 8); more with SPEED.
+    """
+    rows = _shares(summary)
+    rows = rows[rows["arm"] != control]
+    sentences = []
+    for measure in _measures(rows):
+        words, sign = _question(measure)
+        part: Any = rows[rows["measure"] == measure]
+        if measure in ("generality", "rest") or not sign or part["after_low"].isna().any():
+            continue
+        lines = part.assign(loss=-sign * part["after"]).sort_values("loss", kind="stable")
+        sentences.append(_ranked(lines.to_dict("records"), words, sign))
+    return " ".join(sentences)
+
+
+def _ranked(lines: Sequence[Mapping[Any, Any]], words: str, sign: int) -> str:
+    """One measure: the best editors, those that are as good for all one knows, and the worse."""
+    best = lines[0]
+    ties = [line["arm"] for line in lines if line["after"] == best["after"]]
+    worse = []
+    unclear = []
+    for line in lines[len(ties) :]:
+        disjoint = (
+            line["after_low"] > best["after_high"]
+            if sign < 0
+            else line["after_high"] < best["after_low"]
+        )
+        (worse if disjoint else unclear).append(line["arm"])
+    what = "Shown" if sign < 0 else "Right for"
+    most, other = ("least", "more") if sign < 0 else ("most", "less")
+    parts = [f"{what} {words} {most} with {_listed(ties)} ({_share_text(best)})"]
+    if worse:
+        parts.append(f"{other} with {_listed(worse)}")
+    if unclear:
+        parts.append(f"no clear difference from {_listed(unclear)}")
+    return f"{'; '.join(parts)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All names, the last one after "and"; those with a comma of their own in quotes."""
+    names = [f"'{name}'" if "," in name else name for name in names]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

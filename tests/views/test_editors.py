@@ -1,0 +1,130 @@
+"""Editors side by side: panels and words say what the table says, and no more than its intervals."""
+
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from locogen.attacks.result import Attack
+from locogen.errors import LocogenError
+from locogen.views.editors import describe_editors, editor_table, plot_editors
+from locogen.views.sentences import answer_edit
+
+
+def line(
+    arm: str, measure: str, after: float, low: float, high: float, **more: Any
+) -> dict[str, Any]:
+    bounds = {"after": after, "after_low": low, "after_high": high}
+    return (
+        {"quantity": "right", "arm": arm, "measure": measure, "units": 8, "before": 1.0}
+        | bounds
+        | more
+    )
+
+
+SUMMARY = pd.DataFrame(
+    [
+        line("UCE", "efficacy", 0.0, 0.0, 0.37),
+        line("SPEED", "efficacy", 0.9, 0.47, 1.0),
+        line("AdaVD", "efficacy", 0.25, 0.03, 0.65),
+        line("UCE", "specificity", 0.5, 0.2, 0.6),
+        line("SPEED", "specificity", 1.0, 0.7, 1.0),
+        line("AdaVD", "specificity", 0.75, 0.4, 0.9),
+        line("UCE", "closed", 0.5, 0.1, 0.9),
+        line("SPEED", "closed", 0.9, 0.47, 1.0),
+        line("UCE", "closed, never had", 0.0, 0.0, 0.37),
+    ]
+)
+
+
+def test_there_is_a_panel_a_measure_and_a_line_an_editor() -> None:
+    figure = plot_editors(SUMMARY)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[:3] == ["by its own words ←", "its neighbors →", "after a solve ←"]
+    assert titles[3] == "after a solve, never had"
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert names == ["UCE", "SPEED", "AdaVD"]
+    drawn: Any = figure.axes[0].containers[0]
+    ticks = [ax.xaxis.get_tick_params()["labelbottom"] for ax in figure.axes]
+    assert ticks == [True] * 4
+    bars = drawn.lines[0].get_xdata()
+    assert list(bars) == [0.0, 0.9, 0.25]
+
+
+def test_several_concepts_are_told_apart() -> None:
+    both = pd.concat([SUMMARY.assign(concept=name) for name in ("neon", "cat")])
+    figure = plot_editors(both)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["neon", "cat"]
+    assert not plot_editors(SUMMARY).legends  # the twin
+    assert list(editor_table(both)["concept"]) == ["neon"] * 3 + ["cat"] * 3
+
+
+def test_the_table_has_intervals_and_dashes_where_nothing_was_measured() -> None:
+    table = editor_table(SUMMARY, {"UCE": {"KB": 12}}).set_index("editor")
+    assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8"
+    assert table.loc["AdaVD", "after a solve"] == "–" == table.loc["SPEED", "KB"]
+    assert table.loc["UCE", "KB"] == 12
+
+
+def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
+    text = describe_editors(SUMMARY)
+    first, second, third = text.split(". ")
+    assert first.endswith(
+        "least with UCE (0 % [0, 37] of 8); more with SPEED; no clear difference from AdaVD"
+    )
+    assert "most with SPEED (100 % [70, 100] of 8); less with UCE" in second
+    assert "no clear difference from SPEED" in third and "more with" not in third
+    assert "SPEED" not in describe_editors(SUMMARY, control="SPEED")  # the twin
+    renamed = SUMMARY.replace({"arm": {"UCE": "LocoEdit, preserved"}})
+    assert "least with 'LocoEdit, preserved' (0 %" in describe_editors(renamed)
+    with pytest.raises(LocogenError, match="no shares"):
+        describe_editors(SUMMARY.assign(quantity="ssim"))
+
+
+class Tried(Attack):
+    """An attack of which only the summary is looked at."""
+
+    def summary(self, level: float = 0.95) -> pd.DataFrame:
+        return self.table.assign(units=14, strength=1)
+
+
+def tried(*rows: tuple[str, float, float, float]) -> Tried:
+    table = pd.DataFrame(list(rows), columns=["model", "after", "low", "high"])
+    return Tried("neon", "inversion", table)
+
+
+OWN = pd.DataFrame([line("layer 3", "efficacy", 0.0, 0.0, 0.37, sign=-1)])
+
+
+def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
+    text = answer_edit(OWN, "layer 3", "neon")
+    assert text.startswith(
+        "Is neon gone? By its own words it is shown in none of the pictures of 8 prompts"
+    )
+    assert "at most 37 % of such prompts, with 95 % confidence" in text
+    assert "Nobody tried" in text
+    some = pd.DataFrame([line("layer 3", "efficacy", 0.25, 0.03, 0.65, sign=-1)])
+    assert "25 % of the pictures of 8 prompts (between 3 % and 65 %, 95 %)" in answer_edit(
+        some, "layer 3", "neon"
+    )
+    assert "neighbors" not in text  # nobody looked at any
+    near = line("layer 3", "specificity", 0.9, 0.7, 1.0, sign=1)
+    both = answer_edit(pd.concat([OWN, pd.DataFrame([near])]), "layer 3", "neon")
+    assert both.endswith("shown in 90 % of their pictures (70 % to 100 %, n = 8; 100 % before).")
+    fact = OWN.assign(sign=1)
+    assert answer_edit(fact, "layer 3", "france").startswith("Does france get its new answer?")
+    with pytest.raises(LocogenError, match="own prompts"):
+        answer_edit(OWN, "layer 4", "neon")
+
+
+def test_hidden_is_said_only_where_the_attack_brings_more_than_it_teaches() -> None:
+    back = ("edited", 0.86, 0.52, 1.0)
+    text = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.0, 0.0, 0.23))])
+    assert "86 % (52 % to 100 %, n = 14) after token vectors were trained" in text
+    assert text.endswith("hidden, not gone.") and "Nobody tried" not in text
+    unclear = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.3, 0.1, 0.6))])
+    assert "hidden, not gone" not in unclear  # the twin: the intervals overlap
+    assert "does not show that it was only hidden" in unclear
+    fact = answer_edit(OWN.assign(sign=1), "layer 3", "france", [tried(back)])
+    assert "The old answer is shown in 86 %" in fact
+    assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [tried(back)])
