@@ -34,6 +34,7 @@ _PUBLIC = {
     "stats": ("crossed_bootstrap", "wilson"),
     "attacks.attack": ("attack",),
     "attacks.goal": ("NeverHad",),
+    "attacks.harden": ("harden",),
     "attacks.result": ("Attack",),
     "benchmarks.answers": ("Answer",),
     "benchmarks.run": ("Benchmark", "benchmark"),

@@ -15,12 +15,12 @@ from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
 from locogen.attacks.kinds import KINDS, Attacked, Attempt, Kind, Options
 from locogen.attacks.loss import check_attackable
 from locogen.attacks.result import COLUMNS, Attack
-from locogen.attacks.words import digest
 from locogen.catalog import mini_folder
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
+from locogen.interventions.words import digest
 from locogen.models.defaults import source_of
 from locogen.pictures import score
 from locogen.pictures.fingerprint import weights_of
