@@ -33,7 +33,7 @@ SHARE = 0.9  # of what the target does: the layers that attribution names for it
 FIRST_STEPS, MORE_STEPS = 25, 200
 BACK = 1 / 2
 REPORTED_STEPS = (25, 200)
-HARDENING_STEPS = 50
+HARDENING_STEPS = 25
 CHOSEN_SEEDS, REPORTED_SEEDS = (0,), (30, 31)
 # Other styles in which an object is looked at as a neighbor.
 NEIGHBORS = {"chosen": 2, "reported": 4}
@@ -63,26 +63,24 @@ VALUES = {"matrices": "v"}
 LESS = {"preserve_weight": 0.003}
 VARIANTS: dict[str, Variant] = {
     PLAIN: Variant(options=INPUT),
-    "all layers": Variant("all", INPUT),
+    "3 rounds in closed form": Variant(options=INPUT | {"rounds": 3}),
+    "2 trained rounds": Variant(options=INPUT, rounds=2),
     "outputs of values": Variant(options=OUTPUT | VALUES),
+    "all layers": Variant("all", INPUT),
+    "all layers, 3 rounds in closed form": Variant("all", INPUT | {"rounds": 3}),
     "all layers, outputs of values": Variant("all", OUTPUT | VALUES),
     "all layers, outputs of values, less preserved": Variant("all", OUTPUT | VALUES | LESS),
-    "all layers, outputs of values, less preserved, 2 trained rounds": Variant(
-        "all", OUTPUT | VALUES | LESS, rounds=2
-    ),
-    "2 trained rounds": Variant(options=INPUT, rounds=2),
-    "3 rounds in closed form": Variant(options=INPUT | {"rounds": 3}),
-    "all layers, 2 trained rounds": Variant("all", INPUT, rounds=2),
-    "all layers, 3 rounds in closed form": Variant("all", INPUT | {"rounds": 3}),
+    "all layers, outputs of keys and values": Variant("all", OUTPUT),
     "many phrasings": Variant(options=INPUT, phrased="many"),
     "values": Variant(options=INPUT | VALUES),
     "keys": Variant(options=INPUT | {"matrices": "k"}),
     "attribution's layers": Variant("attribution", INPUT),
     "attribution's layers, outputs of values": Variant("attribution", OUTPUT | VALUES),
-    "all layers, outputs of keys and values": Variant("all", OUTPUT),
+    "all layers, 2 trained rounds": Variant("all", INPUT, rounds=2),
     "all layers, outputs of values, many phrasings": Variant(
         "all", OUTPUT | VALUES, phrased="many"
     ),
+    "all layers, outputs of values, 2 trained rounds": Variant("all", OUTPUT | VALUES, rounds=2),
 }
 
 
