@@ -29,10 +29,7 @@ from locogen.phrasings import Phrasing, default_phrasings
 
 GONE, LOST = 1 / 8, 0.02  # bars on choosing prompts: shown by own words, lost of the neighbors
 SHARE = 0.9  # of what the target does: the layers that attribution names for it
-# Steps of the attack that chooses: where it brings the concept back at once, it need not go on.
-FIRST_STEPS, MORE_STEPS = 25, 200
-BACK = 1 / 2
-REPORTED_STEPS = (25, 200)
+CHOSEN_STEPS, REPORTED_STEPS = (25,), (25, 200)  # of the attack: looked at after so many
 HARDENING_STEPS = 25
 CHOSEN_SEEDS, REPORTED_SEEDS = (0,), (30, 31)
 # Other styles in which an object is looked at as a neighbor.
@@ -274,13 +271,8 @@ def tried(
     lines = words_and_neighbors(pipe, judge, subject, edit, "chosen", CHOSEN_SEEDS, options)
     result = {"layers": list(edit.layers), "lines": lines}
     if passes(lines) or name == PLAIN:
-        given: dict[str, Any] = dict(kind="inversion", seeds=CHOSEN_SEEDS, models=["edited"])
-        for steps in (FIRST_STEPS, MORE_STEPS):
-            given["at"] = [steps]
-            [line] = attacked(pipe, judge, subject, edit, "chosen", options, **given)
-            result["attack"] = line
-            if line["after"] >= BACK:
-                break
+        given = dict(kind="inversion", at=CHOSEN_STEPS, seeds=CHOSEN_SEEDS, models=["edited"])
+        result["attack"] = attacked(pipe, judge, subject, edit, "chosen", options, **given)
     return result
 
 
@@ -289,11 +281,11 @@ def passes(lines: dict[str, Any]) -> bool:
 
 
 def best_of(results: dict[str, Any]) -> str:
-    """The edit from which least comes back, after the most steps; of equal ones the first."""
-    good = {n: r["attack"] for n, r in results.items() if passes(r["lines"])}
+    """The edit from which least comes back: fewest pictures, then the lowest mean probability."""
+    good = {n: r["attack"][-1] for n, r in results.items() if passes(r["lines"])}
     if not good:
         return PLAIN
-    return min(good, key=lambda n: (-good[n]["strength"], good[n]["after"], good[n]["score"]))
+    return min(good, key=lambda n: (good[n]["after"], good[n]["score"]))
 
 
 def reported(
@@ -353,7 +345,7 @@ def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]
     return lines
 
 
-TRIED = "| concept | edit | layers | own words | neighbors, points | after inversion |\n|---|---|---|---|---|---|"
+TRIED = "| concept | edit | layers | own words | neighbors, points | after 25 steps of inversion |\n|---|---|---|---|---|---|"
 REPORTED = (
     "| concept | edit | own words | neighbors, points | attack | edited | never had | placebo |"
     "\n|---|---|---|---|---|---|---|---|"
