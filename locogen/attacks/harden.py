@@ -119,14 +119,16 @@ def harden(
         )
         hardened = edit
         for number in range(rounds):
-            drawn = replace(options, seed=seed + number)
+            of_round = replace(options, seed=seed + number)
             label = f"round {number + 1} of {rounds}"
-            found = _found(Attacked(goal, hardened, drawn, Path(place), label, progress))
-            hardened = _against(hardened, concept, found).refit(pipe)
+            vectors_found = _trained(
+                Attacked(goal, hardened, of_round, Path(place), label, progress)
+            )
+            hardened = _against(hardened, concept, vectors_found).refit(pipe)
     return hardened
 
 
-def _found(attacked: Attacked) -> Tensor:
+def _trained(attacked: Attacked) -> Tensor:
     """Vectors that bring the concept back, (vectors, width)."""
     state = attacked.state
     if state is not None:

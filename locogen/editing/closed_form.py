@@ -332,13 +332,13 @@ def output_update(
     if preserve is not None:
         stays = torch.cat([t, _rows(preserve, "preserve").to(t)])
     beyond = _product(weight.detach(), (s - t).T).T  # d, (n, out)
-    kept = _product(weight.detach(), stays.T).T  # q, (n + m, out)
+    preserved = _product(weight.detach(), stays.T).T  # q, (n + m, out)
     concept = beyond.T @ beyond  # D, (out, out)
     size = concept.trace() / len(concept)
     if not size > 0:  # nothing is said beyond the targets: nothing to take out
         return LowRank(torch.zeros_like(beyond.T), torch.zeros_like(s))
     even = ridge * size * torch.eye(len(concept)).to(concept)
-    whole = concept + preserve_weight * (kept.T @ kept) + even  # (out, out)
+    whole = concept + preserve_weight * (preserved.T @ preserved) + even  # (out, out)
     taken = _solve(whole, beyond.T).T  # d (D + w Q + λ I)⁻¹, (n, out)
     down = _product(weight.detach().T, taken.T).T  # (n, in)
     if len(s) <= min(weight.shape):
