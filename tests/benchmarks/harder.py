@@ -315,10 +315,8 @@ def tried_line(subject: str, name: str, result: dict[str, Any]) -> str:
     own, near = result["lines"]["efficacy"], result["lines"]["specificity"]
     back = "not attacked"
     if "attack" in result:
-        line = result["attack"]
-        back = (
-            f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}] after {line['strength']}"
-        )
+        line = result["attack"][-1]
+        back = f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
     layers = ", ".join(map(str, result["layers"])) if len(result["layers"]) < 16 else "all"
     parts = [subject, name, layers, f"{own['after']:.0%} (≤ {own['after_high']:.0%})"]
     return f"| {' | '.join([*parts, points(near), back])} |"
