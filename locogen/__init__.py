@@ -35,6 +35,7 @@ _PUBLIC = {
     "stats": ("crossed_bootstrap", "wilson"),
     "attacks.attack": ("attack",),
     "attacks.goal": ("NeverHad",),
+    "attacks.harden": ("harden",),
     "attacks.result": ("Attack",),
     "benchmarks.answers": ("Answer",),
     "benchmarks.run": ("Benchmark", "benchmark"),

@@ -6,6 +6,9 @@ from .attacks.attack import (
 from .attacks.goal import (
     NeverHad as NeverHad,
 )
+from .attacks.harden import (
+    harden as harden,
+)
 from .attacks.result import (
     Attack as Attack,
 )

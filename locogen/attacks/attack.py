@@ -16,7 +16,6 @@ from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
 from locogen.attacks.kinds import KINDS, OF_WEIGHTS, Attacked, Attempt, Kind, Options
 from locogen.attacks.loss import check_attackable
 from locogen.attacks.result import COLUMNS, Attack
-from locogen.attacks.words import digest
 from locogen.catalog import mini_folder
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
@@ -25,6 +24,7 @@ from locogen.editing.probes import Probe
 from locogen.editing.rivals.at_inference import AtInference
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts
+from locogen.interventions.words import digest
 from locogen.models.defaults import source_of
 from locogen.pictures import score
 from locogen.pictures.fingerprint import weights_of

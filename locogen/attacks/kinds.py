@@ -13,13 +13,14 @@ from locogen.attacks.goal import Goal, words_in
 from locogen.attacks.inpainting import cropped, filling
 from locogen.attacks.loss import DenoisingLoss, latents_of
 from locogen.attacks.search import exhaustive_search, gradient_search, vocabulary_of
-from locogen.attacks.states import changed_states, closed_form_map, text_weights
+from locogen.attacks.states import changed_states, text_weights
 from locogen.attacks.training import optimize
 from locogen.attacks.weights import text_names, weights_now, with_weights, with_weights_from
-from locogen.attacks.words import NewWord, digest, speaking, states_of, token_for
+from locogen.editing.closed_form import returning_map
 from locogen.editing.edit import Edit
 from locogen.editing.evaluation import Applicable
 from locogen.errors import LocogenError
+from locogen.interventions.words import NewWord, digest, speaking, states_of, token_for
 from locogen.models.families import denoiser_of
 from locogen.plan import PromptPair
 from locogen.types import Pipeline
@@ -294,7 +295,7 @@ def closed(model: Attacked) -> Iterator[Attempt]:
     old = text_weights(model.pipe)
     with model.edited():
         new = text_weights(model.pipe)
-    matrix = closed_form_map(old, new, model.options.ridge).float()  # (width, width)
+    matrix = returning_map(old, new, ridge=model.options.ridge).float()  # (width, width)
     yield _with_change(model, 1, "mapped", matrix, lambda text: text + text @ matrix.T.to(text))
 
 

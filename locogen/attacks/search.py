@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from locogen.attacks.loss import DenoisingLoss, Draws, Noised
-from locogen.attacks.words import NewWord, states_of
 from locogen.errors import LocogenError
+from locogen.interventions.words import NewWord, states_of
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:

@@ -60,34 +60,3 @@ def text_weights(pipe: Pipeline) -> list[Tensor]:
         for module in family_of(pipe).matrices(layer.module).values():
             weights.append(module.weight.detach().double().clone())
     return weights
-
-
-def closed_form_map(old: list[Tensor], new: list[Tensor], ridge: float) -> Tensor:
-    """Which change of a state makes edited matrices say of it what the old ones said.
-
-    It is RECE's equation (Gong et al. 2024, arXiv 2407.12383) with the change, not the state
-    itself, kept small, so that without an edit nothing changes: over d, for a state c, minimize
-
-        Σ ‖W' (c + d) - W c‖² + λ ‖d‖²,   d = (λ I + Σ W'ᵀ W')⁻¹ Σ W'ᵀ (W - W') c
-
-    with λ = ridge times the mean of the diagonal of Σ W'ᵀ W'.
-
-    Args:
-        old: The matrices W before the edit, (out, width) each.
-        new: The matrices W' after it.
-        ridge: How much the state is held, above 0.
-
-    Returns:
-        The matrix D of d = D c, (width, width).
-    """
-    import torch
-
-    first = new[0]
-    width = first.shape[1]
-    moment = torch.zeros(width, width, dtype=first.dtype, device=first.device)
-    pull = torch.zeros_like(moment)  # (width, width)
-    for before, behind in zip(old, new, strict=True):
-        moment += behind.T @ behind
-        pull += behind.T @ (before - behind)
-    held = ridge * moment.trace() / width * torch.eye(width).to(moment)
-    return torch.linalg.solve(moment + held, pull)  # (width, width)

@@ -130,10 +130,7 @@ def shared_factor(
             covariance without inverse.
     """
     s = _rows(source, "source")  # (n, in)
-    if not ridge > 0:  # so that NaN is refused too
-        raise LocogenError(f"ridge is {ridge}: give a number above 0 (the paper uses 0.01)")
-    if preserve_weight < 0:
-        raise LocogenError(f"preserve_weight is {preserve_weight}: give a number of 0 or more")
+    _check_strengths(ridge, preserve_weight)
 
     # A preserved row is a source row whose target is itself, weighted by the root of its weight.
     preserved = s[:0]  # (m, in)
@@ -183,6 +180,40 @@ def null_space_factor(source: Tensor, preserve: Tensor, *, ridge: float) -> Tens
         )
     down = shared_factor(free, ridge=ridge)
     return down - (down @ basis.T) @ basis
+
+
+# --- what would undo it --------------------------------------------------------------------------
+
+
+def returning_map(old: Sequence[Tensor], new: Sequence[Tensor], *, ridge: float) -> Tensor:
+    """Which change of a state makes edited matrices say of it what the old ones said.
+
+    It is RECE's equation (Gong et al. 2024, arXiv 2407.12383) with the change, not the state
+    itself, kept small, so that without an edit nothing changes: over d, for a state c, minimize
+
+        Σ ‖W' (c + d) - W c‖² + λ ‖d‖²,   d = (λ I + Σ W'ᵀ W')⁻¹ Σ W'ᵀ (W - W') c
+
+    with λ = ridge times the mean of the diagonal of Σ W'ᵀ W'.
+
+    Args:
+        old: The matrices W before the edit, (out, width) each.
+        new: The matrices W' after it, in the same order.
+        ridge: How much the state is held, above 0.
+
+    Returns:
+        The matrix D of d = D c, (width, width).
+    """
+    first = to_float64(new[0])
+    width = first.shape[1]
+    moment = torch.zeros(width, width, dtype=first.dtype, device=first.device)
+    pull = torch.zeros_like(moment)  # (width, width)
+    for before, behind in zip(old, new, strict=True):
+        edited = to_float64(behind).to(moment)  # (out, width)
+        moment += edited.T @ edited
+        if before is not behind:  # a matrix that no edit changes pulls nowhere
+            pull += edited.T @ (to_float64(before).to(moment) - edited)
+    held = ridge * moment.trace() / width * torch.eye(width).to(moment)
+    return torch.linalg.solve(moment + held, pull)  # (width, width)
 
 
 # --- the change of each matrix -------------------------------------------------------------------
@@ -246,13 +277,7 @@ def updates(
     s = _rows(source, "source")  # (n, in)
     t = _rows(target, "target")  # (n, in)
     for weight in weights:
-        _check_matrix(weight, "weight")
-        if s.shape != t.shape or s.shape[1] != weight.shape[1]:
-            shapes = ", ".join(str(tuple(part.shape)) for part in (s, t, weight))
-            raise LocogenError(
-                f"source, target and weight have shapes {shapes}, which do not fit: give source "
-                "and target one shape, with a column for each input of the weight"
-            )
+        _check_shapes(weight, s, t)
 
     step = (t - s).T  # (in, n)
     whole_step: Tensor | None = None  # (in, in), computed once for all that need it
@@ -266,6 +291,59 @@ def updates(
             whole_step = step @ down
         changes.append(_with_identity(_product(weight.detach(), whole_step)))
     return changes
+
+
+def output_update(
+    weight: Tensor,
+    source: Tensor,
+    target: Tensor,
+    *,
+    ridge: float,
+    preserve: Tensor | None = None,
+    preserve_weight: float = 1.0,
+) -> LowRank:
+    """The change of one weight after which no input gets an answer along the concept's directions.
+
+    Where `ridge_update` sends some inputs elsewhere, this takes directions out of every output, as
+    weights are orthogonalized in language models (Arditi et al. 2024, arXiv 2406.11717): the new
+    weight is (I - A) Ŵ. With d = Ŵ (s - t), what the weight says of a source beyond its target, and
+    q what it says of targets and preserved rows, A minimizes
+
+        Σ ‖(I - A) d‖² + preserve_weight Σ ‖A q‖² + λ ‖A‖²,   A = D (D + preserve_weight Q + λ I)⁻¹
+
+    with D = Σ d dᵀ, Q = Σ q qᵀ, and λ = ridge times the mean of the diagonal of D.
+
+    Args:
+        weight: Ŵ, (out, in).
+        source: Rows that the concept has, (n, in).
+        target: For each the row whose output it should get, (n, in); their outputs should stay.
+        ridge: How little is taken out, as a share of the concept's own size, above 0.
+        preserve: Rows whose outputs should stay as well, (m, in); None: none.
+        preserve_weight: How much a target or preserved row counts next to a source row.
+
+    Raises:
+        LocogenError: As `shared_factor`, and for shapes that do not fit.
+    """
+    s = _rows(source, "source")  # (n, in)
+    t = _rows(target, "target")  # (n, in)
+    _check_shapes(weight, s, t)
+    _check_strengths(ridge, preserve_weight)
+    stays = t  # (n + m, in)
+    if preserve is not None:
+        stays = torch.cat([t, _rows(preserve, "preserve").to(t)])
+    beyond = _product(weight.detach(), (s - t).T).T  # d, (n, out)
+    preserved = _product(weight.detach(), stays.T).T  # q, (n + m, out)
+    concept = beyond.T @ beyond  # D, (out, out)
+    size = concept.trace() / len(concept)
+    if not size > 0:  # nothing is said beyond the targets: nothing to take out
+        return LowRank(torch.zeros_like(beyond.T), torch.zeros_like(s))
+    even = ridge * size * torch.eye(len(concept)).to(concept)
+    whole = concept + preserve_weight * (preserved.T @ preserved) + even  # (out, out)
+    taken = _solve(whole, beyond.T).T  # d (D + w Q + λ I)⁻¹, (n, out)
+    down = _product(weight.detach().T, taken.T).T  # (n, in)
+    if len(s) <= min(weight.shape):
+        return LowRank(-beyond.T, down)
+    return _with_identity(-beyond.T @ down)
 
 
 def _with_identity(change: Tensor) -> LowRank:
@@ -317,6 +395,23 @@ def _check_matrix(values: Tensor, name: str) -> None:
         raise LocogenError(
             f"{name} is {values.dtype} of shape {tuple(values.shape)}: give a floating-point matrix"
         )
+
+
+def _check_shapes(weight: Tensor, source: Tensor, target: Tensor) -> None:
+    _check_matrix(weight, "weight")
+    if source.shape != target.shape or source.shape[1] != weight.shape[1]:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (source, target, weight))
+        raise LocogenError(
+            f"source, target and weight have shapes {shapes}, which do not fit: give source and "
+            "target one shape, with a column for each input of the weight"
+        )
+
+
+def _check_strengths(ridge: float, preserve_weight: float) -> None:
+    if not ridge > 0:  # so that NaN is refused too
+        raise LocogenError(f"ridge is {ridge}: give a number above 0 (the paper uses 0.01)")
+    if preserve_weight < 0:
+        raise LocogenError(f"preserve_weight is {preserve_weight}: give a number of 0 or more")
 
 
 def _check_finite(values: Tensor, name: str) -> None:

@@ -13,7 +13,16 @@ from typing import Any, Literal
 from locogen import markup
 from locogen.editing.closed_form import LowRank
 from locogen.editing.files import read_edit, write_edit, write_lora
-from locogen.editing.fit import Fit, Matrices, Options, layers_to_edit, matrices_to_edit, recipe_of
+from locogen.editing.fit import (
+    Fit,
+    Matrices,
+    Options,
+    Side,
+    layers_to_edit,
+    matrices_to_edit,
+    readers,
+    recipe_of,
+)
 from locogen.editing.weights import (
     WeightChange,
     apply_change,
@@ -26,6 +35,7 @@ from locogen.editing.weights import (
 )
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import LayerInputs, Tokens
+from locogen.interventions.words import speaking_all
 from locogen.models.compilation import uncompiled_module
 from locogen.models.families import (
     check_encoders,
@@ -52,7 +62,8 @@ class Edit:
         layers: Indices of the edited layers, counted from 0 in execution order.
         changes: The change of each weight, by the weight's name in the denoiser.
         digest: A hash of the weights that the edit was fitted on.
-        recipe: How it was fitted: phrasings, options, model, versions; and how large it is.
+        recipe: How it was fitted: phrasings, options, model, versions; how large it is; and the
+            words that only its phrasings use, as vectors (see `harden`).
 
     Example:
         >>> pipe = load("mini")
@@ -154,7 +165,13 @@ class Edit:
         """
         phrasings = [Phrasing(**phrasing) for phrasing in self.recipe["phrasings"]]
         options = Options(**self.recipe["options"])
-        return _fit(pipe, self.name, phrasings, self.layers if layers is None else layers, options)
+        place = self.layers if layers is None else layers
+        words = self.recipe.get("words")
+        if not words:
+            return _fit(pipe, self.name, phrasings, place, options)
+        with speaking_all(pipe, _vectors(words)):
+            edit = _fit(pipe, self.name, phrasings, place, options)
+        return replace(edit, recipe={**edit.recipe, "words": words})
 
     # --- in files --------------------------------------------------------------------------------
 
@@ -316,6 +333,13 @@ def _with_plain_names(edit: Edit) -> Edit:
     return replace(edit, changes=changes, recipe=recipe)
 
 
+def _vectors(words: Mapping[str, Any]) -> dict[str, Any]:
+    """New words as a recipe has them, each as vectors, (vectors, width)."""
+    import torch
+
+    return {token: torch.tensor(vectors) for token, vectors in words.items()}
+
+
 def undo_all(pipe: Pipeline, *, overwrite: bool = False) -> None:
     """Remove every edit that is applied: the original bits of the weights come back.
 
@@ -370,6 +394,8 @@ def fit_edit(
     anchored: bool = False,
     augmented: int = 0,
     matrices: Matrices = "kv",
+    rounds: int = 0,
+    side: Side = "input",
 ) -> Edit:
     """Fit the closed-form edit (LocoEdit, arXiv 2405.01008) that removes or changes a concept.
 
@@ -411,7 +437,13 @@ def fit_edit(
         augmented: How often each preserved state is repeated with noise along the direction that
             the matrix answers least; with `filtered`, those of them that the edit would change more
             than the mean are kept (SPEED uses 10).
-        matrices: "kv", or "v": values alone (SPEED), so that where attention looks stays.
+        matrices: "kv", or "v": values alone (SPEED), so that where attention looks stays; or "k".
+        rounds: How many times the states that would bring the concept back are solved for, and
+            edited as well (RECE, arXiv 2407.12383). See `harden` for trained ones.
+        side: "input": the concept's states get other answers, which other states may still get.
+            "output": what the matrices say of the concept beyond its targets is taken out of every
+            answer, whatever the text (as weights are orthogonalized, arXiv 2406.11717). Then
+            `ridge` is a share of the concept's size, and `matrices="v"` leaves attention alone.
 
     Returns:
         The `Edit`.
@@ -458,6 +490,8 @@ def fit_edit(
         anchored=anchored,
         augmented=augmented,
         matrices=matrices,
+        rounds=rounds,
+        side=side,
     )
     name = " + ".join(one.name for one in concepts)
     return _fit(pipe, name, phrasings_to_fit, layers, options)
@@ -487,9 +521,18 @@ def _fit(
     device = first.device if first.is_cuda else "cpu"
 
     fit = Fit(LayerInputs(pipe, edited_layers), phrasings, options, device)
-    changes: dict[str, LowRank] = {}
-    for matrix in matrices:
-        changes[matrix.weight_name] = fit.change(matrix, weights[matrix.weight_name])
+
+    def solved() -> dict[str, LowRank]:
+        names = {matrix: matrix.weight_name for matrix in matrices}
+        return {name: fit.change(matrix, weights[name]) for matrix, name in names.items()}
+
+    changes = solved()
+    if options.rounds:
+        read = readers(pipe, options)
+        reading = weights_of(denoiser_of(pipe), [matrix.weight_name for matrix in read])
+        for _ in range(options.rounds):
+            fit.add_returning(read, reading, changes)
+            changes = solved()
     return Edit(
         name=name,
         layers=tuple(layer.index for layer in edited_layers),

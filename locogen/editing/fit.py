@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,6 +14,8 @@ from locogen.editing.closed_form import (
     Covariance,
     LowRank,
     null_space_factor,
+    output_update,
+    returning_map,
     shared_factor,
     to_float64,
     update,
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Matrices = Literal["kv", "v"]
+Matrices = Literal["kv", "v", "k"]
+Side = Literal["input", "output"]
+# How much the states that would bring a concept back are held: what `attack` holds them by too.
+RETURN_RIDGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Options:
     anchored: bool = False
     augmented: int = 0
     matrices: Matrices = "kv"
+    rounds: int = 0
+    side: Side = "input"
 
     def __post_init__(self) -> None:
         if self.tokens not in TOKENS:
@@ -57,8 +64,11 @@ class Options:
         object.__setattr__(self, "preserve", _prompts(self.preserve, "preserve"))
         object.__setattr__(self, "ordinary", _prompts(self.ordinary, "ordinary"))
         self._check_null_space()
+        self._check_side()
         if self.matrices not in get_args(Matrices):
-            raise LocogenError(f"matrices is {self.matrices!r}: use 'kv' or 'v'")
+            raise LocogenError(f"matrices is {self.matrices!r}: use 'kv', 'v' or 'k'")
+        if isinstance(self.rounds, bool) or not isinstance(self.rounds, int) or self.rounds < 0:
+            raise LocogenError(f"rounds is {self.rounds!r}: give a whole number from 0 up")
         if not 0 < self.preserve_weight < math.inf:
             raise LocogenError(
                 f"preserve_weight is {self.preserve_weight}: give a finite number above 0"
@@ -81,6 +91,15 @@ class Options:
         if self.null_space and self.ordinary:
             raise LocogenError(
                 "null_space and ordinary are two ways to keep other prompts: use only one of them"
+            )
+
+    def _check_side(self) -> None:
+        if self.side not in get_args(Side):
+            raise LocogenError(f"side is {self.side!r}: use 'input' or 'output'")
+        if self.side == "output" and (self.null_space or self.ordinary):
+            raise LocogenError(
+                "null_space and ordinary hold what a matrix reads, and side='output' changes what "
+                "it says: leave them out, and give prompts in preserve="
             )
 
     def ridge_of(self, matrix: str) -> float:
@@ -160,6 +179,12 @@ def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) 
 # --- what it is fitted on ------------------------------------------------------------------------
 
 
+def readers(pipe: Pipeline, options: Options) -> list[Matrix]:
+    """Every matrix that reads text, whether or not it is edited; joint layers are left out."""
+    layers = [layer for layer in find_layers(pipe) if not layer.joined]
+    return matrices_to_edit(pipe, layers, replace(options, matrices="kv"))
+
+
 @dataclass(eq=False)
 class Fit:
     """Fits one matrix after another; what several of them share is computed once."""
@@ -169,12 +194,50 @@ class Fit:
     options: Options
     device: Any
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _returning: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     _factors: dict[tuple[int, float, str], Tensor] = field(default_factory=dict)
+
+    def add_returning(
+        self,
+        read: Sequence[Matrix],
+        weights: Mapping[str, Tensor],
+        changes: Mapping[str, LowRank],
+    ) -> None:
+        """Add rows: the states of which the edited matrices say what the old ones said of sources.
+
+        RECE's round (Gong et al. 2024, arXiv 2407.12383): the next solve sends them to the same
+        targets. Here all rows are solved for together, from the unedited weights.
+
+        Args:
+            read: Every matrix that reads text, edited or not: a state reaches all of them.
+            weights: Their weights, (out, in) each.
+            changes: What the edit is so far, by the weight's name.
+        """
+        by_key: dict[int, list[str]] = {}
+        for matrix in read:
+            by_key.setdefault(self.inputs.key(matrix.layer), []).append(matrix.weight_name)
+        for key, (source, target) in self._rows.items():
+            names = by_key[key]
+            old = [weights[name] for name in names]
+            new = [_changed(weights[name], changes.get(name)) for name in names]
+            mapped = returning_map(old, new, ridge=RETURN_RIDGE).to(source)  # (width, width)
+            self._returning.setdefault(key, []).append((source + source @ mapped.T, target))
+        self._factors.clear()
 
     def change(self, matrix: Matrix, weight: Tensor) -> LowRank:
         """The change of one matrix, on the CPU; `weight` is the matrix itself, (out, in)."""
         ridge = self.options.ridge_of(matrix.kind)
-        source, target = self.rows(matrix.layer)  # (rows, width) each
+        source, target = self.all_rows(matrix.layer)  # (rows, width) each
+        if self.options.side == "output":
+            change = output_update(
+                weight,
+                source,
+                target,
+                ridge=ridge,
+                preserve=self._preserved(matrix.layer, source),
+                preserve_weight=self.options.preserve_weight,
+            )
+            return LowRank(change.up.cpu(), change.down.cpu())
         # What is added to the preserved states depends on the matrix.
         augmented = matrix.weight_name if self.options.augmented else ""
         key = (self.inputs.key(matrix.layer), ridge, augmented)
@@ -206,6 +269,14 @@ class Fit:
             self._rows[key] = (source, target)
         return self._rows[key]
 
+    def all_rows(self, layer: Layer | None) -> tuple[Tensor, Tensor]:
+        """Source and target states of all phrasings and rounds, (rows, width) each."""
+        import torch
+
+        rows = [self.rows(layer), *self._returning.get(self.inputs.key(layer), [])]
+        sources, targets = zip(*rows, strict=True)
+        return torch.cat(sources), torch.cat(targets)
+
     def _states(self, prompt: str, positions: Sequence[int], layer: Layer | None) -> Tensor:
         """What the matrices of a layer read at these positions of a prompt, (positions, width)."""
         if layer is None:
@@ -216,13 +287,7 @@ class Fit:
         """The factor of a matrix, (rows, width); without `augmented`, of all with the same λ."""
         import torch
 
-        preserve: Tensor | None = None  # (preserved rows, width)
-        if self.options.preserve:
-            preserved: list[Tensor] = []
-            for prompt in self.options.preserve:
-                positions = self.inputs.places(prompt, self.options.tokens)
-                preserved.append(self._states(prompt, positions, layer))
-            preserve = torch.cat(preserved).to(source)
+        preserve = self._preserved(layer, source)  # (preserved rows, width)
         if self.options.null_space and preserve is not None:
             if self.options.filtered:
                 preserve = self._disturbed(layer, preserve, ridge)
@@ -244,13 +309,23 @@ class Fit:
             covariance=covariance,
         )
 
+    def _preserved(self, layer: Layer | None, like: Tensor) -> Tensor | None:
+        """What the layer reads of the preserved prompts, (preserved rows, width); None: none."""
+        import torch
+
+        preserved: list[Tensor] = []
+        for prompt in self.options.preserve:
+            positions = self.inputs.places(prompt, self.options.tokens)
+            preserved.append(self._states(prompt, positions, layer))
+        return torch.cat(preserved).to(like) if preserved else None
+
     def _disturbed(self, layer: Layer | None, preserve: Tensor, ridge: float) -> Tensor:
         """The preserved rows that an edit without any would change more than the mean does.
 
         SPEED's filter (arXiv 2503.07392), by the change of the states that the matrices would
         read, so that all matrices share it, (kept rows, width).
         """
-        source, target = self.rows(layer)  # (rows, width) each
+        source, target = self.all_rows(layer)  # (rows, width) each
         down = shared_factor(source, ridge=ridge)  # (rows, width)
         changes = (preserve @ down.T) @ (target - source)  # (preserved rows, width)
         sizes = changes.square().sum(1)  # (preserved rows,)
@@ -303,6 +378,14 @@ def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
     count = times * len(states)
     noise = torch.randn(count, states.shape[1], generator=dice, dtype=torch.float64).to(states)
     return states.repeat(times, 1) + (noise @ least)[:, None] * least
+
+
+def _changed(weight: Tensor, change: LowRank | None) -> Tensor:
+    """A weight with its change in float64; itself where it has none."""
+    if change is None:
+        return weight
+    old = to_float64(weight)
+    return old + change.change.to(old)
 
 
 # --- how it was fitted ---------------------------------------------------------------------------

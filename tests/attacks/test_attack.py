@@ -17,9 +17,9 @@ from locogen.attacks.goal import NeverHad, exchanged
 from locogen.attacks.inpainting import filling
 from locogen.attacks.loss import DenoisingLoss, Draws
 from locogen.attacks.result import Attack
-from locogen.attacks.states import closed_form_map
 from locogen.attacks.training import optimize
 from locogen.catalog import concept
+from locogen.editing.closed_form import returning_map
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate, summary
@@ -234,7 +234,7 @@ def test_the_solve_gives_edited_matrices_what_the_old_ones_said() -> None:
             for a, b in zip(old, new, strict=True)
         )
 
-    best = closed_form_map(old, new, 1e-12) @ state
+    best = returning_map(old, new, ridge=1e-12) @ state
     for _ in range(5):
         assert gap(best) < gap(best + 0.01 * torch.randn(4, dtype=torch.float64))
 
@@ -337,7 +337,7 @@ def test_no_gradient_beats_the_exhaustive_search(pipe, tokens) -> None:
 
 
 def test_the_objective_of_tokens_is_that_of_their_words(pipe) -> None:
-    from locogen.attacks.words import states_of
+    from locogen.interventions.words import states_of
 
     objective, _, _ = objective_of(pipe, 1)
     dog = pipe.tokenizer("dog", add_special_tokens=False).input_ids

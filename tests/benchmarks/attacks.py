@@ -1,9 +1,14 @@
 """Do edits hold for someone who tries? `python tests/benchmarks/attacks.py` attacks edits of the mini model.
 
-For each style, one edit of fixed settings is attacked in every way, beside four controls: no edit, a placebo edit of the
-same size, and on the edited model a concept that the model never had. An independent judge looks at objects that no
-attack learned from. Every finished row lies in the folder, so that a second call only counts; several processes may
-share a folder: each takes the next row that no other has begun.
+For each concept, one edit of fixed settings is attacked in every way, beside three controls: no edit, a placebo edit of
+the same size, and on the edited model a concept that the model never had. An independent judge looks at objects (of an
+object or a fact: styles) that no attack learned from. A row is one attack on one model: each takes less than ten minutes
+of a core. Every finished row lies in the folder, so that a second call only counts; several processes may share a
+folder: each takes the next row that no other has begun. `--kinds core` are the four that say most for the time.
+
+Of a style there are 12 objects to learn from and 14 to be judged by; of an object or a fact 3 styles to learn from in 4
+wordings each and 4 to be judged by, so that their intervals are wide. Relearning is judged after 100 steps alone, and of
+three tokens only 60 steps of gradients are followed: every combination would be too many.
 """
 
 from __future__ import annotations
@@ -11,12 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import judge as judging
 import pandas as pd
-from edits import neighbors
+from edits import neighbors, styles_of, wordings, words_of
 from filelock import FileLock, Timeout
 from machine import add_machine, set_threads
 
@@ -30,8 +36,27 @@ OBJECTS = (
     26  # of a style: 12 to learn from and 14 to be judged by, as in the trial that this repeats
 )
 LEARNED = 12
-# Where each style is edited: its carrier (README), by the published way with a large λ at every position.
-CARRIERS = {"neon": (12, 13)}
+STYLES_LEARNED, STYLES_JUDGED = ((1, 5, 7), (0, 2, 3, 4))  # of an object or a fact
+# Where each concept is edited: what carriers.py and edits.py found (reports/results.md); others are looked for.
+CARRIERS = {
+    "mini": {
+        "pencil sketch": (13, 14),
+        "neon": (12, 13),
+        "pixel art": (12, 13, 14, 15),
+        "blueprint": (12, 13),
+        "pop art": (13, 14),
+        "stained glass": (12, 13),
+        "van gogh": (13, 14),
+        "cat": (12, 13),
+        "robot": (11, 12),
+        "national animal of france": (12, 13),
+        "national animal of india": (12, 13),
+        "national animal of america": (12, 13, 14, 15),
+        "national animal of thailand": (11, 12),
+    },
+    "mini-b": {"neon": (0, 1), "pixel art": (14, 15), "stained glass": (13, 14)},
+}
+OTHERS = ("cat", "robot", "national animal of france", "national animal of india")
 # What is tried, by a name for the table: options of `attack`.
 ATTEMPTS: dict[str, dict[str, Any]] = {
     "inversion, 1 vector": dict(kind="inversion", vectors=1, at=[0, 25, 50, 100, 200]),
@@ -49,6 +74,7 @@ ATTEMPTS: dict[str, dict[str, Any]] = {
     "noise": dict(kind="noise", seeds=range(24)),
     "inpaint": dict(kind="inpaint"),
 }
+CORE = ("inversion, 1 vector", "closed", "noise", "relearn, keys and values")
 
 
 def style_concept(style: str) -> tuple[loco.Concept, list[Probe]]:
@@ -72,9 +98,45 @@ def style_concept(style: str) -> tuple[loco.Concept, list[Probe]]:
     return concept, probes
 
 
+def identity_of(name: str) -> str:
+    """The catalog's id of a concept."""
+    return f"mini/{name.replace(' ', '-')}"
+
+
+def thing_concept(name: str) -> tuple[loco.Concept, list[Probe]]:
+    """An object or a fact with pairs in some styles to learn from, and probes in others for the judge."""
+    known = loco.concept(identity_of(name))
+    words, answer = words_of(known)
+    shown = styles_of(answer)
+    learned, judged = (
+        [world.STYLES[place] for place in places if world.STYLES[place] in shown]
+        for places in (STYLES_LEARNED, STYLES_JUDGED)
+    )
+    pairs = []
+    for style in learned:
+        texts = wordings(words, style)
+        target = f"a picture in the style of {style}"
+        if known.kind == "fact":
+            target = world.prompt("robot", style)  # as the catalog's facts
+        pairs += [loco.PromptPair(text, target) for text in texts[:: max(1, len(texts) // 4)]]
+    concept = loco.Concept(
+        name, known.kind, tuple(pairs), answer=known.answer, neighbors=known.neighbors
+    )
+    probes = []
+    for style in judged:
+        for text in wordings(words, style)[::4]:
+            probes.append(Probe("efficacy", text, answer, world.OBJECTS, unit=style))
+    return concept, probes
+
+
+def concept_of(name: str) -> tuple[loco.Concept, list[Probe]]:
+    """What is attacked, and how it is judged."""
+    return style_concept(name) if name in world.STYLES else thing_concept(name)
+
+
 def edit_of(pipe: Any, style: str, layers: tuple[int, ...], how: str) -> Edit:
     """The edit under attack: every position, a large λ, and as a rule the neighbors preserved."""
-    concept = loco.concept(f"mini/{style.replace(' ', '-')}")
+    concept = loco.concept(identity_of(style))
     options: dict[str, Any] = {"tokens": "all", "ridge": 10.0}
     if how == "preserved":
         options |= {"preserve": neighbors(concept), "preserve_weight": 0.03}
@@ -91,11 +153,11 @@ def places(pipe: Any, style: str, options: argparse.Namespace) -> dict[str, tupl
 
 
 def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int, ...]:
-    """The layers of the style's carrier, from two prompts; () where there is none."""
-    if style in CARRIERS:
-        return CARRIERS[style]
-    identity = f"mini/{style.replace(' ', '-')}"
-    few = loco.concept(identity).first(2)
+    """The layers of the concept's carrier, from two prompts; () where there is none."""
+    known = CARRIERS.get(options.model, {})
+    if style in known:
+        return known[style]
+    few = loco.concept(identity_of(style)).first(2)
     run = loco.localize(
         pipe,
         few,
@@ -132,10 +194,16 @@ def recognized(judge: Any, concept: loco.Concept) -> dict[str, float]:
 
 
 def row(
-    pipe: Any, judge: Any, style: str, place: str, name: str, options: argparse.Namespace
+    pipe: Any,
+    judge: Any,
+    style: str,
+    place: str,
+    name: str,
+    model: str,
+    options: argparse.Namespace,
 ) -> pd.DataFrame:
-    """One attack on one edit, as a summary with intervals; read from its file if it is finished."""
-    concept, probes = style_concept(style)
+    """One attack on one model, as a summary with intervals."""
+    concept, probes = concept_of(style)
     layers = places(pipe, style, options)[place]
     given = {"seeds": range(2)} | ATTEMPTS[name]
     found = loco.attack(
@@ -148,13 +216,14 @@ def row(
         folder=options.folder / "states",
         num_inference_steps=options.steps,
         batch_size=options.batch_size,
-        models=options.models,
+        models=[model],
+        training=concept.pairs if concept.kind != "style" else None,
         progress=options.progress,
         **given,
     )
-    path = options.folder / "files" / f"{slug(style, place, name, options.seed)}.safetensors"
+    path = options.folder / "files" / f"{slug(style, place, name, options.seed, model)}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found.save(path, model=options.models[0])
+    found.save(path, model=model)
     return found.summary().assign(style=style, place=place, attack=name, seed=options.seed)
 
 
@@ -168,23 +237,38 @@ def rows(pipe: Any, judge: Any, options: argparse.Namespace) -> list[pd.DataFram
     for style in options.only:
         for place in places(pipe, style, options):
             for name in options.kinds:
-                models = slug(*options.models)
-                path = (
-                    options.folder
-                    / "rows"
-                    / f"{slug(style, place, name, options.seed, models)}.csv"
-                )
-                path.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    with FileLock(path.with_suffix(".lock"), timeout=0):
-                        if not path.exists():
-                            table = row(pipe, judge, style, place, name, options)
-                            table.to_csv(path, index=False)
-                        tables.append(pd.read_csv(path))
-                        print(*[said(line) for line in lines_of(tables[-1])], sep="\n", flush=True)
-                except Timeout:
-                    continue
+                parts = []
+                for model in options.models:
+                    parts.append(finished(pipe, judge, style, place, name, model, options))
+                known = [part for part in parts if part is not None]
+                if known:
+                    tables.append(pd.concat(known, ignore_index=True))
+                    print(*[said(line) for line in lines_of(tables[-1])], sep="\n", flush=True)
     return tables
+
+
+def finished(
+    pipe: Any,
+    judge: Any,
+    style: str,
+    place: str,
+    name: str,
+    model: str,
+    options: argparse.Namespace,
+) -> pd.DataFrame | None:
+    """A row from its file, or made now; None where another process is at it."""
+    path = options.folder / "rows" / f"{slug(style, place, name, options.seed, model)}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_suffix(".lock"), timeout=0):
+            if not path.exists():
+                start = time.process_time()
+                table = row(pipe, judge, style, place, name, model, options)
+                table = table.assign(seconds=round(time.process_time() - start, 1))
+                table.to_csv(path, index=False)
+            return pd.read_csv(path)
+    except Timeout:
+        return None
 
 
 def lines_of(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -198,7 +282,8 @@ def lines_of(table: pd.DataFrame) -> list[dict[str, Any]]:
         part = table[table.strength == strength].set_index("model")
         first = part.iloc[0]
         line = {"style": first["style"], "place": first["place"], "attack": first["attack"]}
-        line |= {"strength": strength, "own": first["before"], "units": int(first["units"])}
+        own = part.loc["edited"] if "edited" in part.index else first
+        line |= {"strength": strength, "own": own["before"], "units": int(first["units"])}
         line |= {model: part.loc[model] for model in part.index}
         lines.append(line)
     return lines
@@ -220,7 +305,7 @@ def percent(one: Any) -> str:
 
 
 HEADING = (
-    "| style | edited at | attack | strength | own words | edited, attacked | placebo | unedited | never had |"
+    "| concept | edited at | attack | strength | own words | edited, attacked | placebo | unedited | never had |"
     "\n|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -232,8 +317,11 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the attacks' own draws")
-    parser.add_argument("--only", nargs="*", default=list(world.STYLES[1:]), help="styles")
-    parser.add_argument("--kinds", nargs="*", default=list(ATTEMPTS), help="rows of ATTEMPTS")
+    everything = [*world.STYLES[1:], *OTHERS]
+    parser.add_argument("--only", nargs="*", default=everything, help="names of concepts")
+    parser.add_argument(
+        "--kinds", nargs="*", default=list(ATTEMPTS), help="rows of ATTEMPTS, or 'core'"
+    )
     parser.add_argument(
         "--models",
         nargs="*",
@@ -253,9 +341,11 @@ def main() -> None:
     add_machine(parser)
     options = parser.parse_args()
     set_threads(options)
+    if options.kinds == ["core"]:
+        options.kinds = list(CORE)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
-    for style in options.only:
+    for style in [name for name in options.only if name in world.STYLES]:
         share = recognized(judge, style_concept(style)[0])
         print(f"renders of {style}: {json.dumps(share)}")
     print(HEADING)

@@ -199,6 +199,60 @@ def test_null_space_refuses_a_source_that_is_preserved() -> None:
         closed_form.null_space_factor(s, torch.cat([s[:1], normal(2, IN, seed=1)]), ridge=0.1)
 
 
+def output_objective(
+    a: Tensor, w: Tensor, s: Tensor, t: Tensor, ridge: float, p: Tensor, weight: float
+) -> Tensor:
+    """What `output_update` minimizes, as its docstring writes it."""
+    beyond = (s - t) @ w.T  # (rows, out)
+    kept = torch.cat([t, p]) @ w.T  # (rows, out)
+    size = beyond.square().sum() / OUT  # the mean of the diagonal of D
+    missed = (beyond - beyond @ a.T).square().sum()
+    return missed + weight * (kept @ a.T).square().sum() + ridge * size * a.square().sum()
+
+
+@given(seeds, counts, st.floats(1e-3, 10), st.floats(0, 10))
+def test_the_output_update_is_the_minimum(
+    seed: int, rows: int, ridge: float, weight: float
+) -> None:
+    w, s, t, p = case(seed, rows, kept=2)
+    found = closed_form.output_update(w, s, t, ridge=ridge, preserve=p, preserve_weight=weight)
+    assert found.rank <= max(rows, OUT)
+    a = torch.linalg.lstsq(w.T, -found.change.T).solution.T  # (out, out), of change = -A w
+    assert torch.allclose(-a @ w, found.change, atol=1e-8)
+    least = output_objective(a, w, s, t, ridge, p, weight)
+    for other in range(3):
+        moved = a + 0.01 * normal(OUT, OUT, seed=other)
+        assert output_objective(moved, w, s, t, ridge, p, weight) > least
+
+
+@given(seeds)
+def test_no_state_gets_back_what_was_taken_out_of_every_answer(seed: int) -> None:
+    """The twin: an edit of what is read leaves it to other states."""
+    w, s, t, _ = case(seed, 2)
+    beyond = (s - t) @ w.T  # (rows, out)
+    outputs = closed_form.output_update(w, s, t, ridge=1e-9, preserve_weight=0.0)
+    inputs = closed_form.ridge_update(w, s, t, ridge=1e-9)
+    assert (beyond @ (w + outputs.change)).norm() < 1e-6 * (beyond @ w).norm()
+    assert (beyond @ (w + inputs.change)).norm() > 1e-3 * (beyond @ w).norm()
+
+
+def test_what_is_preserved_keeps_its_output_the_more_it_counts() -> None:
+    w, s, t, p = case(0, 3, kept=2)
+    moved = []
+    for weight in (0.0, 1.0, 1e6):
+        change = closed_form.output_update(
+            w, s, t, ridge=0.01, preserve=p, preserve_weight=weight
+        ).change
+        moved.append(float((p @ change.T).norm()))
+    assert moved[0] > moved[1] > moved[2]
+    assert moved[2] < 1e-3 * moved[0]
+
+
+def test_where_nothing_is_said_beyond_the_targets_nothing_is_taken_out() -> None:
+    w, s, _, _ = case(0, 2)
+    assert not closed_form.output_update(w, s, s, ridge=0.1).change.any()
+
+
 @given(seeds, counts)
 def test_balanced_factors_are_the_same_change_and_round_better(seed: int, rows: int) -> None:
     w, s, t, _ = case(seed, rows)

@@ -13,6 +13,7 @@ import torch
 from support import tiny
 
 from locogen.editing import weights as editing_weights
+from locogen.editing.closed_form import returning_map
 from locogen.editing.edit import Edit, fit_edit, undo_all
 from locogen.editing.fit import Fit, Options, augmented_states
 from locogen.errors import LocogenError
@@ -178,6 +179,95 @@ def test_values_can_be_edited_alone(pipe) -> None:
     for name, change in edit.changes.items():
         assert torch.equal(change.change, both.changes[name].change)
     assert edit.refit(pipe).changes.keys() == edit.changes.keys()
+
+
+# --- what would bring it back --------------------------------------------------------------------
+
+
+def answering(pipe, edit, prompts):
+    """States of which the edited model says what it said of the prompts' subjects: RECE's rows."""
+    read = [
+        module.weight.detach()
+        for layer in find_layers(pipe)
+        for module in (layer.module.to_k, layer.module.to_v)
+    ]
+    old = [weight.clone() for weight in read]
+    with edit.applied(pipe):
+        mapped = returning_map(old, [weight.clone() for weight in read], ridge=0.1)
+    states = [state(pipe, p, subject_positions(pipe, p, "cat")[-1]) for p in prompts]
+    return torch.stack(states) @ (torch.eye(len(mapped)) + mapped.T)
+
+
+def test_no_rounds_are_the_plain_edit_to_the_bit(pipe) -> None:
+    plain, none, one = fit(pipe), fit(pipe, rounds=0), fit(pipe, rounds=1)
+    for name, change in plain.changes.items():
+        for part in ("up", "down"):
+            assert torch.equal(getattr(change, part), getattr(none.changes[name], part))
+        assert not torch.allclose(change.change, one.changes[name].change)  # the twin
+    again = one.refit(pipe)
+    assert all(torch.equal(again.changes[n].change, one.changes[n].change) for n in again.changes)
+
+
+@pytest.mark.parametrize("ridge", [0.01, 1.0])
+def test_what_the_closed_form_attack_found_goes_to_the_target_after_a_round(pipe, ridge) -> None:
+    """The attack's rows are nearer to their targets; before the round, they were not."""
+    edits = [fit(pipe, ridge=ridge, rounds=rounds) for rounds in (0, 1, 2)]
+    target = torch.stack([state(pipe, t, end_position(pipe, t) - 1) for _, t in PAIRS])
+    for before, after in itertools.pairwise(edits):
+        rows = answering(pipe, before, [source for source, _ in PAIRS])
+        missed = []
+        for edit in (before, after):
+            gaps = [
+                rows @ (old.double() + edit.changes[name].change).T - target @ old.double().T
+                for name, old in weights(pipe, edit).items()
+            ]
+            missed.append(float(sum(gap.square().sum() for gap in gaps)))
+        assert missed[1] < 0.99 * missed[0]
+
+
+def test_rounds_keep_what_a_null_space_keeps(pipe) -> None:
+    kept = {"preserve": ["a dog"], "rounds": 2}
+    p = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
+    exact, loose = fit(pipe, null_space=True, **kept), fit(pipe, **kept)
+    for name in exact.changes:
+        assert (exact.changes[name].change @ p).norm() < 1e-9
+        assert (loose.changes[name].change @ p).norm() > 1e-6  # the twin
+
+
+def test_a_preserved_row_moves_no_further_than_its_weight_allows(pipe) -> None:
+    """w Σ‖Δp‖² is at most what the edit would miss without a change; w = 1e-6 allows any."""
+    p = state(pipe, "a dog", end_position(pipe, "a dog") - 1)
+    sources = [source for source, _ in PAIRS]
+    target = torch.stack([state(pipe, t, end_position(pipe, t) - 1) for _, t in PAIRS])
+    source = torch.stack([state(pipe, s, subject_positions(pipe, s, "cat")[-1]) for s in sources])
+    moved = {}
+    for weight in (1e-6, 1e4):
+        kept = {"preserve": ["a dog"], "preserve_weight": weight}
+        plain, one = fit(pipe, **kept), fit(pipe, rounds=1, **kept)
+        rows = torch.cat([source, answering(pipe, plain, sources)])
+        moved[weight] = 0.0
+        for name, old in weights(pipe, one).items():
+            missed = ((target.repeat(2, 1) - rows) @ old.double().T).square().sum()
+            change = (one.changes[name].change @ p).square().sum()
+            assert weight * change <= missed * (1 + 1e-6)
+            moved[weight] += float(change)
+    assert moved[1e4] < 1e-3 * moved[1e-6]
+
+
+def test_an_edit_of_outputs_takes_them_from_every_text(pipe) -> None:
+    """What the matrices can say at all has two directions fewer: one for each phrasing."""
+    strong = {"ridge": 1e-9, "matrices": "v"}
+    edit = fit(pipe, side="output", preserve_weight=1e-9, **strong)
+    assert all(name.endswith("to_v.weight") for name in edit.changes)
+    other = fit(pipe, **strong)
+    for name, old in weights(pipe, edit).items():
+        before, after, twin = (
+            torch.linalg.svdvals(old.double() + change)
+            for change in (0, edit.changes[name].change, other.changes[name].change)
+        )
+        assert (after[-2:] < 1e-6 * before[0]).all()
+        assert (after[:-2] > 1e-3 * before[0]).all()
+        assert (twin > 1e-3 * before[0]).all()
 
 
 def test_ordinary_captions_are_dear(pipe) -> None:
@@ -658,7 +748,10 @@ def test_refuses_layers_that_carry_lora(tmp_path) -> None:
         (dict(preserve=["a dog"], anchored=True), "null_space=True"),
         (dict(preserve=["a dog"], augmented=3), "null_space=True"),
         (dict(preserve=["a dog"], null_space=True, augmented=-1), "augmented is -1"),
-        (dict(matrices="k"), "matrices is 'k'"),
+        (dict(matrices="q"), "matrices is 'q'"),
+        (dict(rounds=-1), "rounds is -1"),
+        (dict(side="left"), "side is .left."),
+        (dict(side="output", ordinary=["a"]), "leave them out"),
     ],
 )
 def test_bad_input(pipe, options: dict, says: str) -> None:
@@ -715,6 +808,8 @@ def test_saved_and_loaded_is_the_same_edit(pipe, tmp_path) -> None:
         dict(ordinary=["a dog"]),
         dict(preserve=["a do"], null_space=True),
         dict(ridge_v=1),
+        dict(rounds=1),
+        dict(side="output"),
     ],
 )
 def test_every_kind_of_edit_is_saved_whole(pipe, tmp_path, options) -> None:

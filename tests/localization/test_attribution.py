@@ -19,6 +19,7 @@ from locogen.localization.attribution.paths import Paths, Picture
 from locogen.localization.attribution.proposal import propose
 from locogen.localization.attribution.quadrature import Shares, gradients_along, integrate
 from locogen.localization.attribution.result import (
+    Attribution,
     attribution_effect,
     attribution_window,
     step_weights,
@@ -206,6 +207,21 @@ def test_the_part_where_a_picture_tips_over_is_halved():
     few = integrate(Steep(0.07, 0.5, 0.61), [0, 1, 2], points=3, bound=0.01, most_points=3)
     assert np.abs(even.residual).max() > np.abs(found.residual).max() or most > 30
     assert np.abs(few.residual).max() > 0.1
+
+
+class FourLayers:
+    """Shares of four layers, one prompt and seed: what `leading` reads."""
+
+    layers = np.array([0.1, 0.6, -0.2, 0.3]).reshape(4, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "share, named", [(0.5, (1,)), (0.6, (1,)), (0.61, (1, 3)), (0.9, (1, 3)), (1, (0, 1, 3))]
+)
+def test_the_leading_layers_are_the_fewest_that_make_up_a_share(share, named):
+    assert Attribution.leading(FourLayers(), share) == named
+    with pytest.raises(LocogenError, match="share is 0"):
+        Attribution.leading(FourLayers(), 0)
 
 
 # --- what a row hears is what `intervene` lets it hear -------------------------------------------

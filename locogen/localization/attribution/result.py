@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen import stats
+from locogen.errors import LocogenError
 from locogen.localization.attribution.quadrature import Integral
 from locogen.localization.effects import effects_table, estimates
 from locogen.plan import Window, windows
@@ -89,6 +90,26 @@ class Attribution:
     def layers(self) -> Array:
         """The share of each layer, (layers, prompts, seeds)."""
         return np.moveaxis(self.shares.sum((2, 4)), 2, 0)
+
+    def leading(self, share: float = 0.9) -> tuple[int, ...]:
+        """The fewest layers that make up a share of the layers' whole: where to edit together.
+
+        Args:
+            share: From 0 to 1, of the sum of the layers' shares above 0, on average over prompts
+                and seeds.
+
+        Returns:
+            Their indices, in order.
+
+        Raises:
+            LocogenError: A share out of its range.
+        """
+        if not 0 < share <= 1:
+            raise LocogenError(f"share is {share}: give a number above 0, up to 1")
+        means = np.clip(self.layers.mean((1, 2)), 0, None)  # (layers,)
+        ranked = np.argsort(-means, kind="stable")
+        reached = np.cumsum(means[ranked]) >= share * means.sum() * (1 - 1e-9)
+        return tuple(sorted(int(layer) for layer in ranked[: int(reached.argmax()) + 1]))
 
     @property
     def is_complete(self) -> bool:

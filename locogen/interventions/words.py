@@ -1,4 +1,4 @@
-"""New words for a model: contexts in which a prompt may name vectors that were found by an attack.
+"""New words for a model: contexts in which a prompt may name vectors that an attack found.
 
 Nothing of the model changes: its tokenizer is exchanged for a copy that knows the words, and hooks
 on the table of embeddings put the vectors in their place.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,7 @@ class NewWord:
     token: str
     vectors: Tensor
     tokenizer: Any = None
-    _unknown: Any = None  # (prompts, tokens), of the call that is running
+    _offsets: Any = None  # (prompts, tokens), of the call that is running
 
     def __post_init__(self) -> None:
         self.tokenizer = copy.deepcopy(self.pipe.tokenizer)
@@ -85,16 +85,23 @@ class NewWord:
 
     def _hide(self, module: Module, args: Any, kwargs: Any) -> Any:
         ids = args[0]  # (prompts, tokens)
-        self._unknown = ids - self.first
-        # Any word that the table has: its vector is replaced below.
-        return (ids.clamp(max=self.first - 1), *args[1:]), kwargs
+        self._offsets = ids - self.first
+        # Any word that the table has: its vector is replaced below. Other new words are left to
+        # their own hooks.
+        return (ids.masked_fill(self._is_own, 0), *args[1:]), kwargs
 
     def _put(self, module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         import torch
 
-        offsets = self._unknown
-        vectors = self.vectors.to(output)[offsets.clamp(min=0)]  # (prompts, tokens, width)
-        return torch.where((offsets >= 0)[..., None], vectors, output)
+        is_own = self._is_own  # (prompts, tokens)
+        places = self._offsets.masked_fill(~is_own, 0)
+        vectors = self.vectors.to(output)[places]  # (prompts, tokens, width)
+        return torch.where(is_own[..., None], vectors, output)
+
+    @property
+    def _is_own(self) -> Any:
+        """Which tokens of the call that is running are the word's, (prompts, tokens)."""
+        return (self._offsets >= 0) & (self._offsets < len(self.vectors))
 
     def states(self, prompts: Sequence[str]) -> Tensor:
         """Text states of prompts, through which gradients flow to the vectors.
@@ -134,3 +141,12 @@ def speaking(pipe: Pipeline, token: str, vectors: Tensor) -> Iterator[None]:
             yield
         finally:
             pipe.tokenizer = tokenizer
+
+
+@contextmanager
+def speaking_all(pipe: Pipeline, words: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the context, prompts may use all of these words: see `speaking`."""
+    with ExitStack() as stack:
+        for token, vectors in words.items():
+            stack.enter_context(speaking(pipe, token, vectors))
+        yield

@@ -1,0 +1,396 @@
+"""Which edit holds for someone who tries? `python tests/benchmarks/harder.py` tries edits of the mini model.
+
+For each concept some edits (VARIANTS) are tried on choosing prompts: is it gone by its own words, do its neighbors stay,
+and how often does one trained token vector bring it back? Only edits that pass the first two are attacked. The best one
+and the carrier's plain edit are then reported: other objects (of an object: other styles), other seeds, and another
+training, beside what the attack teaches a model that never had the concept, and beside a placebo of the same size. The
+unit of every interval is the object (the style). Each edit and each attack lies in the folder when it is done, so that a
+second call only counts. With `--threads 1` an edit takes a core about half a minute, a report about six.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import judge as judging
+from attacks import OTHERS, carrier_of, concept_of, identity_of
+from edits import in_styles, in_wordings, neighbors, rates, styles_of, words_of
+from machine import add_machine, kept, set_threads
+
+import locogen as loco
+from locogen.editing.edit import Edit
+from locogen.editing.probes import Probe
+from locogen.mini import world
+from locogen.phrasings import Phrasing, default_phrasings
+
+GONE, LOST = 1 / 8, 0.02  # bars on choosing prompts: shown by own words, lost of the neighbors
+SHARE = 0.9  # of what the target does: the layers that attribution names for it
+CHOSEN_STEPS, REPORTED_STEPS = (25,), (25, 200)  # of the attack: looked at after so many
+HARDENING_STEPS = 25
+CHOSEN_SEEDS, REPORTED_SEEDS = (0,), (30, 31)
+# Other styles in which an object is looked at as a neighbor.
+NEIGHBORS = {"chosen": 2, "reported": 4}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One edit that is tried.
+
+    Attributes:
+        place: "carrier", "attribution" (the layers that it names), or "all" layers.
+        options: Of `fit_edit`.
+        phrased: "default"; "many": in other wordings, with objects (or styles).
+        rounds: Rounds of `harden`: trained vectors that are edited as well.
+    """
+
+    place: str = "carrier"
+    options: dict[str, Any] = field(default_factory=dict)
+    phrased: str = "default"
+    rounds: int = 0
+
+
+INPUT = {"tokens": "all", "ridge": 10.0, "preserve_weight": 0.03}
+OUTPUT = {"tokens": "all", "ridge": 0.001, "preserve_weight": 0.3, "side": "output"}
+PLAIN = "carrier"  # the edit that attacks.py attacks
+VALUES = {"matrices": "v"}
+LESS = {"preserve_weight": 0.003}
+VARIANTS: dict[str, Variant] = {
+    PLAIN: Variant(options=INPUT),
+    "3 rounds in closed form": Variant(options=INPUT | {"rounds": 3}),
+    "2 trained rounds": Variant(options=INPUT, rounds=2),
+    "outputs of values": Variant(options=OUTPUT | VALUES),
+    "all layers": Variant("all", INPUT),
+    "all layers, 3 rounds in closed form": Variant("all", INPUT | {"rounds": 3}),
+    "all layers, outputs of values": Variant("all", OUTPUT | VALUES),
+    "all layers, outputs of values, less preserved": Variant("all", OUTPUT | VALUES | LESS),
+    "all layers, outputs of keys and values": Variant("all", OUTPUT),
+    "many phrasings": Variant(options=INPUT, phrased="many"),
+    "values": Variant(options=INPUT | VALUES),
+    "keys": Variant(options=INPUT | {"matrices": "k"}),
+    "attribution's layers": Variant("attribution", INPUT),
+    "attribution's layers, outputs of values": Variant("attribution", OUTPUT | VALUES),
+    "all layers, 2 trained rounds": Variant("all", INPUT, rounds=2),
+    "all layers, outputs of values, many phrasings": Variant(
+        "all", OUTPUT | VALUES, phrased="many"
+    ),
+    "all layers, outputs of values, 2 trained rounds": Variant("all", OUTPUT | VALUES, rounds=2),
+}
+
+
+# --- what is looked at ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A concept with what is learned from, chosen by and reported on, all of it apart.
+
+    Attributes:
+        name: Its name.
+        concept: With the pairs that attacks learn from.
+        own: Probes of its own words, of choosing and of reporting.
+        near: Probes of its neighbors, likewise.
+    """
+
+    name: str
+    concept: loco.Concept
+    own: dict[str, list[Probe]]
+    near: dict[str, list[Probe]]
+
+
+def subject_of(name: str) -> Subject:
+    return style_subject(name) if name in world.STYLES else thing_subject(name)
+
+
+def style_subject(style: str) -> Subject:
+    """Of every three objects one is learned from, one chooses, and one is reported on."""
+    shown = [thing for thing in world.OBJECTS if style in styles_of(thing)]
+    parts = {"learned": shown[::3], "chosen": shown[1::3], "reported": shown[2::3]}
+    pairs = [
+        loco.PromptPair(world.prompt(thing, style), world.prompt(thing))
+        for thing in parts["learned"]
+    ]
+    others = tuple(other for other in world.STYLES[1:] if other != style)
+    concept = loco.Concept(style, "style", tuple(pairs), neighbors=others)
+    own, near = {}, {}
+    among = tuple(f"style of {other}" for other in world.STYLES)
+    for part in ("chosen", "reported"):
+        own[part] = [
+            Probe("efficacy", world.prompt(thing, style), f"style of {style}", among, unit=thing)
+            for thing in parts[part]
+        ]
+        near[part] = []
+        for number, thing in enumerate(parts[part]):
+            rest = [other for other in styles_of(thing) if other != style]
+            # Each object in other styles than the one before.
+            turned = rest[number % len(rest) :] + rest[: number % len(rest)]
+            near[part] += [
+                Probe(
+                    "specificity",
+                    world.prompt(thing, other),
+                    f"style of {other}",
+                    among,
+                    unit=thing,
+                )
+                for other in turned[: NEIGHBORS[part]]
+            ]
+    return Subject(style, concept, own, near)
+
+
+def thing_subject(name: str) -> Subject:
+    """An object or a fact: some styles are learned from; of the others two choose, two are reported on."""
+    concept, probes = concept_of(name)
+    _, answer = words_of(concept)
+    styles = list(dict.fromkeys(probe.unit for probe in probes))
+    parts = {"chosen": styles[::2], "reported": styles[1::2]}
+    own, near = {}, {}
+    others = [thing for thing in world.OBJECTS if thing != answer]
+    for part, turn in (("chosen", 0), ("reported", 1)):
+        own[part] = [probe for probe in probes if probe.unit in parts[part]]
+        near[part] = []
+        for number, thing in enumerate(others[turn::2]):
+            style = parts[part][number % len(parts[part])]
+            text = world.prompt(thing, style)
+            near[part].append(Probe("specificity", text, thing, world.OBJECTS, unit=thing))
+    return Subject(name, concept, own, near)
+
+
+# --- what is tried -------------------------------------------------------------------------------
+
+
+def layers_of(pipe: Any, name: str, place: str, options: argparse.Namespace) -> tuple[int, ...]:
+    if place == "all":
+        return tuple(layer.index for layer in loco.find_layers(pipe))
+    if place == "carrier":
+        return carrier_of(pipe, name, options)
+
+    def attributed() -> list[int]:
+        few = loco.concept(identity_of(name)).first(2)
+        shares = loco.attribute(
+            pipe, few, seeds=range(2), num_inference_steps=options.steps, progress=False
+        )
+        return list(shares.leading(SHARE))
+
+    return tuple(kept(options.folder / "places", name.replace(" ", "-"), attributed))
+
+
+def phrasings_of(subject: Subject, phrased: str) -> list[Phrasing]:
+    known = loco.concept(identity_of(subject.name))
+    plain = list(default_phrasings(known))
+    if phrased == "default":
+        return plain
+    if known.kind != "style":
+        return plain + in_styles(plain[1])
+    # The objects that attacks learn from: none of them chooses or is reported on.
+    named = [Phrasing(pair.prompt, pair.target, known.name) for pair in subject.concept.pairs]
+    return in_wordings(known) + named
+
+
+def fitted(pipe: Any, subject: Subject, variant: Variant, options: argparse.Namespace) -> Edit:
+    known = loco.concept(identity_of(subject.name))
+    edit = loco.fit_edit(
+        pipe,
+        known,
+        layers=layers_of(pipe, subject.name, variant.place, options),
+        phrasings=phrasings_of(subject, variant.phrased),
+        preserve=neighbors(known),
+        **variant.options,
+    )
+    return loco.harden(
+        pipe,
+        subject.concept,
+        edit,
+        rounds=variant.rounds,
+        training=subject.concept.pairs,
+        steps=HARDENING_STEPS,
+        seed=1_000,  # of its own: the attack that judges it draws others
+        folder=options.folder / "hardened",
+        num_inference_steps=options.steps,
+        batch_size=options.batch_size,
+        progress=False,
+    )
+
+
+# --- what comes of it ----------------------------------------------------------------------------
+
+
+def words_and_neighbors(
+    pipe: Any,
+    judge: Any,
+    subject: Subject,
+    edit: Edit,
+    part: str,
+    seeds: Sequence[int],
+    options: Any,
+) -> dict[str, Any]:
+    """What is left by its own words, and of its neighbors."""
+    table = loco.evaluate(
+        pipe,
+        {"edit": edit},
+        subject.own[part] + subject.near[part],
+        seeds=seeds,
+        scorer=judge,
+        store=options.folder / "store",
+        num_inference_steps=options.steps,
+        batch_size=options.batch_size,
+        progress=False,
+    )
+    return rates(table)["edit"]
+
+
+def attacked(
+    pipe: Any, judge: Any, subject: Subject, edit: Edit, part: str, options: Any, **given: Any
+) -> list[dict[str, Any]]:
+    """What an attack brings back, a line a model and strength."""
+    found = loco.attack(
+        pipe,
+        subject.concept,
+        edit,
+        training=subject.concept.pairs,
+        held_out=subject.own[part],
+        scorer=judge,
+        folder=options.folder / "attacks",
+        num_inference_steps=options.steps,
+        batch_size=options.batch_size,
+        progress=False,
+        **given,
+    )
+    scores: Any = found.table.groupby(["model", "strength"], sort=False)["after"].mean()
+    lines = found.summary().to_dict("records")
+    return [line | {"score": scores[line["model"], line["strength"]]} for line in lines]
+
+
+def tried(
+    pipe: Any, judge: Any, subject: Subject, name: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One edit on the choosing prompts; attacked only if it does what an edit should."""
+    edit = fitted(pipe, subject, VARIANTS[name], options)
+    lines = words_and_neighbors(pipe, judge, subject, edit, "chosen", CHOSEN_SEEDS, options)
+    result = {"layers": list(edit.layers), "lines": lines}
+    if passes(lines) or name == PLAIN:
+        given = dict(kind="inversion", at=CHOSEN_STEPS, seeds=CHOSEN_SEEDS, models=["edited"])
+        result["attack"] = attacked(pipe, judge, subject, edit, "chosen", options, **given)
+    return result
+
+
+def passes(lines: dict[str, Any]) -> bool:
+    return lines["efficacy"]["after"] <= GONE and lines["specificity"]["change"] >= -LOST
+
+
+def best_of(results: dict[str, Any]) -> str:
+    """The edit from which least comes back: fewest pictures, then the lowest mean probability."""
+    good = {n: r["attack"][-1] for n, r in results.items() if passes(r["lines"])}
+    if not good:
+        return PLAIN
+    return min(good, key=lambda n: (good[n]["after"], good[n]["score"]))
+
+
+def reported(
+    pipe: Any, judge: Any, subject: Subject, name: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One edit on the reported prompts, with the controls."""
+    edit = fitted(pipe, subject, VARIANTS[name], options)
+    lines = words_and_neighbors(pipe, judge, subject, edit, "reported", REPORTED_SEEDS, options)
+    result: dict[str, Any] = {"lines": lines, "attacks": {}}
+    for kind in options.attacks:
+        given: dict[str, Any] = dict(kind=kind, seeds=REPORTED_SEEDS, seed=1, models=options.models)
+        if kind == "inversion":
+            given["at"] = REPORTED_STEPS
+
+        def measure(given: dict[str, Any] = given) -> list[dict[str, Any]]:
+            return attacked(pipe, judge, subject, edit, "reported", options, **given)
+
+        file = f"{subject.name}-{name}-{kind}-{'-'.join(options.models)}".replace(" ", "_")
+        result["attacks"][kind] = kept(options.folder / "reported", file, measure)
+    return result
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def tried_line(subject: str, name: str, result: dict[str, Any]) -> str:
+    own, near = result["lines"]["efficacy"], result["lines"]["specificity"]
+    back = "not attacked"
+    if "attack" in result:
+        line = result["attack"][-1]
+        back = f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
+    layers = ", ".join(map(str, result["layers"])) if len(result["layers"]) < 16 else "all"
+    parts = [subject, name, layers, f"{own['after']:.0%} (≤ {own['after_high']:.0%})"]
+    return f"| {' | '.join([*parts, points(near), back])} |"
+
+
+def points(near: dict[str, Any]) -> str:
+    return f"{100 * near['change']:+.1f} [{100 * near['low']:+.1f}, {100 * near['high']:+.1f}]"
+
+
+def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]:
+    own, near = result["lines"]["efficacy"], result["lines"]["specificity"]
+    head = [subject, name, f"{own['after']:.0%} (≤ {own['after_high']:.0%})", points(near)]
+    lines = []
+    for kind, rows in result["attacks"].items():
+        for strength in dict.fromkeys(row["strength"] for row in rows):
+            by_model = {row["model"]: row for row in rows if row["strength"] == strength}
+            cells = [
+                f"{by_model[m]['after']:.0%} [{by_model[m]['low']:.0%}, {by_model[m]['high']:.0%}]"
+                if m in by_model
+                else "–"
+                for m in ("edited", "never had", "placebo")
+            ]
+            lines.append(f"| {' | '.join([*head, f'{kind}, {strength}', *cells])} |")
+    return lines
+
+
+TRIED = "| concept | edit | layers | own words | neighbors, points | after 25 steps of inversion |\n|---|---|---|---|---|---|"
+REPORTED = (
+    "| concept | edit | own words | neighbors, points | attack | edited | never had | placebo |"
+    "\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--folder", type=Path, default=Path("runs/harder"))
+    parser.add_argument("--judge", type=Path, default=Path("runs/judge"))
+    parser.add_argument("--steps", type=int, default=8)
+    first = ["neon", "stained glass", "robot"]  # just outside the bar of edits.py
+    rest = [name for name in (*world.STYLES[1:], *OTHERS) if name not in first]
+    parser.add_argument("--only", nargs="*", default=[*first, *rest], help="names of concepts")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--attacks", nargs="*", default=["inversion"], help="kinds, for the report")
+    parser.add_argument(
+        "--models", nargs="*", default=["edited", "never had", "placebo"], help="of the report"
+    )
+    parser.add_argument("--choose-only", action="store_true", help="leave out the report")
+    add_machine(parser)
+    options = parser.parse_args()
+    set_threads(options)
+    pipe = loco.load(options.model, device=options.device)
+    judge = judging.JudgeScorer(judging.train(options.judge))
+    for name in options.only:
+        subject = subject_of(name)
+        print(f"\n{len(options.variants)} edits of {name}, on choosing prompts\n\n{TRIED}")
+        results = {}
+        for variant in options.variants:
+            file = f"{name}-{variant}".replace(" ", "_")
+            results[variant] = kept(
+                options.folder / "tried",
+                file,
+                lambda v=variant: tried(pipe, judge, subject, v, options),  # noqa: B023
+            )
+            print(tried_line(name, variant, results[variant]), flush=True)
+        best = best_of(results)
+        print(f"\nBest of them: {best}", flush=True)
+        if options.choose_only:
+            continue
+        print(f"\nOn reported prompts\n\n{REPORTED}", flush=True)
+        for variant in dict.fromkeys([best, PLAIN]):
+            lines = reported_lines(name, variant, reported(pipe, judge, subject, variant, options))
+            print(*lines, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
