@@ -15,8 +15,8 @@ from locogen.interventions.steps import DenoisingSteps
 from locogen.models.compilation import is_compiled, running_uncompiled
 from locogen.models.denoisers import skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
-from locogen.models.hooks import Hook, after, before, hooked, is_dry_run
-from locogen.models.layers import possible_layers
+from locogen.models.hooks import Hook, after, before, hooked, is_dry_run, named_arguments
+from locogen.models.layers import Layer, possible_layers
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Call:
     share the denoiser, and call it in between or at the same time.
 
     Attributes:
-        arguments: The keyword arguments that the denoiser is called with.
+        arguments: The arguments that the denoiser is called with, by name.
         rows: The conditional rows.
         cache: What was computed once for this call, by name.
         on_encoded: Called with each encoding within `pipe(…)`, before the denoiser's first call.
@@ -74,7 +74,11 @@ class Call:
     @property
     def states(self) -> Tensor:
         """The encoded text that the denoiser is called with, (rows, tokens, width)."""
-        return self.arguments["encoder_hidden_states"]
+        return self.arguments[self.family.text_argument]
+
+    def text_tokens(self, layer: Layer) -> slice:
+        """Which tokens of what a layer's matrices read are text: all, unless the picture joins."""
+        return slice(self.states.shape[1] if layer.joined else None)
 
     @property
     def guided(self) -> bool:
@@ -160,10 +164,9 @@ class Call:
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._in_progress = True
-        self.arguments = kwargs
+        self.arguments = named_arguments(denoiser_of(self.pipe, self.family), args, kwargs)
         self.cache = {}
-        # U-Nets are called with the timestep as their second argument, transformers by its name.
-        self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self._timestep = self.arguments[self.family.time_argument]
         if self._waiting:
             self._begin_pictures()
         if self._prompts is None:

@@ -20,7 +20,14 @@ from locogen.models.families import (
     missing_encoders,
     text_encoders,
 )
-from locogen.models.hooks import Hook, Registered, after, before
+from locogen.models.hooks import (
+    Hook,
+    Registered,
+    after,
+    before,
+    named_arguments,
+    with_arguments,
+)
 from locogen.models.layers import Layer, find_layers, select
 from locogen.plan import Intervention, missing_target_runs
 from locogen.types import Module, Pipeline
@@ -359,23 +366,21 @@ class _Replaced(_Exchange):
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
-            states = kwargs.get("encoder_hidden_states")  # (call rows, tokens, width)
+            arguments = named_arguments(module, args, kwargs)
+            states = arguments.get("encoder_hidden_states")  # (call rows, tokens, width)
             if not isinstance(states, torch.Tensor):
                 raise LocogenError(
                     f"layer {layer.index} ({layer.name}) gets a {type(states).__name__} as text, "
                     "and locogen can replace one tensor only: leave this layer out of the plan"
                 )
             places = self.places(rows).to(states.device)
-            changed = {
-                **kwargs,
-                "encoder_hidden_states": _with_rows(states, self._projected(), places),
-            }
+            changed = {"encoder_hidden_states": _with_rows(states, self._projected(), places)}
             # Another text has another length: without its mask a target would be read as long as
             # the prompt is.
-            if self._targets().mask is not None and kwargs.get("attention_mask") is not None:
-                bias = _with_rows(kwargs["attention_mask"], self._mask_bias(states), places)
+            if self._targets().mask is not None and arguments.get("attention_mask") is not None:
+                bias = _with_rows(arguments["attention_mask"], self._mask_bias(states), places)
                 changed["attention_mask"] = bias  # (call rows, 1, tokens)
-            return args, changed
+            return with_arguments(module, args, kwargs, changed)
 
         return [before(layer.module, hook, layer.label)]
 
@@ -471,24 +476,43 @@ class _Patched(_Exchange):
             )
         # After the matrices and not before the layer: queries stay the row's own, and so does the
         # text that the block hands on.
-        patch = self._patch(layer)
-        matrices = self.call.family.matrices(layer.module)
-        return [
-            after(matrix, patch, f"to_{name} of {layer.label}") for name, matrix in matrices.items()
-        ]
+        family = self.call.family
+        columns = family.columns(layer.module)
+        hooks: list[Hook] = []
+        for name, matrix in family.matrices(layer.module).items():
+            patch = self._patch(layer, columns[name])
+            hooks.append(after(matrix, patch, f"to_{name} of {layer.label}"))
+        if family.layer_mask is not None:
+            hooks.append(
+                before(layer.module, self._mask_patch(layer, family.layer_mask), layer.label)
+            )
+        return hooks
 
-    def _patch(self, layer: Layer) -> Callable[..., Tensor | None]:
+    def _patch(self, layer: Layer, columns: slice) -> Callable[..., Tensor | None]:
         def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
-            # Where text and picture are one sequence, the text is first, and the picture stays the
-            # row's own.
-            tokens = self.call.states.shape[1] if layer.joined else output.shape[1]
+            # Where text and picture are one sequence, the picture stays the row's own.
+            tokens = self.call.text_tokens(layer)
             source = self.places(self._target_runs(rows))
             changed = output.clone()  # (call rows, tokens, channels)
-            changed[self.places(rows), :tokens] = output[source, :tokens]
+            changed[self.places(rows), tokens, columns] = output[source, tokens, columns]
             return changed
+
+        return hook
+
+    def _mask_patch(self, layer: Layer, name: str) -> Callable[..., Any]:
+        """Before a layer: the tokens that attention reads are the target's, as its text is."""
+
+        def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = named_arguments(module, args, kwargs).get(name)  # (call rows, ...)
+            rows = self.rows_now(layer.index)
+            if mask is None or not rows:
+                return None
+            source = self.places(self._target_runs(rows))
+            changed = mask.index_copy(0, self.places(rows), mask[source])
+            return with_arguments(module, args, kwargs, {name: changed})
 
         return hook
 
@@ -574,10 +598,8 @@ def record(pipe: Pipeline) -> Iterator[dict[int, list[Tensor]]]:
 
     def collecting(call: Call, layer: Layer) -> Hook:
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if layer.joined:  # text and picture are one sequence, text first
-                states = kwargs["hidden_states"][:, : call.states.shape[1]]
-            else:
-                states = kwargs["encoder_hidden_states"]
+            name = "hidden_states" if layer.joined else "encoder_hidden_states"
+            states = named_arguments(module, args, kwargs)[name][:, call.text_tokens(layer)]
             texts[layer.index].append(states.detach().clone())  # (rows, tokens, width)
 
         return before(layer.module, hook, layer.label)

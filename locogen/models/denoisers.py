@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from locogen.models.text import PromptEncoding
 
 Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor, (rows, ...) in and out
+FUSED = "to_qkv_mlp_proj"  # FLUX.2's matrix for queries, keys, values and more, side by side
 POOLED = "the pooled text"  # what messages call the path by which text enters outside of the layers
 
 
@@ -91,6 +92,11 @@ def caption_inputs(denoiser: Module) -> dict[str, Any]:
     if getattr(denoiser, "use_additional_conditions", False):
         inputs["added_cond_kwargs"] = _zeros(denoiser, resolution=(1, 2), aspect_ratio=(1, 1))
     return inputs
+
+
+def joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture have together in the smallest forward pass."""
+    return inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1]
 
 
 # --- what a denoiser is --------------------------------------------------------------------------
@@ -173,6 +179,11 @@ def added_keys_and_values(attention: Any) -> dict[str, Any]:
     if getattr(attention, "add_k_proj", None) is None:
         return keys_and_values(attention)
     return {"k": attention.add_k_proj, "v": attention.add_v_proj}
+
+
+def whole_columns(attention: Any) -> dict[str, slice]:
+    """Of layers with a matrix for keys and one for values: all that each puts out."""
+    return {"k": slice(None), "v": slice(None)}
 
 
 # --- the pooled text, which enters outside of the layers -----------------------------------------

@@ -80,10 +80,27 @@ class Family:
     sets_padding: bool = False
     """whether encoding sets the tokenizer's padding side: then it is not a setting of the model"""
 
+    # --- calls of the denoiser ---
+
+    text_argument: str = "encoder_hidden_states"
+    """name of the denoiser's argument for encoded text"""
+
+    time_argument: str = "timestep"
+    """name of the denoiser's argument for the time"""
+
+    joined_length: Callable[[Mapping[str, Any]], int] | None = None
+    """`(dummy inputs)`: how many tokens a layer gets that reads text and picture as one sequence
+
+    None: there is no such layer.
+    """
+
     # --- from states to the matrices of a layer ---
 
     matrices: Callable[[Any], Mapping[str, Any]] = denoisers.keys_and_values
     """`(layer.module)`: the linear maps "k" and "v" that read text"""
+
+    columns: Callable[[Any], Mapping[str, slice]] = denoisers.whole_columns
+    """`(layer.module)`: which columns of what each of them puts out are keys or values"""
 
     project_states: Callable[[Any, Tensor], Tensor] = denoisers.unchanged
     """`(denoiser, states)`: what the denoiser makes of encoded states before its layers get them"""
@@ -98,6 +115,9 @@ class Family:
     encoding.
     """
 
+    layer_mask: str | None = None
+    """name of a layer's argument that says which tokens of text it reads, with joint attention"""
+
     pooled: Callable[[Any, Change], list[Hook]] | None = None
     """`(denoiser, change)`: hooks that change the pooled text; None if only layers read text"""
 
@@ -108,6 +128,9 @@ class Family:
 
     options: Callable[[Any], dict[str, Any]] = _no_options
     """`(pipe)`: keyword arguments that every call of the pipeline takes"""
+
+    guidance_argument: str = "guidance_scale"
+    """name of the pipeline's argument for the scale of guidance"""
 
     # --- edits ---
 
@@ -219,6 +242,7 @@ FAMILIES: dict[str, Family] = {
     "FluxPipeline": replace(
         _SD3,
         name="FLUX.1",
+        joined_length=denoisers.joined_length,
         is_denoiser=denoisers.has_class("FluxTransformer2DModel"),
         encode=texts.encode_flux,
         encoding_of=texts.flux_states_of,
