@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from locogen import markup
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.denoiser_calls import Call, Rows, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before
@@ -116,6 +116,7 @@ def clamp(
     *,
     to: Literal["mean", "zero"] | float = "mean",
     steps: Iterable[int] | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[None]:
     """Set the output of the selected neurons in every call of the pipeline.
 
@@ -128,6 +129,7 @@ def clamp(
         to: "mean", the mean output at the same token position over prompts without the concept
             (`Selection.without`); "zero"; or a number that the output is multiplied with.
         steps: The denoising steps, counted from 0, in which it holds; left out: all.
+        rows: As for `intervene`: which rows of anybody's calls of the denoiser are changed.
 
     Returns:
         A context manager.
@@ -173,7 +175,7 @@ def clamp(
         return hooks
 
     label = f"clamp {(scale, moments, sorted(neurons.items()), _digest(means))!r}"
-    with on_denoiser(pipe, hooks_for, label):
+    with on_denoiser(pipe, hooks_for, label, rows):
         yield
 
 

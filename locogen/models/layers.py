@@ -131,7 +131,7 @@ def _observed_layers(
 
     layers: list[Layer] = []
     for module, arguments in calls.items():  # in execution order
-        apart = _gets_text(arguments)
+        apart = gets_text(arguments)
         joined = not apart and _length(arguments) == joined_length
         if apart or joined:
             layers.append(Layer(len(layers), candidates[module], module, joined))
@@ -143,7 +143,7 @@ def _observed_layers(
     return tuple(layers)
 
 
-def _gets_text(arguments: Mapping[str, Any]) -> bool:
+def gets_text(arguments: Mapping[str, Any]) -> bool:
     """Whether a module is called with text beside the picture."""
     text = arguments.get("encoder_hidden_states")
     # Lumina's self-attention is handed its own input a second time, as if it were text.

@@ -189,22 +189,23 @@ def call_pipeline(
 
     `arguments` holds the encoded prompts, one row for each of `rows`, which give the seeds.
     """
+    family = family_of(pipe)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**bar, "disable": True})
     try:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), _decoding_in_slices(pipe):
             output = pipe(
-                **family_of(pipe).options(pipe),
+                **family.options(pipe),
                 **arguments,
+                **{family.guidance_argument: settings.guidance_scale},
                 generator=generators(rows),
                 num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
                 output_type=output_type,
             )
     finally:
         pipe.set_progress_bar_config(**bar)
     check_flags(output, rows)
-    return output.images
+    return family.pictures(output, output_type)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts
 from locogen.models.compilation import running_uncompiled
+from locogen.models.denoisers import text_first
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before, hooked
 from locogen.models.layers import Layer, find_layers
@@ -107,11 +108,13 @@ class Blend:
         for layer in self.layers:
             if not self.is_joint:
                 hooks.append(before(layer.module, self._mask_hook(layer), layer.label))
+            columns = self.family.columns(layer.module)
             for name, matrix in self.family.matrices(layer.module).items():
-                hooks.append(after(matrix, self._matrix_hook(layer), f"to_{name} {layer.label}"))
+                blend = self._matrix_hook(layer, columns[name])
+                hooks.append(after(matrix, blend, f"to_{name} {layer.label}"))
         return hooks
 
-    def _matrix_hook(self, layer: Layer) -> Callable[..., Tensor | None]:
+    def _matrix_hook(self, layer: Layer, columns: slice) -> Callable[..., Tensor | None]:
         def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             moment = self.now
             if moment is None or layer.index not in moment.alphas:
@@ -119,13 +122,14 @@ class Blend:
             # Where text and picture are one sequence, the text is first.
             tokens = moment.tokens if layer.joined else output.shape[1]
             in_batch = slice(moment.rows.start, moment.rows.stop)
-            of_prompt = output[in_batch, :tokens]  # (rows, tokens, channels)
+            of_prompt = output[in_batch, :tokens, columns]  # (rows, tokens, channels)
             if moment.sources is None:
                 other = self._read_targets(module, layer, moment)
             else:
-                other = output.detach()[moment.sources, :tokens]
+                other = output.detach()[moment.sources, :tokens, columns]
+            between = _between(of_prompt, other, moment.alphas[layer.index])
             changed = output.clone()
-            changed[in_batch, :tokens] = _between(of_prompt, other, moment.alphas[layer.index])
+            changed[in_batch, :tokens, columns] = between
             return changed  # (call rows, tokens, channels)
 
         return hook
@@ -229,6 +233,11 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
         raise LocogenError(
             f"{contexts[0]} is open on this pipeline: attribution calls the denoiser by itself, so "
             "leave the context first"
+        )
+    if blend.family.joined_text is not text_first:
+        raise LocogenError(
+            f"{blend.family.name} holds its text behind the picture, where attribution does not "
+            "know it: use loco.localize"
         )
     for layer in blend.layers:
         if getattr(layer.module, "fused_projections", False):
