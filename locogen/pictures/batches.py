@@ -145,7 +145,9 @@ class Texts:
         )
         with from_the_seed_alone(pipe), memory_named(too_small):
             encoded = {prompt: encode_guided(pipe, [prompt]) for prompt in prompts}
-        self.of = {prompt: positive for prompt, (positive, _) in encoded.items()}
+        # All of one length, whichever of them are stacked: only families with a mask pad any.
+        longest = max((text.states.shape[1] for text, _ in encoded.values()), default=0)
+        self.of = {prompt: text.padded(longest) for prompt, (text, _) in encoded.items()}
         self.negative = next(iter(encoded.values()))[1]
 
     def stack(self, prompts: Iterable[str]) -> PromptEncoding:

@@ -8,8 +8,9 @@ from support import tiny
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.prompts import intervene, record
-from locogen.models.families import encode, family_of
+from locogen.models.families import denoiser_of, encode, family_of
 from locogen.models.layers import find_layers
+from locogen.models.text import PromptEncoding
 from locogen.plan import Intervention, with_target_runs
 
 PROMPT, TARGET = "a cat in b", "a dog"
@@ -124,23 +125,48 @@ def modular(pipe):
 
 
 def made_by(modular_pipe, prompts):
-    noise = [torch.Generator().manual_seed(0) for _ in prompts]
-    made = modular_pipe(
-        prompt=list(prompts),
-        generator=noise,
-        num_inference_steps=2,
-        height=16,
-        width=16,
-        output_type="np",
-        output="images",
-    )
-    return np.asarray(made)
+    """The pictures, and what the denoiser got as text in each of its calls."""
+    negative = {}
+    if "QwenImage" in type(modular_pipe).__name__:
+        negative["negative_prompt"] = [" "] * len(prompts)
+    denoiser = denoiser_of(modular_pipe)
+    texts = []
+
+    def note(module, args, kwargs):
+        texts.append(kwargs["encoder_hidden_states"])
+
+    handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        made = modular_pipe(
+            prompt=list(prompts),
+            generator=[torch.Generator().manual_seed(0) for _ in prompts],
+            num_inference_steps=2,
+            height=16,
+            width=16,
+            output_type="np",
+            output="images",
+            **negative,
+        )
+    finally:
+        handle.remove()
+    return np.asarray(made), texts
+
+
+def prompts_among(texts, others):
+    """What the denoiser got for the prompts: the one that another run, of other prompts, has not."""
+    own = [
+        text
+        for text in texts
+        if not any(text.shape == other.shape and torch.equal(text, other) for other in others)
+    ]
+    assert all(torch.equal(text, own[0]) for text in own)
+    return PromptEncoding(own[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd-xl", "flux", "qwen-image"])
 def test_all_layers_of_a_modular_pipeline_are_the_targets_run(name):
-    """Its blocks call the denoiser, whose rows are found by the prompts that they encode."""
+    """Its blocks call the denoiser: which rows are the prompts' is known by their text."""
     pipe = tiny.FAMILIES[name]()
     other = modular(pipe)
     layers = every(pipe)
@@ -149,16 +175,10 @@ def test_all_layers_of_a_modular_pipeline_are_the_targets_run(name):
     pooled = {"pooled": "target"} if family.pooled is not None else {}
     rows = plan(layers, seeds=(0,), **pooled)
     rows = with_target_runs(rows) if family.joint_attention else rows
-    prompts = [row.prompt for row in rows]
-    targets = [row.target for row in rows]
-    with record(pipe.transformer if hasattr(pipe, "transformer") else pipe.unet, rows=range(0)):
-        own = made_by(other, targets)
-    texts = [family.encode(pipe, part, False)[0] for part in (prompts, targets)]
-    encoded = texts[0]
-    if encoded.mask is not None:  # as long as the pipeline itself pads them
-        tokens = int(encoded.mask.sum(1).max())
-        encoded = type(encoded)(encoded.states[:, :tokens], encoded.mask[:, :tokens])
-    with intervene(other, rows, targets=texts[1], rows=encoded):
-        made = made_by(other, prompts)
+    own, target_texts = made_by(other, [row.target for row in rows])
+    plain, texts = made_by(other, [row.prompt for row in rows])
+    targets = encode(pipe, [row.target for row in rows])
+    with intervene(other, rows, targets=targets, rows=prompts_among(texts, target_texts)):
+        made, _ = made_by(other, [row.prompt for row in rows])
     assert np.abs(made[0] - own[0]).max() < 1e-5
-    assert np.abs(made_by(other, prompts)[0] - own[0]).max() > 1e-4  # the twin
+    assert np.abs(plain[0] - own[0]).max() > 1e-4  # the twin
