@@ -23,6 +23,7 @@ from support.verbs import (
     listened,
     neurons_of,
     pictures,
+    refused,
     rows,
     run,
     traced,
@@ -77,7 +78,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("name", "verb"), [*PAIRED, *OTHERS])
 def test_no_two_devices_meet(name, verb, tmp_path, monkeypatch):
-    if verb in ("trace", "contribution") and name in EVOLVING:
+    if refused(name, verb):
         pytest.skip("refused for this family")
     monkeypatch.setattr("locogen.pictures.speed.REPEATS", 1)
     pipe = on_device(name)

@@ -145,9 +145,10 @@ def layers_to_edit(pipe: Pipeline, indices: Iterable[int]) -> list[Layer]:
     joined = [layer.index for layer in edited if layer.joined]
     if joined:
         first_joined = min(layer.index for layer in layers if layer.joined)
+        remedy = f"use layers below {first_joined}" if first_joined else "no layer can be edited"
         raise LocogenError(
             f"layers {joined} read text and picture with the same matrices, so an edit would "
-            f"change both: use layers below {first_joined}"
+            f"change both: {remedy}"
         )
     return edited
 

@@ -299,6 +299,7 @@ def _outputs(
         dtype = denoiser_of(inputs.pipe).dtype
     with torch.no_grad():
         outputs = module(states.to(stands_on(module), dtype)).cpu().double()
+    outputs = outputs[..., inputs.family.columns(layer.module)[matrix]]
     if not torch.isfinite(outputs).all():
         raise LocogenError(
             f"to_{matrix} of layer {layer.index} has non-finite outputs: load the model in float32"

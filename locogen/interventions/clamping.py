@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from locogen import markup
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, on_denoiser
+from locogen.interventions.denoiser_calls import Call, Rows, on_denoiser
 from locogen.interventions.indices import index_on
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before
@@ -116,6 +116,7 @@ def clamp(
     *,
     to: Literal["mean", "zero"] | float = "mean",
     steps: Iterable[int] | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[None]:
     """Set the output of the selected neurons in every call of the pipeline.
 
@@ -128,6 +129,7 @@ def clamp(
         to: "mean", the mean output at the same token position over prompts without the concept
             (`Selection.without`); "zero"; or a number that the output is multiplied with.
         steps: The denoising steps, counted from 0, in which it holds; left out: all.
+        rows: As for `intervene`: which rows of anybody's calls of the denoiser are changed.
 
     Returns:
         A context manager.
@@ -164,14 +166,16 @@ def clamp(
         hooks = [before(denoiser_of(pipe, family), clock.note_step, "the denoiser")]
         for place, module in modules.items():
             index, matrix = place
-            change = _Clamp(layers[index], place, neurons[place], scale, means.get(place), clock)
+            layer = layers[index]
+            columns = family.columns(layer.module)[matrix]
+            change = _Clamp(layer, place, neurons[place], scale, means.get(place), clock, columns)
             # After the matrix: a neuron is one of its output channels (Basu et al. 2024, section
             # 6).
-            hooks.append(after(module, change, f"to_{matrix} of {layers[index].label}"))
+            hooks.append(after(module, change, f"to_{matrix} of {layer.label}"))
         return hooks
 
     label = f"clamp {(scale, moments, sorted(neurons.items()), _digest(means))!r}"
-    with on_denoiser(pipe, hooks_for, label):
+    with on_denoiser(pipe, hooks_for, label, rows):
         yield
 
 
@@ -211,7 +215,8 @@ def _matrix(
         raise LocogenError(
             f"layer {index} has no matrix {name!r}: use one of {', '.join(matrices)}"
         )
-    width = matrices[name].out_features
+    first, stop, _ = family.columns(layer.module)[name].indices(matrices[name].out_features)
+    width = stop - first
     if channels[-1] >= width:
         raise LocogenError(
             f"there is no channel {channels[-1]} of {name!r} in layer {index}: use channels from 0 "
@@ -264,20 +269,18 @@ class _Clamp:
     scale: float | None  # None: the means take the place of the output
     means: Tensor | None  # (tokens, selected channels)
     clock: _Clock
+    columns: slice  # those of the matrix' output that are keys or values
 
     def __call__(self, module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         call = self.clock.call
         if not self.clock.holds or not call.rows:
             return None
-        tokens = call.states.shape[1]
         changed = output.clone()  # (call rows, tokens of text and, if joined, picture, channels)
-        text_tokens = tokens if self.layer.joined else None
-        rows = changed[
-            call.rows.start :, :text_tokens
-        ]  # a view: conditional rows are the last ones
+        conditional = slice(call.rows.start, call.rows.stop)
+        rows = changed[conditional, call.text_tokens(self.layer), self.columns]  # a view
         channels = index_on(output.device, self.channels)
         if self.means is not None:
-            rows[..., channels] = self._means_on(rows.device, tokens).to(rows.dtype)
+            rows[..., channels] = self._means_on(rows.device, rows.shape[1]).to(rows.dtype)
         else:
             # 0 in place of a product with 0, which would keep what is not finite.
             rows[..., channels] = rows[..., channels] * self.scale if self.scale else 0.0

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
 from locogen.interventions.encoding import Encoding, Follower, calling_pipeline, following_text
 from locogen.interventions.steps import DenoisingSteps
 from locogen.models.compilation import is_compiled, running_uncompiled
-from locogen.models.denoisers import skipped_blocks
+from locogen.models.denoisers import check_call, skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
-from locogen.models.hooks import Hook, after, before, hooked, is_dry_run
-from locogen.models.layers import possible_layers
+from locogen.models.hooks import Hook, after, before, hooked, is_dry_run, named_arguments
+from locogen.models.layers import Layer, possible_layers
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from locogen.models.text import PromptEncoding
 
 _bare_calls: ContextVar[bool] = ContextVar("trainings call the denoiser", default=False)
 REMEDY = (
     "leave the context, unfuse projections (pipe.unfuse_qkv_projections()), load adapters and "
     "replace modules, and then open the context again"
 )
+
+
+# Which rows of a call of the denoiser are the prompts', where no pipeline's encoder says so: the
+# same in each call; a function of the arguments by name; or the prompts as they were encoded, whose
+# rows are those that hold them.
+Rows = Union[range, Callable[[Mapping[str, Any]], range], "PromptEncoding"]
 
 
 class Call:
@@ -43,11 +51,13 @@ class Call:
     share the denoiser, and call it in between or at the same time.
 
     Attributes:
-        arguments: The keyword arguments that the denoiser is called with.
+        arguments: The arguments that the denoiser is called with, by name.
         rows: The conditional rows.
         cache: What was computed once for this call, by name.
         on_encoded: Called with each encoding within `pipe(…)`, before the denoiser's first call.
         on_prompts: Called with the one among them that is the prompts'.
+        rows_of: Which rows are conditional, for calls that anybody may make: see `Rows`. None: the
+            calls are the pipeline's own.
         keeps_prompts: Whether a call of the pipeline whose prompts are exchanged while it makes a
             picture, as a callback can, is refused.
     """
@@ -60,6 +70,7 @@ class Call:
         self.cache: dict[str, Any] = {}
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
+        self.rows_of: Rows | None = None
         self.keeps_prompts = False
         self._thread = threading.get_ident()
         self._in_progress = False
@@ -67,6 +78,7 @@ class Call:
         # Of the pictures in the making. Not the encodings: their frames would keep all that a call
         # has computed.
         self._prompts: Tensor | None = None  # (pictures, tokens, width)
+        self._rows_of_prompts: Any = None  # the same as the encoder returned it
         self._negatives: list[Tensor] = []
         self._first_text: Tensor | None = None  # conditional rows of the first denoiser call
         self._checked_states: list[Tensor] = []  # what the denoiser got with that text
@@ -77,7 +89,18 @@ class Call:
     @property
     def states(self) -> Tensor:
         """The encoded text that the denoiser is called with, (rows, tokens, width)."""
-        return self.arguments["encoder_hidden_states"]
+        text = self.arguments[self.family.text_argument]
+        if not isinstance(text, list):
+            return text
+        if "text" not in self.cache:
+            self.cache["text"] = self.family.encoding_of((text,)).states
+        return self.cache["text"]
+
+    def text_tokens(self, layer: Layer) -> slice:
+        """Which tokens of what a layer's matrices read are text: all, unless the picture joins."""
+        if not layer.joined:
+            return slice(None)
+        return self.family.joined_text(self.arguments, self.states.shape[1])
 
     @property
     def guided(self) -> bool:
@@ -144,6 +167,9 @@ class Call:
         if is_dry_run():
             self._pause()
             return
+        if self.rows_of is not None:
+            self._begin_anybodys(args, kwargs)
+            return
         caller = calling_pipeline()
         if caller is self.pipe:
             self._check_thread()
@@ -153,9 +179,10 @@ class Call:
             return
         if not _bare_calls.get():
             raise LocogenError(
-                "the denoiser is called without its pipeline: within this context call pipe(…)"
+                "the denoiser is called without its pipeline: within this context call pipe(…), "
+                "or say by rows= which rows of your own calls are the prompts'"
             )
-        self._note(args, kwargs, is_bare=True)
+        self._take_arguments(args, kwargs, is_bare=True)
         self.rows = range(len(self.states))
 
     def end(self) -> None:
@@ -177,16 +204,50 @@ class Call:
                 "own pipeline"
             )
 
-    def _note(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_bare: bool) -> None:
+    def _take_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_bare: bool = False
+    ) -> None:
         self._in_progress = True
         self._is_bare = is_bare
-        self.arguments = kwargs
+        self.arguments = named_arguments(denoiser_of(self.pipe, self.family), args, kwargs)
+        check_call(self.arguments)
         self.cache = {}
-        # U-Nets are called with the timestep as their second argument, transformers by its name.
-        self._timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self._timestep = self.arguments[self.family.time_argument]
+
+    def _begin_anybodys(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call by a loop of one's own, by a modular pipeline, or by the pipeline itself."""
+        if threading.get_ident() != self._thread:
+            return
+        self._take_arguments(args, kwargs)
+        self.rows = self._told_rows()
+
+    def _told_rows(self) -> range:
+        from locogen.models.text import PromptEncoding
+
+        count = len(self.states)
+        told = self.rows_of
+        if isinstance(told, PromptEncoding):
+            return self._rows_that_hold(told.states)
+        rows = told(self.arguments) if callable(told) else told
+        if not isinstance(rows, range) or rows.step != 1 or not 0 <= rows.start <= rows.stop:
+            raise LocogenError(f"rows is {rows!r}: give a range of rows of the denoiser's calls")
+        if rows.stop > count:
+            raise LocogenError(f"rows is {rows!r}, and the denoiser is called with {count} rows")
+        return rows
+
+    def _rows_that_hold(self, prompts: Tensor) -> range:
+        """The rows of this call whose text these prompts are; none in a call for the negative."""
+        import torch
+
+        states = self.states
+        for first in {0, max(len(states) - len(prompts), 0)}:
+            part = states[first : first + len(prompts)]
+            if part.shape == prompts.shape and torch.equal(part, prompts.to(part)):
+                return range(first, first + len(prompts))
+        return range(0)
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._note(args, kwargs, is_bare=False)
+        self._take_arguments(args, kwargs)
         if self._waiting:
             self._begin_pictures()
         if self._prompts is None:
@@ -209,8 +270,11 @@ class Call:
             if encoding.returned[0] is self.states:
                 prompts = encoding
                 break
-        self._prompts = prompts.returned[0]
-        self._negatives = [one.returned[0] for one in self._waiting if one is not prompts]
+        self._prompts = self.family.encoding_of(prompts.returned).states
+        self._rows_of_prompts = prompts.returned[0]
+        # Wan's one encoding returns both, for two calls.
+        others = [one.returned[0] for one in self._waiting if one is not prompts]
+        self._negatives = [*others, *(one for one in prompts.returned[1:] if hasattr(one, "dtype"))]
         self._waiting = []
         self._first_text = None
         self._checked_states = []
@@ -236,10 +300,12 @@ class Call:
         self._checked_states = [*self._checked_states[:1], self.states]  # the first and the latest
 
     def _conditional_rows(self, prompts: Tensor) -> range:
-        if any(self.states is negative for negative in self._negatives):
+        if self._is_negative(prompts):
             return range(0)
         count = len(prompts)
         all_rows = len(self.states)
+        if isinstance(self._rows_of_prompts, list):
+            return self._rows_among(self._rows_of_prompts)
         if all_rows in (count, 2 * count):
             return range(all_rows - count, all_rows)  # guidance puts the negative rows first
         raise LocogenError(
@@ -247,6 +313,40 @@ class Call:
             "unknown which rows are the prompts': call the pipeline with guidance or without, and "
             "nothing that adds rows"
         )
+
+    def _rows_among(self, prompts: list[Any]) -> range:
+        """The rows of a denoiser that is called with a list: those that the encoder returned."""
+        encoded = {id(row) for row in prompts}
+        given = self.arguments[self.family.text_argument]
+        rows = [place for place, row in enumerate(given) if id(row) in encoded]
+        if rows and rows[-1] - rows[0] + 1 == len(rows):
+            return range(rows[0], rows[-1] + 1)
+        raise LocogenError(
+            f"the denoiser is called with {len(given)} rows, and it is unknown which of them are "
+            "the prompts': call the pipeline with its own prompts"
+        )
+
+    def _is_negative(self, prompts: Tensor) -> bool:
+        """Whether the denoiser is called for a negative prompt alone."""
+        import torch
+
+        if any(self.states is negative for negative in self._negatives):
+            return True
+        if isinstance(self._rows_of_prompts, list):
+            return False
+        if self.states.dtype == prompts.dtype:
+            return False
+        # Wan's pipeline makes other tensors of both, in the type of its denoiser.
+        equal = [
+            one.shape == self.states.shape and torch.equal(one.to(self.states), self.states)
+            for one in (*self._negatives, prompts)
+        ]
+        if equal[-1] and any(equal[:-1]):
+            raise LocogenError(
+                "prompt and negative prompt are the same text, so it is unknown which call of the "
+                "denoiser is which: call the pipeline without guidance"
+            )
+        return any(equal[:-1])
 
 
 @contextmanager
@@ -270,7 +370,10 @@ def _raised(encoding: Encoding) -> bool:
 
 @contextmanager
 def on_denoiser(
-    pipe: Pipeline, hooks_for: Callable[[Call], Iterable[Hook]], label: str | None = None
+    pipe: Pipeline,
+    hooks_for: Callable[[Call], Iterable[Hook]],
+    label: str | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[Call]:
     """Follow the denoiser's calls with hooks that act in the pipeline's own calls alone.
 
@@ -280,6 +383,7 @@ def on_denoiser(
             at.
         label: What makes the pictures differ from the plain pipeline's, for their key; None if
             nothing does.
+        rows: Which rows of a call are conditional; then anybody's calls in this thread count.
 
     Yields:
         The `Call`.
@@ -292,6 +396,7 @@ def on_denoiser(
     family = family_of(pipe)
     denoiser = denoiser_of(pipe, family)
     call = Call(pipe, family)
+    call.rows_of = rows
     guard = _FiringGuard(denoiser, hooks_for(call))
 
     def begin(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -313,18 +418,12 @@ def on_denoiser(
     ]
     modules = [hook.module for hook in hooks]
     with ExitStack() as stack:
-
-        def before_encoding(in_call: bool) -> None:
-            # Somebody may have compiled the denoiser since the context was opened.
-            current = getattr(pipe, family.denoiser)
-            if in_call and is_compiled(current):
-                stack.enter_context(running_uncompiled(current, modules))
-            if in_call:
-                guard.check_none_was_added()
-
         # Compiled code passes hooks by, so that it is put aside before they are registered.
-        stack.enter_context(running_uncompiled(getattr(pipe, family.denoiser), modules))
-        stack.enter_context(following_text(pipe, Follower(before_encoding, call.encoded)))
+        current = getattr(pipe, family.denoiser, pipe)  # a denoiser may stand for its pipeline
+        stack.enter_context(running_uncompiled(current, modules))
+        if rows is None:
+            before_encoding = _before_encoding(pipe, guard, modules, stack)
+            stack.enter_context(following_text(pipe, Follower(before_encoding, call.encoded)))
         stack.enter_context(hooked(hooks))
         if label is not None:
             stack.enter_context(announced(pipe, label))
@@ -335,6 +434,23 @@ def on_denoiser(
                 f"this context: replace the {family.denoiser} before you open the context, not "
                 "within it"
             )
+
+
+def _before_encoding(
+    pipe: Pipeline, guard: _FiringGuard, modules: Sequence[Module], stack: ExitStack
+) -> Callable[[bool], None]:
+    """What is done when the pipeline begins to encode: the denoiser may be another one by then."""
+
+    def before_encoding(in_call: bool) -> None:
+        if not in_call:
+            return
+        # Somebody may have compiled the denoiser since the context was opened.
+        current = getattr(pipe, family_of(pipe).denoiser)
+        if is_compiled(current):
+            stack.enter_context(running_uncompiled(current, modules))
+        guard.check_none_was_added()
+
+    return before_encoding
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from locogen.models.compilation import running_uncompiled
 from locogen.models.hooks import Hook, hooked
 from locogen.types import Module, Pipeline
 
+COPIES = ("num_images_per_prompt", "num_videos_per_prompt")  # pictures of each prompt
 _LOCK = threading.RLock()
 
 
@@ -86,13 +87,16 @@ class Encoding:
     @property
     def prompts(self) -> list[str] | None:
         """The prompts, or None if the call brought their encoding instead."""
+        if self.arguments.get("prompt_embeds") is not None:
+            return None
         prompt = self.arguments.get("prompt")
         return [prompt] if isinstance(prompt, str) else prompt
 
     @property
     def pictures_per_prompt(self) -> int:
         """How many rows each prompt has in what was returned."""
-        return self.arguments.get("num_images_per_prompt") or 1
+        counts = [self.arguments.get(name) for name in COPIES]
+        return next((count for count in counts if count), 1)
 
     def again(self, **changes: Any) -> tuple[Any, ...]:
         """What the pipeline returns for the same arguments but for some.
@@ -101,7 +105,7 @@ class Encoding:
             changes: Arguments to exchange; those that this pipeline does not have are left out.
         """
         accepted = {name: value for name, value in changes.items() if name in self.arguments}
-        return self.encode(**{**self.arguments, **accepted})
+        return self.encode(**_with_own_lists({**self.arguments, **accepted}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +137,9 @@ class _FollowedMethod:
         followers = list(self.followers)  # a follower may open or leave contexts
         for follower in followers:
             follower.before(call is not None)
+        arguments = _with_own_lists(self._by_name(args, kwargs))
         returned = self.encode_prompt(*args, **kwargs)
-        encoding = Encoding(self._by_name(args, kwargs), returned, self.encode_prompt, call)
+        encoding = Encoding(arguments, returned, self.encode_prompt, call)
         for follower in followers:
             follower.after(encoding)
         return returned
@@ -150,6 +155,13 @@ class _FollowedMethod:
     def __reduce__(self) -> Any:
         """A copied pipeline gets the plain method, which is not followed."""
         return _itself, (self.encode_prompt,)
+
+
+def _with_own_lists(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with copies of lists: Z-Image's pipeline writes its template into the prompts'."""
+    return {
+        name: list(value) if isinstance(value, list) else value for name, value in arguments.items()
+    }
 
 
 def _itself(method: Any) -> Any:

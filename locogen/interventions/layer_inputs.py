@@ -100,9 +100,8 @@ class LayerInputs:
 
         def noting(call: Call, layer: Layer) -> Hook:
             def note(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-                # In FLUX's single blocks the picture follows the text.
-                tokens = call.states.shape[1]
-                states = args[0][call.rows.start : call.rows.stop, :tokens]  # (1, tokens, width)
+                rows = slice(call.rows.start, call.rows.stop)
+                states = args[0][rows, call.text_tokens(layer)]  # (1, tokens, width)
                 by_layer[layer.index].extend(states.detach().clone())
 
             # Before the matrix: there the block's own norm, which depends on the step, is done.

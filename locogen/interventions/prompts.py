@@ -10,17 +10,25 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
-from locogen.interventions.denoiser_calls import Call, active_contexts, on_denoiser
-from locogen.interventions.encoding import Encoding
+from locogen.interventions.denoiser_calls import Call, Rows, active_contexts, on_denoiser
+from locogen.interventions.encoding import COPIES, Encoding
 from locogen.interventions.indices import index_on
 from locogen.models.families import (
     Family,
+    check_lengths,
     denoiser_of,
     family_of,
     missing_encoders,
     text_encoders,
 )
-from locogen.models.hooks import Hook, Registered, after, before
+from locogen.models.hooks import (
+    Hook,
+    Registered,
+    after,
+    before,
+    named_arguments,
+    with_arguments,
+)
 from locogen.models.layers import Layer, find_layers, select
 from locogen.plan import Intervention, missing_target_runs
 from locogen.types import Module, Pipeline
@@ -42,14 +50,21 @@ __all__ = [
 
 PLANS_PROMPTS = "call the pipeline with exactly the plan's prompts, [row.prompt for row in plan]"
 OTHER_PROMPTS = ("prompt_2", "prompt_3")  # of SD-XL, SD 3 and FLUX: for their other text encoders
-ENCODED = ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")
+ENCODED = (
+    *("prompt_embeds", "pooled_prompt_embeds"),
+    *("prompt_attention_mask", "prompt_embeds_mask"),
+)
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4}  # of encodings in batches of other sizes, relative
 HALF_TOLERANCE = 3e-2
 
 
 @contextmanager
 def intervene(
-    pipe: Pipeline, plan: Sequence[Intervention], *, targets: PromptEncoding | None = None
+    pipe: Pipeline,
+    plan: Sequence[Intervention],
+    *,
+    targets: PromptEncoding | None = None,
+    rows: Rows | None = None,
 ) -> Iterator[None]:
     """Let the layers of row `i` of a pipeline call get the target of `plan[i]`, not its prompt.
 
@@ -70,7 +85,12 @@ def intervene(
             it: `with_target_runs(plan)`.
         targets: The targets' text, encoded, a row for each row of the plan. Left out, they are
             encoded within the call, as its prompts are. Needed if the pipeline has no text
-            encoder.
+            encoder, or with `rows`.
+        rows: For a loop of your own, or a modular pipeline, which call the denoiser themselves:
+            which rows of each call are the plan's. A range; a function of the call's arguments by
+            name that returns one; or the plan's prompts as you encoded them, whose rows are found
+            by their values. `pipe` may then be the bare denoiser, and what the loop hands over is
+            not compared with the plan.
 
     Returns:
         A context manager. A compiled denoiser runs uncompiled within it.
@@ -92,7 +112,7 @@ def intervene(
         >>> output.images[0].size
         (64, 64)
     """
-    with _intervening(pipe, plan, targets, are_plans_prompts=False):
+    with _intervening(pipe, plan, targets, are_plans_prompts=False, told_rows=rows):
         yield
 
 
@@ -115,17 +135,24 @@ def _intervening(
     targets: PromptEncoding | None,
     *,
     are_plans_prompts: bool,
+    told_rows: Rows | None = None,
 ) -> Iterator[None]:
     rows = list(plan)
     family = family_of(pipe)
     layers = find_layers(pipe)
     _check_plan(rows, layers, family)
+    check_lengths(pipe, [(row.prompt, row.target) for row in rows if row.layers])
     # Where text changes from block to block together with the picture, only a run of the target has
     # the target's text at a layer: its keys and values are taken (patching, arXiv 2502.09935).
     # Elsewhere the encoded target is all that a layer would read of it (Basu et al. 2024, arXiv
     # 2405.01008, section 4).
     exchange_of = _Patched if family.joint_attention else _Replaced
     if not family.joint_attention and targets is None:
+        if told_rows is not None:
+            raise LocogenError(
+                "with rows= nobody encodes the targets: give them to intervene(pipe, plan, "
+                "targets=…), encoded as the prompts of your loop are"
+            )
         _check_encoder(pipe)
 
     def hooks_for(call: Call) -> list[Hook]:
@@ -142,7 +169,7 @@ def _intervening(
             hooks += exchange.at(layers[index])
         return hooks
 
-    with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}"):
+    with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}", told_rows):
         yield
 
 
@@ -218,7 +245,7 @@ class _Exchange:
         changes: dict[str, Any] = dict.fromkeys(ENCODED)
         changes["do_classifier_free_guidance"] = False  # the negative text is not exchanged
         if rest or not prompts:  # several rows of the plan are pictures of one prompt
-            changes["num_images_per_prompt"] = 1
+            changes |= dict.fromkeys(COPIES, 1)
             copies = 1
         changes["prompt"] = _each_repeated(texts, copies)
         for name in OTHER_PROMPTS:
@@ -226,17 +253,22 @@ class _Exchange:
             changes[name] = _other_targets(other_texts, prompts, changes["prompt"])
         encoded = self.call.family.encoding_of(encoding.again(**changes))
 
-        # A call that brings `prompt_embeds` need not say to which length they were padded.
+        # A call that brings `prompt_embeds` need not say to which length they were padded or cut.
         length = encoding.arguments.get("max_sequence_length")
-        missing = encoding.returned[0].shape[1] - encoded.states.shape[1]
-        if length is None or not missing or length + missing < 1:
+        given = self.call.family.encoding_of(encoding.returned).states.shape[1]
+        tokens = encoded.states.shape[1]
+        if length is None or given == tokens:
             return encoded
-        changes["max_sequence_length"] = length + missing
+        ahead = max(tokens - length, 0)  # SD 3's T5 stands behind its CLIPs, which have one length
+        if given <= ahead:
+            return encoded
+        changes["max_sequence_length"] = given - ahead
         return self.call.family.encoding_of(encoding.again(**changes))
 
     def check(self, encoding: Encoding) -> None:
         """The call must have the plan's prompts, each as often as pictures are made of it."""
-        count = len(encoding.returned[0])
+        all_states = self.call.family.encoding_of(encoding.returned).states
+        count = len(all_states)
         if count % len(self.plan):
             raise LocogenError(
                 f"the denoiser is called with {count} conditional rows, and the plan has "
@@ -244,7 +276,7 @@ class _Exchange:
             )
         each = count // len(self.plan)
         if encoding.prompts is None:
-            states = encoding.returned[0].unflatten(0, (len(self.plan), each))
+            states = all_states.unflatten(0, (len(self.plan), each))
             self._check_states(states, self.plans_prompts.get(encoding))
             return
         prompts = _each_repeated(encoding.prompts, encoding.pictures_per_prompt)
@@ -311,6 +343,11 @@ class _Exchange:
         """Which rows of the plan take their target now, at a layer; None: by the pooled text."""
         if not self.call.rows:
             return []  # FLUX's call for the negative prompt
+        if len(self.call.rows) % len(self.plan):
+            raise LocogenError(
+                f"{len(self.call.rows)} rows of the denoiser's call are said to be the plan's, "
+                f"which has {len(self.plan)}: give as many, or a multiple, in the plan's order"
+            )
         rows = []
         for i, row in enumerate(self.plan):
             takes_target = row.pooled == "target" if layer is None else layer in row.layers
@@ -359,23 +396,21 @@ class _Replaced(_Exchange):
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
-            states = kwargs.get("encoder_hidden_states")  # (call rows, tokens, width)
+            arguments = named_arguments(module, args, kwargs)
+            states = arguments.get("encoder_hidden_states")  # (call rows, tokens, width)
             if not isinstance(states, torch.Tensor):
                 raise LocogenError(
                     f"layer {layer.index} ({layer.name}) gets a {type(states).__name__} as text, "
                     "and locogen can replace one tensor only: leave this layer out of the plan"
                 )
             places = self.places(rows).to(states.device)
-            changed = {
-                **kwargs,
-                "encoder_hidden_states": _with_rows(states, self._projected(), places),
-            }
+            changed = {"encoder_hidden_states": _with_rows(states, self._projected(), places)}
             # Another text has another length: without its mask a target would be read as long as
             # the prompt is.
-            if self._targets().mask is not None and kwargs.get("attention_mask") is not None:
-                bias = _with_rows(kwargs["attention_mask"], self._mask_bias(states), places)
+            if self._targets().mask is not None and arguments.get("attention_mask") is not None:
+                bias = _with_rows(arguments["attention_mask"], self._mask_bias(states), places)
                 changed["attention_mask"] = bias  # (call rows, 1, tokens)
-            return args, changed
+            return with_arguments(module, args, kwargs, changed)
 
         return [before(layer.module, hook, layer.label)]
 
@@ -389,6 +424,8 @@ class _Replaced(_Exchange):
         return _with_rows(rows, other, self.places(plan_rows))
 
     def _targets(self) -> PromptEncoding:
+        if self.call.rows_of is not None:  # no pipeline's encoder was followed
+            self.encoded = self.targets
         if self.encoded is None:
             raise LocogenError(
                 "the pipeline's call began before this context was opened: open it before you call "
@@ -471,24 +508,43 @@ class _Patched(_Exchange):
             )
         # After the matrices and not before the layer: queries stay the row's own, and so does the
         # text that the block hands on.
-        patch = self._patch(layer)
-        matrices = self.call.family.matrices(layer.module)
-        return [
-            after(matrix, patch, f"to_{name} of {layer.label}") for name, matrix in matrices.items()
-        ]
+        family = self.call.family
+        columns = family.columns(layer.module)
+        hooks: list[Hook] = []
+        for name, matrix in family.matrices(layer.module).items():
+            patch = self._patch(layer, columns[name])
+            hooks.append(after(matrix, patch, f"to_{name} of {layer.label}"))
+        if family.layer_mask is not None:
+            hooks.append(
+                before(layer.module, self._mask_patch(layer, family.layer_mask), layer.label)
+            )
+        return hooks
 
-    def _patch(self, layer: Layer) -> Callable[..., Tensor | None]:
+    def _patch(self, layer: Layer, columns: slice) -> Callable[..., Tensor | None]:
         def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             rows = self.rows_now(layer.index)
             if not rows:
                 return None
-            # Where text and picture are one sequence, the text is first, and the picture stays the
-            # row's own.
-            tokens = self.call.states.shape[1] if layer.joined else output.shape[1]
+            # Where text and picture are one sequence, the picture stays the row's own.
+            tokens = self.call.text_tokens(layer)
             source = self.places(self._target_runs(rows))
             changed = output.clone()  # (call rows, tokens, channels)
-            changed[self.places(rows), :tokens] = output[source, :tokens]
+            changed[self.places(rows), tokens, columns] = output[source, tokens, columns]
             return changed
+
+        return hook
+
+    def _mask_patch(self, layer: Layer, name: str) -> Callable[..., Any]:
+        """Before a layer: the tokens that attention reads are the target's, as its text is."""
+
+        def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            mask = named_arguments(module, args, kwargs).get(name)  # (call rows, ...)
+            rows = self.rows_now(layer.index)
+            if mask is None or not rows:
+                return None
+            source = self.places(self._target_runs(rows))
+            changed = mask.index_copy(0, self.places(rows), mask[source])
+            return with_arguments(module, args, kwargs, {name: changed})
 
         return hook
 
@@ -522,6 +578,8 @@ def _each_repeated(texts: Sequence[str], times: int) -> list[str]:
 
 def _same_text(one: Tensor, other: Tensor) -> bool:
     """Whether two encodings are of one text, to the rounding of batches of other sizes."""
+    longest = max(one.shape[-2], other.shape[-2])
+    one, other = (_padded(states, longest) for states in (one, other))
     if one.shape != other.shape:
         return False
     # Sums over a batch of another size may be taken in another order: equal texts then differ in
@@ -529,6 +587,14 @@ def _same_text(one: Tensor, other: Tensor) -> bool:
     tolerance = TOLERANCE.get(str(one.dtype).removeprefix("torch."), HALF_TOLERANCE)
     largest = (one - other).abs().max()
     return bool(largest <= tolerance * other.abs().max())
+
+
+def _padded(states: Tensor, tokens: int) -> Tensor:
+    """States with zeros behind them, as pipelines pad shorter ones, (..., tokens, width)."""
+    from torch.nn.functional import pad
+
+    missing = tokens - states.shape[-2]
+    return pad(states, (0, 0, 0, missing)) if missing else states
 
 
 def _repeated(encoding: Tensor, count: int) -> Tensor:
@@ -545,7 +611,7 @@ def _with_rows(tensor: Tensor, other: Tensor, places: Tensor) -> Tensor:
 
 
 @contextmanager
-def record(pipe: Pipeline) -> Iterator[dict[int, list[Tensor]]]:
+def record(pipe: Pipeline, *, rows: Rows | None = None) -> Iterator[dict[int, list[Tensor]]]:
     """Collect the text that each layer gets in calls of the pipeline.
 
     Opened inside `intervene`, it collects the exchanged text, except in SD 3 and FLUX, where keys
@@ -553,6 +619,7 @@ def record(pipe: Pipeline) -> Iterator[dict[int, list[Tensor]]]:
 
     Args:
         pipe: The pipeline.
+        rows: As for `intervene`: then calls of the denoiser by anybody are recorded, all rows.
 
     Returns:
         A context manager, which yields {layer index: [(rows, tokens, width) at each call of the
@@ -574,15 +641,14 @@ def record(pipe: Pipeline) -> Iterator[dict[int, list[Tensor]]]:
 
     def collecting(call: Call, layer: Layer) -> Hook:
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-            if layer.joined:  # text and picture are one sequence, text first
-                states = kwargs["hidden_states"][:, : call.states.shape[1]]
-            else:
-                states = kwargs["encoder_hidden_states"]
+            name = "hidden_states" if layer.joined else "encoder_hidden_states"
+            states = named_arguments(module, args, kwargs)[name][:, call.text_tokens(layer)]
             texts[layer.index].append(states.detach().clone())  # (rows, tokens, width)
 
         return before(layer.module, hook, layer.label)
 
-    with on_denoiser(pipe, lambda call: [collecting(call, layer) for layer in layers]):
+    hooks_for = lambda call: [collecting(call, layer) for layer in layers]  # noqa: E731
+    with on_denoiser(pipe, hooks_for, rows=rows):
         yield texts
 
 

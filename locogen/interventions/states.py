@@ -135,6 +135,11 @@ def find_text_states(pipe: Pipeline) -> tuple[State, ...]:
         [('text self-attention', 0), ('text MLP', 0), ('text self-attention', 1)]
     """
     encoders = text_encoders(pipe)
+    if any(type(encoder).__name__ == "ChatGLMModel" for encoder in encoders.values()):
+        raise LocogenError(
+            "ChatGLM's states have their tokens before their rows, which causal tracing does not "
+            "know: use loco.localize"
+        )
     first = next(iter(encoders.values()))
     candidates = {}
     for part, encoder in encoders.items():

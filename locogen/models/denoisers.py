@@ -5,6 +5,7 @@ Small functions that `families.FAMILIES` puts together; none asks which pipeline
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from locogen.models.text import PromptEncoding
 
 Change = Callable[["Tensor"], "Tensor"]  # of some rows of a tensor, (rows, ...) in and out
+FUSED = "to_qkv_mlp_proj"  # FLUX.2's matrix for queries, keys, values and more, side by side
 POOLED = "the pooled text"  # what messages call the path by which text enters outside of the layers
 
 
@@ -77,6 +79,58 @@ def joint_inputs(denoiser: Module) -> dict[str, Any]:
     return inputs
 
 
+def qwen_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for Qwen-Image."""
+    config = denoiser.config
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, 1, config.in_channels),
+        encoder_hidden_states=(1, 2, config.joint_attention_dim),
+        timestep=(1,),
+    )
+    return inputs | {"img_shapes": [[(1, 1, 1)]]}
+
+
+def flux2_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for FLUX.2."""
+    config = denoiser.config
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, 1, config.in_channels),
+        encoder_hidden_states=(1, 2, config.joint_attention_dim),
+        timestep=(1,),
+        txt_ids=(2, 4),
+        img_ids=(1, 4),
+    )
+    if config.guidance_embeds:
+        inputs |= _zeros(denoiser, guidance=(1,))
+    return inputs
+
+
+def chroma_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for Chroma."""
+    config = denoiser.config
+    return _zeros(
+        denoiser,
+        hidden_states=(1, 1, config.in_channels),
+        encoder_hidden_states=(1, 2, config.joint_attention_dim),
+        timestep=(1,),
+        txt_ids=(2, 3),
+        img_ids=(1, 3),
+    )
+
+
+def wan_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of a frame and two text tokens, for Wan."""
+    config = denoiser.config
+    return _zeros(
+        denoiser,
+        hidden_states=(1, config.in_channels, *config.patch_size),
+        encoder_hidden_states=(1, 2, config.text_dim),
+        timestep=(1,),
+    )
+
+
 def caption_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens; for PixArt-α also the picture's size."""
     config = denoiser.config
@@ -93,14 +147,63 @@ def caption_inputs(denoiser: Module) -> dict[str, Any]:
     return inputs
 
 
+Z_BLOCK = 32  # Z-Image pads text and picture to multiples of it, with tokens that are read
+
+
+def _in_blocks(tokens: int) -> int:
+    return math.ceil(tokens / Z_BLOCK) * Z_BLOCK
+
+
+def _z_image_patches(picture: Any, patch: int) -> int:
+    """How many tokens Z-Image makes of a picture, (channels, frames, height, width)."""
+    _, frames, height, width = picture.shape
+    return _in_blocks(frames * (height // patch) * (width // patch))
+
+
+def z_image_inputs(denoiser: Module) -> dict[str, Any]:
+    """Two blocks of picture and one of text, so that no two lengths are alike."""
+    config = denoiser.config
+    side = 8 * config.all_patch_size[0]
+    inputs: dict[str, Any] = _zeros(denoiser, t=(1,))
+    picture = _zeros(denoiser, x=(config.in_channels, 1, side, side))
+    text = _zeros(denoiser, cap_feats=(2, config.cap_feat_dim))
+    return inputs | {"x": [picture["x"]], "cap_feats": [text["cap_feats"]]}
+
+
+def z_image_joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture of `z_image_inputs` have together."""
+    return 3 * Z_BLOCK
+
+
+def z_image_text(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where Z-Image's sequence holds the text: behind the picture, padding included."""
+    return slice(_z_image_patches(call["x"][0], call.get("patch_size", 2)), None)
+
+
+def text_first(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where a sequence of text and picture holds the text, if it comes first."""
+    return slice(tokens)
+
+
+def joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture have together in the smallest forward pass."""
+    return inputs["encoder_hidden_states"].shape[1] + inputs["hidden_states"].shape[1]
+
+
 # --- what a denoiser is --------------------------------------------------------------------------
 
 
-def is_unet_with(addition: str | None) -> Callable[[Any], bool]:
-    """Recognizes U-Nets, which share one class, by what they take in addition to text and time."""
+def is_unet_with(addition: str | None, *, projected: bool = False) -> Callable[[Any], bool]:
+    """Recognizes U-Nets, which share one class.
+
+    Args:
+        addition: What they take in addition to text and time.
+        projected: Whether they project the text before their blocks.
+    """
     return lambda model: (
         type(model).__name__ == "UNet2DConditionModel"
         and model.config.addition_embed_type == addition
+        and (model.config.encoder_hid_dim_type == "text_proj") == projected
     )
 
 
@@ -126,6 +229,38 @@ def check_unmodified(denoiser: Module) -> None:
         )
 
 
+def check_wan(denoiser: Module) -> None:
+    """Raise for a Wan that reads a picture too, whose tokens stand before those of the text."""
+    check_unmodified(denoiser)
+    if denoiser.config.image_dim is not None or denoiser.config.added_kv_proj_dim is not None:
+        raise UnsupportedModel(
+            f"this {type(denoiser).__name__} also reads a picture: use one that makes pictures "
+            "from text alone"
+        )
+
+
+def check_one_denoiser(pipe: Any) -> None:
+    """Raise for a Wan whose late steps are another denoiser's, whose layers nobody counts here."""
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise UnsupportedModel(
+            "this WanPipeline has a second denoiser for its late steps, which locogen does not "
+            "know: use a checkpoint with one (Wan 2.1, or 2.2 of 5 billion parameters)"
+        )
+
+
+def check_call(call: Mapping[str, Any]) -> None:
+    """Raise for a call of a denoiser that keeps keys and values of an earlier one.
+
+    Args:
+        call: Its arguments by name.
+    """
+    if call.get("kv_cache_mode") is not None:
+        raise LocogenError(
+            "the denoiser is called with a cache of keys and values, which passes what a layer "
+            "reads now by: use a pipeline without it (Flux2KleinPipeline)"
+        )
+
+
 def skipped_blocks(call: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of blocks that a call of the denoiser skips: SD 3's guidance by skipped layers.
 
@@ -143,9 +278,14 @@ def unchanged(module: Module, states: Tensor) -> Tensor:
     return states
 
 
-def project_t5(unet: Module, states: Tensor) -> Tensor:
-    """What DeepFloyd's U-Net makes of T5's states before its blocks, (rows, tokens, width)."""
+def project_text(unet: Module, states: Tensor) -> Tensor:
+    """What the U-Net of DeepFloyd and of Kolors makes of text, (rows, tokens, width)."""
     return unet.encoder_hid_proj(states)
+
+
+def project_wan(denoiser: Module, states: Tensor) -> Tensor:
+    """What Wan makes of T5's states before its blocks, (rows, tokens, width)."""
+    return denoiser.condition_embedder.text_embedder(states)
 
 
 def project_caption(denoiser: Module, states: Tensor) -> Tensor:
@@ -173,6 +313,25 @@ def added_keys_and_values(attention: Any) -> dict[str, Any]:
     if getattr(attention, "add_k_proj", None) is None:
         return keys_and_values(attention)
     return {"k": attention.add_k_proj, "v": attention.add_v_proj}
+
+
+def flux2_keys_and_values(attention: Any) -> dict[str, Any]:
+    """Of FLUX.2: its single blocks have one matrix for all that they make of their sequence."""
+    fused = getattr(attention, FUSED, None)
+    return added_keys_and_values(attention) if fused is None else {"k": fused, "v": fused}
+
+
+def flux2_columns(attention: Any) -> dict[str, slice]:
+    """Of FLUX.2: in the matrix of a single block, keys and values stand behind the queries."""
+    if getattr(attention, FUSED, None) is None:
+        return whole_columns(attention)
+    width = attention.inner_dim
+    return {"k": slice(width, 2 * width), "v": slice(2 * width, 3 * width)}
+
+
+def whole_columns(attention: Any) -> dict[str, slice]:
+    """Of layers with a matrix for keys and one for values: all that each puts out."""
+    return {"k": slice(None), "v": slice(None)}
 
 
 # --- the pooled text, which enters outside of the layers -----------------------------------------
@@ -219,6 +378,14 @@ def pooled_input(unet: Module, text: PromptEncoding, places: Sequence[int]) -> T
 def embedder_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) -> Tensor:
     """What the `context_embedder` of SD 3 and FLUX reads at some positions, (positions, width)."""
     return text.states[0, list(places)]
+
+
+def normed_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+    """What Qwen-Image's `txt_in` reads at some positions: normed states, (positions, width)."""
+    import torch
+
+    with torch.no_grad():
+        return denoiser.txt_norm(text.states[0, list(places)])
 
 
 # --- names in files of other tools ---------------------------------------------------------------

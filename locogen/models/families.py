@@ -35,8 +35,21 @@ def _no_options(pipe: Pipeline) -> dict[str, Any]:
     return {}
 
 
+def _images(output: Any, output_type: str) -> Any:
+    return output.images
+
+
 def _same_time(pipe: Pipeline, timestep: Any) -> Any:
     return timestep
+
+
+def _accept(pipe: Pipeline) -> None:
+    pass
+
+
+def _current_time(pipe: Pipeline, timestep: Any) -> Any:
+    now = getattr(pipe, "current_timestep", None)
+    return 1000 * timestep if now is None else now  # modular pipelines do not keep it
 
 
 @dataclass(frozen=True)
@@ -74,16 +87,45 @@ class Family:
     encoding_of: Callable[[tuple[Any, ...]], PromptEncoding] = texts.states_of
     """`(returned)`: the prompts' encoding among what `encode_prompt` returns"""
 
+    check_pipeline: Callable[[Any], None] = _accept
+    """`(pipe)`: raises where the pipeline's other parts make an intervention wrong"""
+
     normalize: Callable[[str], str] = str
     """`(prompt)`: what the pipeline makes of a prompt before its tokenizer"""
 
     sets_padding: bool = False
     """whether encoding sets the tokenizer's padding side: then it is not a setting of the model"""
 
+    # --- calls of the denoiser ---
+
+    text_argument: str = "encoder_hidden_states"
+    """name of the denoiser's argument for encoded text: one tensor, or a list of one a row"""
+
+    time_argument: str = "timestep"
+    """name of the denoiser's argument for the time"""
+
+    joined_length: Callable[[Mapping[str, Any]], int] | None = None
+    """`(dummy inputs)`: how many tokens a layer gets that reads text and picture as one sequence
+
+    None: there is no such layer.
+    """
+
+    joined_text: Callable[[Mapping[str, Any], int], slice] = denoisers.text_first
+    """`(denoiser's arguments, tokens of text)`: where such a sequence holds the text"""
+
+    length_class: Callable[[Any, str], int] | None = None
+    """`(pipe, prompt)`: how long a prompt counts where the picture's positions follow the text
+
+    Prompt and target must be equal in it. None: positions do not depend on the text.
+    """
+
     # --- from states to the matrices of a layer ---
 
     matrices: Callable[[Any], Mapping[str, Any]] = denoisers.keys_and_values
     """`(layer.module)`: the linear maps "k" and "v" that read text"""
+
+    columns: Callable[[Any], Mapping[str, slice]] = denoisers.whole_columns
+    """`(layer.module)`: which columns of what each of them puts out are keys or values"""
 
     project_states: Callable[[Any, Tensor], Tensor] = denoisers.unchanged
     """`(denoiser, states)`: what the denoiser makes of encoded states before its layers get them"""
@@ -98,6 +140,9 @@ class Family:
     encoding.
     """
 
+    layer_mask: str | None = None
+    """name of a layer's argument that says which tokens of text it reads, with joint attention"""
+
     pooled: Callable[[Any, Change], list[Hook]] | None = None
     """`(denoiser, change)`: hooks that change the pooled text; None if only layers read text"""
 
@@ -108,6 +153,15 @@ class Family:
 
     options: Callable[[Any], dict[str, Any]] = _no_options
     """`(pipe)`: keyword arguments that every call of the pipeline takes"""
+
+    guidance_argument: str = "guidance_scale"
+    """name of the pipeline's argument for the scale of guidance"""
+
+    copies_argument: str = "num_images_per_prompt"
+    """name of the pipeline's argument for the number of pictures of each prompt"""
+
+    pictures: Callable[[Any, str], Any] = _images
+    """`(output, output type)`: the pictures in what the pipeline returns"""
 
     # --- edits ---
 
@@ -143,6 +197,36 @@ def _exact_size(pipe: Pipeline) -> dict[str, Any]:
     return {"negative_prompt": None, "use_resolution_binning": False, "height": side, "width": side}
 
 
+def _sized(pipe: Pipeline) -> dict[str, Any]:
+    """Pictures of the pipeline's usual size, or of `default_sample_size` latents a side if set."""
+    side = getattr(pipe, "default_sample_size", None)
+    if side is None:
+        return {}
+    of_a_picture = getattr(pipe, "vae_scale_factor", None)
+    pixels = side * (of_a_picture or pipe.vae_scale_factor_spatial)  # Wan makes videos
+    return {"height": pixels, "width": pixels}
+
+
+def _one_frame(pipe: Pipeline) -> dict[str, Any]:
+    """A video of one frame is a picture."""
+    return {"num_frames": 1, **_sized(pipe)}
+
+
+def _flux2_length(pipe: Pipeline) -> dict[str, Any]:
+    """As many tokens as its prompts are encoded with."""
+    return {"max_sequence_length": pipe.tokenizer_max_length}
+
+
+def _first_frames(output: Any, output_type: str) -> Any:
+    """The only frame of each video; of latents, (videos, channels, frames, height, width)."""
+    frames = output.frames
+    if output_type == "latent":
+        return frames[:, :, 0]
+    if output_type == "pil":
+        return [video[0] for video in frames]
+    return frames[:, 0]
+
+
 _SD = Family(
     name="Stable Diffusion 1 and 2",
     denoiser="unet",
@@ -168,6 +252,17 @@ _PIXART = replace(
     tokens="subject",
     kohya_name=None,
 )
+_SDXL = replace(
+    _SD,
+    name="SD-XL",
+    is_denoiser=denoisers.is_unet_with("text_time"),
+    encode=texts.encode_sdxl,
+    encoding_of=texts.pooled_states_of,
+    pooled=denoisers.added_text,
+    text_projection="add_embedding.linear_1",
+    text_projection_input=denoisers.pooled_input,
+    kohya_name=denoisers.kohya_name_sdxl,
+)
 _SD3 = replace(
     _SD,
     name="Stable Diffusion 3",
@@ -185,46 +280,130 @@ _SD3 = replace(
     text_projection_input=denoisers.embedder_input,
     kohya_name=None,
 )
+_FLUX = replace(
+    _SD3,
+    name="FLUX.1",
+    is_denoiser=denoisers.has_class("FluxTransformer2DModel"),
+    joined_length=denoisers.joined_length,
+    encode=texts.encode_flux,
+    encoding_of=texts.flux_states_of,
+    token_spans=texts.flux_spans,
+    # The denoiser is called with a thousandth of it, rounded.
+    time=_current_time,
+)
+_FLUX2 = replace(
+    _FLUX,
+    name="FLUX.2",
+    is_denoiser=denoisers.has_class("Flux2Transformer2DModel"),
+    dummy_inputs=denoisers.flux2_inputs,
+    encode=texts.encode_flux2,
+    encoding_of=texts.states_of,
+    token_spans=texts.flux2_spans,
+    matrices=denoisers.flux2_keys_and_values,
+    columns=denoisers.flux2_columns,
+    pooled=None,
+    options=_flux2_length,
+    tokens="last_subject",
+)
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
     "LatentConsistencyModelPipeline": replace(
         _SD, name="Latent Consistency", encode=texts.encode_lcm
     ),
-    "StableDiffusionXLPipeline": replace(
-        _SD,
-        name="SD-XL",
-        is_denoiser=denoisers.is_unet_with("text_time"),
-        encode=texts.encode_sdxl,
-        encoding_of=texts.pooled_states_of,
-        pooled=denoisers.added_text,
-        text_projection="add_embedding.linear_1",
-        text_projection_input=denoisers.pooled_input,
-        kohya_name=denoisers.kohya_name_sdxl,
+    "StableDiffusionXLPipeline": _SDXL,
+    "KolorsPipeline": replace(
+        _SDXL,
+        name="Kolors",
+        is_denoiser=denoisers.is_unet_with("text_time", projected=True),
+        token_spans=texts.kolors_spans,
+        project_states=denoisers.project_text,
+        kohya_name=None,
     ),
     "IFPipeline": replace(
         _SD,
         name="DeepFloyd IF",
-        is_denoiser=denoisers.is_unet_with("text"),
+        is_denoiser=denoisers.is_unet_with("text", projected=True),
         encode=texts.encode_if,
         normalize=_lowered,
         token_spans=_t5_span("tokenizer", 77),
         matrices=denoisers.added_keys_and_values,
-        project_states=denoisers.project_t5,
+        project_states=denoisers.project_text,
         norm_states=denoisers.norm_text,
         pooled=denoisers.pooled_inside,
         tokens="subject",
         kohya_name=None,
     ),
     "StableDiffusion3Pipeline": _SD3,
-    "FluxPipeline": replace(
+    "FluxPipeline": _FLUX,
+    "Flux2Pipeline": _FLUX2,
+    "Flux2KleinPipeline": replace(
+        _FLUX2, name="FLUX.2 klein", encode=texts.encode_klein, token_spans=texts.klein_spans
+    ),
+    "ChromaPipeline": replace(
+        _FLUX,
+        name="Chroma",
+        is_denoiser=denoisers.has_class("ChromaTransformer2DModel"),
+        dummy_inputs=denoisers.chroma_inputs,
+        encode=texts.encode_chroma,
+        encoding_of=texts.chroma_states_of,
+        token_spans=_t5_span("tokenizer", texts.CHROMA_LIMIT),
+        layer_mask="attention_mask",
+        pooled=None,
+    ),
+    "ZImagePipeline": replace(
+        _FLUX,
+        name="Z-Image",
+        is_denoiser=denoisers.has_class("ZImageTransformer2DModel"),
+        dummy_inputs=denoisers.z_image_inputs,
+        text_argument="cap_feats",
+        time_argument="t",
+        joined_length=denoisers.z_image_joined_length,
+        joined_text=denoisers.z_image_text,
+        length_class=texts.z_image_length,
+        encode=texts.encode_z_image,
+        encoding_of=texts.z_image_states_of,
+        token_spans=texts.z_image_spans,
+        matrices=denoisers.keys_and_values,
+        pooled=None,
+        time=lambda pipe, timestep: 1000 - 1000 * timestep,
+        options=_sized,
+        tokens="last_subject",
+        text_projection=None,
+        text_projection_input=None,
+    ),
+    "QwenImagePipeline": replace(
         _SD3,
-        name="FLUX.1",
-        is_denoiser=denoisers.has_class("FluxTransformer2DModel"),
-        encode=texts.encode_flux,
-        encoding_of=texts.flux_states_of,
-        token_spans=texts.flux_spans,
-        # The denoiser is called with a thousandth of it, rounded.
-        time=lambda pipe, timestep: pipe.current_timestep,
+        name="Qwen-Image",
+        is_denoiser=denoisers.has_class("QwenImageTransformer2DModel"),
+        dummy_inputs=denoisers.qwen_inputs,
+        encode=texts.encode_qwen,
+        encoding_of=texts.qwen_states_of,
+        token_spans=texts.qwen_spans,
+        layer_mask="encoder_hidden_states_mask",
+        pooled=None,
+        guidance_argument="true_cfg_scale",
+        time=_current_time,
+        tokens="last_subject",
+        text_projection="txt_in",
+        text_projection_input=denoisers.normed_input,
+    ),
+    "WanPipeline": replace(
+        _SD,
+        name="Wan",
+        denoiser="transformer",
+        is_denoiser=denoisers.has_class("WanTransformer3DModel"),
+        dummy_inputs=denoisers.wan_inputs,
+        check=denoisers.check_wan,
+        check_pipeline=denoisers.check_one_denoiser,
+        encode=texts.encode_wan,
+        normalize=texts.cleaned_by_wan,
+        token_spans=_t5_span("tokenizer", texts.WAN_LIMIT),
+        project_states=denoisers.project_wan,
+        options=_one_frame,
+        copies_argument="num_videos_per_prompt",
+        pictures=_first_frames,
+        tokens="subject",
+        kohya_name=None,
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(
@@ -252,14 +431,25 @@ def family_of(model: Any) -> Family:
     uncompiled = uncompiled_module(model)
     family = FAMILIES.get(type(uncompiled).__name__)
     if family is None:
-        family = next((one for one in FAMILIES.values() if one.is_denoiser(uncompiled)), None)
+        parts = _denoisers_of_modular(uncompiled) or [uncompiled]
+        known = (one for one in FAMILIES.values() for part in parts if one.is_denoiser(part))
+        family = next(known, None)
     if family is None:
         raise UnsupportedModel(
             f"{type(uncompiled).__name__} is not supported: use one of {', '.join(FAMILIES)}, "
             "or its denoiser"
         )
     family.check(denoiser_of(model, family))
+    family.check_pipeline(model)
     return family
+
+
+def _denoisers_of_modular(model: Any) -> list[Any]:
+    """The denoisers of a modular pipeline, whose class does not say what it makes; else none."""
+    if not any(each.__name__ == "ModularPipeline" for each in type(model).__mro__):
+        return []
+    parts = [getattr(model, name, None) for name in ("unet", "transformer")]
+    return [uncompiled_module(part) for part in parts if part is not None]
 
 
 def denoiser_of(model: Any, family: Family | None = None) -> Any:
@@ -407,6 +597,31 @@ def warn_unread(pipe: Pipeline, prompts: Iterable[str], *, stacklevel: int = 2) 
             warnings.warn(message, stacklevel=stacklevel + 1)
 
 
+def check_lengths(pipe: Pipeline, pairs: Iterable[tuple[str, str]]) -> None:
+    """Raise `LocogenError` for a prompt and a target between which the picture would move.
+
+    In some families the picture's positions begin where the text ends, so that a target of another
+    length cannot be exchanged with the prompt.
+
+    Args:
+        pipe: A pipeline of a known family.
+        pairs: Prompts and their targets.
+    """
+    family = family_of(pipe)
+    is_bare = not hasattr(pipe, "components")  # a denoiser without its pipeline
+    if family.length_class is None or is_bare or missing_encoders(pipe):
+        return
+    for prompt, target in dict.fromkeys(pairs):
+        lengths = [family.length_class(pipe, text) for text in (prompt, target)]
+        if lengths[0] != lengths[1]:
+            raise LocogenError(
+                f"{family.name} reads {prompt!r} as {lengths[0]} tokens and {target!r} as "
+                f"{lengths[1]}, padding included, and puts the picture behind them: it would "
+                "stand elsewhere. Add words to the shorter one, or choose another wording, until "
+                "both count alike"
+            )
+
+
 # --- where a subject stands ----------------------------------------------------------------------
 
 
@@ -499,6 +714,7 @@ def check_known(pipe: Pipeline, concept: Concept) -> None:
     That is one whose name, in a prompt that holds it, has no word that a tokenizer knows, and one
     whose prompt and target become the same tokens.
     """
+    check_lengths(pipe, [(pair.prompt, pair.target) for pair in concept.pairs])
     for pair in concept.pairs:
         if occurrences(pair.prompt, concept.name) and _all_unknown(pipe, concept.name):
             raise LocogenError(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from locogen.errors import LocogenError
@@ -79,6 +81,39 @@ def _copied(label: str) -> str:
     )
 
 
+# --- the arguments of a call ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1024)
+def _names_by_place(kind: type) -> tuple[str, ...]:
+    """The names of the arguments that a module of this class takes by their place."""
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]  # without `self`
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(one.name for one in parameters if one.kind in by_place)
+
+
+def named_arguments(
+    module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All arguments of a module's call by name, also those that came by their place."""
+    return {**dict(zip(_names_by_place(type(module)), args, strict=False)), **kwargs}
+
+
+def with_arguments(
+    module: Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's call with other values for some arguments, each given as it was before."""
+    names = _names_by_place(type(module))
+    by_place = list(args)
+    by_name = dict(kwargs)
+    for name, value in changes.items():
+        if name in names[: len(args)]:
+            by_place[names.index(name)] = value
+        else:
+            by_name[name] = value
+    return tuple(by_place), by_name
+
+
 @contextmanager
 def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     """Within the context, the hooks are in force.
@@ -105,7 +140,7 @@ def _register(hook: Hook) -> Any:
 def observed_calls(
     model: Any, modules: Iterable[Any], run: Callable[[], Any]
 ) -> Mapping[Any, Mapping[str, Any]]:
-    """The modules that a dry run calls, by first call, each with its keyword arguments.
+    """The modules that a dry run calls, by first call, each with its arguments by name.
 
     Contexts that are open on the model let a dry run pass.
 
@@ -121,7 +156,7 @@ def observed_calls(
 
     def note(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # another thread may use the same model
-            calls.setdefault(module, kwargs)
+            calls.setdefault(module, named_arguments(module, args, kwargs))
 
     hooks = [before(module, note, "a module of a dry run") for module in dict.fromkeys(modules)]
     with running_uncompiled(model, [hook.module for hook in hooks]), hooked(hooks):

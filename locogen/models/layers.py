@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
+from locogen.models.denoisers import FUSED
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import observed_calls
 from locogen.models.offload import taken_back
@@ -22,8 +23,8 @@ class Layer:
         index: Its place in execution order, counted from 0.
         name: Its path in the denoiser.
         module: The attention module itself.
-        joined: Whether it reads text and picture as one sequence, text first, as FLUX's single
-            blocks do.
+        joined: Whether it reads text and picture as one sequence with the same matrices, as FLUX's
+            single blocks do.
 
     Example:
         >>> layer = find_layers(load("mini"))[0]
@@ -71,10 +72,9 @@ def find_layers(model: Any) -> tuple[Layer, ...]:
         >>> [layer.index for layer in layers] == list(range(len(layers)))
         True
     """
-    # By capability and not by class or name: modules with key and value matrices that a dry run
-    # calls with `encoder_hidden_states`. The order of `named_modules` is that of definition, which
-    # in U-Nets is another one than that of execution (`mid_block` is defined last and runs in the
-    # middle).
+    # By capability and not by class or name: modules with matrices for keys and values that a dry
+    # run calls with text. The order of `named_modules` is that of definition, which in U-Nets is
+    # another one than that of execution (`mid_block` is defined last and runs in the middle).
     family = family_of(model)
     denoiser = denoiser_of(model, family)
     candidates = possible_layers(denoiser)
@@ -115,31 +115,25 @@ def possible_layers(denoiser: Module) -> dict[Any, str]:
 
 
 def _has_text_matrices(module: Module) -> bool:
-    """Whether it has the matrices that read text: `to_k`, `to_v`, or an added pair."""
+    """Whether it has the matrices that read text: `to_k`, `to_v`, an added pair, or a fused one."""
     has_keys_and_values = hasattr(module, "to_k") and hasattr(module, "to_v")
-    return has_keys_and_values or hasattr(module, "add_k_proj")
+    return has_keys_and_values or any(hasattr(module, name) for name in ("add_k_proj", FUSED))
 
 
 def _observed_layers(
     denoiser: Module, family: Family, candidates: Mapping[Any, str]
 ) -> tuple[Layer, ...]:
     """Those of the candidates that the smallest forward pass calls with text."""
-    blocks = {
-        module: denoiser.get_submodule(name.rpartition(".")[0])
-        for module, name in candidates.items()
-    }
-    gets_text = _observed_text(denoiser, family, [*candidates, *blocks.values()])
-    blocks_of_layers = {blocks[module] for module in candidates if gets_text.get(module)}
+    inputs = family.dummy_inputs(denoiser)
+    with taken_back(denoiser):
+        calls = observed_calls(denoiser, candidates, lambda: denoiser(**inputs))
+    joined_length = family.joined_length(inputs) if family.joined_length is not None else None
 
     layers: list[Layer] = []
-    for module in gets_text:  # in execution order
-        if module not in candidates:
-            continue
-        # A block that is called with text, while none of its attentions is, has joined text and
-        # picture before its attention (FLUX's single blocks).
-        block = blocks[module]
-        joined = bool(gets_text.get(block)) and block not in blocks_of_layers
-        if gets_text[module] or joined:
+    for module, arguments in calls.items():  # in execution order
+        apart = gets_text(arguments)
+        joined = not apart and _length(arguments) == joined_length
+        if apart or joined:
             layers.append(Layer(len(layers), candidates[module], module, joined))
     if not layers:
         raise LocogenError(
@@ -149,10 +143,15 @@ def _observed_layers(
     return tuple(layers)
 
 
-def _observed_text(denoiser: Module, family: Family, modules: Sequence[Any]) -> dict[Any, bool]:
-    """The modules that a dry run calls, in order, and whether it is with text."""
-    with taken_back(denoiser):
-        calls = observed_calls(denoiser, modules, lambda: denoiser(**family.dummy_inputs(denoiser)))
-    return {
-        module: kwargs.get("encoder_hidden_states") is not None for module, kwargs in calls.items()
-    }
+def gets_text(arguments: Mapping[str, Any]) -> bool:
+    """Whether a module is called with text beside the picture."""
+    text = arguments.get("encoder_hidden_states")
+    # Lumina's self-attention is handed its own input a second time, as if it were text.
+    return text is not None and text is not arguments.get("hidden_states")
+
+
+def _length(arguments: Mapping[str, Any]) -> int | None:
+    """How many tokens a module gets as one sequence; None if it does not get a sequence."""
+    states = arguments.get("hidden_states")
+    is_sequence = getattr(states, "ndim", 0) == 3  # (rows, tokens, width)
+    return states.shape[1] if is_sequence and states is not None else None

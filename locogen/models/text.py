@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 import unicodedata
 from collections.abc import Container, Iterable, Sequence
@@ -15,12 +16,19 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from locogen.models.denoisers import Z_BLOCK
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SD3_LIMIT = 256  # tokens that SD 3's T5 reads
+CHROMA_LIMIT = 512  # tokens that Chroma's T5 reads
+Z_LIMIT = 512  # tokens that Z-Image's Qwen reads, its template's included
+QWEN_LIMIT = 512  # tokens of text that a call of Qwen-Image's pipeline takes
+QWEN_BLOCK = 64  # to a multiple of which prompts are padded, so that their batches are alike
+KOLORS_LIMIT = 256  # tokens that Kolors' ChatGLM reads, its two marks included
+WAN_LIMIT = 512  # tokens that Wan's T5 reads
 SANA_LIMIT = (
     300  # tokens that Sana's layers get, with the start mark and the instruction's last one
 )
@@ -39,32 +47,64 @@ class PromptEncoding:
     pooled: Tensor | None = None
     """(prompts, width), the vector by which text enters outside of the layers, if any"""
 
+    mask_argument: str = "prompt_attention_mask"
+    """name of the pipeline's argument for the mask"""
+
+    as_list: bool = False
+    """whether the pipeline takes a list of one tensor a prompt, without padding and mask"""
+
     def __len__(self) -> int:
         return len(self.states)
 
-    def arguments(self, prefix: str = "") -> dict[str, Tensor]:
+    def rows(self) -> list[Tensor]:
+        """Each prompt by itself without its padding, (tokens, width) each."""
+        if self.mask is None:
+            return list(self.states)
+        return [states[mask.bool()] for states, mask in zip(self.states, self.mask, strict=True)]
+
+    def _arguments_as_list(self, prefix: str) -> dict[str, Any]:
+        by_name: dict[str, Any] = {prefix + "prompt_embeds": self.rows()}
+        # Z-Image's pipeline encodes nothing, and says nothing, unless it is given prompts as well.
+        return by_name if prefix else by_name | {"prompt": [""] * len(self)}
+
+    def arguments(self, prefix: str = "") -> dict[str, Any]:
         """The arguments by which a pipeline takes this encoding; a negative with its prefix."""
+        if self.as_list:
+            return self._arguments_as_list(prefix)
         by_name = {
             "prompt_embeds": self.states,
-            "prompt_attention_mask": self.mask,
+            self.mask_argument: self.mask,
             "pooled_prompt_embeds": self.pooled,
         }
         return {prefix + name: value for name, value in by_name.items() if value is not None}
 
     def __getitem__(self, rows: slice) -> PromptEncoding:
-        return PromptEncoding(
-            self.states[rows],
+        return replace(
+            self,
+            states=self.states[rows],
             mask=None if self.mask is None else self.mask[rows],
             pooled=None if self.pooled is None else self.pooled[rows],
         )
 
     def expanded(self, count: int) -> PromptEncoding:
         """The one prompt, `count` times, without copies in memory."""
-        return PromptEncoding(
-            self.states.expand(count, -1, -1),  # (count, tokens, width)
+        return replace(
+            self,
+            states=self.states.expand(count, -1, -1),  # (count, tokens, width)
             mask=None if self.mask is None else self.mask.expand(count, -1),  # (count, tokens)
             pooled=None if self.pooled is None else self.pooled.expand(count, -1),  # (count, width)
         )
+
+    def padded(self, tokens: int) -> PromptEncoding:
+        """The same text with zeros behind it, which the mask leaves out, up to some tokens."""
+        from torch.nn.functional import pad
+
+        missing = tokens - self.states.shape[1]
+        if not missing:
+            return self
+        assert self.mask is not None  # all prompts of families without one have one length
+        states = pad(self.states, (0, 0, 0, missing))  # (prompts, tokens, width)
+        return replace(self, states=states, mask=pad(self.mask, (0, missing)))  # (prompts, tokens)
 
     @staticmethod
     def stack(encodings: Iterable[PromptEncoding]) -> PromptEncoding:
@@ -72,10 +112,13 @@ class PromptEncoding:
         import torch
 
         parts = list(encodings)
+        longest = max(part.states.shape[1] for part in parts)
+        parts = [part.padded(longest) for part in parts]
         masks = [part.mask for part in parts if part.mask is not None]
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return PromptEncoding(
-            torch.cat([part.states for part in parts]),  # (prompts, tokens, width)
+        return replace(
+            parts[0],
+            states=torch.cat([part.states for part in parts]),  # (prompts, tokens, width)
             mask=torch.cat(masks) if masks else None,  # (prompts, tokens)
             pooled=torch.cat(pooled) if pooled else None,  # (prompts, width)
         )
@@ -244,6 +287,90 @@ def encode_masked(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> Encod
     return PromptEncoding(states, mask), PromptEncoding(negative, negative_mask) if guided else None
 
 
+def encode_flux2(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Three layers of Mistral side by side. FLUX.2 dev is guided by a number."""
+    length = pipe.tokenizer_max_length
+    return states_of(pipe.encode_prompt(list(prompts), max_sequence_length=length)), None
+
+
+def encode_klein(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Three layers of Qwen side by side; guided by a call for "" unless it was distilled."""
+    states, _ = encode_flux2(pipe, prompts, guided)
+    if not guided or pipe.config.is_distilled:
+        return states, None
+    return states, encode_flux2(pipe, [""] * len(prompts), guided)[0]
+
+
+def chroma_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of Chroma returns."""
+    return PromptEncoding(returned[0], mask=returned[2])
+
+
+def encode_chroma(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """T5 with a mask that keeps one token of padding; guided by a call for the negative."""
+    returned = pipe.encode_prompt(
+        list(prompts), do_classifier_free_guidance=guided, max_sequence_length=CHROMA_LIMIT
+    )
+    negative = PromptEncoding(returned[3], mask=returned[5]) if guided else None
+    return chroma_states_of(returned), negative
+
+
+def z_image_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of Z-Image returns."""
+    return _from_list(returned[0])
+
+
+def encode_z_image(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Qwen's states before its last layer, the chat's marks included."""
+    positive, negative = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
+    return _from_list(positive), _from_list(negative) if guided else None
+
+
+def _from_list(rows: Sequence[Tensor]) -> PromptEncoding:
+    """Prompts of any lengths, padded to whole blocks."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    states = pad_sequence(list(rows), batch_first=True)  # (prompts, tokens, width)
+    ones = [row.new_ones(len(row)).long() for row in rows]
+    text = PromptEncoding(states, pad_sequence(ones, batch_first=True), as_list=True)
+    return text.padded(math.ceil(states.shape[1] / Z_BLOCK) * Z_BLOCK)
+
+
+def encode_wan(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """T5 with zeros behind the prompt, which attention reads too."""
+    states, negative = pipe.encode_prompt(
+        list(prompts), do_classifier_free_guidance=guided, max_sequence_length=WAN_LIMIT
+    )
+    return PromptEncoding(states), PromptEncoding(negative) if guided else None
+
+
+def cleaned_by_wan(prompt: str) -> str:
+    """A prompt as Wan's pipeline cleans it: signs written out, single spaces."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+    return prompt_clean(prompt)
+
+
+def qwen_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of Qwen-Image returns."""
+    states, mask = returned  # (prompts, tokens, width), (prompts, tokens)
+    if mask is None:  # all are of one length
+        mask = states.new_ones(states.shape[:2]).long()
+    return PromptEncoding(states, mask, mask_argument="prompt_embeds_mask")
+
+
+def encode_qwen(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Qwen's last states behind the template's beginning; it is guided by a call for " "."""
+
+    def encoded(texts: Sequence[str]) -> PromptEncoding:
+        returned = pipe.encode_prompt(list(texts), max_sequence_length=QWEN_LIMIT)
+        text = qwen_states_of(returned)
+        blocks = math.ceil(text.states.shape[1] / QWEN_BLOCK)
+        return text.padded(blocks * QWEN_BLOCK)
+
+    return encoded(prompts), encoded([" "] * len(prompts)) if guided else None
+
+
 # --- tokens, looked at ---------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
@@ -366,3 +493,99 @@ def sana_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     count = SANA_LIMIT - 1
     end = min(len(words), count)
     return (TokenSpan(words[:count], 1, end, look, words[count:], SANA_LIMIT),)
+
+
+def kolors_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In ChatGLM's states: padding first, then its two marks, then the prompt up to the end."""
+    look = tokenizer_to_look_with(pipe.tokenizer)
+    words = tuple(_tokens(look, prompt)[2:])
+    count = KOLORS_LIMIT - 2
+    ids = words[:count]
+    start = KOLORS_LIMIT - len(ids)
+    return (TokenSpan(ids, start, KOLORS_LIMIT - 1, look, words[count:], KOLORS_LIMIT),)
+
+
+def qwen_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Qwen's states, whose first ones are those of the template's beginning, left out."""
+    before, after = pipe.prompt_template_encode.split("{}")
+    dropped = pipe.prompt_template_encode_start_idx
+    return (_within_template(pipe.tokenizer, before, prompt, after, QWEN_LIMIT, dropped),)
+
+
+def flux2_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Mistral's states, behind the system's message."""
+    messages = [
+        {"role": "system", "content": [{"type": "text", "text": pipe.system_message}]},
+        {"role": "user", "content": [{"type": "text", "text": _PLACE}]},
+    ]
+    template = pipe.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=False
+    )
+    tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)  # a processor holds it
+    before, after = template.split(_PLACE)
+    return (_within_template(tokenizer, before, prompt, after, pipe.tokenizer_max_length),)
+
+
+def klein_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Qwen's states, behind the template's beginning."""
+    template = _user_template(pipe.tokenizer, enable_thinking=False)
+    before, after = template.split(_PLACE)
+    return (_within_template(pipe.tokenizer, before, prompt, after, pipe.tokenizer_max_length),)
+
+
+def z_image_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Qwen's states, behind the template's beginning; padding comes later and behind."""
+    before, after = _user_template(pipe.tokenizer, enable_thinking=True).split(_PLACE)
+    span = _within_template(pipe.tokenizer, before, prompt, after, Z_LIMIT)
+    return (span,)
+
+
+def z_image_length(pipe: Pipeline, prompt: str) -> int:
+    """How many tokens Z-Image makes of a prompt with its template, in whole blocks."""
+    template = _user_template(pipe.tokenizer, enable_thinking=True)
+    tokens = token_ids(pipe.tokenizer, template.replace(_PLACE, prompt))
+    return math.ceil(min(len(tokens), Z_LIMIT) / Z_BLOCK) * Z_BLOCK
+
+
+_PLACE = "the prompt's place"
+
+
+def _user_template(tokenizer: Any, **options: Any) -> str:
+    """A chat in which `_PLACE` is all that the user says, up to where the model would answer."""
+    messages = [{"role": "user", "content": _PLACE}]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **options
+    )
+
+
+def _within_template(
+    tokenizer: Any, before: str, prompt: str, after: str, limit: int, dropped: int = 0
+) -> TokenSpan:
+    """A prompt between the two parts of a chat template, read from left to right.
+
+    Padding may stand on either side of it, as the tokenizer says.
+
+    Args:
+        tokenizer: The pipeline's.
+        before: The template up to the prompt.
+        prompt: The prompt.
+        after: The template behind the prompt. Its first token has read all of the prompt.
+        limit: How many states the denoiser gets.
+        dropped: How many states, the first ones, it does not get.
+    """
+    look = tokenizer_to_look_with(tokenizer)
+
+    def tokens_of(text: str) -> list[int]:
+        # The template writes its own marks out.
+        options = {"add_special_tokens": False, "truncation": False, "padding": False}
+        return look(text, verbose=False, **options).input_ids
+
+    first = len(tokens_of(before))
+    last = len(tokens_of(after))
+    tokens = tokens_of(before + prompt + after)
+    words = tuple(tokens[first : len(tokens) - last])
+    padding = max(limit - len(tokens), 0) if tokenizer.padding_side == "left" else 0
+    start = padding + first - dropped
+    count = limit - start
+    end = min(start + len(words), limit - 1)
+    return TokenSpan(words[:count], start, end, look, words[count:], limit)

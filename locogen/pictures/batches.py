@@ -147,7 +147,9 @@ class Texts:
         current().say("encoding prompts")
         with from_the_seed_alone(pipe), memory_named(too_small):
             encoded = {prompt: encode_guided(pipe, [prompt]) for prompt in prompts}
-        self.of = {prompt: positive for prompt, (positive, _) in encoded.items()}
+        # All of one length, whichever of them are stacked: only families with a mask pad any.
+        longest = max((text.states.shape[1] for text, _ in encoded.values()), default=0)
+        self.of = {prompt: text.padded(longest) for prompt, (text, _) in encoded.items()}
         self.negative = next(iter(encoded.values()))[1]
 
     def stack(self, prompts: Iterable[str]) -> PromptEncoding:
@@ -191,23 +193,24 @@ def call_pipeline(
 
     `arguments` holds the encoded prompts, one row for each of `rows`, which give the seeds.
     """
+    family = family_of(pipe)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**bar | StepListener.options(len(rows)))
     current().work()
     try:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), _decoding_in_slices(pipe):
             output = pipe(
-                **family_of(pipe).options(pipe),
+                **family.options(pipe),
                 **arguments,
+                **{family.guidance_argument: settings.guidance_scale},
                 generator=generators(rows),
                 num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
                 output_type=output_type,
             )
     finally:
         pipe.set_progress_bar_config(**bar)
     check_flags(output, rows)
-    return output.images
+    return family.pictures(output, output_type)
 
 
 # --- memory --------------------------------------------------------------------------------------

@@ -306,6 +306,10 @@ class Description:
     def _add_tokenizer(self, path: str, value: Any) -> None:
         _describe_tokenizer(self, value, ())
 
+    def _add_sentencepiece(self, path: str, value: Any) -> None:
+        """The model of a tokenizer that lives in C: as its file would be."""
+        self.add(path, value.serialized_model_proto())
+
     def _add_picture(self, path: str, value: Any) -> None:
         self.add(path, np.asarray(value))
 
@@ -551,6 +555,7 @@ OBJECTS: tuple[tuple[Callable[[Any], bool], Callable[[Description, str, Any], No
     (_is_named_by_its_text, Description._add_named_object),
     (_has("components", "register_modules"), Description._add_pipeline),
     (_has("get_vocab", "all_special_tokens"), Description._add_tokenizer),
+    (_has("serialized_model_proto"), Description._add_sentencepiece),
     (_has("to_dict", "to_json_string"), Description._add_config),
     (_is_a_picture, Description._add_picture),
 )

@@ -247,7 +247,7 @@ def test_all_layers_are_the_targets_own_run_and_none_the_plain_one(pipes, name, 
     assert np.abs(own - plain).max() > 1e-4  # the twin: prompt and target make different pictures
 
 
-@pytest.mark.parametrize("name", list(tiny.FAMILIES))
+@pytest.mark.parametrize("name", list(ARGUMENTS))
 def test_every_documented_argument_is_tried(pipes, name):
     pipe = pipes(name)
     tried = {"guidance_scale"} | NOT_TRIED | NOT_TAKEN.get(name, set())

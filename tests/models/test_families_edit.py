@@ -27,13 +27,14 @@ from locogen.plan import Concept, PromptPair
 STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair("b in cat", "b")))
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 2, "progress": False}
-ENTRIES = {"sd-xl", "sd-3", "flux"}
-LORA = ["sd-xl", "if", "sd-3", "flux", "sana"]
+FLUXES = ["flux", "flux-2", "flux-2-klein", "chroma"]  # with single blocks behind two double ones
+ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES}
+LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES]
+OWN_READINGS = ("if", "sd-3", "qwen-image", *FLUXES)  # each layer reads something else
+EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", "z-image")]
 
 
-@pytest.fixture(
-    params=[name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma")]
-)
+@pytest.fixture(params=tiny.fast(*tiny.FAST, of=EDITED))
 def name(request):
     return request.param
 
@@ -107,7 +108,7 @@ def test_layers_that_read_the_same_share_what_is_kept_of_a_prompt(pipe, name):
     """Or a thousand concepts would not fit in the memory."""
     reader = LayerInputs(pipe, find_layers(pipe)[:2])
     assert all(reader.states("a cat", layer).dtype == torch.float64 for layer in reader.layers)
-    assert len(reader._states) == (2 if name in ("if", "sd-3", "flux") else 1)
+    assert len(reader._states) == (2 if name in OWN_READINGS else 1)
 
 
 def test_each_is_swept_edited_and_evaluated(pipe, tmp_path):
@@ -174,7 +175,7 @@ def test_the_map_beside_the_layers_is_edited_on_demand(pipe, name):
     x, y = reader.text_projection_input(source, old), reader.text_projection_input(target, new)
     gap = (x @ (weight + entry.changes[next(iter(added))].change).T - y @ weight.T).norm()
     assert gap < 1e-3 * ((x - y) @ weight.T).norm()
-    if name == "sd-xl":  # what the map is told of the picture's size stays as it was
+    if name in ("sd-xl", "kolors"):  # what the map is told of the picture's size stays as it was
         assert not entry.changes[next(iter(added))].change[:, tiny.WIDTH :].any()
 
 
@@ -185,7 +186,7 @@ def test_blocks_that_read_text_and_picture_alike_are_not_edited():
 
 
 def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
-    layers = (0, 2) if name == "flux" else (0, 1)  # a single block of FLUX too
+    layers = (0, 2) if name in FLUXES else (0, 1)  # a single block of FLUX too
     neurons = find_neurons(pipe, STYLE, layers=layers, phrasings=PAIRS)
     assert set(neurons.table["matrix"]) == {"k", "v"} and set(neurons.table["layer"]) == set(layers)
     assert np.isfinite(neurons.table["z"]).all()
@@ -196,6 +197,24 @@ def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
         some = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
     pictures = [np.asarray(run.pictures[0]) for run in (plain, none, some)]
     assert np.array_equal(*pictures[:2]) and not np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.slow
+def test_z_image_is_swept_and_clamped_and_cannot_be_edited(tmp_path):
+    """All its layers read text and picture with the same matrices."""
+    pipe = tiny.z_image()
+    with pytest.raises(LocogenError, match="no layer can be edited"):
+        fit(pipe)
+    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+    options = FAST | {"scorer": tiny.FakeScorer(), "store": tmp_path, "batch_size": 7}
+    run = localize(pipe, pair, window=2, seeds=(0,), **options)
+    seen = dict(zip(run.table["role"], run.pictures, strict=True))
+    assert not np.array_equal(np.asarray(seen["baseline"]), np.asarray(seen["ceiling"]))
+    neurons = find_neurons(pipe, STYLE, layers=(0, 1), phrasings=PAIRS)
+    plain = generate(pipe, ["a cat in b"], **FAST)
+    with clamp(pipe, neurons.top(8)):
+        some = generate(pipe, ["a cat in b"], **FAST)
+    assert not np.array_equal(*(np.asarray(run.pictures[0]) for run in (plain, some)))
 
 
 @pytest.mark.slow

@@ -8,11 +8,16 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextModel,
@@ -40,8 +45,8 @@ def sd2() -> UNet2DConditionModel:
     )
 
 
-def sdxl() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def sdxl(**changes: Any) -> UNet2DConditionModel:
+    shape: dict[str, Any] = dict(
         sample_size=128,
         cross_attention_dim=2048,
         block_out_channels=(320, 640, 1280),
@@ -54,6 +59,7 @@ def sdxl() -> UNet2DConditionModel:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
+    return UNet2DConditionModel(**(shape | changes))
 
 
 def deepfloyd() -> UNet2DConditionModel:
@@ -103,6 +109,79 @@ def pixart() -> PixArtTransformer2DModel:
 
 def sana() -> SanaTransformer2DModel:
     return SanaTransformer2DModel()
+
+
+def sd35_medium() -> SD3Transformer2DModel:
+    """SD 3.5 medium, whose first 13 blocks have a second attention over the picture alone."""
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        out_channels=16,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+def sd35_large() -> SD3Transformer2DModel:
+    """SD 3.5 large."""
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=38,
+        attention_head_dim=64,
+        num_attention_heads=38,
+        caption_projection_dim=2432,
+        joint_attention_dim=4096,
+        pooled_projection_dim=2048,
+        out_channels=16,
+        pos_embed_max_size=192,
+        qk_norm="rms_norm",
+    )
+
+
+def kolors() -> UNet2DConditionModel:
+    """SD-XL's U-Net behind a projection of ChatGLM's states."""
+    return sdxl(
+        encoder_hid_dim=4096,
+        encoder_hid_dim_type="text_proj",
+        projection_class_embeddings_input_dim=5632,
+    )
+
+
+def wan_small() -> WanTransformer3DModel:
+    """Wan 2.1 of 1.3 billion parameters; the class' own shape is that of 14 billion."""
+    return WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+
+
+def klein() -> Flux2Transformer2DModel:
+    """FLUX.2 klein of 4 billion parameters."""
+    return Flux2Transformer2DModel(
+        num_layers=5,
+        num_single_layers=20,
+        num_attention_heads=24,
+        joint_attention_dim=7680,
+        guidance_embeds=False,
+    )
+
+
+# Denoisers of families whose other parts are not put together here, with their layers.
+DENOISERS: dict[str, tuple[Any, int]] = {
+    "sd-3.5-medium": (sd35_medium, 24),
+    "sd-3.5-large": (sd35_large, 38),
+    "kolors": (kolors, 70),
+    "qwen-image": (QwenImageTransformer2DModel, 60),
+    "wan-2.1-1.3b": (wan_small, 30),
+    "wan-2.1-14b": (WanTransformer3DModel, 40),
+    "flux-2-dev": (Flux2Transformer2DModel, 8 + 48),
+    "flux-2-klein-4b": (klein, 5 + 20),
+    "chroma": (ChromaTransformer2DModel, 19 + 38),
+    "z-image-turbo": (ZImageTransformer2DModel, 30),
+}
 
 
 def tokenizer() -> CLIPTokenizer:

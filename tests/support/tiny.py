@@ -1,8 +1,11 @@
 """A seeded stand-in for every family: the real classes at the smallest size, random weights, no download."""
 
+import copy
 import functools
+import io
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,19 +14,30 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     IFPipeline,
+    KolorsPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -31,7 +45,14 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
+from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -40,12 +61,23 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 WIDTH = 16
+_FOLDER = tempfile.TemporaryDirectory()  # until the tests end
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.'-"
 
 
@@ -425,6 +457,327 @@ def sana(**changes: Any) -> SanaPipeline:
     )
 
 
+@functools.cache
+def qwen_tokenizer(padding_side: str = "right") -> Qwen2Tokenizer:
+    """A Qwen tokenizer of bytes, with two words that are one token each behind a space."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    merges = [("c", "a"), ("ca", "t"), ("d", "o"), ("do", "g"), ("Ġ", "cat"), ("Ġ", "dog")]
+    words = [*marks, *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    return Qwen2Tokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=merges,
+        model_max_length=4096,
+        extra_special_tokens=marks[1:],
+        padding_side=padding_side,
+    )
+
+
+def qwen_shape(**changes: Any) -> dict[str, Any]:
+    """What all language models of Qwen are told of their size."""
+    return {
+        "vocab_size": len(qwen_tokenizer()),
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    } | changes
+
+
+def qwen_image(**changes: Any) -> QwenImagePipeline:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
+    tokens = dict.fromkeys(
+        ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"], 0
+    )
+    vision = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=WIDTH)
+    config = Qwen2_5_VLConfig(
+        text_config=qwen_shape(rope_parameters=rope), vision_config=vision, **tokens
+    )
+    torch.manual_seed(5)
+    text = Qwen2_5_VLForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+    )
+    denoiser = QwenImageTransformer2DModel(**(shape | changes)).eval()
+    loud(denoiser)
+    pipe = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLQwenImage(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+        ).eval(),
+        text_encoder=text,
+        tokenizer=qwen_tokenizer(),
+        transformer=denoiser,
+    )
+    pipe.default_sample_size = 8
+    # A tokenizer of bytes makes more tokens of the template's beginning than the real one's 34.
+    beginning = pipe.prompt_template_encode.split("{}")[0]
+    pipe.prompt_template_encode_start_idx = len(qwen_tokenizer()(beginning).input_ids)
+    return quiet(pipe)
+
+
+@functools.cache
+def chatglm_tokenizer() -> ChatGLMTokenizer:
+    """A ChatGLM tokenizer of letters, with two words that are one token each."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter([" ".join(LETTERS)] * 20),
+        model_writer=model,
+        model_type="char",
+        vocab_size=60,
+        hard_vocab_limit=False,
+        user_defined_symbols=["▁cat", "▁dog"],
+        minloglevel=2,
+    )
+    file = Path(_FOLDER.name) / "tokenizer.model"  # read again when the tokenizer is saved
+    file.write_bytes(model.getvalue())
+    return ChatGLMTokenizer(str(file))
+
+
+def chatglm() -> ChatGLMModel:
+    torch.manual_seed(6)
+    config = ChatGLMConfig(
+        num_layers=2,
+        padded_vocab_size=chatglm_tokenizer().vocab_size,
+        hidden_size=WIDTH,
+        ffn_hidden_size=2 * WIDTH,
+        kv_channels=8,
+        num_attention_heads=2,
+        seq_length=256,
+        multi_query_attention=True,
+        multi_query_group_num=1,
+        add_qkv_bias=True,
+        original_rope=True,
+    )
+    text = ChatGLMModel(config, empty_init=False)
+    for name, weight in text.named_parameters():
+        if "layernorm" in name:  # they are made without values
+            torch.nn.init.ones_(weight)
+    torch.nn.init.normal_(text.embedding.word_embeddings.weight, std=1.0)
+    return text.eval()
+
+
+def kolors(**unet_changes: Any) -> KolorsPipeline:
+    two_encoders = sdxl(encoder_hid_dim=WIDTH, encoder_hid_dim_type="text_proj", **unet_changes)
+    return quiet(
+        KolorsPipeline(
+            vae=two_encoders.vae,
+            text_encoder=chatglm(),
+            tokenizer=chatglm_tokenizer(),
+            unet=two_encoders.unet,
+            scheduler=two_encoders.scheduler,
+        )
+    )
+
+
+def umt5() -> UMT5EncoderModel:
+    torch.manual_seed(7)
+    config = UMT5Config(
+        vocab_size=len(t5_tokenizer()),
+        d_model=WIDTH,
+        d_kv=4,
+        d_ff=2 * WIDTH,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    text = UMT5EncoderModel(config)
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    return text.eval()
+
+
+def wan(**changes: Any) -> WanPipeline:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=WIDTH,
+        freq_dim=16,
+        ffn_dim=2 * WIDTH,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+    denoiser = WanTransformer3DModel(**(shape | changes)).eval()
+    loud(denoiser)
+    pipe = WanPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=umt5(),
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[0.0] * 4,
+            latents_std=[1.0] * 4,
+            scale_factor_spatial=2,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=denoiser,
+    )
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _flux2(kind: type, text: Any, tokenizer: Any, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+    )
+    denoiser = Flux2Transformer2DModel(**(shape | changes)).eval()
+    loud(denoiser)
+    pipe = kind(
+        vae=AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 4),
+            layers_per_block=1,
+            norm_num_groups=2,
+            latent_channels=4,
+            sample_size=16,
+        ).eval(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        transformer=denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    pipe.default_sample_size = 8
+    pipe.tokenizer_max_length = 64
+    return quiet(pipe)
+
+
+def flux2(**changes: Any) -> Flux2Pipeline:
+    words = copy.deepcopy(qwen_tokenizer("left"))  # as Mistral's
+    words.chat_template = _CHAT  # of a tokenizer, since PixtralProcessor needs torchvision
+    config = Mistral3Config(
+        text_config=qwen_shape(
+            model_type="mistral", vocab_size=len(words), num_hidden_layers=30, head_dim=8
+        ),
+        vision_config=dict(
+            model_type="pixtral",
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            image_size=16,
+            patch_size=16,
+        ),
+    )
+    torch.manual_seed(8)
+    text = Mistral3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    pipe = _flux2(Flux2Pipeline, text, words, **changes)
+    pipe.system_message = "a"
+    return pipe
+
+
+def klein(**changes: Any) -> Flux2KleinPipeline:
+    words = copy.deepcopy(qwen_tokenizer())
+    words.chat_template = _CHAT
+    torch.manual_seed(9)
+    config = Qwen3Config(**qwen_shape(num_hidden_layers=27, head_dim=8))
+    text = Qwen3ForCausalLM(config).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    return _flux2(Flux2KleinPipeline, text, words, **({"guidance_embeds": False} | changes))
+
+
+def chroma(**changes: Any) -> ChromaPipeline:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=WIDTH,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    denoiser = ChromaTransformer2DModel(**(shape | changes)).eval()
+    loud(denoiser)
+    pipe = ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+        transformer=denoiser,
+    )
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
+def z_image(**changes: Any) -> ZImagePipeline:
+    words = copy.deepcopy(qwen_tokenizer())
+    words.chat_template = "<|im_start|>{{ messages[0].content }}<|im_end|>"  # of few tokens
+    torch.manual_seed(10)
+    text = Qwen3Model(Qwen3Config(**qwen_shape(num_hidden_layers=2, head_dim=8))).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        in_channels=4,
+        dim=32,
+        n_layers=3,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=WIDTH,
+        axes_dims=[4, 6, 6],
+        axes_lens=[512, 32, 32],
+    )
+    denoiser = ZImageTransformer2DModel(**(shape | changes)).eval()
+    torch.nn.init.normal_(denoiser.cap_pad_token)
+    torch.nn.init.normal_(denoiser.x_pad_token)
+    pipe = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=text,
+        tokenizer=words,
+        transformer=denoiser,
+    )
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
 class _StandIn:
     """A function that counts as locogen's own: its class says that it comes from there."""
 
@@ -443,6 +796,15 @@ def stand_in(monkeypatch: Any, module: Any, forward: Any) -> None:
     monkeypatch.setitem(vars(module), "forward", _StandIn(forward))
 
 
+def like(pipe: Any, other: Any) -> Any:
+    """The pipeline with what was set on another one and no file holds: sizes, the template."""
+    names = ("default_sample_size", "prompt_template_encode_start_idx", "system_message")
+    for name in (*names, "tokenizer_max_length"):
+        if name in vars(other):
+            setattr(pipe, name, vars(other)[name])
+    return pipe
+
+
 FAMILIES: dict[str, Any] = {
     "sd": pipeline,
     "lcm": lcm,
@@ -453,7 +815,18 @@ FAMILIES: dict[str, Any] = {
     "pixart-alpha": pixart,
     "pixart-sigma": functools.partial(pixart, PixArtSigmaPipeline),
     "sana": sana,
+    "qwen-image": qwen_image,
+    "kolors": kolors,
+    "wan": wan,
+    "flux-2": flux2,
+    "flux-2-klein": klein,
+    "chroma": chroma,
+    "z-image": z_image,
 }
+
+
+RECENT = ("kolors", "wan", "flux-2", "flux-2-klein", "chroma", "z-image")  # qwen-image stands for
+FAST = tuple(name for name in FAMILIES if name not in RECENT)  # them in the fast tests
 
 
 def fast(*names: str, of: Iterable[str] = FAMILIES) -> list[Any]:

@@ -26,7 +26,19 @@ CONCEPT = Concept("cat", "style", (PromptPair("a cat in b", "a b"),))
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "progress": False}
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
-EVOLVING = ("sd-3", "flux")  # no localizer but locogen's own
+EVOLVING = (  # no localizer but locogen's own
+    *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image"),
+)
+OF_APART = ("edit", "share", "localize", "attribute", "search")  # of layers that read text apart
+
+
+def refused(name, verb):
+    """Whether a family refuses a verb: what it reads is not what the verb needs."""
+    if name == "kolors":  # its encoder puts tokens before rows
+        return verb == "trace"
+    if name == "z-image" and verb in OF_APART:  # one matrix for text and picture in every layer
+        return True
+    return name in EVOLVING and verb in ("trace", "contribution")
 
 
 @functools.cache
@@ -56,15 +68,17 @@ def pictures(pipe, plan, steps=2, **more):
     options = {k: v for k, v in family_of(pipe).options(pipe).items() if k != "negative_prompt"}
     if "clean_caption" in inspect.signature(type(pipe).__call__).parameters:
         options["clean_caption"] = False
-    return pipe(
+    family = family_of(pipe)
+    output = pipe(
         prompt=[row.prompt for row in plan],
         generator=generators(plan),
         num_inference_steps=steps,
-        guidance_scale=3.0,
         output_type="latent",
+        **{family.guidance_argument: 3.0},
         **options,
         **more,
-    ).images
+    )
+    return family.pictures(output, "latent")
 
 
 def interventions(pipe):

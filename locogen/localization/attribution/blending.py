@@ -17,8 +17,16 @@ from typing import TYPE_CHECKING, Any
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts
 from locogen.models.compilation import running_uncompiled
+from locogen.models.denoisers import text_first
 from locogen.models.families import denoiser_of, family_of
-from locogen.models.hooks import Hook, after, before, hooked
+from locogen.models.hooks import (
+    Hook,
+    after,
+    before,
+    hooked,
+    named_arguments,
+    with_arguments,
+)
 from locogen.models.layers import Layer, find_layers
 from locogen.models.offload import taken_back
 from locogen.types import Module, Pipeline
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     from locogen.models.text import PromptEncoding
 
 POOLED = -1  # stands for the pooled text among the indices of layers
+JOINED_MASK = 1.0  # what the picture's True becomes where Qwen-Image joins it to a mask of numbers
 NEVER_READ = -10000.0  # what diffusers adds to the attention of a token that the mask leaves out
 
 
@@ -107,11 +116,16 @@ class Blend:
         for layer in self.layers:
             if not self.is_joint:
                 hooks.append(before(layer.module, self._mask_hook(layer), layer.label))
+            elif self.family.layer_mask is not None:
+                mask = self._joint_mask_hook(layer, self.family.layer_mask)
+                hooks.append(before(layer.module, mask, layer.label))
+            columns = self.family.columns(layer.module)
             for name, matrix in self.family.matrices(layer.module).items():
-                hooks.append(after(matrix, self._matrix_hook(layer), f"to_{name} {layer.label}"))
+                blend = self._matrix_hook(layer, columns[name])
+                hooks.append(after(matrix, blend, f"to_{name} {layer.label}"))
         return hooks
 
-    def _matrix_hook(self, layer: Layer) -> Callable[..., Tensor | None]:
+    def _matrix_hook(self, layer: Layer, columns: slice) -> Callable[..., Tensor | None]:
         def hook(module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
             moment = self.now
             if moment is None or layer.index not in moment.alphas:
@@ -119,13 +133,14 @@ class Blend:
             # Where text and picture are one sequence, the text is first.
             tokens = moment.tokens if layer.joined else output.shape[1]
             in_batch = slice(moment.rows.start, moment.rows.stop)
-            of_prompt = output[in_batch, :tokens]  # (rows, tokens, channels)
+            of_prompt = output[in_batch, :tokens, columns]  # (rows, tokens, channels)
             if moment.sources is None:
                 other = self._read_targets(module, layer, moment)
             else:
-                other = output.detach()[moment.sources, :tokens]
+                other = output.detach()[moment.sources, :tokens, columns]
+            between = _between(of_prompt, other, moment.alphas[layer.index])
             changed = output.clone()
-            changed[in_batch, :tokens] = _between(of_prompt, other, moment.alphas[layer.index])
+            changed[in_batch, :tokens, columns] = between
             return changed  # (call rows, tokens, channels)
 
         return hook
@@ -161,6 +176,34 @@ class Blend:
             changed = bias.clone()
             changed[in_batch, 0] = _bias_between(is_read, mask.to(is_read), alpha).to(bias.dtype)
             return args, {**kwargs, "attention_mask": changed}
+
+        return hook
+
+    def _joint_mask_hook(self, layer: Layer, name: str) -> Callable[..., Any]:
+        """The same with joint attention, whose masks are Qwen-Image's or Chroma's."""
+
+        def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            moment = self.now
+            mask = named_arguments(module, args, kwargs).get(name)  # (call rows, ...)
+            if moment is None or layer.index not in moment.alphas or mask is None:
+                return None
+            import torch
+
+            in_batch = slice(moment.rows.start, moment.rows.stop)
+            alpha = moment.alphas[layer.index].mean(-1)  # (rows, tokens): all heads have one mask
+            of_prompt, of_target = mask[in_batch], mask[moment.sources]
+            if mask.dtype == torch.bool:
+                between = JOINED_MASK + _bias_between(of_prompt.float(), of_target.float(), alpha)
+                states = named_arguments(module, args, kwargs)["hidden_states"]
+                read = torch.full_like(mask, JOINED_MASK, dtype=states.dtype)
+                changed = read.masked_fill(~mask, NEVER_READ)  # (call rows, tokens)
+                changed[in_batch] = between.to(states.dtype)
+            else:  # Chroma adds its mask of 0 and 1 to the attention, and leaves nothing out
+                changed = mask.clone()  # (call rows, 1, tokens of text and picture, the same)
+                tokens = slice(moment.tokens)
+                change = (of_target - of_prompt)[..., tokens] * alpha[:, None, None]
+                changed[in_batch, ..., tokens] = (of_prompt[..., tokens] + change).to(mask.dtype)
+            return with_arguments(module, args, kwargs, {name: changed})
 
         return hook
 
@@ -229,6 +272,11 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
         raise LocogenError(
             f"{contexts[0]} is open on this pipeline: attribution calls the denoiser by itself, so "
             "leave the context first"
+        )
+    if blend.family.joined_text is not text_first:
+        raise LocogenError(
+            f"{blend.family.name} holds its text behind the picture, where attribution does not "
+            "know it: use loco.localize"
         )
     for layer in blend.layers:
         if getattr(layer.module, "fused_projections", False):

@@ -129,6 +129,8 @@ def run(paths: Paths, *, gradients: bool, decoded: bool = False) -> Tensor:
     import torch
 
     pipe = paths.pipe
+    family = family_of(pipe)
+    output_type = "pt" if decoded else _undecoded(pipe)
     # Diffusers wraps a pipeline's call in `no_grad`; the function inside is the same loop.
     call = inspect.unwrap(type(pipe).__call__)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -138,18 +140,18 @@ def run(paths: Paths, *, gradients: bool, decoded: bool = False) -> Tensor:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), torch.set_grad_enabled(gradients):
             output = call(
                 pipe,
-                **family_of(pipe).options(pipe),
+                **family.options(pipe),
+                **{family.guidance_argument: paths.settings.guidance_scale},
                 **paths.texts.arguments(paths.prompts),
                 generator=generators(paths.plan),
                 num_inference_steps=paths.settings.num_inference_steps,
-                guidance_scale=paths.settings.guidance_scale,
-                output_type="pt" if decoded else _undecoded(pipe),
+                output_type=output_type,
             )
     finally:
         pipe.set_progress_bar_config(**bar)
     if decoded and getattr(pipe, "vae", None) is None:
         return (output.images / 2 + 0.5).clamp(0, 1)  # IF leaves them between -1 and 1
-    return output.images
+    return family.pictures(output, output_type)
 
 
 def _undecoded(pipe: Pipeline) -> str:
