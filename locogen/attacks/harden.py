@@ -141,7 +141,7 @@ def _trained(attacked: Attacked) -> Tensor:
 def _key(attacked: Attacked) -> str:
     """A name for the state of a training: all that makes a difference to it."""
     goal = attacked.goal
-    changes = {} if attacked.edit is None else attacked.edit.changes
+    changes = attacked.edit.changes if isinstance(attacked.edit, Edit) else {}
     facts = {
         "concept": goal.concept.name,
         "training": [(pair.prompt, pair.target) for pair in goal.training],
