@@ -70,7 +70,8 @@ def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
 
     parts = []
     for table in tables:
-        axes: list[By] = ["step", "token"] if table["token"].notna().any() else ["step"]
+        tokens: Any = table["token"].notna()
+        axes: list[By] = ["step", "token"] if tokens.any() else ["step"]
         for by in axes:
             matrix = attribution_matrix(table, by)
             cells = matrix.rename_axis("label").reset_index()
@@ -78,7 +79,7 @@ def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
             # Row by row, as the map is read.
             cells = cells.sort_index(kind="stable")
             parts.append(cells.assign(concept=table["concept"].iloc[0], by=by))
-    whole = pd.concat(parts, ignore_index=True)
+    whole: Any = pd.concat(parts, ignore_index=True)
     return whole.astype({"label": str})[["concept", "by", "label", "layer", "share"]]
 
 
