@@ -70,8 +70,8 @@ def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
 
     parts = []
     for table in tables:
-        has_tokens = bool(table["token"].notna().to_numpy().any())
-        axes: list[By] = ["step", "token"] if has_tokens else ["step"]
+        tokens: Any = table["token"].notna()
+        axes: list[By] = ["step", "token"] if tokens.any() else ["step"]
         for by in axes:
             matrix = attribution_matrix(table, by)
             cells = matrix.rename_axis("label").reset_index()
