@@ -68,9 +68,8 @@ class Call:
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
         self.rows_of: Rows | None = None
-        self._held: bool | None = (
-            None  # whether a call held the prompts of `rows_of`; None: no call
-        )
+        # Whether a call held the prompts that `rows_of` gives; None before the first call.
+        self._held: bool | None = None
         self.keeps_prompts = False
         self._thread = threading.get_ident()
         self._in_progress = False
