@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
@@ -18,12 +18,11 @@ from locogen.models.denoisers import check_call, skipped_blocks
 from locogen.models.families import Family, denoiser_of, family_of
 from locogen.models.hooks import Hook, after, before, hooked, is_dry_run, named_arguments
 from locogen.models.layers import Layer, possible_layers
+from locogen.models.text import PromptEncoding
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from locogen.models.text import PromptEncoding
 
 _bare_calls: ContextVar[bool] = ContextVar("trainings call the denoiser", default=False)
 REMEDY = (
@@ -35,7 +34,7 @@ REMEDY = (
 # Which rows of a call of the denoiser are the prompts', where no pipeline's encoder says so: the
 # same in each call; a function of the arguments by name; or the prompts as they were encoded, whose
 # rows are those that hold them.
-Rows = Union[range, Callable[[Mapping[str, Any]], range], "PromptEncoding"]
+Rows = range | Callable[[Mapping[str, Any]], range] | PromptEncoding
 
 
 class Call:
@@ -71,6 +70,8 @@ class Call:
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
         self.rows_of: Rows | None = None
+        # Whether a call held the prompts that `rows_of` gives; None before the first call.
+        self._held: bool | None = None
         self.keeps_prompts = False
         self._thread = threading.get_ident()
         self._in_progress = False
@@ -119,6 +120,11 @@ class Call:
         A call of the pipeline that raised an error between the two is not waited for.
         """
         return any(not _raised(encoding) for encoding in self._waiting)
+
+    @property
+    def missed_prompts(self) -> bool:
+        """Whether anybody called the denoiser, and never with the prompts that `rows_of` names."""
+        return self._held is False
 
     def step(self) -> int:
         """The denoising step of this call, counted from 0, as the scheduler's order says.
@@ -219,16 +225,16 @@ class Call:
         if threading.get_ident() != self._thread:
             return
         self._take_arguments(args, kwargs)
-        self.rows = self._told_rows()
+        self.rows = self._rows_by_argument()
 
-    def _told_rows(self) -> range:
-        from locogen.models.text import PromptEncoding
-
+    def _rows_by_argument(self) -> range:
+        """The rows of this call that are the prompts', as the user says."""
         count = len(self.states)
-        told = self.rows_of
-        if isinstance(told, PromptEncoding):
-            return self._rows_that_hold(told.states)
-        rows = told(self.arguments) if callable(told) else told
+        if isinstance(self.rows_of, PromptEncoding):
+            rows = self._rows_that_hold(self.rows_of.states)
+            self._held = self._held or bool(rows)
+            return rows
+        rows = self.rows_of(self.arguments) if callable(self.rows_of) else self.rows_of
         if not isinstance(rows, range) or rows.step != 1 or not 0 <= rows.start <= rows.stop:
             raise LocogenError(f"rows is {rows!r}: give a range of rows of the denoiser's calls")
         if rows.stop > count:
@@ -428,6 +434,11 @@ def on_denoiser(
         if label is not None:
             stack.enter_context(announced(pipe, label))
         yield call
+        if call.missed_prompts:
+            raise LocogenError(
+                "no call of the denoiser held the prompts that rows= gives, so nothing was changed "
+                "or read: give them to the bit as your loop hands them over, or a range of rows"
+            )
         if call.is_awaited:
             raise LocogenError(
                 "the pipeline was called, but its denoiser did not run, or without the hooks of "

@@ -112,7 +112,7 @@ def intervene(
         >>> output.images[0].size
         (64, 64)
     """
-    with _intervening(pipe, plan, targets, are_plans_prompts=False, told_rows=rows):
+    with _intervening(pipe, plan, targets, are_plans_prompts=False, rows_of_calls=rows):
         yield
 
 
@@ -135,7 +135,7 @@ def _intervening(
     targets: PromptEncoding | None,
     *,
     are_plans_prompts: bool,
-    told_rows: Rows | None = None,
+    rows_of_calls: Rows | None = None,
 ) -> Iterator[None]:
     rows = list(plan)
     family = family_of(pipe)
@@ -148,7 +148,7 @@ def _intervening(
     # 2405.01008, section 4).
     exchange_of = _Patched if family.joint_attention else _Replaced
     if not family.joint_attention and targets is None:
-        if told_rows is not None:
+        if rows_of_calls is not None:
             raise LocogenError(
                 "with rows= nobody encodes the targets: give them to intervene(pipe, plan, "
                 "targets=…), encoded as the prompts of your loop are"
@@ -169,7 +169,7 @@ def _intervening(
             hooks += exchange.at(layers[index])
         return hooks
 
-    with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}", told_rows):
+    with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}", rows_of_calls):
         yield
 
 
@@ -647,7 +647,9 @@ def record(pipe: Pipeline, *, rows: Rows | None = None) -> Iterator[dict[int, li
 
         return before(layer.module, hook, layer.label)
 
-    hooks_for = lambda call: [collecting(call, layer) for layer in layers]  # noqa: E731
+    def hooks_for(call: Call) -> list[Hook]:
+        return [collecting(call, layer) for layer in layers]
+
     with on_denoiser(pipe, hooks_for, rows=rows):
         yield texts
 
