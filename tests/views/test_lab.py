@@ -236,6 +236,7 @@ def test_a_stopped_sweep_goes_on(lab: str, page: Any, tmp_path: Path) -> None:
     assert len(there) == int(numbers[0]) < int(numbers[1])
 
     run_cells()
-    page.get_by_text("rows in all").first.wait_for()
+    page.get_by_text(re.compile(r"^\d+ rows in all")).wait_for()
+    page.screenshot(path=tmp_path / "whole.png")
     assert len(list(store.glob("*.png"))) == int(numbers[1])
     assert {name: (store / name).stat().st_mtime_ns for name in there} == there
