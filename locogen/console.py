@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +180,8 @@ class Bar:
     def close(self) -> None:
         """End the bar; it leaves no line behind."""
         if self.line is not None:
+            # A notebook's bar stays, in red, unless it has come to its end.
+            self.line.n = self.line.total
             self.line.close()
 
 
@@ -256,30 +257,3 @@ def _line(doing: str) -> Any:
 def _is_live() -> bool:
     """Whether lines can be written over: a terminal, or a notebook."""
     return "ipykernel" in sys.modules or sys.stderr.isatty()
-
-
-# --- diffusers' bar -------------------------------------------------------------------------------
-
-
-class StepListener(io.TextIOBase):
-    """Where diffusers writes its bar of denoising steps, so that ours can say the step."""
-
-    bar_format = "{n}/{total}"
-
-    def __init__(self, things: int) -> None:
-        self.things = things  # pictures that are made together
-
-    def write(self, text: str) -> int:
-        """Read a step off what tqdm would show."""
-        numbers = re.search(r"(\d+)/(\d+)", text)
-        if numbers and int(numbers[1]):
-            current().step(int(numbers[1]), int(numbers[2]), self.things)
-        return len(text)
-
-    @classmethod
-    def options(cls, things: int) -> dict[str, Any]:
-        """What `pipe.set_progress_bar_config` takes: steps are listened to if a bar is open."""
-        if current().line is None:
-            return {"disable": True}
-        options: dict[str, Any] = {"disable": False, "file": cls(things), "mininterval": 0}
-        return options | {"bar_format": cls.bar_format, "leave": False}

@@ -8,7 +8,7 @@ import pytest
 from support import tiny
 
 from locogen import console
-from locogen.console import Bar, StepListener, clock_text, current, open_bar
+from locogen.console import Bar, clock_text, current, open_bar
 from locogen.errors import name_interrupt
 from locogen.models.load import without_library_bars
 from locogen.pictures.runs import generate
@@ -170,7 +170,17 @@ def test_nothing_is_shown_unless_asked(line: Line) -> None:
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     generate(pipe, ["cat"], num_inference_steps=1, progress=False)
     assert line.shown == [] and pipe._progress_bar_config == before
-    assert StepListener.options(1) == {"disable": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(tiny.FAMILIES))
+def test_every_family_says_its_steps_and_makes_the_same_pictures(name: str, line: Line) -> None:
+    pipe = tiny.FAMILIES[name]()
+    asked = {"num_inference_steps": 2, "store": None}
+    silent = generate(pipe, ["cat"], progress=False, **asked)
+    shown = generate(pipe, ["cat"], **asked)
+    assert any("picture 1 of 1 · step 2 of 2" in text for text in line.shown)
+    assert shown.pictures[0].tobytes() == silent.pictures[0].tobytes()
 
 
 def test_the_first_sign_comes_before_torch() -> None:

@@ -6,11 +6,12 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from locogen.console import StepListener, current
+from locogen.console import current
 from locogen.errors import LocogenError
 from locogen.interventions.prompts import generators, intervene_encoded
 from locogen.models.families import encode_guided, family_of
@@ -195,7 +196,7 @@ def call_pipeline(
     """
     family = family_of(pipe)
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**bar | StepListener.options(len(rows)))
+    pipe.set_progress_bar_config(**{**bar, "disable": True})
     current().work()
     try:
         with from_the_seed_alone(pipe), scheduler_errors(pipe), _decoding_in_slices(pipe):
@@ -203,6 +204,7 @@ def call_pipeline(
                 **family.options(pipe),
                 **arguments,
                 **{family.guidance_argument: settings.guidance_scale},
+                **_saying_steps(pipe, settings.num_inference_steps, len(rows)),
                 generator=generators(rows),
                 num_inference_steps=settings.num_inference_steps,
                 output_type=output_type,
@@ -211,6 +213,31 @@ def call_pipeline(
         pipe.set_progress_bar_config(**bar)
     check_flags(output, rows)
     return family.pictures(output, output_type)
+
+
+def _saying_steps(pipe: Pipeline, steps: int, pictures: int) -> dict[str, Any]:
+    """The argument by which a pipeline's call lets our bar say its steps; none if no bar is shown.
+
+    Diffusers' own bar cannot be read: in a notebook it would be a widget below ours.
+    """
+    bar = current()
+    if bar.line is None:
+        return {}
+
+    def say(step: int) -> None:
+        # Schedulers of several calls a step count beyond it.
+        bar.step(min(step + 1, steps), steps, pictures)
+
+    def after_step(_pipe: Any, step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        say(step)
+        return values
+
+    parameters = signature(type(pipe).__call__).parameters
+    if "callback_on_step_end" in parameters:
+        return {"callback_on_step_end": after_step}
+    if "callback" in parameters:  # older pipelines
+        return {"callback": lambda step, *_: say(step)}
+    return {}
 
 
 # --- memory --------------------------------------------------------------------------------------
