@@ -32,6 +32,7 @@ from machine import add_machine, kept, set_threads
 import locogen as loco
 from locogen.editing.probes import Probe
 from locogen.mini import world
+from locogen.phrasings import Phrasing, default_phrasings
 
 PLACEBO = "placebo"
 # What is tried of each closed-form editor: which states, and how much the weights are held.
@@ -54,9 +55,9 @@ CONCEPTS = (
     *("mini/pixel-art", "mini/blueprint", "mini/pop-art"),
     *("mini/national-animal-of-america", "mini/national-animal-of-thailand"),
 )
-# Styles that an object's or a fact's settings are chosen in, and those that report on it.
-CHOOSING, REPORTING = (
-    tuple(world.STYLES[i] for i in part) for part in ((2, 5), (0, 1, 3, 4, 6, 7))
+# Styles that an object's or a fact's phrasings are fitted in, that choose its settings, and that report on it.
+FITTED, CHOOSING, REPORTING = (
+    tuple(world.STYLES[i] for i in part) for part in ((1,), (2, 5), (0, 3, 4, 6, 7))
 )
 CHOOSE = 8  # objects of a style
 REPORT = 16  # other ones
@@ -76,7 +77,7 @@ ATTACKS: dict[str, dict[str, Any]] = {
 }
 
 
-def tries(editor: str) -> dict[str, tuple[dict[str, Any], float]]:
+def tries(editor: str, concept: loco.Concept) -> dict[str, tuple[dict[str, Any], float]]:
     """The settings that are tried of an editor: options and strength by a name."""
     if editor == "steering":
         return {f"x {strength:g}": ({}, strength) for strength in (1.0, 2.0)}
@@ -87,6 +88,18 @@ def tries(editor: str) -> dict[str, tuple[dict[str, Any], float]]:
     fits = dict(FITS)
     if editor in PRESERVING:
         fits["all, 10, kept 0.03"] = fits["all, 10"] | {"preserve_weight": 0.03}
+    if concept.kind != "style":
+        # The end of a prompt that names a style too is another state.
+        plain = default_phrasings(concept)
+        styled = [
+            Phrasing(
+                f"{plain[1].source} in the style of {style}",
+                f"{plain[1].target} in the style of {style}",
+                plain[1].subject,
+            )
+            for style in FITTED
+        ]
+        fits["end, 1, in a style too"] = fits["end, 1"] | {"phrasings": [*plain, *styled]}
     return {name: (options, 1.0) for name, options in fits.items()}
 
 
@@ -248,7 +261,7 @@ def study(
     tried: dict[str, Any] = {}
     fitted: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for name, (fit, strength) in tries(editor).items():
+    for name, (fit, strength) in tries(editor, concept).items():
         start = time.perf_counter()
         try:
             edit = edited_by(editor, pipe, concept, fit, options)
@@ -260,7 +273,7 @@ def study(
             pipe, {name: edit}, asked, seeds=SEEDS[True], strength=strength, **common
         )
         tried[name] = shares(table)
-    row: dict[str, Any] = {"tried": len(tries(editor)), "refused": refused}
+    row: dict[str, Any] = {"tried": len(tries(editor, concept)), "refused": refused}
     if not tried:
         return row
     best = min(tried, key=lambda name: cost(tried[name]))

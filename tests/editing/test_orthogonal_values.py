@@ -132,7 +132,7 @@ def test_mistakes_are_named(pipe) -> None:
         generate(pipe, ["a dog"], progress=False, **FEW)
 
 
-@pytest.mark.parametrize("family", ["sd-xl", "pixart-alpha", "if"])
+@pytest.mark.parametrize("family", tiny.fast("sd-xl", of=("sd-xl", "pixart-alpha", "if")))
 def test_other_families_have_values_too(family) -> None:
     other = tiny.FAMILIES[family]()
     values = fit_orthogonal_values(other, CAT, layers=[0], **PLAIN)
