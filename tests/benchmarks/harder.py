@@ -69,6 +69,7 @@ VARIANTS: dict[str, Variant] = {
     "all layers, outputs of values, less preserved": Variant("all", OUTPUT | VALUES | LESS),
     "all layers, outputs of keys and values": Variant("all", OUTPUT),
     "many phrasings": Variant(options=INPUT, phrased="many"),
+    "many phrasings, 2 trained rounds": Variant(options=INPUT, phrased="many", rounds=2),
     "values": Variant(options=INPUT | VALUES),
     "keys": Variant(options=INPUT | {"matrices": "k"}),
     "attribution's layers": Variant("attribution", INPUT),
