@@ -12,7 +12,7 @@ from locogen.pages.pictures import own_copy, picture_file, stores_of
 from locogen.pages.results import Finished
 from locogen.pages.thumbnails import picture_size, small_picture
 
-SIZES = (256, 192, 128, 96, 64)  # pixels; the largest one with which all pictures fit is taken
+SIZES = (384, 256, 192, 128, 96, 64)  # pixels; the largest one with which all pictures fit is taken
 BESIDE = 60_000_000  # bytes of full pictures beside a page
 LARGE_PICTURES = 128  # pixels; with larger ones a page may be larger too
 PAGE = 1_500_000  # bytes of a page with pictures up to that size
