@@ -9,7 +9,8 @@ that the model never had, which only the attack can have taught. With a placebo 
 
 A row makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures: what 400 pictures cost,
 some ten seconds of an idle core, so that the 13 concepts x 12 rows of a model take half an hour of one. To stay there,
-one wording, one seed and at most 16 units are reported: bounds count units (none of 16 says at most 21 %). Each row lies
+one wording, one seed and at most 16 units are reported: bounds count units (none of 16 says at most 21 %); and the
+attacks are short, so that what they bring back is the least that can be: attacks.py trains longer. Each row lies
 in the folder as soon as it is done; several processes (`--threads 1`) may share it: each takes the next row that no other
 has begun. `--report` only prints what is there.
 """
