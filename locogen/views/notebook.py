@@ -51,13 +51,15 @@ def _drawn(drawing: Figure, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
     of HTML they show the words. locogen's pages read the metadata. Empty outside of a notebook.
     """
     from IPython.core.getipython import get_ipython
+    from IPython.core.pylabtools import print_figure
 
     shell: Any = get_ipython()
     if shell is None:
         return {}, {}
     data, metadata = shell.display_formatter.format(drawing)
-    png = data.get("image/png")
-    if png is None:
+    # Where another backend than a notebook's own is chosen, nothing draws figures by itself.
+    png = data.get("image/png") or print_figure(drawing, fmt="png", base64=True)
+    if png is None:  # nothing is in the figure
         return data, metadata
     if isinstance(png, bytes):
         png = base64.b64encode(png).decode()

@@ -50,12 +50,13 @@ def test_the_tables_that_pages_link_are_all_named() -> None:
 @pytest.mark.slow
 def test_it_runs_and_has_its_page(study: Path) -> None:
     results = run_study(study)
-    record = json.loads((results / "owl" / "result.json").read_text())
+    folder = read_study(study)[2][0].folder
+    record = json.loads((folder / "result.json").read_text())
     assert record["finding"] == "owl: looked at 2 pictures." and record["pictures"] == 2
     assert (record["model"], record["concepts"], record["kind"]) == ("mini", ["owl"], "object")
-    assert len(pd.read_csv(results / "owl" / "pictures.csv")) == 2
+    assert len(pd.read_csv(folder / "pictures.csv")) == 2
     assert len(list((results / "store").glob("*.png"))) == 2, "the study's own store"
     build(results)
-    page = (results / "owl" / "index.html").read_text(encoding="utf-8")
+    page = (folder / "index.html").read_text(encoding="utf-8")
     assert "owl: looked at 2 pictures." in page and 'alt="Pictures of owl."' in page
     assert "pictures.csv" in page

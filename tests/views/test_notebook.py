@@ -62,6 +62,14 @@ def test_a_figure_is_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[1][0] == other
 
 
+def test_it_is_drawn_whatever_the_backend(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shell.display_formatter, "format", lambda figure: ({"text/plain": "x"}, {}))
+    calls = shown(monkeypatch)
+    show(plt.subplots(figsize=(1, 1))[0], WORDS)
+    [(bundle, _)] = calls
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG")
+
+
 def test_its_words_are_there_for_every_reader(
     shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -284,7 +284,8 @@ def check_run(folder: Path, kind: str) -> dict[str, Any]:
         set() if kind == "fact" else content
     )
     (carrier,) = told["carriers"]
-    assert set(carrier) == {"concept", "start", "width", "reason"} and carrier["width"] == 2
+    assert set(carrier) == {"concept", "start", "width", "reason", "kind", "places"}
+    assert carrier["width"] == 2
     assert told["finding"].startswith(told["concepts"][0])
     shown = images(folder / "notebook.ipynb")
     assert len(shown) == (6 if kind == "fact" else 7)
