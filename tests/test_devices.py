@@ -80,6 +80,8 @@ OTHERS = [
 def test_no_two_devices_meet(name, verb, tmp_path, monkeypatch):
     if refused(name, verb):
         pytest.skip("refused for this family")
+    if name == "kolors":  # diffusers' own ChatGLM, before any of our hooks
+        pytest.skip("the pretended device does not follow ChatGLM's mask: only a card shows it")
     monkeypatch.setattr("locogen.pictures.speed.REPEATS", 1)
     pipe = on_device(name)
     with pretended():

@@ -75,7 +75,7 @@ def test_the_mini_model_is_in_the_package() -> None:
     "ask, words",
     [
         (lambda: model_entry("sd1.4"), "no model 'sd1.4': did you mean 'sd-1.4'"),
-        (lambda: model_entry("zzz"), "use one of flux-dev, flux-schnell, if-1"),
+        (lambda: model_entry("zzz"), "use one of chroma, flux-2-dev, flux-2-klein-4b"),
         (lambda: scorer_entry("clip"), "no scorer 'clip'"),
         (
             lambda: concept("mini/van-gog"),
