@@ -359,13 +359,12 @@ def count_layers(folder: Path) -> int | None:
     for part in ("unet", "transformer"):
         for file in (folder / part).glob("*.safetensors"):
             names |= _tensor_names(file)
-    cross = [name for name in names if name.endswith("attn2.to_k.weight")]
-    if cross:
-        return len(cross)
-    # Families whose attention reads picture and text together.
+    # Families whose attention reads picture and text together; of these some have an `attn2` too,
+    # in which the picture reads itself.
     joint = [name for name in names if name.endswith("add_k_proj.weight")]
     single = {match[0] for name in names if (match := re.match(_SINGLE_BLOCK, name))}
-    return len(joint) + len(single) or None
+    cross = [name for name in names if name.endswith("attn2.to_k.weight")]
+    return len(joint) + len(single) or len(cross) or None
 
 
 _SINGLE_BLOCK = r"single_transformer_blocks\.\d+\."

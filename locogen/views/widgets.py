@@ -72,6 +72,8 @@ def explore(
     anchored: bool | None = None,
     augmented: int | None = None,
     matrices: str | None = None,
+    rounds: int | None = None,
+    side: str | None = None,
 ) -> ExplorerBox:
     """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
 
@@ -104,7 +106,9 @@ def explore(
         filtered: Whether to keep only the preserved prompts that an edit would move most.
         anchored: Whether to keep also what every prompt holds.
         augmented: How often preserved states are repeated with noise.
-        matrices: "kv", or "v" for values alone.
+        matrices: "kv", or "v" for values alone, "k" for keys.
+        rounds: How many times the states that would bring the concept back are edited as well.
+        side: "input" for other answers to the concept's states, "output" for no such answer at all.
 
     Returns:
         A widget: display it in Jupyter, or set its controls by code.
@@ -137,6 +141,8 @@ def explore(
         "anchored": anchored,
         "augmented": augmented,
         "matrices": matrices,
+        "rounds": rounds,
+        "side": side,
     }
     chosen_options = {name: value for name, value in options.items() if value is not None}
     if pipe is None and run.made_by is not None:

@@ -502,7 +502,7 @@ def test_the_other_kinds_attack_what_acts_at_inference_too(pipe, at_inference, k
 @pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
 def test_training_sees_what_acts_at_inference(pipe, at_inference, editor) -> None:
     """The loss within it is another than the plain one; a direct call without `bare_calls` is refused."""
-    from locogen.attacks.words import states_of
+    from locogen.interventions.words import states_of
 
     loss = DenoisingLoss(pipe, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)))
     noised = loss.fixed(0, 2)
