@@ -8,6 +8,7 @@ folder.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -122,10 +123,14 @@ def empty(folder: Path) -> None:
             ) from None
 
 
+# What stores write: pictures by their keys, the records of runs, and what a killed process left of
+# both. Nothing else is touched: LOCOGEN_CACHE may name a folder with pictures of one's own.
+_STORED = re.compile(r"\.?([0-9a-f]{32}\.png|run-[0-9a-f]{32}\.json)(\.[0-9-]+\.partial)?")
+
+
 def _files(folder: Path) -> list[Path]:
-    """What stores write: pictures, the records of runs, and what a killed process left of them."""
-    patterns = ("*.png", "run-*.json", ".*.partial")
-    return [file for pattern in patterns for file in folder.glob(pattern)]
+    """The files of a folder that a store wrote."""
+    return [file for file in folder.glob("*") if _STORED.fullmatch(file.name)]
 
 
 def _in_words(size: float) -> str:
