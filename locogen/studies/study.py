@@ -219,7 +219,8 @@ def _totals(plan: _Plan) -> str:
     each = [plan.costs.pictures(run) for run in todo]
     counts = [count for count in each if count is not None]
     unknown_runs = len(each) - len(counts)
-    more = f" and those of {unknown_runs} more runs, not yet known" if unknown_runs else ""
+    noun = "run" if unknown_runs == 1 else "runs"
+    more = f" and those of {unknown_runs} more {noun}, not yet known" if unknown_runs else ""
 
     stored = len(list((plan.results / "store").glob("*.png")))
     seconds = plan.costs.left(todo, 1)
