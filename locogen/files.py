@@ -110,7 +110,8 @@ def cache_folder() -> Path:
 
     folder = os.environ.get("LOCOGEN_CACHE")
     if folder:
-        return Path(folder)
+        # Not every place that sets variables expands "~", and a relative one would move with us.
+        return Path(folder).expanduser().absolute()
     place = user_cache_path("locogen", appauthor=False)
     # Without a home "~" stays as it is, and would be a folder of that name right here.
     return place if place.is_absolute() else Path(tempfile.gettempdir(), "locogen")

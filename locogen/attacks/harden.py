@@ -17,7 +17,7 @@ from locogen.attacks.loss import check_attackable
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.interventions.words import digest
-from locogen.phrasings import Phrasing, occurrences
+from locogen.phrasings import Phrasing, default_phrasings, occurrences
 from locogen.pictures.fingerprint import weights_of
 from locogen.plan import Concept, PromptPair
 from locogen.types import Pipeline
@@ -160,10 +160,24 @@ def _against(edit: Edit, concept: Concept, vectors: Tensor) -> Edit:
     plain = "".join(letter if letter.isalnum() else "-" for letter in concept.name.lower())
     token = f"<{plain}-{len(words) + 1}>"
     phrasings = list(edit.recipe["phrasings"])
-    named = [phrasing for phrasing in phrasings if phrasing["subject"] not in words]
+    named = _about(edit, concept, [one for one in phrasings if one["subject"] not in words])
     more = [vars(_spoken(Phrasing(**phrasing), token)) for phrasing in named]
     words[token] = vectors.tolist()
     return replace(edit, recipe={**edit.recipe, "phrasings": [*phrasings, *more], "words": words})
+
+
+def _about(edit: Edit, concept: Concept, phrasings: Sequence[Any]) -> list[Any]:
+    """The phrasings of one concept among those of an edit, which may be of several."""
+    subjects = {phrasing.subject for phrasing in default_phrasings(concept)} | {concept.name}
+    named = [phrasing for phrasing in phrasings if phrasing["subject"] in subjects]
+    if named:
+        return named
+    if edit.name == concept.name:  # its own phrasings, in other words
+        return list(phrasings)
+    raise LocogenError(
+        f"the edit is of {edit.name!r} and has no phrasing about {concept.name!r}: give a concept "
+        "that it edits"
+    )
 
 
 def _spoken(phrasing: Phrasing, token: str) -> Phrasing:

@@ -35,7 +35,7 @@ from locogen.editing.weights import (
 )
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import LayerInputs, Tokens
-from locogen.interventions.words import speaking_all
+from locogen.interventions.words import check_speakable, speaking_all
 from locogen.models.compilation import uncompiled_module
 from locogen.models.families import (
     check_encoders,
@@ -169,7 +169,9 @@ class Edit:
         words = self.recipe.get("words")
         if not words:
             return _fit(pipe, self.name, phrasings, place, options)
-        with speaking_all(pipe, _vectors(words)):
+        vectors = _vectors(words)
+        check_speakable(pipe, vectors)
+        with speaking_all(pipe, vectors):
             edit = _fit(pipe, self.name, phrasings, place, options)
         return replace(edit, recipe={**edit.recipe, "words": words})
 

@@ -374,7 +374,7 @@ def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
     import torch
 
     matrix = to_float64(weight.detach()).to(states)  # (out, width)
-    least = torch.linalg.svd(matrix, full_matrices=False).Vh[-1]  # (width,), p
+    least = torch.linalg.svd(matrix, full_matrices=True).Vh[-1]  # (width,), p
     dice = torch.Generator().manual_seed(0)
     count = times * len(states)
     noise = torch.randn(count, states.shape[1], generator=dice, dtype=torch.float64).to(states)

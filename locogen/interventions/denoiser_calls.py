@@ -222,8 +222,7 @@ class Call:
 
     def _begin_anybodys(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call by a loop of one's own, by a modular pipeline, or by the pipeline itself."""
-        if threading.get_ident() != self._thread:
-            return
+        self._check_thread()
         self._take_arguments(args, kwargs)
         self.rows = self._rows_by_argument()
 
@@ -246,11 +245,19 @@ class Call:
         import torch
 
         states = self.states
-        for first in {0, max(len(states) - len(prompts), 0)}:
-            part = states[first : first + len(prompts)]
-            if part.shape == prompts.shape and torch.equal(part, prompts.to(part)):
-                return range(first, first + len(prompts))
-        return range(0)
+        count = len(prompts)
+        places = [
+            first
+            for first in range(len(states) - count + 1)
+            if states[first].shape == prompts[0].shape
+            and torch.equal(states[first : first + count], prompts.to(states))
+        ]
+        if len(places) > 1:
+            raise LocogenError(
+                f"the denoiser is called with these prompts {len(places)} times, from rows "
+                f"{', '.join(map(str, places))} on: say by rows=range(…) which of them are meant"
+            )
+        return range(places[0], places[0] + count) if places else range(0)
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._take_arguments(args, kwargs)

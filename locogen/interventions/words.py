@@ -143,6 +143,29 @@ def speaking(pipe: Pipeline, token: str, vectors: Tensor) -> Iterator[None]:
             pipe.tokenizer = tokenizer
 
 
+def check_speakable(pipe: Pipeline, words: Mapping[str, Tensor]) -> None:
+    """Raise `LocogenError` for a pipeline that cannot read these words: another encoder also reads.
+
+    Args:
+        pipe: The pipeline.
+        words: Vectors by word, (vectors, width).
+    """
+    encoders = text_encoders(pipe)
+    if len(encoders) != 1:
+        raise LocogenError(
+            f"the edit has trained words, and {', '.join(encoders)} of this pipeline would each "
+            "need vectors of their own: fit the edit without them, then harden it on this model"
+        )
+    [encoder] = encoders.values()
+    width = encoder.get_input_embeddings().weight.shape[1]
+    others = sorted({vectors.shape[1] for vectors in words.values()} - {width})
+    if others:
+        raise LocogenError(
+            f"the edit's trained words have {others[0]} numbers a vector, this text encoder reads "
+            f"{width}: fit the edit without them, then harden it on this model"
+        )
+
+
 @contextmanager
 def speaking_all(pipe: Pipeline, words: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the context, prompts may use all of these words: see `speaking`."""

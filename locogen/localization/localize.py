@@ -90,7 +90,8 @@ def localize(
             bound what may have been missed: with confidence 95 %, no larger share of their
             pictures than `missed` has at least half of the chosen window's effect.
         budget: Largest share of the exhaustive search's pictures that a race makes. Where it does
-            not pay for a first look at every window, those that gradients propose start.
+            not pay for a first look at every window, those that gradients propose start; what the
+            gradients cost is on top of it, and told in the run's settings.
         store: Folder for the pictures; what it holds is not made again. "auto": `store_folder`, in
             this user's cache; None: a temporary folder.
         progress: Whether to show a progress bar.

@@ -130,7 +130,7 @@ _STORED = re.compile(r"\.?([0-9a-f]{32}\.png|run-[0-9a-f]{32}\.json)(\.[0-9-]+\.
 
 def _files(folder: Path) -> list[Path]:
     """The files of a folder that a store wrote."""
-    return [file for file in folder.glob("*") if _STORED.fullmatch(file.name)]
+    return [file for file in folder.glob("*") if _STORED.fullmatch(file.name) and file.is_file()]
 
 
 def _in_words(size: float) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import tiny
 
-from locogen.attacks.harden import harden
+from locogen.attacks.harden import _against, harden
 from locogen.attacks.loss import DenoisingLoss
 from locogen.editing.edit import Edit, fit_edit
 from locogen.errors import LocogenError
@@ -141,3 +141,19 @@ def test_mistakes_are_named(pipe, edit) -> None:
     other = dataclasses.replace(edit, recipe={**edit.recipe, "phrasings": phrasings})
     with pytest.raises(LocogenError, match="does not have its subject"):
         harden(pipe, CAT, other, **QUICK)
+
+
+def test_vectors_stand_for_the_words_of_their_own_concept(pipe) -> None:
+    dog = Concept("dog", "object", (PromptPair("a dog in a", "a do in a"),))
+    both = fit_edit(pipe, [CAT, dog], layers=[0])
+    hardened = _against(both, CAT, torch.zeros(1, 16))
+    added = hardened.recipe["phrasings"][len(both.recipe["phrasings"]) :]
+    of_cat = [one for one in both.recipe["phrasings"] if one["subject"] == "cat"]
+    assert len(added) == len(of_cat) < len(both.recipe["phrasings"])
+    with pytest.raises(LocogenError, match="no phrasing about 'ca'"):
+        _against(both, dataclasses.replace(CAT, name="ca"), torch.zeros(1, 16))
+
+
+def test_trained_words_are_refused_where_other_encoders_read_too(harder) -> None:
+    with pytest.raises(LocogenError, match="vectors of their own"):
+        harder.refit(tiny.FAMILIES["sd-xl"](), layers=[0])

@@ -1,5 +1,7 @@
 """Whoever calls the denoiser: a loop of one's own, and modular pipelines beside their classic twins."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +189,32 @@ def test_all_layers_of_a_modular_pipeline_are_the_targets_run(name):
         made, _ = made_by(other, [row.prompt for row in rows])
     assert np.abs(made[0] - own[0]).max() < 1e-5
     assert np.abs(plain[0] - own[0]).max() > 1e-4  # the twin
+
+
+@torch.no_grad()
+def called_with(pipe, states):
+    """One call of the denoiser, as a loop of one's own makes it."""
+    count = len(states)
+    return pipe.unet(torch.zeros(count, 4, 8, 8), torch.tensor(1), states).sample
+
+
+def test_prompts_that_a_call_holds_twice_must_be_told_apart(pipe):
+    prompt, target, negative = (encode(pipe, [text]) for text in (PROMPT, TARGET, ""))
+    twice = torch.cat(
+        [negative.states, prompt.states, prompt.states]
+    )  # as perturbed attention does
+    with intervene(pipe, plan(every(pipe), (0,)), targets=target, rows=prompt):
+        called_with(pipe, twice[:2])  # the twin: once
+        with pytest.raises(LocogenError, match="2 times, from rows 1, 2 on"):
+            called_with(pipe, twice)
+
+
+def test_a_loop_in_another_thread_is_refused(pipe):
+    prompt, target = (encode(pipe, [text]) for text in (PROMPT, TARGET))
+    with (
+        intervene(pipe, plan(every(pipe), (0,)), targets=target, rows=range(1)),
+        ThreadPoolExecutor(1) as threads,
+    ):
+        called_with(pipe, prompt.states)
+        with pytest.raises(LocogenError, match="another thread"):
+            threads.submit(called_with, pipe, prompt.states).result()

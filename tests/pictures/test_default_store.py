@@ -169,3 +169,11 @@ def test_clean_deletes_what_locogen_wrote(
     assert main(["clean"]) == 0 and capsys.readouterr().out.endswith("deleted\n")
     assert sorted(file.name for file in cache.iterdir()) == mine
     assert main(["clean", "--yes"]) == 0
+
+
+def test_the_home_folder_in_a_variable_is_ones_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter's %env, Docker and systemd do not expand it."""
+    monkeypatch.setenv("LOCOGEN_CACHE", "~/cache")
+    assert store_folder() == Path.home() / "cache" / "pictures"
+    monkeypatch.setenv("LOCOGEN_CACHE", "cache")
+    assert store_folder().is_absolute()

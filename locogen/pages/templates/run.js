@@ -4,7 +4,7 @@
   const block = document.getElementById("page.data");
   const data = JSON.parse(block.textContent);
   const large = document.getElementById("page.large");
-  const opened = new Map();  // button of a picture → what it shows
+  const opened = new WeakMap();  // button of a picture → what it shows
 
   function make(tag, properties = {}, ...children) {
     const element = document.createElement(tag);
@@ -202,7 +202,6 @@
   const arm = document.getElementById("page.arm");
 
   function showArm() {
-    opened.clear();
     const groups = new Map();
     for (const each of data.arms[arm.value].pairs) groups.set(each.group, [...(groups.get(each.group) || []), each]);
     const sections = [...groups].flatMap(([group, pairs]) => [
