@@ -362,8 +362,12 @@ class Fit:
 def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
     """Each state with noise along the direction that a matrix answers least, (times · rows, width).
 
+    Least of those that it answers at all: a matrix with fewer outputs than inputs has others, which
+    no change of it needs.
+
     SPEED's augmentation (arXiv 2503.07392) of rank 1: c + ε p pᵀ with Gaussian ε and p the right
-    singular vector of the smallest singular value. For the matrix the states nearly stay the same.
+    singular vector of the smallest singular value. Where that is small the states nearly stay the
+    same for the matrix.
     In a null space that is exact, as here, all of them span one direction more: p.
 
     Args:
@@ -374,7 +378,7 @@ def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
     import torch
 
     matrix = to_float64(weight.detach()).to(states)  # (out, width)
-    least = torch.linalg.svd(matrix, full_matrices=True).Vh[-1]  # (width,), p
+    least = torch.linalg.svd(matrix, full_matrices=False).Vh[-1]  # (width,), p
     dice = torch.Generator().manual_seed(0)
     count = times * len(states)
     noise = torch.randn(count, states.shape[1], generator=dice, dtype=torch.float64).to(states)
