@@ -362,13 +362,10 @@ class Fit:
 def augmented_states(states: Tensor, weight: Tensor, times: int) -> Tensor:
     """Each state with noise along the direction that a matrix answers least, (times · rows, width).
 
-    Least of those that it answers at all: a matrix with fewer outputs than inputs has others, which
-    no change of it needs.
-
     SPEED's augmentation (arXiv 2503.07392) of rank 1: c + ε p pᵀ with Gaussian ε and p the right
-    singular vector of the smallest singular value. Where that is small the states nearly stay the
-    same for the matrix.
-    In a null space that is exact, as here, all of them span one direction more: p.
+    singular vector of the smallest singular value (of the first `out` ones, where the matrix is
+    wide). Where that value is small, the states nearly stay the same for the matrix. In a null
+    space that is exact, as here, all of them span one direction more: p.
 
     Args:
         states: Preserved states, (rows, width).
