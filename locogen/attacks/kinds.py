@@ -60,6 +60,9 @@ class Options:
             if getattr(self, name) not in allowed:
                 words = ", ".join(map(repr, allowed))
                 raise LocogenError(f"{name} is {getattr(self, name)!r}: use one of {words}")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         for name, least in {"steps": 0, "batch": 1, "vectors": 1}.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:

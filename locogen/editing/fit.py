@@ -80,10 +80,7 @@ class Options:
                 "filtered, anchored and augmented choose what the null space keeps: give "
                 "null_space=True too"
             )
-        if not isinstance(self.augmented, int) or self.augmented < 0:
-            raise LocogenError(
-                f"augmented is {self.augmented!r}: give a whole number from 0 up (SPEED uses 10)"
-            )
+        self._check_augmented()
         if self.null_space and not self.preserve:
             raise LocogenError(
                 "null_space keeps the preserved prompts exactly: give some prompts in preserve="
@@ -91,6 +88,12 @@ class Options:
         if self.null_space and self.ordinary:
             raise LocogenError(
                 "null_space and ordinary are two ways to keep other prompts: use only one of them"
+            )
+
+    def _check_augmented(self) -> None:
+        if not isinstance(self.augmented, int) or self.augmented < 0:
+            raise LocogenError(
+                f"augmented is {self.augmented!r}: give a whole number from 0 up (SPEED uses 10)"
             )
 
     def _check_side(self) -> None:
