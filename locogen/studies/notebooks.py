@@ -240,6 +240,11 @@ def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
         raise LocogenError(f"{name} is {value}: give a number from 0 up")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
+    _check_words(name, value)
+
+
+def _check_words(name: str, value: Any) -> None:
+    """The same of what is written in words."""
     if name == "device" and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", value):
         raise LocogenError(f"device is {value!r}: use 'cpu', 'cuda', 'cuda:0' or 'mps'")
     if name == "layers":
