@@ -274,21 +274,26 @@ def _models(
     models: Sequence[Model] | None, never_had: NeverHad | None, *, has_placebo: bool
 ) -> tuple[Model, ...]:
     if models is None:
-        missing = {"placebo": not has_placebo, "never had": never_had is None}
-        return tuple(model for model in MODELS if not missing.get(model, False))
+        return _known_models(never_had, has_placebo=has_placebo)
     unknown = [one for one in models if one not in MODELS]
     if unknown or not models:
         raise LocogenError(f"models is {list(models)}: use some of {', '.join(MODELS)}")
     if "never had" in models and never_had is None:
-        raise LocogenError(
-            "no concept is known that this model never had: give never_had=, or leave it out of "
-            "models="
-        )
+        raise _unknown_control("concept", "that this model never had", "never_had")
     if "placebo" in models and not has_placebo:
-        raise LocogenError(
-            "no placebo is known of this edit: give placebo=, or leave it out of models="
-        )
+        raise _unknown_control("placebo", "of this edit", "placebo")
     return tuple(models)
+
+
+def _known_models(never_had: NeverHad | None, *, has_placebo: bool) -> tuple[Model, ...]:
+    missing = {"placebo": not has_placebo, "never had": never_had is None}
+    return tuple(model for model in MODELS if not missing.get(model, False))
+
+
+def _unknown_control(thing: str, of_what: str, argument: str) -> LocogenError:
+    return LocogenError(
+        f"no {thing} is known {of_what}: give {argument}=, or leave it out of models="
+    )
 
 
 @contextmanager

@@ -330,13 +330,13 @@ class Call:
     def _rows_among(self, prompts: list[Any]) -> range:
         """The rows of a denoiser that is called with a list: those that the encoder returned."""
         encoded = {id(row) for row in prompts}
-        given = self.arguments[self.family.text_argument]
-        rows = [place for place, row in enumerate(given) if id(row) in encoded]
+        called_with = self.arguments[self.family.text_argument]
+        rows = [place for place, row in enumerate(called_with) if id(row) in encoded]
         if rows and rows[-1] - rows[0] + 1 == len(rows):
             return range(rows[0], rows[-1] + 1)
         raise LocogenError(
-            f"the denoiser is called with {len(given)} rows, and it is unknown which of them are "
-            "the prompts': call the pipeline with its own prompts"
+            f"the denoiser is called with {len(called_with)} rows, and it is unknown which of them "
+            "are the prompts': call the pipeline with its own prompts"
         )
 
     def _is_negative(self, prompts: Tensor) -> bool:

@@ -148,12 +148,7 @@ def _intervening(
     # 2405.01008, section 4).
     exchange_of = _Patched if family.joint_attention else _Replaced
     if not family.joint_attention and targets is None:
-        if rows_of_calls is not None:
-            raise LocogenError(
-                "with rows= nobody encodes the targets: give them to intervene(pipe, plan, "
-                "targets=…), encoded as the prompts of your loop are"
-            )
-        _check_encoder(pipe)
+        _check_somebody_encodes(pipe, rows_of_calls)
 
     def hooks_for(call: Call) -> list[Hook]:
         exchange = exchange_of(call, rows, targets, are_plans_prompts)
@@ -164,13 +159,16 @@ def _intervening(
         if any(row.pooled == "target" for row in rows) and family.pooled is not None:
             hooks += family.pooled(denoiser_of(pipe, family), exchange.pooled)
         # No hook where nothing is exchanged: then a plan without layers is the plain pipeline.
-        replaced = set().union(*(row.layers for row in rows))
-        for index in sorted(replaced):
+        for index in _exchanged_layers(rows):
             hooks += exchange.at(layers[index])
         return hooks
 
     with on_denoiser(pipe, hooks_for, f"intervene {_described(rows, targets)}", rows_of_calls):
         yield
+
+
+def _exchanged_layers(rows: Sequence[Intervention]) -> list[int]:
+    return sorted(set().union(*(row.layers for row in rows)))
 
 
 def _described(rows: Sequence[Intervention], targets: PromptEncoding | None) -> str:
@@ -185,7 +183,12 @@ def _digest(state: Tensor) -> str:
     return hashlib.sha256(state.detach().float().cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_encoder(pipe: Pipeline) -> None:
+def _check_somebody_encodes(pipe: Pipeline, rows_of_calls: Rows | None) -> None:
+    if rows_of_calls is not None:
+        raise LocogenError(
+            "with rows= nobody encodes the targets: give them to intervene(pipe, plan, "
+            "targets=…), encoded as the prompts of your loop are"
+        )
     if not text_encoders(pipe):
         raise LocogenError(
             "the pipeline has no text encoder to encode the targets with: give the encoded targets "
@@ -255,14 +258,14 @@ class _Exchange:
 
         # A call that brings `prompt_embeds` need not say to which length they were padded or cut.
         length = encoding.arguments.get("max_sequence_length")
-        given = self.call.family.encoding_of(encoding.returned).states.shape[1]
+        tokens_of_prompts = self.call.family.encoding_of(encoding.returned).states.shape[1]
         tokens = encoded.states.shape[1]
-        if length is None or given == tokens:
+        if length is None or tokens_of_prompts == tokens:
             return encoded
         ahead = max(tokens - length, 0)  # SD 3's T5 stands behind its CLIPs, which have one length
-        if given <= ahead:
+        if tokens_of_prompts <= ahead:
             return encoded
-        changes["max_sequence_length"] = given - ahead
+        changes["max_sequence_length"] = tokens_of_prompts - ahead
         return self.call.family.encoding_of(encoding.again(**changes))
 
     def check(self, encoding: Encoding) -> None:

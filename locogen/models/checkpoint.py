@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -361,13 +361,17 @@ def count_layers(folder: Path) -> int | None:
             names |= _tensor_names(file)
     # Families whose attention reads picture and text together; of these some have an `attn2` too,
     # in which the picture reads itself.
-    joint = [name for name in names if name.endswith("add_k_proj.weight")]
-    single = {match[0] for name in names if (match := re.match(_SINGLE_BLOCK, name))}
-    cross = [name for name in names if name.endswith("attn2.to_k.weight")]
+    joint = _ending(names, "add_k_proj.weight")
+    single = set(re.findall(_SINGLE_BLOCK, "\n".join(names), re.MULTILINE))
+    cross = _ending(names, "attn2.to_k.weight")
     return len(joint) + len(single) or len(cross) or None
 
 
-_SINGLE_BLOCK = r"single_transformer_blocks\.\d+\."
+_SINGLE_BLOCK = r"^single_transformer_blocks\.\d+\."
+
+
+def _ending(names: Iterable[str], end: str) -> list[str]:
+    return [name for name in names if name.endswith(end)]
 
 
 def _tensor_names(file: Path) -> set[str]:

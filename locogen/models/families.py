@@ -432,8 +432,8 @@ def family_of(model: Any) -> Family:
     family = FAMILIES.get(type(uncompiled).__name__)
     if family is None:
         parts = _denoisers_of_modular(uncompiled) or [uncompiled]
-        known = (one for one in FAMILIES.values() for part in parts if one.is_denoiser(part))
-        family = next(known, None)
+        by_denoiser = (one for one in FAMILIES.values() for part in parts if one.is_denoiser(part))
+        family = next(by_denoiser, None)
     if family is None:
         raise UnsupportedModel(
             f"{type(uncompiled).__name__} is not supported: use one of {', '.join(FAMILIES)}, "

@@ -47,16 +47,16 @@ class Heartbeat:
 class Counts(NamedTuple):
     """How far a run is."""
 
-    made: int  # pictures
-    asked: int
+    pictures: int  # made
+    total: int  # asked for
     seconds: float  # spent making them
 
 
 def read_progress(folder: Path) -> Counts:
     """What the run that works in the folder has made so far, and what it was asked for."""
     counts = load_json(folder / "progress.json")
-    made = int(counts.get("made", 0))
-    return Counts(made, int(counts.get("asked", 0)), float(counts.get("seconds", 0.0)))
+    pictures, total = int(counts.get("made", 0)), int(counts.get("asked", 0))
+    return Counts(pictures, total, float(counts.get("seconds", 0.0)))
 
 
 beat = Heartbeat()

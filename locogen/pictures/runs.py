@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 import numpy as np
@@ -383,9 +384,7 @@ def make_run(
     with open_bar(progress, "reading the model"):
         # Keys come first: they hold the weights and contexts of this moment.
         circumstances = circumstances_of(pipe, settings)
-        # Nobody finds pictures of unknown code again: they would only fill the user's cache.
-        is_unknown = store == AUTO and bool(circumstances["foreign"])
-        place = None if is_unknown else place_of(store)
+        place = _place_for(store, circumstances)
         shelf = PictureStore(tempfile.mkdtemp(prefix="locogen-") if place is None else place)
         keys = [key_of(row, circumstances) for row in plan]
         facts = {"model": name_of(pipe), **circumstances, "pictures": len(plan)}
@@ -393,15 +392,10 @@ def make_run(
 
         # Rows that make the same picture share a key: it is made once.
         rows_by_key = dict(zip(keys, plan, strict=True))
-        missing = {key: row for key, row in rows_by_key.items() if shelf.get(key) is None}
-        if missing:
-            # A store that cannot be written is noticed here, before a batch is made.
-            record = Record(shelf, {**facts, "images": images})
-            new = batches(list(missing.values()), list(rows_by_key.values()), record.batch)
-            here = "they are not kept" if place is None else f"they are kept in {shortened(place)}"
-            _write_pictures(new, missing, record, len(rows_by_key), here)
-            if store == AUTO and place is not None:
-                warn_if_large(place)
+        fate = "they are not kept" if place is None else f"they are kept in {shortened(place)}"
+        has_made = _make_missing(rows_by_key, shelf, {**facts, "images": images}, batches, fate)
+        if has_made and store == AUTO and place is not None:
+            warn_if_large(place)
 
         pictures = Pictures(shelf, keys)
         # Pictures are read from the folder: it goes when they do.
@@ -409,6 +403,31 @@ def make_run(
             weakref.finalize(pictures, shutil.rmtree, shelf.folder, ignore_errors=True)
         table = columns.assign(edit=pd.NA, image=images, **settings.as_dict())
         return Run(tuple(plan), pictures, table, facts, weakref.ref(pipe))
+
+
+def _place_for(store: Place, circumstances: Mapping[str, Any]) -> Path | None:
+    # Nobody finds pictures of unknown code again: they would only fill the user's cache.
+    if store == AUTO and circumstances["foreign"]:
+        return None
+    return place_of(store)
+
+
+def _make_missing(
+    rows_by_key: Mapping[str, Row],
+    shelf: PictureStore,
+    facts: Mapping[str, Any],
+    batches: Callable[[Sequence[Row], Sequence[Row], int | None], Iterator[Batch[Row]]],
+    fate: str,
+) -> bool:
+    """Make the pictures that the store does not hold; whether there were any."""
+    missing = {key: row for key, row in rows_by_key.items() if shelf.get(key) is None}
+    if not missing:
+        return False
+    # A store that cannot be written is noticed here, before a batch is made.
+    record = Record(shelf, facts)
+    new = batches(list(missing.values()), list(rows_by_key.values()), record.batch)
+    _write_pictures(new, missing, record, len(rows_by_key), fate)
+    return True
 
 
 def _write_pictures(

@@ -89,7 +89,7 @@ class Board:
             # A run that is about to be published has deleted its file: what was last read holds.
             counts = max(self.counts.get(slug, Counts(0, 0, 0.0)), read_progress(folder))
             self.counts[slug] = counts
-            running[slug] = RunProgress(now - since, counts.made, counts.asked, counts.seconds)
+            running[slug] = RunProgress(now - since, counts.pictures, counts.total, counts.seconds)
         return running
 
     def finish(self, run: Planned, outcome: Outcome) -> None:
@@ -121,9 +121,9 @@ class Board:
     def stopped(self) -> str:
         """Where the runs at work were stopped, in words; empty if none has asked for pictures."""
         running = self.at_work().values()
-        made = sum(run.pictures for run in running)
+        pictures = sum(run.pictures for run in running)
         total = sum(run.total for run in running)
-        return f"stopped at {made} of {total} pictures; they are kept" if total else ""
+        return f"stopped at {pictures} of {total} pictures; they are kept" if total else ""
 
     def print(self, line: str) -> None:
         """Print a line, above the bars if there are any."""

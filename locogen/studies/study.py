@@ -265,11 +265,7 @@ def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dic
     waiting = _submit(plan, engine)
     try:
         while waiting:
-            for run, outcome in _ended(waiting, engine):
-                del left[run.slug]
-                board.finish(run, outcome)
-                if outcome.error:
-                    failed[run.slug] = outcome.error
+            failed |= _failed_since(waiting, left, board, engine)
             if failed and not keep_going:
                 _hold(waiting, board)
             board.refresh()
@@ -285,6 +281,19 @@ def _execute(plan: _Plan, board: Board, engine: Engine, keep_going: bool) -> dic
         raise
     was_held = bool(failed) and not keep_going
     return failed | _never_ended(left, was_held, board)
+
+
+def _failed_since(
+    waiting: _Waiting, left: dict[str, Planned], board: Board, engine: Engine
+) -> dict[str, str]:
+    """Take the runs that have ended off both lists; slug → error of those that failed."""
+    failed: dict[str, str] = {}
+    for run, outcome in _ended(waiting, engine):
+        del left[run.slug]
+        board.finish(run, outcome)
+        if outcome.error:
+            failed[run.slug] = outcome.error
+    return failed
 
 
 def _submit(plan: _Plan, engine: Engine) -> _Waiting:

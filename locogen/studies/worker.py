@@ -137,7 +137,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
         "parameters": dict(run.parameters),
         "versions": versions(),
         "seconds": round(seconds, 1),
-        "made": counts.made,
+        "made": counts.pictures,
     }
     result["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     result["commits"] = {
@@ -151,7 +151,7 @@ def _publish(run: Planned, partial: Path, error: Failure | None, seconds: float)
     return Outcome(
         first_line(error.message) if error else "",
         seconds,
-        counts.made,
+        counts.pictures,
         _places(finding),
         counts.seconds,
     )

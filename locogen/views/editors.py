@@ -51,8 +51,9 @@ def _measures(rows: Any) -> list[str]:
     """The measures that the rows have, those with a question first."""
     present = list(dict.fromkeys(rows["measure"]))
     pairs = [(name, f"{name}{CONTROL}") for name in QUESTIONS]
-    known = [name for pair in pairs for name in pair if name in present]
-    return known + [name for name in present if name not in known and name != "ordinary"]
+    asked_about = [name for pair in pairs for name in pair if name in present]
+    others = [name for name in present if name not in asked_about and name != "ordinary"]
+    return asked_about + others
 
 
 def _question(measure: str) -> tuple[str, int]:

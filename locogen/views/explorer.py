@@ -304,8 +304,9 @@ class Explorer:
         settings = {
             name: self.run.settings[name] for name in ("num_inference_steps", "guidance_scale")
         }
-        asked = {"batch_size": len(rows), "store": None, "progress": False}
-        run = generate(self._model(), rows, **asked, **settings)
+        run = generate(
+            self._model(), rows, batch_size=len(rows), store=None, progress=False, **settings
+        )
         for name in sorted(set(CIRCUMSTANCES) - {besides}):
             if run.settings[name] != self.run.settings[name]:
                 raise LocogenError(

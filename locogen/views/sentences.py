@@ -408,11 +408,11 @@ def answer_edit(
         )
     near: Any = of_arm[of_arm["measure"] == "specificity"]
     if not near.empty:
-        kept = near.iloc[0]
-        bounds = f"{percent(kept['after_low'])} to {percent(kept['after_high'])}"
+        neighbors = near.iloc[0]
+        bounds = f"{percent(neighbors['after_low'])} to {percent(neighbors['after_high'])}"
         parts.append(
-            f"Its neighbors are shown in {percent(kept['after'])} of their pictures ({bounds}, n = "
-            f"{int(kept['units'])}; {percent(kept['before'])} before)."
+            f"Its neighbors are shown in {percent(neighbors['after'])} of their pictures ({bounds},"
+            f" n = {int(neighbors['units'])}; {percent(neighbors['before'])} before)."
         )
     return " ".join(parts)
 

@@ -333,8 +333,8 @@ class ExplorerBox(ipywidgets.VBox):
             # Edited and clamped pictures come last and are slow: show the others meanwhile.
             if len(shown) >= AT_ONCE:
                 self.pictures.value = _figures(shown)
-        said = f"{self.explorer.finding(look)} {self.explorer.outcome(look, shown)}".strip()
-        self.status.value = _rendered("status", role="status", text=said)
+        sentences = f"{self.explorer.finding(look)} {self.explorer.outcome(look, shown)}".strip()
+        self.status.value = _rendered("status", role="status", text=sentences)
 
     def twin(self) -> str:
         """The same view as plain HTML: the heatmap as a picture, the choice, and its pictures."""

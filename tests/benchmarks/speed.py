@@ -218,7 +218,9 @@ def sweep(chosen: argparse.Namespace) -> dict[str, Any]:
         jobs: dict[str, Callable[[], Any]] = {**loops, "all": partial(ours, "all")}
         jobs |= {"race": partial(ours, "race", **raced), "all, auto": partial(paced, "all, auto")}
         jobs |= {"attribute": partial(ours, "attribute", search="attribute")}
-        took = in_turn(jobs | {"race, auto": partial(paced, "race, auto", **raced)}, chosen.rounds)
+        jobs |= {"race, auto": partial(paced, "race, auto", **raced)}
+        jobs |= {"attribute, auto": partial(paced, "attribute, auto", search="attribute")}
+        took = in_turn(jobs, chosen.rounds)
     for name in loops:  # what the whole sweep would take
         took[name] = [t * len(plan) / len(rows) for t in took[name]]
     ratios = {f"{a} / {b}": ratio(took[a], took[b]) for a in loops for b in took if b not in loops}
@@ -378,6 +380,7 @@ def sweep_lines(one: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             ("attribute", "40 ×"),
             ("all, auto", "6 ×"),
             ("race, auto", "18 ×"),
+            ("attribute, auto", "40 ×"),
         ):
             search = fast.removesuffix(", auto")
             name = "`localize`" if search == "all" else f"`localize(search='{search}')`"

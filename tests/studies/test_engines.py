@@ -277,7 +277,7 @@ def test_pictures_are_told_as_they_are_made(tmp_path: Path, monkeypatch) -> None
         progress=False,
     )
     after = read_progress(tmp_path)
-    assert before == (0, 0, 0.0) and after.made == after.asked >= 2
+    assert before == (0, 0, 0.0) and after.pictures == after.total >= 2
     assert after.seconds > 0, "of the work alone"
 
 

@@ -268,10 +268,8 @@ def fit_orthogonal_values(
     for layer, matrix in zip(edited, matrices, strict=True):
         weight = weights[matrix.weight_name]  # (channels, width)
         state = inputs.states(words, layer)[place]  # (width,)
-        value = weight.detach().double().cpu() @ state  # (channels,)
         bias = family.matrices(layer.module)["v"].bias
-        if bias is not None:
-            value = value + bias.detach().double().cpu()
+        value = _answer(weight, bias, state)  # (channels,)
         if not torch.linalg.vector_norm(value) > 0:
             raise LocogenError(
                 f"{layer.label} answers nothing to {words!r}: leave it out of layers="
@@ -279,3 +277,11 @@ def fit_orthogonal_values(
         values[layer.index] = value.float()
     marks = token_spans(pipe, words)[0].start
     return OrthogonalValues(concept.name, values, marks, Shift(threshold, slope, height), words)
+
+
+def _answer(weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """What a matrix answers to a state, in double precision: (channels,)."""
+    value = weight.detach().double().cpu() @ state  # (channels,)
+    if bias is None:
+        return value
+    return value + bias.detach().double().cpu()

@@ -108,8 +108,8 @@ def _paired(run: Finished) -> list[Pair]:
     except (OSError, ValueError, KeyError, TypeError, OverflowError, AttributeError):
         return []
     arms = arms_of(pairs)
-    kept = [pair for pair in pairs if pair.arm in arms]
-    return sorted(kept, key=lambda pair: arms.index(pair.arm))
+    changing = [pair for pair in pairs if pair.arm in arms]
+    return sorted(changing, key=lambda pair: arms.index(pair.arm))
 
 
 def _mapped(run: Finished) -> list[Map]:
