@@ -9,7 +9,7 @@ import torch
 from support import tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
-from locogen.interventions.denoiser_calls import on_denoiser
+from locogen.interventions.denoiser_calls import announced, on_denoiser
 from locogen.interventions.prompts import active_contexts, intervene
 from locogen.localization.attribution.attribute import attribute
 from locogen.localization.attribution.blending import blending
@@ -29,6 +29,7 @@ from locogen.models.hooks import after
 from locogen.models.layers import find_layers
 from locogen.pictures.batches import Texts, call_pipeline
 from locogen.pictures.score import scorer as load_scorer
+from locogen.pictures.speed import Way, applied
 from locogen.plan import Concept, Intervention, PromptPair, Settings, with_target_runs
 
 PROMPT, TARGET = "a big cat b", "a big b"
@@ -596,6 +597,26 @@ def test_a_target_that_changes_nothing_is_refused():
 def test_text_behind_the_picture_is_refused():
     with pytest.raises(LocogenError, match="behind the picture"):
         attribute(tiny.z_image(), CONCEPT, seeds=[0], **OPTIONS)
+
+
+@pytest.mark.parametrize("way", [Way(channels_last=True), Way(half="bfloat16")], ids=str)
+def test_within_speed_it_says_what_it_says_without(way):
+    pipe = tiny.small()
+    options = {"how": "gradient", "seeds": [0], "bound": 0.1, **OPTIONS}
+    plain = attribute(pipe, CONCEPT, **options)
+    with applied(pipe, way):
+        quick = attribute(pipe, CONCEPT, **options)
+    assert np.allclose(quick.layers, plain.layers, atol=0.1 if way.half else 1e-4)
+    assert plain.layers.max() > 0.2
+    # In half precision something was computed otherwise.
+    assert np.allclose(quick.layers, plain.layers, atol=1e-7) == (way.half is None)
+
+
+def test_within_compiled_parts_it_is_refused():
+    pipe = model("sd")
+    refused = pytest.raises(LocogenError, match="use speed")
+    with announced(pipe, "speed compiled"), refused:
+        attribute(pipe, CONCEPT, seeds=[0], **OPTIONS)
 
 
 def test_an_open_context_is_refused():

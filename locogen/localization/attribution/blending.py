@@ -9,7 +9,7 @@ encoding, or with joint attention from its own run in the same batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -261,18 +261,14 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
     No weight takes part in gradients, and afterwards each that did does so again.
 
     Raises:
-        LocogenError: Another locogen context is open on the pipeline, or projections are fused.
+        LocogenError: A locogen context other than `speed` is open on the pipeline, or `speed` has
+            compiled parts of it, or projections are fused.
         UnsupportedModel: The family is unknown.
     """
     import torch
 
     blend = Blend(pipe)
-    contexts = active_contexts(pipe)
-    if contexts:
-        raise LocogenError(
-            f"{contexts[0]} is open on this pipeline: attribution calls the denoiser by itself, so "
-            "leave the context first"
-        )
+    _check_contexts(active_contexts(pipe))
     if blend.family.joined_text is not text_first:
         raise LocogenError(
             f"{blend.family.name} holds its text behind the picture, where attribution does not "
@@ -291,6 +287,21 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
         stack.enter_context(taken_back(blend.denoiser))
         stack.enter_context(_without_weight_gradients(blend.denoiser))
         yield blend
+
+
+def _check_contexts(contexts: Iterable[str]) -> None:
+    for context in contexts:
+        if not context.startswith("speed "):
+            raise LocogenError(
+                f"{context} is open on this pipeline: attribution calls the denoiser by itself, so "
+                "leave the context first"
+            )
+        # Other threads, layouts and precisions have gradients; what was compiled has none yet.
+        if "compiled" in context:
+            raise LocogenError(
+                f"{context} is open on this pipeline, and attribution would compile its parts anew "
+                "for gradients: use speed(pipe, 'auto'), or leave the context first"
+            )
 
 
 @contextmanager
