@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -237,7 +238,10 @@ def discrete(model: Attacked) -> Iterator[Attempt]:
     loss = DenoisingLoss.of(model.pipe, pictures)
     captions = [goal.with_token(pair.prompt, token) for pair in pairs]
     vocabulary = vocabulary_of(model.pipe, options.vocabulary)
-    search = exhaustive_search if options.exhaustive else gradient_search
+    if options.exhaustive:
+        search = exhaustive_search
+    else:
+        search = partial(gradient_search, steps=options.steps)
     with model.edited():
         ids = search(
             model.pipe,
@@ -246,7 +250,6 @@ def discrete(model: Attacked) -> Iterator[Attempt]:
             captions,
             vocabulary,
             tokens=options.vectors,
-            steps=options.steps,
             batch=options.batch,
             seed=options.seed,
             progress=model.progress,

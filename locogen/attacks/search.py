@@ -119,12 +119,11 @@ def exhaustive_search(
     vocabulary: Sequence[int],
     *,
     tokens: int,
-    steps: int,
     batch: int,
     seed: int,
     progress: bool,
 ) -> list[int]:
-    """The tokens of least loss, of all that there are; `steps` is what a gradient search takes.
+    """The tokens of least loss, of all that there are.
 
     Raises:
         LocogenError: There are too many to try.

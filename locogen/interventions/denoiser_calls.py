@@ -70,8 +70,8 @@ class Call:
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
         self.rows_of: Rows | None = None
-        # Whether a call held the prompts that `rows_of` gives; None before the first call.
-        self._held: bool | None = None
+        # Whether a call had rows that `rows_of` names; None before the first call.
+        self._had_rows: bool | None = None
         self.keeps_prompts = False
         self._thread = threading.get_ident()
         self._in_progress = False
@@ -123,8 +123,8 @@ class Call:
 
     @property
     def missed_prompts(self) -> bool:
-        """Whether anybody called the denoiser, and never with the prompts that `rows_of` names."""
-        return self._held is False
+        """Whether anybody called the denoiser, and never with rows that `rows_of` names."""
+        return self._had_rows is False
 
     def step(self) -> int:
         """The denoising step of this call, counted from 0, as the scheduler's order says.
@@ -225,14 +225,13 @@ class Call:
         self._check_thread()
         self._take_arguments(args, kwargs)
         self.rows = self._rows_by_argument()
+        self._had_rows = self._had_rows or bool(self.rows)
 
     def _rows_by_argument(self) -> range:
         """The rows of this call that are the prompts', as the user says."""
         count = len(self.states)
         if isinstance(self.rows_of, PromptEncoding):
-            rows = self._rows_that_hold(self.rows_of.states)
-            self._held = self._held or bool(rows)
-            return rows
+            return self._rows_that_hold(self.rows_of.states)
         rows = self.rows_of(self.arguments) if callable(self.rows_of) else self.rows_of
         if not isinstance(rows, range) or rows.step != 1 or not 0 <= rows.start <= rows.stop:
             raise LocogenError(f"rows is {rows!r}: give a range of rows of the denoiser's calls")
@@ -444,7 +443,8 @@ def on_denoiser(
         if call.missed_prompts:
             raise LocogenError(
                 "no call of the denoiser held the prompts that rows= gives, so nothing was changed "
-                "or read: give them to the bit as your loop hands them over, or a range of rows"
+                "or read: give encoded prompts to the bit as your loop hands them over, or a range "
+                "that is not empty in every call"
             )
         if call.is_awaited:
             raise LocogenError(

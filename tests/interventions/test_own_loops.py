@@ -97,11 +97,12 @@ def test_what_a_loop_must_say_is_asked_for(pipe):
         intervene(pipe, plan((0,)), rows=range(2, 4)),
     ):
         pass
-    with (
-        pytest.raises(LocogenError, match="no call of the denoiser held the prompts"),
-        intervene(pipe, plan((0,)), targets=targets, rows=targets),
-    ):
-        loop(pipe, states)
+    for rows in (targets, range(0), lambda arguments: range(0)):
+        with (
+            pytest.raises(LocogenError, match="no call of the denoiser held the prompts"),
+            intervene(pipe, plan((0,)), targets=targets, rows=rows),
+        ):
+            loop(pipe, states)
     for rows, words in ((range(2, 5), "called with 4 rows"), (range(1, 4), "give as many")):
         with (
             pytest.raises(LocogenError, match=words),
