@@ -5,6 +5,7 @@ nothing, and on snippets that break it, where it must complain: a rule that cann
 """
 
 import ast
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -235,12 +236,18 @@ class A:
 '''
 
 
+@functools.cache
+def parsed(path: Path) -> tuple[str, ast.Module]:
+    text = path.read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_package_follows_the_rule(rule: Rule) -> None:
     complaints: list[str] = []
     for module, path in sources().items():
-        text = path.read_text(encoding="utf-8")
-        complaints += rule(module, ast.parse(text), text)
+        text, tree = parsed(path)
+        complaints += rule(module, tree, text)
     assert not complaints, "\n".join(complaints)
 
 

@@ -463,8 +463,17 @@ def at_inference(pipe):
     return {"steering": steering, "AdaVD": values, "neurons": neurons}
 
 
-@pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
-@pytest.mark.parametrize("kind", ["inversion", "states"])
+@pytest.mark.parametrize(
+    "editor, kind",
+    [
+        ("steering", "inversion"),
+        ("AdaVD", "states"),
+        pytest.param("steering", "states", marks=pytest.mark.slow),
+        pytest.param("AdaVD", "inversion", marks=pytest.mark.slow),
+        pytest.param("neurons", "inversion", marks=pytest.mark.slow),
+        pytest.param("neurons", "states", marks=pytest.mark.slow),
+    ],
+)
 def test_what_acts_at_inference_is_attacked_and_leaves_nothing(
     pipe, at_inference, editor, kind
 ) -> None:
@@ -478,7 +487,7 @@ def test_what_acts_at_inference_is_attacked_and_leaves_nothing(
     assert all(one != other for one, other in zip(shown["edited"], shown["unedited"], strict=True))
 
 
-@pytest.mark.parametrize("editor", ["steering", "AdaVD", "neurons"])
+@pytest.mark.parametrize("editor", tiny.fast("AdaVD", of=["steering", "AdaVD", "neurons"]))
 def test_the_placebo_of_what_acts_at_inference_is_another(pipe, at_inference, editor) -> None:
     edit = at_inference[editor]
     placebo = edit.placebo(pipe, 1)

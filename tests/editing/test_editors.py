@@ -27,7 +27,9 @@ def pipe():
     return tiny.pipeline(block_out_channels=(64, 64, 64, 64))
 
 
-@pytest.mark.parametrize("editor", editors())
+@pytest.mark.parametrize(
+    "editor", tiny.fast("LocoEdit", "null space", "steering", "neurons", of=editors())
+)
 def test_every_editor_changes_pictures_and_leaves_nothing(pipe, editor) -> None:
     def picture():
         run = generate(pipe, ["a dog in cat"], num_inference_steps=2, progress=False)

@@ -193,7 +193,12 @@ COMPATIBLE = {
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family, names in COMPATIBLE.items() for name in names]
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=[] if family in tiny.FAST else pytest.mark.slow)
+        for family, names in COMPATIBLE.items()
+        for name in names
+    ],
 )
 def test_every_family_keeps_the_theorems_with_its_schedulers(family, name):
     pipe = tiny.FAMILIES[family]()

@@ -236,7 +236,7 @@ def test_false_alarms_are_rare_where_nothing_is_carried():
 
     Prompts and seeds have effects of their own on every place, as in a real sweep; the twin goes by the largest effect.
     """
-    table, dice, studies = planted({}, noise=0.0, layers=6), np.random.default_rng(0), 80
+    table, dice, studies = planted({}, noise=0.0, layers=6), np.random.default_rng(0), 40
     shared = [["role", "start", *more] for more in (["prompt"], ["seed"], ["prompt", "seed"])]
     groups = [table.groupby(columns, dropna=False).ngroup().to_numpy() for columns in shared]
     named, twin = 0, 0

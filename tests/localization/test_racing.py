@@ -185,7 +185,7 @@ def test_localize_proposes_where_a_race_has_too_little(tmp_path):
     assert not enough.attributions and "proposal_rows" not in enough.settings
 
 
-@pytest.mark.parametrize("budget", np.linspace(0.12, 1, 23))
+@pytest.mark.parametrize("budget", np.linspace(0.12, 1, 12))
 @pytest.mark.parametrize("controls", [True, False])
 def test_no_race_overspends(budget, controls):
     for noise, prompts, seeds in ((0.02, 6, 4), (0.3, 6, 12), (0.1, 3, 6), (0.1, 1, 4)):
@@ -417,6 +417,7 @@ def test_pairs_of_one_seed_count_together():
     assert bound(values, 0.05, [7, 7, 7, 8, 8, 8]) == -math.inf, "two seeds decide nothing"
 
 
+@pytest.mark.slow
 def test_a_winner_of_chance_is_not_called_a_carrier():
     """Picked among fifteen on some of the pictures that test it: without the correction it passes too often."""
     wrong = np.zeros(2)

@@ -241,6 +241,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_the_pictures_are_those_of_the_whole_sweep_and_all_costs_are_counted(tmp_path):
     pipe = tiny.pipeline()
     # One at a time, so that no row is there for padding.

@@ -77,7 +77,7 @@ def test_applied_edits_show_and_leave_every_bit_as_found(pipe, tmp_path):
     assert all(torch.equal(p, before[n]) for n, p in denoiser.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["sd", "if", "sd-3", "sana"])
+@pytest.mark.parametrize("name", tiny.fast("sd", "if", of=["sd", "if", "sd-3", "sana"]))
 def test_weights_that_are_kept_off_the_device_are_edited_where_they_are_kept(name):
     """As sequential offload keeps them; here the device is the CPU as well."""
     from accelerate import cpu_offload

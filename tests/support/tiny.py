@@ -825,8 +825,17 @@ FAMILIES: dict[str, Any] = {
 }
 
 
-RECENT = ("kolors", "wan", "flux-2", "flux-2-klein", "chroma", "z-image")  # qwen-image stands for
-FAST = tuple(name for name in FAMILIES if name not in RECENT)  # them in the fast tests
+RECENT = (
+    "kolors",
+    "wan",
+    "flux-2",
+    "flux-2-klein",
+    "chroma",
+    "z-image",
+)  # qwen-image stands for them
+ALIKE = ("lcm", "pixart-alpha", "sana")  # sd and pixart-sigma read text in the same way
+# One of each way in which layers get text; the slow tests have all.
+FAST = tuple(name for name in FAMILIES if name not in (*RECENT, *ALIKE))
 
 
 def fast(*names: str, of: Iterable[str] = FAMILIES) -> list[Any]:
