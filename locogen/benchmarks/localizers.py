@@ -22,7 +22,7 @@ from locogen.localization.attribution.result import attribution_effect
 from locogen.localization.causal_tracing import causal_trace
 from locogen.localization.comparison import locate
 from locogen.localization.effects import carrier, effect
-from locogen.localization.localize import localize
+from locogen.localization.localize import Search, localize
 from locogen.localization.trace_effects import LAYERS, TOTAL, layer_found, sides, trace_effect
 from locogen.models.defaults import name_of
 from locogen.models.layers import find_layers
@@ -44,19 +44,25 @@ def locogen(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
 
 def race(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     """LocoGen with windows dropped as soon as they cannot be the best."""
-    run = localize(pipe, concept, search="race", **settings)
-    effects = effect(run.table)
-    return answer_of(carrier(effects), pictures=len(run), **_along(effects, "layer"))
+    return _searched(pipe, concept, "race", **settings)
 
 
 def proposed_first(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
     """LocoGen on the windows that gradients propose, with a random sample of the others."""
-    run = localize(pipe, concept, search="attribute", **settings)
+    return _searched(pipe, concept, "attribute", **settings)
+
+
+def _searched(pipe: Pipeline, concept: Concept, search: Search, **settings: Any) -> Answer:
+    run = localize(pipe, concept, search=search, **settings)
     effects = effect(run.table)
-    # Most windows have a picture or none; what ranks the layers is what proposed them.
-    proposed = attribution_effect(run.attributions[concept.name], window=run.settings["window"])
-    along = _along(effects, "layer") | {"profile": _along(proposed, "layer")["profile"]}
-    return answer_of(carrier(effects), pictures=run.settings["generations"], **along)
+    along = _along(effects, "layer")
+    shares = run.attributions.get(concept.name)
+    if shares is not None:
+        # Most windows have a picture or none; what ranks the layers is what proposed them.
+        proposed = attribution_effect(shares, window=run.settings["window"])
+        along |= {"profile": _along(proposed, "layer")["profile"]}
+    pictures = run.settings.get("generations", len(run))  # a proposal's cost included
+    return answer_of(carrier(effects), pictures=pictures, **along)
 
 
 def bare_argmin(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:

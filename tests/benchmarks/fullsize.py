@@ -99,12 +99,13 @@ def attributed(name: str, how: Any, chosen: argparse.Namespace) -> dict[str, Any
             how=how,
             seeds=[0],
             num_inference_steps=chosen.steps,
-            points=3,
-            most_points=3,
+            points=chosen.points,
+            most_points=chosen.points,
+            batch_size=1,
             progress=False,
         )
     rows = shares.settings["denoiser_rows"]
-    words = f"attribution, {how}, {rows} denoiser rows"
+    words = f"attribution, {how}, {chosen.points} points, {rows} denoiser rows"
     return {"what": words, "layers": len(find_layers(pipe)), **cost}
 
 
@@ -193,6 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", choices=list(FULL))
     parser.add_argument("--attribute", nargs="*", default=[], choices=["gradient", "chain", "rows"])
+    parser.add_argument("--points", type=int, default=3, help="of an attribution's integral")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--weights", action="store_true")
     chosen = parser.parse_args(arguments)

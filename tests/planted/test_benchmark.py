@@ -10,6 +10,7 @@ from support import tiny
 import locogen as loco
 from locogen.benchmarks import faithfulness, run
 from locogen.benchmarks.answers import Answer
+from locogen.benchmarks.localizers import race
 from locogen.benchmarks.run import benchmark, counting_rows
 from locogen.benchmarks.subjects import DEAF, grown
 from locogen.catalog.plants import Planting
@@ -44,6 +45,16 @@ class Named:
         self.asked.append((concept.name, settings))
         layers = np.array([float(i in tuple(self.place)) for i in range(len(find_layers(pipe)))])
         return Answer("one place", (self.place,), profile=layers, reason="by hand")
+
+
+def test_a_race_that_leaves_windows_out_is_ranked_by_what_proposed_them():
+    cat = Concept("cat", "style", (PromptPair("a big cat b", "a big b"),))
+    asked = {"window": 2, "seeds": range(4), "num_inference_steps": 1, "progress": False}
+    answer = race(tiny.pipeline(), cat, scorer=tiny.FakeScorer(), store=None, **asked)
+    assert answer.profile is not None and np.isfinite(answer.profile).all()
+    assert len(set(answer.profile)) > 2
+    # Without the proposal some windows have no estimate, which no ranking can use.
+    assert answer.effects["estimate"].isna().any()
 
 
 def test_ones_own_function_is_a_column_beside_the_others(tmp_path):
