@@ -408,7 +408,7 @@ def fit_edit(
     Args:
         pipe: A diffusers pipeline, as from `load`.
         concept: What to edit, or several concepts that are solved for together.
-        layers: A window, or indices of layers, counted from 0.
+        layers: A window, or indices of layers, counted from 0; with `entry`, also none.
         phrasings: Texts (source, target): the source names the concept, the target says what it
             should give instead. None: LocoEdit's for the concept's kind.
         subject: Words of the sources that are the concept; None: the concept's name.
@@ -430,7 +430,8 @@ def fit_edit(
         ordinary: Captions of ordinary pictures: directions that they use are changed less
             (MEMIT's covariance).
         entry: Whether to edit also the map by which text enters outside of the layers: SD-XL's
-            `add_embedding`, the `context_embedder` of SD 3 and FLUX.
+            `add_embedding`, the `context_embedder` of SD 3 and FLUX, `txt_in` of Qwen-Image and
+            Krea 2.
         filtered: Whether the null space keeps only those preserved prompts that an edit without
             them would change more than the mean (SPEED, arXiv 2503.07392): fewer directions are
             lost to the edit.
@@ -509,7 +510,7 @@ def _fit(
     """The edit of these phrasings. Its warnings point at the caller of its caller."""
     family_of(pipe)  # refuses unknown families before anything else
     check_encoders(pipe)
-    edited_layers = layers_to_edit(pipe, layers)
+    edited_layers = layers_to_edit(pipe, layers, may_be_none=options.entry)
     check_phrasings(pipe, phrasings)
     prompts: list[str] = []
     for phrasing in phrasings:

@@ -141,14 +141,28 @@ class Matrix:
     layer: Layer | None
 
 
-def layers_to_edit(pipe: Pipeline, indices: Iterable[int]) -> list[Layer]:
-    """The layers with these indices. Raises `LocogenError` for those that cannot be edited."""
+def layers_to_edit(
+    pipe: Pipeline, indices: Iterable[int], *, may_be_none: bool = False
+) -> list[Layer]:
+    """The layers with these indices. Raises `LocogenError` for those that cannot be edited.
+
+    Args:
+        pipe: A pipeline of a known family.
+        indices: Of layers, counted from 0.
+        may_be_none: Whether there may be no index: then something else is edited.
+    """
+    if may_be_none and not isinstance(indices, str):
+        indices = tuple(indices)
+        if not indices:
+            return []
     layers = find_layers(pipe)
     edited = select(layers, indices)
     joined = [layer.index for layer in edited if layer.joined]
     if joined:
         first_joined = min(layer.index for layer in layers if layer.joined)
         remedy = f"use layers below {first_joined}" if first_joined else "no layer can be edited"
+        if not first_joined and family_of(pipe).text_projection is not None:
+            remedy += ", but the map that the text passes before: layers=(), entry=True"
         raise LocogenError(
             f"layers {joined} read text and picture with the same matrices, so an edit would "
             f"change both: {remedy}"

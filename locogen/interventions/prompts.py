@@ -270,7 +270,7 @@ class _Exchange:
 
     def check(self, encoding: Encoding) -> None:
         """The call must have the plan's prompts, each as often as pictures are made of it."""
-        all_states = self.call.family.encoding_of(encoding.returned).states
+        all_states = self.call.family.encoding_of(encoding.returned).states.flatten(2)
         count = len(all_states)
         if count % len(self.plan):
             raise LocogenError(
@@ -317,7 +317,9 @@ class _Exchange:
                 )
         if self.targets is not None:
             self._check_against_targets(by_prompt, self.targets)
-        if plans_prompts is not None and not _same_text(states[:, 0], plans_prompts.states):
+        if plans_prompts is not None and not _same_text(
+            states[:, 0], plans_prompts.states.flatten(2)
+        ):
             raise LocogenError(
                 "the call's prompt_embeds are not what the pipeline makes of the plan's prompts: "
                 "call it with the prompts themselves. For text that was encoded in another way, "
@@ -326,7 +328,7 @@ class _Exchange:
             )
 
     def _check_against_targets(self, prompts: dict[str, Tensor], targets: PromptEncoding) -> None:
-        for row, target in zip(self.plan, targets.states, strict=True):
+        for row, target in zip(self.plan, targets.states.flatten(2), strict=True):
             state = prompts.get(row.target)
             if state is not None and not _same_text(state, target.to(state)):
                 raise LocogenError(

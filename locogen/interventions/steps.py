@@ -19,6 +19,39 @@ class _Schedule:
     steps: list[int]
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """The step of the latest call: a pipeline that guides by a second call makes it at the same."""
+
+    timestep: Any
+    version: int
+    calls: int
+    step: int
+
+    @classmethod
+    def of(cls, timestep: Any, scheduler: Any, step: int) -> _Known | None:
+        """The step at a timestep; None if it could be exchanged without a sign."""
+        version = _version(timestep)
+        if version is None:
+            return None
+        return cls(timestep, version, _calls_so_far(scheduler), step)
+
+    def is_of(self, timestep: Any, scheduler: Any) -> bool:
+        """Whether a call is at the very same timestep, and the scheduler has not stepped since."""
+        return (
+            timestep is self.timestep
+            and _version(timestep) == self.version
+            and _calls_so_far(scheduler) == self.calls
+        )
+
+
+def _version(timestep: Any) -> int | None:
+    """How often a tensor was written to; None where nobody counts."""
+    if not hasattr(timestep, "is_inference") or timestep.is_inference():
+        return None
+    return timestep._version
+
+
 @dataclass(eq=False)
 class DenoisingSteps:
     """The denoising steps of a pipeline's call, by the timesteps of its scheduler."""
@@ -26,6 +59,7 @@ class DenoisingSteps:
     pipe: Pipeline
     family: Family
     _latest: _Schedule | None = field(default=None, init=False)
+    _known: _Known | None = field(default=None, init=False)
 
     def begin(self) -> list[float]:
         """The timesteps at which the steps begin, one a step, in order."""
@@ -40,9 +74,15 @@ class DenoisingSteps:
             LocogenError: The timestep is none of the scheduler's.
         """
         timestep = self.family.time(self.pipe, timestep)
+        # To read a number off a graphics card is to wait for it.
+        known = self._known
+        if known is not None and known.is_of(timestep, self.pipe.scheduler):
+            return known.step
         now = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
         schedule = self._schedule()
-        return schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler)]
+        step = schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler)]
+        self._known = _Known.of(timestep, self.pipe.scheduler, step)
+        return step
 
     def _schedule(self) -> _Schedule:
         # A scheduler makes a new tensor for each call of the pipeline. It is read once: to read

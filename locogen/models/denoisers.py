@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models.hooks import Hook, before
-from locogen.models.offload import computes_on
+from locogen.models.offload import computes_on, stands_on
 from locogen.types import Module
 
 if TYPE_CHECKING:
@@ -129,6 +129,22 @@ def wan_inputs(denoiser: Module) -> dict[str, Any]:
         encoder_hidden_states=(1, 2, config.text_dim),
         timestep=(1,),
     )
+
+
+def krea2_inputs(denoiser: Module) -> dict[str, Any]:
+    """Two text tokens, and more tokens of picture than encoder layers: so no two lengths agree."""
+    import torch
+
+    config = denoiser.config
+    patches = config.num_text_layers
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, patches, config.in_channels),
+        encoder_hidden_states=(1, 2, config.num_text_layers, config.text_hidden_dim),
+        timestep=(1,),
+    )
+    places = torch.zeros(2 + patches, 3, device=inputs["timestep"].device)
+    return inputs | {"position_ids": places}
 
 
 def caption_inputs(denoiser: Module) -> dict[str, Any]:
@@ -386,6 +402,21 @@ def normed_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) 
 
     with torch.no_grad():
         return denoiser.txt_norm(text.states[0, list(places)])
+
+
+def fused_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) -> Tensor:
+    """What Krea 2's `txt_in.linear_1` reads at some positions, (positions, width).
+
+    That is what its fusion makes of the tapped states of all encoder layers and tokens.
+    """
+    import torch
+
+    with torch.no_grad():
+        place = stands_on(denoiser)
+        mask = None if text.mask is None else text.mask.to(place).bool()[:, None, None]
+        states = text.states.to(place, denoiser.dtype)  # (1, tokens, encoder layers, width)
+        fused = denoiser.text_fusion(states, attention_mask=mask)  # (1, tokens, width)
+        return denoiser.txt_in.norm(fused)[0, list(places)]
 
 
 # --- names in files of other tools ---------------------------------------------------------------

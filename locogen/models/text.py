@@ -26,6 +26,7 @@ SD3_LIMIT = 256  # tokens that SD 3's T5 reads
 CHROMA_LIMIT = 512  # tokens that Chroma's T5 reads
 Z_LIMIT = 512  # tokens that Z-Image's Qwen reads, its template's included
 QWEN_LIMIT = 512  # tokens of text that a call of Qwen-Image's pipeline takes
+KREA2_LIMIT = 512  # states of text that Krea 2's denoiser gets, its template's end included
 QWEN_BLOCK = 64  # to a multiple of which prompts are padded, so that their batches are alike
 KOLORS_LIMIT = 256  # tokens that Kolors' ChatGLM reads, its two marks included
 WAN_LIMIT = 512  # tokens that Wan's T5 reads
@@ -39,7 +40,7 @@ class PromptEncoding:
     """Encoded prompts."""
 
     states: Tensor
-    """(prompts, tokens, width)"""
+    """(prompts, tokens, width); of Krea 2 (prompts, tokens, encoder layers, width)"""
 
     mask: Tensor | None = None
     """(prompts, tokens), 1 where attention reads a token; None for families that pass no mask"""
@@ -90,7 +91,7 @@ class PromptEncoding:
         """The one prompt, `count` times, without copies in memory."""
         return replace(
             self,
-            states=self.states.expand(count, -1, -1),  # (count, tokens, width)
+            states=self.states.expand(count, *self.states.shape[1:]),  # (count, tokens, ...)
             mask=None if self.mask is None else self.mask.expand(count, -1),  # (count, tokens)
             pooled=None if self.pooled is None else self.pooled.expand(count, -1),  # (count, width)
         )
@@ -103,7 +104,8 @@ class PromptEncoding:
         if not missing:
             return self
         assert self.mask is not None  # all prompts of families without one have one length
-        states = pad(self.states, (0, 0, 0, missing))  # (prompts, tokens, width)
+        behind_axes = [0, 0] * (self.states.ndim - 2)
+        states = pad(self.states, (*behind_axes, 0, missing))  # (prompts, tokens, ...)
         return replace(self, states=states, mask=pad(self.mask, (0, missing)))  # (prompts, tokens)
 
     @staticmethod
@@ -371,6 +373,20 @@ def encode_qwen(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> Encoded
     return encoded(prompts), encoded([" "] * len(prompts)) if guided else None
 
 
+def krea2_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of Krea 2 returns."""
+    return PromptEncoding(returned[0], returned[1], mask_argument="prompt_embeds_mask")
+
+
+def encode_krea2(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """Several layers of Qwen for each token, of which the denoiser makes one; guided by ""."""
+
+    def encoded(texts: Sequence[str]) -> PromptEncoding:
+        return krea2_states_of(pipe.encode_prompt(list(texts), max_sequence_length=KREA2_LIMIT))
+
+    return encoded(prompts), encoded([""] * len(prompts)) if guided else None
+
+
 # --- tokens, looked at ---------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
@@ -531,6 +547,16 @@ def klein_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     template = _user_template(pipe.tokenizer, enable_thinking=False)
     before, after = template.split(_PLACE)
     return (_within_template(pipe.tokenizer, before, prompt, after, pipe.tokenizer_max_length),)
+
+
+def krea2_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Qwen's states, from the first one on; padding comes behind, then the template's end."""
+    before = pipe.prompt_template_encode_prefix
+    dropped = pipe.prompt_template_encode_start_idx
+    count = KREA2_LIMIT - pipe.prompt_template_encode_num_suffix_tokens
+    span = _within_template(pipe.tokenizer, before, prompt, "", count, dropped)
+    # The first token of the template's end has read all of the prompt, wherever the prompt ends.
+    return (replace(span, end=count, limit=KREA2_LIMIT),)
 
 
 def z_image_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:

@@ -3,12 +3,14 @@
 import diffusers
 import numpy as np
 import pytest
+import torch
 from support import tiny
 
 from locogen.errors import LocogenError
+from locogen.interventions import steps as step_module
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.denoiser_calls import following
-from locogen.interventions.steps import steps_of_calls
+from locogen.interventions.steps import DenoisingSteps, steps_of_calls
 from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.pictures.batches import pictures_of
@@ -204,3 +206,26 @@ def test_every_family_keeps_the_theorems_with_its_schedulers(family, name):
     pipe = tiny.FAMILIES[family]()
     pipe.scheduler = scheduler_of(pipe, name)
     check_theorems(pipe, tuple(range(len(find_layers(pipe)))))
+
+
+def test_a_step_is_read_off_the_device_once(monkeypatch):
+    """At the very same timestep, as for a negative prompt; but not once it has moved on."""
+    pipe = tiny.small()
+    pipe.scheduler.set_timesteps(STEPS)
+    steps, reads = DenoisingSteps(pipe, family_of(pipe)), []
+
+    def reading(now, *of_scheduler):
+        reads.append(now)
+        return read_step(now, *of_scheduler)
+
+    read_step = step_module._call_at
+    monkeypatch.setattr(step_module, "_call_at", reading)
+    now = pipe.scheduler.timesteps[1].clone()
+    assert [steps.at(now), steps.at(now)] == [1, 1] and len(reads) == 1
+    now.copy_(pipe.scheduler.timesteps[2])  # a loop of one's own may write into one tensor
+    assert steps.at(now) == 2 and len(reads) == 2
+    with torch.inference_mode():  # where nobody counts what is written
+        now = pipe.scheduler.timesteps[1].clone()
+        assert steps.at(now) == 1
+        now.copy_(pipe.scheduler.timesteps[2])
+        assert steps.at(now) == 2

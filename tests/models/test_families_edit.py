@@ -28,10 +28,12 @@ STYLE = Concept("cat", "style", (PromptPair("a dog in cat", "a dog"), PromptPair
 PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 2, "progress": False}
 FLUXES = ["flux", "flux-2", "flux-2-klein", "chroma"]  # with single blocks behind two double ones
-ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES}
-LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES]
+ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES, "krea-2"}
+LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES, "krea-2"]
 OWN_READINGS = ("if", "sd-3", "qwen-image", *FLUXES)  # each layer reads something else
-EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", "z-image")]
+SINGLE_STREAM = ("z-image", "krea-2")  # whose layers all read text and picture alike
+LIKE_OTHERS = ("sd", "lcm", "pixart-sigma")
+EDITED = [name for name in tiny.FAMILIES if name not in (*LIKE_OTHERS, *SINGLE_STREAM)]
 
 
 @pytest.fixture(params=tiny.fast(*tiny.FAST, of=EDITED))
@@ -200,9 +202,10 @@ def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_z_image_is_swept_and_clamped_and_cannot_be_edited(tmp_path):
-    """All its layers read text and picture with the same matrices."""
-    pipe = tiny.z_image()
+@pytest.mark.parametrize("name", SINGLE_STREAM)
+def test_single_streams_are_swept_and_clamped_and_their_layers_cannot_be_edited(name, tmp_path):
+    """All their layers read text and picture with the same matrices."""
+    pipe = tiny.FAMILIES[name]()
     with pytest.raises(LocogenError, match="no layer can be edited"):
         fit(pipe)
     pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
@@ -218,11 +221,51 @@ def test_z_image_is_swept_and_clamped_and_cannot_be_edited(tmp_path):
 
 
 @pytest.mark.slow
+def test_krea_2_is_edited_where_its_text_enters(tmp_path):
+    """`txt_in.linear_1` reads text alone: what the fusion made of all encoder layers."""
+    pipe = tiny.krea2()
+    with pytest.raises(LocogenError, match=r"but the map .*: layers=\(\), entry=True"):
+        fit(pipe, (0,), entry=True)
+    with pytest.raises(LocogenError, match="layers is empty"):
+        fit(pipe, ())
+    edit = fit(pipe, (), ridge=1e-10, entry=True)
+    assert set(edit.changes) == {"txt_in.linear_1.weight"} and edit.layers == ()
+    read, reader = [], LayerInputs(pipe, [])
+    handle = pipe.transformer.txt_in.linear_1.register_forward_pre_hook(
+        lambda _module, args: read.append(args[0].double())
+    )
+    for source, target in PAIRS:
+        read.clear()
+        for text in (source, target):
+            pipe(
+                text,
+                num_inference_steps=1,
+                guidance_scale=0.0,
+                output_type="latent",
+                height=16,
+                width=16,
+            )
+        (old,), (new,) = (subject_positions(pipe, *at) for at in ((source, "cat"), (target, "dog")))
+        x, y = read[0][0, [old]], read[1][0, [new]]  # what the map reads in the pipeline's own run
+        assert torch.allclose(reader.text_projection_input(source, [old]), x, atol=1e-5)
+        weight = pipe.transformer.txt_in.linear_1.weight.detach().double()
+        change = edit.changes["txt_in.linear_1.weight"].change
+        gap = (x @ (weight + change).T - y @ weight.T).norm()
+        assert gap < 1e-3 * ((x - y) @ weight.T).norm()
+    handle.remove()
+    plain = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    with edit.applied(pipe):
+        edited = generate(pipe, ["a cat in b"], store=tmp_path, **FAST)
+    assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(edited.pictures[0]))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORA)
 def test_lora_in_a_fresh_process_is_the_edit(name, tmp_path):
     """Loaded by the pipeline's own loader, where locogen is not imported; pictures differ by roundings alone."""
     pipe = tiny.FAMILIES[name]()
-    edit = fit(pipe, ridge=1e-2, entry=name in ENTRIES)
+    layers = () if name in SINGLE_STREAM else (0, 1)
+    edit = fit(pipe, layers, ridge=1e-2, entry=name in ENTRIES)
     edit.to_lora(tmp_path / "edit.safetensors")
     plain = generate(pipe, ["a cat in b"], **FAST)
     with edit.applied(pipe):

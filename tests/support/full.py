@@ -11,6 +11,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -181,6 +182,7 @@ DENOISERS: dict[str, tuple[Any, int]] = {
     "flux-2-klein-4b": (klein, 5 + 20),
     "chroma": (ChromaTransformer2DModel, 19 + 38),
     "z-image-turbo": (ZImageTransformer2DModel, 30),
+    "krea-2": (Krea2Transformer2DModel, 28),
 }
 
 

@@ -31,6 +31,8 @@ from diffusers import (
     FluxTransformer2DModel,
     IFPipeline,
     KolorsPipeline,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PixArtAlphaPipeline,
@@ -69,6 +71,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -488,6 +492,18 @@ def qwen_shape(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def qwen_image_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+
 def qwen_image(**changes: Any) -> QwenImagePipeline:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e6}
     tokens = dict.fromkeys(
@@ -515,15 +531,7 @@ def qwen_image(**changes: Any) -> QwenImagePipeline:
     loud(denoiser)
     pipe = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLQwenImage(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False],
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ).eval(),
+        vae=qwen_image_vae(),
         text_encoder=text,
         tokenizer=qwen_tokenizer(),
         transformer=denoiser,
@@ -778,6 +786,57 @@ def z_image(**changes: Any) -> ZImagePipeline:
     return quiet(pipe)
 
 
+def krea2(**changes: Any) -> Krea2Pipeline:
+    """Its prompts have 512 tokens, as those of the real one."""
+    vision = dict(depth=1, hidden_size=8, intermediate_size=8, num_heads=1, out_hidden_size=WIDTH)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e6}
+    config = Qwen3VLConfig(
+        text_config=qwen_shape(num_hidden_layers=4, head_dim=8, rope_parameters=rope),
+        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    )
+    torch.manual_seed(11)
+    text = Qwen3VLModel(config).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=WIDTH,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 2, 2),
+    )
+    denoiser = Krea2Transformer2DModel(**(shape | changes)).eval()
+    # Gates and norms begin at 0 and 1: then no block would change anything.
+    for name, value in denoiser.named_parameters():
+        if "scale_shift_table" in name:
+            torch.nn.init.normal_(value, std=0.5)
+    pipe = Krea2Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=qwen_image_vae(),
+        text_encoder=text,
+        tokenizer=qwen_tokenizer(),
+        transformer=denoiser,
+        text_encoder_select_layers=(1, 2, 3),
+    )
+    pipe.default_sample_size = 8
+    # A tokenizer of bytes makes more tokens of the template than the real one's 34 and 5.
+    words = qwen_tokenizer()
+    pipe.prompt_template_encode_start_idx = len(words(pipe.prompt_template_encode_prefix).input_ids)
+    suffix = words(pipe.prompt_template_encode_suffix).input_ids
+    pipe.prompt_template_encode_num_suffix_tokens = len(suffix)
+    return quiet(pipe)
+
+
 class _StandIn:
     """A function that counts as locogen's own: its class says that it comes from there."""
 
@@ -799,7 +858,8 @@ def stand_in(monkeypatch: Any, module: Any, forward: Any) -> None:
 def like(pipe: Any, other: Any) -> Any:
     """The pipeline with what was set on another one and no file holds: sizes, the template."""
     names = ("default_sample_size", "prompt_template_encode_start_idx", "system_message")
-    for name in (*names, "tokenizer_max_length"):
+    suffix = "prompt_template_encode_num_suffix_tokens"
+    for name in (*names, "tokenizer_max_length", suffix):
         if name in vars(other):
             setattr(pipe, name, vars(other)[name])
     return pipe
@@ -822,6 +882,7 @@ FAMILIES: dict[str, Any] = {
     "flux-2-klein": klein,
     "chroma": chroma,
     "z-image": z_image,
+    "krea-2": krea2,
 }
 
 
@@ -832,6 +893,7 @@ RECENT = (
     "flux-2-klein",
     "chroma",
     "z-image",
+    "krea-2",
 )  # qwen-image stands for them
 ALIKE = ("lcm", "pixart-alpha", "sana")  # sd and pixart-sigma read text in the same way
 # One of each way in which layers get text; the slow tests have all.

@@ -28,6 +28,7 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "prog
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
 EVOLVING = (  # no localizer but locogen's own
     *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image"),
+    "krea-2",
 )
 OF_APART = ("edit", "share", "localize", "attribute", "search")  # of layers that read text apart
 
@@ -46,12 +47,17 @@ def neurons_of(pipe):
     return find_neurons(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
 
 
+def edited_layers(pipe):
+    """Two layers; none of a model whose layers all read text and picture with the same matrices."""
+    return (0, 1) if any(not layer.joined for layer in find_layers(pipe)) else ()
+
+
 @functools.cache
 def edit_of(pipe):
     return fit_edit(
         pipe,
         CONCEPT,
-        layers=(0, 1),
+        layers=edited_layers(pipe),
         phrasings=PAIRS,
         entry=family_of(pipe).text_projection is not None,
     )
@@ -115,7 +121,9 @@ def edited(pipe, folder):
 
 def shared(pipe, folder):
     """As LoRA and as a whole model; with preserved prompts."""
-    edit = fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS, preserve=["a dog"])
+    layers = edited_layers(pipe)
+    options = {"phrasings": PAIRS, "preserve": ["a dog"], "entry": not layers}
+    edit = fit_edit(pipe, CONCEPT, layers=layers, **options)
     edit.export(pipe, folder / "whole")
     if type(pipe).__name__ not in ("PixArtAlphaPipeline", "PixArtSigmaPipeline"):
         edit.to_lora(folder / "lora.safetensors")

@@ -96,7 +96,10 @@ class Blend:
 
     def heads(self, layer: int) -> int:
         """How many heads a layer's keys and values have."""
-        return int(self.layers[layer].module.heads)
+        module = self.layers[layer].module
+        # In Krea 2 several heads of queries share one of keys and values.
+        grouped = getattr(module, "num_kv_heads", None)
+        return int(module.heads if grouped is None else grouped)
 
     @contextmanager
     def hearing(self, moment: Moment | None) -> Iterator[None]:
@@ -180,7 +183,7 @@ class Blend:
         return hook
 
     def _joint_mask_hook(self, layer: Layer, name: str) -> Callable[..., Any]:
-        """The same with joint attention, whose masks are Qwen-Image's or Chroma's."""
+        """The same with joint attention, whose masks are Qwen-Image's, Krea 2's or Chroma's."""
 
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> Any:
             moment = self.now
@@ -192,7 +195,14 @@ class Blend:
             in_batch = slice(moment.rows.start, moment.rows.stop)
             alpha = moment.alphas[layer.index].mean(-1)  # (rows, tokens): all heads have one mask
             of_prompt, of_target = mask[in_batch], mask[moment.sources]
-            if mask.dtype == torch.bool:
+            tokens = slice(moment.tokens)
+            if mask.dtype == torch.bool and mask.ndim == 4:  # Krea 2's, which the picture is in
+                states = named_arguments(module, args, kwargs)["hidden_states"]
+                changed = states.new_zeros(mask.shape).masked_fill(~mask, NEVER_READ)
+                ends = (of_prompt[:, 0, 0, tokens].float(), of_target[:, 0, 0, tokens].float())
+                between = _bias_between(*ends, alpha)  # (rows, tokens)
+                changed[in_batch, 0, 0, tokens] = between.to(states.dtype)
+            elif mask.dtype == torch.bool:
                 between = JOINED_MASK + _bias_between(of_prompt.float(), of_target.float(), alpha)
                 states = named_arguments(module, args, kwargs)["hidden_states"]
                 read = torch.full_like(mask, JOINED_MASK, dtype=states.dtype)
@@ -200,7 +210,6 @@ class Blend:
                 changed[in_batch] = between.to(states.dtype)
             else:  # Chroma adds its mask of 0 and 1 to the attention, and leaves nothing out
                 changed = mask.clone()  # (call rows, 1, tokens of text and picture, the same)
-                tokens = slice(moment.tokens)
                 change = (of_target - of_prompt)[..., tokens] * alpha[:, None, None]
                 changed[in_batch, ..., tokens] = (of_prompt[..., tokens] + change).to(mask.dtype)
             return with_arguments(module, args, kwargs, {name: changed})

@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array = np.ndarray[Any, Any]
-SAME_FOR_ALL = (
-    "txt_ids",
-    "img_ids",
-)  # positions of tokens in FLUX: no row of the batch has its own
+# Positions of tokens, in FLUX and Krea 2: no row of the batch has its own.
+SAME_FOR_ALL = ("txt_ids", "img_ids", "position_ids")
 
 
 @dataclass(frozen=True, eq=False)
