@@ -96,6 +96,13 @@ class Family:
     sets_padding: bool = False
     """whether encoding sets the tokenizer's padding side: then it is not a setting of the model"""
 
+    tapped_layers: Callable[[Any], tuple[int, ...]] | None = None
+    """`(pipe)`: which layers of its encoder each token is taken from, if several
+
+    Counted as the encoder's hidden states are: 0 is the embedding. Their states lie side by side in
+    width, or on an axis of their own.
+    """
+
     # --- calls of the denoiser ---
 
     text_argument: str = "encoder_hidden_states"
@@ -299,6 +306,7 @@ _FLUX2 = replace(
     encode=texts.encode_flux2,
     encoding_of=texts.states_of,
     token_spans=texts.flux2_spans,
+    tapped_layers=texts.flux2_tapped,
     matrices=denoisers.flux2_keys_and_values,
     columns=denoisers.flux2_columns,
     pooled=None,
@@ -395,6 +403,7 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_krea2,
         encoding_of=texts.krea2_states_of,
         token_spans=texts.krea2_spans,
+        tapped_layers=lambda pipe: tuple(pipe.text_encoder_select_layers),
         matrices=denoisers.keys_and_values,
         layer_mask="attention_mask",
         pooled=None,

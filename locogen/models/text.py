@@ -295,6 +295,11 @@ def encode_flux2(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> Encode
     return states_of(pipe.encode_prompt(list(prompts), max_sequence_length=length)), None
 
 
+def flux2_tapped(pipe: Pipeline) -> tuple[int, ...]:
+    """Which layers of its encoder FLUX.2 takes, as its call says that nobody told otherwise."""
+    return inspect.signature(type(pipe).encode_prompt).parameters["text_encoder_out_layers"].default
+
+
 def encode_klein(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
     """Three layers of Qwen side by side; guided by a call for "" unless it was distilled."""
     states, _ = encode_flux2(pipe, prompts, guided)

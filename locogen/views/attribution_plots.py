@@ -153,7 +153,8 @@ def plot_attribution(
     names = [plain_label(name) for name in matrix.index]
     ax.set_yticks([place + 0.5 for place in range(len(names))], names, rotation=0)
     ylabel = "denoising step" if by == "step" else ""
-    ax.set(xlabel="layer (execution order)", ylabel=ylabel)
+    of_encoder = "axis" in table  # a column that only shares of encoder layers have
+    ax.set(xlabel="encoder layer" if of_encoder else "layer (execution order)", ylabel=ylabel)
     ax.tick_params(length=0)
     ax.set_title(f"{plain_label(table['concept'].iloc[0])}: {completeness(table)}", loc="left")
     values = matrix.to_numpy()

@@ -214,6 +214,7 @@ def test_the_part_where_a_picture_tips_over_is_halved():
 class FourLayers:
     """Shares of four layers, one prompt and seed: what `leading` reads."""
 
+    positions = range(4)
     layers = np.array([0.1, 0.6, -0.2, 0.3]).reshape(4, 1, 1)
 
 

@@ -14,6 +14,7 @@ from locogen.errors import LocogenError, unknown
 from locogen.localization.attribution.blending import Blend, blending
 from locogen.localization.attribution.chain import SMALL, ChainLine, Scored
 from locogen.localization.attribution.direct import DirectLine, exact_shares, inputs_along
+from locogen.localization.attribution.encoder_layers import EncodedBlend
 from locogen.localization.attribution.paths import Cost, Paths, Picture
 from locogen.localization.attribution.quadrature import Integral, Line, integrate
 from locogen.localization.attribution.result import Attribution
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 How = Literal["gradient", "rows", "chain"]
 Explain = Literal["latents", "score"]
+Axis = Literal["layer", "encoder layer"]
 STEPS = 3  # of the direct effect, spread over all
 POINTS = 3
 MOST_POINTS = 27
@@ -68,6 +70,7 @@ def attribute(
     concept: Concept,
     *,
     how: How = "gradient",
+    axis: Axis = "layer",
     seeds: Iterable[int] = range(2),
     steps: Iterable[int] | None = None,
     points: int | None = None,
@@ -95,6 +98,9 @@ def attribute(
             gradients that are integrated from prompt to target. "rows": the direct effect, with
             each layer in a row of its own: exact, without tokens, and dearer with every layer.
             "chain": the total effect on the final latents, by gradients through all steps.
+        axis: What the target is shared out among: "layer", the denoiser's layers, or "encoder
+            layer": the layers of the text encoder that each token is taken from, in families with
+            several (FLUX.2, Krea 2). Then it is the encoded text that moves from prompt to target.
         seeds: Random seeds; every prompt is run with each of them.
         steps: The denoising steps, counted from 0, that are looked at; in a chain, those in which
             layers hear the target. None: three of them for the direct effect, all for a chain.
@@ -127,7 +133,8 @@ def attribute(
     Raises:
         LocogenError: For a concept that the tokenizer does not know, steps that are not there, a
             target that changes nothing, an open locogen context, fused projections, gradients
-            that are not finite, and a scorer without gradients.
+            that are not finite, a scorer without gradients, and encoder layers of a family that
+            takes its text from one.
         UnsupportedModel: The family is unknown.
 
     Example:
@@ -157,15 +164,19 @@ def attribute(
         most_points=most_points,
         bound=bound,
         heads=heads,
-        pooled=_has_pooled(pipe, pooled),
+        pooled=_has_pooled(pipe, pooled) or axis == "encoder layer",
         checkpointing=_is_checkpointed(pipe, checkpointing),
         scored=_scored(pipe, concept, how, explain, scorer),
     )
     options.check()
+    if axis not in _BLENDS:
+        raise unknown("axis", axis, _BLENDS)
+    if axis != "layer" and heads:
+        raise LocogenError("states of an encoder have no heads: leave out heads=True")
 
     distinct = distinct_seeds(seeds)
     cost = Cost()
-    with blending(pipe) as blend:
+    with blending(pipe, _BLENDS[axis]) as blend:
         parts = list(_parts(blend, concept, distinct, settings, options, cost, progress))
     whole = _joined(parts, (len(concept.pairs), len(distinct)))
     _check_changes(concept, whole.norm)
@@ -179,9 +190,11 @@ def attribute(
         seeds=distinct,
         steps=options.steps,
         words=tuple(_words(pipe, pair.prompt, tokens, how) for pair in concept.pairs),
-        has_pooled=options.pooled,
+        has_pooled=options.pooled and blend.has_pooled,
         has_heads=heads,
         bound=bound,
+        axis=axis,
+        numbers=getattr(blend, "numbers", ()),
         settings={
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
@@ -329,6 +342,7 @@ def _integrated(line: Line, paths: Paths, options: _Options) -> Integral:
     )
 
 
+_BLENDS: dict[str, type[Blend]] = {"layer": Blend, "encoder layer": EncodedBlend}
 _SHARES = {"gradient": _direct, "rows": _rows, "chain": _chain}
 
 

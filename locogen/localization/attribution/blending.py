@@ -177,7 +177,7 @@ class Blend:
             is_read = (bias[in_batch, 0] > NEVER_READ / 2).float()  # (rows, tokens)
             alpha = moment.alphas[layer.index].mean(-1)  # (rows, tokens): all heads have one mask
             changed = bias.clone()
-            changed[in_batch, 0] = _bias_between(is_read, mask.to(is_read), alpha).to(bias.dtype)
+            changed[in_batch, 0] = bias_between(is_read, mask.to(is_read), alpha).to(bias.dtype)
             return args, {**kwargs, "attention_mask": changed}
 
         return hook
@@ -200,10 +200,10 @@ class Blend:
                 states = named_arguments(module, args, kwargs)["hidden_states"]
                 changed = states.new_zeros(mask.shape).masked_fill(~mask, NEVER_READ)
                 ends = (of_prompt[:, 0, 0, tokens].float(), of_target[:, 0, 0, tokens].float())
-                between = _bias_between(*ends, alpha)  # (rows, tokens)
+                between = bias_between(*ends, alpha)  # (rows, tokens)
                 changed[in_batch, 0, 0, tokens] = between.to(states.dtype)
             elif mask.dtype == torch.bool:
-                between = JOINED_MASK + _bias_between(of_prompt.float(), of_target.float(), alpha)
+                between = JOINED_MASK + bias_between(of_prompt.float(), of_target.float(), alpha)
                 states = named_arguments(module, args, kwargs)["hidden_states"]
                 read = torch.full_like(mask, JOINED_MASK, dtype=states.dtype)
                 changed = read.masked_fill(~mask, NEVER_READ)  # (call rows, tokens)
@@ -231,7 +231,7 @@ class Blend:
         alpha = moment.alphas[POOLED]  # (rows, 1, 1)
         alpha = alpha.reshape(len(alpha), *[1] * (vectors.ndim - 1))
         of_prompt = vectors[in_batch]
-        wide = _wide(of_prompt)
+        wide = in_float32(of_prompt)
         mixed = wide.lerp(other.to(wide), alpha.to(wide))
         changed = vectors.clone()
         changed[in_batch] = mixed.to(vectors.dtype)
@@ -241,7 +241,7 @@ class Blend:
 def _between(of_prompt: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     """Keys or values between a prompt's and a target's, (rows, tokens, channels)."""
     # In float32: the derivative by alpha is a sum over all channels of products.
-    wide = _wide(of_prompt)
+    wide = in_float32(of_prompt)
     by_head = (alpha.shape[2], -1) if alpha.shape[2] > 1 else (1, -1)
     mixed = wide.unflatten(2, by_head).lerp(
         other.to(wide).unflatten(2, by_head), alpha.to(wide).unsqueeze(3)
@@ -249,7 +249,7 @@ def _between(of_prompt: Tensor, other: Tensor, alpha: Tensor) -> Tensor:
     return mixed.flatten(2).to(of_prompt.dtype)
 
 
-def _bias_between(prompt: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+def bias_between(prompt: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     """What attention adds, for masks between a prompt's and a target's, (rows, tokens)."""
     # A token is weighed by exp(bias): its logarithm lets the weight itself move along the line. The
     # bias moved along the line would take a token away at the first step from the prompt.
@@ -258,16 +258,20 @@ def _bias_between(prompt: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
     return weight.where(is_read, 1.0).log().where(is_read, NEVER_READ)
 
 
-def _wide(values: Tensor) -> Tensor:
+def in_float32(values: Tensor) -> Tensor:
     """In float32 at least."""
     return values.float() if values.itemsize < 4 else values
 
 
 @contextmanager
-def blending(pipe: Pipeline) -> Iterator[Blend]:
+def blending(pipe: Pipeline, kind: type[Blend] = Blend) -> Iterator[Blend]:
     """Within the context, a denoiser is ready for `Blend.hearing` and for gradients.
 
     No weight takes part in gradients, and afterwards each that did does so again.
+
+    Args:
+        pipe: A pipeline of a known family.
+        kind: What is blended: what layers hear, or `EncodedBlend`.
 
     Raises:
         LocogenError: A locogen context other than `speed` is open on the pipeline, or `speed` has
@@ -276,7 +280,7 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
     """
     import torch
 
-    blend = Blend(pipe)
+    blend = kind(pipe)
     _check_contexts(active_contexts(pipe))
     if blend.family.joined_text is not text_first:
         raise LocogenError(

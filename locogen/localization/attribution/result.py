@@ -38,7 +38,8 @@ class Attribution:
         shares: (prompts, seeds, steps, layers, tokens), weighed by step: their sum over steps,
             layers and tokens is the prompt's and seed's, 1 - `residual`. Without tokens, the last
             axis has one entry.
-        pooled: The same of the pooled text, (prompts, seeds, steps); None: it did not move.
+        pooled: The same of the pooled text, (prompts, seeds, steps), or with encoder layers of the
+            mask, which says how many tokens there are; None: it did not move.
         heads: The same by attention head in place of token, (prompts, seeds, steps, layers,
             heads); None: not asked for.
         weights: What a step counts, (prompts, seeds, steps): see `step_weights`. 1 in a chain,
@@ -46,6 +47,8 @@ class Attribution:
         residual: 1 - the sum of all shares, (prompts, seeds).
         points: Points of the integral, the most of any step, (prompts, seeds).
         bound: How far from 1 sums were allowed to be.
+        axis: What `layers` are: "layer", of the denoiser, or "encoder layer".
+        numbers: The number of each encoder layer, counted as the encoder's hidden states are.
         settings: Settings of the runs; `denoiser_rows`, the rows that went through the denoiser,
             where a gradient counts three; `pictures`, how many pictures take as many; `seconds`.
     """
@@ -65,6 +68,8 @@ class Attribution:
     points: Array = field(repr=False)
     bound: float
     settings: Mapping[str, Any]
+    axis: str = "layer"
+    numbers: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -91,6 +96,11 @@ class Attribution:
         """The share of each layer, (layers, prompts, seeds)."""
         return np.moveaxis(self.shares.sum((2, 4)), 2, 0)
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The number of each layer: its index, or that of an encoder's layer."""
+        return self.numbers or tuple(range(self.shares.shape[3]))
+
     def leading(self, share: float = 0.9) -> tuple[int, ...]:
         """The fewest layers that make up a share of the layers' whole: where to edit together.
 
@@ -99,7 +109,7 @@ class Attribution:
                 and seeds.
 
         Returns:
-            Their indices, in order.
+            Their indices, in order; of encoder layers, their numbers.
 
         Raises:
             LocogenError: A share out of its range.
@@ -109,7 +119,7 @@ class Attribution:
         means = np.clip(self.layers.mean((1, 2)), 0, None)  # (layers,)
         ranked = np.argsort(-means, kind="stable")
         reached = np.cumsum(means[ranked]) >= share * means.sum() * (1 - 1e-9)
-        return tuple(sorted(int(layer) for layer in ranked[: int(reached.argmax()) + 1]))
+        return tuple(sorted(self.positions[i] for i in ranked[: int(reached.argmax()) + 1]))
 
     @property
     def is_complete(self) -> bool:
@@ -138,7 +148,8 @@ class Attribution:
     def table(self) -> pd.DataFrame:
         """The shares, one row each: concept, kind, prompt, seed, step, layer, token, word, share.
 
-        Pooled text has no layer, token and word; rows without tokens have no token and word.
+        Pooled text has no layer, token and word; rows without tokens have no token and word. With
+        encoder layers, these are in "layer" by their numbers, and a column "axis" says so.
         """
         import pandas as pd
 
@@ -146,6 +157,7 @@ class Attribution:
         index = pd.MultiIndex.from_product(axes, names=["prompt", "seed", "step", "layer", "token"])
         table: Any = pd.DataFrame({"share": self.shares.reshape(-1)}, index=index).reset_index()
         table["word"] = None
+        table["layer"] = np.asarray(self.positions)[table["layer"]]
         if self.words:
             lists = [word for words in self.words for word in words]
             places = table["prompt"] * self.shares.shape[4] + table["token"]
@@ -164,15 +176,17 @@ class Attribution:
         table = table.assign(concept=self.concept, kind=self.kind)
         columns = ["concept", "kind", "prompt", "seed", "step", "layer", "token", "word", "share"]
         table = table[columns].astype({"layer": "Int64", "token": "Int64"})
+        if self.axis != "layer":
+            table["axis"] = self.axis
         return table.reset_index(drop=True)
 
     def _repr_html_(self) -> str:
-        window = attribution_window(self, window=1)
+        first = self.positions[int(self.layers.mean((1, 2)).argmax())]
         lines = [
             f"<b>Attribution</b> of {html.escape(self.concept)} ({self.how}): "
             f"{len(self.prompts)} prompts, {len(self.seeds)} seeds, steps {list(self.steps)}",
             html.escape(self.remark),
-            f"largest share: layer {window.start}; {self.settings['denoiser_rows']} denoiser rows",
+            f"largest share: {self.axis} {first}; {self.settings['denoiser_rows']} denoiser rows",
         ]
         return "".join(f"<p>{line}</p>" for line in lines)
 
@@ -211,6 +225,8 @@ def attribution_effect(
         One row a window, with the axis "layer" and the columns of `effect`; estimates are shares of
         what the target does in all layers. Also the axes "pooled", the share of the pooled text,
         and "ceiling", the sum of all shares: how near to 1 it is says how far they may be trusted.
+        Of encoder layers the axis is "encoder layer", the position its number; and "mask" in place
+        of "pooled", what it does that target and prompt have different numbers of tokens.
 
     Raises:
         LocogenError: For a window larger than the model.
@@ -224,9 +240,10 @@ def attribution_effect(
         {'layer': 15, 'ceiling': 1}
     """
     sums = window_sums(attribution.layers, window)
-    lines = estimates("layer", range(len(sums)), sums, level)
+    lines = estimates(attribution.axis, attribution.positions[: len(sums)], sums, level)
     if attribution.pooled is not None:
-        lines += estimates("pooled", [None], attribution.pooled.sum(2)[None], level)
+        beside = "pooled" if attribution.axis == "layer" else "mask"
+        lines += estimates(beside, [None], attribution.pooled.sum(2)[None], level)
     lines += estimates("ceiling", [None], 1 - attribution.residual[None], level)
     return effects_table(
         lines,
@@ -251,7 +268,7 @@ def attribution_window(attribution: Attribution, *, window: int = 2) -> Window:
         The window.
 
     Raises:
-        LocogenError: For a window larger than the model.
+        LocogenError: For a window larger than the model, or shares of encoder layers.
 
     Example:
         >>> pipe = load("mini")
@@ -261,6 +278,11 @@ def attribution_window(attribution: Attribution, *, window: int = 2) -> Window:
         >>> attribution_window(found).start
         13
     """
+    if attribution.axis != "layer":
+        raise LocogenError(
+            "these are shares of encoder layers, and a window is of the denoiser's layers: take "
+            "attribute(pipe, concept), without axis="
+        )
     sums = window_sums(attribution.layers, window)
     start = int(sums.mean((1, 2)).argmax())
     # A wide window may overlap all others: then there is nothing to lead.
