@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import announced
 from locogen.interventions.encoding import on_text_encoders
 from locogen.interventions.states import find_text_states
-from locogen.models.families import encode, text_encoders
+from locogen.models.families import encode, family_of, text_encoders
 from locogen.models.hooks import Hook, after
 from locogen.models.offload import weight_of
 from locogen.types import Module, Pipeline
@@ -84,13 +84,12 @@ def corrupting(pipe: Pipeline, noise: Noise, rows: Sequence[Restored]) -> Iterat
             f"some of the text states {list(rows)} do not exist: the encoder has states 0 to "
             f"{len(states) - 1}"
         )
-    tokens = encode(pipe, [""]).states.shape[1]
-
+    ahead = _tokens_ahead(pipe)
     hooks: list[Hook] = []
     for part, encoder in text_encoders(pipe).items():
         weight = weight_of(encoder.get_input_embeddings(), f"{part}'s embeddings")
         for module in _embeddings_with(encoder, weight, part):
-            change = _noisy(noise, weight, 1 + len(rows), tokens)
+            change = _noisy(noise, weight, 1 + len(rows), ahead)
             hooks.append(after(module, change, f"the token embedding of {part}"))
 
     # The clean prompt is encoded in the same batch, so that its states are at hand when a row needs
@@ -101,11 +100,25 @@ def corrupting(pipe: Pipeline, noise: Noise, rows: Sequence[Restored]) -> Iterat
             cells[place].append((row, token))
     for place in sorted(cells):
         state = states[place]
-        hooks.append(after(state.module, _cleaned(cells[place], tokens), state.label))
+        cleaned = _cleaned(cells[place], ahead, family_of(pipe).is_tokens_first)
+        hooks.append(after(state.module, cleaned, state.label))
 
     label = f"corrupting {noise} {list(rows)}"
     with on_text_encoders(pipe, text_encoders(pipe), hooks), announced(pipe, label):
         yield
+
+
+def _tokens_ahead(pipe: Pipeline) -> Callable[[int], int]:
+    """How many of so many tokens that an encoder reads come before those whose states layers get.
+
+    Sana's reads an instruction before the prompt, Qwen-Image's the beginning of a chat.
+    """
+    family = family_of(pipe)
+    if family.dropped_tokens is not None:
+        dropped = family.dropped_tokens(pipe)
+        return lambda length: dropped
+    tokens = encode(pipe, [""]).states.shape[1]
+    return lambda length: length - tokens
 
 
 def _embeddings_with(encoder: Module, weight: Tensor, part: str) -> list[Any]:
@@ -123,8 +136,8 @@ def _embeddings_with(encoder: Module, weight: Tensor, part: str) -> list[Any]:
     ]
 
 
-def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
-    """A hook that adds noise in all rows but the first; layers get the last `tokens` states."""
+def _noisy(noise: Noise, weight: Tensor, count: int, ahead: Callable[[int], int]) -> Any:
+    """A hook that adds noise in all rows but the first."""
     values = noise.values(weight)
 
     # After the embedding and before positions are added: a word is then corrupted, not its place.
@@ -134,25 +147,27 @@ def _noisy(noise: Noise, weight: Tensor, count: int, tokens: int) -> Any:
                 f"{len(output)} prompts are encoded within corrupting, which has {count - 1} rows: "
                 f"encode {count}, the first of them clean"
             )
-        ahead = output.shape[1] - tokens  # Sana's encoder reads an instruction before the prompt
+        first = ahead(output.shape[1])
         changed = output.clone()  # (rows, tokens of the encoder, width)
-        changed[1:, [ahead + at for at in noise.at]] += values.to(output)
+        changed[1:, [first + at for at in noise.at]] += values.to(output)
         return changed
 
     return hook
 
 
-def _cleaned(cells: Sequence[tuple[int, int]], count: int) -> Any:
+def _cleaned(
+    cells: Sequence[tuple[int, int]], ahead: Callable[[int], int], is_tokens_first: bool
+) -> Any:
     """A hook that copies the first row's output into other rows; cells are (row, position)."""
 
     def hook(module: Module, args: Any, kwargs: Any, output: Any) -> Any:
         is_attention = isinstance(output, tuple)  # which puts out its weights as well
-        states = output[0] if is_attention else output  # (rows, tokens of the encoder, width)
-        ahead = states.shape[1] - count
+        changed = (output[0] if is_attention else output).clone()
+        states = changed.transpose(0, 1) if is_tokens_first else changed  # (rows, tokens, width)
+        first = ahead(states.shape[1])
         rows = [row for row, _ in cells]
-        tokens = [ahead + position for _, position in cells]
-        changed = states.clone()
-        changed[rows, tokens] = states[0, tokens]
+        tokens = [first + position for _, position in cells]
+        states[rows, tokens] = states[0, tokens]  # a view of what is handed on
         return (changed, *output[1:]) if is_attention else changed
 
     return hook

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 DENOISER_PARTS = ("self-attention", "cross-attention", "resnet", "feed-forward")
 TEXT_PARTS = ("text self-attention", "text MLP")
 _BLOCKS = {"ResnetBlock2D": "resnet", "FeedForward": "feed-forward"}  # diffusers' classes
-_TEXT_BLOCKS = {  # what CLIP and T5 call them in transformers
+_TEXT_BLOCKS = {  # what CLIP, T5, Qwen and ChatGLM call them
     "self_attn": "text self-attention",
+    "self_attention": "text self-attention",
     "SelfAttention": "text self-attention",
     "mlp": "text MLP",
     "DenseReluDense": "text MLP",
@@ -135,11 +136,6 @@ def find_text_states(pipe: Pipeline) -> tuple[State, ...]:
         [('text self-attention', 0), ('text MLP', 0), ('text self-attention', 1)]
     """
     encoders = text_encoders(pipe)
-    if any(type(encoder).__name__ == "ChatGLMModel" for encoder in encoders.values()):
-        raise LocogenError(
-            "ChatGLM's states have their tokens before their rows, which causal tracing does not "
-            "know: use loco.localize"
-        )
     first = next(iter(encoders.values()))
     candidates = {}
     for part, encoder in encoders.items():
@@ -153,7 +149,8 @@ def find_text_states(pipe: Pipeline) -> tuple[State, ...]:
         states = _numbered(parts, candidates)
     if not states:
         raise LocogenError(
-            "causal tracing knows the self-attention and MLP of CLIP and T5, and this text encoder "
+            "causal tracing knows the self-attention and MLP of CLIP, T5, Qwen, Mistral, Gemma and "
+            "ChatGLM, and this text encoder "
             "has neither: leave its parts out of parts="
         )
     _REMEMBERED[first] = _Remembered(candidates, states)

@@ -96,6 +96,15 @@ class Family:
     sets_padding: bool = False
     """whether encoding sets the tokenizer's padding side: then it is not a setting of the model"""
 
+    dropped_tokens: Callable[[Any], int] | None = None
+    """`(pipe)`: how many tokens its encoder reads before those whose states layers get
+
+    None: as many as it reads more than there are states.
+    """
+
+    is_tokens_first: bool = False
+    """whether the encoder's parts put out (tokens, rows, width), and not (rows, tokens, width)"""
+
     tapped_layers: Callable[[Any], tuple[int, ...]] | None = None
     """`(pipe)`: which layers of its encoder each token is taken from, if several
 
@@ -324,6 +333,7 @@ FAMILIES: dict[str, Family] = {
         name="Kolors",
         is_denoiser=denoisers.is_unet_with("text_time", projected=True),
         token_spans=texts.kolors_spans,
+        is_tokens_first=True,
         project_states=denoisers.project_text,
         kohya_name=None,
     ),
@@ -371,6 +381,7 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_z_image,
         encoding_of=texts.z_image_states_of,
         token_spans=texts.z_image_spans,
+        dropped_tokens=lambda pipe: 0,
         matrices=denoisers.keys_and_values,
         pooled=None,
         time=lambda pipe, timestep: 1000 - 1000 * timestep,
@@ -387,6 +398,7 @@ FAMILIES: dict[str, Family] = {
         encode=texts.encode_qwen,
         encoding_of=texts.qwen_states_of,
         token_spans=texts.qwen_spans,
+        dropped_tokens=lambda pipe: pipe.prompt_template_encode_start_idx,
         layer_mask="encoder_hidden_states_mask",
         pooled=None,
         guidance_argument="true_cfg_scale",

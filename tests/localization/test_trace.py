@@ -21,7 +21,13 @@ from locogen.interventions.states import (
 )
 from locogen.localization import causal_tracing as trace, trace_effects as recovery
 from locogen.localization.causal_tracing import Restoration, causal_trace
-from locogen.models.families import encode, end_position, subject_occurrences, subject_positions
+from locogen.models.families import (
+    encode,
+    end_position,
+    subject_occurrences,
+    subject_positions,
+    token_spans,
+)
 from locogen.models.layers import find_layers
 from locogen.phrasings import shown_text, subject_in
 from locogen.pictures import runs
@@ -36,7 +42,7 @@ NEAR, FAR = (
     1e-4,
 )  # float32 sums in another order; a change that shows: as in the tests of the hooks
 SETTINGS = Settings(2, 5.0, 8)
-POOLED = ("sd-xl", "if")  # families that hear text by a pooled vector too
+POOLED = ("sd-xl", "if", "kolors")  # families that hear text by a pooled vector too
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,11 @@ def test_everything_restored_is_the_clean_picture_and_nothing_the_corrupted_one(
     assert np.abs(corrupted - plain).max() < NEAR
 
 
-@pytest.mark.parametrize("name", ["sd-xl", "if", "pixart-alpha", "sana"])
+TRACED = ("sd-xl", "if", "pixart-alpha", "sana", "kolors")
+CHATS = ("qwen-image", "flux-2", "flux-2-klein", "z-image", "krea-2", "kolors")
+
+
+@pytest.mark.parametrize("name", tiny.fast(*TRACED[:-1], of=TRACED))
 def test_other_families_are_traced_alike(name):
     """Text that enters by a pooled vector too comes back with the other states, but not with cross-attention alone."""
     pipe = tiny.FAMILIES[name]()
@@ -227,6 +237,57 @@ def test_noise_is_where_the_layers_hear_the_subject():
     first = told.at[0]
     assert (corrupted - clean)[first].abs().max() > FAR  # Gemma reads from left to right
     assert (corrupted - clean)[:first].abs().max() < NEAR
+
+
+@pytest.mark.parametrize("name", tiny.fast("qwen-image", of=CHATS))
+def test_noise_lands_on_the_subject_within_a_chat(name):
+    """Behind a template, and padding on either side: its states change, and only those behind it."""
+    pipe = tiny.FAMILIES[name]()
+    words, read = noise(pipe), []
+    embedding = pipe.text_encoder.get_input_embeddings()
+    with corrupting(pipe, words, [()]):
+        handle = embedding.register_forward_hook(
+            lambda _m, args, out: read.append((args[0][0], out.clone()))
+        )
+        clean, corrupted = encode(pipe, ["a big cat b"] * 2).states.flatten(2)
+        handle.remove()
+    ids, out = read[0]
+    assert pipe.tokenizer.decode(ids[(out[1] != out[0]).any(-1)]).strip() == "cat"
+    change = (corrupted - clean).abs().amax(1)  # (tokens,)
+    (place,) = words.at
+    assert change[place] > FAR and change[place + 1 :].max() > FAR
+    begin = token_spans(pipe, "a big cat b")[0].start
+    assert change[begin:place].max() < NEAR and place - begin > 1
+    # But ChatGLM's padding, which stands before the prompt, reads all of it.
+    assert (change[:begin].sum() > NEAR) == (name == "kolors")
+    # The twin: noise on the word before begins there.
+    (earlier,) = subject_positions(pipe, "a big cat b", "a")
+    moved = corrupted_states(pipe, "a big cat b", Noise("0", (earlier,))).states[0].flatten(1)
+    assert (moved - clean)[earlier:place].abs().max() > FAR
+
+
+@pytest.mark.parametrize("name", tiny.fast("qwen-image", of=CHATS))
+def test_a_chats_states_are_restored_where_the_subject_stands(name):
+    """From the subject on: then the noise is at the subject alone. Behind it: there it keeps what noise made of it."""
+    pipe = tiny.FAMILIES[name]()
+    words, prompt = noise(pipe), "a big cat b"
+    clean = encode(pipe, [prompt]).states[0].flatten(1)
+    states = range(len(find_text_states(pipe)))
+    assert len(states) % 2 == 0 and len(states) > 0
+    (place,) = words.at
+    behind = [place + 1, place + 2]
+    every = tuple((state, at) for state in states for at in [place, *behind])
+    beside = tuple((state, at) for state in states for at in behind)
+    corrupted, restored, less = corrupted_states(
+        pipe, prompt, words, [every, beside]
+    ).states.flatten(2)
+    change, rest = ((one - clean)[place + 1].abs().max() for one in (corrupted, restored))
+    assert rest < NEAR < FAR < change
+    assert (restored - clean)[place].abs().max() > FAR  # the residual stream carries the noise
+    assert (less - clean)[
+        behind[0]
+    ].abs().max() < NEAR  # what a token's own parts put out is its own
+    assert not torch.equal(less[place], restored[place])
 
 
 def test_all_text_states_restored_leave_the_noise_of_the_embeddings_only(pipe):

@@ -35,8 +35,6 @@ OF_APART = ("edit", "share", "localize", "attribute", "search")  # of layers tha
 
 def refused(name, verb):
     """Whether a family refuses a verb: what it reads is not what the verb needs."""
-    if name == "kolors":  # its encoder puts tokens before rows
-        return verb == "trace"
     if name == "z-image" and verb in OF_APART:  # one matrix for text and picture in every layer
         return True
     return name in EVOLVING and verb in ("trace", "contribution")
