@@ -235,10 +235,12 @@ class Edit:
 
         Args:
             path: The file to write, `.safetensors`.
-            style: The names of the matrices. "diffusers": those of diffusers (peft). "kohya":
-                those that kohya's sd-scripts, ComfyUI and diffusers read, of Stable Diffusion's
-                and SD-XL's U-Nets; the rank is in the file as `alpha`, so that the scale is 1.
-                sd-scripts ignores the part of `entry=True`, and a warning says so.
+            style: The names of the matrices. "diffusers": those of diffusers (peft), which ComfyUI
+                reads too for SD 3, FLUX.1 and .2, Chroma, Qwen-Image and Krea 2. "kohya": those
+                that kohya's tools and ComfyUI read, of Stable Diffusion's and SD-XL's U-Nets, of
+                Qwen-Image and of Wan; diffusers reads them as well, except for Wan. The rank is in
+                the file as `alpha`, so that the scale is 1. sd-scripts ignores the part of
+                `entry=True`, and a warning says so.
 
         Raises:
             LocogenError: The family's pipeline loads no LoRA (PixArt), kohya's tools have no
@@ -273,7 +275,7 @@ class Edit:
                 "edit.refit(pipe)"
             )
         outside = [name for name in names if ".attentions." not in name]
-        if outside:
+        if outside and self.recipe.get("denoiser", "unet") == "unet":
             warnings.warn(
                 f"kohya's sd-scripts has no LoRA for {', '.join(outside)} and will ignore it: load "
                 "the file with diffusers or ComfyUI",

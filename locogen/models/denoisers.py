@@ -427,6 +427,21 @@ def kohya_name_sd(unet: Module, module: str) -> str:
     return "lora_unet_" + module.replace(".", "_")
 
 
+def kohya_name_qwen(denoiser: Module, module: str) -> str:
+    """A module's name in kohya's musubi-tuner and in ComfyUI, for Qwen-Image: that of diffusers."""
+    return kohya_name_sd(denoiser, module)
+
+
+def kohya_name_wan(denoiser: Module, module: str) -> str:
+    """A module's name in kohya's musubi-tuner and in ComfyUI, for Wan: that of Wan's own code.
+
+    Of two denoisers that take turns each has a file of its own, in which both are named alike.
+    """
+    block = module[module.index("blocks.") :]
+    layer = block.replace(".attn2.to_", ".cross_attn.")
+    return kohya_name_sd(denoiser, layer)
+
+
 def kohya_name_sdxl(unet: Module, module: str) -> str:
     """A module's name in kohya's sd-scripts, for SD-XL: that of the LDM code.
 

@@ -406,6 +406,7 @@ FAMILIES: dict[str, Family] = {
         tokens="last_subject",
         text_projection="txt_in",
         text_projection_input=denoisers.normed_input,
+        kohya_name=denoisers.kohya_name_qwen,
     ),
     "Krea2Pipeline": replace(
         _FLUX,
@@ -440,7 +441,7 @@ FAMILIES: dict[str, Family] = {
         copies_argument="num_videos_per_prompt",
         pictures=_first_frames,
         tokens="subject",
-        kohya_name=None,
+        kohya_name=denoisers.kohya_name_wan,
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(

@@ -10,7 +10,7 @@ from support import full, tiny
 
 from locogen.editing.edit import Edit, fit_edit
 from locogen.errors import LocogenError
-from locogen.models.denoisers import kohya_name_sdxl
+from locogen.models.denoisers import kohya_name_qwen, kohya_name_sdxl, kohya_name_wan
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
@@ -149,6 +149,116 @@ def test_a_file_without_kohyas_names_is_refused(tmp_path) -> None:
     with pytest.raises(LocogenError, match=r"older locogen.*edit.refit\(pipe\)"):
         older.to_lora(tmp_path / "lora.safetensors", style="kohya")
     assert not list(tmp_path.iterdir())
+
+
+# --- names of newer families ----------------------------------------------------------------------
+
+
+def numbered(names: list[str]) -> dict[str, torch.Tensor]:
+    """A file of LoRA in kohya's names, each module with numbers of its own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, name in enumerate(names):
+        tensors[f"{name}.lora_down.weight"] = torch.full((1, 1), float(number))
+        tensors[f"{name}.lora_up.weight"] = torch.full((1, 1), -float(number))
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+def check_turned_back(converted, names: list[str], modules: list[str]) -> None:
+    """What diffusers makes of the names: each module gets the numbers that were written for it."""
+    for number, (name, module) in enumerate(zip(names, modules, strict=True)):
+        assert converted[f"transformer.{module}.lora_A.weight"].item() == number, name
+        assert converted[f"transformer.{module}.lora_B.weight"].item() == -number, name
+
+
+def test_diffusers_turns_every_name_of_qwen_image_back() -> None:
+    """By its own converter of the files of musubi-tuner, all 60 blocks and the map before them."""
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_non_diffusers_qwen_lora_to_diffusers,
+    )
+
+    blocks = [f"transformer_blocks.{i}.attn.add_{m}_proj" for i in range(60) for m in "kv"]
+    modules = [*blocks, "txt_in"]
+    names = [kohya_name_qwen(None, module) for module in modules]
+    assert names[0] == "lora_unet_transformer_blocks_0_attn_add_k_proj"
+    converted = _convert_non_diffusers_qwen_lora_to_diffusers(numbered(names))
+    assert len(converted) == 2 * len(names)
+    check_turned_back(converted, names, modules)
+
+
+def test_diffusers_turns_every_name_of_wan_back() -> None:
+    """By its own converter, which wants all matrices of a block: an edit's few it refuses."""
+    from diffusers.loaders.lora_conversion_utils import _convert_musubi_wan_lora_to_diffusers
+
+    modules = [f"blocks.{i}.attn2.to_{m}" for i in range(40) for m in "kv"]
+    names = [kohya_name_wan(None, module) for module in modules]
+    assert names[0] == "lora_unet_blocks_0_cross_attn_k"
+    of_second = kohya_name_wan(None, "transformer_2.blocks.0.attn2.to_k")
+    assert of_second == names[0]  # a file is loaded into one denoiser
+    others = ["self_attn_q", "self_attn_k", "self_attn_v", "self_attn_o"]
+    others += ["cross_attn_q", "cross_attn_o", "ffn_0", "ffn_2"]
+    rest = [f"lora_unet_blocks_{i}_{name}" for i in range(40) for name in others]
+    converted = _convert_musubi_wan_lora_to_diffusers(numbered([*names, *rest]))
+    check_turned_back(converted, names, modules)
+    with pytest.raises(KeyError):
+        _convert_musubi_wan_lora_to_diffusers(numbered(names))
+
+
+@pytest.mark.slow
+def test_diffusers_loads_kohyas_names_of_qwen_image_as_the_edit(tmp_path) -> None:
+    pipe = tiny.qwen_image()
+    edit = fit(pipe, layers=range(3), entry=True)
+    path = tmp_path / "edit.safetensors"
+    edit.to_lora(path, style="kohya")
+    assert len(modules_in(path)) == len(edit.changes) == 7
+    plain = {n: pipe.transformer.get_parameter(n).detach().clone() for n in edit.changes}
+    with edit.applied(pipe):
+        edited = {n: pipe.transformer.get_parameter(n).detach().clone() for n in edit.changes}
+    pipe.load_lora_weights(path)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for name, weight in edited.items():
+        assert torch.allclose(pipe.transformer.get_parameter(name), weight, atol=1e-5)
+        assert not torch.allclose(plain[name], weight, atol=1e-3)
+
+
+# What ComfyUI patches by the modules that diffusers names, in files whose names begin with "transformer.":
+# `model_lora_keys_unet` in comfy/lora.py (commit 17358c8f) with the maps of comfy/utils.py (commit 09708eae).
+# In SD 3 and FLUX (.1, .2, Chroma) that are rows of one matrix for queries, keys and values; in Qwen-Image
+# matrices of the same names (comfy/ldm/qwen_image/model.py, commit 01f4512b); in Krea 2 `txtmlp.1`.
+BY_BLOCK = ("attn.add_k_proj", "attn.add_v_proj")
+COMFY = {
+    "sd-3": (BY_BLOCK, "context_embedder"),
+    "flux": (BY_BLOCK, "context_embedder"),
+    "flux-2": (BY_BLOCK, "context_embedder"),
+    "flux-2-klein": (BY_BLOCK, "context_embedder"),
+    "chroma": (BY_BLOCK, "context_embedder"),
+    "qwen-image": (BY_BLOCK, "txt_in"),
+    "krea-2": ((), "txt_in.linear_1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMFY)
+def test_the_default_names_are_those_that_comfyui_reads_too(name, tmp_path) -> None:
+    """Every key of the file, none besides; `lora_A` and `lora_B` as in comfy/weight_adapter/lora.py."""
+    in_blocks, entry = COMFY[name]
+    layers = (0, 1) if in_blocks else ()
+    fit(tiny.FAMILIES[name](), layers=layers, entry=True).to_lora(tmp_path / "edit.safetensors")
+    expected = {entry, *(f"transformer_blocks.{i}.{m}" for i in layers for m in in_blocks)}
+    with safe_open(tmp_path / "edit.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert keys == {
+        f"transformer.{module}.lora_{factor}.weight" for module in expected for factor in "AB"
+    }
+
+
+@pytest.mark.slow
+def test_wans_file_has_the_names_of_its_own_code(tmp_path) -> None:
+    """Which ComfyUI's model has (comfy/ldm/wan/model.py, commit 0c9a69ae), behind "lora_unet_" (comfy/lora.py)."""
+    fit(tiny.wan(), layers=(0, 2)).to_lora(tmp_path / "edit.safetensors", style="kohya")
+    names = {f"lora_unet_blocks_{i}_cross_attn_{m}" for i in (0, 2) for m in "kv"}
+    assert modules_in(tmp_path / "edit.safetensors") == names
 
 
 # --- precision -----------------------------------------------------------------------------------
