@@ -165,7 +165,8 @@ class LayerInputs:
         encoding = self.encoding(prompt)
         if encoding.mask is None:
             return tuple(range(start, encoding.states.shape[1]))
-        return tuple(range(start, int(encoding.mask[0].sum())))
+        read = encoding.mask[0].nonzero()[:, 0].tolist()
+        return tuple(at for at in read if at >= start)
 
     def exchange(
         self, source: str, target: str, subject: str, tokens: Tokens, instead: str | None = None
@@ -185,6 +186,9 @@ class LayerInputs:
         if tokens in ("all", "end"):
             old = self.places(source, tokens)
             new = self.places(target, tokens)
+            if tokens == "all" and self.encoding(source).mask is not None:
+                # In Krea 2 padding stands between the prompt and the end of the chat.
+                old = new = tuple(sorted({*old} & {*new}))
             count = min(len(old), len(new))
             return list(old[:count]), list(new[:count])
 

@@ -260,6 +260,20 @@ def test_krea_2_is_edited_where_its_text_enters(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_of_krea_2s_positions_are_those_that_attention_reads():
+    """The prompt's, and the end of the chat behind the padding; each goes to the target's same one."""
+    pipe = tiny.krea2()
+    reader = LayerInputs(pipe, [])
+    suffix = pipe.prompt_template_encode_num_suffix_tokens
+    behind = range(512 - suffix, 512)
+    assert reader.places("cat", "all") == (0, *behind)
+    assert reader.places("a cat", "all") == (0, 1, *behind)
+    old, new = reader.exchange("a cat", "dog", "cat", "all")
+    assert old == new == [0, *behind]
+    assert reader.places("a cat", "end") == (512 - suffix,)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORA)
 def test_lora_in_a_fresh_process_is_the_edit(name, tmp_path):
     """Loaded by the pipeline's own loader, where locogen is not imported; pictures differ by roundings alone."""
