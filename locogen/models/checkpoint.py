@@ -363,10 +363,13 @@ def count_layers(folder: Path) -> int | None:
     # in which the picture reads itself.
     joint = _ending(names, "add_k_proj.weight")
     single = set(re.findall(_SINGLE_BLOCK, "\n".join(names), re.MULTILINE))
+    # Krea 2's, whose small transformer before them is named otherwise.
+    single |= set(re.findall(_GATED_BLOCK, "\n".join(names), re.MULTILINE))
     cross = _ending(names, "attn2.to_k.weight")
     return len(joint) + len(single) or len(cross) or None
 
 
+_GATED_BLOCK = r"^transformer_blocks\.\d+\.attn\.to_gate\."
 _SINGLE_BLOCK = r"^single_transformer_blocks\.\d+\."
 
 
