@@ -525,6 +525,13 @@ def test_the_table_has_every_share_once():
     assert cell == found.shares[0, 0, 1, 2, 5]
 
 
+def test_the_table_of_rows_has_no_tokens():
+    found = attribute(model("sd"), CONCEPT, how="rows", seeds=[0], steps=[0], **OPTIONS)
+    assert found.words == ()
+    assert found.table["token"].isna().all() and found.table["word"].isna().all()
+    assert np.isclose(found.table["share"].sum(), 1 - found.residual.item())
+
+
 def test_pooled_text_can_be_kept():
     moved = attribute(model("sd-xl"), CONCEPT, seeds=[0], **OPTIONS)
     kept = attribute(model("sd-xl"), CONCEPT, seeds=[0], pooled="keep", **OPTIONS)

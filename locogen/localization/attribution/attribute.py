@@ -189,7 +189,7 @@ def attribute(
         prompts=tuple(pair.prompt for pair in concept.pairs),
         seeds=distinct,
         steps=options.steps,
-        words=tuple(_words(pipe, pair.prompt, tokens, how) for pair in concept.pairs),
+        words=_words(pipe, concept, tokens, how),
         has_pooled=options.pooled and blend.has_pooled,
         has_heads=heads,
         bound=bound,
@@ -258,8 +258,11 @@ def _scored(
     return Scored(scorer, {pair.prompt: concept.scored_text(pair) for pair in concept.pairs})
 
 
-def _words(pipe: Pipeline, prompt: str, tokens: int, how: How) -> tuple[str, ...] | None:
-    return None if how == "rows" else words_of(pipe, prompt, tokens)
+def _words(pipe: Pipeline, concept: Concept, tokens: int, how: How) -> tuple[tuple[str, ...], ...]:
+    """The word at each position of each prompt; none where tokens are not told apart."""
+    if how == "rows":
+        return ()
+    return tuple(words_of(pipe, pair.prompt, tokens) for pair in concept.pairs)
 
 
 def _check_changes(concept: Concept, norm: Array) -> None:
