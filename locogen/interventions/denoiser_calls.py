@@ -101,7 +101,20 @@ class Call:
         """Which tokens of what a layer's matrices read are text: all, unless the picture joins."""
         if not layer.joined:
             return slice(None)
-        return self.family.joined_text(self.arguments, self.states.shape[1])
+        if "text_tokens" not in self.cache:
+            tokens = self.family.joined_text(self.arguments, self.states.shape[1])
+            self.cache["text_tokens"] = tokens
+        return self.cache["text_tokens"]
+
+    def is_text(self, layer: Layer) -> Tensor | None:
+        """Which of `text_tokens` are text, (rows, tokens, 1); None: all of them are, in every row.
+
+        In Lumina 2 the picture follows where a row's own text ends.
+        """
+        if not layer.joined or self.family.joined_mask is None:
+            return None
+        mask = self.arguments[self.family.joined_mask].bool()  # (rows, all tokens of text)
+        return mask[:, self.text_tokens(layer), None]
 
     @property
     def guided(self) -> bool:

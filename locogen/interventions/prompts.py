@@ -530,12 +530,30 @@ class _Patched(_Exchange):
                 return None
             # Where text and picture are one sequence, the picture stays the row's own.
             tokens = self.call.text_tokens(layer)
+            places = self.places(rows)
             source = self.places(self._target_runs(rows))
+            patch = output[source, tokens, columns]  # (patched rows, tokens, channels)
+            is_text = self.call.is_text(layer)  # (call rows, tokens, 1)
+            if is_text is not None:
+                self._check_alike(rows, is_text[places], is_text[source])
+                patch = patch.where(is_text[places], output[places, tokens, columns])
             changed = output.clone()  # (call rows, tokens, channels)
-            changed[self.places(rows), tokens, columns] = output[source, tokens, columns]
+            changed[places, tokens, columns] = patch
             return changed
 
         return hook
+
+    def _check_alike(self, rows: Sequence[int], is_text: Tensor, of_targets: Tensor) -> None:
+        """The texts of rows and of their targets' own runs must be equally long."""
+        key = f"rows that are as long as their targets: {rows}"
+        if key not in self.call.cache:  # once for layers that change the same rows
+            self.call.cache[key] = bool((is_text == of_targets).all())
+        if not self.call.cache[key]:
+            raise LocogenError(
+                f"in {self.call.family.name} the picture stands behind the text, and rows of this "
+                "call have texts of other lengths than their targets: use prompts and targets of "
+                "as many tokens, and one picture of each (num_images_per_prompt=1)"
+            )
 
     def _mask_patch(self, layer: Layer, name: str) -> Callable[..., Any]:
         """Before a layer: the tokens that attention reads are the target's, as its text is."""
@@ -646,6 +664,9 @@ def record(pipe: Pipeline, *, rows: Rows | None = None) -> Iterator[dict[int, li
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
             name = "hidden_states" if layer.joined else "encoder_hidden_states"
             states = named_arguments(module, args, kwargs)[name][:, call.text_tokens(layer)]
+            is_text = call.is_text(layer)
+            if is_text is not None:
+                states = states * is_text  # zeros behind shorter texts
             texts[layer.index].append(states.detach().clone())  # (rows, tokens, width)
 
         return before(layer.module, hook, layer.label)

@@ -180,6 +180,30 @@ def z_image_text(call: Mapping[str, Any], tokens: int) -> slice:
     return slice(_z_image_patches(call["x"][0], call.get("patch_size", 2)), None)
 
 
+def lumina_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for Lumina 2."""
+    config = denoiser.config
+    side = config.patch_size
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, config.in_channels, side, side),
+        encoder_hidden_states=(1, 2, config.cap_feat_dim),
+        timestep=(1,),
+    )
+    mask = inputs["timestep"].new_ones((1, 2)).long()  # the denoiser counts with it
+    return inputs | {"encoder_attention_mask": mask}
+
+
+def lumina_joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture of `lumina_inputs` have together."""
+    return inputs["encoder_hidden_states"].shape[1] + 1
+
+
+def lumina_text(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where Lumina 2's sequence holds the longest text: in front, without its padding."""
+    return slice(int(call["encoder_attention_mask"].sum(1).max()))
+
+
 def text_first(call: Mapping[str, Any], tokens: int) -> slice:
     """Where a sequence of text and picture holds the text, if it comes first."""
     return slice(tokens)

@@ -113,6 +113,12 @@ class Family:
     joined_text: Callable[[Mapping[str, Any], int], slice] = denoisers.text_first
     """`(denoiser's arguments, tokens of text)`: where such a sequence holds the text"""
 
+    joined_mask: str | None = None
+    """name of the denoiser's argument that says which of those tokens are text in each row
+
+    None: in every row all of them are. Else the picture follows where a row's own text ends.
+    """
+
     length_class: Callable[[Any, str], int] | None = None
     """`(pipe, prompt)`: how long a prompt counts where the picture's positions follow the text
 
@@ -405,6 +411,26 @@ FAMILIES: dict[str, Family] = {
         tokens="subject",
         kohya_name=None,
     ),
+    "Lumina2Pipeline": replace(
+        _FLUX,
+        name="Lumina 2",
+        is_denoiser=denoisers.has_class("Lumina2Transformer2DModel"),
+        dummy_inputs=denoisers.lumina_inputs,
+        joined_length=denoisers.lumina_joined_length,
+        joined_text=denoisers.lumina_text,
+        joined_mask="encoder_attention_mask",
+        length_class=texts.lumina_length,
+        encode=texts.encode_masked,
+        encoding_of=texts.masked_states_of,
+        token_spans=texts.lumina_spans,
+        matrices=denoisers.keys_and_values,
+        pooled=None,
+        time=lambda pipe, timestep: 1000 - 1000 * timestep,
+        options=_sized,
+        tokens="last_subject",
+        text_projection=None,
+        text_projection_input=None,
+    ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(
         _PIXART, name="PixArt-Σ", token_spans=_t5_span("tokenizer", 300)
@@ -618,7 +644,7 @@ def check_lengths(pipe: Pipeline, pairs: Iterable[tuple[str, str]]) -> None:
                 f"{family.name} reads {prompt!r} as {lengths[0]} tokens and {target!r} as "
                 f"{lengths[1]}, padding included, and puts the picture behind them: it would "
                 "stand elsewhere. Add words to the shorter one, or choose another wording, until "
-                "both count alike"
+                "both count alike; a placebo of your own is PromptPair(…, placebo=…)"
             )
 
 

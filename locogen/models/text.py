@@ -29,6 +29,7 @@ QWEN_LIMIT = 512  # tokens of text that a call of Qwen-Image's pipeline takes
 QWEN_BLOCK = 64  # to a multiple of which prompts are padded, so that their batches are alike
 KOLORS_LIMIT = 256  # tokens that Kolors' ChatGLM reads, its two marks included
 WAN_LIMIT = 512  # tokens that Wan's T5 reads
+LUMINA_LIMIT = 256  # tokens that Lumina 2's Gemma reads, the system's prompt included
 SANA_LIMIT = (
     300  # tokens that Sana's layers get, with the start mark and the instruction's last one
 )
@@ -545,6 +546,27 @@ def z_image_length(pipe: Pipeline, prompt: str) -> int:
     template = _user_template(pipe.tokenizer, enable_thinking=True)
     tokens = token_ids(pipe.tokenizer, template.replace(_PLACE, prompt))
     return math.ceil(min(len(tokens), Z_LIMIT) / Z_BLOCK) * Z_BLOCK
+
+
+def lumina_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Gemma's states, behind the start mark and the system's prompt; there is no end mark."""
+    look = tokenizer_to_look_with(pipe.tokenizer)
+    beginning = _lumina_text(pipe, "").rstrip()  # the space belongs to the prompt's first word
+    first = len(_tokens(look, beginning))
+    words = tuple(_tokens(look, _lumina_text(pipe, prompt))[first:])
+    count = LUMINA_LIMIT - first
+    end = first + min(len(words), count) - 1
+    return (TokenSpan(words[:count], first, end, look, words[count:], LUMINA_LIMIT),)
+
+
+def lumina_length(pipe: Pipeline, prompt: str) -> int:
+    """How many tokens Lumina 2 makes of a prompt behind the system's."""
+    return min(len(token_ids(pipe.tokenizer, _lumina_text(pipe, prompt))), LUMINA_LIMIT)
+
+
+def _lumina_text(pipe: Pipeline, prompt: str) -> str:
+    """What Lumina 2's pipeline has its tokenizer read."""
+    return f"{pipe.system_prompt} <Prompt Start> {prompt}"
 
 
 _PLACE = "the prompt's place"

@@ -10,7 +10,8 @@ import torch
 from support import full, tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
-from locogen.interventions.prompts import foreign_hooks, generators, intervene, record
+from locogen.interventions.denoiser_calls import Call
+from locogen.interventions.prompts import _Patched, foreign_hooks, generators, intervene, record
 from locogen.models.denoisers import check_call
 from locogen.models.families import (
     FAMILIES,
@@ -24,19 +25,26 @@ from locogen.models.layers import find_layers, gets_text
 from locogen.plan import Intervention, with_target_runs
 
 POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors"}
-PATCHED = {"sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image"}
+PATCHED = {
+    *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image", "lumina-2"),
+}
 APART = {
     "qwen-image",
     "wan",
     "flux-2-klein",
     "chroma",
+    "lumina-2",
 }  # guided by a call of its own for the negative prompt
-CAUSAL = {"sd", "sd-xl", "sana", "qwen-image", "kolors", "flux-2", "flux-2-klein", "z-image"}
+CAUSAL = {
+    *("sd", "sd-xl", "sana", "qwen-image", "kolors", "flux-2", "flux-2-klein", "z-image"),
+    "lumina-2",
+}
 GUIDANCES = [5.0, 1.0]
 TEXTS = [
     ("cat in a", "dog on b, a long one"),
     ("dog in c d", "cat"),
 ]  # of unequal length: masks matter
+EVEN = [("cat in a", "dog on b"), ("dog in c d", "cat by a b")]  # a target as long as its prompt
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +96,13 @@ def pictures(pipe, rows, *, prompts=None, guidance=5.0, each=1, steps=2, **more)
     return family.pictures(output, "np")
 
 
+def texts_of(pipe):
+    return EVEN if type(pipe).__name__ == "Lumina2Pipeline" else TEXTS
+
+
 def plan(pipe, layers, count=2, **more):
-    rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(TEXTS[:count])]
+    texts = texts_of(pipe)[:count]
+    rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(texts)]
     return with_target_runs(rows) if family_of(pipe).joint_attention else tuple(rows)
 
 
@@ -160,7 +173,7 @@ def test_no_pooled_path_is_said(pipes):
 def test_windows_in_one_batch_equal_separate_runs(pipe):
     """As nearly as plain pictures made in a batch equal those made alone: sums in another order, nothing else."""
     starts = every(pipe)[-5:]
-    count, rows = len(starts), [Intervention(*TEXTS[0], (start,), 7) for start in starts]
+    count, rows = len(starts), [Intervention(*texts_of(pipe)[0], (start,), 7) for start in starts]
     ride = with_target_runs(rows) if family_of(pipe).joint_attention else rows
     sums = np.abs(pictures(pipe, ride)[0] - pictures(pipe, rows[:1])[0]).max()
     with intervene(pipe, ride):
@@ -203,7 +216,10 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
     ):  # in the window, rows read what the targets' own runs read; those runs are as they would be
         riding = [i for i in range(len(rows)) if not rows[i].layers]
         for index in chosen:
-            tokens = len(encode(pipe, ["cat"]).states[0])
+            text = encode(pipe, [row.prompt for row in rows])
+            tokens = text.states.shape[1]
+            if name == "lumina-2":  # the picture follows where the shortest text ends
+                tokens = int(text.mask.sum(1).min())
             assert torch.equal(
                 after[index][negative:][own, :tokens], after[index][negative:][riding, :tokens]
             )
@@ -567,6 +583,94 @@ def test_self_attention_that_gets_its_own_input_as_text_is_no_layer():
     states = torch.zeros(1, 4, 8)
     assert not gets_text({"hidden_states": states, "encoder_hidden_states": states})
     assert gets_text({"hidden_states": states, "encoder_hidden_states": states.clone()})
+
+
+@pytest.mark.slow
+def test_lumina_2s_target_must_be_as_long_as_its_prompt():
+    """Its picture stands behind the text: with another token it would stand elsewhere."""
+    pipe = tiny.lumina2()
+    short, long = "cat", "cat in a"
+    rows = with_target_runs([Intervention(short, long, every(pipe), 0)])
+    own = pictures(pipe, rows, prompts=[long, long])
+    words = "reads 'cat' as 17 tokens and 'cat in a' as 22.*Add words to the shorter one"
+    with pytest.raises(LocogenError, match=words), intervene(pipe, rows):
+        pass
+    # A call of one's own is compared too, where texts meet.
+    unchecked = replace(family_of(pipe), length_class=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "Lumina2Pipeline", unchecked)
+        with pytest.raises(LocogenError, match="of other lengths"), intervene(pipe, rows):
+            pictures(pipe, rows)
+        # The twin, and the reason: all layers would not be the target's own run.
+        patch.setattr(_Patched, "_check_alike", lambda *_: None)
+        with intervene(pipe, rows):
+            assert np.abs(pictures(pipe, rows)[0] - own[0]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_each_row_of_lumina_2_has_a_text_of_its_own_length(pipes, monkeypatch):
+    """Where the longest one ends, the others' pictures have begun: these must stay the rows' own."""
+    pipe = pipes("lumina-2")
+    rows = plan(pipe, (1,))
+    alone = []
+    for row in rows[:2]:
+        one = with_target_runs([row])
+        with intervene(pipe, one):
+            alone.append(pictures(pipe, one)[0])
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows)[:2] - np.stack(alone)).max() < 1e-5
+    monkeypatch.setattr(Call, "is_text", lambda *_: None)  # the twin
+    with intervene(pipe, rows):
+        change = np.abs(pictures(pipe, rows)[:2] - np.stack(alone)).max(axis=(1, 2, 3))
+    assert change[0] > 1e-4 and change[1] < 1e-5  # the longest is as it should be
+
+
+@pytest.mark.slow
+def test_lumina_2s_refiners_are_no_layers(pipes):
+    """They too are called with "text", which is their own input: a picture's, or text not yet read."""
+    pipe = pipes("lumina-2")
+    denoiser, called = denoiser_of(pipe), []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: called.append((name, gets_text(kwargs))),
+            with_kwargs=True,
+        )
+        for name, module in denoiser.named_modules()
+        if name.endswith(".attn")
+    ]
+    with torch.no_grad():
+        denoiser(**family_of(pipe).dummy_inputs(denoiser))
+    for handle in handles:
+        handle.remove()
+    layers = [f"layers.{index}.attn" for index in range(3)]
+    assert called == [
+        (name, False) for name in ["context_refiner.0.attn", "noise_refiner.0.attn", *layers]
+    ]
+    assert [layer.name for layer in find_layers(pipe)] == layers
+
+
+@pytest.mark.slow
+def test_lumina_2s_guidance_may_end_early(pipes):
+    """`cfg_trunc_ratio` leaves the last steps' negative calls out."""
+    pipe = pipes("lumina-2")
+    rows = plan(pipe, every(pipe))
+    early = {"cfg_trunc_ratio": 0.5}
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], **early)
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows, **early) - own).max() < 1e-5
+        assert np.abs(pictures(pipe, rows) - own).max() > 1e-4  # the twin
+
+
+@pytest.mark.slow
+def test_lumina_2s_masks_of_several_pictures_a_prompt_are_refused_where_they_are_wrong(pipes):
+    """Its pipeline repeats them in another order than the text (diffusers 0.42)."""
+    pipe = pipes("lumina-2")
+    layers = [(EVEN[0], (0,)), (EVEN[0], (1,)), (EVEN[1], (0,))]
+    rows = with_target_runs([Intervention(*pair, window, 0) for pair, window in layers])
+    with intervene(pipe, rows):
+        pictures(pipe, rows)  # the twin
+        with pytest.raises(LocogenError, match="num_images_per_prompt=1"):
+            pictures(pipe, rows, each=2)
 
 
 @pytest.mark.parametrize("kind", ["if", "pixart-alpha", "pixart-sigma", "sana"])

@@ -31,7 +31,8 @@ FLUXES = ["flux", "flux-2", "flux-2-klein", "chroma"]  # with single blocks behi
 ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES}
 LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES]
 OWN_READINGS = ("if", "sd-3", "qwen-image", *FLUXES)  # each layer reads something else
-EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", "z-image")]
+JOINED = ("z-image", "lumina-2")  # in every layer
+EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", *JOINED)]
 
 
 @pytest.fixture(params=tiny.fast(*tiny.FAST, of=EDITED))
@@ -200,21 +201,36 @@ def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_z_image_is_swept_and_clamped_and_cannot_be_edited(tmp_path):
-    """All its layers read text and picture with the same matrices."""
-    pipe = tiny.z_image()
+@pytest.mark.parametrize("name", JOINED)
+def test_what_joins_in_every_layer_is_swept_and_clamped_and_cannot_be_edited(name, tmp_path):
+    """All layers of Z-Image and Lumina 2 read text and picture with the same matrices."""
+    pipe = tiny.FAMILIES[name]()
     with pytest.raises(LocogenError, match="no layer can be edited"):
         fit(pipe)
-    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+    placebo = "b cat in b"  # as long as the prompt, which Lumina 2 asks for
+    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b", placebo=placebo),))
     options = FAST | {"scorer": tiny.FakeScorer(), "store": tmp_path, "batch_size": 7}
     run = localize(pipe, pair, window=2, seeds=(0,), **options)
+    if name == "lumina-2":
+        too_long = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+        with pytest.raises(LocogenError, match=r"'an image of a cat in b'.*placebo="):
+            localize(pipe, too_long, window=2, seeds=(0,), **options)
     seen = dict(zip(run.table["role"], run.pictures, strict=True))
     assert not np.array_equal(np.asarray(seen["baseline"]), np.asarray(seen["ceiling"]))
-    neurons = find_neurons(pipe, STYLE, layers=(0, 1), phrasings=PAIRS)
+    pairs = PAIRS if name == "z-image" else [PAIRS[0], ("b cat in a", "b dog in a")]
+    neurons = find_neurons(pipe, STYLE, layers=(0, 1), phrasings=pairs)
     plain = generate(pipe, ["a cat in b"], **FAST)
     with clamp(pipe, neurons.top(8)):
         some = generate(pipe, ["a cat in b"], **FAST)
+        if name == "lumina-2":
+            with pytest.raises(LocogenError, match="its means are of 24"):
+                generate(pipe, ["cat"], **FAST)
     assert not np.array_equal(*(np.asarray(run.pictures[0]) for run in (plain, some)))
+    if name == "lumina-2":
+        with pytest.raises(LocogenError, match="of as many tokens each"):
+            find_neurons(pipe, STYLE, layers=(0, 1), phrasings=PAIRS)
+        with clamp(pipe, neurons.top(8), to="zero"):
+            generate(pipe, ["cat"], **FAST)
 
 
 @pytest.mark.slow

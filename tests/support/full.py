@@ -11,6 +11,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -169,6 +170,19 @@ def klein() -> Flux2Transformer2DModel:
     )
 
 
+def lumina2() -> Lumina2Transformer2DModel:
+    """Lumina-Image 2.0 at its depth, but narrow: its forward pass counts tokens, which meta cannot."""
+    with torch.device("cpu"):
+        return Lumina2Transformer2DModel(
+            hidden_size=24,
+            cap_feat_dim=8,
+            axes_dim_rope=(4, 4, 4),
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+        )
+
+
 # Denoisers of families whose other parts are not put together here, with their layers.
 DENOISERS: dict[str, tuple[Any, int]] = {
     "sd-3.5-medium": (sd35_medium, 24),
@@ -181,6 +195,7 @@ DENOISERS: dict[str, tuple[Any, int]] = {
     "flux-2-klein-4b": (klein, 5 + 20),
     "chroma": (ChromaTransformer2DModel, 19 + 38),
     "z-image-turbo": (ZImageTransformer2DModel, 30),
+    "lumina-2": (lumina2, 26),
 }
 
 

@@ -33,6 +33,8 @@ from diffusers import (
     KolorsPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -778,6 +780,33 @@ def z_image(**changes: Any) -> ZImagePipeline:
     return quiet(pipe)
 
 
+def lumina2(**changes: Any) -> Lumina2Pipeline:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(300, 16, 16),
+        cap_feat_dim=WIDTH,
+    )
+    denoiser = Lumina2Transformer2DModel(**(shape | changes)).eval()
+    pipe = Lumina2Pipeline(
+        transformer=denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=gemma(),
+        tokenizer=copy.deepcopy(gemma_tokenizer()),  # whose padding side the pipeline sets
+    )
+    pipe.system_prompt = "a"
+    return quiet(pipe)
+
+
 class _StandIn:
     """A function that counts as locogen's own: its class says that it comes from there."""
 
@@ -798,7 +827,12 @@ def stand_in(monkeypatch: Any, module: Any, forward: Any) -> None:
 
 def like(pipe: Any, other: Any) -> Any:
     """The pipeline with what was set on another one and no file holds: sizes, the template."""
-    names = ("default_sample_size", "prompt_template_encode_start_idx", "system_message")
+    names = (
+        "default_sample_size",
+        "prompt_template_encode_start_idx",
+        "system_message",
+        "system_prompt",
+    )
     for name in (*names, "tokenizer_max_length"):
         if name in vars(other):
             setattr(pipe, name, vars(other)[name])
@@ -822,6 +856,7 @@ FAMILIES: dict[str, Any] = {
     "flux-2-klein": klein,
     "chroma": chroma,
     "z-image": z_image,
+    "lumina-2": lumina2,
 }
 
 
@@ -832,6 +867,7 @@ RECENT = (
     "flux-2-klein",
     "chroma",
     "z-image",
+    "lumina-2",
 )  # qwen-image stands for them
 ALIKE = ("lcm", "pixart-alpha", "sana")  # sd and pixart-sigma read text in the same way
 # One of each way in which layers get text; the slow tests have all.

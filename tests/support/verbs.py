@@ -28,6 +28,7 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "prog
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
 EVOLVING = (  # no localizer but locogen's own
     *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image"),
+    "lumina-2",
 )
 OF_APART = ("edit", "share", "localize", "attribute", "search")  # of layers that read text apart
 
@@ -36,7 +37,9 @@ def refused(name, verb):
     """Whether a family refuses a verb: what it reads is not what the verb needs."""
     if name == "kolors":  # its encoder puts tokens before rows
         return verb == "trace"
-    if name == "z-image" and verb in OF_APART:  # one matrix for text and picture in every layer
+    if (
+        name in ("z-image", "lumina-2") and verb in OF_APART
+    ):  # one matrix for text and picture in every layer
         return True
     return name in EVOLVING and verb in ("trace", "contribution")
 
@@ -59,7 +62,9 @@ def edit_of(pipe):
 
 def rows(pipe, layers=(0, 1), **more):
     pooled = {"pooled": "target"} if family_of(pipe).pooled and layers else {}
-    plan = [Intervention("a cat in b", "dog", layers, seed, **pooled, **more) for seed in range(2)]
+    # Lumina 2 takes a target as long as its prompt.
+    target = "dog" if family_of(pipe).joined_mask is None else "a dog in b"
+    plan = [Intervention("a cat in b", target, layers, seed, **pooled, **more) for seed in range(2)]
     return with_target_runs(plan) if family_of(pipe).joint_attention else plan
 
 
