@@ -462,9 +462,9 @@ class _Replaced(_Exchange):
         """The same as the layers get it, (call rows, tokens, width of the layers)."""
         # The denoiser projects all rows at once, as in the target's own run: so the bits are the
         # same.
-        family = self.call.family
-        denoiser = denoiser_of(self.call.pipe, family)
-        return self._once("projected", lambda: family.project_states(denoiser, self._states()))
+        project = self.call.family.project_states
+        denoiser = self.call.denoiser
+        return self._once("projected", lambda: project(denoiser, self._states()))
 
     def _mask_bias(self, states: Tensor) -> Tensor:
         """What attention adds for the targets' mask, (call rows, 1, tokens)."""

@@ -263,12 +263,23 @@ def check_wan(denoiser: Module) -> None:
         )
 
 
-def check_one_denoiser(pipe: Any) -> None:
-    """Raise for a Wan whose late steps are another denoiser's, whose layers nobody counts here."""
-    if getattr(pipe, "transformer_2", None) is not None:
+def wan_turns(pipe: Any) -> tuple[str, ...]:
+    """What a pipeline of Wan calls its denoisers, in the order in which they take the steps."""
+    # The second one takes the steps below a boundary, and is never called without one.
+    config = getattr(pipe, "config", {})
+    has_boundary = config.get("boundary_ratio") is not None
+    return ("transformer", "transformer_2") if has_boundary else ("transformer",)
+
+
+def check_turns(pipe: Any) -> None:
+    """Raise for a pipeline of Wan that lacks one of its two denoisers."""
+    if not hasattr(pipe, "components"):
+        return
+    missing = [name for name in wan_turns(pipe) if getattr(pipe, name, None) is None]
+    if missing:
         raise UnsupportedModel(
-            "this WanPipeline has a second denoiser for its late steps, which locogen does not "
-            "know: use a checkpoint with one (Wan 2.1, or 2.2 of 5 billion parameters)"
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load it with all of "
+            "its denoisers, or set boundary_ratio to None in its config"
         )
 
 

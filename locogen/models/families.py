@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models import denoisers, text as texts
 from locogen.models.compilation import uncompiled_module
 from locogen.models.denoisers import Change
-from locogen.models.hooks import Hook
+from locogen.models.hooks import DenoisersInTurn, Hook, parts_of
 from locogen.models.offload import taken_back
 from locogen.models.text import EncodedPrompts, PromptEncoding, TokenSpan
 from locogen.phrasings import Phrasing, occurrences, shared_length, without_marks
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENCODING = threading.RLock()
+# The same object for the same denoisers: what is known of them is kept by it.
+_IN_TURN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, DenoisersInTurn]] = WeakKeyDictionary()
 
 
 def _no_options(pipe: Pipeline) -> dict[str, Any]:
@@ -47,6 +50,10 @@ def _accept(pipe: Pipeline) -> None:
     pass
 
 
+def _one_denoiser(pipe: Pipeline) -> tuple[str, ...]:
+    return ()
+
+
 def _current_time(pipe: Pipeline, timestep: Any) -> Any:
     now = getattr(pipe, "current_timestep", None)
     return 1000 * timestep if now is None else now  # modular pipelines do not keep it
@@ -61,7 +68,7 @@ class Family:
     # --- the denoiser ---
 
     denoiser: str
-    """attribute of the pipeline"""
+    """attribute of the pipeline; of several denoisers the first one's"""
 
     is_denoiser: Callable[[Any], bool]
     """whether a bare denoiser is of this family"""
@@ -86,6 +93,9 @@ class Family:
 
     encoding_of: Callable[[tuple[Any, ...]], PromptEncoding] = texts.states_of
     """`(returned)`: the prompts' encoding among what `encode_prompt` returns"""
+
+    turns: Callable[[Any], Sequence[str]] = _one_denoiser
+    """`(pipe)`: attributes of denoisers that take the steps in turn, in order; or fewer than two"""
 
     check_pipeline: Callable[[Any], None] = _accept
     """`(pipe)`: raises where the pipeline's other parts make an intervention wrong"""
@@ -400,7 +410,8 @@ FAMILIES: dict[str, Family] = {
         is_denoiser=denoisers.has_class("WanTransformer3DModel"),
         dummy_inputs=denoisers.wan_inputs,
         check=denoisers.check_wan,
-        check_pipeline=denoisers.check_one_denoiser,
+        turns=denoisers.wan_turns,
+        check_pipeline=denoisers.check_turns,
         encode=texts.encode_wan,
         normalize=texts.cleaned_by_wan,
         token_spans=_t5_span("tokenizer", texts.WAN_LIMIT),
@@ -465,8 +476,9 @@ def family_of(model: Any) -> Family:
             f"{type(uncompiled).__name__} is not supported: use one of {', '.join(FAMILIES)}, "
             "or its denoiser"
         )
-    family.check(denoiser_of(model, family))
     family.check_pipeline(model)
+    for part in parts_of(denoiser_of(model, family)):
+        family.check(part)
     return family
 
 
@@ -479,9 +491,27 @@ def _denoisers_of_modular(model: Any) -> list[Any]:
 
 
 def denoiser_of(model: Any, family: Family | None = None) -> Any:
-    """The denoiser of a pipeline, as it was before `torch.compile`; a bare denoiser is its own."""
+    """The denoiser of a pipeline, as it was before `torch.compile`; a bare denoiser is its own.
+
+    Several that take turns are one `DenoisersInTurn`.
+    """
     family = family or family_of(model)
-    return uncompiled_module(getattr(model, family.denoiser, model))
+    parts = {name: uncompiled_module(part) for name, part in held_denoisers(model, family).items()}
+    first, *others = parts.values()
+    if not others:
+        return first
+    known = _IN_TURN.setdefault(first, WeakKeyDictionary())
+    if others[-1] not in known:
+        known[others[-1]] = DenoisersInTurn(parts)
+    return known[others[-1]]
+
+
+def held_denoisers(model: Any, family: Family) -> dict[str, Any]:
+    """A pipeline's denoisers as it holds them, compiled or not, in the order of their turns."""
+    names = family.turns(model)
+    if len(names) < 2 or not hasattr(model, family.denoiser):
+        return {family.denoiser: getattr(model, family.denoiser, model)}
+    return {name: getattr(model, name) for name in names}
 
 
 def missing_encoders(pipe: Pipeline) -> list[str]:

@@ -276,6 +276,53 @@ assert "locogen" not in sys.modules
     assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(wanted.pictures[0]))
 
 
+@pytest.mark.slow
+def test_lora_of_one_of_two_denoisers_in_a_fresh_process_is_the_edit(tmp_path):
+    """Wan 2.2's loader takes a file into one of them; an edit of both is refused."""
+    pipe = tiny.wan22()
+    with pytest.raises(LocogenError, match="fit an edit for the layers of each"):
+        fit(pipe, (2, 3)).to_lora(tmp_path / "both.safetensors")
+    for layers, options in [((0, 1), ""), ((3, 4), ", load_into_transformer_2=True")]:
+        edit = fit(pipe, layers, ridge=1e-2)
+        edit.to_lora(tmp_path / "edit.safetensors")
+        program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from support import tiny
+from safetensors.torch import save_file
+pipe = tiny.wan22()
+pipe.load_lora_weights({str(tmp_path / "edit.safetensors")!r}{options})
+pipe.fuse_lora(components=["transformer", "transformer_2"])
+pipe.unload_lora_weights()
+parts = {{"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}}
+fused = {{}}
+for name in {sorted(edit.changes)!r}:
+    part, _, path = name.partition(".")
+    fused[name] = parts[part].get_parameter(path).detach().contiguous()
+save_file(fused, {str(tmp_path / "fused.safetensors")!r})
+assert "locogen" not in sys.modules
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+        from safetensors.torch import load_file
+
+        fused = load_file(tmp_path / "fused.safetensors")
+        plain = dict(denoiser_of(pipe).named_parameters())
+        with edit.applied(pipe):
+            for name in edit.changes:
+                assert torch.allclose(fused[name], plain[name], atol=1e-5)
+        assert not any(torch.allclose(fused[name], plain[name], atol=1e-5) for name in fused)
+
+
+@pytest.mark.slow
+def test_each_of_two_denoisers_reads_its_own_projection_of_a_prompt():
+    pipe = tiny.wan22()
+    layers = find_layers(pipe)
+    reader = LayerInputs(pipe, layers)
+    states = [reader.states("a cat", layer) for layer in layers]
+    assert len(reader._states) == 2  # kept once for each denoiser
+    assert torch.equal(states[0], states[2]) and torch.equal(states[3], states[5])
+    assert not torch.allclose(states[2], states[3])
+
+
 def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):
     with pytest.raises(LocogenError, match="cannot load LoRA"):
         fit(tiny.pixart()).to_lora(tmp_path / "edit.safetensors")

@@ -644,6 +644,20 @@ def wan(**changes: Any) -> WanPipeline:
     return quiet(pipe)
 
 
+def wan22(**changes: Any) -> WanPipeline:
+    """Two denoisers: of several steps the first one takes the first, the second one the others."""
+    one = wan(**changes)
+    torch.manual_seed(1)
+    second = WanTransformer3DModel.from_config(one.transformer.config).eval()
+    loud(second)
+    # A last step that is as large as the first: the second denoiser is heard.
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.5)
+    parts = {**one.components, "transformer_2": second, "scheduler": scheduler}
+    pipe = WanPipeline(**parts, boundary_ratio=0.875)
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
@@ -857,6 +871,7 @@ FAMILIES: dict[str, Any] = {
     "chroma": chroma,
     "z-image": z_image,
     "lumina-2": lumina2,
+    "wan-2.2": wan22,
 }
 
 
@@ -868,6 +883,7 @@ RECENT = (
     "chroma",
     "z-image",
     "lumina-2",
+    "wan-2.2",
 )  # qwen-image stands for them
 ALIKE = ("lcm", "pixart-alpha", "sana")  # sd and pixart-sigma read text in the same way
 # One of each way in which layers get text; the slow tests have all.

@@ -41,12 +41,17 @@ def refused(name, verb):
         name in ("z-image", "lumina-2") and verb in OF_APART
     ):  # one matrix for text and picture in every layer
         return True
+    if name == "wan-2.2" and verb in ("attribute", "search"):  # they call the denoiser themselves
+        return True
     return name in EVOLVING and verb in ("trace", "contribution")
 
 
 @functools.cache
 def neurons_of(pipe):
-    return find_neurons(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
+    # Lumina 2 reads each text as it is long, and means are taken position by position.
+    of_one_length = family_of(pipe).joined_mask is not None
+    pairs = [PAIRS[0], ("b cat in a", "b dog in a")] if of_one_length else PAIRS
+    return find_neurons(pipe, CONCEPT, layers=(0, 1), phrasings=pairs)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ from locogen.models.hooks import (
     Hook,
     after,
     before,
+    check_one_denoiser,
     hooked,
     named_arguments,
     with_arguments,
@@ -290,6 +291,7 @@ def blending(pipe: Pipeline) -> Iterator[Blend]:
     import torch
 
     blend = Blend(pipe)
+    check_one_denoiser(blend.denoiser, "attribution")
     _check_contexts(active_contexts(pipe))
     if blend.family.joined_text is not text_first and blend.family.joined_mask is None:
         raise LocogenError(
