@@ -171,7 +171,7 @@ class LayerInputs:
         start = token_spans(self.pipe, prompt)[0].start
         encoding = self.encoding(prompt)
         if encoding.mask is None:
-            return tuple(range(start, encoding.states.shape[1]))
+            return tuple(range(start, encoding.places))
         return tuple(range(start, int(encoding.mask[0].sum())))
 
     def exchange(

@@ -49,10 +49,12 @@ __all__ = [
 ]
 
 PLANS_PROMPTS = "call the pipeline with exactly the plan's prompts, [row.prompt for row in plan]"
-OTHER_PROMPTS = ("prompt_2", "prompt_3")  # of SD-XL, SD 3 and FLUX: for their other text encoders
+# Of SD-XL, SD 3, FLUX and HiDream: for their other text encoders.
+OTHER_PROMPTS = ("prompt_2", "prompt_3", "prompt_4")
 ENCODED = (
     *("prompt_embeds", "pooled_prompt_embeds"),
     *("prompt_attention_mask", "prompt_embeds_mask"),
+    *("prompt_embeds_t5", "prompt_embeds_llama3"),
 )
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4}  # of encodings in batches of other sizes, relative
 HALF_TOLERANCE = 3e-2
@@ -662,7 +664,7 @@ def record(pipe: Pipeline, *, rows: Rows | None = None) -> Iterator[dict[int, li
 
     def collecting(call: Call, layer: Layer) -> Hook:
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-            name = "hidden_states" if layer.joined else "encoder_hidden_states"
+            name = call.family.layer_states if layer.joined else call.family.layer_text
             states = named_arguments(module, args, kwargs)[name][:, call.text_tokens(layer)]
             is_text = call.is_text(layer)
             if is_text is not None:

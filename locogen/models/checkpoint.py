@@ -361,14 +361,14 @@ def count_layers(folder: Path) -> int | None:
             names |= {f"{part}.{name}" for name in _tensor_names(file)}
     # Families whose attention reads picture and text together; of these some have an `attn2` too,
     # in which the picture reads itself.
-    joint = _ending(names, "add_k_proj.weight")
+    joint = _ending(names, ("add_k_proj.weight", "to_k_t.weight"))
     single = set(re.findall(_SINGLE_BLOCK, "\n".join(names), re.MULTILINE))
     cross = _ending(names, "attn2.to_k.weight")
     return len(joint) + len(single) or len(cross) or None
 
 
 # Of FLUX, and of families whose blocks are all of one stream (Z-Image, Lumina 2).
-_SINGLE_BLOCK = r"^\w+\.(?:single_transformer_blocks|layers)\.\d+\."
+_SINGLE_BLOCK = r"^\w+\.(?:single_transformer_blocks|single_stream_blocks|layers)\.\d+\."
 
 
 def _later_denoisers(folder: Path) -> tuple[str, ...]:
@@ -381,7 +381,7 @@ def _later_denoisers(folder: Path) -> tuple[str, ...]:
     return ("transformer_2",) if has_boundary else ()
 
 
-def _ending(names: Iterable[str], end: str) -> list[str]:
+def _ending(names: Iterable[str], end: str | tuple[str, ...]) -> list[str]:
     return [name for name in names if name.endswith(end)]
 
 

@@ -204,6 +204,37 @@ def lumina_text(call: Mapping[str, Any], tokens: int) -> slice:
     return slice(int(call["encoder_attention_mask"].sum(1).max()))
 
 
+def hidream_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture, and two tokens of T5 and of each layer of Llama, for HiDream."""
+    config = denoiser.config
+    of_t5, of_llama = config.caption_channels
+    return _zeros(
+        denoiser,
+        hidden_states=(1, config.in_channels, config.patch_size, config.patch_size),
+        timesteps=(1,),
+        encoder_hidden_states_t5=(1, 2, of_t5),
+        encoder_hidden_states_llama3=(max(config.llama_layers) + 1, 1, 2, of_llama),
+        pooled_embeds=(1, config.text_emb_dim),
+    )
+
+
+def hidream_joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture of `hidream_inputs` have together."""
+    return 1 + _hidream_tokens(inputs)
+
+
+def hidream_text(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where HiDream's sequence holds the text: behind the picture."""
+    return slice(-_hidream_tokens(call), None)
+
+
+def _hidream_tokens(call: Mapping[str, Any]) -> int:
+    """How many tokens each block reads: T5's, and those of Llama's last layer and of its own."""
+    of_t5 = call["encoder_hidden_states_t5"].shape[1]
+    of_llama = call["encoder_hidden_states_llama3"].shape[2]
+    return of_t5 + 2 * of_llama
+
+
 def text_first(call: Mapping[str, Any], tokens: int) -> slice:
     """Where a sequence of text and picture holds the text, if it comes first."""
     return slice(tokens)
@@ -350,6 +381,13 @@ def added_keys_and_values(attention: Any) -> dict[str, Any]:
     return {"k": attention.add_k_proj, "v": attention.add_v_proj}
 
 
+def hidream_keys_and_values(attention: Any) -> dict[str, Any]:
+    """Of HiDream: its single blocks have one pair of matrices for text and picture."""
+    if attention.single:
+        return keys_and_values(attention)
+    return {"k": attention.to_k_t, "v": attention.to_v_t}
+
+
 def flux2_keys_and_values(attention: Any) -> dict[str, Any]:
     """Of FLUX.2: its single blocks have one matrix for all that they make of their sequence."""
     fused = getattr(attention, FUSED, None)
@@ -389,6 +427,15 @@ def pooled_projections(denoiser: Module, change: Change) -> list[Hook]:
 
     def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "pooled_projections": change(kwargs["pooled_projections"])}
+
+    return [before(denoiser, hook, POOLED)]
+
+
+def pooled_embeds(denoiser: Module, change: Change) -> list[Hook]:
+    """HiDream takes the pooled vectors as an argument by itself."""
+
+    def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "pooled_embeds": change(kwargs["pooled_embeds"])}
 
     return [before(denoiser, hook, POOLED)]
 

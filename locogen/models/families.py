@@ -114,6 +114,12 @@ class Family:
     time_argument: str = "timestep"
     """name of the denoiser's argument for the time"""
 
+    layer_text: str = "encoder_hidden_states"
+    """name of a layer's argument for text beside the picture"""
+
+    layer_states: str = "hidden_states"
+    """name of a layer's argument for the picture, or for text and picture as one sequence"""
+
     joined_length: Callable[[Mapping[str, Any]], int] | None = None
     """`(dummy inputs)`: how many tokens a layer gets that reads text and picture as one sequence
 
@@ -442,6 +448,25 @@ FAMILIES: dict[str, Family] = {
         text_projection=None,
         text_projection_input=None,
     ),
+    "HiDreamImagePipeline": replace(
+        _SD3,
+        name="HiDream",
+        is_denoiser=denoisers.has_class("HiDreamImageTransformer2DModel"),
+        dummy_inputs=denoisers.hidream_inputs,
+        text_argument="encoder_hidden_states_t5",
+        time_argument="timesteps",
+        layer_text="norm_encoder_hidden_states",
+        layer_states="norm_hidden_states",
+        joined_length=denoisers.hidream_joined_length,
+        joined_text=denoisers.hidream_text,
+        encode=texts.encode_hidream,
+        encoding_of=texts.hidream_states_of,
+        token_spans=texts.hidream_spans,
+        matrices=denoisers.hidream_keys_and_values,
+        pooled=denoisers.pooled_embeds,
+        text_projection=None,
+        text_projection_input=None,
+    ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(
         _PIXART, name="PixArt-Σ", token_spans=_t5_span("tokenizer", 300)
@@ -516,7 +541,9 @@ def held_denoisers(model: Any, family: Family) -> dict[str, Any]:
 
 def missing_encoders(pipe: Pipeline) -> list[str]:
     """The text encoders and tokenizers that the pipeline cannot read prompts without, and lacks."""
-    optional = {"text_encoder_3", "tokenizer_3"}  # SD 3 is made to run without its T5
+    # SD 3 is made to run without its T5, HiDream is not.
+    has_more = "text_encoder_4" in pipe.components
+    optional = set[str]() if has_more else {"text_encoder_3", "tokenizer_3"}
     parts = sorted(
         name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))
     )

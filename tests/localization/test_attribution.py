@@ -39,9 +39,11 @@ OPTIONS = {"num_inference_steps": 2, "progress": False}
 SETTINGS = Settings(2, 5.0, 8)
 
 EVEN = Concept("cat", "style", (PromptPair("a big cat b", "a big dog b"),))
-# Z-Image's text is behind the picture; Lumina 2 takes only targets as long as their prompts; of Wan
+# Z-Image's and HiDream's text is behind the picture; Lumina 2 takes only targets as long as their prompts; of Wan
 # 2.2's denoisers nobody but the pipeline knows whose turn it is.
-KNOWN = [name for name in tiny.FAMILIES if name not in ("z-image", "lumina-2", "wan-2.2")]
+KNOWN = [
+    name for name in tiny.FAMILIES if name not in ("z-image", "hidream", "lumina-2", "wan-2.2")
+]
 every_family = pytest.mark.parametrize("family", tiny.fast("sd", "sd-3", of=KNOWN))
 
 
@@ -610,9 +612,10 @@ def test_a_target_that_changes_nothing_is_refused():
         attribute(pipe, CONCEPT, seeds=[0], **OPTIONS)
 
 
-def test_text_behind_the_picture_is_refused():
+@pytest.mark.parametrize("name", tiny.fast("z-image", of=["z-image", "hidream"]))
+def test_text_behind_the_picture_is_refused(name):
     with pytest.raises(LocogenError, match="behind the picture"):
-        attribute(tiny.z_image(), CONCEPT, seeds=[0], **OPTIONS)
+        attribute(tiny.FAMILIES[name](), CONCEPT, seeds=[0], **OPTIONS)
 
 
 @pytest.mark.parametrize("way", [Way(channels_last=True), Way(half="bfloat16")], ids=str)

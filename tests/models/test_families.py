@@ -1,5 +1,6 @@
 """Theorems for every family: an empty plan is the plain pipeline, a full one the target's run, rows keep apart."""
 
+import copy
 import inspect
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from support import full, tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.interventions.denoiser_calls import Call
+from locogen.interventions.layer_inputs import LayerInputs
 from locogen.interventions.prompts import _Patched, foreign_hooks, generators, intervene, record
 from locogen.models.denoisers import check_call
 from locogen.models.families import (
@@ -26,9 +28,10 @@ from locogen.pictures import description
 from locogen.pictures.fingerprint import fingerprint
 from locogen.plan import Intervention, with_target_runs
 
-POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors"}
+POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors", "hidream"}
 PATCHED = {
     *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image", "lumina-2"),
+    "hidream",
 }
 APART = {
     "qwen-image",
@@ -201,10 +204,14 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
     plain = [Intervention(row.prompt, row.target, (), row.seed) for row in rows]
     before, after = read(pipe, rows, plain), read(pipe, rows, rows)
     negative = 0 if name in {"flux", "lcm", "flux-2"} | APART else len(rows)
-    if name == "z-image":  # whose negative rows are the last ones, and whose text is
+    if name == "z-image":  # whose negative rows are the last ones
         before, after = (
-            {index: torch.cat([was[negative:], was[:negative]]).flip(1) for index, was in each}
-            for each in (before.items(), after.items())
+            {index: torch.cat([was[negative:], was[:negative]]) for index, was in each.items()}
+            for each in (before, after)
+        )
+    if name in ("z-image", "hidream"):  # whose text is the last one
+        before, after = (
+            {index: was.flip(1) for index, was in each.items()} for each in (before, after)
         )
     own = [i for i in range(len(rows)) if rows[i].layers]
     for index, was in before.items():
@@ -220,7 +227,7 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
         riding = [i for i in range(len(rows)) if not rows[i].layers]
         for index in chosen:
             text = encode(pipe, [row.prompt for row in rows])
-            tokens = text.states.shape[1]
+            tokens = text.places
             if name == "lumina-2":  # the picture follows where the shortest text ends
                 tokens = int(text.mask.sum(1).min())
             assert torch.equal(
@@ -323,7 +330,7 @@ def test_what_is_recorded_is_the_text(pipe):
     # Not by `encode`, which pads Qwen-Image's prompts.
     text = family_of(pipe).encode(pipe, [row.prompt for row in rows], False)[0]
     tokens = text.states.shape[1] if text.mask is None else int(text.mask.sum(1).max())
-    padded = {tokens, text.states.shape[1]}
+    padded = {tokens, text.places}
     assert {states[0].shape[1] for states in heard.values()} <= padded
 
 
@@ -544,9 +551,10 @@ def test_words_are_found_where_they_are_heard(pipe, name):
 
 
 @pytest.mark.slow
-def test_kolors_pooled_vector_is_a_path_of_its_own(pipes):
-    """The last state of ChatGLM enters besides the layers, as SD-XL's pooled text does."""
-    pipe = pipes("kolors")
+@pytest.mark.parametrize("name", ["kolors", "hidream"])
+def test_a_recent_pooled_vector_is_a_path_of_its_own(pipes, name):
+    """The last state of ChatGLM enters besides the layers, as SD-XL's pooled text does; two CLIPs' in HiDream."""
+    pipe = pipes(name)
     alone, plain = plan(pipe, (), pooled="target"), pictures(pipe, plan(pipe, ()))
     with intervene(pipe, alone):
         assert np.abs(pictures(pipe, alone)[:2] - plain[:2]).max() > 1e-5
@@ -647,8 +655,8 @@ def test_a_cache_of_keys_and_values_is_refused():
 def test_self_attention_that_gets_its_own_input_as_text_is_no_layer():
     """As Lumina 2 calls it: what it reads is the picture."""
     states = torch.zeros(1, 4, 8)
-    assert not gets_text({"hidden_states": states, "encoder_hidden_states": states})
-    assert gets_text({"hidden_states": states, "encoder_hidden_states": states.clone()})
+    assert not gets_text(states, states)
+    assert gets_text(states.clone(), states)
 
 
 @pytest.mark.slow
@@ -698,7 +706,9 @@ def test_lumina_2s_refiners_are_no_layers(pipes):
     denoiser, called = denoiser_of(pipe), []
     handles = [
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: called.append((name, gets_text(kwargs))),
+            lambda _, args, kwargs, name=name: called.append(
+                (name, gets_text(kwargs["encoder_hidden_states"], kwargs["hidden_states"]))
+            ),
             with_kwargs=True,
         )
         for name, module in denoiser.named_modules()
@@ -713,6 +723,66 @@ def test_lumina_2s_refiners_are_no_layers(pipes):
         (name, False) for name in ["context_refiner.0.attn", "noise_refiner.0.attn", *layers]
     ]
     assert [layer.name for layer in find_layers(pipe)] == layers
+
+
+@pytest.mark.slow
+def test_each_block_of_hidream_hears_a_llama_layer_of_its_own(pipes):
+    """A change of one of Llama's layers is heard by its block alone, in the last third of its text."""
+    pipe = pipes("hidream")
+    denoiser = denoiser_of(pipe)
+    inputs = family_of(pipe).dummy_inputs(denoiser)
+    changed = dict(inputs)
+    changed["encoder_hidden_states_llama3"] = inputs["encoder_hidden_states_llama3"].clone()
+    changed["encoder_hidden_states_llama3"][1] += 1.0  # the second of two double blocks hears it
+    heard = []
+    for call in (inputs, changed):
+        reads, handles = [], []
+        for layer in find_layers(pipe)[:2]:
+            matrix = family_of(pipe).matrices(layer.module)["k"]
+            handles.append(
+                matrix.register_forward_pre_hook(lambda _, args, to=reads: to.append(args[0]))
+            )
+        with torch.no_grad():
+            denoiser(**call)
+        for handle in handles:
+            handle.remove()
+        heard.append(reads)
+    assert torch.equal(heard[0][0], heard[1][0])
+    assert torch.equal(heard[0][1][:, :4], heard[1][1][:, :4])
+    assert not torch.allclose(heard[0][1][:, 4:], heard[1][1][:, 4:])
+
+
+@pytest.mark.slow
+def test_hidreams_words_are_found_in_both_encoders_and_in_either_padding(pipes):
+    """A change of the word moves T5's states there, and Llama's there and behind, not before."""
+    pipe = tiny.hidream()
+    for side in ("right", "left"):
+        pipe.tokenizer_4 = copy.deepcopy(tiny.llama_tokenizer())
+        pipe.tokenizer_4.padding_side = side
+        pipe.tokenizer_4.pad_token = pipe.tokenizer_4.eos_token
+        one, other = (encode(pipe, [text]).by_layer[0, -1] for text in ("a cat in b", "a dog in b"))
+        change = (one - other).norm(dim=1)  # (tokens,)
+        (last,), (own,) = (
+            subject_positions(pipe, "a cat in b", "cat", encoder=encoder) for encoder in (1, 2)
+        )
+        limits = [span.limit for span in token_spans(pipe, "a cat in b")]
+        assert own - last == limits[1]
+        # Padding that stands before the prompt may read all of it.
+        start = token_spans(pipe, "a cat in b")[1].start - limits[0]
+        place = last - limits[0]
+        assert change[start:place].max() < 1e-5 < change[place], side
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
+    everything = reader.places("a cat in b", "all")
+    assert everything[-1] + 1 == len(reader.states("a cat in b", reader.layers[0]))
+
+
+@pytest.mark.slow
+def test_a_hidream_without_its_t5_cannot_read(pipes):
+    """As SD 3 can."""
+    pipe = tiny.hidream()
+    pipe.register_modules(text_encoder_3=None)
+    with pytest.raises(LocogenError, match="has no text_encoder_3"):
+        encode(pipe, ["cat"])
 
 
 @pytest.mark.slow

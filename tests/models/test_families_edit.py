@@ -29,8 +29,8 @@ PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 2, "progress": False}
 FLUXES = ["flux", "flux-2", "flux-2-klein", "chroma"]  # with single blocks behind two double ones
 ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES}
-LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES]
-OWN_READINGS = ("if", "sd-3", "qwen-image", *FLUXES)  # each layer reads something else
+LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", "hidream", *FLUXES]
+OWN_READINGS = ("if", "sd-3", "qwen-image", "hidream", *FLUXES)  # each layer reads something else
 JOINED = ("z-image", "lumina-2")  # in every layer
 EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", *JOINED)]
 
@@ -187,7 +187,7 @@ def test_blocks_that_read_text_and_picture_alike_are_not_edited():
 
 
 def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
-    layers = (0, 2) if name in FLUXES else (0, 1)  # a single block of FLUX too
+    layers = (0, 2) if name in (*FLUXES, "hidream") else (0, 1)  # a single block of FLUX too
     neurons = find_neurons(pipe, STYLE, layers=layers, phrasings=PAIRS)
     assert set(neurons.table["matrix"]) == {"k", "v"} and set(neurons.table["layer"]) == set(layers)
     assert np.isfinite(neurons.table["z"]).all()

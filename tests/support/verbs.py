@@ -28,7 +28,7 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 16, "prog
 SCORED = FAST | {"seeds": (0,), "scorer": tiny.FakeScorer()}
 EVOLVING = (  # no localizer but locogen's own
     *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image"),
-    "lumina-2",
+    *("lumina-2", "hidream"),
 )
 OF_APART = ("edit", "share", "localize", "attribute", "search")  # of layers that read text apart
 
@@ -41,7 +41,8 @@ def refused(name, verb):
         name in ("z-image", "lumina-2") and verb in OF_APART
     ):  # one matrix for text and picture in every layer
         return True
-    if name == "wan-2.2" and verb in ("attribute", "search"):  # they call the denoiser themselves
+    # Whose turn it is nobody knows who calls Wan 2.2's denoisers; HiDream's text is the last.
+    if name in ("wan-2.2", "hidream") and verb in ("attribute", "search"):
         return True
     return name in EVOLVING and verb in ("trace", "contribution")
 
