@@ -251,7 +251,7 @@ class _Clock:
 
     def note_step(self, module: Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A hook that runs before the denoiser."""
-        if self.steps is None:
+        if self.steps is None or not self.call.rows:  # nothing is clamped for a negative prompt
             return
         last = len(self.call.timesteps()) - 1
         if self.steps and self.steps[-1] > last:

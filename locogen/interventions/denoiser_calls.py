@@ -94,6 +94,7 @@ class Call:
         self._negatives: list[Tensor] = []
         self._first_text: Tensor | None = None  # conditional rows of the first denoiser call
         self._checked_states: list[Tensor] = []  # what the denoiser got with that text
+        self._of_masks: list[tuple[Any, dict[str, Any]]] = []
         self._timestep: Any = None
         self._is_bare = False  # the call in progress is of the denoiser alone, see `bare_calls`
         self._steps = DenoisingSteps(pipe, family)
@@ -112,10 +113,28 @@ class Call:
         """Which tokens of what a layer's matrices read are text: all, unless the picture joins."""
         if not layer.joined:
             return slice(None)
-        if "text_tokens" not in self.cache:
+        by_mask = self.of_mask()
+        if "text_tokens" not in by_mask:
             tokens = self.family.joined_text(self.arguments, self.states.shape[1])
-            self.cache["text_tokens"] = tokens
-        return self.cache["text_tokens"]
+            by_mask["text_tokens"] = tokens
+        return by_mask["text_tokens"]
+
+    def of_mask(self) -> dict[str, Any]:
+        """What was computed of this call's `joined_mask`; without one, of this call alone.
+
+        Pipelines hand over one mask at all steps: to read from it once is to wait for the device
+        once.
+        """
+        name = self.family.joined_mask
+        if name is None:
+            return self.cache
+        mask = self.arguments[name]
+        for known, computed in self._of_masks:
+            if known is mask:
+                return computed
+        computed: dict[str, Any] = {}
+        self._of_masks = [*self._of_masks[-1:], (mask, computed)]  # the prompts' and the negative's
+        return computed
 
     def is_text(self, layer: Layer) -> Tensor | None:
         """Which of `text_tokens` are text, (rows, tokens, 1); None: all of them are, in every row.
@@ -325,7 +344,9 @@ class Call:
 
         # Pipelines hand over one tensor at all steps, and SD 3's skipped layers get a second one.
         # Only where another comes are values compared: that waits for the device.
-        if any(self.states is states for states in self._checked_states):
+        # A list's rows are known by what they are: see `_rows_among`.
+        is_list = isinstance(self._rows_of_prompts, list)
+        if is_list or any(self.states is states for states in self._checked_states):
             return
         text = self.states[self.rows.start : self.rows.stop]  # (pictures, tokens, width)
         if self._first_text is None:

@@ -272,7 +272,8 @@ class _Exchange:
 
     def check(self, encoding: Encoding) -> None:
         """The call must have the plan's prompts, each as often as pictures are made of it."""
-        all_states = self.call.family.encoding_of(encoding.returned).states
+        encoded = self.call.family.encoding_of(encoding.returned)
+        all_states = encoded.states
         count = len(all_states)
         if count % len(self.plan):
             raise LocogenError(
@@ -280,6 +281,8 @@ class _Exchange:
                 f"{len(self.plan)}: {PLANS_PROMPTS}"
             )
         each = count // len(self.plan)
+        if encoded.mask is not None and each > 1:
+            self._check_masks(encoded.mask.unflatten(0, (len(self.plan), each)))
         if encoding.prompts is None:
             states = all_states.unflatten(0, (len(self.plan), each))
             self._check_states(states, self.plans_prompts.get(encoding))
@@ -292,6 +295,16 @@ class _Exchange:
                     f"prompt {place // each} of the call is {prompt!r}, and the plan has "
                     f"{planned!r} there: {PLANS_PROMPTS}"
                 )
+
+    def _check_masks(self, masks: Tensor) -> None:
+        """All pictures of a prompt must have its mask, (plan rows, pictures of each, tokens)."""
+        # Diffusers 0.42 repeats masks of Qwen-Image and Lumina 2 in another order than their texts.
+        if not bool((masks == masks[:, :1]).all()):
+            raise LocogenError(
+                f"{type(self.call.pipe).__name__} gives several pictures of a prompt the masks of "
+                "other prompts: make one of each (num_images_per_prompt=1), and repeat prompts and "
+                "rows of the plan instead"
+            )
 
     def _check_states(self, states: Tensor, plans_prompts: PromptEncoding | None) -> None:
         """Prompts that the caller encoded must be the plan's, or be able to be.
@@ -548,9 +561,10 @@ class _Patched(_Exchange):
     def _check_alike(self, rows: Sequence[int], is_text: Tensor, of_targets: Tensor) -> None:
         """The texts of rows and of their targets' own runs must be equally long."""
         key = f"rows that are as long as their targets: {rows}"
-        if key not in self.call.cache:  # once for layers that change the same rows
-            self.call.cache[key] = bool((is_text == of_targets).all())
-        if not self.call.cache[key]:
+        known = self.call.of_mask()
+        if key not in known:  # once for layers that change the same rows
+            known[key] = bool((is_text == of_targets).all())
+        if not known[key]:
             raise LocogenError(
                 f"in {self.call.family.name} the picture stands behind the text, and rows of this "
                 "call have texts of other lengths than their targets: use prompts and targets of "

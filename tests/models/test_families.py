@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from support import full, tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
@@ -608,6 +609,17 @@ def test_a_second_denoiser_that_never_has_its_turn_has_no_layers():
 
 
 @pytest.mark.slow
+def test_wan_2_2_at_full_size_has_the_layers_of_both_denoisers():
+    """On the meta device, in the order of their turns."""
+    pipe = tiny.wan22()
+    with torch.device("meta"):
+        parts = {name: WanTransformer3DModel() for name in ("transformer", "transformer_2")}
+    pipe.register_modules(**parts)
+    names = [layer.name for layer in find_layers(pipe)]
+    assert names == [f"{part}.blocks.{index}.attn2" for part in parts for index in range(40)]
+
+
+@pytest.mark.slow
 def test_layers_of_wan_2_2_act_in_the_turn_of_their_denoiser(pipes):
     """At other steps the same layers change nothing, and nobody misses them."""
     pipe = pipes("wan-2.2")
@@ -795,18 +807,6 @@ def test_lumina_2s_guidance_may_end_early(pipes):
     with intervene(pipe, rows):
         assert np.abs(pictures(pipe, rows, **early) - own).max() < 1e-5
         assert np.abs(pictures(pipe, rows) - own).max() > 1e-4  # the twin
-
-
-@pytest.mark.slow
-def test_lumina_2s_masks_of_several_pictures_a_prompt_are_refused_where_they_are_wrong(pipes):
-    """Its pipeline repeats them in another order than the text (diffusers 0.42)."""
-    pipe = pipes("lumina-2")
-    layers = [(EVEN[0], (0,)), (EVEN[0], (1,)), (EVEN[1], (0,))]
-    rows = with_target_runs([Intervention(*pair, window, 0) for pair, window in layers])
-    with intervene(pipe, rows):
-        pictures(pipe, rows)  # the twin
-        with pytest.raises(LocogenError, match="num_images_per_prompt=1"):
-            pictures(pipe, rows, each=2)
 
 
 @pytest.mark.parametrize("kind", ["if", "pixart-alpha", "pixart-sigma", "sana"])
