@@ -244,7 +244,8 @@ class Edit:
 
         Raises:
             LocogenError: The family's pipeline loads no LoRA (PixArt), kohya's tools have no
-                names for the model, or the file cannot be written.
+                names for the model, the edit is one of several denoisers (Wan 2.2), or the file
+                cannot be written.
         """
         # The change has rank n by its algebra, so nothing is approximated: the factors are
         # balanced, then rounded to float32. In half precision the tool that loads the LoRA rounds
@@ -260,7 +261,10 @@ class Edit:
                 "the edited model (export)"
             )
         denoiser = self.recipe.get("denoiser", "unet")
-        modules = {name: f"{denoiser}.{name.removesuffix('.weight')}" for name in self.changes}
+        paths = {name: name.removesuffix(".weight") for name in self.changes}
+        if self.recipe.get("in_turn"):
+            paths = _in_one_denoiser(paths)
+        modules = {name: f"{denoiser}.{path}" for name, path in paths.items()}
         if style == "kohya":
             modules = self._kohya_names()
         write_lora(Path(path), self.name, self.changes, modules, style)
@@ -376,6 +380,18 @@ def undo_all(pipe: Pipeline, *, overwrite: bool = False) -> None:
             "was undone. A copy of an edited model keeps the edit: load the model again",
             stacklevel=2,
         )
+
+
+def _in_one_denoiser(paths: Mapping[str, str]) -> dict[str, str]:
+    """Paths of modules within the one denoiser that a file of LoRA is loaded into (Wan 2.2)."""
+    denoisers = sorted({path.partition(".")[0] for path in paths.values()})
+    if len(denoisers) > 1:
+        raise LocogenError(
+            f"the edit changes {' and '.join(denoisers)}, and a file of LoRA is loaded into one of "
+            "them: fit an edit for the layers of each, and load the second one's with "
+            "pipe.load_lora_weights(file, load_into_transformer_2=True)"
+        )
+    return {name: path.partition(".")[2] for name, path in paths.items()}
 
 
 def fit_edit(

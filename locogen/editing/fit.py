@@ -25,6 +25,7 @@ from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.models.defaults import name_of
 from locogen.models.families import denoiser_of, family_of
+from locogen.models.hooks import DenoisersInTurn
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
 from locogen.types import Pipeline
@@ -453,6 +454,9 @@ def _about_files(pipe: Pipeline, names: Iterable[str]) -> dict[str, Any]:
         "denoiser": family.denoiser,
         "loads_lora": hasattr(pipe, "load_lora_weights"),
     }
+    parts = denoiser_of(pipe)
+    if isinstance(parts, DenoisersInTurn):
+        facts["in_turn"] = list(parts.names)
     if family.kohya_name is not None:
         denoiser = denoiser_of(pipe)
         facts["kohya_names"] = {

@@ -172,7 +172,8 @@ def find_neurons(
 
     Raises:
         LocogenError: Fewer than two pairs, a prompt without its subject, a layer that the model
-            does not have, outputs that are not finite, or an open `intervene` or `clamp`.
+            does not have, outputs that are not finite, prompts of different lengths for Lumina 2,
+            or an open `intervene` or `clamp`.
 
     Example:
         >>> pipe = load("mini")
@@ -291,7 +292,13 @@ def _outputs(
     """What a matrix puts out, adapters included, in float64, (prompts, tokens, channels)."""
     import torch
 
-    states = torch.stack([inputs.states(at.prompt, layer) for at in prompts])
+    of_prompts = [inputs.states(at.prompt, layer) for at in prompts]
+    if len({len(states) for states in of_prompts}) > 1:  # means are taken position by position
+        raise LocogenError(
+            f"{inputs.family.name} reads these prompts as different numbers of tokens, so that no "
+            "position is the same in all: give phrasings= of as many tokens each"
+        )
+    states = torch.stack(of_prompts)
     dtype = next(module.parameters()).dtype
     # Weights stored in 8 bits (float8, quantized) compute in another type: states are not rounded
     # to how weights are stored.

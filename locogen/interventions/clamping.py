@@ -251,7 +251,7 @@ class _Clock:
 
     def note_step(self, module: Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A hook that runs before the denoiser."""
-        if self.steps is None:
+        if self.steps is None or not self.call.rows:  # nothing is clamped for a negative prompt
             return
         last = len(self.call.timesteps()) - 1
         if self.steps and self.steps[-1] > last:
@@ -279,11 +279,16 @@ class _Clamp:
         conditional = slice(call.rows.start, call.rows.stop)
         rows = changed[conditional, call.text_tokens(self.layer), self.columns]  # a view
         channels = index_on(output.device, self.channels)
+        as_it_is = rows[..., channels]  # (rows, tokens, selected channels)
         if self.means is not None:
-            rows[..., channels] = self._means_on(rows.device, rows.shape[1]).to(rows.dtype)
+            clamped = self._means_on(rows.device, rows.shape[1]).to(rows.dtype)
         else:
             # 0 in place of a product with 0, which would keep what is not finite.
-            rows[..., channels] = rows[..., channels] * self.scale if self.scale else 0.0
+            clamped = as_it_is * self.scale if self.scale else as_it_is.new_zeros(())
+        is_text = call.is_text(self.layer)  # (call rows, tokens, 1)
+        if is_text is not None:
+            clamped = clamped.where(is_text[conditional], as_it_is)
+        rows[..., channels] = clamped
         return changed
 
     def _means_on(self, device: Any, tokens: int) -> Tensor:
@@ -291,7 +296,7 @@ class _Clamp:
         if len(self.means) != tokens:
             raise LocogenError(
                 f"{self.place} reads {tokens} tokens, and its means are of {len(self.means)}: "
-                "encode the prompts with the same tokenizer length"
+                "encode the prompts with the same tokenizer length, or clamp to='zero'"
             )
         self.means = self.means.to(device)  # stays there for the steps to come
         return self.means

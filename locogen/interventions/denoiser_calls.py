@@ -15,8 +15,17 @@ from locogen.interventions.encoding import Encoding, Follower, calling_pipeline,
 from locogen.interventions.steps import DenoisingSteps
 from locogen.models.compilation import is_compiled, running_uncompiled
 from locogen.models.denoisers import check_call, skipped_blocks
-from locogen.models.families import Family, denoiser_of, family_of
-from locogen.models.hooks import Hook, after, before, hooked, is_dry_run, named_arguments
+from locogen.models.families import Family, denoiser_of, family_of, held_denoisers
+from locogen.models.hooks import (
+    DenoisersInTurn,
+    Hook,
+    after,
+    before,
+    hooked,
+    is_dry_run,
+    named_arguments,
+    parts_of,
+)
 from locogen.models.layers import Layer, possible_layers
 from locogen.models.text import PromptEncoding
 from locogen.types import Module, Pipeline
@@ -50,6 +59,7 @@ class Call:
     share the denoiser, and call it in between or at the same time.
 
     Attributes:
+        denoiser: The module that is called: of denoisers that take turns, the one whose turn it is.
         arguments: The arguments that the denoiser is called with, by name.
         rows: The conditional rows.
         cache: What was computed once for this call, by name.
@@ -64,6 +74,7 @@ class Call:
     def __init__(self, pipe: Pipeline, family: Family) -> None:
         self.pipe = pipe
         self.family = family
+        self.denoiser = parts_of(denoiser_of(pipe, family))[0]
         self.arguments: dict[str, Any] = {}
         self.rows = range(0)
         self.cache: dict[str, Any] = {}
@@ -83,6 +94,7 @@ class Call:
         self._negatives: list[Tensor] = []
         self._first_text: Tensor | None = None  # conditional rows of the first denoiser call
         self._checked_states: list[Tensor] = []  # what the denoiser got with that text
+        self._of_masks: list[tuple[Any, dict[str, Any]]] = []
         self._timestep: Any = None
         self._is_bare = False  # the call in progress is of the denoiser alone, see `bare_calls`
         self._steps = DenoisingSteps(pipe, family)
@@ -101,7 +113,38 @@ class Call:
         """Which tokens of what a layer's matrices read are text: all, unless the picture joins."""
         if not layer.joined:
             return slice(None)
-        return self.family.joined_text(self.arguments, self.states.shape[1])
+        by_mask = self.of_mask()
+        if "text_tokens" not in by_mask:
+            tokens = self.family.joined_text(self.arguments, self.states.shape[1])
+            by_mask["text_tokens"] = tokens
+        return by_mask["text_tokens"]
+
+    def of_mask(self) -> dict[str, Any]:
+        """What was computed of this call's `joined_mask`; without one, of this call alone.
+
+        Pipelines hand over one mask at all steps: to read from it once is to wait for the device
+        once.
+        """
+        name = self.family.joined_mask
+        if name is None:
+            return self.cache
+        mask = self.arguments[name]
+        for known, computed in self._of_masks:
+            if known is mask:
+                return computed
+        computed: dict[str, Any] = {}
+        self._of_masks = [*self._of_masks[-1:], (mask, computed)]  # the prompts' and the negative's
+        return computed
+
+    def is_text(self, layer: Layer) -> Tensor | None:
+        """Which of `text_tokens` are text, (rows, tokens, 1); None: all of them are, in every row.
+
+        In Lumina 2 the picture follows where a row's own text ends.
+        """
+        if not layer.joined or self.family.joined_mask is None:
+            return None
+        mask = self.arguments[self.family.joined_mask].bool()  # (rows, all tokens of text)
+        return mask[:, self.text_tokens(layer), None]
 
     @property
     def guided(self) -> bool:
@@ -168,11 +211,13 @@ class Call:
         ]
         self._waiting.append(encoding)
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, denoiser: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of a call of the denoiser, whichever pipeline makes it."""
         if is_dry_run():
             self._pause()
             return
+        if threading.get_ident() == self._thread:
+            self.denoiser = denoiser
         if self.rows_of is not None:
             self._begin_anybodys(args, kwargs)
             return
@@ -215,7 +260,7 @@ class Call:
     ) -> None:
         self._in_progress = True
         self._is_bare = is_bare
-        self.arguments = named_arguments(denoiser_of(self.pipe, self.family), args, kwargs)
+        self.arguments = named_arguments(self.denoiser, args, kwargs)
         check_call(self.arguments)
         self.cache = {}
         self._timestep = self.arguments[self.family.time_argument]
@@ -299,7 +344,9 @@ class Call:
 
         # Pipelines hand over one tensor at all steps, and SD 3's skipped layers get a second one.
         # Only where another comes are values compared: that waits for the device.
-        if any(self.states is states for states in self._checked_states):
+        # A list's rows are known by what they are: see `_rows_among`.
+        is_list = isinstance(self._rows_of_prompts, list)
+        if is_list or any(self.states is states for states in self._checked_states):
             return
         text = self.states[self.rows.start : self.rows.stop]  # (pictures, tokens, width)
         if self._first_text is None:
@@ -412,13 +459,13 @@ def on_denoiser(
     guard = _FiringGuard(denoiser, hooks_for(call))
 
     def begin(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call.begin(args, kwargs)
+        call.begin(module, args, kwargs)
         if call.in_progress:
             guard.begin()
 
     def end(module: Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if call.in_progress:
-            guard.check_fired(skipped_blocks(call.arguments))
+            guard.check_fired((*skipped_blocks(call.arguments), *guard.names_of_others(module)))
             call.end()
 
     # Hooks of one module fire in this order: `begin` must know the call before any other hook looks
@@ -428,11 +475,11 @@ def on_denoiser(
         *(guard.counted(hook, while_=lambda: call.in_progress) for hook in guard.hooks),
         after(denoiser, end, "the denoiser"),
     ]
-    modules = [hook.module for hook in hooks]
+    modules = [module for hook in hooks for module in parts_of(hook.module)]
     with ExitStack() as stack:
         # Compiled code passes hooks by, so that it is put aside before they are registered.
-        current = getattr(pipe, family.denoiser, pipe)  # a denoiser may stand for its pipeline
-        stack.enter_context(running_uncompiled(current, modules))
+        for current in held_denoisers(pipe, family).values():
+            stack.enter_context(running_uncompiled(current, modules))
         if rows is None:
             before_encoding = _before_encoding(pipe, guard, modules, stack)
             stack.enter_context(following_text(pipe, Follower(before_encoding, call.encoded)))
@@ -463,9 +510,10 @@ def _before_encoding(
         if not in_call:
             return
         # Somebody may have compiled the denoiser since the context was opened.
-        current = getattr(pipe, family_of(pipe).denoiser)
-        if is_compiled(current):
-            stack.enter_context(running_uncompiled(current, modules))
+        for current in held_denoisers(pipe, family_of(pipe)).values():
+            if is_compiled(current):
+                stack.enter_context(running_uncompiled(current, modules))
+        guard.check_turns(denoiser_of(pipe))
         guard.check_none_was_added()
 
     return before_encoding
@@ -503,6 +551,21 @@ class _FiringGuard:
             return hook.function(module, *call)
 
         return replace(hook, function=function)
+
+    def names_of_others(self, part: Module) -> tuple[str, ...]:
+        """How the names of modules begin that a call of one denoiser does not run: the others'."""
+        if not isinstance(self.denoiser, DenoisersInTurn):
+            return ()
+        others = [name for name, one in self.denoiser.parts.items() if one is not part]
+        return tuple(f"{name}." for name in others)
+
+    def check_turns(self, denoiser: Any) -> None:
+        """Of denoisers that take turns, each must still be there: the others would hide it."""
+        if isinstance(self.denoiser, DenoisersInTurn) and denoiser is not self.denoiser:
+            raise LocogenError(
+                f"{' or '.join(self.denoiser.names)} was replaced while a locogen context was "
+                "open: replace it before you open the context"
+            )
 
     def check_none_was_added(self) -> None:
         """A layer that was added has no hook: nothing would be changed or read there."""

@@ -18,7 +18,7 @@ from locogen.models.families import (
     subject_occurrences,
     token_spans,
 )
-from locogen.models.hooks import Hook, before
+from locogen.models.hooks import Hook, before, part_of, parts_of
 from locogen.models.layers import Layer
 from locogen.models.offload import stands_on
 from locogen.types import Module, Pipeline
@@ -59,7 +59,11 @@ class LayerInputs:
         # Layers read the same encoding, unless text changes between them or each norms it in its
         # own way.
         differ = self.family.joint_attention or self.family.norm_states is not unchanged
-        return layer.index if differ else 0
+        if differ:
+            return layer.index
+        # Denoisers that take turns project the encoding each in its own way.
+        denoiser = denoiser_of(self.pipe, self.family)
+        return parts_of(denoiser).index(part_of(denoiser, layer.name))
 
     def encoding(self, prompt: str) -> PromptEncoding:
         """The encoded prompt, one row."""
@@ -82,14 +86,17 @@ class LayerInputs:
 
         denoiser = denoiser_of(self.pipe, self.family)
         layers = {self.key(layer): layer for layer in self.layers}
-        states = self.encoding(prompt).states  # (1, tokens, width)
+        encoded = self.encoding(prompt).states  # (1, tokens, width)
+        by_key: dict[int, Tensor] = {}
+        projected: dict[Any, Tensor] = {}  # by denoiser
         with torch.no_grad():
-            states = states.to(stands_on(denoiser), denoiser.dtype)
-            projected = self.family.project_states(denoiser, states)
-            return {
-                key: self.family.norm_states(layer.module, projected)[0].cpu()
-                for key, layer in layers.items()
-            }
+            for key, layer in layers.items():
+                part = part_of(denoiser, layer.name)
+                if part not in projected:
+                    states = encoded.to(stands_on(part), part.dtype)
+                    projected[part] = self.family.project_states(part, states)
+                by_key[key] = self.family.norm_states(layer.module, projected[part])[0].cpu()
+        return by_key
 
     def _from_run(self, prompt: str) -> dict[int, Tensor]:
         """By key, in float64: (tokens, width)."""
@@ -164,7 +171,7 @@ class LayerInputs:
         start = token_spans(self.pipe, prompt)[0].start
         encoding = self.encoding(prompt)
         if encoding.mask is None:
-            return tuple(range(start, encoding.states.shape[1]))
+            return tuple(range(start, encoding.places))
         read = encoding.mask[0].nonzero()[:, 0].tolist()
         return tuple(at for at in read if at >= start)
 

@@ -49,10 +49,12 @@ __all__ = [
 ]
 
 PLANS_PROMPTS = "call the pipeline with exactly the plan's prompts, [row.prompt for row in plan]"
-OTHER_PROMPTS = ("prompt_2", "prompt_3")  # of SD-XL, SD 3 and FLUX: for their other text encoders
+# Of SD-XL, SD 3, FLUX and HiDream: for their other text encoders.
+OTHER_PROMPTS = ("prompt_2", "prompt_3", "prompt_4")
 ENCODED = (
     *("prompt_embeds", "pooled_prompt_embeds"),
     *("prompt_attention_mask", "prompt_embeds_mask"),
+    *("prompt_embeds_t5", "prompt_embeds_llama3"),
 )
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4}  # of encodings in batches of other sizes, relative
 HALF_TOLERANCE = 3e-2
@@ -270,7 +272,8 @@ class _Exchange:
 
     def check(self, encoding: Encoding) -> None:
         """The call must have the plan's prompts, each as often as pictures are made of it."""
-        all_states = self.call.family.encoding_of(encoding.returned).states.flatten(2)
+        encoded = self.call.family.encoding_of(encoding.returned)
+        all_states = encoded.states.flatten(2)
         count = len(all_states)
         if count % len(self.plan):
             raise LocogenError(
@@ -278,6 +281,8 @@ class _Exchange:
                 f"{len(self.plan)}: {PLANS_PROMPTS}"
             )
         each = count // len(self.plan)
+        if encoded.mask is not None and each > 1:
+            self._check_masks(encoded.mask.unflatten(0, (len(self.plan), each)))
         if encoding.prompts is None:
             states = all_states.unflatten(0, (len(self.plan), each))
             self._check_states(states, self.plans_prompts.get(encoding))
@@ -290,6 +295,16 @@ class _Exchange:
                     f"prompt {place // each} of the call is {prompt!r}, and the plan has "
                     f"{planned!r} there: {PLANS_PROMPTS}"
                 )
+
+    def _check_masks(self, masks: Tensor) -> None:
+        """All pictures of a prompt must have its mask, (plan rows, pictures of each, tokens)."""
+        # Diffusers 0.42 repeats masks of Qwen-Image and Lumina 2 in another order than their texts.
+        if not bool((masks == masks[:, :1]).all()):
+            raise LocogenError(
+                f"{type(self.call.pipe).__name__} gives several pictures of a prompt the masks of "
+                "other prompts: make one of each (num_images_per_prompt=1), and repeat prompts and "
+                "rows of the plan instead"
+            )
 
     def _check_states(self, states: Tensor, plans_prompts: PromptEncoding | None) -> None:
         """Prompts that the caller encoded must be the plan's, or be able to be.
@@ -464,9 +479,9 @@ class _Replaced(_Exchange):
         """The same as the layers get it, (call rows, tokens, width of the layers)."""
         # The denoiser projects all rows at once, as in the target's own run: so the bits are the
         # same.
-        family = self.call.family
-        denoiser = denoiser_of(self.call.pipe, family)
-        return self._once("projected", lambda: family.project_states(denoiser, self._states()))
+        project = self.call.family.project_states
+        denoiser = self.call.denoiser
+        return self._once("projected", lambda: project(denoiser, self._states()))
 
     def _mask_bias(self, states: Tensor) -> Tensor:
         """What attention adds for the targets' mask, (call rows, 1, tokens)."""
@@ -532,12 +547,31 @@ class _Patched(_Exchange):
                 return None
             # Where text and picture are one sequence, the picture stays the row's own.
             tokens = self.call.text_tokens(layer)
+            places = self.places(rows)
             source = self.places(self._target_runs(rows))
+            patch = output[source, tokens, columns]  # (patched rows, tokens, channels)
+            is_text = self.call.is_text(layer)  # (call rows, tokens, 1)
+            if is_text is not None:
+                self._check_alike(rows, is_text[places], is_text[source])
+                patch = patch.where(is_text[places], output[places, tokens, columns])
             changed = output.clone()  # (call rows, tokens, channels)
-            changed[self.places(rows), tokens, columns] = output[source, tokens, columns]
+            changed[places, tokens, columns] = patch
             return changed
 
         return hook
+
+    def _check_alike(self, rows: Sequence[int], is_text: Tensor, of_targets: Tensor) -> None:
+        """The texts of rows and of their targets' own runs must be equally long."""
+        key = f"rows that are as long as their targets: {rows}"
+        known = self.call.of_mask()
+        if key not in known:  # once for layers that change the same rows
+            known[key] = bool((is_text == of_targets).all())
+        if not known[key]:
+            raise LocogenError(
+                f"in {self.call.family.name} the picture stands behind the text, and rows of this "
+                "call have texts of other lengths than their targets: use prompts and targets of "
+                "as many tokens, and one picture of each (num_images_per_prompt=1)"
+            )
 
     def _mask_patch(self, layer: Layer, name: str) -> Callable[..., Any]:
         """Before a layer: the tokens that attention reads are the target's, as its text is."""
@@ -646,8 +680,11 @@ def record(pipe: Pipeline, *, rows: Rows | None = None) -> Iterator[dict[int, li
 
     def collecting(call: Call, layer: Layer) -> Hook:
         def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> None:
-            name = "hidden_states" if layer.joined else "encoder_hidden_states"
+            name = call.family.layer_states if layer.joined else call.family.layer_text
             states = named_arguments(module, args, kwargs)[name][:, call.text_tokens(layer)]
+            is_text = call.is_text(layer)
+            if is_text is not None:
+                states = states * is_text  # zeros behind shorter texts
             texts[layer.index].append(states.detach().clone())  # (rows, tokens, width)
 
         return before(layer.module, hook, layer.label)

@@ -356,12 +356,12 @@ def count_layers(folder: Path) -> int | None:
         The number; None if it cannot be seen from the names.
     """
     names: set[str] = set()
-    for part in ("unet", "transformer"):
+    for part in ("unet", "transformer", *_later_denoisers(folder)):
         for file in (folder / part).glob("*.safetensors"):
-            names |= _tensor_names(file)
+            names |= {f"{part}.{name}" for name in _tensor_names(file)}
     # Families whose attention reads picture and text together; of these some have an `attn2` too,
     # in which the picture reads itself.
-    joint = _ending(names, "add_k_proj.weight")
+    joint = _ending(names, ("add_k_proj.weight", "to_k_t.weight"))
     single = set(re.findall(_SINGLE_BLOCK, "\n".join(names), re.MULTILINE))
     # Krea 2's, whose small transformer before them is named otherwise.
     single |= set(re.findall(_GATED_BLOCK, "\n".join(names), re.MULTILINE))
@@ -369,11 +369,22 @@ def count_layers(folder: Path) -> int | None:
     return len(joint) + len(single) or len(cross) or None
 
 
-_GATED_BLOCK = r"^transformer_blocks\.\d+\.attn\.to_gate\."
-_SINGLE_BLOCK = r"^single_transformer_blocks\.\d+\."
+_GATED_BLOCK = r"^transformer\.transformer_blocks\.\d+\.attn\.to_gate\."
+# Of FLUX, and of families whose blocks are all of one stream (Z-Image, Lumina 2).
+_SINGLE_BLOCK = r"^\w+\.(?:single_transformer_blocks|single_stream_blocks|layers)\.\d+\."
 
 
-def _ending(names: Iterable[str], end: str) -> list[str]:
+def _later_denoisers(folder: Path) -> tuple[str, ...]:
+    """The denoisers that take a turn after the first one's (Wan 2.2): none without a boundary."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    has_boundary = isinstance(index, dict) and index.get("boundary_ratio") is not None
+    return ("transformer_2",) if has_boundary else ()
+
+
+def _ending(names: Iterable[str], end: str | tuple[str, ...]) -> list[str]:
     return [name for name in names if name.endswith(end)]
 
 

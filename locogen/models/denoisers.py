@@ -196,6 +196,61 @@ def z_image_text(call: Mapping[str, Any], tokens: int) -> slice:
     return slice(_z_image_patches(call["x"][0], call.get("patch_size", 2)), None)
 
 
+def lumina_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for Lumina 2."""
+    config = denoiser.config
+    side = config.patch_size
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, config.in_channels, side, side),
+        encoder_hidden_states=(1, 2, config.cap_feat_dim),
+        timestep=(1,),
+    )
+    mask = inputs["timestep"].new_ones((1, 2)).long()  # the denoiser counts with it
+    return inputs | {"encoder_attention_mask": mask}
+
+
+def lumina_joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture of `lumina_inputs` have together."""
+    return inputs["encoder_hidden_states"].shape[1] + 1
+
+
+def lumina_text(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where Lumina 2's sequence holds the longest text: in front, without its padding."""
+    return slice(int(call["encoder_attention_mask"].sum(1).max()))
+
+
+def hidream_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture, and two tokens of T5 and of each layer of Llama, for HiDream."""
+    config = denoiser.config
+    of_t5, of_llama = config.caption_channels
+    return _zeros(
+        denoiser,
+        hidden_states=(1, config.in_channels, config.patch_size, config.patch_size),
+        timesteps=(1,),
+        encoder_hidden_states_t5=(1, 2, of_t5),
+        encoder_hidden_states_llama3=(max(config.llama_layers) + 1, 1, 2, of_llama),
+        pooled_embeds=(1, config.text_emb_dim),
+    )
+
+
+def hidream_joined_length(inputs: Mapping[str, Any]) -> int:
+    """How many tokens text and picture of `hidream_inputs` have together."""
+    return 1 + _hidream_tokens(inputs)
+
+
+def hidream_text(call: Mapping[str, Any], tokens: int) -> slice:
+    """Where HiDream's sequence holds the text: behind the picture."""
+    return slice(-_hidream_tokens(call), None)
+
+
+def _hidream_tokens(call: Mapping[str, Any]) -> int:
+    """How many tokens each block reads: T5's, and those of Llama's last layer and of its own."""
+    of_t5 = call["encoder_hidden_states_t5"].shape[1]
+    of_llama = call["encoder_hidden_states_llama3"].shape[2]
+    return of_t5 + 2 * of_llama
+
+
 def text_first(call: Mapping[str, Any], tokens: int) -> slice:
     """Where a sequence of text and picture holds the text, if it comes first."""
     return slice(tokens)
@@ -255,12 +310,23 @@ def check_wan(denoiser: Module) -> None:
         )
 
 
-def check_one_denoiser(pipe: Any) -> None:
-    """Raise for a Wan whose late steps are another denoiser's, whose layers nobody counts here."""
-    if getattr(pipe, "transformer_2", None) is not None:
+def wan_turns(pipe: Any) -> tuple[str, ...]:
+    """What a pipeline of Wan calls its denoisers, in the order in which they take the steps."""
+    # The second one takes the steps below a boundary, and is never called without one.
+    config = getattr(pipe, "config", {})
+    has_boundary = config.get("boundary_ratio") is not None
+    return ("transformer", "transformer_2") if has_boundary else ("transformer",)
+
+
+def check_turns(pipe: Any) -> None:
+    """Raise for a pipeline of Wan that lacks one of its two denoisers."""
+    if not hasattr(pipe, "components"):
+        return
+    missing = [name for name in wan_turns(pipe) if getattr(pipe, name, None) is None]
+    if missing:
         raise UnsupportedModel(
-            "this WanPipeline has a second denoiser for its late steps, which locogen does not "
-            "know: use a checkpoint with one (Wan 2.1, or 2.2 of 5 billion parameters)"
+            f"this {type(pipe).__name__} has no {' and no '.join(missing)}: load it with all of "
+            "its denoisers, or set boundary_ratio to None in its config"
         )
 
 
@@ -331,6 +397,13 @@ def added_keys_and_values(attention: Any) -> dict[str, Any]:
     return {"k": attention.add_k_proj, "v": attention.add_v_proj}
 
 
+def hidream_keys_and_values(attention: Any) -> dict[str, Any]:
+    """Of HiDream: its single blocks have one pair of matrices for text and picture."""
+    if attention.single:
+        return keys_and_values(attention)
+    return {"k": attention.to_k_t, "v": attention.to_v_t}
+
+
 def flux2_keys_and_values(attention: Any) -> dict[str, Any]:
     """Of FLUX.2: its single blocks have one matrix for all that they make of their sequence."""
     fused = getattr(attention, FUSED, None)
@@ -370,6 +443,15 @@ def pooled_projections(denoiser: Module, change: Change) -> list[Hook]:
 
     def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, "pooled_projections": change(kwargs["pooled_projections"])}
+
+    return [before(denoiser, hook, POOLED)]
+
+
+def pooled_embeds(denoiser: Module, change: Change) -> list[Hook]:
+    """HiDream takes the pooled vectors as an argument by itself."""
+
+    def hook(module: Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "pooled_embeds": change(kwargs["pooled_embeds"])}
 
     return [before(denoiser, hook, POOLED)]
 

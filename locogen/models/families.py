@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError, UnsupportedModel
 from locogen.models import denoisers, text as texts
 from locogen.models.compilation import uncompiled_module
 from locogen.models.denoisers import Change
-from locogen.models.hooks import Hook
+from locogen.models.hooks import DenoisersInTurn, Hook, parts_of
 from locogen.models.offload import taken_back
 from locogen.models.text import EncodedPrompts, PromptEncoding, TokenSpan
 from locogen.phrasings import Phrasing, occurrences, shared_length, without_marks
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENCODING = threading.RLock()
+# The same object for the same denoisers: what is known of them is kept by it.
+_IN_TURN: WeakKeyDictionary[Any, WeakKeyDictionary[Any, DenoisersInTurn]] = WeakKeyDictionary()
 
 
 def _no_options(pipe: Pipeline) -> dict[str, Any]:
@@ -47,6 +50,10 @@ def _accept(pipe: Pipeline) -> None:
     pass
 
 
+def _one_denoiser(pipe: Pipeline) -> tuple[str, ...]:
+    return ()
+
+
 def _current_time(pipe: Pipeline, timestep: Any) -> Any:
     now = getattr(pipe, "current_timestep", None)
     return 1000 * timestep if now is None else now  # modular pipelines do not keep it
@@ -61,7 +68,7 @@ class Family:
     # --- the denoiser ---
 
     denoiser: str
-    """attribute of the pipeline"""
+    """attribute of the pipeline; of several denoisers the first one's"""
 
     is_denoiser: Callable[[Any], bool]
     """whether a bare denoiser is of this family"""
@@ -86,6 +93,9 @@ class Family:
 
     encoding_of: Callable[[tuple[Any, ...]], PromptEncoding] = texts.states_of
     """`(returned)`: the prompts' encoding among what `encode_prompt` returns"""
+
+    turns: Callable[[Any], Sequence[str]] = _one_denoiser
+    """`(pipe)`: attributes of denoisers that take the steps in turn, in order; or fewer than two"""
 
     check_pipeline: Callable[[Any], None] = _accept
     """`(pipe)`: raises where the pipeline's other parts make an intervention wrong"""
@@ -120,6 +130,12 @@ class Family:
     time_argument: str = "timestep"
     """name of the denoiser's argument for the time"""
 
+    layer_text: str = "encoder_hidden_states"
+    """name of a layer's argument for text beside the picture"""
+
+    layer_states: str = "hidden_states"
+    """name of a layer's argument for the picture, or for text and picture as one sequence"""
+
     joined_length: Callable[[Mapping[str, Any]], int] | None = None
     """`(dummy inputs)`: how many tokens a layer gets that reads text and picture as one sequence
 
@@ -128,6 +144,12 @@ class Family:
 
     joined_text: Callable[[Mapping[str, Any], int], slice] = denoisers.text_first
     """`(denoiser's arguments, tokens of text)`: where such a sequence holds the text"""
+
+    joined_mask: str | None = None
+    """name of the denoiser's argument that says which of those tokens are text in each row
+
+    None: in every row all of them are. Else the picture follows where a row's own text ends.
+    """
 
     length_class: Callable[[Any, str], int] | None = None
     """`(pipe, prompt)`: how long a prompt counts where the picture's positions follow the text
@@ -432,7 +454,8 @@ FAMILIES: dict[str, Family] = {
         is_denoiser=denoisers.has_class("WanTransformer3DModel"),
         dummy_inputs=denoisers.wan_inputs,
         check=denoisers.check_wan,
-        check_pipeline=denoisers.check_one_denoiser,
+        turns=denoisers.wan_turns,
+        check_pipeline=denoisers.check_turns,
         encode=texts.encode_wan,
         normalize=texts.cleaned_by_wan,
         token_spans=_t5_span("tokenizer", texts.WAN_LIMIT),
@@ -442,6 +465,45 @@ FAMILIES: dict[str, Family] = {
         pictures=_first_frames,
         tokens="subject",
         kohya_name=denoisers.kohya_name_wan,
+    ),
+    "Lumina2Pipeline": replace(
+        _FLUX,
+        name="Lumina 2",
+        is_denoiser=denoisers.has_class("Lumina2Transformer2DModel"),
+        dummy_inputs=denoisers.lumina_inputs,
+        joined_length=denoisers.lumina_joined_length,
+        joined_text=denoisers.lumina_text,
+        joined_mask="encoder_attention_mask",
+        length_class=texts.lumina_length,
+        encode=texts.encode_masked,
+        encoding_of=texts.masked_states_of,
+        token_spans=texts.lumina_spans,
+        matrices=denoisers.keys_and_values,
+        pooled=None,
+        time=lambda pipe, timestep: 1000 - 1000 * timestep,
+        options=_sized,
+        tokens="last_subject",
+        text_projection=None,
+        text_projection_input=None,
+    ),
+    "HiDreamImagePipeline": replace(
+        _SD3,
+        name="HiDream",
+        is_denoiser=denoisers.has_class("HiDreamImageTransformer2DModel"),
+        dummy_inputs=denoisers.hidream_inputs,
+        text_argument="encoder_hidden_states_t5",
+        time_argument="timesteps",
+        layer_text="norm_encoder_hidden_states",
+        layer_states="norm_hidden_states",
+        joined_length=denoisers.hidream_joined_length,
+        joined_text=denoisers.hidream_text,
+        encode=texts.encode_hidream,
+        encoding_of=texts.hidream_states_of,
+        token_spans=texts.hidream_spans,
+        matrices=denoisers.hidream_keys_and_values,
+        pooled=denoisers.pooled_embeds,
+        text_projection=None,
+        text_projection_input=None,
     ),
     "PixArtAlphaPipeline": _PIXART,
     "PixArtSigmaPipeline": replace(
@@ -477,8 +539,9 @@ def family_of(model: Any) -> Family:
             f"{type(uncompiled).__name__} is not supported: use one of {', '.join(FAMILIES)}, "
             "or its denoiser"
         )
-    family.check(denoiser_of(model, family))
     family.check_pipeline(model)
+    for part in parts_of(denoiser_of(model, family)):
+        family.check(part)
     return family
 
 
@@ -491,14 +554,34 @@ def _denoisers_of_modular(model: Any) -> list[Any]:
 
 
 def denoiser_of(model: Any, family: Family | None = None) -> Any:
-    """The denoiser of a pipeline, as it was before `torch.compile`; a bare denoiser is its own."""
+    """The denoiser of a pipeline, as it was before `torch.compile`; a bare denoiser is its own.
+
+    Several that take turns are one `DenoisersInTurn`.
+    """
     family = family or family_of(model)
-    return uncompiled_module(getattr(model, family.denoiser, model))
+    parts = {name: uncompiled_module(part) for name, part in held_denoisers(model, family).items()}
+    first, *others = parts.values()
+    if not others:
+        return first
+    known = _IN_TURN.setdefault(first, WeakKeyDictionary())
+    if others[-1] not in known:
+        known[others[-1]] = DenoisersInTurn(parts)
+    return known[others[-1]]
+
+
+def held_denoisers(model: Any, family: Family) -> dict[str, Any]:
+    """A pipeline's denoisers as it holds them, compiled or not, in the order of their turns."""
+    names = family.turns(model)
+    if len(names) < 2 or not hasattr(model, family.denoiser):
+        return {family.denoiser: getattr(model, family.denoiser, model)}
+    return {name: getattr(model, name) for name in names}
 
 
 def missing_encoders(pipe: Pipeline) -> list[str]:
     """The text encoders and tokenizers that the pipeline cannot read prompts without, and lacks."""
-    optional = {"text_encoder_3", "tokenizer_3"}  # SD 3 is made to run without its T5
+    # SD 3 is made to run without its T5, HiDream is not.
+    has_more = "text_encoder_4" in pipe.components
+    optional = set[str]() if has_more else {"text_encoder_3", "tokenizer_3"}
     parts = sorted(
         name for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))
     )
@@ -656,7 +739,7 @@ def check_lengths(pipe: Pipeline, pairs: Iterable[tuple[str, str]]) -> None:
                 f"{family.name} reads {prompt!r} as {lengths[0]} tokens and {target!r} as "
                 f"{lengths[1]}, padding included, and puts the picture behind them: it would "
                 "stand elsewhere. Add words to the shorter one, or choose another wording, until "
-                "both count alike"
+                "both count alike; a placebo of your own is PromptPair(…, placebo=…)"
             )
 
 

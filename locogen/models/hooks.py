@@ -7,9 +7,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
+from weakref import ref
 
 from locogen.errors import LocogenError
 from locogen.models.compilation import running_uncompiled
@@ -34,6 +35,109 @@ class Hook:
     function: Callable[..., Any]
     label: str
     runs_after: bool = False
+
+
+class DenoisersInTurn:
+    """Denoisers of one pipeline that take the steps in turn, seen as one (Wan 2.2).
+
+    Names of modules and weights begin with the part's. A hook on it is one on each part. A dry run
+    calls its parts in their order; else only the pipeline knows which one has its turn.
+
+    Attributes:
+        names: What the pipeline calls its parts, in the order of their turns.
+    """
+
+    def __init__(self, parts: Mapping[str, Module]) -> None:
+        self.names = tuple(parts)
+        # Weakly: what is remembered of a denoiser must not keep it.
+        self._parts = {name: ref(part) for name, part in parts.items()}
+
+    @property
+    def parts(self) -> dict[str, Module]:
+        """The denoisers by their names, in the order of their turns."""
+        return {name: part() for name, part in self._parts.items()}
+
+    @property
+    def config(self) -> Any:
+        """The first one's; they differ in their weights."""
+        return next(iter(self.parts.values())).config
+
+    @property
+    def dtype(self) -> Any:
+        """The first one's, in which the pipeline gives text to both."""
+        return next(iter(self.parts.values())).dtype
+
+    @property
+    def device(self) -> Any:
+        """The first one's."""
+        return next(iter(self.parts.values())).device
+
+    def part_of(self, name: str) -> Module:
+        """The denoiser that holds a module or weight of this name."""
+        return self.parts[name.partition(".")[0]]
+
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """All modules, itself first, under the name of no part."""
+        yield "", self
+        for name, part in self.parts.items():
+            for path, module in part.named_modules():
+                yield f"{name}.{path}".rstrip("."), module
+
+    def modules(self) -> Iterator[Module]:
+        """The modules of all parts."""
+        for part in self.parts.values():
+            yield from part.modules()
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]:
+        """The weights of all parts."""
+        for name, part in self.parts.items():
+            for path, weight in part.named_parameters():
+                yield f"{name}.{path}", weight
+
+    def parameters(self) -> Iterator[Any]:
+        """The weights of all parts."""
+        for part in self.parts.values():
+            yield from part.parameters()
+
+    def get_parameter(self, name: str) -> Any:
+        """A weight by its name; raises `AttributeError` if there is none."""
+        return self.get_submodule(name.partition(".")[0]).get_parameter(name.partition(".")[2])
+
+    def get_submodule(self, name: str) -> Module:
+        """A module by its name; raises `AttributeError` if there is none."""
+        if not name:
+            return self
+        part, _, path = name.partition(".")
+        if part not in self.parts:
+            raise AttributeError(f"there is no {part}")
+        return self.parts[part].get_submodule(path)
+
+    def __call__(self, *args: Any, **inputs: Any) -> None:
+        """Run the parts in their order, in a dry run; raises `LocogenError` else."""
+        if not is_dry_run():
+            check_one_denoiser(self, "this")
+        for part in self.parts.values():
+            part(*args, **inputs)
+
+
+def parts_of(model: Any) -> tuple[Any, ...]:
+    """The modules that a pipeline calls: of denoisers that take turns each, else the model."""
+    return tuple(model.parts.values()) if isinstance(model, DenoisersInTurn) else (model,)
+
+
+def check_one_denoiser(denoiser: Any, what: str) -> None:
+    """Raise `LocogenError` for denoisers that take turns, where `what` calls one by itself."""
+    if isinstance(denoiser, DenoisersInTurn):
+        raise LocogenError(
+            f"this pipeline has denoisers that take turns, {' and '.join(denoiser.names)}, and "
+            f"{what} calls a denoiser by itself, not knowing whose turn it is: use loco.localize, "
+            "loco.intervene and loco.fit_edit, which follow the pipeline's calls"
+        )
+
+
+def part_of(model: Any, name: str) -> Any:
+    """The denoiser that holds a module of this name: the model, or one of those in turn."""
+    return model.part_of(name) if isinstance(model, DenoisersInTurn) else model
 
 
 def before(module: Module, function: Callable[..., Any], label: str) -> Hook:
@@ -124,7 +228,8 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
     handles = []
     try:
         for hook in hooks:  # within `try`: an error here takes the first ones off again
-            handles.append(_register(hook))
+            for part in parts_of(hook.module):
+                handles.append(_register(replace(hook, module=part)))
         yield
     finally:
         for handle in handles:

@@ -131,8 +131,9 @@ def _observed_layers(
 
     layers: list[Layer] = []
     for module, arguments in calls.items():  # in execution order
-        apart = gets_text(arguments)
-        joined = not apart and _length(arguments) == joined_length
+        picture = arguments.get(family.layer_states)
+        apart = gets_text(arguments.get(family.layer_text), picture)
+        joined = not apart and _length(picture) == joined_length
         if apart or joined:
             layers.append(Layer(len(layers), candidates[module], module, joined))
     if not layers:
@@ -143,15 +144,13 @@ def _observed_layers(
     return tuple(layers)
 
 
-def gets_text(arguments: Mapping[str, Any]) -> bool:
+def gets_text(text: Any, picture: Any) -> bool:
     """Whether a module is called with text beside the picture."""
-    text = arguments.get("encoder_hidden_states")
     # Lumina's self-attention is handed its own input a second time, as if it were text.
-    return text is not None and text is not arguments.get("hidden_states")
+    return text is not None and text is not picture
 
 
-def _length(arguments: Mapping[str, Any]) -> int | None:
+def _length(states: Any) -> int | None:
     """How many tokens a module gets as one sequence; None if it does not get a sequence."""
-    states = arguments.get("hidden_states")
     is_sequence = getattr(states, "ndim", 0) == 3  # (rows, tokens, width)
-    return states.shape[1] if is_sequence and states is not None else None
+    return states.shape[1] if is_sequence else None

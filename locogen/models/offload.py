@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
+from locogen.models.hooks import parts_of
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def taken_back(*models: Any) -> Iterator[None]:
     from accelerate.hooks import CpuOffload
 
     brought = []
-    for model in models:
+    parts = [part for model in models for part in parts_of(model)]
+    for model in parts:
         for hook in _hooks(model):
             # Sequential offload has hooks of another class, and cleans up by itself.
             if not isinstance(hook, CpuOffload):

@@ -30,6 +30,8 @@ KREA2_LIMIT = 512  # states of text that Krea 2's denoiser gets, its template's 
 QWEN_BLOCK = 64  # to a multiple of which prompts are padded, so that their batches are alike
 KOLORS_LIMIT = 256  # tokens that Kolors' ChatGLM reads, its two marks included
 WAN_LIMIT = 512  # tokens that Wan's T5 reads
+LUMINA_LIMIT = 256  # tokens that Lumina 2's Gemma reads, the system's prompt included
+HIDREAM_LIMIT = 128  # tokens that HiDream's T5 and Llama read
 SANA_LIMIT = (
     300  # tokens that Sana's layers get, with the start mark and the instruction's last one
 )
@@ -51,6 +53,9 @@ class PromptEncoding:
     mask_argument: str = "prompt_attention_mask"
     """name of the pipeline's argument for the mask"""
 
+    by_layer: Tensor | None = None
+    """(prompts, layers, tokens, width): all layers of a second encoder; a block hears one"""
+
     as_list: bool = False
     """whether the pipeline takes a list of one tensor a prompt, without padding and mask"""
 
@@ -68,10 +73,26 @@ class PromptEncoding:
         # Z-Image's pipeline encodes nothing, and says nothing, unless it is given prompts as well.
         return by_name if prefix else by_name | {"prompt": [""] * len(self)}
 
+    def _arguments_by_layer(self, prefix: str, by_layer: Tensor) -> dict[str, Any]:
+        return {
+            prefix + "prompt_embeds_t5": self.states,
+            prefix + "prompt_embeds_llama3": by_layer.transpose(0, 1),  # (layers, prompts, ...)
+            prefix + "pooled_prompt_embeds": self.pooled,
+        }
+
+    @property
+    def places(self) -> int:
+        """How many tokens of text a layer reads."""
+        # HiDream's read the first encoder's states, and of the second the last layer and their own.
+        again = 0 if self.by_layer is None else 2 * self.by_layer.shape[2]
+        return self.states.shape[1] + again
+
     def arguments(self, prefix: str = "") -> dict[str, Any]:
         """The arguments by which a pipeline takes this encoding; a negative with its prefix."""
         if self.as_list:
             return self._arguments_as_list(prefix)
+        if self.by_layer is not None:
+            return self._arguments_by_layer(prefix, self.by_layer)
         by_name = {
             "prompt_embeds": self.states,
             self.mask_argument: self.mask,
@@ -85,6 +106,7 @@ class PromptEncoding:
             states=self.states[rows],
             mask=None if self.mask is None else self.mask[rows],
             pooled=None if self.pooled is None else self.pooled[rows],
+            by_layer=None if self.by_layer is None else self.by_layer[rows],
         )
 
     def expanded(self, count: int) -> PromptEncoding:
@@ -94,6 +116,7 @@ class PromptEncoding:
             states=self.states.expand(count, *self.states.shape[1:]),  # (count, tokens, ...)
             mask=None if self.mask is None else self.mask.expand(count, -1),  # (count, tokens)
             pooled=None if self.pooled is None else self.pooled.expand(count, -1),  # (count, width)
+            by_layer=None if self.by_layer is None else self.by_layer.expand(count, -1, -1, -1),
         )
 
     def padded(self, tokens: int) -> PromptEncoding:
@@ -118,11 +141,13 @@ class PromptEncoding:
         parts = [part.padded(longest) for part in parts]
         masks = [part.mask for part in parts if part.mask is not None]
         pooled = [part.pooled for part in parts if part.pooled is not None]
+        by_layer = [part.by_layer for part in parts if part.by_layer is not None]
         return replace(
             parts[0],
             states=torch.cat([part.states for part in parts]),  # (prompts, tokens, width)
             mask=torch.cat(masks) if masks else None,  # (prompts, tokens)
             pooled=torch.cat(pooled) if pooled else None,  # (prompts, width)
+            by_layer=torch.cat(by_layer) if by_layer else None,  # (prompts, layers, tokens, width)
         )
 
 
@@ -392,6 +417,23 @@ def encode_krea2(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> Encode
     return encoded(prompts), encoded([""] * len(prompts)) if guided else None
 
 
+def hidream_states_of(returned: tuple[Any, ...]) -> PromptEncoding:
+    """The prompts' encoding among what `encode_prompt` of HiDream returns."""
+    return _with_llama(returned[0], returned[2], returned[4])
+
+
+def encode_hidream(pipe: Pipeline, prompts: Sequence[str], guided: bool) -> EncodedPrompts:
+    """T5, all layers of Llama, and the pooled vectors of two CLIPs side by side."""
+    returned = pipe.encode_prompt(list(prompts), do_classifier_free_guidance=guided)
+    negative = _with_llama(returned[1], returned[3], returned[5]) if guided else None
+    return hidream_states_of(returned), negative
+
+
+def _with_llama(states: Tensor, llama: Tensor, pooled: Tensor) -> PromptEncoding:
+    """Of Llama's states (layers, prompts, tokens, width)."""
+    return PromptEncoding(states, pooled=pooled, by_layer=llama.transpose(0, 1))
+
+
 # --- tokens, looked at ---------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
@@ -576,6 +618,46 @@ def z_image_length(pipe: Pipeline, prompt: str) -> int:
     template = _user_template(pipe.tokenizer, enable_thinking=True)
     tokens = token_ids(pipe.tokenizer, template.replace(_PLACE, prompt))
     return math.ceil(min(len(tokens), Z_LIMIT) / Z_BLOCK) * Z_BLOCK
+
+
+def lumina_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In Gemma's states, behind the start mark and the system's prompt; there is no end mark."""
+    look = tokenizer_to_look_with(pipe.tokenizer)
+    beginning = _lumina_text(pipe, "").rstrip()  # the space belongs to the prompt's first word
+    first = len(_tokens(look, beginning))
+    words = tuple(_tokens(look, _lumina_text(pipe, prompt))[first:])
+    count = LUMINA_LIMIT - first
+    end = first + min(len(words), count) - 1
+    return (TokenSpan(words[:count], first, end, look, words[count:], LUMINA_LIMIT),)
+
+
+def lumina_length(pipe: Pipeline, prompt: str) -> int:
+    """How many tokens Lumina 2 makes of a prompt behind the system's."""
+    return min(len(token_ids(pipe.tokenizer, _lumina_text(pipe, prompt))), LUMINA_LIMIT)
+
+
+def _lumina_text(pipe: Pipeline, prompt: str) -> str:
+    """What Lumina 2's pipeline has its tokenizer read."""
+    return f"{pipe.system_prompt} <Prompt Start> {prompt}"
+
+
+def hidream_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
+    """In T5's states, then in those of Llama's last layer, then in those of a block's own one."""
+    limits = [min(HIDREAM_LIMIT, pipe.tokenizer_3.model_max_length)]
+    limits.append(min(HIDREAM_LIMIT, pipe.tokenizer_4.model_max_length))
+    spans = [token_span(pipe, pipe.tokenizer_3, prompt, limits[0])]
+    look = tokenizer_to_look_with(pipe.tokenizer_4)
+    ids = _tokens(look, prompt)
+    marks = int(bool(ids) and ids[0] == look.bos_token_id)
+    words = tuple(ids[marks:])  # there is no end mark
+    is_left = pipe.tokenizer_4.padding_side == "left"
+    padding = max(limits[1] - len(ids), 0) if is_left else 0
+    count = limits[1] - marks
+    for offset in (limits[0], sum(limits)):
+        start = offset + padding + marks
+        end = max(start + min(len(words), count) - 1, offset)
+        spans.append(TokenSpan(words[:count], start, end, look, words[count:], limits[1]))
+    return tuple(spans)
 
 
 _PLACE = "the prompt's place"

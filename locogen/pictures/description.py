@@ -58,6 +58,13 @@ NAMED_BY_PYTHON = (
     *(types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType),
 )
 
+# What modules set in their first call, or in each, from what is described.
+SET_BY_MODULES = {
+    # VAEs of videos (Wan, Qwen-Image).
+    *("_conv_num", "_conv_idx", "_feat_map"),
+    *("_enc_conv_num", "_enc_conv_idx", "_enc_feat_map"),
+    "freqs_cis",  # Z-Image's table of rotary positions
+}
 # Attributes that cannot move a picture.
 WITHOUT_EFFECT = {
     # Where a model came from.
@@ -70,6 +77,7 @@ WITHOUT_EFFECT = {
     *("_hf_hook", "_old_forward", "_diffusers_hook", "hf_device_map"),
     # What is described in another way, or set within a call.
     *("_in_target_context_manager", "_tokenizer", "_output_capturing_hooks_installed"),
+    *SET_BY_MODULES,
 }
 # What schedulers set anew at the beginning of each call, or count within it.
 SET_BY_A_CALL = {

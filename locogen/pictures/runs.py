@@ -23,7 +23,7 @@ from locogen.errors import LocogenError, name_interrupt
 from locogen.files import AUTO, data_uri
 from locogen.interventions.prompts import active_contexts, foreign_hooks
 from locogen.models.defaults import name_of
-from locogen.models.families import warn_unread
+from locogen.models.families import check_lengths, warn_unread
 from locogen.pictures.batches import Batch, pictures_of
 from locogen.pictures.checks import check_scheduler, oddities
 from locogen.pictures.default_store import (
@@ -280,6 +280,8 @@ def _check_prompts(pipe: Pipeline, plan: Sequence[Intervention]) -> None:
                 "give it words, or '' for the empty prompt"
             )
     warn_unread(pipe, prompts, stacklevel=3)
+    # Of all rows, before the first picture is made.
+    check_lengths(pipe, [(row.prompt, row.target) for row in plan if row.layers])
 
 
 def _check_timesteps(plan: Sequence[Intervention], count: int) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts, announced
 from locogen.models.families import denoiser_of
+from locogen.models.hooks import parts_of
 from locogen.models.memory import out_of_memory
 from locogen.pictures.batches import Texts, make_batch
 from locogen.plan import Intervention, Settings
@@ -239,7 +240,8 @@ def _candidates(pipe: Pipeline, mode: Mode) -> Iterator[dict[str, Any]]:
     processors = _processors()
     if device.type == "cpu" and torch.get_num_threads() != processors:
         yield {"threads": processors}
-    if _has_convolutions(denoiser) and not hasattr(denoiser, "_hf_hook"):
+    is_offloaded = any(hasattr(part, "_hf_hook") for part in parts_of(denoiser))
+    if _has_convolutions(denoiser) and not is_offloaded:
         # Not with offload, which moves the weights: the layout would be lost.
         yield {"channels_last": True}
     if mode == "close":
@@ -316,7 +318,8 @@ def applied(pipe: Pipeline, way: Way) -> Iterator[None]:
             stack.enter_context(_channels_last(pipe))
         if way.half is not None:
             device = pipe._execution_device.type
-            stack.enter_context(_autocast(denoiser, device, way.half))
+            for part in parts_of(denoiser):
+                stack.enter_context(_autocast(part, device, way.half))
         if way.compiled:
             stack.enter_context(_compiled(denoiser))
         if way != Way():

@@ -1,5 +1,6 @@
 """Theorems for every family: an empty plan is the plain pipeline, a full one the target's run, rows keep apart."""
 
+import copy
 import inspect
 import time
 from dataclasses import replace
@@ -7,10 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from support import full, tiny
 
 from locogen.errors import LocogenError, UnsupportedModel
-from locogen.interventions.prompts import foreign_hooks, generators, intervene, record
+from locogen.interventions.denoiser_calls import Call
+from locogen.interventions.layer_inputs import LayerInputs
+from locogen.interventions.prompts import _Patched, foreign_hooks, generators, intervene, record
 from locogen.models.denoisers import check_call
 from locogen.models.families import (
     FAMILIES,
@@ -21,24 +25,34 @@ from locogen.models.families import (
     token_spans,
 )
 from locogen.models.layers import find_layers, gets_text
+from locogen.pictures import description
+from locogen.pictures.fingerprint import fingerprint
 from locogen.plan import Intervention, with_target_runs
 
-POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors"}
-PATCHED = {"sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image", "krea-2"}
+POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors", "hidream"}
+PATCHED = {
+    *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image", "lumina-2"),
+    *("hidream", "krea-2"),
+}
 APART = {
     "qwen-image",
     "wan",
     "flux-2-klein",
     "chroma",
     "krea-2",
+    "lumina-2",
+    "wan-2.2",
 }  # guided by a call of its own for the negative prompt
-CAUSAL = {"sd", "sd-xl", "sana", "qwen-image", "kolors", "flux-2", "flux-2-klein", "z-image"}
-CAUSAL |= {"krea-2"}
+CAUSAL = {
+    *("sd", "sd-xl", "sana", "qwen-image", "kolors", "flux-2", "flux-2-klein", "z-image"),
+    *("lumina-2", "krea-2"),
+}
 GUIDANCES = [5.0, 1.0]
 TEXTS = [
     ("cat in a", "dog on b, a long one"),
     ("dog in c d", "cat"),
 ]  # of unequal length: masks matter
+EVEN = [("cat in a", "dog on b"), ("dog in c d", "cat by a b")]  # a target as long as its prompt
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +110,13 @@ def pictures(pipe, rows, *, prompts=None, guidance=5.0, each=1, steps=2, **more)
     return family.pictures(output, "np")
 
 
+def texts_of(pipe):
+    return EVEN if type(pipe).__name__ == "Lumina2Pipeline" else TEXTS
+
+
 def plan(pipe, layers, count=2, **more):
-    rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(TEXTS[:count])]
+    texts = texts_of(pipe)[:count]
+    rows = [Intervention(p, t, layers, seed, **more) for seed, (p, t) in enumerate(texts)]
     return with_target_runs(rows) if family_of(pipe).joint_attention else tuple(rows)
 
 
@@ -168,7 +187,7 @@ def test_no_pooled_path_is_said(pipes):
 def test_windows_in_one_batch_equal_separate_runs(pipe):
     """As nearly as plain pictures made in a batch equal those made alone: sums in another order, nothing else."""
     starts = every(pipe)[-5:]
-    count, rows = len(starts), [Intervention(*TEXTS[0], (start,), 7) for start in starts]
+    count, rows = len(starts), [Intervention(*texts_of(pipe)[0], (start,), 7) for start in starts]
     ride = with_target_runs(rows) if family_of(pipe).joint_attention else rows
     sums = np.abs(pictures(pipe, ride)[0] - pictures(pipe, rows[:1])[0]).max()
     with intervene(pipe, ride):
@@ -193,10 +212,14 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
     plain = [Intervention(row.prompt, row.target, (), row.seed) for row in rows]
     before, after = read(pipe, rows, plain), read(pipe, rows, rows)
     negative = 0 if name in {"flux", "lcm", "flux-2"} | APART else len(rows)
-    if name == "z-image":  # whose negative rows are the last ones, and whose text is
+    if name == "z-image":  # whose negative rows are the last ones
         before, after = (
-            {index: torch.cat([was[negative:], was[:negative]]).flip(1) for index, was in each}
-            for each in (before.items(), after.items())
+            {index: torch.cat([was[negative:], was[:negative]]) for index, was in each.items()}
+            for each in (before, after)
+        )
+    if name in ("z-image", "hidream"):  # whose text is the last one
+        before, after = (
+            {index: was.flip(1) for index, was in each.items()} for each in (before, after)
         )
     own = [i for i in range(len(rows)) if rows[i].layers]
     for index, was in before.items():
@@ -211,7 +234,10 @@ def test_only_the_windows_conditional_rows_change(pipe, name):
     ):  # in the window, rows read what the targets' own runs read; those runs are as they would be
         riding = [i for i in range(len(rows)) if not rows[i].layers]
         for index in chosen:
-            tokens = len(encode(pipe, ["cat"]).states[0])
+            text = encode(pipe, [row.prompt for row in rows])
+            tokens = text.places
+            if name == "lumina-2":  # the picture follows where the shortest text ends
+                tokens = int(text.mask.sum(1).min())
             assert torch.equal(
                 after[index][negative:][own, :tokens], after[index][negative:][riding, :tokens]
             )
@@ -301,7 +327,8 @@ def test_execution_order(pipe, name):
     finally:
         for handle in handles:
             handle.remove()
-    assert called == names * 2
+    # Of Wan 2.2's denoisers each takes one of the two steps.
+    assert called == (names if name == "wan-2.2" else names * 2)
 
 
 def test_what_is_recorded_is_the_text(pipe):
@@ -311,13 +338,28 @@ def test_what_is_recorded_is_the_text(pipe):
     # Not by `encode`, which pads Qwen-Image's prompts.
     text = family_of(pipe).encode(pipe, [row.prompt for row in rows], False)[0]
     tokens = text.states.shape[1] if text.mask is None else int(text.mask.sum(1).max())
-    padded = {tokens, text.states.shape[1]}
+    padded = {tokens, text.places}
     assert {states[0].shape[1] for states in heard.values()} <= padded
 
 
 def test_no_hook_of_the_pipelines_own_is_taken_for_a_strangers(pipe):
     pictures(pipe, plan(pipe, ()))
     assert foreign_hooks(pipe) == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_a_picture_leaves_the_models_key_as_it_was(name, monkeypatch):
+    """Or the store would not know its pictures again: some modules keep what they computed last."""
+    pipe = tiny.FAMILIES[name]()
+    encode(pipe, ["cat"])  # which sets the state of a tokenizer
+    before = fingerprint(pipe)
+    pictures(pipe, plan(pipe, ()))
+    assert fingerprint(pipe) == before
+    if name in ("wan", "z-image"):  # the twin
+        seen = description.WITHOUT_EFFECT - description.SET_BY_MODULES
+        monkeypatch.setattr(description, "WITHOUT_EFFECT", seen)
+        assert fingerprint(tiny.FAMILIES[name]()) != fingerprint(pipe)
 
 
 def test_fluxs_negative_call_is_untouched(pipes):
@@ -517,9 +559,10 @@ def test_words_are_found_where_they_are_heard(pipe, name):
 
 
 @pytest.mark.slow
-def test_kolors_pooled_vector_is_a_path_of_its_own(pipes):
-    """The last state of ChatGLM enters besides the layers, as SD-XL's pooled text does."""
-    pipe = pipes("kolors")
+@pytest.mark.parametrize("name", ["kolors", "hidream"])
+def test_a_recent_pooled_vector_is_a_path_of_its_own(pipes, name):
+    """The last state of ChatGLM enters besides the layers, as SD-XL's pooled text does; two CLIPs' in HiDream."""
+    pipe = pipes(name)
     alone, plain = plan(pipe, (), pooled="target"), pictures(pipe, plan(pipe, ()))
     with intervene(pipe, alone):
         assert np.abs(pictures(pipe, alone)[:2] - plain[:2]).max() > 1e-5
@@ -552,15 +595,73 @@ def test_z_image_writes_its_template_into_a_list_of_its_own(pipes):
             pictures(pipe, rows, prompts=["b"] * len(rows))
 
 
-def test_wan_with_two_denoisers_or_a_picture_is_refused():
-    """Nobody would count the layers of the second; a picture's tokens stand before the text's."""
+def test_wan_that_reads_a_picture_or_lacks_a_denoiser_is_refused():
+    """A picture's tokens stand before the text's."""
     pipe = tiny.wan()
     find_layers(pipe)  # the twin
-    pipe.register_modules(transformer_2=pipe.transformer)
-    with pytest.raises(UnsupportedModel, match="second denoiser"):
+    pipe.register_to_config(boundary_ratio=0.875)
+    with pytest.raises(UnsupportedModel, match="no transformer_2: load it with all"):
         find_layers(pipe)
     with pytest.raises(UnsupportedModel, match="also reads a picture"):
         find_layers(tiny.wan(image_dim=8, added_kv_proj_dim=24))
+
+
+@pytest.mark.slow
+def test_a_second_denoiser_that_never_has_its_turn_has_no_layers():
+    """Without a boundary Wan's pipeline calls the first one alone."""
+    pipe = tiny.wan22()
+    assert len(find_layers(pipe)) == 6
+    pipe.register_to_config(boundary_ratio=None)
+    assert [layer.name for layer in find_layers(pipe)] == [f"blocks.{i}.attn2" for i in range(3)]
+
+
+@pytest.mark.slow
+def test_wan_2_2_at_full_size_has_the_layers_of_both_denoisers():
+    """On the meta device, in the order of their turns."""
+    pipe = tiny.wan22()
+    with torch.device("meta"):
+        parts = {name: WanTransformer3DModel() for name in ("transformer", "transformer_2")}
+    pipe.register_modules(**parts)
+    names = [layer.name for layer in find_layers(pipe)]
+    assert names == [f"{part}.blocks.{index}.attn2" for part in parts for index in range(40)]
+
+
+@pytest.mark.slow
+def test_layers_of_wan_2_2_act_in_the_turn_of_their_denoiser(pipes):
+    """At other steps the same layers change nothing, and nobody misses them."""
+    pipe = pipes("wan-2.2")
+    early, late = (0, 1, 2), (3, 4, 5)
+    plain = pictures(pipe, plan(pipe, ()))
+    for layers, span, changes in [
+        (early, (0, 0), True),
+        (early, (1, 1), False),
+        (late, (1, 1), True),
+        (late, (0, 0), False),
+    ]:
+        rows = plan(pipe, layers, timesteps=span)
+        with intervene(pipe, rows):
+            assert np.array_equal(pictures(pipe, rows), plain) != changes, (layers, span)
+
+
+@pytest.mark.slow
+def test_a_denoiser_of_two_that_is_replaced_within_a_context_is_refused():
+    pipe = tiny.wan22()
+    rows = plan(pipe, every(pipe))
+    with intervene(pipe, rows):
+        pictures(pipe, rows)
+        pipe.register_modules(transformer_2=tiny.wan().transformer)
+        with pytest.raises(LocogenError, match="was replaced while a locogen context was open"):
+            pictures(pipe, rows)
+
+
+@pytest.mark.slow
+def test_what_calls_a_denoiser_by_itself_refuses_two(pipes):
+    """It cannot know whose turn it is."""
+    pipe = pipes("wan-2.2")
+    with pytest.raises(LocogenError, match="denoisers that take turns, transformer and transf"):
+        denoiser_of(pipe)(hidden_states=None)
+    gone = denoiser_of(pipe)
+    assert denoiser_of(pipe) is gone  # the same object: what is known of it is kept by it
 
 
 def test_a_cache_of_keys_and_values_is_refused():
@@ -573,8 +674,146 @@ def test_a_cache_of_keys_and_values_is_refused():
 def test_self_attention_that_gets_its_own_input_as_text_is_no_layer():
     """As Lumina 2 calls it: what it reads is the picture."""
     states = torch.zeros(1, 4, 8)
-    assert not gets_text({"hidden_states": states, "encoder_hidden_states": states})
-    assert gets_text({"hidden_states": states, "encoder_hidden_states": states.clone()})
+    assert not gets_text(states, states)
+    assert gets_text(states.clone(), states)
+
+
+@pytest.mark.slow
+def test_lumina_2s_target_must_be_as_long_as_its_prompt():
+    """Its picture stands behind the text: with another token it would stand elsewhere."""
+    pipe = tiny.lumina2()
+    short, long = "cat", "cat in a"
+    rows = with_target_runs([Intervention(short, long, every(pipe), 0)])
+    own = pictures(pipe, rows, prompts=[long, long])
+    words = "reads 'cat' as 17 tokens and 'cat in a' as 22.*Add words to the shorter one"
+    with pytest.raises(LocogenError, match=words), intervene(pipe, rows):
+        pass
+    # A call of one's own is compared too, where texts meet.
+    unchecked = replace(family_of(pipe), length_class=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "Lumina2Pipeline", unchecked)
+        with pytest.raises(LocogenError, match="of other lengths"), intervene(pipe, rows):
+            pictures(pipe, rows)
+        # The twin, and the reason: all layers would not be the target's own run.
+        patch.setattr(_Patched, "_check_alike", lambda *_: None)
+        with intervene(pipe, rows):
+            assert np.abs(pictures(pipe, rows)[0] - own[0]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_each_row_of_lumina_2_has_a_text_of_its_own_length(pipes, monkeypatch):
+    """Where the longest one ends, the others' pictures have begun: these must stay the rows' own."""
+    pipe = pipes("lumina-2")
+    rows = plan(pipe, (1,))
+    alone = []
+    for row in rows[:2]:
+        one = with_target_runs([row])
+        with intervene(pipe, one):
+            alone.append(pictures(pipe, one)[0])
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows)[:2] - np.stack(alone)).max() < 1e-5
+    monkeypatch.setattr(Call, "is_text", lambda *_: None)  # the twin
+    with intervene(pipe, rows):
+        change = np.abs(pictures(pipe, rows)[:2] - np.stack(alone)).max(axis=(1, 2, 3))
+    assert change[0] > 1e-4 and change[1] < 1e-5  # the longest is as it should be
+
+
+@pytest.mark.slow
+def test_lumina_2s_refiners_are_no_layers(pipes):
+    """They too are called with "text", which is their own input: a picture's, or text not yet read."""
+    pipe = pipes("lumina-2")
+    denoiser, called = denoiser_of(pipe), []
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: called.append(
+                (name, gets_text(kwargs["encoder_hidden_states"], kwargs["hidden_states"]))
+            ),
+            with_kwargs=True,
+        )
+        for name, module in denoiser.named_modules()
+        if name.endswith(".attn")
+    ]
+    with torch.no_grad():
+        denoiser(**family_of(pipe).dummy_inputs(denoiser))
+    for handle in handles:
+        handle.remove()
+    layers = [f"layers.{index}.attn" for index in range(3)]
+    assert called == [
+        (name, False) for name in ["context_refiner.0.attn", "noise_refiner.0.attn", *layers]
+    ]
+    assert [layer.name for layer in find_layers(pipe)] == layers
+
+
+@pytest.mark.slow
+def test_each_block_of_hidream_hears_a_llama_layer_of_its_own(pipes):
+    """A change of one of Llama's layers is heard by its block alone, in the last third of its text."""
+    pipe = pipes("hidream")
+    denoiser = denoiser_of(pipe)
+    inputs = family_of(pipe).dummy_inputs(denoiser)
+    changed = dict(inputs)
+    changed["encoder_hidden_states_llama3"] = inputs["encoder_hidden_states_llama3"].clone()
+    changed["encoder_hidden_states_llama3"][1] += 1.0  # the second of two double blocks hears it
+    heard = []
+    for call in (inputs, changed):
+        reads, handles = [], []
+        for layer in find_layers(pipe)[:2]:
+            matrix = family_of(pipe).matrices(layer.module)["k"]
+            handles.append(
+                matrix.register_forward_pre_hook(lambda _, args, to=reads: to.append(args[0]))
+            )
+        with torch.no_grad():
+            denoiser(**call)
+        for handle in handles:
+            handle.remove()
+        heard.append(reads)
+    assert torch.equal(heard[0][0], heard[1][0])
+    assert torch.equal(heard[0][1][:, :4], heard[1][1][:, :4])
+    assert not torch.allclose(heard[0][1][:, 4:], heard[1][1][:, 4:])
+
+
+@pytest.mark.slow
+def test_hidreams_words_are_found_in_both_encoders_and_in_either_padding(pipes):
+    """A change of the word moves T5's states there, and Llama's there and behind, not before."""
+    pipe = tiny.hidream()
+    for side in ("right", "left"):
+        pipe.tokenizer_4 = copy.deepcopy(tiny.llama_tokenizer())
+        pipe.tokenizer_4.padding_side = side
+        pipe.tokenizer_4.pad_token = pipe.tokenizer_4.eos_token
+        one, other = (encode(pipe, [text]).by_layer[0, -1] for text in ("a cat in b", "a dog in b"))
+        change = (one - other).norm(dim=1)  # (tokens,)
+        (last,), (own,) = (
+            subject_positions(pipe, "a cat in b", "cat", encoder=encoder) for encoder in (1, 2)
+        )
+        limits = [span.limit for span in token_spans(pipe, "a cat in b")]
+        assert own - last == limits[1]
+        # Padding that stands before the prompt may read all of it.
+        start = token_spans(pipe, "a cat in b")[1].start - limits[0]
+        place = last - limits[0]
+        assert change[start:place].max() < 1e-5 < change[place], side
+    reader = LayerInputs(pipe, find_layers(pipe)[:1])
+    everything = reader.places("a cat in b", "all")
+    assert everything[-1] + 1 == len(reader.states("a cat in b", reader.layers[0]))
+
+
+@pytest.mark.slow
+def test_a_hidream_without_its_t5_cannot_read(pipes):
+    """As SD 3 can."""
+    pipe = tiny.hidream()
+    pipe.register_modules(text_encoder_3=None)
+    with pytest.raises(LocogenError, match="has no text_encoder_3"):
+        encode(pipe, ["cat"])
+
+
+@pytest.mark.slow
+def test_lumina_2s_guidance_may_end_early(pipes):
+    """`cfg_trunc_ratio` leaves the last steps' negative calls out."""
+    pipe = pipes("lumina-2")
+    rows = plan(pipe, every(pipe))
+    early = {"cfg_trunc_ratio": 0.5}
+    own = pictures(pipe, rows, prompts=[row.target for row in rows], **early)
+    with intervene(pipe, rows):
+        assert np.abs(pictures(pipe, rows, **early) - own).max() < 1e-5
+        assert np.abs(pictures(pipe, rows) - own).max() > 1e-4  # the twin
 
 
 @pytest.mark.parametrize("kind", ["if", "pixart-alpha", "pixart-sigma", "sana"])

@@ -29,11 +29,10 @@ PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0, "batch_size": 2, "progress": False}
 FLUXES = ["flux", "flux-2", "flux-2-klein", "chroma"]  # with single blocks behind two double ones
 ENTRIES = {"sd-xl", "sd-3", "qwen-image", "kolors", *FLUXES, "krea-2"}
-LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", *FLUXES, "krea-2"]
-OWN_READINGS = ("if", "sd-3", "qwen-image", *FLUXES)  # each layer reads something else
-SINGLE_STREAM = ("z-image", "krea-2")  # whose layers all read text and picture alike
-LIKE_OTHERS = ("sd", "lcm", "pixart-sigma")
-EDITED = [name for name in tiny.FAMILIES if name not in (*LIKE_OTHERS, *SINGLE_STREAM)]
+LORA = ["sd-xl", "if", "sd-3", "sana", "qwen-image", "kolors", "wan", "hidream", *FLUXES, "krea-2"]
+OWN_READINGS = ("if", "sd-3", "qwen-image", "hidream", *FLUXES)  # each layer reads something else
+JOINED = ("z-image", "lumina-2", "krea-2")  # in every layer
+EDITED = [name for name in tiny.FAMILIES if name not in ("sd", "lcm", "pixart-sigma", *JOINED)]
 
 
 @pytest.fixture(params=tiny.fast(*tiny.FAST, of=EDITED))
@@ -188,7 +187,7 @@ def test_blocks_that_read_text_and_picture_alike_are_not_edited():
 
 
 def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
-    layers = (0, 2) if name in FLUXES else (0, 1)  # a single block of FLUX too
+    layers = (0, 2) if name in (*FLUXES, "hidream") else (0, 1)  # a single block of FLUX too
     neurons = find_neurons(pipe, STYLE, layers=layers, phrasings=PAIRS)
     assert set(neurons.table["matrix"]) == {"k", "v"} and set(neurons.table["layer"]) == set(layers)
     assert np.isfinite(neurons.table["z"]).all()
@@ -202,22 +201,36 @@ def test_neurons_are_found_and_clamped(pipe, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SINGLE_STREAM)
-def test_single_streams_are_swept_and_clamped_and_their_layers_cannot_be_edited(name, tmp_path):
-    """All their layers read text and picture with the same matrices."""
+@pytest.mark.parametrize("name", JOINED)
+def test_what_joins_in_every_layer_is_swept_and_clamped_and_cannot_be_edited(name, tmp_path):
+    """All layers of Z-Image, Lumina 2 and Krea 2 read text and picture with the same matrices."""
     pipe = tiny.FAMILIES[name]()
     with pytest.raises(LocogenError, match="no layer can be edited"):
         fit(pipe)
-    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+    placebo = "b cat in b"  # as long as the prompt, which Lumina 2 asks for
+    pair = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b", placebo=placebo),))
     options = FAST | {"scorer": tiny.FakeScorer(), "store": tmp_path, "batch_size": 7}
     run = localize(pipe, pair, window=2, seeds=(0,), **options)
+    if name == "lumina-2":
+        too_long = Concept("cat", "style", (PromptPair("a cat in b", "a dog in b"),))
+        with pytest.raises(LocogenError, match=r"'an image of a cat in b'.*placebo="):
+            localize(pipe, too_long, window=2, seeds=(0,), **options)
     seen = dict(zip(run.table["role"], run.pictures, strict=True))
     assert not np.array_equal(np.asarray(seen["baseline"]), np.asarray(seen["ceiling"]))
-    neurons = find_neurons(pipe, STYLE, layers=(0, 1), phrasings=PAIRS)
+    pairs = PAIRS if name != "lumina-2" else [PAIRS[0], ("b cat in a", "b dog in a")]
+    neurons = find_neurons(pipe, STYLE, layers=(0, 1), phrasings=pairs)
     plain = generate(pipe, ["a cat in b"], **FAST)
     with clamp(pipe, neurons.top(8)):
         some = generate(pipe, ["a cat in b"], **FAST)
+        if name == "lumina-2":
+            with pytest.raises(LocogenError, match="its means are of 24"):
+                generate(pipe, ["cat"], **FAST)
     assert not np.array_equal(*(np.asarray(run.pictures[0]) for run in (plain, some)))
+    if name == "lumina-2":
+        with pytest.raises(LocogenError, match="of as many tokens each"):
+            find_neurons(pipe, STYLE, layers=(0, 1), phrasings=PAIRS)
+        with clamp(pipe, neurons.top(8), to="zero"):
+            generate(pipe, ["cat"], **FAST)
 
 
 @pytest.mark.slow
@@ -278,7 +291,7 @@ def test_all_of_krea_2s_positions_are_those_that_attention_reads():
 def test_lora_in_a_fresh_process_is_the_edit(name, tmp_path):
     """Loaded by the pipeline's own loader, where locogen is not imported; pictures differ by roundings alone."""
     pipe = tiny.FAMILIES[name]()
-    layers = () if name in SINGLE_STREAM else (0, 1)
+    layers = () if name in JOINED else (0, 1)
     edit = fit(pipe, layers, ridge=1e-2, entry=name in ENTRIES)
     edit.to_lora(tmp_path / "edit.safetensors")
     plain = generate(pipe, ["a cat in b"], **FAST)
@@ -315,6 +328,53 @@ assert "locogen" not in sys.modules
         moved = (weight - denoiser_of(pipe).get_parameter(n)).norm()
         assert moved > 0 and (fused[n] - weight).norm() < 1e-5 * weight.norm() + 1e-3 * moved
     assert not np.array_equal(np.asarray(plain.pictures[0]), np.asarray(wanted.pictures[0]))
+
+
+@pytest.mark.slow
+def test_lora_of_one_of_two_denoisers_in_a_fresh_process_is_the_edit(tmp_path):
+    """Wan 2.2's loader takes a file into one of them; an edit of both is refused."""
+    pipe = tiny.wan22()
+    with pytest.raises(LocogenError, match="fit an edit for the layers of each"):
+        fit(pipe, (2, 3)).to_lora(tmp_path / "both.safetensors")
+    for layers, options in [((0, 1), ""), ((3, 4), ", load_into_transformer_2=True")]:
+        edit = fit(pipe, layers, ridge=1e-2)
+        edit.to_lora(tmp_path / "edit.safetensors")
+        program = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+from support import tiny
+from safetensors.torch import save_file
+pipe = tiny.wan22()
+pipe.load_lora_weights({str(tmp_path / "edit.safetensors")!r}{options})
+pipe.fuse_lora(components=["transformer", "transformer_2"])
+pipe.unload_lora_weights()
+parts = {{"transformer": pipe.transformer, "transformer_2": pipe.transformer_2}}
+fused = {{}}
+for name in {sorted(edit.changes)!r}:
+    part, _, path = name.partition(".")
+    fused[name] = parts[part].get_parameter(path).detach().contiguous()
+save_file(fused, {str(tmp_path / "fused.safetensors")!r})
+assert "locogen" not in sys.modules
+"""
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+        from safetensors.torch import load_file
+
+        fused = load_file(tmp_path / "fused.safetensors")
+        plain = dict(denoiser_of(pipe).named_parameters())
+        with edit.applied(pipe):
+            for name in edit.changes:
+                assert torch.allclose(fused[name], plain[name], atol=1e-5)
+        assert not any(torch.allclose(fused[name], plain[name], atol=1e-5) for name in fused)
+
+
+@pytest.mark.slow
+def test_each_of_two_denoisers_reads_its_own_projection_of_a_prompt():
+    pipe = tiny.wan22()
+    layers = find_layers(pipe)
+    reader = LayerInputs(pipe, layers)
+    states = [reader.states("a cat", layer) for layer in layers]
+    assert len(reader._states) == 2  # kept once for each denoiser
+    assert torch.equal(states[0], states[2]) and torch.equal(states[3], states[5])
+    assert not torch.allclose(states[2], states[3])
 
 
 def test_lora_is_written_only_where_it_can_be_loaded(tmp_path):

@@ -11,7 +11,9 @@ from diffusers import (
     ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
     Krea2Transformer2DModel,
+    Lumina2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -170,6 +172,36 @@ def klein() -> Flux2Transformer2DModel:
     )
 
 
+def lumina2() -> Lumina2Transformer2DModel:
+    """Lumina-Image 2.0 at its depth, but narrow: its forward pass counts tokens, which meta cannot."""
+    with torch.device("cpu"):
+        return Lumina2Transformer2DModel(
+            hidden_size=24,
+            cap_feat_dim=8,
+            axes_dim_rope=(4, 4, 4),
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+        )
+
+
+def hidream() -> HiDreamImageTransformer2DModel:
+    """HiDream-I1 at its depth, but narrow: its experts count tokens, which meta cannot."""
+    with torch.device("cpu"):
+        return HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            attention_head_dim=8,
+            num_attention_heads=1,
+            caption_channels=[8, 8],
+            text_emb_dim=8,
+            num_routed_experts=1,
+            num_activated_experts=1,
+            axes_dims_rope=(4, 2, 2),
+            llama_layers=[*range(32), *[31] * 16],
+        )
+
+
 # Denoisers of families whose other parts are not put together here, with their layers.
 DENOISERS: dict[str, tuple[Any, int]] = {
     "sd-3.5-medium": (sd35_medium, 24),
@@ -183,6 +215,8 @@ DENOISERS: dict[str, tuple[Any, int]] = {
     "chroma": (ChromaTransformer2DModel, 19 + 38),
     "z-image-turbo": (ZImageTransformer2DModel, 30),
     "krea-2": (Krea2Transformer2DModel, 28),
+    "lumina-2": (lumina2, 26),
+    "hidream-i1": (hidream, 16 + 32),
 }
 
 

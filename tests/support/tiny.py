@@ -29,12 +29,16 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     IFPipeline,
     KolorsPipeline,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -55,6 +59,7 @@ from diffusers import (
 from diffusers.pipelines.kolors import ChatGLMModel, ChatGLMTokenizer
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -63,6 +68,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -133,6 +140,8 @@ def loud(module: torch.nn.Module) -> None:
                 "attn2.to_out.0.weight",
                 "add_k_proj",
                 "add_v_proj",
+                "to_k_t",
+                "to_v_t",
             )
         ):
             value.mul_(4)
@@ -650,6 +659,20 @@ def wan(**changes: Any) -> WanPipeline:
     return quiet(pipe)
 
 
+def wan22(**changes: Any) -> WanPipeline:
+    """Two denoisers: of several steps the first one takes the first, the second one the others."""
+    one = wan(**changes)
+    torch.manual_seed(1)
+    second = WanTransformer3DModel.from_config(one.transformer.config).eval()
+    loud(second)
+    # A last step that is as large as the first: the second denoiser is heard.
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.5)
+    parts = {**one.components, "transformer_2": second, "scheduler": scheduler}
+    pipe = WanPipeline(**parts, boundary_ratio=0.875)
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
 _CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
@@ -837,6 +860,92 @@ def krea2(**changes: Any) -> Krea2Pipeline:
     return quiet(pipe)
 
 
+def lumina2(**changes: Any) -> Lumina2Pipeline:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(300, 16, 16),
+        cap_feat_dim=WIDTH,
+    )
+    denoiser = Lumina2Transformer2DModel(**(shape | changes)).eval()
+    pipe = Lumina2Pipeline(
+        transformer=denoiser,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=gemma(),
+        tokenizer=copy.deepcopy(gemma_tokenizer()),  # whose padding side the pipeline sets
+    )
+    pipe.system_prompt = "a"
+    return quiet(pipe)
+
+
+@functools.cache
+def llama_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer of bytes with a start mark and no end mark, as Llama's."""
+    words = copy.deepcopy(qwen_tokenizer())
+    start = "<|im_start|>"
+    words.bos_token = start
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, words.convert_tokens_to_ids(start))]
+    )
+    return words
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(11)
+    # The pipeline asks for attention's weights, which other kinds of attention do not give.
+    config = LlamaConfig(**qwen_shape(num_hidden_layers=3), attn_implementation="eager")
+    text = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(text.get_input_embeddings().weight, std=1.0)
+    return text
+
+
+def hidream(**changes: Any) -> HiDreamImagePipeline:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        patch_size=2,
+        in_channels=4,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        caption_channels=[WIDTH, WIDTH],
+        text_emb_dim=2 * WIDTH,
+        num_routed_experts=2,
+        num_activated_experts=1,
+        axes_dims_rope=(8, 4, 4),
+        max_resolution=(8, 8),
+        llama_layers=[0, 1, 2, 2],
+    )
+    denoiser = HiDreamImageTransformer2DModel(**(shape | changes)).eval()
+    loud(denoiser)
+    kind: dict[str, Any] = dict(kind=CLIPTextModelWithProjection, projection_dim=WIDTH)
+    kind |= dict(hidden_act="gelu", max_position_embeddings=218)
+    pipe = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=kl(shift_factor=0.0),
+        text_encoder=clip(**kind),
+        tokenizer=tokenizer(),
+        text_encoder_2=clip(**kind, seed=4),
+        tokenizer_2=tokenizer(),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+        text_encoder_4=llama(),
+        tokenizer_4=llama_tokenizer(),
+        transformer=denoiser,
+    )
+    pipe.default_sample_size = 8
+    return quiet(pipe)
+
+
 class _StandIn:
     """A function that counts as locogen's own: its class says that it comes from there."""
 
@@ -857,9 +966,14 @@ def stand_in(monkeypatch: Any, module: Any, forward: Any) -> None:
 
 def like(pipe: Any, other: Any) -> Any:
     """The pipeline with what was set on another one and no file holds: sizes, the template."""
-    names = ("default_sample_size", "prompt_template_encode_start_idx", "system_message")
-    suffix = "prompt_template_encode_num_suffix_tokens"
-    for name in (*names, "tokenizer_max_length", suffix):
+    names = (
+        "default_sample_size",
+        "prompt_template_encode_start_idx",
+        "system_message",
+        "system_prompt",
+        "prompt_template_encode_num_suffix_tokens",
+    )
+    for name in (*names, "tokenizer_max_length"):
         if name in vars(other):
             setattr(pipe, name, vars(other)[name])
     return pipe
@@ -883,6 +997,9 @@ FAMILIES: dict[str, Any] = {
     "chroma": chroma,
     "z-image": z_image,
     "krea-2": krea2,
+    "lumina-2": lumina2,
+    "wan-2.2": wan22,
+    "hidream": hidream,
 }
 
 
@@ -894,6 +1011,9 @@ RECENT = (
     "chroma",
     "z-image",
     "krea-2",
+    "lumina-2",
+    "wan-2.2",
+    "hidream",
 )  # qwen-image stands for them
 ALIKE = ("lcm", "pixart-alpha", "sana")  # sd and pixart-sigma read text in the same way
 # One of each way in which layers get text; the slow tests have all.

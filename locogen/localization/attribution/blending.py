@@ -23,6 +23,7 @@ from locogen.models.hooks import (
     Hook,
     after,
     before,
+    check_one_denoiser,
     hooked,
     named_arguments,
     with_arguments,
@@ -95,11 +96,13 @@ class Blend:
         return self.family.pooled is not None
 
     def heads(self, layer: int) -> int:
-        """How many heads a layer's keys and values have."""
+        """How many heads a layer's keys and values have: with grouped queries, fewer than these."""
         module = self.layers[layer].module
-        # In Krea 2 several heads of queries share one of keys and values.
-        grouped = getattr(module, "num_kv_heads", None)
-        return int(module.heads if grouped is None else grouped)
+        if hasattr(module, "num_kv_heads"):  # Krea 2's
+            return int(module.num_kv_heads)
+        width = getattr(module, "inner_dim", None)
+        of_keys = getattr(module, "inner_kv_dim", width)
+        return int(module.heads) if width is None else int(module.heads * of_keys // width)
 
     @contextmanager
     def hearing(self, moment: Moment | None) -> Iterator[None]:
@@ -135,18 +138,37 @@ class Blend:
                 return None
             # Where text and picture are one sequence, the text is first.
             tokens = moment.tokens if layer.joined else output.shape[1]
+            alpha = moment.alphas[layer.index]  # (rows, tokens, heads)
+            is_text = self._joined_mask(layer, moment)  # (rows, tokens)
+            if is_text is not None:
+                tokens = is_text.shape[1]
+                alpha = alpha.expand(-1, moment.tokens, -1)[:, :tokens]
             in_batch = slice(moment.rows.start, moment.rows.stop)
             of_prompt = output[in_batch, :tokens, columns]  # (rows, tokens, channels)
             if moment.sources is None:
                 other = self._read_targets(module, layer, moment)
             else:
                 other = output.detach()[moment.sources, :tokens, columns]
-            between = _between(of_prompt, other, moment.alphas[layer.index])
+            between = _between(of_prompt, other, alpha)
+            if is_text is not None:
+                between = between.where(is_text[..., None], of_prompt)
             changed = output.clone()
             changed[in_batch, :tokens, columns] = between
             return changed  # (call rows, tokens, channels)
 
         return hook
+
+    def _joined_mask(self, layer: Layer, moment: Moment) -> Tensor | None:
+        """Where the picture follows each row's own text: which tokens are text, (rows, tokens)."""
+        if not layer.joined or self.family.joined_mask is None:
+            return None
+        mask = moment.targets.mask  # (rows, tokens); prompts are as long as their targets
+
+        def up_to_the_longest() -> Tensor:
+            assert mask is not None
+            return mask[:, : int(mask.sum(1).max())].bool()
+
+        return moment.once("is_text", up_to_the_longest)
 
     def _read_targets(self, matrix: Module, layer: Layer, moment: Moment) -> Tensor:
         """What a layer's matrix makes of the targets, (rows, tokens, channels)."""
@@ -281,8 +303,9 @@ def blending(pipe: Pipeline, kind: type[Blend] = Blend) -> Iterator[Blend]:
     import torch
 
     blend = kind(pipe)
+    check_one_denoiser(blend.denoiser, "attribution")
     _check_contexts(active_contexts(pipe))
-    if blend.family.joined_text is not text_first:
+    if blend.family.joined_text is not text_first and blend.family.joined_mask is None:
         raise LocogenError(
             f"{blend.family.name} holds its text behind the picture, where attribution does not "
             "know it: use loco.localize"
