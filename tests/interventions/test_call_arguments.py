@@ -20,7 +20,7 @@ from locogen.plan import Intervention, with_target_runs
 
 PATCHED = {
     *("sd-3", "flux", "qwen-image", "flux-2", "flux-2-klein", "chroma", "z-image", "lumina-2"),
-    "hidream",
+    *("hidream", "krea-2"),
 }
 POOLED = {"sd-xl", "if", "sd-3", "flux", "kolors", "hidream"}
 SIZE = {"height": 24, "width": 16}
@@ -203,6 +203,11 @@ LUMINA = {
     "texts": together(latents_of(4, 8, 8), SHORT, {"system_prompt": "b c", "cfg_trunc_ratio": 0.5}),
     "no guidance": UNGUIDED,
 }
+KREA2 = {
+    "what is drawn": together(SIZE, NEGATIVE, PICTURES, SIGMAS, ATTENTION),
+    "texts": together(latents_of(16, 16), SHORT, {"negative_prompt": "b c"}),
+    "no guidance": together(PICTURES, {"guidance_scale": 0.0}),
+}
 HIDREAM = {
     "what is drawn": together(SIZE, NEGATIVE, PICTURES, SIGMAS, ATTENTION),  # and is not square
     "texts": together(
@@ -216,7 +221,7 @@ ARGUMENTS = {"sd": SD, "lcm": LCM, "sd-xl": SDXL, "if": IF, "sd-3": SD3, "flux":
 ARGUMENTS |= {"pixart-alpha": PIXART, "pixart-sigma": PIXART}
 ARGUMENTS |= {"kolors": KOLORS, "wan": WAN, "wan-2.2": WAN22, "qwen-image": QWEN}
 ARGUMENTS |= {"flux-2": FLUX2, "flux-2-klein": FLUX2, "chroma": CHROMA, "z-image": Z_IMAGE}
-ARGUMENTS |= {"lumina-2": LUMINA, "hidream": HIDREAM}
+ARGUMENTS |= {"lumina-2": LUMINA, "hidream": HIDREAM, "krea-2": KREA2}
 FAST = ("sd", "sd-xl", "flux")  # the others run in the slow tests
 CASES = [
     pytest.param(name, argument, marks=() if name in FAST else pytest.mark.slow)
