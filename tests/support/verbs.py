@@ -39,8 +39,7 @@ def refused(name, verb):
         name in ("z-image", "lumina-2") and verb in OF_APART
     ):  # one matrix for text and picture in every layer
         return True
-    # Whose turn it is nobody knows who calls Wan 2.2's denoisers; HiDream's text is the last.
-    if name in ("wan-2.2", "hidream") and verb in ("attribute", "search"):
+    if name == "hidream" and verb in ("attribute", "search"):  # its text is the last
         return True
     return name in EVOLVING and verb in ("trace", "contribution")
 

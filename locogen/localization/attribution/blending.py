@@ -18,14 +18,15 @@ from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts
 from locogen.models.compilation import running_uncompiled
 from locogen.models.denoisers import text_first
-from locogen.models.families import denoiser_of, family_of
+from locogen.models.families import denoiser_of, family_of, held_denoisers
 from locogen.models.hooks import (
     Hook,
     after,
     before,
-    check_one_denoiser,
     hooked,
     named_arguments,
+    part_of,
+    parts_of,
     with_arguments,
 )
 from locogen.models.layers import Layer, find_layers
@@ -174,11 +175,13 @@ class Blend:
         """What a layer's matrix makes of the targets, (rows, tokens, channels)."""
         import torch
 
+        denoiser = part_of(self.denoiser, layer.name)
+
         def projected() -> Tensor:
-            states = moment.targets.states
-            return self.family.project_states(self.denoiser, states)
+            return self.family.project_states(denoiser, moment.targets.states)
 
         with torch.no_grad():
+            # A call is one denoiser's, also of several that take turns.
             states = moment.once("projected", projected)
             states = self.family.norm_states(layer.module, states)
             # Not the module itself: its hook is this one.
@@ -303,7 +306,6 @@ def blending(pipe: Pipeline, kind: type[Blend] = Blend) -> Iterator[Blend]:
     import torch
 
     blend = kind(pipe)
-    check_one_denoiser(blend.denoiser, "attribution")
     _check_contexts(active_contexts(pipe))
     if blend.family.joined_text is not text_first and blend.family.joined_mask is None:
         raise LocogenError(
@@ -315,11 +317,12 @@ def blending(pipe: Pipeline, kind: type[Blend] = Blend) -> Iterator[Blend]:
             raise LocogenError(
                 "the model's projections are fused: call its unfuse_qkv_projections() first"
             )
-    modules = [blend.denoiser, *(hook.module for hook in blend.hooks())]
+    modules = [*parts_of(blend.denoiser), *(hook.module for hook in blend.hooks())]
     with ExitStack() as stack:
         # What is computed in inference mode can take no part in gradients.
         stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(running_uncompiled(getattr(pipe, blend.family.denoiser), modules))
+        for held in held_denoisers(pipe, blend.family).values():
+            stack.enter_context(running_uncompiled(held, modules))
         stack.enter_context(taken_back(blend.denoiser))
         stack.enter_context(_without_weight_gradients(blend.denoiser))
         yield blend
@@ -355,14 +358,27 @@ def _without_weight_gradients(model: Module) -> Iterator[None]:
 
 
 def new_alphas(
-    blend: Blend, values: Sequence[float], tokens: int, *, heads: bool, pooled: bool, device: Any
+    blend: Blend,
+    values: Sequence[float],
+    tokens: int,
+    *,
+    heads: bool,
+    pooled: bool,
+    device: Any,
+    denoiser: Module,
 ) -> dict[int, Tensor]:
-    """Alphas that ask for gradients, one value a row: by layer (rows, tokens, heads)."""
+    """Alphas that ask for gradients, one value a row: by layer (rows, tokens, heads).
+
+    Only those of the layers of `denoiser`, the one that is called: of denoisers that take turns the
+    others run no layer.
+    """
     import torch
 
     column = torch.tensor(values, device=device, dtype=torch.float32).reshape(-1, 1, 1)
     alphas = {}
     for layer in blend.layers:
+        if part_of(blend.denoiser, layer.name) is not denoiser:
+            continue
         count = blend.heads(layer.index) if heads else 1
         alphas[layer.index] = column.repeat(1, tokens, count).requires_grad_()
     if pooled and blend.has_pooled:

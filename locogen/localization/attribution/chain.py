@@ -8,7 +8,7 @@ and guidance, so that a step counts with all that later steps make of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from locogen.localization.attribution.blending import Blend, Moment, new_alphas
 from locogen.localization.attribution.direct import stacked
 from locogen.localization.attribution.paths import BACKWARD, Paths, run
 from locogen.localization.attribution.quadrature import Shares, gradients_along
-from locogen.models.hooks import Hook, before
+from locogen.models.hooks import Hook, before, parts_of
 from locogen.types import Module
 
 if TYPE_CHECKING:
@@ -149,6 +149,7 @@ class _Chain:
                 heads=self.line.heads and self.is_differentiated,
                 pooled=self.line.pooled,
                 device=call.states.device,
+                denoiser=call.denoiser,
             )
         first = call.rows.start
         rows = range(first, first + self.paths.count)
@@ -167,12 +168,20 @@ def _checkpointed(blend: Blend, *, enabled: bool) -> Iterator[None]:
 
     Without it, the activations of all steps would be in memory at once.
     """
-    from torch.utils.checkpoint import checkpoint
-
     if not enabled:
         yield
         return
-    denoiser = blend.denoiser
+    with ExitStack() as stack:
+        for denoiser in parts_of(blend.denoiser):
+            stack.enter_context(_running_again(blend, denoiser))
+        yield
+
+
+@contextmanager
+def _running_again(blend: Blend, denoiser: Module) -> Iterator[None]:
+    """Within the context, one denoiser runs again where its gradients are asked for."""
+    from torch.utils.checkpoint import checkpoint
+
     forward = denoiser.forward
     is_instance_attribute = "forward" in vars(denoiser)  # as accelerate's offload makes it
 

@@ -42,6 +42,7 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     count: int  # rows
+    denoiser: Module  # what was called: of denoisers that take turns, one
 
     def of(self, rows: Sequence[int]) -> Inputs:
         """Some of the rows, in any order, also repeated."""
@@ -49,7 +50,7 @@ class Inputs:
         kwargs = {}
         for name, value in self.kwargs.items():
             kwargs[name] = value if name in SAME_FOR_ALL else _picked(value, rows, self.count)
-        return Inputs(args, kwargs, len(rows))
+        return Inputs(args, kwargs, len(rows), self.denoiser)
 
     @property
     def sample(self) -> Tensor:
@@ -84,7 +85,7 @@ def inputs_along(paths: Paths, steps: Sequence[int]) -> dict[int, Inputs]:
             step = call.step()
             # A scheduler of second order calls the denoiser twice a step: the first call counts.
             if step in steps and step not in inputs_by_step:
-                whole = Inputs(args, kwargs, call.rows.stop)
+                whole = Inputs(args, kwargs, call.rows.stop, module)
                 inputs_by_step[step] = whole.of(call.rows)
 
         return [before(denoiser_of(paths.pipe, paths.blend.family), keep, "the denoiser")]
@@ -175,11 +176,12 @@ class DirectLine:
             heads=heads,
             pooled=self.pooled,
             device=self.inputs.sample.device,
+            denoiser=self.inputs.denoiser,
         )
 
     def _run(self, inputs: Inputs, rows: Sequence[int]) -> Tensor:
         """The conditional output of the denoiser, (rows, ...)."""
-        output = self._blend.denoiser(*inputs.args, **inputs.kwargs)[0]
+        output = inputs.denoiser(*inputs.args, **inputs.kwargs)[0]
         # Some denoisers put out a variance too, behind the noise.
         return output[: len(rows), : inputs.sample.shape[1]]
 
@@ -221,8 +223,12 @@ def stacked(
     parts, pooled = [], []
     for gradients in by_step:
         of_layers = []
+        nothing = next(iter(gradients.values())).new_zeros(())  # of a denoiser out of its turn
+        shape = next(gradients[layer].shape for layer in range(layers) if layer in gradients)
         for layer in range(layers):
-            values = gradients[layer].detach().cpu().double().numpy()  # (rows, tokens, heads)
+            values = (
+                gradients.get(layer, nothing.expand(*shape[:2], 1)).detach().cpu().double().numpy()
+            )  # (rows, tokens, heads)
             missing = most - values.shape[2]
             of_layers.append(np.pad(values, ((0, 0), (0, 0), (0, missing))))
         parts.append(np.stack(of_layers, axis=1))  # (rows, layers, tokens, heads)
