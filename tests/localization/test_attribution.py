@@ -148,7 +148,7 @@ def test_a_sum_that_cannot_be_had_is_said_to_be():
 
 def test_a_row_of_its_own_for_each_layer_says_what_layers_do_only_together():
     found = attribute(model("sd"), CONCEPT, how="rows", seeds=[0], bound=1e-9, **OPTIONS)
-    assert found.words == (None,)
+    assert found.words == ()
     assert np.isclose(found.shares.sum() + found.residual.item(), 1)
     assert not found.is_complete
     assert "together" in found.remark
