@@ -53,7 +53,7 @@ def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
         first prompt), label (of the step or word), layer, share. Without tokens, no such rows.
 
     Raises:
-        LocogenError: A table of several concepts.
+        LocogenError: A table of several concepts, or of encoder layers, which no page draws.
 
     Example:
         >>> import pandas as pd
@@ -70,6 +70,11 @@ def attribution_shares(*tables: pd.DataFrame) -> pd.DataFrame:
 
     parts = []
     for table in tables:
+        if "axis" in table:
+            raise LocogenError(
+                "a run's page draws layers of the denoiser, and these are encoder layers: draw "
+                "them by plot_attribution"
+            )
         tokens: Any = table["token"].notna()
         axes: list[By] = ["step", "token"] if tokens.any() else ["step"]
         for by in axes:

@@ -18,7 +18,7 @@ from locogen.localization.attribution.result import attribution_effect, attribut
 from locogen.models.families import denoiser_of, encode
 from locogen.pictures.batches import Texts
 from locogen.plan import Concept, Intervention, PromptPair, Settings
-from locogen.views.attribution_plots import plot_attribution
+from locogen.views.attribution_plots import attribution_shares, plot_attribution
 
 PROMPT, TARGET = "a big cat b", "a big b"  # of unequal length: masks matter
 CONCEPT = Concept("cat", "style", (PromptPair(PROMPT, TARGET),))
@@ -180,6 +180,8 @@ def test_the_table_and_the_effects_name_the_encoders_layers():
     axes = plot_attribution(found.table)
     assert axes.get_xlabel() == "encoder layer"
     assert [text.get_text() for text in axes.get_xticklabels()] == ["9", "18", "27"]
+    with pytest.raises(LocogenError, match="draw them by plot_attribution"):
+        attribution_shares(found.table)
     with pytest.raises(LocogenError, match="a window is of the denoiser's layers"):
         attribution_window(found)
 
