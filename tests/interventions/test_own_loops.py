@@ -71,8 +71,8 @@ def test_a_loop_of_ones_own_is_recorded_and_clamped(pipe):
     some = Selection({(0, "v"): (0, 1, 2)})
     with clamp(pipe, some, to="zero", rows=range(2, 4), steps=[1]):
         late = loop(pipe, states)
-    with clamp(pipe, some, to="zero", rows=range(0)):  # the twin: no row is a prompt's
-        assert torch.equal(loop(pipe, states), plain)
+    with clamp(pipe, some, to="zero", rows=range(2), steps=[1]):  # the twin: the negative's rows
+        assert not torch.equal(loop(pipe, states), late)
     assert not torch.equal(late, plain)
 
 
