@@ -161,14 +161,20 @@ def layers_to_edit(
     joined = [layer.index for layer in edited if layer.joined]
     if joined:
         first_joined = min(layer.index for layer in layers if layer.joined)
-        remedy = f"use layers below {first_joined}" if first_joined else "no layer can be edited"
-        if not first_joined and family_of(pipe).text_projection is not None:
-            remedy += ", but the map that the text passes before: layers=(), entry=True"
         raise LocogenError(
             f"layers {joined} read text and picture with the same matrices, so an edit would "
-            f"change both: {remedy}"
+            f"change both: {_remedy_for_joined(pipe, first_joined)}"
         )
     return edited
+
+
+def _remedy_for_joined(pipe: Pipeline, first_joined: int) -> str:
+    if first_joined:
+        return f"use layers below {first_joined}"
+    remedy = "no layer can be edited"
+    if family_of(pipe).text_projection is not None:
+        remedy += ", but the map that the text passes before: layers=(), entry=True"
+    return remedy
 
 
 def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) -> list[Matrix]:

@@ -129,8 +129,8 @@ class Call:
         if name is None:
             return self.cache
         mask = self.arguments[name]
-        for known, computed in self._of_masks:
-            if known is mask:
+        for earlier_mask, computed in self._of_masks:
+            if earlier_mask is mask:
                 return computed
         computed: dict[str, Any] = {}
         self._of_masks = [*self._of_masks[-1:], (mask, computed)]  # the prompts' and the negative's
@@ -487,18 +487,23 @@ def on_denoiser(
         if label is not None:
             stack.enter_context(announced(pipe, label))
         yield call
-        if call.missed_prompts:
-            raise LocogenError(
-                "no call of the denoiser held the prompts that rows= gives, so nothing was changed "
-                "or read: give encoded prompts to the bit as your loop hands them over, or a range "
-                "that is not empty in every call"
-            )
-        if call.is_awaited:
-            raise LocogenError(
-                "the pipeline was called, but its denoiser did not run, or without the hooks of "
-                f"this context: replace the {family.denoiser} before you open the context, not "
-                "within it"
-            )
+        _check_prompts_came(call)
+
+
+def _check_prompts_came(call: Call) -> None:
+    """What was called must have reached the denoiser, with the prompts."""
+    if call.missed_prompts:
+        raise LocogenError(
+            "no call of the denoiser held the prompts that rows= gives, so nothing was changed "
+            "or read: give encoded prompts to the bit as your loop hands them over, or a range "
+            "that is not empty in every call"
+        )
+    if call.is_awaited:
+        raise LocogenError(
+            "the pipeline was called, but its denoiser did not run, or without the hooks of "
+            f"this context: replace the {call.family.denoiser} before you open the context, not "
+            "within it"
+        )
 
 
 def _before_encoding(

@@ -563,10 +563,10 @@ class _Patched(_Exchange):
     def _check_alike(self, rows: Sequence[int], is_text: Tensor, of_targets: Tensor) -> None:
         """The texts of rows and of their targets' own runs must be equally long."""
         key = f"rows that are as long as their targets: {rows}"
-        known = self.call.of_mask()
-        if key not in known:  # once for layers that change the same rows
-            known[key] = bool((is_text == of_targets).all())
-        if not known[key]:
+        answers = self.call.of_mask()
+        if key not in answers:  # once for layers that change the same rows
+            answers[key] = bool((is_text == of_targets).all())
+        if not answers[key]:
             raise LocogenError(
                 f"in {self.call.family.name} the picture stands behind the text, and rows of this "
                 "call have texts of other lengths than their targets: use prompts and targets of "

@@ -75,9 +75,9 @@ class DenoisingSteps:
         """
         timestep = self.family.time(self.pipe, timestep)
         # To read a number off a graphics card is to wait for it.
-        known = self._known
-        if known is not None and known.is_of(timestep, self.pipe.scheduler):
-            return known.step
+        latest = self._known
+        if latest is not None and latest.is_of(timestep, self.pipe.scheduler):
+            return latest.step
         now = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
         schedule = self._schedule()
         step = schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler)]

@@ -563,10 +563,11 @@ def denoiser_of(model: Any, family: Family | None = None) -> Any:
     first, *others = parts.values()
     if not others:
         return first
-    known = _IN_TURN.setdefault(first, WeakKeyDictionary())
-    if others[-1] not in known:
-        known[others[-1]] = DenoisersInTurn(parts)
-    return known[others[-1]]
+    by_last = _IN_TURN.setdefault(first, WeakKeyDictionary())
+    last = others[-1]
+    if last not in by_last:
+        by_last[last] = DenoisersInTurn(parts)
+    return by_last[last]
 
 
 def held_denoisers(model: Any, family: Family) -> dict[str, Any]:

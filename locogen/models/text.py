@@ -139,16 +139,21 @@ class PromptEncoding:
         parts = list(encodings)
         longest = max(part.states.shape[1] for part in parts)
         parts = [part.padded(longest) for part in parts]
-        masks = [part.mask for part in parts if part.mask is not None]
-        pooled = [part.pooled for part in parts if part.pooled is not None]
-        by_layer = [part.by_layer for part in parts if part.by_layer is not None]
         return replace(
             parts[0],
-            states=torch.cat([part.states for part in parts]),  # (prompts, tokens, width)
-            mask=torch.cat(masks) if masks else None,  # (prompts, tokens)
-            pooled=torch.cat(pooled) if pooled else None,  # (prompts, width)
-            by_layer=torch.cat(by_layer) if by_layer else None,  # (prompts, layers, tokens, width)
+            states=torch.cat([part.states for part in parts]),  # (prompts, tokens, ...)
+            mask=_one_after_another(part.mask for part in parts),  # (prompts, tokens)
+            pooled=_one_after_another(part.pooled for part in parts),  # (prompts, width)
+            # (prompts, layers, tokens, width)
+            by_layer=_one_after_another(part.by_layer for part in parts),
         )
+
+
+def _one_after_another(tensors: Iterable[Tensor | None]) -> Tensor | None:
+    import torch
+
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.cat(present) if present else None
 
 
 @dataclass(frozen=True)

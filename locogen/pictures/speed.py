@@ -240,8 +240,7 @@ def _candidates(pipe: Pipeline, mode: Mode) -> Iterator[dict[str, Any]]:
     processors = _processors()
     if device.type == "cpu" and torch.get_num_threads() != processors:
         yield {"threads": processors}
-    is_offloaded = any(hasattr(part, "_hf_hook") for part in parts_of(denoiser))
-    if _has_convolutions(denoiser) and not is_offloaded:
+    if _has_convolutions(denoiser) and not _is_offloaded(denoiser):
         # Not with offload, which moves the weights: the layout would be lost.
         yield {"channels_last": True}
     if mode == "close":
@@ -256,6 +255,10 @@ def _candidates(pipe: Pipeline, mode: Mode) -> Iterator[dict[str, Any]]:
 def _has_convolutions(denoiser: Module) -> bool:
     """Whether it has weights of (output, input, height, width)."""
     return any(weight.dim() == 4 for weight in denoiser.parameters())
+
+
+def _is_offloaded(denoiser: Module) -> bool:
+    return any(hasattr(part, "_hf_hook") for part in parts_of(denoiser))
 
 
 def _processors() -> int:
