@@ -219,7 +219,7 @@ def best_state(table: pd.DataFrame) -> BestState:
 
     reason = ""
     if not stats.crossed_bootstrap(total).low[0] > 0:
-        reason = "the noise hardly changes the score"
+        reason = "it is not clear that the noise changes the score"
     elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
@@ -250,7 +250,7 @@ def layer_found(effects: pd.DataFrame) -> Window:
     best = lines.loc[start]
     total = table[table["axis"] == TOTAL]
     if not total["low"].iloc[0] > 0:
-        return Window(None, 1, "the noise hardly changes the score")
+        return Window(None, 1, "it is not clear that the noise changes the score")
     if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
         return Window(
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
