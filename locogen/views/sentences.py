@@ -175,6 +175,12 @@ def describe_sides(sides: Sides | None) -> str:
     """
     if sides is None:
         return ""
+    if not _is_clear({"low": sides.low, "high": sides.high}):
+        gap = interval_text(sides.lead, sides.low, sides.high)
+        return (
+            f"No clear difference between the best state of the text encoder ({sides.text}) and "
+            f"that of the denoiser ({sides.denoiser}): {gap}."
+        )
     gap = f"{interval_text(sides.lead, sides.low, sides.high)} more"
     if sides.lead < 0:
         gap = f"{interval_text(-sides.lead, -sides.high, -sides.low)} less"
