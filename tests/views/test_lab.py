@@ -151,7 +151,7 @@ def test_the_first_notebook_by_hand(lab: str, page: Any, tmp_path: Path) -> None
     before = pictures(page)
     check_heatmap(page, explorer)
     assert pictures(page)["baseline"] == before["baseline"]
-    check_names(explorer)
+    check_names(page, explorer)
 
     seed = explorer.get_by_label("seed")
     seed.fill("7")
@@ -197,13 +197,18 @@ def check_heatmap(page: Any, explorer: Any) -> None:
     ]
 
 
-def check_names(explorer: Any) -> None:
-    """Every slider's handle and number has a name, which ipywidgets does not give it."""
+def check_names(page: Any, explorer: Any) -> None:
+    """Every slider's handle and number has a name, which ipywidgets does not give it; axe agrees."""
     handles = explorer.get_by_role("slider")
     names = handles.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
     assert names == ["first layer", "last layer", "edit strength", "neurons"]
     assert explorer.get_by_role("textbox", name="edit strength, as a number").count() == 1
     assert explorer.locator(".loco-status[aria-live=polite]").count() == 1
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page, context=".loco-explore").response["violations"]
+    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
+    assert not [(each["id"], each["nodes"][0]["html"][:200]) for each in serious]
 
 
 def check_after_loading_again(page: Any, lab: str, folder: Path) -> None:

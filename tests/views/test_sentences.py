@@ -49,6 +49,14 @@ def test_a_window_moves_the_score_only_where_the_interval_says_so(line):
     assert bool(COMPARES.search(words)) == leaves_out_zero(line)
 
 
+def test_a_window_without_an_interval_moves_nothing_for_sure():
+    row = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "position": 3}
+    row |= {"estimate": 0.87, "low": None, "high": None, "share": 1.0}
+    words = describe(pd.DataFrame([row]), Window(3, 2))
+    assert "has an effect of 0.87, without an interval" in words
+    assert not COMPARES.search(words)
+
+
 @given(intervals())
 def test_noise_takes_something_only_where_the_interval_says_so(line):
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"} | line])
