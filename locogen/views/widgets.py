@@ -388,7 +388,9 @@ def _score(score: float | None, baseline: float | None) -> str:
         return ""
     change = ""
     if baseline is not None and baseline != score:
-        change = f" ({score - baseline:+.2f})".replace("-", "−")
+        change = number(score - baseline)
+        sign = "" if change.startswith("−") or not float(change) else "+"
+        change = f" ({sign}{change})"
     return f"{number(score)}{change}"
 
 

@@ -32,7 +32,7 @@ from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair
 from locogen.views.explorer import Explorer, Look
-from locogen.views.widgets import ExplorerBox, explore
+from locogen.views.widgets import ExplorerBox, _score, explore
 
 STEPS, GUIDANCE = 2, 5.0
 NASTY = "<img src=x onerror=alert(1)>"
@@ -133,7 +133,8 @@ def test_what_is_made_is_scored_as_the_run_was(run: Run, pipe: Any) -> None:
     assert [one.score for one in shown] == pytest.approx(red)
     said = explorer.outcome(asked, shown)
     assert said.count("on this picture, where “a dog” in all layers makes it ") == 2
-    assert said.startswith("edit of layers 3-4, strength 0.5: score ")
+    assert said.startswith("Edit of layers 3-4, strength 0.5: score ")
+    assert " Layers 3-4 with 3 of each" in said
     assert explorer.outcome(asked, shown[:3]) == "", "nothing was done"
 
     class Other(tiny.FakeScorer):
@@ -144,6 +145,12 @@ def test_what_is_made_is_scored_as_the_run_was(run: Run, pipe: Any) -> None:
     box = explore(run, pipe=pipe, scorer=tiny.FakeScorer(), tokens="end", ridge=0.5)
     box.strength.value = 0.5
     assert "score" in box.status.value and "in all layers makes it" in box.status.value
+
+
+def test_changes_have_true_signs_and_none_where_nothing_changed() -> None:
+    assert _score(0.5, 0.7) == "0.50 (−0.20)" and _score(0.7, 0.5) == "0.70 (+0.20)"
+    assert _score(0.5, 0.5001) == _score(0.5, 0.4999) == "0.50 (0.00)"
+    assert _score(0.5, None) == _score(0.5, 0.5) == "0.50" and not _score(None, 0.5)
 
 
 def test_every_control_has_a_name_and_says_what_it_does(box: ExplorerBox) -> None:
