@@ -85,6 +85,22 @@ def number(value: float, digits: int = 2) -> str:
     return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """Write a share in whole percent.
+
+    Args:
+        share: Between 0 and 1.
+
+    Returns:
+        The number and its sign.
+
+    Example:
+        >>> percent(0.456)
+        '46 %'
+    """
+    return f"{100 * share:.0f} %"
+
+
 def readable(table: Any, digits: int = 3) -> Any:
     """A table as people read it, for display alone: every cell becomes text.
 

@@ -20,6 +20,7 @@ from locogen.localization.effects import (
     effects_table,
     estimates,
 )
+from locogen.markup import percent
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def best_state(table: pd.DataFrame) -> BestState:
     elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
-        reason = f"the best state brings back {share:.0%} of what the noise took"
+        reason = f"the best state brings back {percent(share)} of what the noise took"
     axis, position = places[best]
     return BestState(
         axis=axis,
@@ -256,7 +257,7 @@ def layer_found(effects: pd.DataFrame) -> Window:
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
         )
     if best["share"] < MIN_SHARE:
-        share = f"{best['share']:.0%} of what the noise took"
+        share = f"{percent(best['share'])} of what the noise took"
         return Window(None, 1, f"the best, layer {start}, brings back {share}")
     if best["p_lead"] <= stats.ALPHA:
         return Window(start, 1, "ahead of every other layer")

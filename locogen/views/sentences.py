@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.markup import number
+from locogen.markup import number, percent
 from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
@@ -509,22 +509,6 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     """The first names, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def percent(share: float) -> str:
-    """Write a share in whole percent.
-
-    Args:
-        share: Between 0 and 1.
-
-    Returns:
-        The number and its sign.
-
-    Example:
-        >>> percent(0.456)
-        '46 %'
-    """
-    return f"{100 * share:.0f} %"
 
 
 def describe_steps(reached: Mapping[int, float], reference: int, enough: float) -> tuple[int, str]:
