@@ -6,6 +6,8 @@ objects show of themselves in a notebook.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -65,6 +67,13 @@ def shown(kind: str, **values: Any) -> str:
     return str(getattr(macros("locogen", "objects.html"), kind)(**values))
 
 
+_LEFT = "text-align: left"
+_LONG = 40  # characters of a cell, from which on it may take several lines
+# The head of a table whose index has names: its headings, and below them these names.
+_TWO_HEADINGS = re.compile(r"<thead>\s*<tr[^>]*>(.*?)</tr>\s*<tr>(.*?)</tr>\s*</thead>", re.DOTALL)
+_NUMBER = re.compile(r"[-−+]?[\d.]*( ?%)?( \[.*\])?|–")
+
+
 def table_html(table: Any) -> Markup:
     """A pandas table as notebooks show it: pandas escapes what is in it."""
     return Markup(readable(table)._repr_html_())
@@ -76,6 +85,22 @@ def number(value: float, digits: int = 2) -> str:
     return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
 
 
+def percent(share: float) -> str:
+    """Write a share in whole percent.
+
+    Args:
+        share: Between 0 and 1.
+
+    Returns:
+        The number and its sign.
+
+    Example:
+        >>> percent(0.456)
+        '46 %'
+    """
+    return f"{100 * share:.0f} %"
+
+
 def readable(table: Any, digits: int = 3) -> Any:
     """A table as people read it, for display alone: every cell becomes text.
 
@@ -85,7 +110,7 @@ def readable(table: Any, digits: int = 3) -> Any:
 
     Returns:
         A table of the same shape: "–" where a value is missing, no minus before zero, and as many
-        digits in each number.
+        digits in each number. A notebook shows its words whole, and aligned on the left.
 
     Example:
         >>> import pandas as pd
@@ -99,7 +124,63 @@ def readable(table: Any, digits: int = 3) -> Any:
     for place in range(texts.shape[1]):  # two columns may have one name
         column = [_cell(value, digits) for value in texts.iloc[:, place]]
         texts.isetitem(place, column)
-    return texts
+    return _readable_class()(texts)
+
+
+@cache
+def _readable_class() -> Any:
+    """The class of readable tables; made when it is needed, for pandas takes long to import."""
+    import pandas as pd
+
+    class Readable(pd.DataFrame):
+        """A table whose HTML has its words whole and on the left, and one row of headings."""
+
+        def _repr_html_(self) -> str:
+            with pd.option_context("display.max_colwidth", None):
+                html = super()._repr_html_() or ""
+            if self.columns.nlevels == 1 and self.columns.name is None:
+                html = _TWO_HEADINGS.sub(_one_heading, html)
+            columns = [self.iloc[:, place] for place in range(self.shape[1])]
+            return _aligned(html, [_cell_style(column) for column in columns])
+
+    return Readable
+
+
+def _cell_style(column: Any) -> str:
+    """Words are read from the left, numbers by their ends; long words take several lines."""
+    words = [cell for cell in column if isinstance(cell, str) and _NUMBER.fullmatch(cell) is None]
+    if not words:
+        return ""
+    is_long = max(map(len, words)) > _LONG
+    return _LEFT + ("; white-space: normal; min-width: 16em" if is_long else "")
+
+
+def _one_heading(head: re.Match[str]) -> str:
+    """The names of the index stand in a row of their own: they fill the gaps of the first one."""
+    first, second = (re.findall("<th>(.*?)</th>", row, re.DOTALL) for row in head.groups())
+    cells = "".join(
+        f"<th>{above or below}</th>" for above, below in zip(first, second, strict=True)
+    )
+    return f'<thead><tr style="text-align: right">{cells}</tr></thead>'
+
+
+def _aligned(html: str, styles: Sequence[str]) -> str:
+    """The HTML of a table with the style of each column in its cells, its heading included."""
+    rows = []
+    for row in html.split("</tr>"):
+        tag = "<td>" if "<td>" in row else "<th>"
+        cells = row.split(tag)
+        # The cells of the columns are the last ones of a row. Where columns were left out, and in
+        # a heading of several columns, no cell is known by its place.
+        if len(cells) > len(styles):
+            first = len(cells) - len(styles)
+            for place, style in enumerate(styles, first):
+                start = tag.replace(">", f' style="{style}">') if style else tag
+                cells[place] = start + cells[place]
+            rows.append(tag.join(cells[:first]) + "".join(cells[first:]))
+        else:
+            rows.append(row)
+    return "</tr>".join(rows)
 
 
 def _cell(value: Any, digits: int) -> Any:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from support import tiny
 from locogen import console
 from locogen.console import Bar, clock_text, current, open_bar
 from locogen.errors import name_interrupt
-from locogen.models.load import without_library_bars
+from locogen.models.load import load, without_library_bars
 from locogen.pictures.runs import generate
 
 
@@ -87,6 +88,28 @@ def test_time_left_comes_true_within_a_factor_of_two() -> None:
     assert len(early) > 30
     for when, left in early:
         assert 0.5 < left / (clock.now - when) < 2
+
+
+@pytest.mark.slow
+def test_time_left_comes_true_on_a_real_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the clock of the wall, pictures of the mini model, from the first time that is said."""
+    said: list[tuple[float, float]] = []  # when, time left
+    show = Bar._show
+
+    def listen(bar: Bar, **options: bool) -> None:
+        if bar.seconds_left is not None and bar._is_counting:
+            said.append((time.monotonic(), bar.seconds_left))
+        show(bar, **options)
+
+    monkeypatch.setattr(Bar, "_show", listen)
+    options = {"num_inference_steps": 12, "batch_size": 4, "progress": False, "store": None}
+    generate(load("mini"), ["a picture of a cat", "an owl"], seeds=range(16), **options)
+    end = said[-1][0]
+    ratios = [left / (end - when) for when, left in said if end - when > 2]
+    assert len(ratios) >= 4
+    assert all(0.5 < ratio < 2 for ratio in ratios)
+    # The twin: what is left at the rate of half of the work, as where start-up counted.
+    assert not all(0.5 < 2.1 * ratio < 2 for ratio in ratios)
 
 
 def test_nothing_is_said_of_the_rate_at_once() -> None:

@@ -7,12 +7,18 @@ import dataclasses
 import doctest
 import functools
 import inspect
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import locogen
+
+ROOT = Path(__file__).resolve().parent.parent
 
 FUNCTIONS = [name for name in locogen.__all__ if inspect.isfunction(getattr(locogen, name))]
 # Classes that users make themselves. Others are results, which verbs return and explain.
@@ -131,3 +137,21 @@ def test_the_check_of_classes_can_fail() -> None:
         "Attributes: says nothing about number",
         "no Example: with >>>",
     ]
+
+
+# The reference
+
+
+@pytest.mark.slow
+def test_the_reference_is_built_offline(tmp_path: Path) -> None:
+    """By the command of `make docs`: every public verb with its example, and nothing to fetch."""
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    [arguments] = re.findall(r"\$\(PY\) -m pdoc (.*)", recipe)
+    command = arguments.replace("build/docs", str(tmp_path)).split()
+    subprocess.run([sys.executable, "-m", "pdoc", *command], check=True, cwd=ROOT)
+    text = (tmp_path / "locogen.html").read_text(encoding="utf-8")
+    for name in ("localize", "fit_edit", "explore", "readable"):
+        assert f'id="{name}"' in text
+    assert text.count("Example") > 100
+    pages = [page.read_text(encoding="utf-8") for page in tmp_path.rglob("*.html")]
+    assert not [page for page in pages if re.search(r'(src|<link[^>]*href)="?https?:', page)]

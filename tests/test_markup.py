@@ -98,3 +98,37 @@ def test_two_columns_of_one_name_and_none_at_all() -> None:
 @pytest.mark.parametrize(("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00")])
 def test_numbers_for_people(value: float, text: str) -> None:
     assert markup.number(value) == text
+
+
+def test_words_are_whole_and_on_the_left_and_numbers_on_the_right() -> None:
+    long = "a sentence that goes on for more characters than pandas shows of a cell by itself"
+    table = pd.DataFrame({"n": [1, 2], "said": [long, None], "low": [0.5, -0.25]})
+    style = "text-align: left; white-space: normal; min-width: 16em"
+    left = f'<{{0}} style="{style}">{{1}}</{{0}}>'
+    html = markup.readable(table)._repr_html_()
+    assert left.format("th", "said") in html and left.format("td", long) in html
+    assert left.format("td", "–") in html, "its column has words"
+    assert html.count("text-align: left") == 3
+    assert "<th>low</th>" in html and "<td>−0.250</td>" in html
+    assert long not in table._repr_html_(), "the twin"
+
+
+def test_rows_with_names_of_their_own_keep_their_places() -> None:
+    table = pd.DataFrame({"side": ["text", "denoiser"], "n": [1, 2]}, index=["a", "b"])
+    for index in (table.index.rename("concept"), pd.MultiIndex.from_product([["x"], ["a", "b"]])):
+        html = markup.readable(table.set_axis(index))._repr_html_()
+        assert html.count('<td style="text-align: left">') == 2
+        assert '<th style="text-align: left">side</th>' in html and "<th>n</th>" in html
+    wide = pd.concat({"of": table}, axis=1)
+    assert markup.readable(wide)._repr_html_().count('style="text-align: left"') == 3
+    empty = markup.readable(table.iloc[:0])._repr_html_()
+    assert "side" in empty and "text-align: left" not in empty
+
+
+def test_the_names_of_an_index_stand_among_the_headings() -> None:
+    table = pd.DataFrame({"n": [1, 2]}, index=pd.Index(["a", "<b>"], name="<role>"))
+    html = markup.readable(table)._repr_html_()
+    assert html.count("<tr") == 3 and "<th>&lt;role&gt;</th><th>n</th>" in html
+    assert table._repr_html_().count("<tr") == 4, "the twin: pandas gives them a row"
+    named = table.rename_axis(columns="measure")
+    assert markup.readable(named)._repr_html_().count("<tr") == 4, "no gap to fill"

@@ -29,6 +29,7 @@ from locogen.localization.trace_effects import (
     sides,
     trace_effect,
 )
+from locogen.markup import percent
 from locogen.pictures.default_store import Place
 from locogen.plan import Concept, Window
 from locogen.stats import rank_correlation
@@ -338,9 +339,8 @@ def _causal_tracing(
     effects = trace_effect(run.table)
     best = best_state(run.table)
     both = sides(run.table)
-    remark = (
-        f"{best.axis}, layer {best.position}, brings back {best.share:.0%} of what the noise took"
-    )
+    share = f"{percent(best.share)} of what the noise took"
+    remark = f"{best.axis}, layer {best.position}, brings back {share}"
     if best.reason:
         remark = f"{remark}; {best.reason}"
     return Located(

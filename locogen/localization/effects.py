@@ -18,6 +18,7 @@ from locogen import stats
 from locogen.errors import LocogenError
 from locogen.localization.spread import seeds_needed
 from locogen.localization.verdict import MIN_SHARE, judge
+from locogen.markup import percent
 from locogen.plan import Verdict, sign_of
 
 if TYPE_CHECKING:
@@ -611,10 +612,10 @@ def attribution_note(layers: pd.DataFrame) -> str:
     if never and not sampled:
         notes.append("nothing bounds what these would do: all of them overlap what was measured")
     if sampled:
-        confidence = f"{1 - stats.ALPHA:.0%}"
+        confidence = percent(1 - stats.ALPHA)
         notes.append(
             f"{int(window['hits'])} of {sampled} random pictures of {int(window['others'])} other "
-            f"windows had half of its effect, so at most {math.ceil(100 * window['missed'])}% of "
+            f"windows had half of its effect, so at most {math.ceil(100 * window['missed'])} % of "
             f"all of theirs have (confidence {confidence})"
         )
     return "proposed by attribution: " + ", ".join(notes)
@@ -642,9 +643,9 @@ def race_note(layers: pd.DataFrame) -> str:
         notes.append(f"{verdicts.count('cut')} left out for the budget's sake")
     sure = float(layers["sure"].dropna().iloc[0])
     if sure > 0:
-        percent = int(100 * sure)
-        confidence = f"{1 - stats.ALPHA:.0%}"
-        notes.append(f"at least {percent}% of any other window's effect (confidence {confidence})")
+        least = math.floor(100 * sure)
+        confidence = percent(1 - stats.ALPHA)
+        notes.append(f"at least {least} % of any other window's effect (confidence {confidence})")
     else:
         notes.append("too few pairs to say how near the best it is")
     return "race: " + ", ".join(notes)
@@ -692,7 +693,7 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Verdict:
         >>> ceiling = {"axis": "ceiling", "low": 0.3, "high": 0.4}
         >>> verdict = carrier(pd.DataFrame([line | row for row in [*rows, ceiling]]))
         >>> print(verdict, "|", verdict.reason)
-        layers 5-6 | the picture needs it (90% [80%, 100%] of the ceiling's effect)
+        layers 5-6 | the picture needs it (90 % [80 %, 100 %] of the ceiling's effect)
     """
     names = list(dict.fromkeys(effects["concept"]))
     if len(names) != 1:

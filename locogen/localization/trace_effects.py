@@ -20,6 +20,7 @@ from locogen.localization.effects import (
     effects_table,
     estimates,
 )
+from locogen.markup import percent
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -219,11 +220,11 @@ def best_state(table: pd.DataFrame) -> BestState:
 
     reason = ""
     if not stats.crossed_bootstrap(total).low[0] > 0:
-        reason = "the noise hardly changes the score"
+        reason = "it is not clear that the noise changes the score"
     elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
-        reason = f"the best state brings back {share:.0%} of what the noise took"
+        reason = f"the best state brings back {percent(share)} of what the noise took"
     axis, position = places[best]
     return BestState(
         axis=axis,
@@ -250,13 +251,13 @@ def layer_found(effects: pd.DataFrame) -> Window:
     best = lines.loc[start]
     total = table[table["axis"] == TOTAL]
     if not total["low"].iloc[0] > 0:
-        return Window(None, 1, "the noise hardly changes the score")
+        return Window(None, 1, "it is not clear that the noise changes the score")
     if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
         return Window(
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
         )
     if best["share"] < MIN_SHARE:
-        share = f"{best['share']:.0%} of what the noise took"
+        share = f"{percent(best['share'])} of what the noise took"
         return Window(None, 1, f"the best, layer {start}, brings back {share}")
     if best["p_lead"] <= stats.ALPHA:
         return Window(start, 1, "ahead of every other layer")

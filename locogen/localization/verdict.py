@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
+from locogen.markup import number, percent
 from locogen.plan import Verdict, VerdictKind, Window, listed
 
 if TYPE_CHECKING:
@@ -571,16 +572,18 @@ def _elsewhere(places: Sequence[Window], width: int) -> str:
 def _strange(case: _Case, place: Window) -> str:
     start = int(place.start or 0)
     content = case.on("content").get(start)
-    share = f"{_number(case.on('layer')[start], 'share'):.0%} of the ceiling's effect"
+    share = f"{percent(_number(case.on('layer')[start], 'share'))} of the ceiling's effect"
     if content is None or math.isnan(_number(content, "beyond")):
         return share
-    return f"{share}, and {_number(content, 'beyond'):.0%} of what should stay is lost beyond it"
+    return (
+        f"{share}, and {percent(_number(content, 'beyond'))} of what should stay is lost beyond it"
+    )
 
 
 def _more(lines: Sequence[Line]) -> str:
     """How many more pictures would tell."""
     numbers = [_number(line, "seeds") for line in lines]
-    finite = [number for number in numbers if not math.isnan(number)]
+    finite = [count for count in numbers if not math.isnan(count)]
     if not finite:
         return "more seeds or prompts would tell"
     return f"about {max(finite):.0f} seeds would tell"
@@ -601,17 +604,16 @@ def _share(line: Line) -> str:
 
 def _amount(line: Line) -> str:
     """A share with its interval."""
-    share = f"{_number(line, 'share'):.0%}"
+    share = percent(_number(line, "share"))
     low = _number(line, "share_low")
     if math.isnan(low):
         return share
-    return f"{share} [{low:.0%}, {_number(line, 'share_high'):.0%}]"
+    return f"{share} [{percent(low)}, {percent(_number(line, 'share_high'))}]"
 
 
 def _interval(line: Line) -> str:
-    return (
-        f"{_number(line, 'estimate'):.2f} [{_number(line, 'low'):.2f}, {_number(line, 'high'):.2f}]"
-    )
+    estimate, low, high = (number(_number(line, name)) for name in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
 
 
 def _name(score: str) -> str:

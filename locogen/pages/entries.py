@@ -67,6 +67,13 @@ class Entry:
         return str(self.row.get("kind") or self.run.facts.get("kind") or "")
 
     @property
+    def is_proposal(self) -> bool:
+        """Whether its numbers are shares that gradients propose, and no changes of a score."""
+        if self.rows is None or "method" not in self.rows:
+            return False
+        return set(self.rows["method"]) == {"attribution"}
+
+    @property
     def effects(self) -> Any:
         """The table's rows of the same concept, method and width; controls included."""
         table = self.run.effects

@@ -179,7 +179,8 @@ def comparison_page(
     scale = _scale(entries)
     with_effects = [entry for entry in entries if entry.rows is not None]
     # Curves show intervals as well, so their scale is larger than that of the strips.
-    bounds = Scale.of((entry.effects for entry in with_effects), ("estimate", "low", "high"))
+    measured = [entry for entry in with_effects if not entry.is_proposal] or with_effects
+    bounds = Scale.of((entry.effects for entry in measured), ("estimate", "low", "high"))
     lines = []
     for entry in entries:
         name = entry.distinguished(by)
@@ -233,7 +234,10 @@ def _kind_of_run(run: Finished, localizing: Collection[Path]) -> str:
 
 
 def _scale(entries: Iterable[Entry]) -> Scale:
-    return Scale.of(entry.rows for entry in entries if entry.rows is not None)
+    """One for all that was measured; a share is of another unit, and may be far beyond 1."""
+    with_effects = [entry for entry in entries if entry.rows is not None]
+    measured = [entry for entry in with_effects if not entry.is_proposal]
+    return Scale.of(entry.rows for entry in measured or with_effects)
 
 
 def _legend(scale: Scale, entries: Sequence[Entry]) -> dict[str, Any]:
@@ -246,7 +250,14 @@ def _legend(scale: Scale, entries: Sequence[Entry]) -> dict[str, Any]:
     high = number(scale.high, digits)
     alt = f"Colors from {low} over white at 0 to {high}: blue below zero, red above."
     strip = Picture(data_uri(heat_strip(values, scale)), alt)
-    return {"strip": strip, "low": low, "high": high, "scorers": _scorers(entries)}
+    proposed = {entry.is_proposal for entry in entries if entry.rows is not None}
+    return {
+        "strip": strip,
+        "low": low,
+        "high": high,
+        "scorers": _scorers(entries),
+        "has_proposals": len(proposed) == 2,
+    }
 
 
 def _scorers(entries: Iterable[Entry]) -> list[str]:
@@ -304,6 +315,8 @@ def _strip(entry: Entry, scale: Scale) -> Picture:
     places = list(entry.rows["position"])
     start = entry.row["start"]
     marked = places.index(start) if start in places else None
+    if entry.is_proposal:
+        scale = Scale.of([entry.rows])
     png = heat_strip(entry.rows["estimate"], scale, marked=marked)
     return Picture(data_uri(png), f"{entry.run.model}, {sentence(entry.row, short=True)}")
 

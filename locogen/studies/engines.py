@@ -73,8 +73,8 @@ def opened(
         The engine.
 
     Raises:
-        LocogenError: The engine is unknown, Dask is not installed, or its scheduler does not
-            answer.
+        LocogenError: The engine is unknown, Dask is not installed, its scheduler does not answer,
+            or a run asks for a device that this machine does not have.
     """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)
@@ -84,6 +84,9 @@ def opened(
             "--scheduler"
         )
     gpus = visible_gpus() if _use(runs, "cuda") else []
+    if scheduler is None:
+        # The workers of a scheduler are machines of their own.
+        _check_devices(runs, gpus)
     count = 1
     if name != "serial":
         # More workers than runs would only take memory.
@@ -103,6 +106,19 @@ def opened(
 def _use(runs: Sequence[Planned], *devices: str) -> bool:
     """Whether some run asks for a device of these kinds ("cuda" includes "cuda:1")."""
     return any(str(run.value("device")).startswith(devices) for run in runs)
+
+
+def _check_devices(runs: Sequence[Planned], gpus: Sequence[str]) -> None:
+    """Raise `LocogenError` for devices that are not here: a kernel would take seconds to fail."""
+    if _use(runs, "cuda") and not gpus and not torch_sees("cuda"):
+        raise LocogenError(
+            "device is 'cuda', and there is no GPU here: use device 'cpu', or start it on a "
+            "machine with a GPU (nvidia-smi lists them; CUDA_VISIBLE_DEVICES hides some)"
+        )
+    if _use(runs, "mps") and not torch_sees("mps"):
+        raise LocogenError(
+            "device is 'mps', which is a Mac's GPU, and there is none here: use device 'cpu'"
+        )
 
 
 @contextlib.contextmanager
@@ -210,6 +226,15 @@ def visible_gpus() -> list[str]:
     if names is None:
         names = _all_gpus().replace("\n", ",")
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def torch_sees(kind: str) -> bool:
+    """Whether torch finds a GPU of this kind; it calls those of other makers cuda, too."""
+    import torch
+
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return torch.cuda.is_available()
 
 
 def _all_gpus() -> str:

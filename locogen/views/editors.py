@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen.errors import LocogenError
+from locogen.markup import percent
 from locogen.views.plots import plain_label
-from locogen.views.sentences import percent
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -195,8 +195,9 @@ class Explorer:
             before, after, all_layers = (
                 number(score, digits) for score in (baseline.score, one.score, ceiling.score)
             )
+            label = one.label[0].upper() + one.label[1:]
             sentences.append(
-                f"{one.label}: score {before} → {after} on this picture, where “"
+                f"{label}: score {before} → {after} on this picture, where “"
                 f"{self.pair(look).target}” in all layers makes it {all_layers}."
             )
         return " ".join(sentences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 LABEL = "score brought back (cosine)"
+MOST_TICKS = 16
 STYLES = (("o-", "#0173b2"), ("s--", "#b35900"), ("^:", "#4a7d3c"), ("D-.", "#8a5a9e"))
 
 
@@ -70,7 +72,10 @@ def plot_trace(effects: pd.DataFrame, *, text: bool = False, ax: Axes | None = N
     draw_heatmap(matrix, LABEL, ax, cmap="vlag", center=0, vmin=low, vmax=high)
     columns = [str(column) for column in matrix.columns]
     rows = [plain_label(name.removeprefix("text "), 30) for name in matrix.index]
-    ax.set_xticks([place + 0.5 for place in range(len(columns))], columns, rotation=0)
+    # More numbers would touch each other.
+    step = math.ceil(len(columns) / MOST_TICKS)
+    places = [place + 0.5 for place in range(0, len(columns), step)]
+    ax.set_xticks(places, columns[::step], rotation=0)
     ax.set_yticks([place + 0.5 for place in range(len(rows))], rows, rotation=0)
     ax.set(xlabel="layer, among those of its kind (execution order)", ylabel="")
     ax.tick_params(length=0)

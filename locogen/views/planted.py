@@ -53,8 +53,9 @@ def score_table(scores: pd.DataFrame, measures: Sequence[str] = ()) -> pd.DataFr
         measures: Names of measures, in the order of the columns; empty: all that there are.
 
     Returns:
-        Texts such as "0.92 [0.65, 0.99]", "" where a measure does not apply. The index has the
-        localizers and, of settings and rules, those of which there are several.
+        Texts such as "0.92 [0.65, 0.99]", "–" where a measure does not apply; those that apply to
+        no answer are left out. The index has the localizers and, of settings and rules, those of
+        which there are several.
 
     Raises:
         LocogenError: For a measure of another name.
@@ -79,7 +80,10 @@ def score_table(scores: pd.DataFrame, measures: Sequence[str] = ()) -> pd.DataFr
     wide: Any = lines.pivot_table(
         index=index, columns="measure", values="text", aggfunc="first", sort=False
     )
-    wide = wide.reindex(columns=columns).fillna("")
+    wide = wide.reindex(columns=columns)
+    if wide.notna().any(axis=None):
+        wide = wide.dropna(axis="columns", how="all")
+    wide = wide.astype(object).fillna("–")
     return wide.rename(columns=HEADINGS).rename_axis(columns=None)
 
 
@@ -280,6 +284,7 @@ def describe_benchmark(scores: pd.DataFrame) -> str:
             text = interval_text(line["value"], line["low"], line["high"])
             alike.setdefault(text, []).append(line["localizer"])
         parts = [f"{text} {', '.join(names)}" for text, names in alike.items()]
-        count = f"{rows['plants'].max():.0f} models"
+        plants = int(rows["plants"].max())
+        count = "1 model" if plants == 1 else f"{plants} models"
         sentences.append(f"{HEADINGS[measure].capitalize()}: {'; '.join(parts)} ({count}).")
     return " ".join(sentences) or "No localizer has a score."

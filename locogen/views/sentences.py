@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import stats
 from locogen.errors import LocogenError
+from locogen.markup import number, percent
 from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def share_text(hits: float, count: int) -> str:
 
     Example:
         >>> share_text(3, 4)
-        '3 of 4 [30%, 95%]'
+        '3 of 4 [30 %, 95 %]'
     """
     low, high = stats.wilson(hits, count)
-    return f"{hits:.0f} of {count:.0f} [{low:.0%}, {high:.0%}]"
+    return f"{hits:.0f} of {count:.0f} [{percent(low)}, {percent(high)}]"
 
 
 def interval_text(value: float, low: float, high: float) -> str:
@@ -51,8 +52,8 @@ def interval_text(value: float, low: float, high: float) -> str:
         high: Upper end.
 
     Returns:
-        The three numbers, with two digits after the point; the estimate alone where it has no
-        interval (NaN).
+        The three numbers, with two digits after the point and a true minus sign; the estimate
+        alone where it has no interval (NaN).
 
     Example:
         >>> interval_text(0.2, 0.104, 0.3)
@@ -60,8 +61,8 @@ def interval_text(value: float, low: float, high: float) -> str:
     """
     # One prompt under one seed has no interval.
     if math.isnan(low) or math.isnan(high):
-        return f"{value:.2f}"
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 # Kind of a verdict → what it says of a concept, with the {places} that it names.
@@ -137,7 +138,7 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
         >>> best = BestState("MLP", 2, 0.3, 0.2, 0.4, share=0.75, p_value=0.01, reason="")
         >>> print(describe_trace(effects, best))
         neon: the noise takes 0.40 [0.30, 0.50] of the score. Clean output of MLP, layer 2,
-        brings back 0.30 [0.20, 0.40], 75% of it.
+        brings back 0.30 [0.20, 0.40], 75 % of it.
     """
     total = effects[effects["axis"] == "ceiling"].iloc[0]
     taken = interval_text(total["estimate"], total["low"], total["high"])
@@ -148,7 +149,7 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
         lost = f"the noise has no clear effect on the score ({taken} of it is lost)"
     return (
         f"{total['concept']}: {lost}. Clean output of {best.axis}, layer {best.position}, "
-        f"brings back {amount}, {best.share:.0%} of it{doubt}."
+        f"brings back {amount}, {percent(best.share)} of it{doubt}."
     )
 
 
@@ -174,12 +175,20 @@ def describe_sides(sides: Sides | None) -> str:
     """
     if sides is None:
         return ""
-    ahead = interval_text(sides.lead, sides.low, sides.high)
+    if not _is_clear({"low": sides.low, "high": sides.high}):
+        gap = interval_text(sides.lead, sides.low, sides.high)
+        return (
+            f"No clear difference between the best state of the text encoder ({sides.text}) and "
+            f"that of the denoiser ({sides.denoiser}): {gap}."
+        )
+    gap = f"{interval_text(sides.lead, sides.low, sides.high)} more"
+    if sides.lead < 0:
+        gap = f"{interval_text(-sides.lead, -sides.high, -sides.low)} less"
     verdict = "this does not decide between the sides"
     if sides.side is not None:
         verdict = f"the {sides.side} is ahead"
     return (
-        f"The best state of the text encoder ({sides.text}) brings back {ahead} more than that of "
+        f"The best state of the text encoder ({sides.text}) brings back {gap} than that of "
         f"the denoiser ({sides.denoiser}): {verdict}."
     )
 
@@ -200,8 +209,8 @@ def describe_localizers(answers: pd.DataFrame, agreement: pd.DataFrame) -> str:
         >>> answers = pd.DataFrame({"localizer": ["one", "two"], "names": ["layer 3", "none"]})
         >>> agreement = pd.DataFrame([{"first": "one", "second": "two", "same": None}])
         >>> print(describe_localizers(answers, agreement))
-        Layers are named by one for 1 of 1 [21%, 100%] concepts, two for 0 of 1 [0%, 79%] concepts.
-        Two localizers never name layers of the same concept.
+        Layers are named by one for 1 of 1 [21 %, 100 %] concepts, two for 0 of 1 [0 %, 79 %]
+        concepts. Two localizers never name layers of the same concept.
     """
     is_named: Any = answers["names"] != "none"
     named = []
@@ -238,8 +247,8 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
         >>> effects = pd.DataFrame(rows, columns=columns).assign(measure="concept_score")
         >>> print(describe_clamping(effects, 96))
         Change of the concept score: with 5 of 96 neurons of each matrix clamped,
-        -0.20 [-0.30, -0.10] for the strongest, 0.00 [-0.10, 0.10] for random ones;
-        -0.30 [-0.40, -0.20] for the edit of the layers.
+        −0.20 [−0.30, −0.10] for the strongest, 0.00 [−0.10, 0.10] for random ones;
+        −0.30 [−0.40, −0.20] for the edit of the layers.
     """
     rows = effects[effects["measure"] == "concept_score"]
     changes: dict[str, str] = {}
@@ -264,7 +273,7 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
 
     Args:
         shares: Column `mean` by `way`, `count` and `group`: the share of right pictures; with
-            `low` and `high`, its 95 % interval.
+            `low` and `high`, its 95 % interval, and `prompts`, the number of prompts it is of.
         likeness: SSIM of ordinary pictures with their unedited twins, by `way` and `count`.
         kind: "style", "object" or "fact".
 
@@ -277,15 +286,18 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
         >>> index = pd.MultiIndex.from_tuples([("jointly", 2, "erased")], names=names)
         >>> shares = pd.DataFrame({"mean": [0.25]}, index=index)
         >>> print(describe_erasure(shares, shares["mean"].droplevel("group") * 3, "style"))
-        After erasing 2 styles: jointly, 25% of their pictures still show them, ordinary SSIM 0.75.
+        After erasing 2 styles: jointly, 25 % of their pictures still show them, ordinary SSIM 0.75.
     """
     last = likeness.index.get_level_values("count").max()
     what = "give the new answer" if kind == "fact" else "still show them"
     parts = []
     for way in likeness.index.get_level_values("way").unique():
         row = shares.loc[(way, last, "erased")]
-        bounds = f" [{row['low']:.0%}, {row['high']:.0%}]" if "low" in row else ""
-        share = f"{row['mean']:.0%}{bounds} of their pictures {what}"
+        bounds = ""
+        if "low" in row:
+            prompts = f", n = {int(row['prompts'])} prompts" if "prompts" in row else ""
+            bounds = f" ({percent(row['low'])} to {percent(row['high'])}{prompts})"
+        share = f"{percent(row['mean'])}{bounds} of their pictures {what}"
         parts.append(f"{way}, {share}, ordinary SSIM {likeness[way, last]:.2f}")
     return f"After erasing {last} {kind}s: {'; '.join(parts)}."
 
@@ -337,7 +349,7 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
         >>> print(describe_edit(means, "layer 3", leads.assign(high=0.81)))
         With the edit at layer 3, the picture shows what the prompt says for 0 % of its own
         prompts (0 % to 46 %, n = 6; 100 % before). At telling concept and neighbors apart:
-        no clear difference from all layers (0.12 [-0.48, 0.81]).
+        no clear difference from all layers (0.12 [−0.48, 0.81]).
     """
     if arm not in set(summary["arm"]):
         arms = ", ".join(map(str, dict.fromkeys(summary["arm"])))
@@ -499,22 +511,6 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def percent(share: float) -> str:
-    """Write a share in whole percent.
-
-    Args:
-        share: Between 0 and 1.
-
-    Returns:
-        The number and its sign.
-
-    Example:
-        >>> percent(0.456)
-        '46 %'
-    """
-    return f"{100 * share:.0f} %"
-
-
 def describe_steps(reached: Mapping[int, float], reference: int, enough: float) -> tuple[int, str]:
     """Find the fewest denoising steps that choose well, and put it in words.
 
@@ -540,10 +536,12 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
         if not reached[steps] >= enough:
             break
         fewest = steps
-    verdict = f"no fewer than {reference} steps are enough for {enough:.0%} of what they choose"
+    share = percent(enough)
+    verdict = f"no fewer than {reference} steps are enough for {share} of what they choose"
     if fewest != reference:
-        verdict = f"{fewest} steps are enough for {enough:.0%} of what {reference} choose"
-    verdict = verdict.replace("%", " %") + ", in every concept"
+        steps_are = "1 step is" if fewest == 1 else f"{fewest} steps are"
+        verdict = f"{steps_are} enough for {share} of what {reference} choose"
+    verdict = f"{verdict}, in every concept"
     shares = ", ".join(f"{100 * share:.0f} % with {steps}" for steps, share in reached.items())
     return fewest, f"{verdict}: at least {shares}.".replace(
         " % with", " % of the best effect with", 1

@@ -295,7 +295,10 @@ def _share_of_ceiling(row: Mapping[str, Any]) -> str:
 def _change(row: Mapping[str, Any], digits: int) -> str:
     """`lowers the CLIP-score by 0.34 [0.28, 0.40]`, or that nothing is clear."""
     score = "probability" if row.get("score") == "probability" else "CLIP-score"
-    if not missing(row["low"]) and row["low"] <= 0 <= row["high"]:
+    # One prompt under one seed has no interval, and then nothing says that it was not luck.
+    if missing(row["low"]):
+        return f"has an effect of {number(row['estimate'], digits)}, without an interval"
+    if row["low"] <= 0 <= row["high"]:
         amount = number(row["estimate"], digits) + interval(row, digits)
         return f"has no clear effect on the {score} ({amount})"
     # A positive effect lowers the score of styles and objects, and raises that of facts.

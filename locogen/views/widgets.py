@@ -5,10 +5,9 @@ Each view also leaves a static twin, which stays in saved notebooks and pages wh
 
 from __future__ import annotations
 
-import functools
 import io
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -18,12 +17,12 @@ from markupsafe import Markup
 from locogen.errors import LocogenError
 from locogen.files import data_uri
 from locogen.markup import macros
-from locogen.plan import Window
 from locogen.types import Pipeline
 from locogen.views.attribution_plots import By, attribution_matrix, plot_attribution
 from locogen.views.explorer import Explorer, Look, Shown
+from locogen.views.heatmap import Heatmap
 from locogen.views.plots import figure_size, plot_effect
-from locogen.views.tables import describe, effect_matrix, missing, number, precision
+from locogen.views.tables import describe, effect_matrix, number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,16 +35,6 @@ PICTURE = 150  # pixels across on the screen; small pictures are enlarged square
 AT_ONCE = 3  # baseline, window and ceiling come together
 LIFELESS = "In Jupyter this can be clicked. This is what was looked at last:"
 STYLE = """
-.{name} .widget-toggle-buttons {{ height: auto; max-width: 100%; }}
-.{name} .widget-toggle-button {{
-    white-space: pre-line; line-height: 1.25; height: auto; width: 3.8em; padding: 2px;
-}}
-.{name} .mod-active {{
-    outline: 3px solid #111; outline-offset: -3px; box-shadow: 0 0 0 2px #fff; font-weight: bold;
-}}
-.{name} .widget-toggle-button:focus-visible {{
-    outline: 3px dashed var(--jp-brand-color1, #1976d2);
-}}
 .{name} .widget-html-content {{ line-height: 1.4; overflow: visible; }}
 .{name}-twin {{ display: none; }}
 """
@@ -75,9 +64,10 @@ def explore(
     rounds: int | None = None,
     side: str | None = None,
 ) -> ExplorerBox:
-    """Look at a run of `localize` by hand: its heatmap as buttons, its pictures below.
+    """Look at a run of `localize` by hand: its heatmap to walk on, its pictures below.
 
-    Choose a window by its cell or by the slider, a prompt, any seed; edit the window's layers at
+    Point at a cell of the heatmap, or walk there with the arrow keys, to read its effect; choose
+    it, or any layers by the slider, a prompt, any seed; edit the window's layers at
     some strength, or clamp some of their neurons. Whatever is made is scored as the run was: the
     captions, and a sentence, say what an edit did to this picture's score. All of it works by
     keyboard. Nothing is written, and the model is left as it was. In a saved notebook and in
@@ -153,7 +143,8 @@ def explore(
 class ExplorerBox(ipywidgets.VBox):
     """The controls over an `Explorer`.
 
-    `prompt`, `seed`, `window`, `strength` and `neurons` may be set by code as well.
+    `heatmap.chosen`, `prompt`, `seed`, `window`, `strength` and `neurons` may be set by code as
+    well.
     """
 
     def __init__(self, explorer: Explorer) -> None:
@@ -164,26 +155,28 @@ class ExplorerBox(ipywidgets.VBox):
         self._concept = explorer.first_look().concept
         self._heatmap = ""
         self._make_controls(explorer.first_look())
+        self.heatmap = Heatmap(explorer, self._name, self._slider_names())
         self.status = ipywidgets.HTML()
+        self.status.add_class("loco-status")  # what changes in it is said by screen readers
         self.pictures = ipywidgets.HTML()
         self.map = ipywidgets.HTML()
         self._maps: dict[str, str] = {}  # by concept, drawn when first looked at
-        rules = STYLE.format(name=self._name) + "".join(self._colors())
-        style = ipywidgets.HTML(f"<style>{rules}</style>")
+        style = ipywidgets.HTML(f"<style>{STYLE.format(name=self._name)}</style>")
         # On a narrow screen the controls stand below each other.
         wrap = ipywidgets.Layout(flex_flow="row wrap")
         controls = ipywidgets.HBox(self._controls(), layout=wrap)
         below = [controls, self.status, self.pictures]
-        super().__init__([style, *self.cells.values(), self.map, *below])
+        super().__init__([style, self.heatmap, self.map, *below])
         self.add_class(self._name)
-        for name, row in self.cells.items():
-            row.observe(functools.partial(self._cell_clicked, name), "value")
+        self.add_class("loco-explore")
+        self.heatmap.observe(self._cell_chosen, "chosen")
         for control in self._controls():
             control.observe(self._control_moved, "value")
         self._update()
 
-    def _cell_clicked(self, concept: str, change: Any) -> None:
-        self._choose(concept, change.new)
+    def _cell_chosen(self, change: Any) -> None:
+        if change.new is not None:
+            self._choose(*change.new)
 
     def _control_moved(self, change: Any) -> None:
         self._update()
@@ -196,7 +189,6 @@ class ExplorerBox(ipywidgets.VBox):
             "continuous_update": False,
         }
         prompts = [pair.prompt for pair in explorer.concepts[look.concept].pairs]
-        self.cells = {name: self._row(name, place) for place, name in enumerate(explorer.concepts)}
         self.prompt = ipywidgets.Dropdown(
             options=prompts, description="prompt", style=common["style"]
         )
@@ -226,51 +218,16 @@ class ExplorerBox(ipywidgets.VBox):
     def _controls(self) -> tuple[Any, ...]:
         return self.prompt, self.seed, self.window, self.strength, self.neurons
 
-    def _row(self, name: str, place: int) -> Any:
-        """One concept's row of the heatmap, a button a window."""
-        # All cells of a row have as many digits as tell them apart.
-        cells = self.explorer.cells(name)
-        estimates = [cell["estimate"] for cell in cells.values()]
-        digits = precision(*(value for value in estimates if not missing(value)))
-        options = []
-        tooltips = []
-        for start, cell in cells.items():
-            star = " ★" if start == self.explorer.carriers[name].start else ""
-            layers = Window(start, self.explorer.width).label + star
-            is_measured = not missing(cell["estimate"])
-            effect = number(cell["estimate"], digits) if is_measured else "–"
-            options.append((f"{layers}\n{effect}", start))
-            tooltips.append(f"{name}, layers {layers}: effect {effect}")
-        row = ipywidgets.ToggleButtons(
-            options=options, value=None, tooltips=tooltips, description=name
-        )
-        row.tooltip = f"effect of each window of layers on {name}: choose one to see its pictures"
-        row.style.description_width = "7em"
-        row.style.button_width = "3.8em"
-        row.add_class(f"{self._name}-{place}")
-        look = self.explorer.first_look()
-        row.value = look.first if name == look.concept else None
-        return row
-
-    def _colors(self) -> Iterator[str]:
-        """The heatmap's colors, one scale around zero for all concepts; readable text."""
-        import seaborn as sns
-        from matplotlib.colors import to_hex
-
-        palette = sns.color_palette("vlag", as_cmap=True)
-        matrix = effect_matrix(self.explorer.effects)
-        largest = matrix.abs().max().max() or 1.0
-        for place, name in enumerate(self.explorer.concepts):
-            for child, row in enumerate(self.explorer.cells(name).values(), 1):
-                # What was not looked at is white, as in the heatmap.
-                color = (1.0, 1.0, 1.0, 1.0)
-                if not missing(row["estimate"]):
-                    color = palette(0.5 + row["estimate"] / largest / 2)
-                # Dark text on light cells: luminance after Rec. 709.
-                light = 0.2126 * color[0] + 0.7152 * color[1] + 0.0722 * color[2] > 0.45
-                ink = "#000" if light else "#fff"
-                button = f".{self._name}-{place} .widget-toggle-button:nth-of-type({child})"
-                yield f"{button} {{ background: {to_hex(color)}; color: {ink}; }}\n"
+    def _slider_names(self) -> dict[str, Any]:
+        """What a slider's handles are called: ipywidgets gives them no names."""
+        ends = {self.window.description: ["first layer", "last layer"]}
+        return {
+            slider.description: {
+                "handles": ends.get(slider.description, [slider.description]),
+                "hint": slider.tooltip,
+            }
+            for slider in (self.window, self.strength, self.neurons)
+        }
 
     @property
     def look(self) -> Look:
@@ -286,9 +243,9 @@ class ExplorerBox(ipywidgets.VBox):
             neurons=self.neurons.value,
         )
 
-    def _choose(self, concept: str, start: int | None) -> None:
-        """A cell was clicked."""
-        if self._busy or start is None:
+    def _choose(self, concept: str, start: int) -> None:
+        """A cell was chosen."""
+        if self._busy:
             return
         self._busy = True
         # Another concept has other prompts: its first one is shown.
@@ -311,22 +268,22 @@ class ExplorerBox(ipywidgets.VBox):
             self._show(self.look)
         except LocogenError as error:
             self.pictures.value = ""
-            self.status.value = _rendered("status", role="alert", text=str(error), bold=True)
+            self.status.value = _rendered("status", text=str(error), bold=True)
         finally:
             self._busy = False
         # What is saved with the notebook follows what is seen.
         if self._displayed:
-            update_display(HTML(self.twin()), display_id=self._name)
+            self.heatmap.twin = self.twin()
+            update_display(HTML(self.heatmap.twin), display_id=self._name)
 
     def _mark_cell(self, look: Look) -> None:
-        """Press the cell of the window looked at; windows of another width have none."""
-        swept = len(look.window) == self.explorer.width
-        for name, row in self.cells.items():
-            row.value = look.first if swept and name == self._concept else None
+        """Mark the cell of the window looked at; windows of another width have none."""
+        is_swept = len(look.window) == self.explorer.width
+        self.heatmap.chosen = (self._concept, look.first) if is_swept else None
 
     def _show(self, look: Look) -> None:
         """The pictures and the finding of a look, those that are quick first."""
-        self.status.value = _rendered("status", role="status", text="Making pictures …")
+        self.status.value = _rendered("status", text="Making pictures …")
         shown = []
         for picture in self.explorer.show(look):
             shown.append(picture)
@@ -334,7 +291,7 @@ class ExplorerBox(ipywidgets.VBox):
             if len(shown) >= AT_ONCE:
                 self.pictures.value = _figures(shown)
         sentences = f"{self.explorer.finding(look)} {self.explorer.outcome(look, shown)}".strip()
-        self.status.value = _rendered("status", role="status", text=sentences)
+        self.status.value = _rendered("status", text=sentences)
 
     def twin(self) -> str:
         """The same view as plain HTML: the heatmap as a picture, the choice, and its pictures."""
@@ -383,7 +340,8 @@ class ExplorerBox(ipywidgets.VBox):
         self._displayed = True
         # Two outputs, for notebooks drop HTML beside a widget.
         display((self._repr_mimebundle_() or {}) | {"text/plain": LIFELESS}, raw=True)
-        display(HTML(self.twin()), display_id=self._name)
+        self.heatmap.twin = self.twin()
+        display(HTML(self.heatmap.twin), display_id=self._name)
 
 
 def _map(attribution: Attribution) -> str:
@@ -430,7 +388,9 @@ def _score(score: float | None, baseline: float | None) -> str:
         return ""
     change = ""
     if baseline is not None and baseline != score:
-        change = f" ({score - baseline:+.2f})".replace("-", "−")
+        change = number(score - baseline)
+        sign = "" if change.startswith("−") or not float(change) else "+"
+        change = f" ({sign}{change})"
     return f"{number(score)}{change}"
 
 

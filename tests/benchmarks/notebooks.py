@@ -50,14 +50,14 @@ def explored(seeds: int) -> dict[str, list[tuple[float, float]]]:
     box = loco.explore(run, tokens="end", ridge=0.1)
     found: dict[str, list[tuple[float, float]]] = {}
 
-    def change(name: str, control: Any, value: Any) -> None:
+    def change(name: str, control: Any, value: Any, trait: str = "value") -> None:
         wall, used = time.perf_counter(), time.process_time()
-        control.value = value
+        setattr(control, trait, value)
         found.setdefault(name, []).append((time.perf_counter() - wall, time.process_time() - used))
 
     for i in range(seeds):
         box.strength.value = box.neurons.value = 0
-        change("cell", box.cells["neon"], i)
+        change("cell", box.heatmap, ("neon", i), "chosen")
         change("seed: 3 pictures", box.seed, 100 + i)
         change("layers: 1 picture", box.window, (i, 15))
         change("edit strength: 1 picture", box.strength, 1.0)

@@ -215,7 +215,7 @@ def test_no_effect_is_no_carrier():
 def test_a_small_share_of_the_ceiling_is_no_carrier():
     best = carrier(effect(planted({2: 0.1, 11: 0.09}, noise=0.005)))
     assert best.start is None and best.kind == "spread"
-    assert "20%" in best.reason and "of the ceiling" in best.reason
+    assert "20 %" in best.reason and "of the ceiling" in best.reason
     assert "together: layers 2-3 and layers 11-12" in best.reason
 
 

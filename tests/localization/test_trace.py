@@ -613,7 +613,7 @@ def test_the_planted_state_is_found():
     [
         (traced([0.0, 0.0, 0.0]), "no state brings back more than chance"),
         (traced([0.0, 0.2, 0.0]), "of what the noise took"),
-        (traced([0.0, 0.0, 0.0], lost=0.0), "the noise hardly changes the score"),
+        (traced([0.0, 0.0, 0.0], lost=0.0), "it is not clear that the noise changes the score"),
     ],
 )
 def test_what_is_no_place_is_said_to_be_none(table, words):

@@ -134,6 +134,15 @@ def test_pairs_of_an_evaluation() -> None:
     assert len(pairs_of(twice)) == len(pairs), "probes of one prompt share their pictures"
 
 
+def test_pairs_stand_under_the_group_that_the_table_names() -> None:
+    """Where several concepts are erased, a prompt is of one that is gone, or of one that stays."""
+    table = edited(["layers 1-2"])
+    assert {pair.group for pair in pairs_of(table)} <= {"efficacy", "specificity", "generality"}
+    groups = ["kept", "erased"] + ["plain"] * (len(table) - 2)
+    shown = [pair.group for pair in pairs_of(table.assign(group=groups))]
+    assert shown[:2] == ["erased", "kept"] and set(shown[2:]) <= {"plain"}
+
+
 def test_maps_of_an_attribution(tmp_path: Path) -> None:
     cells = [("step", "0", 0.1), ("step", "1", 0.3), ("token", "2 neon", 0.4)]
     table = pd.DataFrame(cells, columns=["by", "label", "share"]).assign(concept=EVIL, layer=3)

@@ -108,6 +108,20 @@ def test_one_scale_for_all_strips_of_a_page(built: Path) -> None:
     )
 
 
+def test_shares_that_gradients_propose_do_not_pale_what_was_measured(tmp_path: Path) -> None:
+    folder = study(tmp_path / "reports", ("mini",), ("neon", "owl"))
+    build(folder)
+    before = Reader(text(folder / "index.html")).text
+    place = folder / "mini-1" / "effects.csv"
+    table = pd.read_csv(place)
+    table.assign(method="attribution", estimate=10 * table["estimate"]).to_csv(place, index=False)
+    build(folder)
+    page = Reader(text(folder / "index.html")).text
+    scale = "from 0.00 to 0.34"
+    assert "from 0.00 to 0.68" in before and scale in page
+    assert "each on a scale of its own" in page and "scale of its own" not in before
+
+
 def _red(strip: Image.Image) -> int:
     """How far the first cell is from white."""
     red, green, blue = strip.getpixel((CELL // 2, 6))

@@ -87,7 +87,9 @@ def test_scores_are_laid_out_by_localizer():
     )
     table = loco.score_table(long)
     assert table.loc["mine"].to_dict() == {"hit": "1.00 [0.50, 1.00]", "AUROC": "0.90"}
-    assert table.loc["other", "AUROC"] == ""
+    assert table.loc["other", "AUROC"] == "–"
+    assert list(loco.score_table(long, ["cpr", "hit"])) == ["hit"], "nobody has a CPR"
+    assert list(loco.score_table(long, ["cpr"])) == ["CPR"]
     # Settings that vary are in the index, and so are rules.
     both = loco.score_table(pd.concat([long, long.assign(window=3)]), ["hit"])
     assert both.index.names == ["localizer", "window"] and len(both) == 4

@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 import psutil
 import pytest
+import torch
 from rich.console import Console
 from test_study import result, wait_for, write_notebook
 
@@ -142,6 +143,33 @@ def test_gpus_are_those_that_this_process_sees(monkeypatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert engines.visible_gpus() == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
+def test_a_device_that_is_not_here_is_refused_before_a_kernel_starts(
+    write, monkeypatch, device: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(engines, "torch_sees", lambda kind: False)
+    monkeypatch.setattr(worker, "execute", lambda *args: pytest.fail("a kernel was started"))
+    path = write(2, device=device)
+    with pytest.raises(
+        LocogenError, match=f"device is '{device[:4].rstrip(':')}', .* use device 'cpu'"
+    ):
+        run_study(path)
+    run_study(path, dry_run=True)  # planned here, run elsewhere
+    assert not list(path.with_suffix("").glob("[!.]*/error.json"))
+    # The twin: with a GPU that only torch knows, a kernel is started.
+    started: list[Path] = []
+    monkeypatch.setattr(engines, "torch_sees", lambda kind: True)
+    monkeypatch.setattr(worker, "execute", lambda notebook, folder, *rest: started.append(folder))
+    run_study(path)
+    assert len(started) == 2
+
+
+def test_torch_knows_the_devices_of_this_machine() -> None:
+    assert engines.torch_sees("cuda") == torch.cuda.is_available()
+    assert engines.torch_sees("mps") == torch.backends.mps.is_available()
 
 
 @pytest.mark.parametrize(

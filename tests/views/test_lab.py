@@ -141,17 +141,17 @@ def test_the_first_notebook_by_hand(lab: str, page: Any, tmp_path: Path) -> None
     explorer = page.locator(".widget-vbox").first
     explorer.scroll_into_view_if_needed()
     page.screenshot(path=tmp_path / "lab-1280.png")
-    cells = explorer.locator(".widget-toggle-button")
+    cells = explorer.get_by_role("gridcell")
+    cells.first.wait_for()
     assert cells.count() == 15
     assert page.locator("[class$=-twin]").is_hidden(), "beside the living widget its twin is hidden"
 
     cells.nth(3).click()
     wait_for_picture(page, "layers 3-4 hearing")
     before = pictures(page)
-    cells.nth(12).focus()
-    page.keyboard.press("Space")
-    wait_for_picture(page, "layers 12-13 hearing")
+    check_heatmap(page, explorer)
     assert pictures(page)["baseline"] == before["baseline"]
+    check_names(page, explorer)
 
     seed = explorer.get_by_label("seed")
     seed.fill("7")
@@ -172,7 +172,62 @@ def test_the_first_notebook_by_hand(lab: str, page: Any, tmp_path: Path) -> None
     explorer.scroll_into_view_if_needed()
     assert explorer.evaluate("box => box.scrollWidth <= box.clientWidth + 1")
     page.screenshot(path=tmp_path / "lab-390.png")
-    check_twin(page, tmp_path, found)
+    check_after_loading_again(page, lab, tmp_path)
+    check_twin(page, tmp_path, pictures(page))
+
+
+def check_heatmap(page: Any, explorer: Any) -> None:
+    """Pointed at, a cell says its effect; by keyboard alone another window is reached and chosen."""
+    cells = explorer.get_by_role("gridcell")
+    line = explorer.locator(".loco-line")
+    cells.nth(5).hover()
+    assert re.match(r"neon, layers 5-6: effect .*, n = 1\.", line.inner_text())
+    page.mouse.move(0, 0)
+    cells.nth(3).focus()
+    assert explorer.locator("[role=gridcell][tabindex='0']").count() == 1
+    for key in ("End", "ArrowLeft", "ArrowLeft"):
+        page.keyboard.press(key)
+    assert line.inner_text().startswith("neon, layers 12-13: effect")
+    assert cells.nth(12).get_attribute("aria-label") == line.inner_text()
+    assert cells.nth(3).get_attribute("aria-selected") == "true", "walking alone chooses nothing"
+    page.keyboard.press("Enter")
+    wait_for_picture(page, "layers 12-13 hearing")
+    assert explorer.locator("[role=gridcell][aria-selected=true]").all_inner_texts() == [
+        cells.nth(12).inner_text()
+    ]
+
+
+def check_names(page: Any, explorer: Any) -> None:
+    """Every slider's handle and number has a name, which ipywidgets does not give it; axe agrees."""
+    handles = explorer.get_by_role("slider")
+    names = handles.evaluate_all("all => all.map(each => each.getAttribute('aria-label'))")
+    assert names == ["first layer", "last layer", "edit strength", "neurons"]
+    assert explorer.get_by_role("textbox", name="edit strength, as a number").count() == 1
+    assert explorer.locator(".loco-status[aria-live=polite]").count() == 1
+    from axe_playwright_python.sync_playwright import Axe
+
+    violations = Axe().run(page, context=".loco-explore").response["violations"]
+    serious = [each for each in violations if each["impact"] in ("serious", "critical")]
+    assert not [(each["id"], each["nodes"][0]["html"][:200]) for each in serious]
+
+
+def check_after_loading_again(page: Any, lab: str, folder: Path) -> None:
+    """The widget lives on with what was chosen, and what is changed now is saved as well."""
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    shown = pictures(page)
+    page.keyboard.press("Control+s")
+    page.wait_for_timeout(2000)
+    page.goto("about:blank")
+    page.goto(lab)
+    wait_for_picture(page, "with 1 of")
+    assert pictures(page) == shown
+    explorer = page.locator(".widget-vbox").first
+    chosen = explorer.locator("[role=gridcell][aria-selected=true]")
+    assert chosen.get_attribute("aria-label").startswith("neon, layers 12-13")
+    assert page.locator("[class$=-twin]").is_hidden()
+    explorer.get_by_role("gridcell").nth(7).click()
+    wait_for_picture(page, "edit of layers 7-8")
+    wait_for_picture(page, "with 1 of")
 
 
 def check_twin(page: Any, folder: Path, found: dict[str, str]) -> None:

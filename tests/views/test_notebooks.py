@@ -193,6 +193,44 @@ def test_every_parameter_is_read(path: Path) -> None:
     assert not unused, f"parameters that nobody reads: {unused}"
 
 
+# What resamples seeds: an interval over fewer than four is hardly worth printing. The intervals of
+# an edit's evaluation count prompts, which it says, and attribution has none.
+OVER_SEEDS = re.compile(r"loco\.(localize|causal_trace|locate|crossed_bootstrap)\(")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_intervals_over_seeds_have_four_by_default(path: Path) -> None:
+    source = "\n".join(cell.source for cell in cells(path))
+    if OVER_SEEDS.search(source):
+        assert int(parameters_of(path)["seeds"]["default"]) >= 4
+
+
+def test_some_notebooks_have_such_intervals_and_some_have_others() -> None:
+    """The twin."""
+    named = {path.stem for path in NOTEBOOKS if OVER_SEEDS.search(path.read_text(encoding="utf-8"))}
+    assert named >= {"00_start_here", "localize", "neurons", "causal_trace", "steps"}
+    assert "erase_many" not in named
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pages_without_code_have_no_heading_over_nothing(path: Path) -> None:
+    """A heading whose cell leads to parameters alone speaks to who runs the notebook: it is tagged."""
+    book = nbformat.read(path, as_version=4)
+    shown = [cell for cell in book.cells if "notebook" not in cell.metadata.get("tags", [])]
+    for i, cell in enumerate(shown[:-1]):
+        is_heading = cell.cell_type == "markdown" and len(cell.source.splitlines()) == 1
+        if is_heading and cell.source.startswith("## "):
+            until = [one.cell_type for one in shown[i + 1 :]].index("markdown")
+            assert any(shows(one.source) for one in shown[i + 1 : i + 1 + until]), cell.source
+        assert "Shift+Enter" not in cell.source and "these lines" not in cell.source
+
+
+def shows(source: str) -> bool:
+    """Whether a cell shows something: a figure, or the value of its last line."""
+    last = python(source).body[-1]
+    return "loco.show(" in source or "display(" in source or isinstance(last, ast.Expr)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_figures_are_shown_in_one_way(path: Path) -> None:
     """With alt text, and closed: by `show`."""

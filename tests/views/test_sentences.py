@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given, strategies as st
 
 from locogen.errors import LocogenError
-from locogen.localization.trace_effects import BestState
+from locogen.localization.trace_effects import BestState, Sides
 from locogen.plan import Window
 from locogen.views.sentences import (
     compare_words,
     describe_edit,
     describe_erasure,
+    describe_sides,
     describe_steps,
     describe_trace,
 )
@@ -48,6 +49,14 @@ def test_a_window_moves_the_score_only_where_the_interval_says_so(line):
     assert bool(COMPARES.search(words)) == leaves_out_zero(line)
 
 
+def test_a_window_without_an_interval_moves_nothing_for_sure():
+    row = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "position": 3}
+    row |= {"estimate": 0.87, "low": None, "high": None, "share": 1.0}
+    words = describe(pd.DataFrame([row]), Window(3, 2))
+    assert "has an effect of 0.87, without an interval" in words
+    assert not COMPARES.search(words)
+
+
 @given(intervals())
 def test_noise_takes_something_only_where_the_interval_says_so(line):
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"} | line])
@@ -55,10 +64,19 @@ def test_noise_takes_something_only_where_the_interval_says_so(line):
     assert bool(COMPARES.search(describe_trace(total, best))) == leaves_out_zero(line)
 
 
+@given(intervals())
+def test_minus_signs_are_true_ones_and_less_is_not_minus_more(line):
+    names = {"lead": line["estimate"], "low": line["low"], "high": line["high"]}
+    words = describe_sides(Sides("layer 1", "MLP 3", **names))
+    assert not re.search(r"-\d|back −", words)
+    assert bool(re.search(r"\b(more|less)\b", words)) == leaves_out_zero(line)
+    assert ("No clear difference" in words) != leaves_out_zero(line)
+
+
 def test_what_looked_better_by_its_mean_alone_is_no_clear_difference():
     """The case that was printed as "more than the best control"."""
     leads = pd.DataFrame([{"rival": "all layers", "estimate": 0.12, "low": -0.48, "high": 0.81}])
-    assert compare_words(leads) == "no clear difference from all layers (0.12 [-0.48, 0.81])"
+    assert compare_words(leads) == "no clear difference from all layers (0.12 [−0.48, 0.81])"
 
 
 def means(**changes):
@@ -94,12 +112,16 @@ def test_shares_of_erased_concepts_have_bounds_where_the_table_has(has_bounds):
     shares = pd.DataFrame({"mean": [0.25], "low": [0.1], "high": [0.5]}, index=index)
     likeness = shares["mean"].droplevel("group")
     words = describe_erasure(shares if has_bounds else shares[["mean"]], likeness, "style")
-    assert ("25% [10%, 50%]" in words) == has_bounds
+    assert ("25 % (10 % to 50 %) of their pictures" in words) == has_bounds
+    if has_bounds:
+        words = describe_erasure(shares.assign(prompts=6), likeness, "style")
+        assert "25 % (10 % to 50 %, n = 6 prompts)" in words
 
 
 def test_steps_say_what_they_reach():
     fewest, words = describe_steps({6: 0.5, 12: 0.97}, 50, 0.9)
     assert fewest == 12 and words.startswith("12 steps are enough for 90 % of what 50 choose")
+    assert describe_steps({1: 0.97}, 50, 0.9)[1].startswith("1 step is enough for")
     fewest, words = describe_steps({6: 0.5, 12: 0.7}, 50, 0.9)
     assert fewest == 50 and words.startswith("no fewer than 50 steps are enough")
 

@@ -5,6 +5,7 @@ In a browser: `test_lab.py`.
 
 import dataclasses
 import gc
+import html
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from matplotlib.colors import to_rgb
 from support import tiny
 
 from locogen.editing.edit import fit_edit
@@ -30,7 +32,7 @@ from locogen.pictures.fingerprint import fingerprint
 from locogen.pictures.runs import Run, generate
 from locogen.plan import Concept, Intervention, PromptPair
 from locogen.views.explorer import Explorer, Look
-from locogen.views.widgets import ExplorerBox, explore
+from locogen.views.widgets import ExplorerBox, _score, explore
 
 STEPS, GUIDANCE = 2, 5.0
 NASTY = "<img src=x onerror=alert(1)>"
@@ -131,7 +133,8 @@ def test_what_is_made_is_scored_as_the_run_was(run: Run, pipe: Any) -> None:
     assert [one.score for one in shown] == pytest.approx(red)
     said = explorer.outcome(asked, shown)
     assert said.count("on this picture, where “a dog” in all layers makes it ") == 2
-    assert said.startswith("edit of layers 3-4, strength 0.5: score ")
+    assert said.startswith("Edit of layers 3-4, strength 0.5: score ")
+    assert " Layers 3-4 with 3 of each" in said
     assert explorer.outcome(asked, shown[:3]) == "", "nothing was done"
 
     class Other(tiny.FakeScorer):
@@ -144,10 +147,21 @@ def test_what_is_made_is_scored_as_the_run_was(run: Run, pipe: Any) -> None:
     assert "score" in box.status.value and "in all layers makes it" in box.status.value
 
 
+def test_changes_have_true_signs_and_none_where_nothing_changed() -> None:
+    assert _score(0.5, 0.7) == "0.50 (−0.20)" and _score(0.7, 0.5) == "0.70 (+0.20)"
+    assert _score(0.5, 0.5001) == _score(0.5, 0.4999) == "0.50 (0.00)"
+    assert _score(0.5, None) == _score(0.5, 0.5) == "0.50" and not _score(None, 0.5)
+
+
 def test_every_control_has_a_name_and_says_what_it_does(box: ExplorerBox) -> None:
-    controls = [*box.cells.values(), box.prompt, box.seed, box.window, box.strength, box.neurons]
+    controls = [box.prompt, box.seed, box.window, box.strength, box.neurons]
     assert all(control.description and control.tooltip for control in controls)
     assert not ipywidgets.IntSlider().tooltip, "the twin: it is not there by itself"
+    names = box.heatmap.names
+    assert names["layers"]["handles"] == ["first layer", "last layer"]
+    assert {name: words["hint"] for name, words in names.items()} == {
+        slider.description: slider.tooltip for slider in (box.window, box.strength, box.neurons)
+    }
 
 
 def test_what_is_heard_beside_the_layers_is_the_run_s(tmp_path: Path) -> None:
@@ -183,42 +197,59 @@ def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyP
 
 def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
     """A click sets the window, the window's slider the cell; another width is no cell of the heatmap."""
-    box.cells["neon"].value = 5
-    assert (
-        box.window.value == (5, 6)
-        and box.look.concept == "neon"
-        and box.cells["blue"].value is None
-    )
+    box.heatmap.chosen = ("neon", 5)
+    assert box.window.value == (5, 6) and box.look.concept == "neon"
     assert box.prompt.options == ("a cat in neon", "a dog in neon")
     assert (
         "layers 5-6 hearing" in box.pictures.value
         and "neon, layers 5-6: effect" in box.status.value
     )
     box.window.value = (2, 3)
-    assert box.cells["neon"].value == 2 and "layers 2-3 hearing" in box.pictures.value
+    assert box.heatmap.chosen == ("neon", 2) and "layers 2-3 hearing" in box.pictures.value
     box.window.value = (2, 8)
-    assert box.cells["neon"].value is None and "not a window of this run" in box.status.value
+    assert box.heatmap.chosen is None and "not a window of this run" in box.status.value
     assert "layers 2-8 hearing" in box.pictures.value
-    box.cells["blue"].value = 0
+    box.heatmap.set_state({"chosen": ["blue", 0]})  # as the browser says it
     assert box.window.value == (0, 1) and box.prompt.value == "a cat in blue"
 
 
 def test_every_cell_says_its_effect(box: ExplorerBox, run: Run) -> None:
+    """In figures, and pointed at in words with its interval: those of the sentence below."""
     effects = (
         effect(run.table)
         .query("axis == 'layer' and concept == 'neon'")
         .set_index("position")
         .estimate
     )
-    assert len(box.cells["neon"].options) == len(effects) == 15
-    for (label, start), told in zip(
-        box.cells["neon"].options, box.cells["neon"].tooltips, strict=True
-    ):
-        text = label.splitlines()[1].replace("−", "-")
+    assert [row["concept"] for row in box.heatmap.rows] == ["blue", "neon"]
+    cells = box.heatmap.rows[1]["cells"]
+    assert len(cells) == len(effects) == 15
+    for cell in cells:
+        text = cell["effect"].replace("−", "-")
         assert float(text) == pytest.approx(
-            effects[start], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3
+            effects[cell["start"]], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3
         )
-        assert told.startswith(f"neon, layers {start}-{start + 1}")
+        box.heatmap.chosen = ("neon", cell["start"])
+        assert cell["words"] in html.unescape(box.status.value)
+    assert len({cell["words"] for cell in cells}) == 15
+
+
+def test_cells_can_be_read_on_their_colors(box: ExplorerBox) -> None:
+    """Contrast of at least 4.5 (WCAG AA), by the relative luminance of both colors."""
+    for row in box.heatmap.rows:
+        for cell in row["cells"]:
+            assert contrast(cell["color"], cell["ink"]) >= 4.5
+    assert contrast("#777777", "#888888") < 4.5  # the twin
+
+
+def contrast(one: str, other: str) -> float:
+    lights = sorted(0.05 + luminance(color) for color in (one, other))
+    return lights[1] / lights[0]
+
+
+def luminance(color: str) -> float:
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in to_rgb(color)]
+    return float(np.dot([0.2126, 0.7152, 0.0722], linear))
 
 
 def test_explore_takes_every_option_of_an_edit() -> None:
@@ -249,7 +280,7 @@ def test_strength_neurons_and_seed_change_the_view(box: ExplorerBox) -> None:
 def test_without_a_model_only_the_run_is_shown(run: Run) -> None:
     box = ExplorerBox(Explorer(run))
     assert box.strength.disabled and box.neurons.disabled
-    box.cells["neon"].value = 1
+    box.heatmap.chosen = ("neon", 1)
     assert box.pictures.value.count("<figure") == 3
     box.seed.value = 99
     assert not box.pictures.value and "explore(run, pipe=…)" in box.status.value
@@ -292,12 +323,12 @@ def test_beside_the_widget_stands_its_twin(box: ExplorerBox, shell: InteractiveS
     """Two outputs: the living one, and HTML that pages keep, which follows what is changed."""
     with capture_output() as captured:
         shell.display_formatter.format(box)
-        box.cells["neon"].value = 7
+        box.heatmap.chosen = ("neon", 7)
     widget, first, *_, last = captured.outputs
     assert (
         "application/vnd.jupyter.widget-view+json" in widget.data and "text/html" not in widget.data
     )
-    assert first.data["text/html"] != last.data["text/html"] == box.twin()
+    assert first.data["text/html"] != last.data["text/html"] == box.twin() == box.heatmap.twin
     kept = clean(box.twin())
     assert (
         kept.count("<img") == 4
@@ -316,7 +347,7 @@ def test_the_attribution_stands_under_the_heatmap(run: Run, pipe: Any) -> None:
     proposed = attribute(pipe, concept("neon"), most_points=3, **few)
     box = explore(run, attribution=proposed)
     assert not box.map.value and box.twin().count("<img") == 4  # "blue" is shown first
-    box.cells["neon"].value = 7
+    box.heatmap.chosen = ("neon", 7)
     assert box.map.value.count("<img") == 2 and proposed.remark in box.map.value
     twin = box.twin()
     assert twin.count("<img") == 6
@@ -337,7 +368,7 @@ def test_a_search_by_attribution_brings_its_map_and_leaves_cells_empty(pipe: Any
     assert box.map.value.count("<img") == 2
     unseen = [start for start, cell in box.explorer.cells("blue").items() if not cell["n"]]
     assert unseen
-    box.cells["blue"].value = unseen[0]
+    box.heatmap.chosen = ("blue", unseen[0])
     assert "was not looked at" in box.status.value
     assert "<img" in box.pictures.value  # its pictures can still be made
 
@@ -349,4 +380,6 @@ def test_names_are_escaped(run: Run) -> None:
     box = ExplorerBox(Explorer(run.with_table(table)))
     assert NASTY not in box.twin() + box.status.value + box.pictures.value
     assert "&lt;img src=x" in box.status.value
-    assert not any(row.description_allow_html for row in box.cells.values())
+    # The browser sets the cells' words as text: `heatmap.js` has no markup.
+    script = str(box.heatmap._esm)
+    assert "textContent" in script and "innerHTML" not in script

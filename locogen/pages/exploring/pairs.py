@@ -9,12 +9,16 @@ from typing import Any
 from locogen.pages.exploring.album import Album
 from locogen.views.tables import missing, number
 
-# Measure → what its pictures show; also the order in which they are shown.
-MEASURES = {
+# Group of a prompt → what its pictures show; also the order in which they are shown. The group is
+# its measure, unless the table has a column `group`, as where several concepts are erased.
+GROUPS = {
     "efficacy": "The concept",
     "generality": "The concept in other words",
     "specificity": "Neighbors, which should stay",
     "ordinary": "Prompts without the concept",
+    "erased": "What was erased",
+    "kept": "Other concepts, which should stay",
+    "plain": "Prompts without any of these concepts",
 }
 # Whether the scorer recognizes what the prompt asks for, before and after, in words.
 RECOGNIZED = {
@@ -31,7 +35,7 @@ class Pair:
     """One prompt and seed under one arm: the picture before and the one after."""
 
     arm: str
-    measure: str
+    group: str
     prompt: str
     seed: int
     before: str
@@ -53,8 +57,10 @@ def pairs_of(table: Any) -> list[Pair]:
     if not all(name in table for name in NEEDED):
         return []
     table = table.dropna(subset=["image_before", "image_after"])
-    order = {measure: place for place, measure in enumerate(MEASURES)}
-    table = table.sort_values("measure", key=lambda names: names.map(order), kind="stable")
+    if "group" not in table:
+        table = table.assign(group=table["measure"])
+    order = {group: place for place, group in enumerate(GROUPS)}
+    table = table.sort_values("group", key=lambda names: names.map(order), kind="stable")
     # Two probes of one prompt have the same pictures.
     table = table.drop_duplicates(["arm", "prompt", "seed"])
     pairs = []
@@ -62,7 +68,7 @@ def pairs_of(table: Any) -> list[Pair]:
         pairs.append(
             Pair(
                 arm=str(row["arm"]),
-                measure=str(row["measure"]),
+                group=str(row["group"]),
                 prompt=str(row["prompt"]),
                 seed=int(row["seed"]),
                 before=str(row["image_before"]),
@@ -101,7 +107,7 @@ def pairs_data(pairs: Sequence[Pair], album: Album) -> dict[str, Any]:
         if before is None or after is None:
             continue
         line = {
-            "group": MEASURES.get(pair.measure, pair.measure),
+            "group": GROUPS.get(pair.group, pair.group),
             "prompt": pair.prompt,
             "seed": pair.seed,
             "before": before,
