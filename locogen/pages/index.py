@@ -179,8 +179,8 @@ def comparison_page(
     scale = _scale(entries)
     with_effects = [entry for entry in entries if entry.rows is not None]
     # Curves show intervals as well, so their scale is larger than that of the strips.
-    measured = [entry for entry in with_effects if not entry.is_proposal] or with_effects
-    bounds = Scale.of((entry.effects for entry in measured), ("estimate", "low", "high"))
+    effects = (entry.effects for entry in _measured(entries))
+    bounds = Scale.of(effects, ("estimate", "low", "high"))
     lines = []
     for entry in entries:
         name = entry.distinguished(by)
@@ -234,10 +234,13 @@ def _kind_of_run(run: Finished, localizing: Collection[Path]) -> str:
 
 
 def _scale(entries: Iterable[Entry]) -> Scale:
-    """One for all that was measured; a share is of another unit, and may be far beyond 1."""
+    return Scale.of(entry.rows for entry in _measured(entries))
+
+
+def _measured(entries: Iterable[Entry]) -> list[Entry]:
+    """Those whose effects have one scale: a share is of another unit, and may be far beyond 1."""
     with_effects = [entry for entry in entries if entry.rows is not None]
-    measured = [entry for entry in with_effects if not entry.is_proposal]
-    return Scale.of(entry.rows for entry in measured or with_effects)
+    return [entry for entry in with_effects if not entry.is_proposal] or with_effects
 
 
 def _legend(scale: Scale, entries: Sequence[Entry]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Heatmap(anywidget.AnyWidget):
     """One cell a window, one row a concept.
 
     Attributes:
-        chosen: The concept and the first layer of the window that is looked at; None: a window of
+        selected: The concept and the first layer of the window that is looked at; None: a window of
             another width.
         twin: What is saved with the notebook, as HTML; kept by the browser, too.
     """
@@ -36,7 +36,7 @@ class Heatmap(anywidget.AnyWidget):
     _css = (_TEMPLATES / "heatmap.css").read_text(encoding="utf-8")
 
     rows = traitlets.List().tag(sync=True)
-    chosen: Any = traitlets.Tuple(allow_none=True, default_value=None).tag(sync=True)
+    selected: Any = traitlets.Tuple(allow_none=True, default_value=None).tag(sync=True)
     title = traitlets.Unicode("Effect of each window of layers").tag(sync=True)
     hint = traitlets.Unicode(_HINT).tag(sync=True)
     name = traitlets.Unicode().tag(sync=True)  # of the box, as its twin has it

@@ -80,11 +80,13 @@ def score_table(scores: pd.DataFrame, measures: Sequence[str] = ()) -> pd.DataFr
     wide: Any = lines.pivot_table(
         index=index, columns="measure", values="text", aggfunc="first", sort=False
     )
-    wide = wide.reindex(columns=columns)
-    if wide.notna().any(axis=None):
-        wide = wide.dropna(axis="columns", how="all")
-    wide = wide.astype(object).fillna("–")
+    wide = _without_empty(wide.reindex(columns=columns)).astype(object).fillna("–")
     return wide.rename(columns=HEADINGS).rename_axis(columns=None)
+
+
+def _without_empty(wide: Any) -> Any:
+    """The columns that hold something, or all if none does."""
+    return wide.dropna(axis="columns", how="all") if wide.notna().any(axis=None) else wide
 
 
 def _interval_texts(scores: pd.DataFrame) -> list[str]:

@@ -143,7 +143,7 @@ def explore(
 class ExplorerBox(ipywidgets.VBox):
     """The controls over an `Explorer`.
 
-    `heatmap.chosen`, `prompt`, `seed`, `window`, `strength` and `neurons` may be set by code as
+    `heatmap.selected`, `prompt`, `seed`, `window`, `strength` and `neurons` may be set by code as
     well.
     """
 
@@ -169,12 +169,12 @@ class ExplorerBox(ipywidgets.VBox):
         super().__init__([style, self.heatmap, self.map, *below])
         self.add_class(self._name)
         self.add_class("loco-explore")
-        self.heatmap.observe(self._cell_chosen, "chosen")
+        self.heatmap.observe(self._cell_selected, "selected")
         for control in self._controls():
             control.observe(self._control_moved, "value")
         self._update()
 
-    def _cell_chosen(self, change: Any) -> None:
+    def _cell_selected(self, change: Any) -> None:
         if change.new is not None:
             self._choose(*change.new)
 
@@ -244,7 +244,7 @@ class ExplorerBox(ipywidgets.VBox):
         )
 
     def _choose(self, concept: str, start: int) -> None:
-        """A cell was chosen."""
+        """A cell was selected."""
         if self._busy:
             return
         self._busy = True
@@ -279,7 +279,7 @@ class ExplorerBox(ipywidgets.VBox):
     def _mark_cell(self, look: Look) -> None:
         """Mark the cell of the window looked at; windows of another width have none."""
         is_swept = len(look.window) == self.explorer.width
-        self.heatmap.chosen = (self._concept, look.first) if is_swept else None
+        self.heatmap.selected = (self._concept, look.first) if is_swept else None
 
     def _show(self, look: Look) -> None:
         """The pictures and the finding of a look, those that are quick first."""

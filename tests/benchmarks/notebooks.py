@@ -57,7 +57,7 @@ def explored(seeds: int) -> dict[str, list[tuple[float, float]]]:
 
     for i in range(seeds):
         box.strength.value = box.neurons.value = 0
-        change("cell", box.heatmap, ("neon", i), "chosen")
+        change("cell", box.heatmap, ("neon", i), "selected")
         change("seed: 3 pictures", box.seed, 100 + i)
         change("layers: 1 picture", box.window, (i, 15))
         change("edit strength: 1 picture", box.strength, 1.0)

@@ -197,7 +197,7 @@ def test_pictures_are_made_once(run: Run, pipe: Any, monkeypatch: pytest.MonkeyP
 
 def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
     """A click sets the window, the window's slider the cell; another width is no cell of the heatmap."""
-    box.heatmap.chosen = ("neon", 5)
+    box.heatmap.selected = ("neon", 5)
     assert box.window.value == (5, 6) and box.look.concept == "neon"
     assert box.prompt.options == ("a cat in neon", "a dog in neon")
     assert (
@@ -205,11 +205,11 @@ def test_cells_windows_and_pictures_go_together(box: ExplorerBox) -> None:
         and "neon, layers 5-6: effect" in box.status.value
     )
     box.window.value = (2, 3)
-    assert box.heatmap.chosen == ("neon", 2) and "layers 2-3 hearing" in box.pictures.value
+    assert box.heatmap.selected == ("neon", 2) and "layers 2-3 hearing" in box.pictures.value
     box.window.value = (2, 8)
-    assert box.heatmap.chosen is None and "not a window of this run" in box.status.value
+    assert box.heatmap.selected is None and "not a window of this run" in box.status.value
     assert "layers 2-8 hearing" in box.pictures.value
-    box.heatmap.set_state({"chosen": ["blue", 0]})  # as the browser says it
+    box.heatmap.set_state({"selected": ["blue", 0]})  # as the browser says it
     assert box.window.value == (0, 1) and box.prompt.value == "a cat in blue"
 
 
@@ -229,7 +229,7 @@ def test_every_cell_says_its_effect(box: ExplorerBox, run: Run) -> None:
         assert float(text) == pytest.approx(
             effects[cell["start"]], abs=6e-4 if len(text.split(".")[1]) == 3 else 6e-3
         )
-        box.heatmap.chosen = ("neon", cell["start"])
+        box.heatmap.selected = ("neon", cell["start"])
         assert cell["words"] in html.unescape(box.status.value)
     assert len({cell["words"] for cell in cells}) == 15
 
@@ -280,7 +280,7 @@ def test_strength_neurons_and_seed_change_the_view(box: ExplorerBox) -> None:
 def test_without_a_model_only_the_run_is_shown(run: Run) -> None:
     box = ExplorerBox(Explorer(run))
     assert box.strength.disabled and box.neurons.disabled
-    box.heatmap.chosen = ("neon", 1)
+    box.heatmap.selected = ("neon", 1)
     assert box.pictures.value.count("<figure") == 3
     box.seed.value = 99
     assert not box.pictures.value and "explore(run, pipe=…)" in box.status.value
@@ -323,7 +323,7 @@ def test_beside_the_widget_stands_its_twin(box: ExplorerBox, shell: InteractiveS
     """Two outputs: the living one, and HTML that pages keep, which follows what is changed."""
     with capture_output() as captured:
         shell.display_formatter.format(box)
-        box.heatmap.chosen = ("neon", 7)
+        box.heatmap.selected = ("neon", 7)
     widget, first, *_, last = captured.outputs
     assert (
         "application/vnd.jupyter.widget-view+json" in widget.data and "text/html" not in widget.data
@@ -347,7 +347,7 @@ def test_the_attribution_stands_under_the_heatmap(run: Run, pipe: Any) -> None:
     proposed = attribute(pipe, concept("neon"), most_points=3, **few)
     box = explore(run, attribution=proposed)
     assert not box.map.value and box.twin().count("<img") == 4  # "blue" is shown first
-    box.heatmap.chosen = ("neon", 7)
+    box.heatmap.selected = ("neon", 7)
     assert box.map.value.count("<img") == 2 and proposed.remark in box.map.value
     twin = box.twin()
     assert twin.count("<img") == 6
@@ -368,7 +368,7 @@ def test_a_search_by_attribution_brings_its_map_and_leaves_cells_empty(pipe: Any
     assert box.map.value.count("<img") == 2
     unseen = [start for start, cell in box.explorer.cells("blue").items() if not cell["n"]]
     assert unseen
-    box.heatmap.chosen = ("blue", unseen[0])
+    box.heatmap.selected = ("blue", unseen[0])
     assert "was not looked at" in box.status.value
     assert "<img" in box.pictures.value  # its pictures can still be made
 

@@ -65,12 +65,12 @@ function render({ model, el }) {
   }
 
   function choose(i, j) {
-    model.set("chosen", [rows[i].concept, rows[i].cells[j].start]);
+    model.set("selected", [rows[i].concept, rows[i].cells[j].start]);
     model.save_changes();
   }
 
   function mark() {
-    const [concept, start] = model.get("chosen") ?? [];
+    const [concept, start] = model.get("selected") ?? [];
     let marked = null;
     rows.forEach((row, i) =>
       row.cells.forEach((cell, j) => {
@@ -109,11 +109,11 @@ function render({ model, el }) {
   window.addEventListener("keydown", press, true);
   grid.addEventListener("pointerleave", () => say(model.get("hint")));
   grid.addEventListener("focusout", () => say(model.get("hint")));
-  model.on("change:chosen", mark);
+  model.on("change:selected", mark);
   mark();
   const stopNaming = nameControls(el, model.get("names"));
   return () => {
-    model.off("change:chosen", mark);
+    model.off("change:selected", mark);
     window.removeEventListener("keydown", press, true);
     stopNaming();
   };
