@@ -210,15 +210,13 @@ def drawn(pipe, reader, states, **more):
     """Pictures of encoded prompts, guided unless the model is distilled."""
     if not pipe.transformer.config.flow_map:
         more["negative_prompt_embeds"] = flux3.read(reader, [""] * len(states))
+    size = {"num_inference_steps": 2, "height": 16, "width": 16}
     return pipe(
         prompt_embeds=states,
         generator=generators(plan(())),
-        num_inference_steps=2,
-        height=16,
-        width=16,
         output_type="np",
         output="images",
-        **more,
+        **(size | more),
     )
 
 
@@ -251,6 +249,35 @@ def test_steps_of_its_modular_pipeline_are_its_schedulers(reader):
             made[span] = drawn(pipe, reader, prompts.states)
     assert np.array_equal(made[None], made[0, 1])
     assert not np.array_equal(made[0, 0], made[1, 1])  # the twin
+
+
+@pytest.mark.slow
+def test_its_steps_are_known_in_bfloat16_which_rounds_their_times(reader):
+    """There the time that the denoiser is called with may be nearer to that of another step."""
+    pipe = flux3.pipeline()
+    pipe.vae.to(torch.bfloat16)
+    pipe.transformer.to(torch.bfloat16)
+    for name, module in pipe.transformer.named_modules():
+        if name.endswith(("norm_q", "norm_k")):
+            module.float()  # as `from_pretrained` leaves them
+    find_layers(pipe)  # whose dry run is no step
+    texts = PromptEncoding(flux3.read(reader, (PROMPT, TARGET)).bfloat16())
+    made, times = [], []
+
+    def note(module, args, kwargs, output):
+        made.append(output[0][0])
+        times.append(1000 * float(kwargs["timestep"][0]))
+
+    pipe.transformer.register_forward_hook(note, with_kwargs=True)
+    for layers in ((), EVERY):
+        rows = [Intervention(PROMPT, TARGET, layers, 0, timesteps=(2, 2)), plan(EVERY)[1]]
+        with intervene(pipe, rows, targets=texts, rows=texts):
+            drawn(pipe, reader, texts.states, num_inference_steps=50)
+    differ = [not torch.equal(*pair) for pair in zip(made[:100], made[100:], strict=True)]
+    assert differ.index(True) // 2 == 2  # guidance makes two calls a step
+    steps = pipe.scheduler.timesteps.tolist()
+    nearest = min(range(50), key=lambda step: abs(steps[step] - times[2 * 2]))
+    assert nearest == 3  # the twin: by the number alone it is another step
 
 
 @pytest.mark.slow
