@@ -448,11 +448,12 @@ def on_denoiser(
         The `Call`.
 
     Raises:
-        LocogenError: The pipeline is called in another thread, its denoiser by itself, a hooked
-            module was exchanged, a layer was added, or a hook did not fire though the call ought to
-            have run its module.
+        LocogenError: Nobody says which rows are the prompts', the pipeline is called in another
+            thread, its denoiser by itself, a hooked module was exchanged, a layer was added, or a
+            hook did not fire though the call ought to have run its module.
     """
     family = family_of(pipe)
+    _check_rows_are_known(pipe, rows)
     denoiser = denoiser_of(pipe, family)
     call = Call(pipe, family)
     call.rows_of = rows
@@ -503,6 +504,17 @@ def _check_prompts_came(call: Call) -> None:
             "the pipeline was called, but its denoiser did not run, or without the hooks of "
             f"this context: replace the {call.family.denoiser} before you open the context, not "
             "within it"
+        )
+
+
+def _check_rows_are_known(pipe: Pipeline, rows: Rows | None) -> None:
+    """Whose rows a call holds is known from the pipeline's encoder, if it has one, or said."""
+    if rows is None and not hasattr(
+        pipe, "encode_prompt"
+    ):  # a modular pipeline, or a denoiser by itself
+        raise LocogenError(
+            f"{type(pipe).__name__} has no encode_prompt, from which it would be known whose rows "
+            "a call of the denoiser holds: say by rows= which of them are the prompts'"
         )
 
 

@@ -9,6 +9,8 @@ from locogen.errors import LocogenError
 from locogen.models.families import Family
 from locogen.types import Pipeline
 
+EXACT = 1e-3  # part of a timestep by which it may differ, as in float16 and float32
+
 
 @dataclass(frozen=True, eq=False)
 class _Schedule:
@@ -80,7 +82,8 @@ class DenoisingSteps:
             return latest.step
         now = float(timestep.flatten()[0]) if hasattr(timestep, "flatten") else float(timestep)
         schedule = self._schedule()
-        step = schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler)]
+        rounding = _rounding(timestep)
+        step = schedule.steps[_call_at(now, schedule.timesteps, self.pipe.scheduler, rounding)]
         self._known = _Known.of(timestep, self.pipe.scheduler, step)
         return step
 
@@ -94,21 +97,32 @@ class DenoisingSteps:
         return self._latest
 
 
-def _call_at(now: float, timesteps: list[float], scheduler: Any) -> int:
+def _rounding(timestep: Any) -> float:
+    """How far a timestep may be from the scheduler's, as a part of it."""
+    import torch
+
+    is_rounded = isinstance(timestep, torch.Tensor) and timestep.is_floating_point()
+    return max(EXACT, torch.finfo(timestep.dtype).eps) if is_rounded else EXACT
+
+
+def _call_at(now: float, timesteps: list[float], scheduler: Any, rounding: float) -> int:
     """Which of the denoiser's calls is at a timestep."""
+    size = max(1.0, abs(now))
     nearest = min(range(len(timesteps)), key=lambda call: abs(timesteps[call] - now))
-    tolerance = 1e-3 * max(1.0, abs(now))  # in half precision a timestep may be rounded
-    if abs(timesteps[nearest] - now) > tolerance:
+
+    # Some schedules have equal timesteps (second order; or from rounding): then the scheduler's own
+    # count decides. In bfloat16 neighbors round to one number, and only a scheduler that has begun
+    # to count can tell them apart.
+    counted = _calls_so_far(scheduler)
+    counts = getattr(scheduler, "step_index", None) is not None or counted == nearest
+    tolerance = size * (rounding if counts else EXACT)
+    if 0 <= counted < len(timesteps) and abs(timesteps[counted] - now) <= tolerance:
+        return counted
+    if abs(timesteps[nearest] - now) > size * EXACT:
         raise LocogenError(
             f"timestep {now} is none of the scheduler's, so its step is unknown: within this "
             "context call the pipeline, not its denoiser"
         )
-
-    # Some schedules have equal timesteps (second order; or from rounding): then the scheduler's own
-    # count decides.
-    counted = _calls_so_far(scheduler)
-    if 0 <= counted < len(timesteps) and abs(timesteps[counted] - now) <= tolerance:
-        return counted
     return nearest
 
 

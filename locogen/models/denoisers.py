@@ -107,6 +107,22 @@ def flux2_inputs(denoiser: Module) -> dict[str, Any]:
     return inputs
 
 
+def flux3_inputs(denoiser: Module) -> dict[str, Any]:
+    """One patch of picture and two text tokens, for FLUX.3; if distilled, the time it jumps to."""
+    config = denoiser.config
+    inputs: dict[str, Any] = _zeros(
+        denoiser,
+        hidden_states=(1, 1, config.in_channels),
+        encoder_hidden_states=(1, 2, config.joint_attention_dim),
+        timestep=(1,),
+        txt_ids=(2, 4),
+        img_ids=(1, 4),
+    )
+    if config.flow_map:
+        inputs |= _zeros(denoiser, target_timestep=(1,))
+    return inputs
+
+
 def chroma_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens, for Chroma."""
     config = denoiser.config

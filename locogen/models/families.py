@@ -122,6 +122,12 @@ class Family:
     width, or on an axis of their own.
     """
 
+    encoded_by: str | None = None
+    """what encodes prompts where no pipeline of diffusers does so in its call
+
+    Then locogen acts on calls of the denoiser that others make, and makes no pictures itself.
+    """
+
     # --- calls of the denoiser ---
 
     text_argument: str = "encoder_hidden_states"
@@ -344,6 +350,23 @@ _FLUX2 = replace(
     options=_flux2_length,
     tokens="last_subject",
 )
+_FLUX3 = replace(
+    _FLUX2,
+    name="FLUX.3",
+    is_denoiser=denoisers.has_class("Flux3Transformer2DModel"),
+    dummy_inputs=denoisers.flux3_inputs,
+    encoded_by="diffusers.modular_pipelines.flux3.Flux3TextEncoderStep",
+    tapped_layers=None,
+    # All its layers are as FLUX's single blocks, with a matrix for each of keys and values. Before
+    # them text passes through blocks of its own, which are a part of the encoding.
+    matrices=denoisers.keys_and_values,
+    columns=denoisers.whole_columns,
+    options=_no_options,
+    text_projection=None,
+    text_projection_input=None,
+)
+# Known by their denoiser alone, since no pipeline of diffusers encodes and draws in one call.
+WITHOUT_PIPELINE = (_FLUX3,)
 FAMILIES: dict[str, Family] = {
     "StableDiffusionPipeline": _SD,
     "LatentConsistencyModelPipeline": replace(
@@ -532,7 +555,8 @@ def family_of(model: Any) -> Family:
     family = FAMILIES.get(type(uncompiled).__name__)
     if family is None:
         parts = _denoisers_of_modular(uncompiled) or [uncompiled]
-        by_denoiser = (one for one in FAMILIES.values() for part in parts if one.is_denoiser(part))
+        known = (*FAMILIES.values(), *WITHOUT_PIPELINE)
+        by_denoiser = (one for one in known for part in parts if one.is_denoiser(part))
         family = next(by_denoiser, None)
     if family is None:
         raise UnsupportedModel(
@@ -590,7 +614,19 @@ def missing_encoders(pipe: Pipeline) -> list[str]:
 
 
 def check_encoders(pipe: Pipeline) -> None:
-    """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out."""
+    """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out.
+
+    Raises:
+        UnsupportedModel: No pipeline of the family reads prompts in its call.
+    """
+    family = family_of(pipe)
+    if family.encoded_by is not None:
+        raise UnsupportedModel(
+            f"locogen reads no prompts of {family.name} and makes no pictures with it, since "
+            f"diffusers has it in modular blocks only: encode prompts with {family.encoded_by}, "
+            "call the denoiser or its modular pipeline yourself, and within that use "
+            "intervene(model, plan, targets=…, rows=…), record and clamp"
+        )
     missing = missing_encoders(pipe)
     if missing:
         raise LocogenError(
