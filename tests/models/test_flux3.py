@@ -126,6 +126,22 @@ def test_all_layers_are_the_targets_own_run(distilled, reference):
 
 
 @pytest.mark.slow
+def test_the_picture_keeps_its_own_keys_and_values(denoiser):
+    both = texts(1, 2)
+    seen = []
+    for layers in ((), (1,)):
+        with intervene(denoiser, plan(layers), targets=both, rows=range(2)):
+            matrix = find_layers(denoiser)[1].module.to_v
+            noted = matrix.register_forward_hook(lambda _module, _args, out: seen.append(out))
+            called(denoiser, both.states)
+            noted.remove()
+    plain, made = seen[0], seen[2]  # in the first step: (rows, tokens of text and picture, width)
+    assert torch.equal(made[0, :5], plain[1, :5]) and torch.equal(made[0, 5:], plain[0, 5:])
+    assert not torch.equal(plain[0, :5], plain[1, :5])  # the twins
+    assert not torch.equal(plain[0, 5:], plain[1, 5:])
+
+
+@pytest.mark.slow
 def test_only_the_rows_that_are_named_change(denoiser):
     states = texts(3, 1, 2, 3).states
     plain = called(denoiser, states)
