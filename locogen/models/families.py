@@ -555,8 +555,8 @@ def family_of(model: Any) -> Family:
     family = FAMILIES.get(type(uncompiled).__name__)
     if family is None:
         parts = _denoisers_of_modular(uncompiled) or [uncompiled]
-        known = (*FAMILIES.values(), *WITHOUT_PIPELINE)
-        by_denoiser = (one for one in known for part in parts if one.is_denoiser(part))
+        families = (*FAMILIES.values(), *WITHOUT_PIPELINE)
+        by_denoiser = (one for one in families for part in parts if one.is_denoiser(part))
         family = next(by_denoiser, None)
     if family is None:
         raise UnsupportedModel(
@@ -569,9 +569,14 @@ def family_of(model: Any) -> Family:
     return family
 
 
+def _is_modular(model: Any) -> bool:
+    # By name: to import diffusers' modular pipelines takes seconds.
+    return any(each.__name__ == "ModularPipeline" for each in type(model).__mro__)
+
+
 def _denoisers_of_modular(model: Any) -> list[Any]:
     """The denoisers of a modular pipeline, whose class does not say what it makes; else none."""
-    if not any(each.__name__ == "ModularPipeline" for each in type(model).__mro__):
+    if not _is_modular(model):
         return []
     parts = [getattr(model, name, None) for name in ("unet", "transformer")]
     return [uncompiled_module(part) for part in parts if part is not None]
@@ -617,7 +622,7 @@ def check_encoders(pipe: Pipeline) -> None:
     """Raise `LocogenError` if the pipeline cannot read prompts: a part of it was left out.
 
     Raises:
-        UnsupportedModel: No pipeline of the family reads prompts in its call.
+        UnsupportedModel: No pipeline of the family reads prompts in its call, or it is modular.
     """
     family = family_of(pipe)
     if family.encoded_by is not None:
@@ -626,6 +631,13 @@ def check_encoders(pipe: Pipeline) -> None:
             f"diffusers has it in modular blocks only: encode prompts with {family.encoded_by}, "
             "call the denoiser or its modular pipeline yourself, and within that use "
             "intervene(model, plan, targets=…, rows=…), record and clamp"
+        )
+    if _is_modular(pipe):
+        classic = next(name for name, one in FAMILIES.items() if one is family)
+        raise UnsupportedModel(
+            f"locogen reads no prompts through a modular pipeline: build the classic {classic} of "
+            f"its parts, or call {type(pipe).__name__} yourself within intervene(model, plan, "
+            "targets=…, rows=…), record or clamp"
         )
     missing = missing_encoders(pipe)
     if missing:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import tiny
 
-from locogen.errors import LocogenError
+from locogen.errors import LocogenError, UnsupportedModel
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.prompts import intervene, record
 from locogen.models.families import denoiser_of, encode, family_of
@@ -190,6 +190,8 @@ def test_all_layers_of_a_modular_pipeline_are_the_targets_run(name):
         made, _ = made_by(other, [row.prompt for row in rows])
     assert np.abs(made[0] - own[0]).max() < 1e-5
     assert np.abs(plain[0] - own[0]).max() > 1e-4  # the twin
+    with pytest.raises(UnsupportedModel, match=f"build the classic {type(pipe).__name__}"):
+        encode(other, [PROMPT])
 
 
 @torch.no_grad()
