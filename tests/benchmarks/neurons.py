@@ -104,7 +104,8 @@ def study(
             for measure, right in looked(pipe, judge, probes, options).items():
                 mean = stats.crossed_bootstrap(right[None], yes_no=False)
                 low, high = stats.clopper_pearson(right.mean() * len(right), len(right))
-                low, high = np.fmin(low, mean.low[0]), np.fmax(high, mean.high[0])
+                low = max(0.0, np.fmin(low, mean.low[0]))
+                high = min(1.0, np.fmax(high, mean.high[0]))
                 line = dict(arm=arm, share=share, measure=measure, shown=float(right.mean()))
                 lines.append(line | dict(low=float(low), high=float(high), units=len(right)))
     return lines
