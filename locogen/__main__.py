@@ -384,7 +384,7 @@ def _show_page(results: Path, is_opened: bool) -> None:
 
 def _ask(options: argparse.Namespace) -> int:
     """Answer one question: run its notebook as a study of one run, and make the page."""
-    from locogen.questions import Question, copy_lora, found_layers
+    from locogen.questions import Question, check_question, copy_lora, found_layers
 
     parameters = _parameters(options)
     question = Question(
@@ -404,6 +404,10 @@ def _ask(options: argparse.Namespace) -> int:
     if lora is not None and lora.is_dir():
         raise LocogenError(f"--lora {lora} is a folder: give a file, such as off.safetensors")
     if layers == "found":
+        # The localization takes minutes: a value that the second step refuses is named before it.
+        # Which layers will be found is not known yet, and every model has a first one.
+        second_step = replace(question, parameters=parameters | {"layers": "0"})
+        check_question(second_step, _place(options.into, question, ""))
         localize = replace(question, notebook="localize", parameters=_shared(parameters))
         results = _answered(localize, _place(options.into, localize, "localize"))
         parameters["layers"] = found_layers(results)

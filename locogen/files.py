@@ -244,4 +244,6 @@ def toml_text(value: Any) -> str:
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml_text(inner) for inner in value) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # "nan", "inf" or "-inf": JSON's words for them are none of TOML's
     return json.dumps(value, ensure_ascii=False, default=str).replace("\x7f", "\\u007F")

@@ -94,17 +94,39 @@ def write_study(question: Question, folder: Path) -> Path:
         kind = "style"
         pairs = [{"prompt" = "a house in the style of gogh", "target" = "a house"}]
     """
-    entry = _new_concept(question)
-    _check_folder(folder)
-    files = {STUDY: _study_lines(question, entry)}
-    if entry is not None:
-        files[CONCEPTS] = [f'["{_OWN}"]', *toml_lines(entry)]
-    _check(files, folder)
+    files = _checked_files(question, folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():
         _write(folder / name, lines)
     return folder / STUDY
+
+
+def check_question(question: Question, folder: Path) -> None:
+    """Refuse what `write_study` would refuse, and write nothing.
+
+    Args:
+        question: As for `write_study`.
+        folder: Where its files would go.
+
+    Raises:
+        LocogenError: As `write_study` does.
+
+    Example:
+        >>> check_question(Question("edit", "mini/neon", parameters={"ridge": 0.5}), Path("neon"))
+    """
+    _checked_files(question, folder)
+
+
+def _checked_files(question: Question, folder: Path) -> dict[str, Sequence[str]]:
+    """Name → lines of the files of a question; refused if its notebook would refuse them."""
+    entry = _new_concept(question)
+    _check_folder(folder)
+    files: dict[str, Sequence[str]] = {STUDY: _study_lines(question, entry)}
+    if entry is not None:
+        files[CONCEPTS] = [f'["{_OWN}"]', *toml_lines(entry)]
+    _check(files, folder)
+    return files
 
 
 def _check(files: Mapping[str, Sequence[str]], folder: Path) -> None:

@@ -174,3 +174,30 @@ def test_models_of_ones_own_can_be_asked(tmp_path, monkeypatch):
     assert __main__.main([*command, "--models-file", "models.toml"]) == 0
     (run,) = read_study(tmp_path / "x" / "study.toml")[2]
     assert Path(run.parameters["models_file"]) == own
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--ridge=-1", "ridge is -1.0: give a finite number above 0"),
+        ("--ridge=0", "ridge is 0.0: give a finite number above 0"),
+        ("--ridge=nan", "ridge is nan: give a finite number above 0"),
+        ("--ridge=inf", "ridge is inf: give a finite number above 0"),
+        ("--tokens=first", "tokens is 'first'"),
+    ],
+)
+@pytest.mark.parametrize("layers", [(), ("--layers", "8-9")])
+def test_an_edit_is_refused_before_its_first_step(
+    option, reason, layers, tmp_path, capsys, monkeypatch
+):
+    begun = []
+    monkeypatch.setattr(
+        "locogen.studies.study.run_study", lambda study, **_: begun.append(study) or tmp_path
+    )
+    command = ["edit", "mini/neon", *layers, "--into", str(tmp_path / "x")]
+    assert __main__.main([*command, option]) == 2
+    assert reason in capsys.readouterr().err
+    assert not begun and not (tmp_path / "x").exists()
+    # The twin: a value that the edit takes begins.
+    assert __main__.main([*command, "--ridge=0.5"]) in (0, 2)
+    assert begun

@@ -168,6 +168,16 @@ def layers_to_edit(
     return edited
 
 
+def reason_for_no_edit(pipe: Pipeline) -> str:
+    """Why none of a pipeline's layers can be edited; empty where some can."""
+    if all(layer.joined for layer in find_layers(pipe)):
+        return (
+            f"the layers of {family_of(pipe).name} read text and picture with the same matrices, "
+            f"so an edit would change both: {_remedy_for_joined(pipe, 0)}"
+        )
+    return ""
+
+
 def _remedy_for_joined(pipe: Pipeline, first_joined: int) -> str:
     if first_joined:
         return f"use layers below {first_joined}"

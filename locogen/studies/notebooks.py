@@ -217,7 +217,8 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
 # What the parameters of locogen's own notebooks may be, by name: a kernel would take seconds to
 # find out. Those of other notebooks may mean anything.
 _COUNTS = ("seeds", "batch_size", "window", "num_inference_steps", "noises", "draws", "step")
-_AMOUNTS = ("guidance_scale", "ridge", "strength", "noise_scale", "max_prompts", "most")
+_ABOVE_ZERO = ("ridge",)
+_AMOUNTS = ("guidance_scale", "strength", "noise_scale", "max_prompts", "most")
 _AMOUNTS += ("neighbors", "controls", "prompts")
 _CHOICES = {
     "dtype": ("float32", "float16", "bfloat16"),
@@ -237,7 +238,9 @@ def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
     if name in _COUNTS and value < least:
         raise LocogenError(f"{name} is {value}: give a whole number from {least} up")
     if name in _AMOUNTS and not (value >= 0 and math.isfinite(value)):
-        raise LocogenError(f"{name} is {value}: give a number from 0 up")
+        raise LocogenError(f"{name} is {value}: give a finite number from 0 up")
+    if name in _ABOVE_ZERO and not 0 < value < math.inf:
+        raise LocogenError(f"{name} is {value}: give a finite number above 0")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
     _check_words(name, value)

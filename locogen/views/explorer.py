@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from locogen.editing.edit import Edit, fit_edit
+from locogen.editing.fit import reason_for_no_edit
 from locogen.editing.neurons import Neurons, find_neurons
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
@@ -144,6 +145,10 @@ class Explorer:
         return next(
             pair for pair in self.concepts[look.concept].pairs if pair.prompt == look.prompt
         )
+
+    def reason_for_no_edit(self) -> str:
+        """Why no layer of the model can be edited; empty where some can, or without a model."""
+        return "" if self.pipe is None else reason_for_no_edit(self.pipe)
 
     def narrowest(self, look: Look) -> int:
         """How many neurons the narrowest matrix of the layers looked at has; 0 without a model."""

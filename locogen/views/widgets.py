@@ -165,7 +165,7 @@ class ExplorerBox(ipywidgets.VBox):
         # On a narrow screen the controls stand below each other.
         wrap = ipywidgets.Layout(flex_flow="row wrap")
         controls = ipywidgets.HBox(self._controls(), layout=wrap)
-        below = [controls, self.status, self.pictures]
+        below = [controls, *self._remarks(explorer), self.status, self.pictures]
         super().__init__([style, self.heatmap, self.map, *below])
         self.add_class(self._name)
         self.add_class("loco-explore")
@@ -173,6 +173,13 @@ class ExplorerBox(ipywidgets.VBox):
         for control in self._controls():
             control.observe(self._control_moved, "value")
         self._update()
+
+    def _remarks(self, explorer: Explorer) -> list[ipywidgets.HTML]:
+        """Why a control does nothing here, in words: nobody can point at one that is disabled."""
+        reason = explorer.reason_for_no_edit()
+        if not reason:
+            return []
+        return [ipywidgets.HTML(_rendered("status", text=f"No edit strength: {reason}."))]
 
     def _cell_selected(self, change: Any) -> None:
         if change.new is not None:
@@ -204,10 +211,13 @@ class ExplorerBox(ipywidgets.VBox):
         )
         self.seed.tooltip = "the noise that pictures begin with; seeds of the run are shown at once"
         self.window.tooltip = "the first and the last layer that hear the target"
+        no_edit = explorer.reason_for_no_edit()
         self.strength = ipywidgets.FloatSlider(
-            0, min=0, max=2, step=0.25, description="edit strength", disabled=no_model, **common
+            0, min=0, max=2, step=0.25, description="edit strength", **common
         )
-        self.strength.tooltip = "how much of an edit of these layers is applied; 0: none"
+        self.strength.disabled = no_model or bool(no_edit)
+        does = "how much of an edit of these layers is applied; 0: none"
+        self.strength.tooltip = no_edit or does
         self.neurons = ipywidgets.IntSlider(
             0, min=0, max=1, description="neurons", disabled=no_model, **common
         )
@@ -267,7 +277,6 @@ class ExplorerBox(ipywidgets.VBox):
             self.map.value = self._drawn_map(self._concept)
             self._show(self.look)
         except LocogenError as error:
-            self.pictures.value = ""
             self.status.value = _rendered("status", text=str(error), bold=True)
         finally:
             self._busy = False
@@ -285,11 +294,17 @@ class ExplorerBox(ipywidgets.VBox):
         """The pictures and the finding of a look, those that are quick first."""
         self.status.value = _rendered("status", text="Making pictures …")
         shown = []
-        for picture in self.explorer.show(look):
-            shown.append(picture)
-            # Edited and clamped pictures come last and are slow: show the others meanwhile.
-            if len(shown) >= AT_ONCE:
-                self.pictures.value = _figures(shown)
+        try:
+            for picture in self.explorer.show(look):
+                shown.append(picture)
+                # Edited and clamped pictures come last and are slow: show the others meanwhile.
+                if len(shown) >= AT_ONCE:
+                    self.pictures.value = _figures(shown)
+        except LocogenError:
+            # What could be made stays. Pictures of an earlier look do not: captions name no seed.
+            if not shown:
+                self.pictures.value = ""
+            raise
         sentences = f"{self.explorer.finding(look)} {self.explorer.outcome(look, shown)}".strip()
         self.status.value = _rendered("status", text=sentences)
 

@@ -379,7 +379,7 @@ def test_a_search_by_attribution_needs_far_fewer_pictures(tmp_path: Path) -> Non
         ('notebook = "edit"\nlayers = "15-16"', "layers '15-16': mini has layers 0 to 15"),
         ('notebook = "edit"\nlayers = "last"', "last"),
         ('notebook = "edit"\ntokens = "first"', "tokens is 'first': use one of 'last_subject'"),
-        ('notebook = "edit"\nridge = -0.1', "ridge is -0.1: give a number from 0 up"),
+        ('notebook = "edit"\nridge = -0.1', "ridge is -0.1: give a finite number above 0"),
     ],
 )
 def test_values_are_checked_before_a_kernel_starts(plan, line: str, words: str) -> None:

@@ -288,6 +288,36 @@ def test_without_a_model_only_the_run_is_shown(run: Run) -> None:
     assert box.pictures.value.count("<figure") == 3
 
 
+def test_where_no_edit_can_be_fitted_its_control_says_why(tmp_path: Path) -> None:
+    pipe = tiny.FAMILIES["lumina-2"]()
+    pair = PromptPair("cat in a", "dog in a")  # as many tokens
+    options: dict[str, Any] = {"num_inference_steps": 1, "progress": False, "store": tmp_path}
+    options |= {"window": 2, "seeds": (0,), "controls": False, "scorer": tiny.FakeScorer()}
+    run = localize(pipe, Concept("cat", "object", (pair,)), **options)
+    box = explore(run)
+    assert box.strength.disabled and not box.neurons.disabled
+    assert "read text and picture with the same matrices" in str(box.strength.tooltip)
+    remarks = [one.value for one in box.children if isinstance(one, ipywidgets.HTML)]
+    assert any("No edit strength: the layers of Lumina" in value for value in remarks)
+    # By code it can be set all the same: the error is said, and the pictures stay.
+    before = box.pictures.value
+    box.strength.value = 1.0
+    assert box.pictures.value == before and before.count("<figure") == 3
+    assert "with the same matrices" in box.status.value
+
+
+def test_an_edit_that_cannot_be_fitted_leaves_the_pictures(run: Run, pipe: Any) -> None:
+    box = explore(run, pipe=pipe, tokens="end", ridge=0.0)
+    assert not box.strength.disabled, "the twin: this family has edits"
+    assert "No edit strength" not in "".join(
+        one.value for one in box.children if isinstance(one, ipywidgets.HTML)
+    )
+    before = box.pictures.value
+    box.strength.value = 1.0
+    assert box.pictures.value == before and before.count("<figure") == 3
+    assert "ridge is 0.0" in box.status.value
+
+
 def test_a_run_knows_its_pipeline_and_does_not_keep_it() -> None:
     pipe = tiny.pipeline()
     run = generate(pipe, "a cat", num_inference_steps=1, progress=False)
