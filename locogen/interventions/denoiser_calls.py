@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from locogen.errors import LocogenError
-from locogen.interventions.encoding import Encoding, Follower, calling_pipeline, following_text
+from locogen.interventions.encoding import (
+    Encoding,
+    Follower,
+    brought_encoding,
+    calling_pipeline,
+    following_text,
+    pipeline_call,
+)
 from locogen.interventions.steps import DenoisingSteps
 from locogen.models.compilation import is_compiled, running_uncompiled
 from locogen.models.denoisers import check_call, skipped_blocks
@@ -65,6 +72,7 @@ class Call:
         cache: What was computed once for this call, by name.
         on_encoded: Called with each encoding within `pipe(…)`, before the denoiser's first call.
         on_prompts: Called with the one among them that is the prompts'.
+        on_brought: Called before the first step of a call that brought its prompts encoded.
         rows_of: Which rows are conditional, for calls that anybody may make: see `Rows`. None: the
             calls are the pipeline's own.
         keeps_prompts: Whether a call of the pipeline whose prompts are exchanged while it makes a
@@ -80,11 +88,13 @@ class Call:
         self.cache: dict[str, Any] = {}
         self.on_encoded: Callable[[Encoding], None] | None = None
         self.on_prompts: Callable[[Encoding], None] | None = None
+        self.on_brought: Callable[[], None] | None = None
         self.rows_of: Rows | None = None
         # Whether a call had rows that `rows_of` names; None before the first call.
         self._had_rows: bool | None = None
         self.keeps_prompts = False
         self._thread = threading.get_ident()
+        self._opened_within = pipeline_call()
         self._in_progress = False
         self._waiting: list[Encoding] = []  # made within `pipe(…)`, before its first denoiser call
         # Of the pictures in the making. Not the encodings: their frames would keep all that a call
@@ -305,6 +315,8 @@ class Call:
 
     def _begin_own(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._take_arguments(args, kwargs)
+        if not self._waiting and isinstance(self.arguments[self.family.text_argument], list):
+            self._take_brought()
         if self._waiting:
             self._begin_pictures()
         if self._prompts is None:
@@ -315,6 +327,27 @@ class Call:
         self.rows = self._conditional_rows(self._prompts)
         if self.keeps_prompts and self.rows:
             self._check_text()
+
+    def _take_brought(self) -> None:
+        """Take note of encoded prompts that a call was given, if its rows are not known ones.
+
+        Z-Image's pipeline does not encode where it is given `prompt_embeds` alone.
+        """
+        if self._places_among(self._rows_of_prompts or ()):
+            return  # a later step
+        call = pipeline_call()
+        encoding = None if call is None or call == self._opened_within else brought_encoding(call)
+        if encoding is None:
+            return
+        if self.on_brought is not None:
+            self.on_brought()
+        prompts, negatives = encoding.returned
+        if {id(row) for row in prompts} & {id(row) for row in negatives or ()}:
+            raise LocogenError(
+                "prompt_embeds and negative_prompt_embeds hold the same tensors, so it is unknown "
+                "which rows of the denoiser's call are the prompts': give copies (.clone())"
+            )
+        self.encoded(encoding)
 
     def _begin_pictures(self) -> None:
         """A new call of the pipeline, whose first call of the denoiser is the conditional one."""
@@ -375,15 +408,20 @@ class Call:
 
     def _rows_among(self, prompts: list[Any]) -> range:
         """The rows of a denoiser that is called with a list: those that the encoder returned."""
-        encoded = {id(row) for row in prompts}
         called_with = self.arguments[self.family.text_argument]
-        rows = [place for place, row in enumerate(called_with) if id(row) in encoded]
+        rows = self._places_among(prompts)
         if rows and rows[-1] - rows[0] + 1 == len(rows):
             return range(rows[0], rows[-1] + 1)
         raise LocogenError(
             f"the denoiser is called with {len(called_with)} rows, and it is unknown which of them "
             "are the prompts': call the pipeline with its own prompts"
         )
+
+    def _places_among(self, prompts: Sequence[Any]) -> list[int]:
+        """Which rows of a list that the denoiser is called with are these very tensors."""
+        known = {id(row) for row in prompts}
+        called_with = self.arguments[self.family.text_argument]
+        return [place for place, row in enumerate(called_with) if id(row) in known]
 
     def _is_negative(self, prompts: Tensor) -> bool:
         """Whether the denoiser is called for a negative prompt alone."""
@@ -483,6 +521,7 @@ def on_denoiser(
             stack.enter_context(running_uncompiled(current, modules))
         if rows is None:
             before_encoding = _before_encoding(pipe, guard, modules, stack)
+            call.on_brought = guard.check_none_was_added
             stack.enter_context(following_text(pipe, Follower(before_encoding, call.encoded)))
         stack.enter_context(hooked(hooks))
         if label is not None:

@@ -157,6 +157,27 @@ class _FollowedMethod:
         return _itself, (self.encode_prompt,)
 
 
+def brought_encoding(call: PipelineCall) -> Encoding | None:
+    """The text that a call brought as `prompt_embeds` alone; None if it brought prompts.
+
+    Z-Image's pipeline does not call its `encode_prompt` for it. To be asked within the call.
+    """
+    variables = call.frame.f_locals
+    if variables.get("prompt") is not None or variables.get("prompt_embeds") is None:
+        return None
+    method = call.pipe.encode_prompt
+    if isinstance(method, _FollowedMethod):
+        method = method.encode_prompt
+    bound = signature(type(call.pipe).encode_prompt).bind_partial(call.pipe)
+    bound.apply_defaults()
+    arguments = dict.fromkeys(signature(type(call.pipe).encode_prompt).parameters)
+    arguments |= bound.arguments
+    arguments |= {name: variables[name] for name in arguments if name in variables}
+    del arguments["self"]
+    returned = (variables["prompt_embeds"], variables.get("negative_prompt_embeds"))
+    return Encoding(arguments, returned, method, call)
+
+
 def _with_own_lists(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with copies of lists: Z-Image's pipeline writes its template into the prompts'."""
     return {

@@ -13,7 +13,8 @@ import torch
 from support import tiny
 
 from locogen.errors import LocogenError
-from locogen.interventions.prompts import generators, intervene
+from locogen.interventions.clamping import Selection, clamp
+from locogen.interventions.prompts import generators, intervene, record
 from locogen.models.families import encode_guided, family_of
 from locogen.models.layers import find_layers
 from locogen.plan import Intervention, with_target_runs
@@ -239,7 +240,8 @@ NOT_TRIED = {
         "callback_on_step_end_tensor_inputs",
         "kwargs",
     ),
-    # locogen.generate calls with these, and tests/interventions/test_ownership.py
+    # locogen.generate calls with these, and tests/interventions/test_ownership.py; Z-Image's, which
+    # does not encode then, have tests of their own below
     *("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask"),
     *("negative_prompt_embeds", "negative_pooled_prompt_embeds", "negative_prompt_attention_mask"),
     *("prompt_embeds_mask", "negative_prompt_embeds_mask"),
@@ -365,6 +367,76 @@ def test_masks_of_several_pictures_a_prompt_are_refused_where_they_are_wrong(pip
     rows = plan(pipe, name, (0,))
     with intervene(pipe, rows), pytest.raises(LocogenError, match="num_images_per_prompt=1"):
         pictures(pipe, rows, [row.prompt for row in rows], several)
+
+
+def encoded_call(pipe, rows, of=lambda row: row.prompt, **given):
+    """Pictures of prompts that were encoded before, and are given alone."""
+    with torch.no_grad():
+        prompts, negatives = pipe.encode_prompt([of(row) for row in rows])
+    given = {"prompt_embeds": prompts, "negative_prompt_embeds": negatives} | given
+    return pictures(pipe, rows, None, given)
+
+
+@pytest.mark.parametrize("name", ["z-image"])
+@pytest.mark.parametrize("given", [{}, {"guidance_scale": 0.0}, PICTURES], ids=str)
+def test_encoded_prompts_are_followed_where_a_pipeline_does_not_encode(pipes, name, given):
+    pipe = pipes(name)
+    rows = plan(pipe, name, tuple(range(len(find_layers(pipe)))))
+    own = encoded_call(pipe, rows, lambda row: row.target, **given)
+    plain = encoded_call(pipe, rows, **given)
+    with intervene(pipe, rows):
+        assert near(encoded_call(pipe, rows, **given), own, name)
+        # Within one context calls may bring prompts too, and encoded ones again.
+        assert near(pictures(pipe, rows, [row.prompt for row in rows], given), own, name)
+        assert near(encoded_call(pipe, rows, **given), own, name)
+    nothing = [Intervention(row.prompt, row.target, (), row.seed) for row in rows]
+    with intervene(pipe, nothing):
+        assert np.array_equal(encoded_call(pipe, rows, **given), plain)
+    assert np.abs(own - plain).max() > 1e-4  # the twin
+
+
+@pytest.mark.parametrize("name", ["z-image"])
+def test_encoded_prompts_of_another_text_are_refused(pipes, name):
+    pipe = pipes(name)
+    rows = plan(pipe, name, (0,))
+    with intervene(pipe, rows):
+        with pytest.raises(LocogenError, match="are not what the pipeline makes of the plan's"):
+            encoded_call(pipe, rows, lambda row: row.prompt[::-1])
+        with torch.no_grad():
+            prompts, _ = pipe.encode_prompt([row.prompt for row in rows])
+        with pytest.raises(LocogenError, match="hold the same tensors"):
+            encoded_call(pipe, rows, prompt_embeds=prompts, negative_prompt_embeds=prompts)
+        encoded_call(pipe, rows)  # and goes on
+
+
+@pytest.mark.parametrize("name", ["z-image"])
+def test_encoded_prompts_are_recorded_and_clamped(pipes, name):
+    pipe = pipes(name)
+    rows = plan(pipe, name, ())
+    with record(pipe) as by_prompts:
+        pictures(pipe, rows, [row.prompt for row in rows], {})
+    with record(pipe) as by_encoding:
+        plain = encoded_call(pipe, rows)
+    assert all(
+        torch.equal(one, other)
+        for layer, texts in by_prompts.items()
+        for one, other in zip(texts, by_encoding[layer], strict=True)
+    )
+    with clamp(pipe, Selection({(0, "v"): (0, 1, 2)}), to="zero"):
+        assert not np.array_equal(encoded_call(pipe, rows), plain)
+    opened = []
+
+    def open_within(pipe, step, time, tensors):
+        if not opened:
+            opened.append(record(pipe))
+            opened[0].__enter__()
+        return tensors
+
+    try:
+        with pytest.raises(LocogenError, match="began before this context was opened"):
+            encoded_call(pipe, rows, callback_on_step_end=open_within)
+    finally:
+        opened[0].__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("name", ["sd-xl"])
