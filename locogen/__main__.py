@@ -330,17 +330,29 @@ def _notebooks(options: argparse.Namespace) -> int:
 
 
 def _clean(options: argparse.Namespace) -> int:
-    from locogen.pictures.default_store import empty, size_of, store_folder
+    from locogen.pictures.default_store import (
+        delete,
+        is_stored,
+        named_as_stored,
+        store_folder,
+        total_of,
+    )
 
     folder = store_folder()
-    size = size_of(folder)
-    print(f"{folder}: {size}")
-    if not size.size:
+    named = named_as_stored(folder)
+    files = [file for file in named if is_stored(file)]
+    print(f"{folder}: {total_of(files)}")
+    if len(named) > len(files):
+        print(
+            f"{len(named) - len(files)} more have such names, but not what locogen writes: they "
+            "stay, delete them by hand if you know them"
+        )
+    if not files:
         return 0
     if not options.yes and not _agreed():
         print("kept")
         return 0
-    empty(folder)
+    delete(files)
     print("deleted")
     return 0
 

@@ -7,15 +7,18 @@ folder.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from locogen.errors import LocogenError
 from locogen.files import AUTO, cache_folder
+from locogen.pictures.store import content_key
 
 LARGE = 10 * 1000**3  # bytes from which a run says how large the folder has become
 
@@ -96,10 +99,15 @@ class StoreSize:
 
 
 def size_of(folder: Path) -> StoreSize:
-    """How many pictures a store holds, and how large its files are."""
+    """How many pictures a store holds, and how large its files are, by the names of its files."""
+    return total_of(named_as_stored(folder))
+
+
+def total_of(files: Iterable[Path]) -> StoreSize:
+    """The same of these files."""
     pictures = 0
     size = 0
-    for file in _files(folder):
+    for file in files:
         pictures += file.suffix == ".png"
         try:
             size += file.stat().st_size
@@ -108,13 +116,13 @@ def size_of(folder: Path) -> StoreSize:
     return StoreSize(pictures, size)
 
 
-def empty(folder: Path) -> None:
-    """Delete the pictures of a store and the records of its runs, and nothing else.
+def delete(files: Iterable[Path]) -> None:
+    """Delete files of a store.
 
     Raises:
         LocogenError: A file cannot be deleted.
     """
-    for file in _files(folder):
+    for file in files:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
@@ -125,12 +133,40 @@ def empty(folder: Path) -> None:
 
 # What stores write: pictures by their keys, the records of runs, and what a killed process left of
 # both. Nothing else is touched: LOCOGEN_CACHE may name a folder with pictures of one's own.
-_STORED = re.compile(r"\.?([0-9a-f]{32}\.png|run-[0-9a-f]{32}\.json)(\.[0-9-]+\.partial)?")
+_STORED = re.compile(r"[0-9a-f]{32}\.png|run-[0-9a-f]{32}\.json")
+_PARTIAL = re.compile(rf"\.({_STORED.pattern})\.[0-9]+-[0-9]+\.partial")
+# How a stored picture begins: a PNG's signature and its first chunk, then the digest of its pixels.
+_STORED_PNG = re.compile(rb"\x89PNG\r\n\x1a\n.{25}\0\0\0\x47tEXtdigest\0[0-9a-f]{64}.*", re.DOTALL)
+_BEGINNING = 128  # bytes that hold all of that
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files of a folder that a store wrote."""
-    return [file for file in folder.glob("*") if _STORED.fullmatch(file.name) and file.is_file()]
+def named_as_stored(folder: Path) -> list[Path]:
+    """The files of a folder whose names are such as a store gives."""
+    return [
+        file
+        for file in folder.glob("*")
+        if (_STORED.fullmatch(file.name) or _PARTIAL.fullmatch(file.name)) and file.is_file()
+    ]
+
+
+def is_stored(file: Path) -> bool:
+    """Whether a store surely wrote a file of such a name.
+
+    A name alone does not say it: pictures of other programs are called by 32 such digits as well.
+    """
+    if _PARTIAL.fullmatch(file.name):
+        return True  # cut short, so that its content says nothing; nobody else calls a file so
+    try:
+        if file.suffix == ".png":
+            with file.open("rb") as opened:
+                return _STORED_PNG.fullmatch(opened.read(_BEGINNING)) is not None
+        facts = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(facts, dict):
+        return False
+    facts.pop("batch", None)  # it was settled when the file had its name already
+    return file.name == f"run-{content_key(facts)}.json"
 
 
 def _in_words(size: float) -> str:

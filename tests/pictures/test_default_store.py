@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support import tiny
 
 from locogen.__main__ import main
@@ -11,7 +12,7 @@ from locogen.files import AUTO
 from locogen.interventions.prompts import intervene
 from locogen.localization.scored_pictures import with_store
 from locogen.pictures import default_store, runs
-from locogen.pictures.default_store import place_of, shortened, size_of, store_folder
+from locogen.pictures.default_store import place_of, shortened, store_folder
 from locogen.pictures.runs import generate
 from locogen.plan import Intervention
 
@@ -151,24 +152,48 @@ def test_a_large_cache_says_so_once(pipe, cache: Path, monkeypatch: pytest.Monke
 
 
 def test_clean_deletes_what_locogen_wrote(
-    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    pipe, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["clean"]) == 0 and "0 pictures, 0 bytes" in capsys.readouterr().out
-    cache.mkdir(parents=True)
+    generate(pipe, ROWS[:2], **FAST)
+    written = {file.name for file in cache.iterdir()}
+    assert sorted(file.suffix for file in cache.iterdir()) == [".json", ".png", ".png"]
     key = "0123456789abcdef" * 2
+    (cache / f".{key}.png.1-2.partial").write_bytes(b"x" * 600)
     mine = ["holiday.png", "mine.txt", "run-1.json"]  # LOCOGEN_CACHE may name any folder
-    for name in (f"{key}.png", f"run-{key}.json", f".{key}.png.1-2.partial", *mine):
+    for name in mine:
         (cache / name).write_bytes(b"x" * 600)
-    assert str(size_of(cache)) == "1 picture, 2 kB"
     assert main(["clean"]) == 2 and "add --yes" in capsys.readouterr().err
-    assert (cache / f"{key}.png").exists()
+    assert written < {file.name for file in cache.iterdir()}
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
     monkeypatch.setattr("builtins.input", lambda _: "no")
     assert main(["clean"]) == 0 and capsys.readouterr().out.endswith("kept\n")
     monkeypatch.setattr("builtins.input", lambda _: " Yes")
-    assert main(["clean"]) == 0 and capsys.readouterr().out.endswith("deleted\n")
+    assert main(["clean"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("deleted\n") and "2 pictures, " in said and "more have" not in said
     assert sorted(file.name for file in cache.iterdir()) == mine
     assert main(["clean", "--yes"]) == 0
+
+
+def test_clean_leaves_what_only_has_such_a_name(
+    pipe, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other programs name pictures by 32 digits too, such as those of md5."""
+    generate(pipe, ROWS[:1], **FAST)
+    (record,) = cache.glob("run-*.json")
+    (picture,) = cache.glob("*.png")
+    digits = (f"{number:032x}" for number in range(9))
+    Image.open(picture).save(cache / f"{next(digits)}.png")  # without the digest
+    (cache / f"{next(digits)}.png").write_bytes(b"")
+    (cache / f".{next(digits)}.png").write_bytes(picture.read_bytes())  # no store hides them
+    for content in (record.read_text(), "{}", "[]", "no JSON"):
+        (cache / f"run-{next(digits)}.json").write_text(content)
+    mine = {file.name for file in cache.iterdir()} - {record.name, picture.name}
+    assert main(["clean", "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert {file.name for file in cache.iterdir()} == mine and len(mine) == 7
+    assert "1 picture, " in said and "6 more have such names" in said
 
 
 def test_the_home_folder_in_a_variable_is_ones_home(monkeypatch: pytest.MonkeyPatch) -> None:
