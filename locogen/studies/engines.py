@@ -86,7 +86,9 @@ def opened(
     gpus = visible_gpus() if _use(runs, "cuda") else []
     if scheduler is None:
         # The workers of a scheduler are machines of their own.
-        _check_devices(runs, gpus)
+        reason = missing_device(runs)
+        if reason:
+            raise LocogenError(reason)
     count = 1
     if name != "serial":
         # More workers than runs would only take memory.
@@ -108,17 +110,48 @@ def _use(runs: Sequence[Planned], *devices: str) -> bool:
     return any(str(run.value("device")).startswith(devices) for run in runs)
 
 
-def _check_devices(runs: Sequence[Planned], gpus: Sequence[str]) -> None:
-    """Raise `LocogenError` for devices that are not here: a kernel would take seconds to fail."""
-    if _use(runs, "cuda") and not gpus and not torch_sees("cuda"):
-        raise LocogenError(
-            "device is 'cuda', and there is no GPU here: use device 'cpu', or start it on a "
+def missing_device(runs: Sequence[Planned]) -> str:
+    """What is wrong with a device that some run asks for and that is not here; empty if all are.
+
+    Args:
+        runs: Those to execute on this machine.
+
+    Returns:
+        The device, the reason and the remedy, in a sentence.
+    """
+    gpus = visible_gpus() if _use(runs, "cuda") else []
+    devices = dict.fromkeys(str(run.value("device")) for run in runs)
+    reasons = (_reason_without(device, gpus) for device in devices)
+    return next((reason for reason in reasons if reason), "")
+
+
+def _reason_without(device: str, gpus: Sequence[str]) -> str:
+    """Why a run cannot have a device; empty if it can. A kernel would take seconds to fail."""
+    kind, _, number = device.partition(":")
+    if kind == "mps" and not torch_sees("mps"):
+        return (
+            f"device is {device!r}, which is a Mac's GPU, and there is none here: use device 'cpu'"
+        )
+    if kind != "cuda":
+        return ""
+    if not gpus and not torch_sees("cuda"):
+        return (
+            f"device is {device!r}, and there is no GPU here: use device 'cpu', or start it on a "
             "machine with a GPU (nvidia-smi lists them; CUDA_VISIBLE_DEVICES hides some)"
         )
-    if _use(runs, "mps") and not torch_sees("mps"):
-        raise LocogenError(
-            "device is 'mps', which is a Mac's GPU, and there is none here: use device 'cpu'"
+    place = int(number or 0)
+    count = len(gpus) or (torch_gpus() if place else 1)
+    if place >= count:
+        return (
+            f"device is {device!r}, and the last of the {count} GPUs here is 'cuda:{count - 1}': "
+            "use device 'cuda'"
         )
+    if place and gpus:
+        return (
+            f"device is {device!r}, and each run sees one GPU alone, which is 'cuda:0' there: use "
+            f"device 'cuda', and start it with CUDA_VISIBLE_DEVICES={gpus[place]} to choose"
+        )
+    return ""
 
 
 @contextlib.contextmanager
@@ -235,6 +268,13 @@ def torch_sees(kind: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_available()
     return torch.cuda.is_available()
+
+
+def torch_gpus() -> int:
+    """How many GPUs torch finds where no driver's tool lists them."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _all_gpus() -> str:

@@ -77,7 +77,10 @@ def run_study(
     title, results, runs = read_study(path)
     selection = _select(runs, only)
     if dry_run:
-        _show_plan(_plan(title, results, selection, force, retry_failed))
+        plan = _plan(title, results, selection, force, retry_failed)
+        _show_plan(plan)
+        if scheduler is None:  # the workers of a scheduler are machines of their own
+            _show_missing_device(plan)
         return results
 
     with writing(results):
@@ -199,6 +202,15 @@ def _show_plan(plan: _Plan) -> None:
         print(line, flush=True)
     if todo:
         print(_totals(plan), flush=True)
+
+
+def _show_missing_device(plan: _Plan) -> None:
+    """Say in a line that this machine could not execute the plan: it may be meant for another."""
+    from locogen.studies.engines import missing_device
+
+    reason = missing_device(plan.todo)
+    if reason:
+        print(f"cannot run here: {reason}", flush=True)
 
 
 def _cost(run: Planned, costs: Costs) -> str:

@@ -147,17 +147,21 @@ def test_gpus_are_those_that_this_process_sees(monkeypatch) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "mps"])
 def test_a_device_that_is_not_here_is_refused_before_a_kernel_starts(
-    write, monkeypatch, device: str
+    write, monkeypatch, capsys, device: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(engines, "torch_sees", lambda kind: False)
     monkeypatch.setattr(worker, "execute", lambda *args: pytest.fail("a kernel was started"))
     path = write(2, device=device)
-    with pytest.raises(
-        LocogenError, match=f"device is '{device[:4].rstrip(':')}', .* use device 'cpu'"
-    ):
+    with pytest.raises(LocogenError, match=f"device is '{device}', .* use device 'cpu'"):
         run_study(path)
+    capsys.readouterr()
     run_study(path, dry_run=True)  # planned here, run elsewhere
+    said = capsys.readouterr().out
+    assert "2 runs, 2 to do" in said
+    assert said.splitlines()[-1].startswith(f"cannot run here: device is '{device}', ")
+    run_study(path, dry_run=True, engine="dask", scheduler="tcp://elsewhere:1")
+    assert "cannot run here" not in capsys.readouterr().out
     assert not list(path.with_suffix("").glob("[!.]*/error.json"))
     # The twin: with a GPU that only torch knows, a kernel is started.
     started: list[Path] = []
@@ -165,6 +169,30 @@ def test_a_device_that_is_not_here_is_refused_before_a_kernel_starts(
     monkeypatch.setattr(worker, "execute", lambda notebook, folder, *rest: started.append(folder))
     run_study(path)
     assert len(started) == 2
+    capsys.readouterr()
+    run_study(path, dry_run=True, force=True)
+    assert "cannot run here" not in capsys.readouterr().out
+
+
+def test_a_gpu_beyond_the_last_one_is_refused(write, monkeypatch) -> None:
+    monkeypatch.setattr(worker, "execute", lambda *args: pytest.fail("a kernel was started"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    with pytest.raises(LocogenError, match=r"device is 'cuda:7', and the last .* is 'cuda:0'"):
+        run_study(write(1, device="cuda:7"))
+    # Each kernel is given one of two: there is no second one in it.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,9")
+    with pytest.raises(LocogenError, match=r"device is 'cuda:1', .*CUDA_VISIBLE_DEVICES=9 to"):
+        run_study(write(1, device="cuda:1"))
+    # GPUs that only torch knows are all seen by each kernel.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(engines, "torch_sees", lambda kind: True)
+    monkeypatch.setattr(engines, "torch_gpus", lambda: 2)
+    with pytest.raises(LocogenError, match=r"device is 'cuda:2', and the last .* is 'cuda:1'"):
+        run_study(write(1, device="cuda:2"))
+    started: list[Path] = []
+    monkeypatch.setattr(worker, "execute", lambda notebook, folder, *rest: started.append(folder))
+    run_study(write(1, device="cuda:1"))
+    assert len(started) == 1
 
 
 def test_torch_knows_the_devices_of_this_machine() -> None:
