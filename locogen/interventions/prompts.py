@@ -291,10 +291,27 @@ class _Exchange:
         for place, prompt in enumerate(prompts):
             planned = self.plan[place // each].prompt
             if prompt != planned:
+                self._check_list_is_new(place // each, prompt, planned)
                 raise LocogenError(
                     f"prompt {place // each} of the call is {prompt!r}, and the plan has "
                     f"{planned!r} there: {PLANS_PROMPTS}"
                 )
+
+    def _check_list_is_new(self, place: int, prompt: str, planned: str) -> None:
+        """Name the cause where an earlier call wrote its template into the list of prompts."""
+        write = self.call.family.written_into_list
+        if write is None:
+            return
+        pipe = self.call.pipe
+        written = planned
+        while len(written) < len(prompt):  # once for each earlier call
+            written = write(pipe, written)
+        if written == prompt:
+            raise LocogenError(
+                f"prompt {place} of the call is the plan's {planned!r} in the pipeline's chat "
+                f"template, which {type(pipe).__name__} wrote into the list in an earlier call: "
+                "make the list anew, and give a copy to each call, pipe(list(prompts), …)"
+            )
 
     def _check_masks(self, masks: Tensor) -> None:
         """All pictures of a prompt must have its mask, (plan rows, pictures of each, tokens)."""

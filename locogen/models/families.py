@@ -163,6 +163,12 @@ class Family:
     Prompt and target must be equal in it. None: positions do not depend on the text.
     """
 
+    written_into_list: Callable[[Any, str], str] | None = None
+    """`(pipe, prompt)`: what the pipeline writes in place of a prompt into its caller's own list
+
+    None: it leaves the list as it is.
+    """
+
     # --- from states to the matrices of a layer ---
 
     matrices: Callable[[Any], Mapping[str, Any]] = denoisers.keys_and_values
@@ -423,6 +429,7 @@ FAMILIES: dict[str, Family] = {
         joined_length=denoisers.z_image_joined_length,
         joined_text=denoisers.z_image_text,
         length_class=texts.z_image_length,
+        written_into_list=texts.z_image_template,
         encode=texts.encode_z_image,
         encoding_of=texts.z_image_states_of,
         token_spans=texts.z_image_spans,
@@ -784,11 +791,15 @@ def check_lengths(pipe: Pipeline, pairs: Iterable[tuple[str, str]]) -> None:
     for prompt, target in dict.fromkeys(pairs):
         lengths = [family.length_class(pipe, text) for text in (prompt, target)]
         if lengths[0] != lengths[1]:
+            # Where a mask says where each text ends, the picture follows there, without padding.
+            padding = ", padding included," if family.joined_mask is None else ""
             raise LocogenError(
                 f"{family.name} reads {prompt!r} as {lengths[0]} tokens and {target!r} as "
-                f"{lengths[1]}, padding included, and puts the picture behind them: it would "
-                "stand elsewhere. Add words to the shorter one, or choose another wording, until "
-                "both count alike; a placebo of your own is PromptPair(…, placebo=…)"
+                f"{lengths[1]}{padding} and puts the picture behind them: it would stand "
+                "elsewhere. Add words to the shorter one, or choose another wording, until both "
+                "count alike. Where the concept is the catalog's, or the second one its placebo, "
+                "write your own: loco.Concept(name, kind, (loco.PromptPair(prompt, target, "
+                "placebo=…),))"
             )
 
 

@@ -618,10 +618,14 @@ def z_image_spans(pipe: Pipeline, prompt: str) -> tuple[TokenSpan, ...]:
     return (span,)
 
 
+def z_image_template(pipe: Pipeline, prompt: str) -> str:
+    """A prompt in the chat template of Z-Image."""
+    return _user_template(pipe.tokenizer, enable_thinking=True).replace(_PLACE, prompt)
+
+
 def z_image_length(pipe: Pipeline, prompt: str) -> int:
     """How many tokens Z-Image makes of a prompt with its template, in whole blocks."""
-    template = _user_template(pipe.tokenizer, enable_thinking=True)
-    tokens = token_ids(pipe.tokenizer, template.replace(_PLACE, prompt))
+    tokens = token_ids(pipe.tokenizer, z_image_template(pipe, prompt))
     return math.ceil(min(len(tokens), Z_LIMIT) / Z_BLOCK) * Z_BLOCK
 
 

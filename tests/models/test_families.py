@@ -574,7 +574,7 @@ def test_z_images_target_must_fill_as_many_blocks():
     short, long = "cat", "a" * 40
     rows = with_target_runs([Intervention(short, long, every(pipe), 0)])
     own = pictures(pipe, rows, prompts=[long, long])
-    words = "reads 'cat' as 32 tokens and 'a+' as 64.*Add words to the shorter one"
+    words = "as 32 tokens and 'a+' as 64, padding included, .*shorter one.*PromptPair"
     with pytest.raises(LocogenError, match=words), intervene(pipe, rows):
         pass
     # The twin, and the reason: all layers would not be the target's own run.
@@ -593,6 +593,16 @@ def test_z_image_writes_its_template_into_a_list_of_its_own(pipes):
         pictures(pipe, rows)
         with pytest.raises(LocogenError, match="prompt 0 of the call is 'b'"):
             pictures(pipe, rows, prompts=["b"] * len(rows))
+    prompts = [row.prompt for row in rows]
+    for _ in range(2):  # the template of the template, by the second call
+        pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+        words = r"wrote into the list .* pipe\(list\(prompts\)"
+        with intervene(pipe, rows), pytest.raises(LocogenError, match=words):
+            pictures(pipe, rows, prompts=prompts)
+    # The twin: a longer prompt that holds the plan's is another prompt.
+    longer = [f"{row.prompt} and more" for row in rows]
+    with intervene(pipe, rows), pytest.raises(LocogenError, match="and the plan has"):
+        pictures(pipe, rows, prompts=longer)
 
 
 def test_wan_that_reads_a_picture_or_lacks_a_denoiser_is_refused():
@@ -685,7 +695,7 @@ def test_lumina_2s_target_must_be_as_long_as_its_prompt():
     short, long = "cat", "cat in a"
     rows = with_target_runs([Intervention(short, long, every(pipe), 0)])
     own = pictures(pipe, rows, prompts=[long, long])
-    words = "reads 'cat' as 17 tokens and 'cat in a' as 22.*Add words to the shorter one"
+    words = "reads 'cat' as 17 tokens and 'cat in a' as 22 and puts .*Add words to the shorter one"
     with pytest.raises(LocogenError, match=words), intervene(pipe, rows):
         pass
     # A call of one's own is compared too, where texts meet.
