@@ -67,11 +67,11 @@ def explore(
     """Look at a run of `localize` by hand: its heatmap to walk on, its pictures below.
 
     Point at a cell of the heatmap, or walk there with the arrow keys, to read its effect; choose
-    it, or any layers by the slider, a prompt, any seed; edit the window's layers at
-    some strength, or clamp some of their neurons. Whatever is made is scored as the run was: the
-    captions, and a sentence, say what an edit did to this picture's score. All of it works by
-    keyboard. Nothing is written, and the model is left as it was. In a saved notebook and in
-    exported pages, where no widget runs, the last view stays.
+    it, or any layers by the slider, a prompt, any seed; edit the window's layers at some strength
+    (where the family of models has edits), or clamp some of their neurons. Whatever is made is
+    scored as the run was: the captions, and a sentence, say what an edit did to this picture's
+    score. All of it works by keyboard. Nothing is written, and the model is left as it was. In a
+    saved notebook and in exported pages, where no widget runs, the last view stays.
 
     Args:
         run: A run of `localize`. Its own pictures are shown at once.
