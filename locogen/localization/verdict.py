@@ -31,7 +31,8 @@ BEYOND_CEILING = 0.25
 # So does a loss of content beyond that of the ceiling and the placebo, in units of the baseline's
 # content score.
 BEYOND_CONTENT = 0.25
-# A ceiling whose interval lies below this: the score hardly depends on the layers at all.
+# A ceiling whose interval lies within this of zero, on either side: the score hardly depends on the
+# layers at all.
 SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
 # Of what a probability can change, the ceiling has to change at least this share: otherwise the
 # scorer cannot tell the concept from its neighbors.
@@ -301,13 +302,16 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
         return _Decision(
             "inconclusive", (), "one seed and few prompts cannot tell: use more of either"
         )
-    if high < SMALL_CEILING.get(case.score, 0.0):
+    small = SMALL_CEILING.get(case.score, 0.0)
+    if -small < low and high < small:
         return _Decision(
             "nobody",
             (),
             f"the target hardly changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}",
         )
+    if high < 0:
+        return _Decision("inconclusive", (), _wrong_way(case, ceiling))
     if low <= 0:
         return _Decision(
             "inconclusive",
@@ -328,6 +332,17 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
                 f"{baseline:.2f}, and {baseline + sign * effect:.2f} with the target in all layers",
             )
     return None
+
+
+def _wrong_way(case: _Case, ceiling: Line) -> str:
+    """What to do about a target that changes the score clearly, in the other direction."""
+    estimate, near, far = (number(-_number(ceiling, name)) for name in ("estimate", "high", "low"))
+    moves, hoped = ("lowers", "rises") if case.kind == "fact" else ("raises", "falls")
+    score = _name(case.score)
+    return (
+        f"the target {moves} the {score} in all layers, by {estimate} [{near}, {far}]: swap prompt "
+        f"and target, or choose a text whose {score} {hoped}"
+    )
 
 
 def _without_ceiling(case: _Case) -> _Decision:

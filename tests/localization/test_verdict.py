@@ -94,6 +94,24 @@ def test_a_model_that_does_not_hear_has_no_place() -> None:
     assert noisy.kind == "inconclusive" and "would tell" in noisy.reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("style", "raises the score in all layers, by 0.50 [0.4"),
+        ("fact", "lowers the score in all layers, by 0.50 [0.4"),
+    ],
+)
+def test_a_target_that_moves_the_score_the_other_way_is_heard(kind: Any, words: str) -> None:
+    swapped = verdict(planted({}, ceiling=-0.5, noise=0.02, kind=kind))
+    assert swapped.kind == "inconclusive" and words in swapped.reason
+    assert "swap prompt and target" in swapped.reason and "hardly" not in swapped.reason
+    # The twins: too little to matter on either side, and too uncertain to say.
+    for ceiling in (-0.005, 0.005):
+        assert verdict(planted({}, ceiling=ceiling, noise=0.002)).kind == "nobody"
+    uncertain = verdict(planted({}, ceiling=-0.03, noise=0.2))
+    assert uncertain.kind == "inconclusive" and "would tell" in uncertain.reason
+
+
 def all_or_nothing(q: float, seed: int, seeds: int) -> pd.DataFrame:
     """One window takes the whole concept in a share q of the pictures, and nothing in the others."""
     table = planted({}, ceiling=CEILING, noise=0.02, seed=seed, prompts=6, seeds=seeds)
