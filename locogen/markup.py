@@ -6,6 +6,7 @@ objects show of themselves in a notebook.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -67,6 +68,7 @@ def shown(kind: str, **values: Any) -> str:
     return str(getattr(macros("locogen", "objects.html"), kind)(**values))
 
 
+_MISSING = "–"
 _LEFT = "text-align: left"
 _LONG = 40  # characters of a cell, from which on it may take several lines
 # The head of a table whose index has names: its headings, and below them these names.
@@ -80,7 +82,9 @@ def table_html(table: Any) -> Markup:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number for people: a true minus sign, and no minus before zero."""
+    """A number for people: a true minus sign, no minus before zero, and a dash for NaN."""
+    if math.isnan(value):
+        return _MISSING
     text = f"{value:.{digits}f}"
     return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
 
@@ -89,16 +93,17 @@ def percent(share: float) -> str:
     """Write a share in whole percent.
 
     Args:
-        share: Between 0 and 1.
+        share: A share of one; it may be negative, or above one.
 
     Returns:
-        The number and its sign.
+        The number and its sign, written as `number` does; a dash for NaN.
 
     Example:
         >>> percent(0.456)
         '46 %'
     """
-    return f"{100 * share:.0f} %"
+    text = number(100 * share, 0)
+    return text if text == _MISSING else f"{text} %"
 
 
 def readable(table: Any, digits: int = 3) -> Any:
@@ -189,7 +194,7 @@ def _cell(value: Any, digits: int) -> Any:
 
     # Lists and tables are cells too, and of these pandas would answer for each element.
     if pd.api.types.is_scalar(value) and pd.isna(value):
-        return "–"
+        return _MISSING
     if pd.api.types.is_float(value):
         return number(value, digits)
     return value

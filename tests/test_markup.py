@@ -10,6 +10,7 @@ from markupsafe import Markup
 from locogen import markup
 
 EVIL = "<script>alert('x')</script>"
+NAN = float("nan")
 QUOTE = '" onerror="x'
 
 OBJECTS = {
@@ -95,9 +96,19 @@ def test_two_columns_of_one_name_and_none_at_all() -> None:
     assert markup.readable(pd.DataFrame()).shape == (0, 0)
 
 
-@pytest.mark.parametrize(("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00"), (NAN, "–")]
+)
 def test_numbers_for_people(value: float, text: str) -> None:
     assert markup.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.456, "46 %"), (-0.12, "−12 %"), (-0.004, "0 %"), (1.5, "150 %"), (NAN, "–")],
+)
+def test_shares_for_people(share: float, text: str) -> None:
+    assert markup.percent(share) == text
 
 
 def test_words_are_whole_and_on_the_left_and_numbers_on_the_right() -> None:
