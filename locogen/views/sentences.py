@@ -143,9 +143,11 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
         brings back 0.30 [0.20, 0.40], 75 % of it.
     """
     total = effects[effects["axis"] == "ceiling"].iloc[0]
-    doubt = f" ({best.reason})" if best.reason else ""
+    is_taken = bool(total["low"] > 0)
+    # Where nothing was taken for sure, the first sentence has said what the reason says.
+    doubt = f" ({best.reason})" if best.reason and is_taken else ""
     state = f"Clean output of {best.axis}, layer {best.position}"
-    back = _brought_back(best, is_taken=bool(total["low"] > 0))
+    back = _brought_back(best, is_taken=is_taken)
     return f"{total['concept']}: {_taken(total)}. {state}, {back}{doubt}."
 
 

@@ -85,11 +85,14 @@ def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
 def test_a_trace_of_one_seed_brings_nothing_back_for_sure():
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
     total = total.assign(estimate=-0.01, low=NAN, high=NAN)
-    best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason="")
+    unclear = "it is not clear that the noise changes the score"
+    best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason=unclear)
     assert describe_trace(total, best) == (
         "neon: the noise has no clear effect on the score (−0.01). Clean output of MLP, layer 2, "
         "has an effect of 0.30, without an interval."
     )
+    total = total.assign(estimate=0.4, low=0.3, high=0.5)
+    assert f"without an interval ({unclear})." in describe_trace(total, best), "the twin"
 
 
 @given(intervals())
