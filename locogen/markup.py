@@ -6,6 +6,7 @@ objects show of themselves in a notebook.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -67,11 +68,13 @@ def shown(kind: str, **values: Any) -> str:
     return str(getattr(macros("locogen", "objects.html"), kind)(**values))
 
 
+_MISSING = "–"
 _LEFT = "text-align: left"
 _LONG = 40  # characters of a cell, from which on it may take several lines
 # The head of a table whose index has names: its headings, and below them these names.
 _TWO_HEADINGS = re.compile(r"<thead>\s*<tr[^>]*>(.*?)</tr>\s*<tr>(.*?)</tr>\s*</thead>", re.DOTALL)
-_NUMBER = re.compile(r"[-−+]?[\d.]*( ?%)?( \[.*\])?|–")
+_P_VALUE = re.compile(r"p(_.*)?|.*p_value")  # the names of columns that have p-values
+_NUMBER = re.compile(r"(< )?[-−+]?[\d.]*( ?%)?( \[.*\])?|–")
 
 
 def table_html(table: Any) -> Markup:
@@ -80,7 +83,9 @@ def table_html(table: Any) -> Markup:
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number for people: a true minus sign, and no minus before zero."""
+    """A number for people: a true minus sign, no minus before zero, and a dash for NaN."""
+    if math.isnan(value):
+        return _MISSING
     text = f"{value:.{digits}f}"
     return text[1:] if text.startswith("-") and not float(text) else text.replace("-", "−")
 
@@ -89,16 +94,17 @@ def percent(share: float) -> str:
     """Write a share in whole percent.
 
     Args:
-        share: Between 0 and 1.
+        share: A share of one; it may be negative, or above one.
 
     Returns:
-        The number and its sign.
+        The number and its sign, written as `number` does; a dash for NaN.
 
     Example:
         >>> percent(0.456)
         '46 %'
     """
-    return f"{100 * share:.0f} %"
+    text = number(100 * share, 0)
+    return text if text == _MISSING else f"{text} %"
 
 
 def readable(table: Any, digits: int = 3) -> Any:
@@ -109,8 +115,9 @@ def readable(table: Any, digits: int = 3) -> Any:
         digits: Of numbers that are not whole.
 
     Returns:
-        A table of the same shape: "–" where a value is missing, no minus before zero, and as many
-        digits in each number. A notebook shows its words whole, and aligned on the left.
+        A table of the same shape: "–" where a value or a name is missing, no minus before zero, and
+        as many digits in each number; a p-value that these digits cannot tell from zero is "<" the
+        least that they can. A notebook shows its words whole, and aligned on the left.
 
     Example:
         >>> import pandas as pd
@@ -120,11 +127,49 @@ def readable(table: Any, digits: int = 3) -> Any:
         0  0.00  3
         1     –  –
     """
+    import pandas as pd
+
     texts = table.astype(object)
     for place in range(texts.shape[1]):  # two columns may have one name
-        column = [_cell(value, digits) for value in texts.iloc[:, place]]
-        texts.isetitem(place, column)
+        write = _p_value if _has_p_values(texts.columns[place]) else _cell
+        column = [write(value, digits) for value in texts.iloc[:, place]]
+        # As an object each: pandas would read a column of lists as a table.
+        texts.isetitem(place, pd.Series(column, index=texts.index, dtype=object))
+    for axis in (0, 1):
+        texts = texts.set_axis(_named(texts.axes[axis]), axis=axis)
     return _readable_class()(texts)
+
+
+def _has_p_values(name: Any) -> bool:
+    last = name[-1] if isinstance(name, tuple) and name else name
+    return _P_VALUE.fullmatch(str(last)) is not None
+
+
+def _named(labels: Any) -> Any:
+    """The labels of an axis, as people read them; the same axis where they are that already."""
+    originals = list(labels)  # once: each walk over some indices makes its labels anew
+    texts = [_label(label) for label in originals]
+    if all(text is label for text, label in zip(texts, originals, strict=True)):
+        return labels
+    import pandas as pd
+
+    if labels.nlevels > 1:
+        return pd.MultiIndex.from_tuples(texts, names=labels.names)
+    return pd.Index(texts, dtype=object, name=labels.name)
+
+
+def _label(label: Any) -> Any:
+    """One name of a row or column. Numbers keep their digits: they tell the rows apart."""
+    import pandas as pd
+
+    if isinstance(label, tuple):
+        parts = tuple(map(_label, label))
+        return label if all(a is b for a, b in zip(parts, label, strict=True)) else parts
+    if pd.api.types.is_scalar(label) and pd.isna(label):
+        return _MISSING
+    if pd.api.types.is_number(label) and str(label).startswith("-"):
+        return str(label).replace("-", "−" if label else "")
+    return label
 
 
 @cache
@@ -187,9 +232,24 @@ def _cell(value: Any, digits: int) -> Any:
     """One cell as text; what is neither a number nor missing stays."""
     import pandas as pd
 
+    if isinstance(value, (list, tuple)):
+        cells = [_cell(element, digits) for element in value]
+        return cells if isinstance(value, list) else tuple(cells)
     # Lists and tables are cells too, and of these pandas would answer for each element.
     if pd.api.types.is_scalar(value) and pd.isna(value):
-        return "–"
+        return _MISSING
     if pd.api.types.is_float(value):
         return number(value, digits)
+    if pd.api.types.is_integer(value) and value < 0:
+        return str(value).replace("-", "−")
     return value
+
+
+def _p_value(value: Any, digits: int) -> Any:
+    """One p-value as text: none is zero."""
+    import pandas as pd
+
+    least = 10**-digits
+    if pd.api.types.is_float(value) and 0 <= value < least:
+        return f"< {number(least, digits)}"
+    return _cell(value, digits)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from locogen import markup
 
 EVIL = "<script>alert('x')</script>"
+NAN = float("nan")
 QUOTE = '" onerror="x'
 
 OBJECTS = {
@@ -89,15 +90,53 @@ def test_a_table_for_people_has_no_computer_words() -> None:
     assert "NaN" in plain and "&lt;NA&gt;" in plain and "-0.0004" in plain, "the twin"
 
 
+def test_names_of_rows_and_columns_have_no_computer_words() -> None:
+    table = pd.DataFrame([[1.0, 2.0]] * 3, index=[NAN, -0.0, -2.5], columns=[-1, None])
+    for axis in (table.index, pd.MultiIndex.from_product([["x"], table.index])):
+        html = markup.table_html(table.set_axis(axis))
+        assert not re.search(r"NaN|None|-\d", html)
+        assert "<th>–</th>" in html and "<th>0.0</th>" in html and "<th>−2.5</th>" in html
+    assert {"NaN", "-0.0", "-2.5"} <= set(re.findall("<th>(.*?)</th>", table._repr_html_())), "twin"
+    pairs = pd.MultiIndex.from_product([["x"], [0.25, 1000]], names=["a", "b"])
+    for axis in (pd.RangeIndex(998, 1000, name="n"), pairs):
+        kept = markup.readable(table[:2].set_axis(axis)).index
+        pd.testing.assert_index_equal(kept, axis, exact=True)
+
+
+def test_a_list_in_a_cell_has_no_computer_words() -> None:
+    table = pd.DataFrame({"low": [[NAN, -0.25, 3]], "pair": [(None, -2)], "n": [-2]})
+    assert markup.readable(table, 2).to_numpy().tolist() == [[["–", "−0.25", 3], ("–", "−2"), "−2"]]
+    assert "[–, −0.25, 3]" in markup.readable(table, 2)._repr_html_()
+
+
+@pytest.mark.parametrize("name", ["p", "p_any", "mean_p_value"])
+def test_no_p_value_is_zero(name: str) -> None:
+    table = pd.DataFrame({name: [1e-9, 0.0, 0.04, NAN], "share": [1e-9, 0.0, 0.04, NAN]})
+    shown = markup.readable(table)
+    assert shown[name].tolist() == ["< 0.001", "< 0.001", "0.040", "–"]
+    assert shown["share"].tolist() == ["0.000", "0.000", "0.040", "–"], "the twin"
+    assert "text-align: left" not in shown._repr_html_()  # they are numbers
+
+
 def test_two_columns_of_one_name_and_none_at_all() -> None:
     twice = pd.DataFrame([[0.5, float("nan")]], columns=["x", "x"])
     assert markup.readable(twice, 1).to_numpy().tolist() == [["0.5", "–"]]
     assert markup.readable(pd.DataFrame()).shape == (0, 0)
 
 
-@pytest.mark.parametrize(("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(-0.0, "0.00"), (-1.239, "−1.24"), (2, "2.00"), (NAN, "–")]
+)
 def test_numbers_for_people(value: float, text: str) -> None:
     assert markup.number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0.456, "46 %"), (-0.12, "−12 %"), (-0.004, "0 %"), (1.5, "150 %"), (NAN, "–")],
+)
+def test_shares_for_people(share: float, text: str) -> None:
+    assert markup.percent(share) == text
 
 
 def test_words_are_whole_and_on_the_left_and_numbers_on_the_right() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -339,8 +340,11 @@ def _causal_tracing(
     effects = trace_effect(run.table)
     best = best_state(run.table)
     both = sides(run.table)
-    share = f"{percent(best.share)} of what the noise took"
-    remark = f"{best.axis}, layer {best.position}, brings back {share}"
+    remark = f"{best.axis}, layer {best.position}, brings back the most"
+    # Where the noise takes nothing, there is nothing of which it could be a share.
+    if not math.isnan(best.share):
+        share = f"{percent(best.share)} of what the noise took"
+        remark = f"{best.axis}, layer {best.position}, brings back {share}"
     if best.reason:
         remark = f"{remark}; {best.reason}"
     return Located(

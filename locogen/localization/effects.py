@@ -658,16 +658,17 @@ def carrier(effects: pd.DataFrame, *, min_share: float = MIN_SHARE) -> Verdict:
     """Decide where a concept is: one place, several, spread, nowhere, or not decided yet.
 
     The rule (its constants are in `localization.verdict`): shares are of the ceiling's effect. If
-    the ceiling's interval lies below a small effect, nobody hears the concept; if it holds zero, or
-    the probability hardly changes even in all layers, the verdict is inconclusive. A window is
-    *necessary* where its share is at least `min_share`, the interval of the share does not reach
-    far below that, and the effect is beyond zero and the placebo, corrected for all windows; it is
-    *sufficient* where the same holds of its insert. A window that may be so, or whose picture
-    became another one (an effect, or a loss of content, far beyond the ceiling's), is open.
-    Windows that overlap are one place: places are the fewest separate windows that every passing
-    one overlaps. An open window elsewhere makes the verdict inconclusive. Otherwise one necessary
-    place is "one place", two or more are "each necessary"; where none is necessary, two or more
-    sufficient ones are "each sufficient", and all else is "spread", as are more than three places.
+    the ceiling's interval lies within a small effect of zero, nobody hears the concept; if it holds
+    zero or lies below it, or the probability hardly changes even in all layers, the verdict is
+    inconclusive. A window is *necessary* where its share is at least `min_share`, the interval of
+    the share does not reach far below that, and the effect is beyond zero and the placebo,
+    corrected for all windows; it is *sufficient* where the same holds of its insert. A window that
+    may be so, or whose picture became another one (an effect, or a loss of content, far beyond the
+    ceiling's), is open. Windows that overlap are one place: places are the fewest separate windows
+    that every passing one overlaps. An open window elsewhere makes the verdict inconclusive.
+    Otherwise one necessary place is "one place", two or more are "each necessary"; where none is
+    necessary, two or more sufficient ones are "each sufficient", and all else is "spread", as are
+    more than three places.
 
     Args:
         effects: The effects table of one concept, from `effect`.

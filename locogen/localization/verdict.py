@@ -31,8 +31,13 @@ BEYOND_CEILING = 0.25
 # So does a loss of content beyond that of the ceiling and the placebo, in units of the baseline's
 # content score.
 BEYOND_CONTENT = 0.25
-# A ceiling whose interval lies below this: the score hardly depends on the layers at all.
+# A ceiling whose interval lies within this of zero, on either side: the score hardly depends on the
+# layers at all.
 SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
+# The second is a cosine's size. A scorer of one's own may have a smaller scale: a ceiling that
+# leaves out zero, and is at least this share of the baseline's score, is not small. It is chosen so
+# that the verdicts on cosines stay: no ceiling below 0.02 is a tenth of a baseline of 0.2 or more.
+NOT_SMALL = 0.1
 # Of what a probability can change, the ceiling has to change at least this share: otherwise the
 # scorer cannot tell the concept from its neighbors.
 TELLS_APART = 0.5
@@ -301,13 +306,15 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
         return _Decision(
             "inconclusive", (), "one seed and few prompts cannot tell: use more of either"
         )
-    if high < SMALL_CEILING.get(case.score, 0.0):
+    if _is_small(case, ceiling):
         return _Decision(
             "nobody",
             (),
             f"the target hardly changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}",
         )
+    if high < 0:
+        return _Decision("inconclusive", (), _wrong_way(case, ceiling))
     if low <= 0:
         return _Decision(
             "inconclusive",
@@ -328,6 +335,34 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
                 f"{baseline:.2f}, and {baseline + sign * effect:.2f} with the target in all layers",
             )
     return None
+
+
+def _is_small(case: _Case, ceiling: Line) -> bool:
+    """Whether all layers together hardly change the score, whichever way."""
+    low = _number(ceiling, "low")
+    high = _number(ceiling, "high")
+    small = SMALL_CEILING.get(case.score, 0.0)
+    if not (-small < low and high < small):
+        return False
+    if case.score == "probability" or low <= 0 <= high:  # a probability's scale is known
+        return True
+    # A comparison with NaN is false: without a baseline nothing is known of the scale.
+    share = abs(_number(ceiling, "estimate")) / max(abs(_number(ceiling, "baseline")), 1e-12)
+    return not share >= NOT_SMALL
+
+
+def _wrong_way(case: _Case, ceiling: Line) -> str:
+    """What to do about a target that changes the score clearly, in the other direction."""
+    sizes = [-_number(ceiling, name) for name in ("estimate", "high", "low")]
+    # Two digits that count, on whatever scale the scorer has.
+    digits = max(2, 1 - math.floor(math.log10(sizes[0])))
+    estimate, near, far = (number(size, digits) for size in sizes)
+    moves, hoped = ("lowers", "rises") if case.kind == "fact" else ("raises", "falls")
+    score = _name(case.score)
+    return (
+        f"the target {moves} the {score} in all layers, by {estimate} [{near}, {far}]: swap prompt "
+        f"and target, or choose a text whose {score} {hoped}"
+    )
 
 
 def _without_ceiling(case: _Case) -> _Decision:

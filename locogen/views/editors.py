@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen.errors import LocogenError
-from locogen.markup import percent
+from locogen.markup import number, percent
 from locogen.views.plots import plain_label
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def editor_table(
 
 def _share_text(line: Mapping[Any, Any]) -> str:
     low, high = 100 * line["after_low"], 100 * line["after_high"]
-    bounds = "" if np.isnan(low) else f" [{low:.0f}, {high:.0f}]"
-    return f"{percent(line['after'])}{bounds} of {line['units']}"
+    bounds = "" if np.isnan(low) else f" [{number(low, 0)}, {number(high, 0)}]"
+    return f"{percent(line['after'])}{bounds} of {number(line['units'], 0)}"
 
 
 def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> str:

@@ -129,6 +129,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
 
     Returns:
         Two sentences: what the noise takes from the score, and what the best state brings back.
+        Where the interval of the first holds zero or lies below it, nothing was taken, and what the
+        state brings back is a share of nothing.
 
     Example:
         >>> import pandas as pd
@@ -141,16 +143,35 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
         brings back 0.30 [0.20, 0.40], 75 % of it.
     """
     total = effects[effects["axis"] == "ceiling"].iloc[0]
-    taken = interval_text(total["estimate"], total["low"], total["high"])
+    is_taken = bool(total["low"] > 0)
+    # Where nothing was taken for sure, the first sentence has said what the reason says.
+    doubt = f" ({best.reason})" if best.reason and is_taken else ""
+    state = f"Clean output of {best.axis}, layer {best.position}"
+    back = _brought_back(best, is_taken=is_taken)
+    return f"{total['concept']}: {_taken(total)}. {state}, {back}{doubt}."
+
+
+def _taken(total: Any) -> str:
+    """What the noise does to the score; its effect is positive where the score is lost."""
+    amount = interval_text(total["estimate"], total["low"], total["high"])
+    if total["low"] > 0:
+        return f"the noise takes {amount} of the score"
+    if total["high"] < 0:
+        raised = interval_text(-total["estimate"], -total["high"], -total["low"])
+        return f"the noise takes nothing: it moves the score the other way, by {raised}"
+    return f"the noise has no clear effect on the score ({amount})"
+
+
+def _brought_back(best: BestState, *, is_taken: bool) -> str:
+    """What the best state brings back, as a share only of what was taken for sure."""
     amount = interval_text(best.estimate, best.low, best.high)
-    doubt = f" ({best.reason})" if best.reason else ""
-    lost = f"the noise takes {taken} of the score"
-    if not _is_clear(total):
-        lost = f"the noise has no clear effect on the score ({taken} of it is lost)"
-    return (
-        f"{total['concept']}: {lost}. Clean output of {best.axis}, layer {best.position}, "
-        f"brings back {amount}, {percent(best.share)} of it{doubt}."
-    )
+    if math.isnan(best.low):
+        return f"has an effect of {amount}, without an interval"
+    if not best.low > 0:
+        return f"has no clear effect ({amount})"
+    if not is_taken or math.isnan(best.share):
+        return f"has an effect of {amount}"
+    return f"brings back {amount}, {percent(best.share)} of it"
 
 
 def _is_clear(line: Any) -> bool:
@@ -288,18 +309,24 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
         >>> print(describe_erasure(shares, shares["mean"].droplevel("group") * 3, "style"))
         After erasing 2 styles: jointly, 25 % of their pictures still show them, ordinary SSIM 0.75.
     """
-    last = likeness.index.get_level_values("count").max()
+    last: Any = likeness.index.get_level_values("count").max()
     what = "give the new answer" if kind == "fact" else "still show them"
     parts = []
     for way in likeness.index.get_level_values("way").unique():
-        row = shares.loc[(way, last, "erased")]
+        row: Any = shares.loc[(way, last, "erased")]
+        alike: Any = likeness[way, last]
         bounds = ""
         if "low" in row:
-            prompts = f", n = {int(row['prompts'])} prompts" if "prompts" in row else ""
+            prompts = f", n = {_counted(row['prompts'], 'prompt')}" if "prompts" in row else ""
             bounds = f" ({percent(row['low'])} to {percent(row['high'])}{prompts})"
         share = f"{percent(row['mean'])}{bounds} of their pictures {what}"
-        parts.append(f"{way}, {share}, ordinary SSIM {likeness[way, last]:.2f}")
-    return f"After erasing {last} {kind}s: {'; '.join(parts)}."
+        parts.append(f"{way}, {share}, ordinary SSIM {number(alike)}")
+    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}."
+
+
+def _counted(count: float, name: str) -> str:
+    """`1 prompt`, `6 prompts`."""
+    return f"{number(count, 0)} {name}" + ("" if count == 1 else "s")
 
 
 # Measures of an edit → whose prompts they look at.
@@ -364,7 +391,10 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
     for measure, words in _OF_PROMPTS.items():
         if measure in by_measure:
             parts.append(_share_after(by_measure[measure], words))
-    text = f"With the edit at {arm}, the picture shows what the prompt says for {', '.join(parts)}."
+    shows = f"the picture shows what the prompt says for {', '.join(parts)}"
+    if not parts:
+        shows = "nothing is known of what the pictures show: no probe names what they could show"
+    text = f"With the edit at {arm}, {shows}."
     if leads is None or leads.empty:
         return text
     return f"{text} At telling concept and neighbors apart: {compare_words(leads)}."
@@ -385,7 +415,9 @@ def answer_edit(
         A sentence or two: what own words still show, with the number of prompts and the bound that
         so many prompts allow; and for each attack what it brought back, beside what the same attack
         brings of a concept that the model never had; and what of the neighbors is still shown.
-        "Hidden, not gone" only where the interval of the first is above that of the second.
+        "Hidden, not gone" only where the interval of the first is above that of the second. Where
+        the unedited model does not show the concept either, or has the new answer of a fact
+        already, nothing is said of the edit.
 
     Raises:
         LocogenError: The summary lacks the arm, or its own prompts.
@@ -409,36 +441,60 @@ def answer_edit(
     line = rows.iloc[0]
     comes = line.get("sign", -1) > 0
     question = f"Does {concept} get its new answer?" if comes else f"Is {concept} gone?"
-    what = "the new answer" if comes else "it"
-    parts = [f"{question} By its own words {what} is shown in {_bounded_share(line)}."]
-    again = "The old answer" if comes else "It"
-    parts += [_attack_answer(attack, again) for attack in attacks]
-    if not attacks:
-        parts.append(
-            "Nobody tried to bring it back: this says nothing of other words, nor of somebody who "
-            "tries."
-        )
+    parts = [question, *(_unanswerable(line, comes) or _edit_answer(line, comes, attacks))]
     near: Any = of_arm[of_arm["measure"] == "specificity"]
     if not near.empty:
         neighbors = near.iloc[0]
         bounds = f"{percent(neighbors['after_low'])} to {percent(neighbors['after_high'])}"
         parts.append(
             f"Its neighbors are shown in {percent(neighbors['after'])} of their pictures ({bounds},"
-            f" n = {int(neighbors['units'])}; {percent(neighbors['before'])} before)."
+            f" n = {number(neighbors['units'], 0)}; {percent(neighbors['before'])} before)."
         )
     return " ".join(parts)
 
 
+def _unanswerable(line: Any, comes: bool) -> list[str]:
+    """Why nothing can be said of an edit; empty where the unedited model had what should change."""
+    units = _counted(line["units"], "prompt")
+    if not comes and line["before"] == 0:
+        return [
+            f"Nothing can be said: the model without the edit shows it in none of the pictures of "
+            f"{units} either. Ask with prompts whose pictures show it."
+        ]
+    if comes and line["before"] >= 1:
+        return [
+            f"Nothing can be said: the model without the edit gives it in all pictures of {units}. "
+            "Ask for a fact that it does not give yet."
+        ]
+    return []
+
+
+def _edit_answer(line: Any, comes: bool, attacks: Sequence[Attack]) -> list[str]:
+    """What the edited model shows by the concept's own words, and under attacks."""
+    what = "the new answer" if comes else "it"
+    again = "The old answer" if comes else "It"
+    tried = [_attack_answer(attack, again) for attack in attacks]
+    if not attacks:
+        tried = [
+            "Nobody tried to bring it back: this says nothing of other words, nor of somebody who "
+            "tries."
+        ]
+    return [f"By its own words {what} is shown in {_bounded_share(line)}.", *tried]
+
+
 def _bounded_share(line: Any) -> str:
     """A share of prompts, and what it may be at most and at least among all such prompts."""
-    units = f"{int(line['units'])} prompts"
+    units = _counted(line["units"], "prompt")
+    # How often it was shown before the edit goes without saying only where it always was.
+    before = "" if line["before"] == 1 else f"; {percent(line['before'])} before"
     low, high = percent(line["after_low"]), percent(line["after_high"])
     if line["after"] == 0:
         return (
             f"none of the pictures of {units}: in at most {high} of such prompts, with 95 % "
-            "confidence"
+            f"confidence{before}"
         )
-    return f"{percent(line['after'])} of the pictures of {units} (between {low} and {high}, 95 %)"
+    share = percent(line["after"])
+    return f"{share} of the pictures of {units} (between {low} and {high}, 95 %{before})"
 
 
 def _attack_answer(attack: Attack, what: str) -> str:
@@ -460,7 +516,7 @@ def _attack_answer(attack: Attack, what: str) -> str:
 
 def _attacked_share(line: Any) -> str:
     bounds = f"{percent(line['low'])} to {percent(line['high'])}"
-    return f"{percent(line['after'])} ({bounds}, n = {int(line['units'])})"
+    return f"{percent(line['after'])} ({bounds}, n = {number(line['units'], 0)})"
 
 
 def _share_after(line: Mapping[Any, Any], words: str) -> str:
@@ -468,7 +524,7 @@ def _share_after(line: Mapping[Any, Any], words: str) -> str:
     bounds = ""
     if not math.isnan(line.get("after_low", math.nan)):
         low = percent(line["after_low"])
-        bounds = f"{low} to {percent(line['after_high'])}, n = {line['units']}; "
+        bounds = f"{low} to {percent(line['after_high'])}, n = {number(line['units'], 0)}; "
     return f"{percent(line['after'])} {words} ({bounds}{percent(line['before'])} before)"
 
 
@@ -480,7 +536,8 @@ def compare_words(leads: pd.DataFrame) -> str:
 
     Returns:
         "better than …", "worse than …" for intervals that leave out zero, "no clear difference
-        from …" for all others. Of each group those nearest to zero are named, at most three.
+        from …" for those that hold it, "cannot be compared with …" where there is none (NaN).
+        Of each group those nearest to zero are named, at most three.
 
     Example:
         >>> import pandas as pd
@@ -492,17 +549,25 @@ def compare_words(leads: pd.DataFrame) -> str:
         "worse than": [],
         "no clear difference from": [],
         "better than": [],
+        "cannot be compared with": [],
     }
     nearest_first = leads.iloc[leads["estimate"].abs().argsort(kind="stable")]
     for line in nearest_first.to_dict("records"):
-        words = "no clear difference from"
-        if line["low"] > 0:
-            words = "better than"
-        elif line["high"] < 0:
-            words = "worse than"
         gap = interval_text(line["estimate"], line["low"], line["high"])
-        groups[words].append(f"{line['rival']} ({gap})")
+        groups[_comparison(line)].append(f"{line['rival']} ({gap})")
     return "; ".join(f"{words} {_listed(names)}" for words, names in groups.items() if names)
+
+
+def _comparison(line: Mapping[Any, Any]) -> str:
+    """In words how something stands to a rival, by the interval of its lead."""
+    # Before the signs: comparisons with NaN are false, and would read as "no clear difference".
+    if math.isnan(line["low"]) or math.isnan(line["high"]):
+        return "cannot be compared with"
+    if line["low"] > 0:
+        return "better than"
+    if line["high"] < 0:
+        return "worse than"
+    return "no clear difference from"
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
@@ -529,6 +594,8 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
         20 20 steps are enough for 96 % of what 50 choose, in every concept: at least 95 % of the
         best effect with 4, 100 % with 20.
     """
+    if not reached:
+        return reference, f"no fewer steps than {reference} were tried."
     fewest = reference
     # From the most steps down: a small number that reaches enough by chance, below one that does
     # not, proves nothing.
@@ -542,7 +609,11 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
         steps_are = "1 step is" if fewest == 1 else f"{fewest} steps are"
         verdict = f"{steps_are} enough for {share} of what {reference} choose"
     verdict = f"{verdict}, in every concept"
-    shares = ", ".join(f"{100 * share:.0f} % with {steps}" for steps, share in reached.items())
-    return fewest, f"{verdict}: at least {shares}.".replace(
-        " % with", " % of the best effect with", 1
-    )
+    (first, least), *others = reached.items()
+    shares = [f"{_share_reached(least)} of the best effect with {first}"]
+    shares += [f"{_share_reached(share)} with {steps}" for steps, share in others]
+    return fewest, f"{verdict}: at least {', '.join(shares)}."
+
+
+def _share_reached(share: float) -> str:
+    return "an unknown share" if math.isnan(share) else percent(share)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
-from locogen.markup import number
+from locogen.markup import number, percent
 from locogen.plan import Window
 from locogen.views.sentences import describe_verdict, verdict_note
 
@@ -289,7 +289,7 @@ def _unseen(row: Mapping[str, Any]) -> str:
 def _share_of_ceiling(row: Mapping[str, Any]) -> str:
     if missing(row["share"]):
         return ""
-    return f" ({100 * row['share']:.0f} % of the ceiling)".replace("-", "−")
+    return f" ({percent(row['share'])} of the ceiling)"
 
 
 def _change(row: Mapping[str, Any], digits: int) -> str:

@@ -94,6 +94,39 @@ def test_a_model_that_does_not_hear_has_no_place() -> None:
     assert noisy.kind == "inconclusive" and "would tell" in noisy.reason
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("style", "raises the score in all layers, by 0.50 [0.4"),
+        ("fact", "lowers the score in all layers, by 0.50 [0.4"),
+    ],
+)
+def test_a_target_that_moves_the_score_the_other_way_is_heard(kind: Any, words: str) -> None:
+    swapped = verdict(planted({}, ceiling=-0.5, noise=0.02, kind=kind))
+    assert swapped.kind == "inconclusive" and words in swapped.reason
+    assert "swap prompt and target" in swapped.reason and "hardly" not in swapped.reason
+    # The twins: too little to matter on either side, and too uncertain to say.
+    for ceiling in (-0.005, 0.005):
+        assert verdict(planted({}, ceiling=ceiling, noise=0.002)).kind == "nobody"
+    uncertain = verdict(planted({}, ceiling=-0.03, noise=0.2))
+    assert uncertain.kind == "inconclusive" and "would tell" in uncertain.reason
+
+
+@pytest.mark.parametrize("scale", [1, 0.02, 1e-4])
+def test_a_clear_effect_is_heard_on_a_scale_smaller_than_cosines(scale: float) -> None:
+    def scaled(ceiling: float, **options: Any) -> Verdict:
+        table = planted({5: 0.9 * ceiling}, ceiling=ceiling, **options)
+        return verdict(table.assign(clip_score=table["clip_score"] * scale))
+
+    assert scaled(0.5).start == 5
+    swapped = scaled(-0.5)
+    assert swapped.kind == "inconclusive" and "raises the score" in swapped.reason
+    assert "by 0.00 " not in swapped.reason
+    # The twins: small beside the scores, however clear; and not clear.
+    assert scaled(0.01, noise=0.001).kind == "nobody"
+    assert scaled(0.0, noise=0.01).kind == "nobody"
+
+
 def all_or_nothing(q: float, seed: int, seeds: int) -> pd.DataFrame:
     """One window takes the whole concept in a share q of the pictures, and nothing in the others."""
     table = planted({}, ceiling=CEILING, noise=0.02, seed=seed, prompts=6, seeds=seeds)

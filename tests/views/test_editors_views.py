@@ -125,6 +125,6 @@ def test_hidden_is_said_only_where_the_attack_brings_more_than_it_teaches() -> N
     unclear = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.3, 0.1, 0.6))])
     assert "hidden, not gone" not in unclear  # the twin: the intervals overlap
     assert "does not show that it was only hidden" in unclear
-    fact = answer_edit(OWN.assign(sign=1), "layer 3", "france", [tried(back)])
+    fact = answer_edit(OWN.assign(sign=1, before=0.0), "layer 3", "france", [tried(back)])
     assert "The old answer is shown in 86 %" in fact
     assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [tried(back)])

@@ -10,6 +10,7 @@ from locogen.errors import LocogenError
 from locogen.localization.trace_effects import BestState, Sides
 from locogen.plan import Window
 from locogen.views.sentences import (
+    answer_edit,
     compare_words,
     describe_edit,
     describe_erasure,
@@ -19,7 +20,10 @@ from locogen.views.sentences import (
 )
 from locogen.views.tables import describe
 
-COMPARES = re.compile(r"\b(better|worse|lowers|raises|takes)\b")
+COMPARES = re.compile(
+    r"\b(better|worse|more|less|largest|most|fewer|enough|lowers|raises|falls|takes|back)\b"
+)
+NAN = float("nan")
 sizes = st.floats(-2, 2, allow_nan=False)
 
 
@@ -61,7 +65,34 @@ def test_a_window_without_an_interval_moves_nothing_for_sure():
 def test_noise_takes_something_only_where_the_interval_says_so(line):
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"} | line])
     best = BestState("MLP", 2, 0.3, 0.2, 0.4, share=0.75, p_value=0.01, reason="")
-    assert bool(COMPARES.search(describe_trace(total, best))) == leaves_out_zero(line)
+    words = describe_trace(total, best)
+    assert bool(COMPARES.search(words)) == leaves_out_zero(line)
+    # Only of what was taken for sure can something be a share, and of no amount below zero.
+    assert ("75 % of it" in words) == (line["low"] > 0)
+    assert not re.search(r"takes −|takes 0\.00 \[−", words)
+
+
+@given(intervals())
+def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
+    total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
+    total = total.assign(estimate=0.4, low=0.3, high=0.5)
+    words = describe_trace(total, BestState("MLP", 2, **line, share=0.75, p_value=0.01, reason=""))
+    assert ("brings back" in words) == (line["low"] > 0)
+    unknown = BestState("MLP", 2, **line, share=NAN, p_value=0.01, reason="")
+    assert not re.search(r"nan|– of it|%", describe_trace(total, unknown))
+
+
+def test_a_trace_of_one_seed_brings_nothing_back_for_sure():
+    total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
+    total = total.assign(estimate=-0.01, low=NAN, high=NAN)
+    unclear = "it is not clear that the noise changes the score"
+    best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason=unclear)
+    assert describe_trace(total, best) == (
+        "neon: the noise has no clear effect on the score (−0.01). Clean output of MLP, layer 2, "
+        "has an effect of 0.30, without an interval."
+    )
+    total = total.assign(estimate=0.4, low=0.3, high=0.5)
+    assert f"without an interval ({unclear})." in describe_trace(total, best), "the twin"
 
 
 @given(intervals())
@@ -79,6 +110,14 @@ def test_what_looked_better_by_its_mean_alone_is_no_clear_difference():
     assert compare_words(leads) == "no clear difference from all layers (0.12 [−0.48, 0.81])"
 
 
+def test_what_has_no_interval_is_not_compared():
+    rows = [("y", 0.5, 0.1, 0.9), ("x", NAN, NAN, NAN), ("z", 0.5, NAN, NAN)]
+    leads = pd.DataFrame(rows, columns=["rival", "estimate", "low", "high"])
+    words = "cannot be compared with z (0.50), x (–)"
+    assert compare_words(leads[1:]) == words
+    assert compare_words(leads) == f"better than y (0.50 [0.10, 0.90]); {words}"
+
+
 def means(**changes):
     line = {"arm": "layers 0-1", "measure": "efficacy", "quantity": "right", "units": 6}
     line |= {"before": 1.0, "after": 0.0, "after_low": 0.0, "after_high": 0.459}
@@ -94,6 +133,32 @@ def test_no_share_without_its_bound_and_count():
     words = describe_edit(both, "layers 0-1")
     assert "88 % of its neighbors (70 % to 95 %, n = 6; 90 % before)" in words
     assert "50 %" not in words
+
+
+def test_counts_are_whole_where_a_table_turned_them_into_floats():
+    line = means(units=1.0)
+    assert "46 %, n = 1; 100 % before" in describe_edit(line, "layers 0-1")
+    answer = answer_edit(line, "layers 0-1", "neon")
+    assert "pictures of 1 prompt: in at most 46 % of such prompts" in answer
+    assert "pictures of 6 prompts: in" in answer_edit(means(), "layers 0-1", "neon"), "the twin"
+
+
+def test_an_edit_without_shares_of_right_pictures_says_so():
+    words = describe_edit(means(quantity="score"), "layers 0-1")
+    assert words.startswith("With the edit at layers 0-1, nothing is known of what the pictures")
+    assert " for ." not in words
+
+
+def test_what_the_model_never_showed_is_not_gone():
+    words = answer_edit(means(before=0.0), "layers 0-1", "neon")
+    assert words.startswith("Is neon gone? Nothing can be said: the model without the edit shows")
+    assert "of 6 prompts either" in words and "Nobody tried" not in words
+    seldom = answer_edit(means(before=0.2), "layers 0-1", "neon")
+    assert "Nothing can be said" not in seldom and "95 % confidence; 20 % before." in seldom
+    # A new answer is one that the model did not give before.
+    for before, is_open in ((0.0, False), (0.5, False), (1.0, True)):
+        words = answer_edit(means(sign=1, before=before, after=1.0), "layers 0-1", "france")
+        assert ("Nothing can be said" in words) == is_open
 
 
 def test_many_rivals_are_counted_the_nearest_first():
@@ -116,6 +181,23 @@ def test_shares_of_erased_concepts_have_bounds_where_the_table_has(has_bounds):
     if has_bounds:
         words = describe_erasure(shares.assign(prompts=6), likeness, "style")
         assert "25 % (10 % to 50 %, n = 6 prompts)" in words
+
+
+def test_one_style_is_erased_and_its_likeness_may_be_unknown():
+    index = pd.MultiIndex.from_tuples([("jointly", 1, "erased")], names=["way", "count", "group"])
+    shares = pd.DataFrame({"mean": [-0.0], "low": [0.0], "high": [0.5], "prompts": 1}, index=index)
+    likeness = pd.Series([-0.001], shares.index.droplevel("group"))
+    words = describe_erasure(shares, likeness, "style")
+    assert words.startswith("After erasing 1 style: jointly, 0 % (0 % to 50 %, n = 1 prompt)")
+    assert words.endswith("ordinary SSIM 0.00.")
+    assert describe_erasure(shares, likeness * NAN, "style").endswith("ordinary SSIM –.")
+
+
+def test_steps_of_nothing():
+    assert describe_steps({}, 50, 0.9) == (50, "no fewer steps than 50 were tried.")
+    fewest, words = describe_steps({4: NAN, 20: 0.95}, 50, 0.9)
+    assert fewest == 20
+    assert words.endswith("an unknown share of the best effect with 4, 95 % with 20.")
 
 
 def test_steps_say_what_they_reach():
