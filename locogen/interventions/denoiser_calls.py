@@ -342,11 +342,7 @@ class Call:
         if self.on_brought is not None:
             self.on_brought()
         prompts, negatives = encoding.returned
-        if {id(row) for row in prompts} & {id(row) for row in negatives or ()}:
-            raise LocogenError(
-                "prompt_embeds and negative_prompt_embeds hold the same tensors, so it is unknown "
-                "which rows of the denoiser's call are the prompts': give copies (.clone())"
-            )
+        _check_apart(prompts, negatives or ())
         self.encoded(encoding)
 
     def _begin_pictures(self) -> None:
@@ -419,9 +415,9 @@ class Call:
 
     def _places_among(self, prompts: Sequence[Any]) -> list[int]:
         """Which rows of a list that the denoiser is called with are these very tensors."""
-        known = {id(row) for row in prompts}
+        of_prompts = {id(row) for row in prompts}
         called_with = self.arguments[self.family.text_argument]
-        return [place for place, row in enumerate(called_with) if id(row) in known]
+        return [place for place, row in enumerate(called_with) if id(row) in of_prompts]
 
     def _is_negative(self, prompts: Tensor) -> bool:
         """Whether the denoiser is called for a negative prompt alone."""
@@ -458,6 +454,14 @@ def bare_calls() -> Iterator[None]:
         yield
     finally:
         _bare_calls.reset(earlier)
+
+
+def _check_apart(prompts: Sequence[Any], negatives: Sequence[Any]) -> None:
+    if {id(row) for row in prompts} & {id(row) for row in negatives}:
+        raise LocogenError(
+            "prompt_embeds and negative_prompt_embeds hold the same tensors, so it is unknown "
+            "which rows of the denoiser's call are the prompts': give copies (.clone())"
+        )
 
 
 def _raised(encoding: Encoding) -> bool:

@@ -84,18 +84,15 @@ def opened(
             "--scheduler"
         )
     gpus = visible_gpus() if _use(runs, "cuda") else []
-    if scheduler is None:
-        # The workers of a scheduler are machines of their own.
-        reason = missing_device(runs)
-        if reason:
-            raise LocogenError(reason)
+    # The workers of a scheduler are machines of their own.
+    reason = missing_device(runs) if scheduler is None else ""
+    if reason:
+        raise LocogenError(reason)
     count = 1
     if name != "serial":
         # More workers than runs would only take memory.
         count = min(workers or fit_at_once(runs, len(gpus)), len(runs))
-    threads = None
-    if not os.environ.get("OMP_NUM_THREADS"):
-        threads = max(1, cores() // count)
+    threads = _threads_of_each(count)
 
     if name == "dask":
         with _dask(count, gpus, threads, scheduler) as engine:
@@ -103,6 +100,11 @@ def opened(
     else:
         with _threads(count, gpus) as executor:
             yield Engine(executor, count, threads)
+
+
+def _threads_of_each(count: int) -> int | None:
+    """Threads of the processor for each of some kernels; None: the user has said how many."""
+    return None if os.environ.get("OMP_NUM_THREADS") else max(1, cores() // count)
 
 
 def _use(runs: Sequence[Planned], *devices: str) -> bool:
@@ -132,14 +134,15 @@ def _reason_without(device: str, gpus: Sequence[str]) -> str:
         return (
             f"device is {device!r}, which is a Mac's GPU, and there is none here: use device 'cpu'"
         )
-    if kind != "cuda":
-        return ""
+    return _reason_without_gpu(device, int(number or 0), gpus) if kind == "cuda" else ""
+
+
+def _reason_without_gpu(device: str, place: int, gpus: Sequence[str]) -> str:
     if not gpus and not torch_sees("cuda"):
         return (
             f"device is {device!r}, and there is no GPU here: use device 'cpu', or start it on a "
             "machine with a GPU (nvidia-smi lists them; CUDA_VISIBLE_DEVICES hides some)"
         )
-    place = int(number or 0)
     count = len(gpus) or (torch_gpus() if place else 1)
     if place >= count:
         return (

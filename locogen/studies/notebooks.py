@@ -237,13 +237,17 @@ def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
     least = 0 if parameter["default"] == "0" else 1
     if name in _COUNTS and value < least:
         raise LocogenError(f"{name} is {value}: give a whole number from {least} up")
+    _check_amount(name, value)
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
+    _check_words(name, value)
+
+
+def _check_amount(name: str, value: Any) -> None:
     if name in _AMOUNTS and not (value >= 0 and math.isfinite(value)):
         raise LocogenError(f"{name} is {value}: give a finite number from 0 up")
     if name in _ABOVE_ZERO and not 0 < value < math.inf:
         raise LocogenError(f"{name} is {value}: give a finite number above 0")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
-    _check_words(name, value)
 
 
 def _check_words(name: str, value: Any) -> None:
