@@ -93,24 +93,23 @@ def qwen_inputs(denoiser: Module) -> dict[str, Any]:
 
 def flux2_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens, for FLUX.2."""
-    config = denoiser.config
-    inputs: dict[str, Any] = _zeros(
-        denoiser,
-        hidden_states=(1, 1, config.in_channels),
-        encoder_hidden_states=(1, 2, config.joint_attention_dim),
-        timestep=(1,),
-        txt_ids=(2, 4),
-        img_ids=(1, 4),
-    )
-    if config.guidance_embeds:
+    inputs = _flux2_tokens(denoiser)
+    if denoiser.config.guidance_embeds:
         inputs |= _zeros(denoiser, guidance=(1,))
     return inputs
 
 
 def flux3_inputs(denoiser: Module) -> dict[str, Any]:
     """One patch of picture and two text tokens, for FLUX.3; if distilled, the time it jumps to."""
+    inputs = _flux2_tokens(denoiser)
+    if denoiser.config.flow_map:
+        inputs |= _zeros(denoiser, target_timestep=(1,))
+    return inputs
+
+
+def _flux2_tokens(denoiser: Module) -> dict[str, Any]:
     config = denoiser.config
-    inputs: dict[str, Any] = _zeros(
+    return _zeros(
         denoiser,
         hidden_states=(1, 1, config.in_channels),
         encoder_hidden_states=(1, 2, config.joint_attention_dim),
@@ -118,9 +117,6 @@ def flux3_inputs(denoiser: Module) -> dict[str, Any]:
         txt_ids=(2, 4),
         img_ids=(1, 4),
     )
-    if config.flow_map:
-        inputs |= _zeros(denoiser, target_timestep=(1,))
-    return inputs
 
 
 def chroma_inputs(denoiser: Module) -> dict[str, Any]:
@@ -520,14 +516,9 @@ def fused_input(denoiser: Module, text: PromptEncoding, places: Sequence[int]) -
 # --- names in files of other tools ---------------------------------------------------------------
 
 
-def kohya_name_sd(unet: Module, module: str) -> str:
-    """A module's name in kohya's sd-scripts, for Stable Diffusion 1 and 2: that of diffusers."""
+def kohya_name_plain(denoiser: Module, module: str) -> str:
+    """A module's name for kohya's tools and ComfyUI where it is diffusers': SD 1 and 2, Qwen."""
     return "lora_unet_" + module.replace(".", "_")
-
-
-def kohya_name_qwen(denoiser: Module, module: str) -> str:
-    """A module's name in kohya's musubi-tuner and in ComfyUI, for Qwen-Image: that of diffusers."""
-    return kohya_name_sd(denoiser, module)
 
 
 def kohya_name_wan(denoiser: Module, module: str) -> str:
@@ -537,7 +528,7 @@ def kohya_name_wan(denoiser: Module, module: str) -> str:
     """
     block = module[module.index("blocks.") :]
     layer = block.replace(".attn2.to_", ".cross_attn.")
-    return kohya_name_sd(denoiser, layer)
+    return kohya_name_plain(denoiser, layer)
 
 
 def kohya_name_sdxl(unet: Module, module: str) -> str:
@@ -562,4 +553,4 @@ def kohya_name_sdxl(unet: Module, module: str) -> str:
         parts[:3] = ["middle_block", "1"]
     elif module == "add_embedding.linear_1":
         parts = ["label_emb", "0", "0"]
-    return kohya_name_sd(unet, ".".join(parts))
+    return kohya_name_plain(unet, ".".join(parts))

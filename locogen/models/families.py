@@ -285,7 +285,7 @@ _SD = Family(
     encode=texts.encode_sd,
     check=denoisers.check_unmodified,
     token_spans=texts.clip_spans,
-    kohya_name=denoisers.kohya_name_sd,
+    kohya_name=denoisers.kohya_name_plain,
 )
 _PIXART = replace(
     _SD,
@@ -458,7 +458,7 @@ FAMILIES: dict[str, Family] = {
         tokens="last_subject",
         text_projection="txt_in",
         text_projection_input=denoisers.normed_input,
-        kohya_name=denoisers.kohya_name_qwen,
+        kohya_name=denoisers.kohya_name_plain,
     ),
     "Krea2Pipeline": replace(
         _FLUX,

@@ -10,7 +10,7 @@ from support import full, tiny
 
 from locogen.editing.edit import Edit, fit_edit
 from locogen.errors import LocogenError
-from locogen.models.denoisers import kohya_name_qwen, kohya_name_sdxl, kohya_name_wan
+from locogen.models.denoisers import kohya_name_plain, kohya_name_sdxl, kohya_name_wan
 from locogen.models.families import denoiser_of, family_of
 from locogen.models.layers import find_layers
 from locogen.plan import Concept, PromptPair
@@ -179,7 +179,7 @@ def test_diffusers_turns_every_name_of_qwen_image_back() -> None:
 
     blocks = [f"transformer_blocks.{i}.attn.add_{m}_proj" for i in range(60) for m in "kv"]
     modules = [*blocks, "txt_in"]
-    names = [kohya_name_qwen(None, module) for module in modules]
+    names = [kohya_name_plain(None, module) for module in modules]
     assert names[0] == "lora_unet_transformer_blocks_0_attn_add_k_proj"
     converted = _convert_non_diffusers_qwen_lora_to_diffusers(numbered(names))
     assert len(converted) == 2 * len(names)

@@ -223,12 +223,12 @@ def stacked(
     parts, pooled = [], []
     for gradients in by_step:
         of_layers = []
-        nothing = next(iter(gradients.values())).new_zeros(())  # of a denoiser out of its turn
-        shape = next(gradients[layer].shape for layer in range(layers) if layer in gradients)
+        # Of denoisers that take turns, the layers of the other ones have no gradient at this step.
+        present = next(gradients[layer] for layer in range(layers) if layer in gradients)
+        out_of_turn = present.new_zeros(*present.shape[:2], 1)
         for layer in range(layers):
-            values = (
-                gradients.get(layer, nothing.expand(*shape[:2], 1)).detach().cpu().double().numpy()
-            )  # (rows, tokens, heads)
+            gradient = gradients.get(layer, out_of_turn)
+            values = gradient.detach().cpu().double().numpy()  # (rows, tokens, heads)
             missing = most - values.shape[2]
             of_layers.append(np.pad(values, ((0, 0), (0, 0), (0, missing))))
         parts.append(np.stack(of_layers, axis=1))  # (rows, layers, tokens, heads)
