@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image
 from support.made_up import EVIL, edited, fill_store, finish, notebook, study, swept
 
+from locogen.markup import environment
 from locogen.pages.build import build, gather
 from locogen.pages.cleaning import arrange, headings
+from locogen.pages.entries import STATES
 from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, make_album, page_limit
 from locogen.pages.exploring.explorable import explorable
 from locogen.pages.exploring.maps import maps_of
@@ -188,6 +191,16 @@ def test_the_page_says_what_it_means_and_when_it_was_made(results: Path) -> None
     assert '<time datetime="2025-01-02">' in text and "The words of this page" in text
     for name in re.findall(r'<a href="#([^"]+)">', text):
         assert f'id="{name}"' in text, f"the table of contents leads nowhere: {name}"
+
+
+@pytest.mark.parametrize("state", [state for state in STATES if state != "failed"])
+def test_every_outcome_is_explained(state: str) -> None:
+    entry = SimpleNamespace(concept="neon", kind="style", state=state)
+    shown = SimpleNamespace(entry=entry, place="layers 12-13")
+    template: Any = environment("locogen.pages").get_template("meaning.html").module
+    assert "<p>" in template.outcome(shown)
+    entry.state = "of no name"  # the twin
+    assert "<p>" not in template.outcome(shown)
 
 
 def test_a_missing_store_leaves_the_page_as_it_was(results: Path) -> None:
