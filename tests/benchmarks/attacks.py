@@ -24,7 +24,7 @@ import judge as judging
 import pandas as pd
 from edits import neighbors, styles_of, wordings, words_of
 from filelock import FileLock, Timeout
-from machine import add_machine, set_threads
+from machine import add_machine, kept, set_threads
 
 import locogen as loco
 from locogen.attacks.goal import exchanged, exchanged_colors
@@ -56,7 +56,10 @@ CARRIERS = {
     },
     "mini-b": {"neon": (0, 1), "pixel art": (14, 15), "stained glass": (13, 14)},
 }
-OTHERS = ("cat", "robot", "national animal of france", "national animal of india")
+OTHERS = (
+    *("cat", "robot", "national animal of france", "national animal of india"),
+    *("national animal of america", "national animal of thailand"),
+)
 # What is tried, by a name for the table: options of `attack`.
 ATTEMPTS: dict[str, dict[str, Any]] = {
     "inversion, 1 vector": dict(kind="inversion", vectors=1, at=[0, 25, 50, 100, 200]),
@@ -157,20 +160,23 @@ def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int,
     known = CARRIERS.get(options.model, {})
     if style in known:
         return known[style]
-    few = loco.concept(identity_of(style)).first(2)
-    run = loco.localize(
-        pipe,
-        few,
-        seeds=range(4),
-        num_inference_steps=options.steps,
-        batch_size=options.batch_size,
-        store=options.folder / "carriers",
-        progress=False,
-    )
-    best = loco.carrier(loco.effect(run.table))
-    if tuple(best):
-        return tuple(best)
-    return tuple(sorted({layer for place in best.places for layer in place}))
+
+    def find() -> list[int]:
+        few = loco.concept(identity_of(style)).first(2)
+        run = loco.localize(
+            pipe,
+            few,
+            seeds=range(4),
+            num_inference_steps=options.steps,
+            batch_size=options.batch_size,
+            store=options.folder / "carriers" / "store",
+            progress=False,
+        )
+        best = loco.carrier(loco.effect(run.table))
+        return list(best) or sorted({layer for place in best.places for layer in place})
+
+    name = f"{options.model}-{style.replace(' ', '-')}"
+    return tuple(kept(options.folder / "carriers", name, find))
 
 
 def recognized(judge: Any, concept: loco.Concept) -> dict[str, float]:

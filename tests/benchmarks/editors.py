@@ -9,7 +9,8 @@ that the model never had, which only the attack can have taught. With a placebo 
 
 A row makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures: what 400 pictures cost,
 some ten seconds of an idle core, so that the 13 concepts x 12 rows of a model take half an hour of one. To stay there,
-one wording, one seed and at most 16 units are reported: bounds count units (none of 16 says at most 21 %); and the
+16 units are reported: bounds count units (none of 16 says at most 21 %). Of a style they are objects, in one wording and
+under one seed; of an object or a fact seeds, in the same styles, because eight styles bound nothing by styles. The
 attacks are short, so that what they bring back is the least that can be: attacks.py trains longer. Each row lies
 in the folder as soon as it is done; several processes (`--threads 1`) may share it: each takes the next row that no other
 has begun. `--report` only prints what is there.
@@ -27,6 +28,7 @@ from typing import Any
 
 import edits
 import judge as judging
+import pandas as pd
 from filelock import FileLock, Timeout
 from machine import add_machine, kept, set_threads
 
@@ -63,6 +65,8 @@ FITTED, CHOOSING, REPORTING = (
 CHOOSE = 8  # objects of a style
 REPORT = 16  # other ones
 SEEDS = {True: [0], False: [30]}  # of choosing, and of reporting and attacks
+# Of what an object's or a fact's own words show: there the seed is the unit, as many as a style has objects.
+THING_SEEDS = range(30, 30 + REPORT)
 ATTACKS: dict[str, dict[str, Any]] = {
     "closed": {"kind": "closed"},
     "inversion": {"kind": "inversion", "steps": 30, "batch": 8, "at": [30]},
@@ -137,19 +141,23 @@ def style_probes(style: str, *, choosing: bool) -> list[Probe]:
 
 
 def thing_probes(concept: loco.Concept, *, choosing: bool) -> list[Probe]:
-    """An object or a fact in some styles; the unit is the style, of its neighbors the neighbor."""
+    """An object or a fact in some styles; the unit is the style (see `measured`), of its neighbors the neighbor."""
     words, answer = edits.words_of(concept)
     styles = [s for s in (CHOOSING if choosing else REPORTING) if s in edits.styles_of(answer)]
     looks = tuple(f"style of {style}" for style in world.STYLES)
     probes = []
-    for style in styles:
+    for place, style in enumerate(styles):
         texts = edits.wordings(words, style)
-        for text in texts[:4]:
+        # Reported with many seeds: each style in another wording than the one before.
+        mine, other_words = texts[:4], texts[4:8]
+        if not choosing:
+            mine, other_words = one_of(mine, place), one_of(other_words, place)
+        for text in mine:
             probes.append(Probe("efficacy", text, answer, world.OBJECTS, unit=style))
-        for text in texts[4:8]:
+        for text in other_words:
             probes.append(Probe("generality", text, answer, world.OBJECTS, unit=style))
         if style != "plain":
-            for text in texts[:4]:
+            for text in mine:
                 probes.append(Probe("rest", text, f"style of {style}", looks, unit=style))
     others = [other for other in world.OBJECTS if other != answer][choosing::2]
     for place, other in enumerate(others):
@@ -158,6 +166,11 @@ def thing_probes(concept: loco.Concept, *, choosing: bool) -> list[Probe]:
             text = edits.wordings(other, shown[place % len(shown)])[0]
             probes.append(Probe("specificity", text, other, world.OBJECTS, unit=other))
     return probes
+
+
+def one_of(texts: list[str], place: int) -> list[str]:
+    """The texts in turn; none of none."""
+    return texts and [texts[place % len(texts)]]
 
 
 def attacked(concept: loco.Concept) -> tuple[loco.Concept, list[Probe]]:
@@ -279,13 +292,27 @@ def study(
         return row
     best = min(tried, key=lambda name: cost(tried[name]))
     edit, strength, seconds = fitted[best]
-    probes = probes_of(concept, choosing=False)
-    table = loco.evaluate(
-        pipe, {best: edit}, probes, seeds=SEEDS[False], strength=strength, **common
-    )
+    table = measured(pipe, concept, {best: edit}, strength=strength, **common)
     row |= {"settings": best, "chosen among": tried, "seconds": seconds, "KB": size_of(edit)}
     row |= {"measures": shares(table)}
     return row | {"attacks": attacks_on(pipe, judge, concept, edit, strength, options)}
+
+
+def measured(pipe: Any, concept: loco.Concept, arms: dict[str, Any], **common: Any) -> pd.DataFrame:
+    """The reported prompts; of an object or a fact each with many seeds, which are its units.
+
+    A world of eight styles bounds nothing by styles: so many seeds do, of pictures in the same styles.
+    """
+    probes = probes_of(concept, choosing=False)
+    if concept.kind == "style":
+        return loco.evaluate(pipe, arms, probes, seeds=SEEDS[False], **common)
+    near = [probe for probe in probes if probe.measure == "specificity"]
+    mine = [probe for probe in probes if probe.measure != "specificity"]
+    tables = [
+        edits.by_seeds(loco.evaluate(pipe, arms, mine, seeds=THING_SEEDS, **common)),
+        loco.evaluate(pipe, arms, near, seeds=SEEDS[False], **common),
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 def size_of(edit: Any) -> float | None:
@@ -322,7 +349,7 @@ def attacks_on(
                 edit,
                 training=concept.pairs,
                 held_out=probes,
-                seeds=SEEDS[False],
+                seeds=SEEDS[False] if concept.kind == "style" else THING_SEEDS,
                 scorer=judge,
                 never_had=loco.NeverHad(),
                 strength=strength,
@@ -335,6 +362,8 @@ def attacks_on(
         except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
             results[name] = {"refused": str(error)}
             continue
+        if concept.kind != "style":
+            found = dataclasses.replace(found, table=edits.by_seeds(found.table))
         lines: Any = found.summary()[names]
         seconds = time.perf_counter() - start
         results[name] = {"lines": lines.to_dict("records"), "seconds": seconds}

@@ -208,6 +208,14 @@ def places(
     return {f"layers {', '.join(map(str, both))} (no single window)": both}
 
 
+def by_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of an evaluation or an attack with its seeds as units.
+
+    For few prompts that are not drawn from many: intervals then speak of further seeds of the same prompts.
+    """
+    return table.assign(unit="seed " + table["seed"].astype(str), seed=0)
+
+
 def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Shares of right pictures: {arm: {measure: before, after, interval and change}}."""
     lines = summary(table).query("quantity == 'right' or quantity == 'ssim'")

@@ -3,22 +3,35 @@
 For each concept some edits (VARIANTS) are tried on choosing prompts: is it gone by its own words, do its neighbors stay,
 and how often does one trained token vector bring it back? Only edits that pass the first two are attacked. The best one
 and the carrier's plain edit are then reported: other objects (of an object: other styles), other seeds, and another
-training, beside what the attack teaches a model that never had the concept, and beside a placebo of the same size. The
-unit of every interval is the object (the style). Each edit and each attack lies in the folder when it is done, so that a
-second call only counts. With `--threads 1` an edit takes a core about half a minute, a report about six.
+training, beside what the attack teaches a model that never had the concept, and beside a placebo of the same size. Each
+edit and each attack lies in the folder when it is done, so that a second call only counts.
+
+The unit of every interval is the object: of a style 28 are reported on, so that none of them says at most 12 %. A world of
+eight styles bounds nothing by styles: of an object or a fact the unit is the seed, 28 as well, and its intervals speak of
+further seeds in the same styles.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import judge as judging
-from attacks import OTHERS, carrier_of, concept_of, identity_of
-from edits import in_styles, in_wordings, neighbors, rates, styles_of, words_of
+import pandas as pd
+from attacks import OTHERS, STYLES_LEARNED, carrier_of, concept_of, identity_of
+from edits import (
+    by_seeds,
+    in_styles,
+    in_wordings,
+    neighbors,
+    rates,
+    styles_of,
+    wordings,
+    words_of,
+)
 from machine import add_machine, kept, set_threads
 
 import locogen as loco
@@ -32,6 +45,8 @@ SHARE = 0.9  # of what the target does: the layers that attribution names for it
 CHOSEN_STEPS, REPORTED_STEPS = (25,), (25, 200)  # of the attack: looked at after so many
 HARDENING_STEPS = 25
 CHOSEN_SEEDS, REPORTED_SEEDS = (0,), (30, 31)
+# Of what an object's or a fact's own words show: there the seed is the unit.
+THING_SEEDS = {"chosen": tuple(range(6)), "reported": tuple(range(30, 58))}
 # Other styles in which an object is looked at as a neighbor.
 NEIGHBORS = {"chosen": 2, "reported": 4}
 
@@ -57,7 +72,7 @@ INPUT = {"tokens": "all", "ridge": 10.0, "preserve_weight": 0.03}
 OUTPUT = {"tokens": "all", "ridge": 0.001, "preserve_weight": 0.3, "side": "output"}
 PLAIN = "carrier"  # the edit that attacks.py attacks
 VALUES = {"matrices": "v"}
-LESS = {"preserve_weight": 0.003}
+LESS, MORE = {"preserve_weight": 0.003}, {"preserve_weight": 3.0}
 VARIANTS: dict[str, Variant] = {
     PLAIN: Variant(options=INPUT),
     "3 rounds in closed form": Variant(options=INPUT | {"rounds": 3}),
@@ -79,6 +94,16 @@ VARIANTS: dict[str, Variant] = {
         "all", OUTPUT | VALUES, phrased="many"
     ),
     "all layers, outputs of values, 2 trained rounds": Variant("all", OUTPUT | VALUES, rounds=2),
+    "many phrasings, 2 trained rounds, more preserved": Variant(
+        options=INPUT | {"preserve_weight": 0.3}, phrased="many", rounds=2
+    ),
+    "outputs of values, many phrasings": Variant(options=OUTPUT | VALUES, phrased="many"),
+    "all layers, outputs of values, many phrasings, more preserved": Variant(
+        "all", OUTPUT | VALUES | MORE, phrased="many"
+    ),
+    "all layers, outputs of values, 2 trained rounds, more preserved": Variant(
+        "all", OUTPUT | VALUES | MORE, rounds=2
+    ),
 }
 
 
@@ -101,18 +126,25 @@ class Subject:
     own: dict[str, list[Probe]]
     near: dict[str, list[Probe]]
 
+    @property
+    def is_style(self) -> bool:
+        return self.concept.kind == "style"
+
 
 def subject_of(name: str) -> Subject:
     return style_subject(name) if name in world.STYLES else thing_subject(name)
 
 
 def style_subject(style: str) -> Subject:
-    """Of every three objects one is learned from, one chooses, and one is reported on."""
+    """Of every three objects one is learned from by attacks and chooses, and two are reported on."""
     shown = [thing for thing in world.OBJECTS if style in styles_of(thing)]
-    parts = {"learned": shown[::3], "chosen": shown[1::3], "reported": shown[2::3]}
+    parts = {
+        "chosen": shown[::3],
+        "reported": [thing for place, thing in enumerate(shown) if place % 3],
+    }
     pairs = [
         loco.PromptPair(world.prompt(thing, style), world.prompt(thing))
-        for thing in parts["learned"]
+        for thing in parts["chosen"]
     ]
     others = tuple(other for other in world.STYLES[1:] if other != style)
     concept = loco.Concept(style, "style", tuple(pairs), neighbors=others)
@@ -142,19 +174,26 @@ def style_subject(style: str) -> Subject:
 
 
 def thing_subject(name: str) -> Subject:
-    """An object or a fact: some styles are learned from; of the others two choose, two are reported on."""
-    concept, probes = concept_of(name)
-    _, answer = words_of(concept)
-    styles = list(dict.fromkeys(probe.unit for probe in probes))
-    parts = {"chosen": styles[::2], "reported": styles[1::2]}
+    """An object or a fact: some styles are learned from by attacks and choose, the others are reported on."""
+    concept, _ = concept_of(name)
+    words, answer = words_of(concept)
+    learned = [world.STYLES[place] for place in STYLES_LEARNED]
+    shown = {
+        "chosen": [style for style in styles_of(answer) if style in learned],
+        "reported": [style for style in styles_of(answer) if style not in learned],
+    }
     own, near = {}, {}
     others = [thing for thing in world.OBJECTS if thing != answer]
-    for part, turn in (("chosen", 0), ("reported", 1)):
-        own[part] = [probe for probe in probes if probe.unit in parts[part]]
+    for turn, (part, styles) in enumerate(shown.items()):
+        # Each style in another wording than the one before.
+        texts = [wordings(words, style)[4 * (n % 3)] for n, style in enumerate(styles)]
+        own[part] = [
+            Probe("efficacy", text, answer, world.OBJECTS, unit=style)
+            for text, style in zip(texts, styles, strict=True)
+        ]
         near[part] = []
         for number, thing in enumerate(others[turn::2]):
-            style = parts[part][number % len(parts[part])]
-            text = world.prompt(thing, style)
+            text = world.prompt(thing, styles[number % len(styles)])
             near[part].append(Probe("specificity", text, thing, world.OBJECTS, unit=thing))
     return Subject(name, concept, own, near)
 
@@ -228,18 +267,31 @@ def words_and_neighbors(
     options: Any,
 ) -> dict[str, Any]:
     """What is left by its own words, and of its neighbors."""
-    table = loco.evaluate(
-        pipe,
-        {"edit": edit},
-        subject.own[part] + subject.near[part],
-        seeds=seeds,
-        scorer=judge,
-        store=options.folder / "store",
-        num_inference_steps=options.steps,
-        batch_size=options.batch_size,
-        progress=False,
-    )
-    return rates(table)["edit"]
+    tables = []
+    for probes, few in (
+        (subject.own[part], seeds_of(subject, part, seeds)),
+        (subject.near[part], seeds),
+    ):
+        table = loco.evaluate(
+            pipe,
+            {"edit": edit},
+            probes,
+            seeds=few,
+            scorer=judge,
+            store=options.folder / "store",
+            num_inference_steps=options.steps,
+            batch_size=options.batch_size,
+            progress=False,
+        )
+        tables.append(table)
+    if not subject.is_style:
+        tables[0] = by_seeds(tables[0])
+    return rates(pd.concat(tables, ignore_index=True))["edit"]
+
+
+def seeds_of(subject: Subject, part: str, seeds: Sequence[int]) -> Sequence[int]:
+    """The seeds of its own words' pictures."""
+    return seeds if subject.is_style else THING_SEEDS[part]
 
 
 def attacked(
@@ -259,6 +311,8 @@ def attacked(
         progress=False,
         **given,
     )
+    if not subject.is_style:
+        found = replace(found, table=by_seeds(found.table))
     scores: Any = found.table.groupby(["model", "strength"], sort=False)["after"].mean()
     lines = found.summary().to_dict("records")
     return [line | {"score": scores[line["model"], line["strength"]]} for line in lines]
@@ -272,7 +326,8 @@ def tried(
     lines = words_and_neighbors(pipe, judge, subject, edit, "chosen", CHOSEN_SEEDS, options)
     result = {"layers": list(edit.layers), "lines": lines}
     if passes(lines) or name == PLAIN:
-        given = dict(kind="inversion", at=CHOSEN_STEPS, seeds=CHOSEN_SEEDS, models=["edited"])
+        few = seeds_of(subject, "chosen", CHOSEN_SEEDS)
+        given = dict(kind="inversion", at=CHOSEN_STEPS, seeds=few, models=["edited"])
         result["attack"] = attacked(pipe, judge, subject, edit, "chosen", options, **given)
     return result
 
@@ -297,7 +352,8 @@ def reported(
     lines = words_and_neighbors(pipe, judge, subject, edit, "reported", REPORTED_SEEDS, options)
     result: dict[str, Any] = {"lines": lines, "attacks": {}}
     for kind in options.attacks:
-        given: dict[str, Any] = dict(kind=kind, seeds=REPORTED_SEEDS, seed=1, models=options.models)
+        many = seeds_of(subject, "reported", REPORTED_SEEDS)
+        given: dict[str, Any] = dict(kind=kind, seeds=many, seed=1, models=options.models)
         if kind == "inversion":
             given["at"] = REPORTED_STEPS
 
