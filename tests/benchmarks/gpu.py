@@ -32,6 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import locogen as loco
 from locogen.plan import Intervention
 
+START = time.perf_counter()
+
 
 def done(device: str) -> None:
     if device == "cuda":
@@ -50,6 +52,11 @@ def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
     """Floating-point operations a second of a large matrix product, the best of ten."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+
+
+def say(stage: str) -> None:
+    """What comes next, and how long the script has run: a call that is stopped then says where."""
+    print(f"{time.perf_counter() - START:5.0f} s  {stage}", file=sys.stderr, flush=True)
 
 
 def plan_of(rows: int) -> list[Intervention]:
@@ -93,20 +100,25 @@ def profile(job: Callable[[], Any], device: str) -> str:
 
 
 def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    say(f"building {name}")
     pipe = tiny.quiet(fullsize.pipeline(name, chosen.device, torch.float32, chosen.tiny))
     make = bench.published(pipe, chosen.steps)
     rows = plan_of(chosen.sample)
+    say("pictures as published")
     make(rows[0])
     slow = statistics.median(timed(lambda row=row: make(row), chosen.device) for row in rows)
     pipe.to(chosen.device, torch.bfloat16)
     size = chosen.batch_size
     pipe.vae.enable_slicing()  # or decoding so many at once would take more than denoising them
+    say("a batch of one step, and its operations")
     call(pipe, size, 1)
     flops = flops_of(pipe, size, 1) * chosen.steps  # the first call of a step is like any other
     with loco.speed(pipe, chosen.mode, batch_size=size) as pace:
         if chosen.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        say("the first batch within speed()")
         call(pipe, size, chosen.steps)
+        say("batches that are timed")
         fast = (
             statistics.median(
                 timed(lambda: call(pipe, size, chosen.steps), chosen.device)
@@ -115,6 +127,7 @@ def model_row(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
             / size
         )
         peak = torch.cuda.max_memory_allocated() if chosen.device == "cuda" else 0
+        say("a profile")
         slowest = profile(lambda: call(pipe, size, 1), chosen.device)
     rate = matrix_rate(chosen.device, torch.bfloat16, 256 if chosen.tiny else 8192)
     return {

@@ -353,15 +353,19 @@ def reported(
     result: dict[str, Any] = {"lines": lines, "attacks": {}}
     for kind in options.attacks:
         many = seeds_of(subject, "reported", REPORTED_SEEDS)
-        given: dict[str, Any] = dict(kind=kind, seeds=many, seed=1, models=options.models)
+        given: dict[str, Any] = dict(kind=kind, seeds=many, seed=1)
         if kind == "inversion":
             given["at"] = REPORTED_STEPS
+        result["attacks"][kind] = []
+        for model in options.models:
 
-        def measure(given: dict[str, Any] = given) -> list[dict[str, Any]]:
-            return attacked(pipe, judge, subject, edit, "reported", options, **given)
+            def measure(model: str = model, given: dict[str, Any] = given) -> list[dict[str, Any]]:
+                return attacked(
+                    pipe, judge, subject, edit, "reported", options, models=[model], **given
+                )
 
-        file = f"{subject.name}-{name}-{kind}-{'-'.join(options.models)}".replace(" ", "_")
-        result["attacks"][kind] = kept(options.folder / "reported", file, measure)
+            file = f"{subject.name}-{name}-{kind}-{model}".replace(" ", "_")
+            result["attacks"][kind] += kept(options.folder / "reported", file, measure)
     return result
 
 
