@@ -15,7 +15,6 @@ from support import tiny
 from support.verbs import (
     CONCEPT,
     FAST,
-    PAIRS,
     SCORED,
     VERBS,
     edit_of,
@@ -74,6 +73,7 @@ def test_an_empty_plan_is_the_plain_call_to_the_bit(name):
     pipe = on_card(name)
     plan = rows(pipe, ())
     plain = as_array(pipe, plan)
+    assert np.array_equal(as_array(pipe, plan), plain), "the card makes another picture each time"
     with intervene(pipe, plan):
         assert np.array_equal(as_array(pipe, plan), plain)
     with intervene(pipe, changed := rows(pipe)):  # the twin: a plan that changes something
@@ -136,8 +136,7 @@ def test_offloaded_weights(name, how):
     if refused(name, "localize"):
         return
     loco.localize(pipe, CONCEPT, window=len(find_layers(pipe)) - 1, **SCORED)
-    edit = loco.fit_edit(pipe, CONCEPT, layers=(0, 1), phrasings=PAIRS)
-    with edit.applied(pipe):
+    with edit_of(pipe).applied(pipe):
         loco.generate(pipe, ["a cat in b"], **FAST)
 
 

@@ -168,7 +168,16 @@ def clamp(
             index, matrix = place
             layer = layers[index]
             columns = family.columns(layer.module)[matrix]
-            change = _Clamp(layer, place, neurons[place], scale, means.get(place), clock, columns)
+            change = _Clamp(
+                layer,
+                place,
+                neurons[place],
+                scale,
+                means.get(place),
+                clock,
+                columns,
+                masks_padding=family.layer_mask is not None,
+            )
             # After the matrix: a neuron is one of its output channels (Basu et al. 2024, section
             # 6).
             hooks.append(after(module, change, f"to_{matrix} of {layer.label}"))
@@ -270,6 +279,7 @@ class _Clamp:
     means: Tensor | None  # (tokens, selected channels)
     clock: _Clock
     columns: slice  # those of the matrix' output that are keys or values
+    masks_padding: bool  # whether layers do not read the padding, which stands behind the text
 
     def __call__(self, module: Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         call = self.clock.call
@@ -293,6 +303,10 @@ class _Clamp:
 
     def _means_on(self, device: Any, tokens: int) -> Tensor:
         assert self.means is not None
+        if self.masks_padding and len(self.means) > tokens:
+            # Qwen-Image's own call pads no further than to its longest prompt: what it lacks is
+            # padding, and the positions before are the same.
+            return self.means[:tokens].to(device)
         if len(self.means) != tokens:
             raise LocogenError(
                 f"{self.place} reads {tokens} tokens, and its means are of {len(self.means)}: "

@@ -377,8 +377,8 @@ def _autocast(denoiser: Module, device: str, half: str) -> Iterator[None]:
             output = forward(*args, **kwargs)
         # The scheduler goes on in float32.
         if isinstance(output, tuple):
-            return tuple(each.float() for each in output)
-        return type(output)(sample=output.sample.float())
+            return _in_float32(output)
+        return type(output)(sample=_in_float32(output.sample))
 
     denoiser.forward = cast
     try:
@@ -388,6 +388,13 @@ def _autocast(denoiser: Module, device: str, half: str) -> Iterator[None]:
             del denoiser.forward
         else:
             denoiser.forward = shadow
+
+
+def _in_float32(output: Any) -> Any:
+    """A tensor in float32, or all that lie in tuples and lists: Z-Image's output is a list."""
+    if isinstance(output, (tuple, list)):
+        return type(output)(_in_float32(each) for each in output)
+    return output.float()
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from support import tiny
 
+from locogen.editing.neurons import find_neurons
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.denoiser_calls import following
@@ -15,11 +16,14 @@ from locogen.interventions.prompts import active_contexts, foreign_hooks, genera
 from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.pictures import runs
-from locogen.plan import Intervention
+from locogen.pictures.runs import generate
+from locogen.plan import Concept, Intervention, PromptPair
 
 PROMPTS = ["cat in a", "dog in c"]
 SOME = Selection({(2, "k"): (0, 5), (2, "v"): (1, 3), (9, "v"): (0, 7)})
 STEPS = 3
+PAIRS = [("a cat in b", "a dog in b"), ("cat", "dog")]
+CAT = Concept("cat", "style", (PromptPair("a cat in b", "a b"),))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +208,30 @@ def test_clamps_can_be_nested(pipe):
         together = pictures(pipe)
     with clamp(pipe, halves[0], to="zero"), clamp(pipe, halves[1], to="zero"):
         assert np.array_equal(pictures(pipe), together)
+
+
+@pytest.mark.slow
+def test_a_call_that_pads_less_is_clamped_as_one_that_pads_more(tmp_path):
+    """`generate` pads Qwen-Image's prompts, its own call does not: means are of the padded ones."""
+    pipe = tiny.qwen_image()
+    neurons = find_neurons(pipe, CAT, layers=(0, 1), phrasings=PAIRS)
+    options = {"num_inference_steps": 2, "progress": False}
+    size = {
+        name: value for name, value in family_of(pipe).options(pipe).items() if "prompt" not in name
+    }
+
+    def own_call():
+        row = [Intervention("a cat in b", "a cat in b", (), 0)]
+        made = pipe("a cat in b", generator=generators(row), num_inference_steps=2, **size)
+        return np.asarray(made.images[0], int)
+
+    plain = own_call()
+    with clamp(pipe, neurons.top(8)):
+        run = generate(pipe, ["a cat in b"], seeds=[0], guidance_scale=1.0, store=None, **options)
+        clamped = own_call()
+        expected = np.asarray(run.pictures[0], int)
+    assert np.abs(clamped - expected).max() <= 1
+    assert np.abs(plain - expected).max() > 1  # the twin: without the clamp it is another picture
 
 
 def test_fused_or_exchanged_matrices_are_refused():

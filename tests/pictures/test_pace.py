@@ -49,6 +49,17 @@ def pixels(run: Run):
     return np.stack([np.asarray(picture) for picture in run.pictures]).astype(int)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # torch's
+@pytest.mark.parametrize("name", tiny.fast("z-image", of=tiny.FAMILIES))
+def test_half_precision_serves_every_denoiser(name):
+    """Whatever its output is made of: Z-Image's is a list."""
+    pipe = tiny.FAMILIES[name]()
+    plain = pixels(generate(pipe, ["a cat in b"], store=None, **FAST))
+    with pace.applied(pipe, Way(half="bfloat16")):
+        half = pixels(generate(pipe, ["a cat in b"], store=None, **FAST))
+    assert not np.array_equal(plain, half)
+
+
 def state(pipe):
     return [
         (p.data_ptr() if p.dim() < 4 else 0, p.dtype, p.stride()) for p in pipe.unet.parameters()
