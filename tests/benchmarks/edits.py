@@ -213,7 +213,9 @@ def by_seeds(table: pd.DataFrame) -> pd.DataFrame:
 
     For few prompts that are not drawn from many: intervals then speak of further seeds of the same prompts.
     """
-    return table.assign(unit="seed " + table["seed"].astype(str), seed=0)
+    seeds = "seed " + table["seed"].astype(str)
+    # With the seed in the prompt, so that pictures are still counted one by one.
+    return table.assign(unit=seeds, prompt=table["prompt"] + ", " + seeds, seed=0)
 
 
 def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:

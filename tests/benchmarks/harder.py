@@ -1,8 +1,8 @@
 """Which edit holds for someone who tries? `python tests/benchmarks/harder.py` tries edits of the mini model.
 
 For each concept some edits (VARIANTS) are tried on choosing prompts: is it gone by its own words, do its neighbors stay,
-and how often does one trained token vector bring it back? Only edits that pass the first two are attacked. The best one
-and the carrier's plain edit are then reported: other objects (of an object: other styles), other seeds, and another
+and how often does one trained token vector bring it back? Only edits that pass the first two are attacked, for 25 steps and
+again for 100, which choose. The best one and the carrier's plain edit are then reported: other objects (of an object: other styles), other seeds, and another
 training, beside what the attack teaches a model that never had the concept, and beside a placebo of the same size. Each
 edit and each attack lies in the folder when it is done, so that a second call only counts.
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from locogen.phrasings import Phrasing, default_phrasings
 GONE, LOST = 1 / 8, 0.02  # bars on choosing prompts: shown by own words, lost of the neighbors
 SHARE = 0.9  # of what the target does: the layers that attribution names for it
 CHOSEN_STEPS, REPORTED_STEPS = (25,), (25, 200)  # of the attack: looked at after so many
+LONGER_STEPS = (100,)  # of the attack by which the best edit is chosen
 HARDENING_STEPS = 25
 CHOSEN_SEEDS, REPORTED_SEEDS = (0,), (30, 31)
 # Of what an object's or a fact's own words show: there the seed is the unit.
@@ -332,13 +334,27 @@ def tried(
     return result
 
 
+def attacked_longer(
+    pipe: Any, judge: Any, subject: Subject, name: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A longer attack on an edit that passes: some hold for 25 steps and not for more."""
+    edit = fitted(pipe, subject, VARIANTS[name], options)
+    few = seeds_of(subject, "chosen", CHOSEN_SEEDS)
+    given = dict(kind="inversion", at=LONGER_STEPS, seeds=few, models=["edited"])
+    return attacked(pipe, judge, subject, edit, "chosen", options, **given)
+
+
 def passes(lines: dict[str, Any]) -> bool:
     return lines["efficacy"]["after"] <= GONE and lines["specificity"]["change"] >= -LOST
 
 
 def best_of(results: dict[str, Any]) -> str:
     """The edit from which least comes back: fewest pictures, then the lowest mean probability."""
-    good = {n: r["attack"][-1] for n, r in results.items() if passes(r["lines"])}
+    good = {
+        name: result.get("longer", result["attack"])[-1]
+        for name, result in results.items()
+        if passes(result["lines"])
+    }
     if not good:
         return PLAIN
     return min(good, key=lambda n: (good[n]["after"], good[n]["score"]))
@@ -374,13 +390,14 @@ def reported(
 
 def tried_line(subject: str, name: str, result: dict[str, Any]) -> str:
     own, near = result["lines"]["efficacy"], result["lines"]["specificity"]
-    back = "not attacked"
-    if "attack" in result:
-        line = result["attack"][-1]
-        back = f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
+    back = [came_back(result[kind][-1]) if kind in result else "–" for kind in ("attack", "longer")]
     layers = ", ".join(map(str, result["layers"])) if len(result["layers"]) < 16 else "all"
     parts = [subject, name, layers, f"{own['after']:.0%} (≤ {own['after_high']:.0%})"]
-    return f"| {' | '.join([*parts, points(near), back])} |"
+    return f"| {' | '.join([*parts, points(near), *back])} |"
+
+
+def came_back(line: dict[str, Any]) -> str:
+    return f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
 
 
 def points(near: dict[str, Any]) -> str:
@@ -395,16 +412,17 @@ def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]
         for strength in dict.fromkeys(row["strength"] for row in rows):
             by_model = {row["model"]: row for row in rows if row["strength"] == strength}
             cells = [
-                f"{by_model[m]['after']:.0%} [{by_model[m]['low']:.0%}, {by_model[m]['high']:.0%}]"
-                if m in by_model
-                else "–"
-                for m in ("edited", "never had", "placebo")
+                came_back(by_model[model]) if model in by_model else "–"
+                for model in ("edited", "never had", "placebo")
             ]
             lines.append(f"| {' | '.join([*head, f'{kind}, {strength}', *cells])} |")
     return lines
 
 
-TRIED = "| concept | edit | layers | own words | neighbors, points | after 25 steps of inversion |\n|---|---|---|---|---|---|"
+TRIED = (
+    "| concept | edit | layers | own words | neighbors, points | after 25 steps of inversion | 100 |"
+    "\n|---|---|---|---|---|---|---|"
+)
 REPORTED = (
     "| concept | edit | own words | neighbors, points | attack | edited | never had | placebo |"
     "\n|---|---|---|---|---|---|---|---|"
@@ -425,6 +443,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="*", default=["edited", "never had", "placebo"], help="of the report"
     )
+    parser.add_argument("--short", action="store_true", help="attack for 25 steps alone")
     parser.add_argument("--choose-only", action="store_true", help="leave out the report")
     add_machine(parser)
     options = parser.parse_args()
@@ -433,24 +452,31 @@ def main() -> None:
     judge = judging.JudgeScorer(judging.train(options.judge))
     for name in options.only:
         subject = subject_of(name)
-        print(f"\n{len(options.variants)} edits of {name}, on choosing prompts\n\n{TRIED}")
-        results = {}
-        for variant in options.variants:
-            file = f"{name}-{variant}".replace(" ", "_")
-            results[variant] = kept(
-                options.folder / "tried",
-                file,
-                lambda v=variant: tried(pipe, judge, subject, v, options),  # noqa: B023
-            )
-            print(tried_line(name, variant, results[variant]), flush=True)
-        best = best_of(results)
+        best = best_of(all_tried(pipe, judge, subject, options))
         print(f"\nBest of them: {best}", flush=True)
-        if options.choose_only:
-            continue
-        print(f"\nOn reported prompts\n\n{REPORTED}", flush=True)
-        for variant in dict.fromkeys([best, PLAIN]):
-            lines = reported_lines(name, variant, reported(pipe, judge, subject, variant, options))
-            print(*lines, sep="\n", flush=True)
+        if not options.choose_only:
+            print(f"\nOn reported prompts\n\n{REPORTED}", flush=True)
+            for variant in dict.fromkeys([best, PLAIN]):
+                result = reported(pipe, judge, subject, variant, options)
+                print(*reported_lines(name, variant, result), sep="\n", flush=True)
+
+
+def all_tried(
+    pipe: Any, judge: Any, subject: Subject, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Every edit on the choosing prompts, printed as it is done."""
+    print(f"\n{len(options.variants)} edits of {subject.name}, on choosing prompts\n\n{TRIED}")
+    results: dict[str, Any] = {}
+    for variant in options.variants:
+        file = f"{subject.name}-{variant}".replace(" ", "_")
+        try_out = partial(tried, pipe, judge, subject, variant, options)
+        result = kept(options.folder / "tried", file, try_out)
+        if passes(result["lines"]) and not options.short:
+            attack_longer = partial(attacked_longer, pipe, judge, subject, variant, options)
+            result["longer"] = kept(options.folder / "longer", file, attack_longer)
+        results[variant] = result
+        print(tried_line(subject.name, variant, result), flush=True)
+    return results
 
 
 if __name__ == "__main__":
