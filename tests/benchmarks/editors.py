@@ -23,6 +23,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,68 @@ def came_back(result: dict[str, Any]) -> str:
     return f"{back['after']:.0%} [{back['low']:.0%}, {back['high']:.0%}]{control}"
 
 
+# Columns of the table over all concepts, by what was measured: shares that are left, or points that were lost.
+LEFT = {"own words": "efficacy", "other words": "generality"}
+LOST = {"neighbors": "specificity", "rest of the prompt": "rest"}
+
+
+def over_concepts(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
+    """The same table over all concepts that every editor's row is there of: their means, the unit is the concept."""
+    names = list(dict.fromkeys(editor for _, editor in rows))
+    concepts = [
+        identity
+        for identity in dict.fromkeys(identity for identity, _ in rows)
+        if all("measures" in rows.get((identity, editor), {}) for editor in names)
+    ]
+    if len(concepts) < 2:
+        return []
+    head = ["editor", *LEFT, *LOST, *ATTACKS]
+    lines = [f"\nOver {len(concepts)} concepts: {', '.join(concepts)}\n", row_of(head)]
+    lines.append("|---" * len(head) + "|")
+    for editor in names:
+        means = means_of({identity: rows[identity, editor] for identity in concepts})
+        cells = [editor, *[left(means.get(name)) for name in LEFT.values()]]
+        cells += [lost(means[name]) for name in LOST.values()]
+        for attack in ATTACKS:
+            taught = means.get(f"{attack}, never had")
+            control = "" if taught is None else f" (never had: {taught['after']:.0%})"
+            cells.append(left(means.get(attack)) + control)
+        lines.append(row_of(cells))
+    return lines
+
+
+def row_of(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def means_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One editor's shares before and after over concepts, with intervals, by what was measured."""
+    lines = []
+    for identity, row in rows.items():
+        unit = {"arm": "editor", "unit": identity, "prompt": identity, "seed": 0, "sign": -1}
+        shares = {name: (line["before"], line["after"]) for name, line in row["measures"].items()}
+        for attack, result in row["attacks"].items():
+            for line in result.get("lines", ()):
+                control = "" if line["model"] == "edited" else f", {line['model']}"
+                shares[attack + control] = (line["before"], line["after"])
+        for measure, (before, after) in shares.items():
+            values = dict(before=before, after=after, right_before=before, right_after=after)
+            lines.append(unit | values | {"measure": measure})
+    means = loco.summary(pd.DataFrame(lines)).query("quantity == 'right'")
+    return {line["measure"]: line for line in means.to_dict("records")}
+
+
+def left(line: dict[str, Any] | None) -> str:
+    """A share that is left; of fewer concepts where an attack was refused on some."""
+    if line is None:
+        return "–"
+    return f"{line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}]"
+
+
+def lost(line: dict[str, Any]) -> str:
+    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
+
+
 # --- all of them ---------------------------------------------------------------------------------
 
 
@@ -439,27 +502,30 @@ def main() -> None:
     rows.mkdir(parents=True, exist_ok=True)
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     cells = [(identity, editor) for identity in options.only for editor in options.editors]
+    table = {}
     if options.report:
         for identity, editor in cells:
-            name = f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
-            if (rows / f"{name}.json").exists():
-                print(said(identity, editor, kept(rows, name, dict)))
+            if (rows / f"{file_name(identity, editor)}.json").exists():
+                table[identity, editor] = kept(rows, file_name(identity, editor), dict)
+                print(said(identity, editor, table[identity, editor]))
+        print(*over_concepts(table), sep="\n")
         return
     set_threads(options)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
     for identity, editor in cells:
-        name = f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
-
-        def measure(identity: str = identity, editor: str = editor) -> dict[str, Any]:
-            return study(pipe, judge, identity, editor, options)
-
+        measure = partial(study, pipe, judge, identity, editor, options)
         try:
-            with FileLock(rows / f"{name}.lock", timeout=0):
-                row = kept(rows, name, measure)
+            with FileLock(rows / f"{file_name(identity, editor)}.lock", timeout=0):
+                table[identity, editor] = kept(rows, file_name(identity, editor), measure)
         except Timeout:
             continue
-        print(said(identity, editor, row), flush=True)
+        print(said(identity, editor, table[identity, editor]), flush=True)
+    print(*over_concepts(table), sep="\n")
+
+
+def file_name(identity: str, editor: str) -> str:
+    return f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
 
 
 if __name__ == "__main__":
