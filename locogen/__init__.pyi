@@ -124,6 +124,7 @@ from .localization.trace_effects import (
     trace_effect as trace_effect,
 )
 from .markup import (
+    interval_text as interval_text,
     readable as readable,
 )
 from .models.layers import (
@@ -210,7 +211,6 @@ from .views.sentences import (
     describe_sides as describe_sides,
     describe_steps as describe_steps,
     describe_trace as describe_trace,
-    interval_text as interval_text,
     share_text as share_text,
 )
 from .views.tables import (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.markup import number, percent
+from locogen.markup import interval_text, number, percent
 from locogen.plan import Verdict, VerdictKind, Window, listed
 
 if TYPE_CHECKING:
@@ -314,12 +314,12 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
             f"{_interval(ceiling)}",
         )
     if high < 0:
-        return _Decision("inconclusive", (), _wrong_way(case, ceiling))
+        return _Decision("inconclusive", (), _wrong_way(case, ceiling, "in all layers"))
     if low <= 0:
         return _Decision(
             "inconclusive",
             (),
-            f"the target hardly changes the {_name(case.score)}, even in all layers: "
+            f"it is not clear that the target changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}; {_more([ceiling])}, or choose another target",
         )
     baseline = _number(ceiling, "baseline")
@@ -351,16 +351,16 @@ def _is_small(case: _Case, ceiling: Line) -> bool:
     return not share >= NOT_SMALL
 
 
-def _wrong_way(case: _Case, ceiling: Line) -> str:
+def _wrong_way(case: _Case, line: Line, where: str) -> str:
     """What to do about a target that changes the score clearly, in the other direction."""
-    sizes = [-_number(ceiling, name) for name in ("estimate", "high", "low")]
+    sizes = [-_number(line, name) for name in ("estimate", "high", "low")]
     # Two digits that count, on whatever scale the scorer has.
     digits = max(2, 1 - math.floor(math.log10(sizes[0])))
     estimate, near, far = (number(size, digits) for size in sizes)
     moves, hoped = ("lowers", "rises") if case.kind == "fact" else ("raises", "falls")
     score = _name(case.score)
     return (
-        f"the target {moves} the {score} in all layers, by {estimate} [{near}, {far}]: swap prompt "
+        f"the target {moves} the {score} {where}, by {estimate} [{near}, {far}]: swap prompt "
         f"and target, or choose a text whose {score} {hoped}"
     )
 
@@ -378,12 +378,23 @@ def _without_ceiling(case: _Case) -> _Decision:
         place = Window(best, case.width)
         reason = "ahead of every other place; without controls nothing else is known"
         return _Decision("one place", (place,), reason)
-    return _Decision(
-        "inconclusive",
-        (),
-        f"no window is ahead of every other place; the largest effect is that of "
-        f"{Window(best, case.width)}. Controls would say more: controls=True",
-    )
+    return _Decision("inconclusive", (), _no_place(case, best, is_ahead=is_ahead))
+
+
+def _no_place(case: _Case, best: int, *, is_ahead: bool) -> str:
+    """Why a sweep without controls names no place, although one window has the largest effect."""
+    line = case.on("layer")[best]
+    place = Window(best, case.width)
+    if _number(line, "high") < 0:
+        return _wrong_way(case, line, f"even in the best window, {place}")
+    if is_ahead:
+        text = (
+            f"{place} {_is([place])} ahead of every other place, but it is not clear that the "
+            f"target changes the {_name(case.score)} there: {_interval(line)}"
+        )
+    else:
+        text = f"no window is ahead of every other place; the largest effect is that of {place}"
+    return f"{text}. Controls would say more: controls=True"
 
 
 def _open(case: _Case, question: str, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
@@ -591,7 +602,8 @@ def _short(case: _Case) -> str:
     best = max(layers, key=lambda start: _number(layers[start], "estimate"))
     line = layers[best]
     if not _has_effect(line):
-        return "no window has an effect beyond the placebo's"
+        moves = "raises" if case.kind == "fact" else "lowers"
+        return f"no window clearly {moves} the {_name(case.score)} more than the placebo does"
     return f"the best window, {Window(best, case.width)}, has {_share(line)}"
 
 
@@ -647,8 +659,7 @@ def _amount(line: Line) -> str:
 
 
 def _interval(line: Line) -> str:
-    estimate, low, high = (number(_number(line, name)) for name in ("estimate", "low", "high"))
-    return f"{estimate} [{low}, {high}]"
+    return interval_text(*(_number(line, name) for name in ("estimate", "low", "high")))
 
 
 def _name(score: str) -> str:
