@@ -21,6 +21,8 @@ _PUBLIC = {
         "Concept",
         "Intervention",
         "parse_layers",
+        "parse_names",
+        "parse_numbers",
         "PromptPair",
         "Settings",
         "sweep",

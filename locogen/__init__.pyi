@@ -163,6 +163,8 @@ from .plan import (
     Verdict as Verdict,
     Window as Window,
     parse_layers as parse_layers,
+    parse_names as parse_names,
+    parse_numbers as parse_numbers,
     sweep as sweep,
     with_riders as with_riders,
     with_target_runs as with_target_runs,
