@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings, strategies as st
 from support.sweeps import planted
 
 from locogen.errors import LocogenError
@@ -125,6 +126,21 @@ def test_a_clear_effect_is_heard_on_a_scale_smaller_than_cosines(scale: float) -
     # The twins: small beside the scores, however clear; and not clear.
     assert scaled(0.01, noise=0.001).kind == "nobody"
     assert scaled(0.0, noise=0.01).kind == "nobody"
+
+
+@given(st.floats(0.6, 100), st.floats(1e-4, 0.02))
+@settings(max_examples=5)
+def test_a_scorer_whose_zero_means_nothing_is_told_what_to_do(offset: float, scale: float) -> None:
+    """Another zero and unit of the same scores: no rule can tell a small effect from a large one."""
+    heard = planted({5: 0.9 * CEILING}, ceiling=CEILING, prompts=1)
+    moved = heard.assign(clip_score=heard["clip_score"] * scale + offset)
+    judged = verdict(moved)
+    assert judged.kind == "nobody" and "clearly, but by less than 0.02" in judged.reason
+    assert "take a constant from all its scores" in judged.reason and " 0.00 [" not in judged.reason
+    # The remedy, the twin: the score of a picture that shows nothing is zero again.
+    assert verdict(moved.assign(clip_score=moved["clip_score"] - offset)).start == 5
+    unclear = verdict(planted({}, ceiling=0.0, noise=0.005))
+    assert unclear.kind == "nobody" and "constant" not in unclear.reason
 
 
 def test_what_is_uncertain_is_not_said_to_hardly_change() -> None:
