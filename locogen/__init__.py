@@ -38,7 +38,7 @@ _PUBLIC = {
     "attacks.attack": ("attack",),
     "attacks.goal": ("NeverHad",),
     "attacks.harden": ("harden",),
-    "attacks.result": ("Attack",),
+    "attacks.result": ("Attack", "attack_kinds"),
     "benchmarks.answers": ("Answer",),
     "benchmarks.run": ("Benchmark", "benchmark"),
     "catalog": ("concept", "concepts", "model_table", "plants", "published_start"),

@@ -11,6 +11,7 @@ from .attacks.harden import (
 )
 from .attacks.result import (
     Attack as Attack,
+    attack_kinds as attack_kinds,
 )
 from .benchmarks.answers import (
     Answer as Answer,

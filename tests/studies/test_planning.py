@@ -466,14 +466,16 @@ def test_no_text_of_a_notebook_goes_unchecked(notebook: Path) -> None:
 def test_names_written_here_are_those_that_there_are() -> None:
     """They are written twice, since a plan does not load torch."""
     from locogen.attacks.kinds import KINDS
+    from locogen.attacks.result import attack_kinds
     from locogen.benchmarks.localizers import LOCALIZERS
     from locogen.editing.rivals.editors import editors
 
     assert {
         "editors": editors(),
-        "attacks": tuple(KINDS),
+        "attacks": attack_kinds(),
         "localizers": tuple(LOCALIZERS),
     } == NAMES
+    assert attack_kinds() == tuple(KINDS)
 
 
 def test_a_notebook_of_ones_own_may_mean_anything(plan, tmp_path: Path) -> None:
