@@ -11,6 +11,7 @@ from .attacks.harden import (
 )
 from .attacks.result import (
     Attack as Attack,
+    attack_kinds as attack_kinds,
 )
 from .benchmarks.answers import (
     Answer as Answer,
@@ -124,6 +125,7 @@ from .localization.trace_effects import (
     trace_effect as trace_effect,
 )
 from .markup import (
+    interval_text as interval_text,
     readable as readable,
 )
 from .models.layers import (
@@ -162,6 +164,8 @@ from .plan import (
     Verdict as Verdict,
     Window as Window,
     parse_layers as parse_layers,
+    parse_names as parse_names,
+    parse_numbers as parse_numbers,
     sweep as sweep,
     with_riders as with_riders,
     with_target_runs as with_target_runs,
@@ -210,7 +214,6 @@ from .views.sentences import (
     describe_sides as describe_sides,
     describe_steps as describe_steps,
     describe_trace as describe_trace,
-    interval_text as interval_text,
     share_text as share_text,
 )
 from .views.tables import (

@@ -107,6 +107,28 @@ def percent(share: float) -> str:
     return text if text == _MISSING else f"{text} %"
 
 
+def interval_text(value: float, low: float, high: float) -> str:
+    """Write an estimate with its interval.
+
+    Args:
+        value: The estimate.
+        low: Lower end of its interval.
+        high: Upper end.
+
+    Returns:
+        The three numbers, with two digits after the point and a true minus sign; the estimate
+        alone where it has no interval (NaN).
+
+    Example:
+        >>> interval_text(0.2, 0.104, 0.3)
+        '0.20 [0.10, 0.30]'
+    """
+    # One prompt under one seed has no interval.
+    if math.isnan(low) or math.isnan(high):
+        return number(value)
+    return f"{number(value)} [{number(low)}, {number(high)}]"
+
+
 def readable(table: Any, digits: int = 3) -> Any:
     """A table as people read it, for display alone: every cell becomes text.
 

@@ -6,12 +6,13 @@ Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from locogen.errors import LocogenError
+from locogen.errors import LocogenError, unknown
 
 Kind = Literal["style", "object", "fact"]
 KINDS: tuple[Kind, ...] = ("style", "object", "fact")
@@ -584,6 +585,74 @@ def parse_layers(text: str | int) -> tuple[int, ...]:
 
 def _not_layers(text: str | int) -> LocogenError:
     return LocogenError(f"layers is {text!r}: write indices and ranges, such as 0-1,4")
+
+
+def parse_numbers(
+    text: str, name: str, *, whole: bool = False, most: float = math.inf
+) -> tuple[float, ...]:
+    """Read numbers as people write them in a notebook's parameter.
+
+    Args:
+        text: Numbers above 0, separated by commas, such as "0.01, 0.1".
+        name: The parameter's, for the error.
+        whole: Whether only whole numbers will do.
+        most: The largest that will do.
+
+    Returns:
+        The numbers, in the order of the text, none twice.
+
+    Raises:
+        LocogenError: For anything else; it names the parameter and its value.
+
+    Example:
+        >>> parse_numbers("0.01, 0.1", "ridges"), parse_numbers("4, 8", "steps", whole=True)
+        ((0.01, 0.1), (4, 8))
+    """
+    number_of: type[float] = int if whole else float
+    try:
+        numbers = [number_of(part) for part in str(text).split(",")]
+    except ValueError:
+        numbers = []
+    # A comparison with NaN is false.
+    if not numbers or not all(0 < number <= most and number < math.inf for number in numbers):
+        noun, example = ("whole numbers", "4, 8, 20") if whole else ("numbers", "0.5, 1, 10")
+        upper = "" if most == math.inf else f" and up to {most:g}"
+        raise LocogenError(
+            f"{name} is {text!r}: write {noun} above 0{upper}, separated by commas, "
+            f"such as {example}"
+        )
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_names(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]:
+    """Read names as people write them in a notebook's parameter.
+
+    Args:
+        text: Names, separated by commas; one of the choices may have a comma itself.
+        name: The parameter's, for the error.
+        choices: All names that there are.
+
+    Returns:
+        The names, in the order of the text, none twice; none for an empty text.
+
+    Raises:
+        LocogenError: For an unknown name; it names the parameter and its value.
+
+    Example:
+        >>> parse_names("UCE, LocoEdit, preserved", "editors", ["LocoEdit, preserved", "UCE"])
+        ('UCE', 'LocoEdit, preserved')
+    """
+    names_there_are = tuple(choices)
+    parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    names: list[str] = []
+    while parts:
+        # The longest name first: "LocoEdit" is the beginning of another one.
+        lengths = [n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]) in names_there_are]
+        if not lengths:
+            raise LocogenError(f"{name} is {text!r}: {unknown('name', parts[0], names_there_are)}")
+        names.append(", ".join(parts[: lengths[0]]))
+        del parts[: lengths[0]]
+    return tuple(dict.fromkeys(names))
 
 
 def windows(n_layers: int, window: int) -> tuple[Window, ...]:

@@ -1,5 +1,6 @@
 """The plan is data: what the rows of a sweep say, and which input is refused."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from locogen.plan import (
     missing_target_runs,
     paraphrase,
     parse_layers,
+    parse_names,
+    parse_numbers,
     sweep,
     windows,
     with_riders,
@@ -257,3 +260,30 @@ def test_a_window_shows_its_reason_once() -> None:
     assert Window(None, 2, "no effect")._repr_html_().count("no effect") == 1
     verdict = Verdict(8, 2, "q &lt; 0.05", kind="one place", places=(Window(8, 2),))
     assert verdict._repr_html_() == "<p><b>Verdict</b> layers 8-9: q &amp;lt; 0.05</p>"
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "0", "-1", "nan", "inf", "1e999", "1 2", "1;2"])
+def test_what_is_not_a_list_of_numbers_is_refused_by_its_parameters_name(text: str) -> None:
+    with pytest.raises(LocogenError, match=re.escape(f"ridges is {text!r}: write numbers")):
+        parse_numbers(text, "ridges")
+
+
+def test_numbers_are_read_in_their_order_and_once() -> None:
+    assert parse_numbers(" 1, 0.01 ,1e-3, 1.0", "ridges") == (1, 0.01, 0.001)
+    assert parse_numbers("8, 4", "steps", whole=True) == (8, 4)
+    assert parse_numbers("100", "shares", most=100) == (100,)
+    for text, more in (("8.0", {"whole": True}), ("100.1", {"most": 100})):
+        with pytest.raises(LocogenError, match=re.escape(text)):
+            parse_numbers(text, "steps", **more)
+
+
+def test_a_name_with_a_comma_is_one_name() -> None:
+    known = ("LocoEdit", "LocoEdit, preserved", "UCE")
+    assert parse_names("LocoEdit, preserved, UCE, LocoEdit", "editors", known) == (
+        "LocoEdit, preserved",
+        "UCE",
+        "LocoEdit",
+    )
+    assert parse_names("", "editors", known) == ()
+    with pytest.raises(LocogenError, match="editors is 'UCE, preserved': no name 'preserved'"):
+        parse_names("UCE, preserved", "editors", known)

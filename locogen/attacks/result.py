@@ -34,6 +34,19 @@ WORDS_OF_KINDS = {
 }
 
 
+def attack_kinds() -> tuple[str, ...]:
+    """List the kinds of attack that `attack` knows.
+
+    Returns:
+        Their names; `attack` says what each does.
+
+    Example:
+        >>> attack_kinds()[:3]
+        ('inversion', 'states', 'closed')
+    """
+    return tuple(WORDS_OF_KINDS)
+
+
 @dataclass(frozen=True, eq=False)
 class Attack:
     """What `attack` returns: whether a concept that an edit removed comes back.

@@ -87,9 +87,10 @@ def causal_tracing(pipe: Pipeline, concept: Concept, **settings: Any) -> Answer:
         both = sides(run.table)
         along["side"] = CANNOT_TELL if both is None or both.side is None else both.side
     traced = layer_found(effects)
-    whole: Any = effects.loc[effects["axis"] == TOTAL, "low"]
-    if not len(traced) and not whole.iloc[0] > 0:
+    taken: Any = effects.loc[effects["axis"] == TOTAL, ["low", "high"]].iloc[0]
+    if not len(traced) and taken["low"] <= 0 <= taken["high"]:
         # Noise in place of the concept's words changes nothing: that is what nobody's hearing is.
+        # Noise that clearly moves the score the other way is heard.
         return Answer("nobody", reason=traced.reason, **along)
     return answer_of(traced, **along)
 

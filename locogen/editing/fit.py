@@ -173,7 +173,7 @@ def reason_for_no_edit(pipe: Pipeline) -> str:
     if all(layer.joined for layer in find_layers(pipe)):
         return (
             f"the layers of {family_of(pipe).name} read text and picture with the same matrices, "
-            f"so an edit would change both: {_remedy_for_joined(pipe, 0)}"
+            f"so an edit would change both; {_remedy_for_joined(pipe, 0)}"
         )
     return ""
 

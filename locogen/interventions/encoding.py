@@ -138,7 +138,8 @@ class _FollowedMethod:
         for follower in followers:
             follower.before(call is not None)
         arguments = _with_own_lists(self._by_name(args, kwargs))
-        returned = self.encode_prompt(*args, **kwargs)
+        # The caller's lists stay as they are, to be used again.
+        returned = self.encode_prompt(*map(_copied, args), **_with_own_lists(kwargs))
         encoding = Encoding(arguments, returned, self.encode_prompt, call)
         for follower in followers:
             follower.after(encoding)
@@ -180,9 +181,11 @@ def brought_encoding(call: PipelineCall) -> Encoding | None:
 
 def _with_own_lists(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with copies of lists: Z-Image's pipeline writes its template into the prompts'."""
-    return {
-        name: list(value) if isinstance(value, list) else value for name, value in arguments.items()
-    }
+    return {name: _copied(value) for name, value in arguments.items()}
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 def _itself(method: Any) -> Any:

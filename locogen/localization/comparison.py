@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -340,13 +339,11 @@ def _causal_tracing(
     effects = trace_effect(run.table)
     best = best_state(run.table)
     both = sides(run.table)
-    remark = f"{best.axis}, layer {best.position}, brings back the most"
-    # Where the noise takes nothing, there is nothing of which it could be a share.
-    if not math.isnan(best.share):
-        share = f"{percent(best.share)} of what the noise took"
-        remark = f"{best.axis}, layer {best.position}, brings back {share}"
+    state = f"{best.axis}, layer {best.position}"
+    remark = f"{state}, brings back {percent(best.share)} of what the noise took"
+    # With a reason, nothing was taken for sure, or no state is sure to bring enough of it back.
     if best.reason:
-        remark = f"{remark}; {best.reason}"
+        remark = f"the state looked at is {state}: {best.reason}"
     return Located(
         method="causal tracing",
         concept=concept.name,

@@ -7,6 +7,7 @@ of the clean picture minus that of the corrupted one (Meng et al. 2022, arXiv 22
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ from locogen.localization.effects import (
     effects_table,
     estimates,
 )
-from locogen.markup import percent
+from locogen.markup import interval_text, percent
 from locogen.plan import Window
 
 if TYPE_CHECKING:
@@ -219,8 +220,9 @@ def best_state(table: pd.DataFrame) -> BestState:
     p_value = float(stats.any_effect(values, nothing, alpha=stats.ALPHA).p_value[best])
 
     reason = ""
-    if not stats.crossed_bootstrap(total).low[0] > 0:
-        reason = "it is not clear that the noise changes the score"
+    taken = stats.crossed_bootstrap(total)
+    if not taken.low[0] > 0:
+        reason = noise_text(total.mean(), taken.low[0], taken.high[0])
     elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
@@ -250,8 +252,9 @@ def layer_found(effects: pd.DataFrame) -> Window:
     start = int(lines["choose"].idxmax())
     best = lines.loc[start]
     total = table[table["axis"] == TOTAL]
-    if not total["low"].iloc[0] > 0:
-        return Window(None, 1, "it is not clear that the noise changes the score")
+    taken = total[["estimate", "low", "high"]].iloc[0]
+    if not taken["low"] > 0:
+        return Window(None, 1, noise_text(*taken))
     if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
         return Window(
             None, 1, f"no layer brings back more than chance would; the most, layer {start}"
@@ -262,6 +265,34 @@ def layer_found(effects: pd.DataFrame) -> Window:
     if best["p_lead"] <= stats.ALPHA:
         return Window(start, 1, "ahead of every other layer")
     return Window(start, 1, "its lead over other layers is not established")
+
+
+def noise_text(taken: float, low: float, high: float) -> str:
+    """Put in words what the noise does to the score.
+
+    Args:
+        taken: The total effect: how much of the score is lost.
+        low: Lower end of its interval; NaN where there is none.
+        high: Upper end.
+
+    Returns:
+        A clause: the noise takes something only where the interval is above zero, and moves the
+        score the other way only where it is below.
+
+    Example:
+        >>> noise_text(0.4, 0.3, 0.5)
+        'the noise takes 0.40 [0.30, 0.50] of the score'
+        >>> noise_text(-0.4, -0.5, -0.3)
+        'the noise takes nothing: it moves the score the other way, by 0.40 [0.30, 0.50]'
+    """
+    if low > 0:
+        return f"the noise takes {interval_text(taken, low, high)} of the score"
+    if high < 0:
+        moved = interval_text(-taken, -high, -low)
+        return f"the noise takes nothing: it moves the score the other way, by {moved}"
+    bounds = ", without an interval" if math.isnan(low) else ""
+    amount = interval_text(taken, low, high)
+    return f"it is not clear that the noise changes the score ({amount}{bounds})"
 
 
 def sides(table: pd.DataFrame) -> Sides | None:

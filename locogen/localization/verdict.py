@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from locogen import stats
-from locogen.markup import number, percent
+from locogen.markup import interval_text, number, percent
 from locogen.plan import Verdict, VerdictKind, Window, listed
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ SMALL_CEILING: Mapping[str, float] = {"probability": 0.1, "clip_score": 0.02}
 # The second is a cosine's size. A scorer of one's own may have a smaller scale: a ceiling that
 # leaves out zero, and is at least this share of the baseline's score, is not small. It is chosen so
 # that the verdicts on cosines stay: no ceiling below 0.02 is a tenth of a baseline of 0.2 or more.
+# A scorer whose zero means nothing (a large offset) has no scale in a sweep of one concept. Its
+# spread over seeds is none: a change of 0.01 by which a cosine of 0.6 varies ten times less is
+# small however clear, and the same numbers with another zero and unit are those of a concept that
+# is heard. So the reason says what to do.
 NOT_SMALL = 0.1
 # Of what a probability can change, the ceiling has to change at least this share: otherwise the
 # scorer cannot tell the concept from its neighbors.
@@ -307,19 +311,14 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
             "inconclusive", (), "one seed and few prompts cannot tell: use more of either"
         )
     if _is_small(case, ceiling):
-        return _Decision(
-            "nobody",
-            (),
-            f"the target hardly changes the {_name(case.score)}, even in all layers: "
-            f"{_interval(ceiling)}",
-        )
+        return _Decision("nobody", (), _hardly(case, ceiling))
     if high < 0:
-        return _Decision("inconclusive", (), _wrong_way(case, ceiling))
+        return _Decision("inconclusive", (), _wrong_way(case, ceiling, "in all layers"))
     if low <= 0:
         return _Decision(
             "inconclusive",
             (),
-            f"the target hardly changes the {_name(case.score)}, even in all layers: "
+            f"it is not clear that the target changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}; {_more([ceiling])}, or choose another target",
         )
     baseline = _number(ceiling, "baseline")
@@ -351,16 +350,35 @@ def _is_small(case: _Case, ceiling: Line) -> bool:
     return not share >= NOT_SMALL
 
 
-def _wrong_way(case: _Case, ceiling: Line) -> str:
+def _hardly(case: _Case, ceiling: Line) -> str:
+    """What a small ceiling says; one that is clear may be small because of the score's zero."""
+    score = _name(case.score)
+    text = f"the target hardly changes the {score}, even in all layers: "
+    if case.score == "probability" or _number(ceiling, "low") <= 0 <= _number(ceiling, "high"):
+        return f"{text}{_interval(ceiling)}"
+    amounts = _sized(_number(ceiling, name) for name in ("estimate", "low", "high"))
+    return (
+        f"{text}{amounts}, clearly, but by less than {SMALL_CEILING[case.score]} and a tenth of "
+        f"the {score}; if your scorer's zero means nothing, take a constant from all its scores"
+    )
+
+
+def _sized(interval: Iterable[float]) -> str:
+    """An estimate with its interval; two digits that count, on whatever scale the scorer has."""
+    estimate, low, high = interval
+    digits = 2
+    if estimate:
+        digits = max(digits, 1 - math.floor(math.log10(abs(estimate))))
+    return f"{number(estimate, digits)} [{number(low, digits)}, {number(high, digits)}]"
+
+
+def _wrong_way(case: _Case, line: Line, where: str) -> str:
     """What to do about a target that changes the score clearly, in the other direction."""
-    sizes = [-_number(ceiling, name) for name in ("estimate", "high", "low")]
-    # Two digits that count, on whatever scale the scorer has.
-    digits = max(2, 1 - math.floor(math.log10(sizes[0])))
-    estimate, near, far = (number(size, digits) for size in sizes)
+    amount = _sized(-_number(line, name) for name in ("estimate", "high", "low"))
     moves, hoped = ("lowers", "rises") if case.kind == "fact" else ("raises", "falls")
     score = _name(case.score)
     return (
-        f"the target {moves} the {score} in all layers, by {estimate} [{near}, {far}]: swap prompt "
+        f"the target {moves} the {score} {where}, by {amount}: swap prompt "
         f"and target, or choose a text whose {score} {hoped}"
     )
 
@@ -378,12 +396,23 @@ def _without_ceiling(case: _Case) -> _Decision:
         place = Window(best, case.width)
         reason = "ahead of every other place; without controls nothing else is known"
         return _Decision("one place", (place,), reason)
-    return _Decision(
-        "inconclusive",
-        (),
-        f"no window is ahead of every other place; the largest effect is that of "
-        f"{Window(best, case.width)}. Controls would say more: controls=True",
-    )
+    return _Decision("inconclusive", (), _no_place(case, best, is_ahead=is_ahead))
+
+
+def _no_place(case: _Case, best: int, *, is_ahead: bool) -> str:
+    """Why a sweep without controls names no place, although one window has the largest effect."""
+    line = case.on("layer")[best]
+    place = Window(best, case.width)
+    if _number(line, "high") < 0:
+        return _wrong_way(case, line, f"even in the best window, {place}")
+    if is_ahead:
+        text = (
+            f"{place} {_is([place])} ahead of every other place, but it is not clear that the "
+            f"target changes the {_name(case.score)} there: {_interval(line)}"
+        )
+    else:
+        text = f"no window is ahead of every other place; the largest effect is that of {place}"
+    return f"{text}. Controls would say more: controls=True"
 
 
 def _open(case: _Case, question: str, places: Sequence[Window], starts: Sequence[int]) -> _Decision:
@@ -591,7 +620,8 @@ def _short(case: _Case) -> str:
     best = max(layers, key=lambda start: _number(layers[start], "estimate"))
     line = layers[best]
     if not _has_effect(line):
-        return "no window has an effect beyond the placebo's"
+        moves = "raises" if case.kind == "fact" else "lowers"
+        return f"no window clearly {moves} the {_name(case.score)} more than the placebo does"
     return f"the best window, {Window(best, case.width)}, has {_share(line)}"
 
 
@@ -647,8 +677,7 @@ def _amount(line: Line) -> str:
 
 
 def _interval(line: Line) -> str:
-    estimate, low, high = (number(_number(line, name)) for name in ("estimate", "low", "high"))
-    return f"{estimate} [{low}, {high}]"
+    return interval_text(*(_number(line, name) for name in ("estimate", "low", "high")))
 
 
 def _name(score: str) -> str:

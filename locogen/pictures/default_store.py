@@ -99,7 +99,11 @@ class StoreSize:
 
 
 def size_of(folder: Path) -> StoreSize:
-    """How many pictures a store holds, and how large its files are, by the names of its files."""
+    """How many pictures a store holds, and how large its files are, by the names of its files.
+
+    Every run that shows itself asks, and opening each file takes twice as long: `is_stored`, which
+    does, is for what is deleted.
+    """
     return total_of(named_as_stored(folder))
 
 

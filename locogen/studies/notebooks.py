@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from locogen.catalog.plants import SETS, plant_entries
 from locogen.errors import LocogenError, unknown
 from locogen.files import writing
-from locogen.plan import KINDS, parse_layers
+from locogen.plan import KINDS, parse_layers, parse_names, parse_numbers
 
 ARRANGED = ("results",)  # parameters that a study sets itself
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -217,9 +218,10 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
 # What the parameters of locogen's own notebooks may be, by name: a kernel would take seconds to
 # find out. Those of other notebooks may mean anything.
 _COUNTS = ("seeds", "batch_size", "window", "num_inference_steps", "noises", "draws", "step")
-_ABOVE_ZERO = ("ridge",)
+_COUNTS += ("reference", "most_points")
+_ABOVE_ZERO = ("ridge", "enough")
 _AMOUNTS = ("guidance_scale", "strength", "noise_scale", "max_prompts", "most")
-_AMOUNTS += ("neighbors", "controls", "prompts")
+_AMOUNTS += ("neighbors", "controls", "prompts", "attack_steps", "concepts")
 _CHOICES = {
     "dtype": ("float32", "float16", "bfloat16"),
     "offload": ("", "model", "sequential"),
@@ -229,6 +231,31 @@ _CHOICES = {
     "explain": ("latents", "score"),
 }
 _TOKENS = ("last_subject", "subject", "end", "all")
+# Lists that are written as text: numbers, and how they are read.
+_NUMBERS: dict[str, dict[str, Any]] = {
+    "ridges": {},
+    "shares": {"most": 100},
+    "steps": {"whole": True},
+    "windows": {"whole": True},
+    "guidance_scales": {},
+}
+_SIZE = re.compile(r"[1-9]\d*x[1-9]\d*")
+# And names. They stand here too, since the modules that have them load torch.
+NAMES = {
+    "editors": (
+        *("LocoEdit", "all layers", "random layers", "UCE", "LocoEdit, preserved", "covariance"),
+        *("null space", "SPEED", "steering", "AdaVD", "neurons"),
+    ),
+    "attacks": (
+        *("inversion", "states", "closed", "discrete"),
+        *("relearn", "completion", "noise", "inpaint"),
+    ),
+    "localizers": (
+        *("locogen", "locogen race", "locogen (attribute)", "causal tracing"),
+        *("attention contribution", "attribution", "attribution (chain)"),
+        *("bare argmin", "constant", "random window"),
+    ),
+}
 
 
 def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
@@ -241,6 +268,7 @@ def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
     if name in _CHOICES and value not in _CHOICES[name]:
         raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
     _check_words(name, value)
+    _check_list(name, value, parameter)
 
 
 def _check_amount(name: str, value: Any) -> None:
@@ -256,10 +284,44 @@ def _check_words(name: str, value: Any) -> None:
         raise LocogenError(f"device is {value!r}: use 'cpu', 'cuda', 'cuda:0' or 'mps'")
     if name == "layers":
         parse_layers(value)
-    if name == "tokens":
-        unknown_tokens = {part.strip() for part in value.split(",")} - {"", *_TOKENS}
-        if unknown_tokens:
-            raise LocogenError(f"tokens is {value!r}: use one of {_listed(_TOKENS)}")
+
+
+def _check_list(name: str, value: Any, parameter: Mapping[str, str]) -> None:
+    """The same of lists that are written as text, such as "0.1, 1"."""
+    # Where an empty text has a meaning, the parameter's own help says which.
+    is_optional = parameter["default"] == '""' or "empty:" in parameter["help"]
+    if value == "" and is_optional:
+        return
+    if name in _NUMBERS:
+        parse_numbers(value, name, **_NUMBERS[name])
+    elif name in NAMES:
+        parse_names(value, name, NAMES[name])
+    elif name == "plants":
+        _check_plants(value)
+    elif name == "sizes":
+        _check_sizes(value)
+    elif name == "tokens":
+        _check_tokens(value, many="," in parameter["default"])
+
+
+def _check_plants(value: str) -> None:
+    if value not in SETS:
+        parse_names(value, "plants", [plant.name for plant in plant_entries()])
+
+
+def _check_sizes(value: str) -> None:
+    if not all(_SIZE.fullmatch(part.strip()) for part in value.split(",")):
+        raise LocogenError(
+            f"sizes is {value!r}: write prompts x seeds, separated by commas, such as 2x4, 6x6"
+        )
+
+
+def _check_tokens(value: str, *, many: bool) -> None:
+    tokens = [part.strip() for part in value.split(",")]
+    if not set(tokens) <= set(_TOKENS):
+        raise LocogenError(f"tokens is {value!r}: use one of {_listed(_TOKENS)}")
+    if len(tokens) > 1 and not many:
+        raise LocogenError(f"tokens is {value!r}: here it is one of {_listed(_TOKENS)}")
 
 
 def _listed(choices: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import model_entries, read_toml
+from locogen.catalog import concept, model_entries, read_toml, scorer_entry
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
 from locogen.plan import parse_layers
@@ -397,6 +397,9 @@ def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
             _check_model(row.values, base)
         _check_layers(row, base)
         _subject(row.values, base)
+        if is_shipped(row.notebook):
+            _check_ids(row.values, base)
+            _check_scorer(row.values, base)
 
 
 def _check_model(values: Mapping[str, Any], base: Path) -> None:
@@ -412,6 +415,27 @@ def _check_model(values: Mapping[str, Any], base: Path) -> None:
             f"there is no folder {base / model} to load a model from: give a folder, a hub id or a "
             "catalog name"
         )
+
+
+def _check_ids(values: Mapping[str, Any], base: Path) -> None:
+    """Raise `LocogenError` for an unknown one of several concepts."""
+    file = values.get("concepts_file")
+    for name in ("ids", "other"):
+        text = str(values.get(name) or "")
+        for id in text.split(",") if text else ():
+            try:
+                concept(id.strip(), file=base / file if file else None)
+            except LocogenError as error:
+                raise LocogenError(f"{name} is {values[name]!r}: {error}") from None
+
+
+def _check_scorer(values: Mapping[str, Any], base: Path) -> None:
+    """Raise `LocogenError` for a scorer that is neither known, nor a folder, nor a hub id."""
+    scorer = values.get("scorer")
+    if not isinstance(scorer, str) or scorer in ("", "mini") or "/" in scorer:
+        return
+    if not (base / scorer).expanduser().is_dir():
+        scorer_entry(scorer)
 
 
 def _check_layers(row: _Row, base: Path) -> None:

@@ -188,8 +188,9 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
         control: An arm that is none, such as a placebo: it is not among the editors.
 
     Returns:
-        A sentence for each of: own words, neighbors, and every attack. Another editor is called
-        worse only where the two intervals do not overlap.
+        A sentence for each of: own words, neighbors, and every attack. One editor has "more" or
+        "less" than another only where their intervals do not overlap, and "least" or "most" only
+        where this holds of all others; else there is "no clear difference".
 
     Raises:
         LocogenError: The summary has no shares of right pictures.
@@ -216,26 +217,46 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
 
 
 def _ranked(lines: Sequence[Mapping[Any, Any]], words: str, sign: int) -> str:
-    """One measure: the best editors, those that are as good for all one knows, and the worse."""
-    best = lines[0]
-    ties = [line["arm"] for line in lines if line["after"] == best["after"]]
+    """One measure: the editor with the best share, and how all others stand to it."""
+    alike = []
     worse = []
     unclear = []
-    for line in lines[len(ties) :]:
-        disjoint = (
-            line["after_low"] > best["after_high"]
-            if sign < 0
-            else line["after_high"] < best["after_low"]
-        )
-        (worse if disjoint else unclear).append(line["arm"])
-    what = "Shown" if sign < 0 else "Right for"
-    most, other = ("least", "more") if sign < 0 else ("most", "less")
-    parts = [f"{what} {words} {most} with {_listed(ties)} ({_share_text(best)})"]
-    if worse:
-        parts.append(f"{other} with {_listed(worse)}")
+    for line in lines:
+        if _share_text(line) == _share_text(lines[0]):
+            alike.append(line["arm"])
+        elif _is_worse(line, lines[0], sign):
+            worse.append(line["arm"])
+        else:
+            unclear.append(line["arm"])
+
+    subject = f"Shown {words}"
+    most = "least"
+    more = "more"
+    if sign > 0:
+        subject = f"Right for {words}"
+        most = "most"
+        more = "less"
+    if worse and not unclear:
+        share = f"({_share_text(lines[0])})"
+        return f"{subject} {most} with {_listed(alike)} {share}; {more} with {_listed(worse)}."
+    # One that the intervals cannot tell from the first may be as good: none is called best.
+    parts = [f"{subject} with {_listed(alike)}: {_share_text(lines[0])}"]
     if unclear:
         parts.append(f"no clear difference from {_listed(unclear)}")
+    elif len(alike) > 1:
+        parts.append("no clear difference")
+    if worse:
+        parts.append(f"{more} with {_listed(worse)}")
     return f"{'; '.join(parts)}."
+
+
+def _is_worse(line: Mapping[Any, Any], best: Mapping[Any, Any], sign: int) -> bool:
+    """Whether two intervals are apart, and so the interval of the difference leaves out zero."""
+    # Newcombe's interval of a difference of shares (Stat. Med. 17, 1998, method 10) reaches less
+    # far than the two shares' own reaches added: the root of the sum of their squares.
+    if sign < 0:
+        return line["after_low"] > best["after_high"]
+    return line["after_high"] < best["after_low"]
 
 
 def _listed(names: Sequence[str]) -> str:

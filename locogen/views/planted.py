@@ -11,8 +11,8 @@ import numpy as np
 from locogen.benchmarks.answers import NAMING
 from locogen.benchmarks.scores import SETTING, places_of
 from locogen.errors import LocogenError
+from locogen.markup import interval_text
 from locogen.views.plots import axes_for, plain_label
-from locogen.views.sentences import interval_text
 
 if TYPE_CHECKING:
     import pandas as pd

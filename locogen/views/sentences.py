@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import stats
 from locogen.errors import LocogenError
-from locogen.markup import number, percent
+from locogen.localization.trace_effects import noise_text
+from locogen.markup import interval_text, number, percent
 from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
@@ -41,28 +42,6 @@ def share_text(hits: float, count: int) -> str:
     """
     low, high = stats.wilson(hits, count)
     return f"{hits:.0f} of {count:.0f} [{percent(low)}, {percent(high)}]"
-
-
-def interval_text(value: float, low: float, high: float) -> str:
-    """Write an estimate with its interval.
-
-    Args:
-        value: The estimate.
-        low: Lower end of its interval.
-        high: Upper end.
-
-    Returns:
-        The three numbers, with two digits after the point and a true minus sign; the estimate
-        alone where it has no interval (NaN).
-
-    Example:
-        >>> interval_text(0.2, 0.104, 0.3)
-        '0.20 [0.10, 0.30]'
-    """
-    # One prompt under one seed has no interval.
-    if math.isnan(low) or math.isnan(high):
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
 
 
 # Kind of a verdict → what it says of a concept, with the {places} that it names.
@@ -148,18 +127,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     doubt = f" ({best.reason})" if best.reason and is_taken else ""
     state = f"Clean output of {best.axis}, layer {best.position}"
     back = _brought_back(best, is_taken=is_taken)
-    return f"{total['concept']}: {_taken(total)}. {state}, {back}{doubt}."
-
-
-def _taken(total: Any) -> str:
-    """What the noise does to the score; its effect is positive where the score is lost."""
-    amount = interval_text(total["estimate"], total["low"], total["high"])
-    if total["low"] > 0:
-        return f"the noise takes {amount} of the score"
-    if total["high"] < 0:
-        raised = interval_text(-total["estimate"], -total["high"], -total["low"])
-        return f"the noise takes nothing: it moves the score the other way, by {raised}"
-    return f"the noise has no clear effect on the score ({amount})"
+    taken = noise_text(total["estimate"], total["low"], total["high"])
+    return f"{total['concept']}: {taken}. {state}, {back}{doubt}."
 
 
 def _brought_back(best: BestState, *, is_taken: bool) -> str:
@@ -167,6 +136,9 @@ def _brought_back(best: BestState, *, is_taken: bool) -> str:
     amount = interval_text(best.estimate, best.low, best.high)
     if math.isnan(best.low):
         return f"has an effect of {amount}, without an interval"
+    if best.high < 0:
+        further = interval_text(-best.estimate, -best.high, -best.low)
+        return f"brings nothing back: it lowers the score further, by {further}"
     if not best.low > 0:
         return f"has no clear effect ({amount})"
     if not is_taken or math.isnan(best.share):
@@ -581,12 +553,12 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
 
     Args:
         reached: Number of steps → the least share of the reference's best effect that the choice
-            of any concept reaches.
+            of any concept reaches; NaN where it could not be judged.
         reference: The number of steps that they are compared with.
         enough: The share that has to be reached, by this and every larger number of steps.
 
     Returns:
-        The number of steps (the reference where no fewer will do), and a sentence.
+        The number of steps (the reference where no fewer are known to do), and a sentence.
 
     Example:
         >>> steps, sentence = describe_steps({4: 0.95, 20: 1.0}, 50, 0.96)
@@ -597,22 +569,44 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
     if not reached:
         return reference, f"no fewer steps than {reference} were tried."
     fewest = reference
+    unjudged = None
     # From the most steps down: a small number that reaches enough by chance, below one that does
     # not, proves nothing.
     for steps in sorted(reached, reverse=True):
         if not reached[steps] >= enough:
+            unjudged = steps if math.isnan(reached[steps]) else None
             break
         fewest = steps
-    share = percent(enough)
-    verdict = f"no fewer than {reference} steps are enough for {share} of what they choose"
-    if fewest != reference:
-        steps_are = "1 step is" if fewest == 1 else f"{fewest} steps are"
-        verdict = f"{steps_are} enough for {share} of what {reference} choose"
-    verdict = f"{verdict}, in every concept"
+    verdict = _steps_verdict(fewest, unjudged, reference, percent(enough))
     (first, least), *others = reached.items()
     shares = [f"{_share_reached(least)} of the best effect with {first}"]
     shares += [f"{_share_reached(share)} with {steps}" for steps, share in others]
     return fewest, f"{verdict}: at least {', '.join(shares)}."
+
+
+def _steps_verdict(fewest: int, unjudged: int | None, reference: int, share: str) -> str:
+    """What is known of fewer steps; `unjudged`: the next fewer, where nothing is known of these."""
+    if fewest == reference and unjudged is not None:
+        return (
+            f"whether {_steps_are(unjudged)} enough for {share} of what {reference} choose, in "
+            "every concept, could not be judged"
+        )
+    if fewest == reference:
+        return (
+            f"no fewer than {reference} steps are enough for {share} of what they choose, in every "
+            "concept"
+        )
+    verdict = (
+        f"{_steps_are(fewest)} enough for {share} of what {reference} choose, in every concept"
+    )
+    if unjudged is None:
+        return verdict
+    few = "1 step" if unjudged == 1 else f"{unjudged} steps"
+    return f"{verdict} (of {few} it could not be judged)"
+
+
+def _steps_are(steps: int) -> str:
+    return "1 step is" if steps == 1 else f"{steps} steps are"
 
 
 def _share_reached(share: float) -> str:

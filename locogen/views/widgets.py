@@ -36,6 +36,7 @@ AT_ONCE = 3  # baseline, window and ceiling come together
 LIFELESS = "In Jupyter this can be clicked. This is what was looked at last:"
 STYLE = """
 .{name} .widget-html-content {{ line-height: 1.4; overflow: visible; }}
+.{name} .widget-html-content > p {{ margin: 4px 0; }}
 .{name}-twin {{ display: none; }}
 """
 
@@ -179,7 +180,7 @@ class ExplorerBox(ipywidgets.VBox):
         reason = explorer.reason_for_no_edit()
         if not reason:
             return []
-        return [ipywidgets.HTML(_rendered("status", text=f"No edit strength: {reason}."))]
+        return [ipywidgets.HTML(_rendered("status", text=f"Edit strength is off: {reason}."))]
 
     def _cell_selected(self, change: Any) -> None:
         if change.new is not None:

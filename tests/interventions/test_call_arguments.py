@@ -395,6 +395,36 @@ def test_encoded_prompts_are_followed_where_a_pipeline_does_not_encode(pipes, na
     assert np.abs(own - plain).max() > 1e-4  # the twin
 
 
+CONTEXTS = {
+    "intervene": intervene,
+    "record": lambda pipe, rows: record(pipe),
+    "clamp": lambda pipe, rows: clamp(pipe, Selection({(0, "v"): (0, 1, 2)}), to="zero"),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_lists_of_prompts_and_negative_ones_can_be_used_again(pipes, context):
+    pipe = pipes("z-image")
+    rows = plan(pipe, "z-image", tuple(range(len(find_layers(pipe)))))
+    settings = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+
+    def call(lists):
+        return pipe(**lists, **settings, generator=generators(rows)).images
+
+    def lists():
+        return {"prompt": [row.prompt for row in rows], "negative_prompt": ["b c"] * len(rows)}
+
+    used_again = lists()
+    with CONTEXTS[context](pipe, rows):
+        first = call(used_again)
+        assert used_again == lists()
+        assert np.array_equal(call(used_again), first)
+    plain = lists()
+    call(plain)
+    # The twin: by itself, diffusers writes its template into both.
+    assert all(plain[name] != lists()[name] for name in plain)
+
+
 @pytest.mark.parametrize("name", ["z-image"])
 def test_encoded_prompts_of_another_text_are_refused(pipes, name):
     pipe = pipes(name)

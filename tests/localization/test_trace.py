@@ -621,6 +621,24 @@ def test_what_is_no_place_is_said_to_be_none(table, words):
     assert recovery.layer_found(recovery.trace_effect(table)).start is None
 
 
+@pytest.mark.parametrize(
+    "lost, words",
+    [
+        (-1.0, "the noise takes nothing: it moves the score the other way, by 1.0"),
+        (0.0, "it is not clear that the noise changes the score (0.0"),
+    ],
+)
+def test_noise_that_moves_the_score_the_other_way_is_not_called_unclear(lost, words):
+    table = traced([0.0, 0.0, 0.0], lost=lost)
+    table.loc[table["role"] == "baseline", "clip_score"] += [0.01, -0.01] * 6
+    effects = recovery.trace_effect(table)
+    assert recovery.best_state(table).reason.startswith(words)
+    assert recovery.layer_found(effects).reason == recovery.best_state(table).reason
+    # Without an interval nothing is clear, and that is what is said.
+    alone = recovery.best_state(table[(table["prompt"] == "p") & (table["seed"] == 0)]).reason
+    assert "not clear" in alone and alone.endswith(", without an interval)")
+
+
 def test_no_side_is_named_where_no_state_is_the_place():
     """One side's best is ahead of the other's in both tables: only a state that is the place makes it the answer."""
     weak, strong = (recovery.sides(traced([0.0, gain, 0.0])) for gain in (0.2, 0.8))

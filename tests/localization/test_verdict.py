@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings, strategies as st
 from support.sweeps import planted
 
 from locogen.errors import LocogenError
@@ -125,6 +126,58 @@ def test_a_clear_effect_is_heard_on_a_scale_smaller_than_cosines(scale: float) -
     # The twins: small beside the scores, however clear; and not clear.
     assert scaled(0.01, noise=0.001).kind == "nobody"
     assert scaled(0.0, noise=0.01).kind == "nobody"
+
+
+@given(st.floats(0.6, 100), st.floats(1e-4, 0.02))
+@settings(max_examples=5)
+def test_a_scorer_whose_zero_means_nothing_is_told_what_to_do(offset: float, scale: float) -> None:
+    """Another zero and unit of the same scores: no rule can tell a small effect from a large one."""
+    heard = planted({5: 0.9 * CEILING}, ceiling=CEILING, prompts=1)
+    moved = heard.assign(clip_score=heard["clip_score"] * scale + offset)
+    judged = verdict(moved)
+    assert judged.kind == "nobody" and "clearly, but by less than 0.02" in judged.reason
+    assert "take a constant from all its scores" in judged.reason and " 0.00 [" not in judged.reason
+    # The remedy, the twin: the score of a picture that shows nothing is zero again.
+    assert verdict(moved.assign(clip_score=moved["clip_score"] - offset)).start == 5
+    unclear = verdict(planted({}, ceiling=0.0, noise=0.005))
+    assert unclear.kind == "nobody" and "constant" not in unclear.reason
+
+
+def test_what_is_uncertain_is_not_said_to_hardly_change() -> None:
+    """A ceiling of 0.59 [-0.04, 1.21] may be a large one: more pictures tell."""
+    wide = verdict(planted({}, ceiling=0.5, noise=1.0, prompts=1))
+    assert wide.kind == "inconclusive" and "not clear that the target changes" in wide.reason
+    assert "hardly" not in wide.reason and "would tell" in wide.reason
+    narrow = verdict(planted({}, ceiling=0.0, noise=0.005))
+    assert "hardly changes" in narrow.reason, "the twin"
+
+
+def without_controls(carried: Mapping[int, float], **options: Any) -> Verdict:
+    table = planted(carried, **options)
+    return verdict(table[table["role"].isin(("baseline", "window"))])
+
+
+@pytest.mark.parametrize(("kind", "moves"), [("style", "raises"), ("fact", "lowers")])
+def test_windows_that_move_the_score_the_other_way_are_said_to(kind: Any, moves: str) -> None:
+    losses = {start: -0.1 if start == 5 else -0.5 for start in range(15)}
+    backward = without_controls(losses, kind=kind)
+    assert backward.kind == "inconclusive"
+    words = f"the target {moves} the score even in the best window, layers 5-6, by 0."
+    assert words in backward.reason and "swap prompt and target" in backward.reason
+    # The twins: ahead, but not clearly of zero; and ahead of nothing.
+    ahead = without_controls(losses | {5: -0.02}, kind=kind, noise=0.1)
+    assert "layers 5-6 are ahead of every other place, but it is not clear" in ahead.reason
+    assert "no window is ahead" in without_controls({}).reason
+
+
+def test_an_effect_of_the_other_sign_is_not_denied() -> None:
+    """Every window raises the score: none lowers it, and that is all that is said."""
+    table = planted(dict.fromkeys(range(15), -0.3), ceiling=CEILING, restored={})
+    assert verdict(table).reason.startswith("no window clearly lowers the score more than")
+    fact = planted(dict.fromkeys(range(15), -0.3), ceiling=CEILING, restored={}, kind="fact")
+    assert verdict(fact).reason.startswith("no window clearly raises the score more than")
+    heard = planted({5: 0.9 * CEILING}, ceiling=CEILING)
+    assert "no window" not in verdict(heard).reason, "the twin"
 
 
 def all_or_nothing(q: float, seed: int, seeds: int) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """What a study file asks for: products of lists, exclusions, defaults, names that stay, and what it will cost."""
 
+import ast
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from test_study import write_notebook
 from locogen.errors import LocogenError
 from locogen.plan import Concept, PromptPair, sweep
 from locogen.studies.estimates import Costs, duration
-from locogen.studies.notebooks import parameters_of
+from locogen.studies.notebooks import NAMES, check_parameters, parameters_of
 from locogen.studies.planning import Planned, read_study
 from locogen.studies.study import run_study
 
@@ -380,6 +381,20 @@ def test_a_search_by_attribution_needs_far_fewer_pictures(tmp_path: Path) -> Non
         ('notebook = "edit"\nlayers = "last"', "last"),
         ('notebook = "edit"\ntokens = "first"', "tokens is 'first': use one of 'last_subject'"),
         ('notebook = "edit"\nridge = -0.1', "ridge is -0.1: give a finite number above 0"),
+        ('notebook = "edit"\ntokens = "end, all"', "tokens is 'end, all': here it is one of"),
+        ('notebook = "edit"\nattacks = "closd"', "attacks is 'closd': no name 'closd': did you"),
+        ('notebook = "edit"\nscorer = "clip-b"', "no scorer 'clip-b'"),
+        ('notebook = "edit_sweep"\nridges = "0.1, x"', "ridges is '0.1, x': write numbers above 0"),
+        ('notebook = "edit_sweep"\nridges = ""', "ridges is '': write numbers above 0"),
+        ('notebook = "edit_sweep"\nridges = "1, -1"', "ridges is '1, -1': write numbers above"),
+        ('notebook = "edit_sweep"\nridges = "nan"', "ridges is 'nan': write numbers above 0"),
+        ('notebook = "edit_sweep"\nridges = "inf"', "ridges is 'inf': write numbers above 0"),
+        ('notebook = "edit_sweep"\ntokens = ""', "tokens is '': use one of 'last_subject'"),
+        (
+            'notebook = "neurons"\nshares = "5, 150"',
+            "shares is '5, 150': write numbers above 0 and",
+        ),
+        ('notebook = "neurons"\nother = "mini/own"', "other is 'mini/own': no concept 'mini/own'"),
     ],
 )
 def test_values_are_checked_before_a_kernel_starts(plan, line: str, words: str) -> None:
@@ -389,6 +404,78 @@ def test_values_are_checked_before_a_kernel_starts(plan, line: str, words: str) 
     assert plan(f"[[run]]\n{ordinary}{line.partition(chr(10))[0] if 'notebook' in line else ''}\n")
     with pytest.raises(LocogenError, match=re.escape(words)):
         plan(f"[[run]]\n{ordinary}{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('notebook = "steps"\nsteps = "4, 8.5"', "steps is '4, 8.5': write whole numbers above 0"),
+        ('notebook = "steps"\nenough = 0.0', "enough is 0.0: give a finite number above 0"),
+        ('notebook = "steps"\nids = "mini/neon, x"', "ids is 'mini/neon, x': no concept 'x'"),
+        ('notebook = "steps"\nids = "mini/neon,"', "ids is 'mini/neon,': no concept ''"),
+        ('notebook = "benchmark"\nwindows = "two"', "windows is 'two': write whole numbers"),
+        ('notebook = "benchmark"\nguidance_scales = "7.5;1"', "guidance_scales is '7.5;1': write"),
+        ('notebook = "benchmark"\nsizes = "2*4"', "sizes is '2*4': write prompts x seeds"),
+        ('notebook = "benchmark"\nsizes = "2x0"', "sizes is '2x0': write prompts x seeds"),
+        ('notebook = "benchmark"\nplants = "reports"', "plants is 'reports': no name 'reports'"),
+        ('notebook = "benchmark"\nlocalizers = "const"', "localizers is 'const': no name 'const'"),
+        ('notebook = "compare_editors"\neditors = "UCE, x"', "editors is 'UCE, x': no name 'x'"),
+    ],
+)
+def test_lists_written_as_text_are_checked_too(plan, line: str, words: str) -> None:
+    assert plan(f'[[run]]\nname = "x"\n{line.partition(chr(10))[0]}\n')
+    with pytest.raises(LocogenError, match=re.escape(words)):
+        plan(f'[[run]]\nname = "x"\n{line}\n')
+
+
+def test_lists_that_notebooks_take_are_not_refused(plan) -> None:
+    """The twin: names with a comma of their own, spaces, and texts that may be empty."""
+    for values in (
+        'notebook = "compare_editors"\neditors = "UCE, LocoEdit, preserved"\nattacks = ""',
+        'notebook = "benchmark"\nsizes = "2x4, 6x6"\nwindows = "1, 2"\nplants = ""',
+        'notebook = "benchmark"\nlocalizers = "locogen (attribute), constant"\nplants = "tune"',
+        'notebook = "edit_sweep"\nridges = "1e-3,0.01"\ntokens = "end, all"',
+        'notebook = "edit"\ntokens = ""\nscorer = "openai/clip"',
+    ):
+        assert plan(f'[[run]]\nname = "x"\n{values}\n')
+
+
+# What a text is checked against by planning, and texts that may be anything.
+SUBJECTS = {"model", "models_file", "concept", "concepts_file", "ids", "other", "scorer"}
+ANYTHING = {"prompt", "target", "text", "becomes", "subject", "store", "results"}
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_no_text_of_a_notebook_goes_unchecked(notebook: Path) -> None:
+    unchecked = []
+    for name, parameter in parameters_of(notebook).items():
+        if parameter["inferred_type_name"] != "str" or name in SUBJECTS | ANYTHING:
+            continue
+        try:
+            check_parameters({name: "?!"}, notebook)
+        except LocogenError as error:
+            assert str(error).startswith(f"{name} is '?!': ")
+        else:
+            unchecked.append(name)
+        check_parameters({name: ast.literal_eval(parameter["default"])}, notebook)
+    assert not unchecked
+
+
+def test_names_written_here_are_those_that_there_are() -> None:
+    """They are written twice, since a plan does not load torch."""
+    from locogen.attacks.kinds import KINDS
+    from locogen.attacks.result import attack_kinds
+    from locogen.benchmarks.localizers import LOCALIZERS
+    from locogen.editing.rivals.editors import editors
+
+    assert {
+        "editors": editors(),
+        "attacks": attack_kinds(),
+        "localizers": tuple(LOCALIZERS),
+    } == NAMES
+    assert attack_kinds() == tuple(KINDS)
 
 
 def test_a_notebook_of_ones_own_may_mean_anything(plan, tmp_path: Path) -> None:

@@ -1,14 +1,19 @@
 """Editors side by side: panels and words say what the table says, and no more than its intervals."""
 
+import math
+import re
 from typing import Any
 
 import pandas as pd
 import pytest
+from hypothesis import given, strategies as st
 
 from locogen.attacks.result import Attack
 from locogen.errors import LocogenError
 from locogen.views.editors import describe_editors, editor_table, plot_editors
 from locogen.views.sentences import answer_edit
+
+COMPARES = re.compile(r"\b(least|most|less|more|better|worse)\b")
 
 
 def line(
@@ -69,16 +74,66 @@ def test_the_table_has_intervals_and_dashes_where_nothing_was_measured() -> None
 def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
     text = describe_editors(SUMMARY)
     first, second, third = text.split(". ")
+    # AdaVD may be as good, so that UCE is not said to do best.
     assert first.endswith(
-        "least with UCE (0 % [0, 37] of 8); more with SPEED; no clear difference from AdaVD"
+        "with UCE: 0 % [0, 37] of 8; no clear difference from AdaVD; more with SPEED"
     )
-    assert "most with SPEED (100 % [70, 100] of 8); less with UCE" in second
-    assert "no clear difference from SPEED" in third and "more with" not in third
-    assert "SPEED" not in describe_editors(SUMMARY, control="SPEED")  # the twin
+    assert second.endswith(
+        "with SPEED: 100 % [70, 100] of 8; no clear difference from AdaVD; less with UCE"
+    )
+    assert "no clear difference from SPEED" in third and not COMPARES.search(third)
+    assert "SPEED" not in describe_editors(SUMMARY, control="SPEED")
+    apart = describe_editors(SUMMARY, control="AdaVD")  # the twin
+    assert "Shown by its own words least with UCE (0 % [0, 37] of 8); more with SPEED." in apart
+    assert "Right for its neighbors most with SPEED (100 % [70, 100] of 8); less with UCE" in apart
     renamed = SUMMARY.replace({"arm": {"UCE": "LocoEdit, preserved"}})
-    assert "least with 'LocoEdit, preserved' (0 %" in describe_editors(renamed)
+    assert "with 'LocoEdit, preserved': 0 %" in describe_editors(renamed)
     with pytest.raises(LocogenError, match="no shares"):
         describe_editors(SUMMARY.assign(quantity="ssim"))
+
+
+def test_an_editor_alone_and_editors_alike_are_not_compared() -> None:
+    alone = describe_editors(SUMMARY[SUMMARY["arm"] == "UCE"])
+    assert "Shown by its own words with UCE: 0 % [0, 37] of 8." in alone
+    twin = SUMMARY[SUMMARY["arm"] == "UCE"].assign(arm="ESD")
+    alike = describe_editors(pd.concat([SUMMARY[SUMMARY["arm"] == "UCE"], twin]))
+    assert "with UCE and ESD: 0 % [0, 37] of 8; no clear difference." in alike
+    assert not COMPARES.search(alone + alike)
+    # Two prompts and eight: the same share, and not the same bounds.
+    fewer = SUMMARY.assign(arm="ESD", after=0.0, after_low=0.0, after_high=0.84, units=2)
+    uneven = describe_editors(pd.concat([SUMMARY[SUMMARY["arm"] == "UCE"], fewer[:1]]))
+    assert "with UCE: 0 % [0, 37] of 8; no clear difference from ESD." in uneven
+
+
+def newcombe(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:
+    """The interval of second minus first (Stat. Med. 17, 1998, method 10)."""
+    gap = second["after"] - first["after"]
+    below = math.hypot(second["after"] - second["after_low"], first["after_high"] - first["after"])
+    above = math.hypot(second["after_high"] - second["after"], first["after"] - first["after_low"])
+    return gap - below, gap + above
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 20)] * 3), min_size=1, max_size=4), st.booleans())
+def test_a_word_that_compares_needs_an_interval_that_leaves_out_zero(
+    sizes: list[tuple[int, int, int]], is_bad: bool
+) -> None:
+    lines = []
+    for place, size in enumerate(sizes):
+        low, after, high = (part / 20 for part in sorted(size))
+        lines.append(line(f"E{place}", "efficacy" if is_bad else "specificity", after, low, high))
+    text = describe_editors(pd.DataFrame(lines))
+    by_name = {each["arm"]: each for each in lines}
+    best = by_name[re.findall(r"E\d", text)[0]]
+    clauses = {part.split(" ")[0]: part for part in text.split("; ")[1:]}
+    worse = re.findall(r"E\d", clauses.get("more" if is_bad else "less", ""))
+    for name in worse:
+        low, high = newcombe(best, by_name[name])
+        assert low > 0 if is_bad else high < 0
+    # All others: none may be as good as the one that is called best.
+    alike = re.findall(r"E\d", text.split("; ")[0])
+    assert bool(re.search(r"\b(least|most)\b", text)) == (
+        len(worse) > 0 and len(worse) + len(alike) == len(lines)
+    )
 
 
 class Tried(Attack):

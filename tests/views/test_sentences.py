@@ -78,6 +78,8 @@ def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
     total = total.assign(estimate=0.4, low=0.3, high=0.5)
     words = describe_trace(total, BestState("MLP", 2, **line, share=0.75, p_value=0.01, reason=""))
     assert ("brings back" in words) == (line["low"] > 0)
+    assert ("lowers the score further" in words) == (line["high"] < 0)
+    assert ("no clear effect" in words) == (not leaves_out_zero(line))
     unknown = BestState("MLP", 2, **line, share=NAN, p_value=0.01, reason="")
     assert not re.search(r"nan|– of it|%", describe_trace(total, unknown))
 
@@ -85,11 +87,10 @@ def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
 def test_a_trace_of_one_seed_brings_nothing_back_for_sure():
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
     total = total.assign(estimate=-0.01, low=NAN, high=NAN)
-    unclear = "it is not clear that the noise changes the score"
+    unclear = "it is not clear that the noise changes the score (−0.01, without an interval)"
     best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason=unclear)
     assert describe_trace(total, best) == (
-        "neon: the noise has no clear effect on the score (−0.01). Clean output of MLP, layer 2, "
-        "has an effect of 0.30, without an interval."
+        f"neon: {unclear}. Clean output of MLP, layer 2, has an effect of 0.30, without an interval."
     )
     total = total.assign(estimate=0.4, low=0.3, high=0.5)
     assert f"without an interval ({unclear})." in describe_trace(total, best), "the twin"
@@ -198,6 +199,21 @@ def test_steps_of_nothing():
     fewest, words = describe_steps({4: NAN, 20: 0.95}, 50, 0.9)
     assert fewest == 20
     assert words.endswith("an unknown share of the best effect with 4, 95 % with 20.")
+
+
+def test_a_share_that_is_unknown_is_not_too_small():
+    fewest, words = describe_steps({12: NAN, 20: NAN}, 50, 0.9)
+    assert fewest == 50 and "no fewer" not in words
+    assert words.startswith(
+        "whether 20 steps are enough for 90 % of what 50 choose, in every concept, could not be "
+        "judged: at least an unknown share"
+    )
+    fewest, words = describe_steps({1: NAN, 12: 0.95}, 50, 0.9)
+    assert fewest == 12 and "12 steps are enough" in words
+    assert "(of 1 step it could not be judged)" in words
+    # The twin: a share that is known, and too small, is no question.
+    assert "judged" not in describe_steps({4: NAN, 12: 0.5, 20: 0.95}, 50, 0.9)[1]
+    assert "no fewer than 50" in describe_steps({4: NAN, 12: 0.5}, 50, 0.9)[1]
 
 
 def test_steps_say_what_they_reach():

@@ -298,7 +298,7 @@ def test_where_no_edit_can_be_fitted_its_control_says_why(tmp_path: Path) -> Non
     assert box.strength.disabled and not box.neurons.disabled
     assert "read text and picture with the same matrices" in str(box.strength.tooltip)
     remarks = [one.value for one in box.children if isinstance(one, ipywidgets.HTML)]
-    assert any("No edit strength: the layers of Lumina" in value for value in remarks)
+    assert any("Edit strength is off: the layers of Lumina" in value for value in remarks)
     # By code it can be set all the same: the error is said, and the pictures stay.
     before = box.pictures.value
     box.strength.value = 1.0
@@ -309,7 +309,7 @@ def test_where_no_edit_can_be_fitted_its_control_says_why(tmp_path: Path) -> Non
 def test_an_edit_that_cannot_be_fitted_leaves_the_pictures(run: Run, pipe: Any) -> None:
     box = explore(run, pipe=pipe, tokens="end", ridge=0.0)
     assert not box.strength.disabled, "the twin: this family has edits"
-    assert "No edit strength" not in "".join(
+    assert "Edit strength is off" not in "".join(
         one.value for one in box.children if isinstance(one, ipywidgets.HTML)
     )
     before = box.pictures.value
