@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -364,24 +364,28 @@ def reported(
     pipe: Any, judge: Any, subject: Subject, name: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One edit on the reported prompts, with the controls."""
-    edit = fitted(pipe, subject, VARIANTS[name], options)
-    lines = words_and_neighbors(pipe, judge, subject, edit, "reported", REPORTED_SEEDS, options)
-    result: dict[str, Any] = {"lines": lines, "attacks": {}}
-    for kind in options.attacks:
+    edit = cache(partial(fitted, pipe, subject, VARIANTS[name], options))  # where one is needed
+    folder = options.folder / "reported"
+
+    def words() -> dict[str, Any]:
+        return words_and_neighbors(
+            pipe, judge, subject, edit(), "reported", REPORTED_SEEDS, options
+        )
+
+    def attack_by(kind: str, model: str) -> list[dict[str, Any]]:
         many = seeds_of(subject, "reported", REPORTED_SEEDS)
-        given: dict[str, Any] = dict(kind=kind, seeds=many, seed=1)
+        given: dict[str, Any] = dict(kind=kind, seeds=many, seed=1, models=[model])
         if kind == "inversion":
             given["at"] = REPORTED_STEPS
+        return attacked(pipe, judge, subject, edit(), "reported", options, **given)
+
+    title = f"{subject.name}-{name}".replace(" ", "_")
+    result: dict[str, Any] = {"lines": kept(folder, f"{title}-words", words), "attacks": {}}
+    for kind in options.attacks:
         result["attacks"][kind] = []
         for model in options.models:
-
-            def measure(model: str = model, given: dict[str, Any] = given) -> list[dict[str, Any]]:
-                return attacked(
-                    pipe, judge, subject, edit, "reported", options, models=[model], **given
-                )
-
-            file = f"{subject.name}-{name}-{kind}-{model}".replace(" ", "_")
-            result["attacks"][kind] += kept(options.folder / "reported", file, measure)
+            file = f"{title}-{kind}-{model}".replace(" ", "_")
+            result["attacks"][kind] += kept(folder, file, partial(attack_by, kind, model))
     return result
 
 
@@ -407,6 +411,8 @@ def points(near: dict[str, Any]) -> str:
 def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]:
     own, near = result["lines"]["efficacy"], result["lines"]["specificity"]
     head = [subject, name, f"{own['after']:.0%} (≤ {own['after_high']:.0%})", points(near)]
+    if not result["attacks"]:
+        return [f"| {' | '.join([*head, *4 * ['–']])} |"]
     lines = []
     for kind, rows in result["attacks"].items():
         for strength in dict.fromkeys(row["strength"] for row in rows):
@@ -441,6 +447,9 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--attacks", nargs="*", default=["inversion"], help="kinds, for the report")
     parser.add_argument(
+        "--report", nargs="*", help="edits to report, in place of the best and the carrier's"
+    )
+    parser.add_argument(
         "--models", nargs="*", default=["edited", "never had", "placebo"], help="of the report"
     )
     parser.add_argument("--short", action="store_true", help="attack for 25 steps alone")
@@ -452,11 +461,13 @@ def main() -> None:
     judge = judging.JudgeScorer(judging.train(options.judge))
     for name in options.only:
         subject = subject_of(name)
-        best = best_of(all_tried(pipe, judge, subject, options))
-        print(f"\nBest of them: {best}", flush=True)
+        best = PLAIN
+        if options.variants:
+            best = best_of(all_tried(pipe, judge, subject, options))
+            print(f"\nBest of them: {best}", flush=True)
         if not options.choose_only:
             print(f"\nOn reported prompts\n\n{REPORTED}", flush=True)
-            for variant in dict.fromkeys([best, PLAIN]):
+            for variant in options.report or dict.fromkeys([best, PLAIN]):
                 result = reported(pipe, judge, subject, variant, options)
                 print(*reported_lines(name, variant, result), sep="\n", flush=True)
 
