@@ -14,6 +14,7 @@ further seeds in the same styles.
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -425,6 +426,26 @@ def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]
     return lines
 
 
+OVERALL = (
+    "| edit | own words | neighbors, points | passes | after 25 steps of inversion, where it passes |"
+    "\n|---|---|---|---|---|"
+)
+
+
+def overall_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Each edit over all concepts, on choosing prompts: means, and how many it does what an edit should for."""
+    lines = []
+    for name in next(iter(results.values())):
+        tries = [by_name[name] for by_name in results.values()]
+        shown = statistics.mean(one["lines"]["efficacy"]["after"] for one in tries)
+        change = statistics.mean(one["lines"]["specificity"]["change"] for one in tries)
+        back = [one["attack"][-1]["after"] for one in tries if passes(one["lines"])]
+        cells = [name, f"{shown:.0%}", f"{100 * change:+.1f}", f"{len(back)} of {len(tries)}"]
+        cells.append(f"{statistics.mean(back):.0%}" if back else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 TRIED = (
     "| concept | edit | layers | own words | neighbors, points | after 25 steps of inversion | 100 |"
     "\n|---|---|---|---|---|---|---|"
@@ -459,17 +480,22 @@ def main() -> None:
     set_threads(options)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
+    results = {}
     for name in options.only:
         subject = subject_of(name)
         best = PLAIN
         if options.variants:
-            best = best_of(all_tried(pipe, judge, subject, options))
+            results[name] = all_tried(pipe, judge, subject, options)
+            best = best_of(results[name])
             print(f"\nBest of them: {best}", flush=True)
         if not options.choose_only:
             print(f"\nOn reported prompts\n\n{REPORTED}", flush=True)
             for variant in options.report or dict.fromkeys([best, PLAIN]):
                 result = reported(pipe, judge, subject, variant, options)
                 print(*reported_lines(name, variant, result), sep="\n", flush=True)
+    if len(results) > 1:
+        print(f"\nOver {len(results)} concepts, on choosing prompts\n\n{OVERALL}")
+        print(*overall_lines(results), sep="\n")
 
 
 def all_tried(
