@@ -26,7 +26,7 @@ def environment(package: str) -> Environment:
     Returns:
         The environment, the same one for each call.
     """
-    return Environment(
+    rendering = Environment(
         loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
@@ -35,6 +35,33 @@ def environment(package: str) -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
+    rendering.filters["breakable"] = breakable
+    return rendering
+
+
+_LONG_WORD = 16  # characters: shorter ones fit on a line of any screen
+# Where a long word of a program has a joint: behind "_" and "/", and before a capital.
+_JOINT = re.compile(r"(?<=[_/])(?=\w)|(?<=[a-z])(?=[A-Z])")
+
+
+def breakable(text: str) -> Markup:
+    """Words for a page whose long names may take two lines, each broken where its parts meet.
+
+    Args:
+        text: Any text; it is escaped.
+
+    Returns:
+        The same words. What is copied from the page has nothing in it that `text` has not.
+
+    Example:
+        >>> print(breakable("dynamic_thresholding_ratio: 1 < 2"))
+        dynamic_<wbr>thresholding_<wbr>ratio: 1 &lt; 2
+    """
+    pieces = []
+    for word in re.split(r"(\s+)", text):
+        parts = _JOINT.split(word) if len(word) >= _LONG_WORD else [word]
+        pieces.append(Markup("<wbr>").join(parts))
+    return Markup("").join(pieces)
 
 
 @cache

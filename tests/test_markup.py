@@ -5,9 +5,10 @@ import re
 import pandas as pd
 import pytest
 from jinja2 import UndefinedError
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from locogen import markup
+from locogen.markup import breakable
 
 EVIL = "<script>alert('x')</script>"
 NAN = float("nan")
@@ -53,6 +54,18 @@ def test_html_that_is_known_to_be_safe_stays() -> None:
     """The twin: a table that is marked as HTML is shown as it is."""
     values = OBJECTS["run"] | {"table": Markup(EVIL)}
     assert "script" in tags(markup.shown("run", **values))
+
+
+def test_long_names_break_where_their_parts_meet() -> None:
+    """And only there; what is shown has the same letters, and is escaped."""
+    text = 'DPMSolverMultistepScheduler, use_exponential_sigmas & "hub/some-long-name<b>"'
+    shown = str(breakable(text))
+    assert "DPMSolver<wbr>Multistep<wbr>Scheduler" in shown
+    assert "use_<wbr>exponential_<wbr>sigmas" in shown and "hub/<wbr>some-long-name" in shown
+    assert "<b>" not in shown and Markup(shown.replace("<wbr>", "")) == escape(text)
+    assert breakable("max_prompts of McDonald") == "max_prompts of McDonald", (
+        "short words are whole"
+    )
 
 
 def test_a_missing_value_is_an_error() -> None:

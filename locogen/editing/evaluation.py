@@ -290,10 +290,10 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
 
     Returns:
         A table of `arm measure sign quantity before after after_low after_high change low high n
-        units`.
+        units seeds`.
         Quantities: `score` (raw cosine), `right` (share), `ssim`, `distance`, and `lpips` if it
         was measured. `low` and `high` are of the change; the last three quantities have none, only
-        the interval of `after`. `n`: number of pictures; `units`: of units.
+        the interval of `after`. `n`: number of pictures; `units`: of units; `seeds`: of seeds.
 
     Example:
         >>> import pandas as pd
@@ -310,7 +310,11 @@ def summary(table: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
     lines: list[dict[str, Any]] = []
     for (arm, measure), part in table.groupby(["arm", "measure"], sort=False):  # pyright: ignore
         labels = {"arm": arm, "measure": measure, "sign": int(part["sign"].iloc[0])}
-        counts = {"n": _pictures(part), "units": part[_unit_column(part)].nunique()}
+        counts = {
+            "n": _pictures(part),
+            "units": part[_unit_column(part)].nunique(),
+            "seeds": part["seed"].nunique(),
+        }
         for quantity, (before, after) in BEFORE_AND_AFTER.items():
             if bool(part[after].isna().to_numpy().any()):
                 continue  # probes without alternatives are neither right nor wrong

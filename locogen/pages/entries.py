@@ -25,6 +25,7 @@ STATES = {
     "none": ("no single window", ""),
     "nobody": ("no layer hears it", ""),
     "inconclusive": ("inconclusive", ""),
+    "proposed": ("proposal, not tested by pictures", ""),
     "unjudged": ("not judged", ""),
     "failed": ("failed", "bad"),
 }
@@ -69,9 +70,7 @@ class Entry:
     @property
     def is_proposal(self) -> bool:
         """Whether its numbers are shares that gradients propose, and no changes of a score."""
-        if self.rows is None or "method" not in self.rows:
-            return False
-        return set(self.rows["method"]) == {"attribution"}
+        return bool(self.row.get("proposed"))
 
     @property
     def effects(self) -> Any:
@@ -164,7 +163,7 @@ def _entry(run: Finished, row: Mapping[str, Any]) -> Entry:
 
 def _state(row: Mapping[str, Any]) -> str:
     if not row["judged"]:
-        return "unjudged"
+        return "proposed" if row["proposed"] else "unjudged"
     if row["start"] is None:
         return _NO_PLACE.get(row.get("verdict", ""), "none")
     # Older runs named a window also where its lead over others was open; the reason says so.

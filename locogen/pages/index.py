@@ -70,7 +70,7 @@ class ShownEntry:
     share: str = ""
     """Share of the ceiling."""
     reason: str = ""
-    """Why there is a single window, or why there is none."""
+    """Why there is a single window, or why there is none; or what is proposed."""
     pictures: Sequence[Picture] = ()
     cells: Sequence[tuple[int, str]] = ()
     """Each window of the strip: its first layer, and `layers 8–9: 0.34 [0.28, 0.40]`."""
@@ -297,6 +297,9 @@ def show_entry(
         if not missing(row["share"]):
             share = f"{number(100 * row['share'], 0)} %"
     reason = str(row.get("reason") or "")
+    if entry.state == "proposed":
+        window = _place(row["at"], row["width"])
+        reason = f"gradients propose {window}, a share of {_amount(row)} of what all layers do"
     if scale is None:
         return ShownEntry(entry, None, place, amount, share, reason, pictures)
     cells = _cells(entry)

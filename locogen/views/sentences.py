@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from locogen.localization.trace_effects import BestState, Sides
 
 
+FEW_SEEDS = 2  # an interval over so few says little
+
+
 def share_text(hits: float, count: int) -> str:
     """Write a count as a share, with its 95 % interval (Wilson).
 
@@ -266,7 +269,8 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
 
     Args:
         shares: Column `mean` by `way`, `count` and `group`: the share of right pictures; with
-            `low` and `high`, its 95 % interval, and `prompts`, the number of prompts it is of.
+            `low` and `high`, its 95 % interval, `prompts`, the number of prompts it is of, and `n`,
+            that of pictures.
         likeness: SSIM of ordinary pictures with their unedited twins, by `way` and `count`.
         kind: "style", "object" or "fact".
 
@@ -289,11 +293,21 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
         alike: Any = likeness[way, last]
         bounds = ""
         if "low" in row:
-            prompts = f", n = {_counted(row['prompts'], 'prompt')}" if "prompts" in row else ""
-            bounds = f" ({percent(row['low'])} to {percent(row['high'])}{prompts})"
+            bounds = f" ({percent(row['low'])} to {percent(row['high'])}{_sample_text(row)})"
         share = f"{percent(row['mean'])}{bounds} of their pictures {what}"
         parts.append(f"{way}, {share}, ordinary SSIM {number(alike)}")
     return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}."
+
+
+def _sample_text(row: Mapping[str, Any]) -> str:
+    """`, n = 6 prompts × 4 seeds`, as far as the row says it."""
+    if "prompts" not in row:
+        return ""
+    prompts = f", n = {_counted(row['prompts'], 'prompt')}"
+    if "n" not in row:
+        return prompts
+    # Every prompt is made under every seed.
+    return f"{prompts} × {_counted(row['n'] / row['prompts'], 'seed')}"
 
 
 def _counted(count: float, name: str) -> str:
@@ -333,8 +347,8 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
 
     Returns:
         A sentence with the shares of right pictures, each with the 95 % bounds that its number of
-        units allows; and one about the controls, which says "better" or "worse" only where the
-        interval leaves out zero.
+        units allows; one about the controls, which says "better" or "worse" only where the
+        interval leaves out zero; and one that says so where there are too few seeds.
 
     Raises:
         LocogenError: The summary lacks the arm, or the comparison is of another one.
@@ -367,9 +381,28 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
     if not parts:
         shows = "nothing is known of what the pictures show: no probe names what they could show"
     text = f"With the edit at {arm}, {shows}."
-    if leads is None or leads.empty:
-        return text
-    return f"{text} At telling concept and neighbors apart: {compare_words(leads)}."
+    if leads is not None and not leads.empty:
+        text += f" At telling concept and neighbors apart: {compare_words(leads)}."
+    seeds = rows["seeds"].min() if "seeds" in rows else math.nan
+    return f"{text.removesuffix('.')}{few_seeds_note(seeds)}."
+
+
+def few_seeds_note(seeds: float) -> str:
+    """What intervals over so few seeds are worth, to end a sentence with.
+
+    Args:
+        seeds: Their number; NaN where it is not known.
+
+    Returns:
+        A clause with its semicolon; "" for enough seeds.
+
+    Example:
+        >>> few_seeds_note(2)
+        '; with n = 2 seeds, intervals are hardly worth printing'
+    """
+    if not seeds <= FEW_SEEDS:
+        return ""
+    return f"; with n = {_counted(seeds, 'seed')}, intervals are hardly worth printing"
 
 
 def answer_edit(

@@ -22,6 +22,7 @@ CONTROLS = ("baseline", "placebo", "ceiling")
 GAP = ""  # the empty column between the windows and the controls
 NUMBERS = ("estimate", "low", "high")
 HELD_OUT = ("fresh", "fresh_low", "fresh_high")  # the same on seeds that did not choose the window
+PROPOSING = "attribution"  # the method whose estimates are shares that gradients propose
 Carriers = Mapping[str, Window] | Window | None
 Row = dict[str, Any]
 
@@ -183,7 +184,8 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
     """What the table says about each concept, one row each: the numbers behind `describe`.
 
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
-    (the window spoken of: the carrier, or else the largest effect), width, estimate, low, high,
+    (the window spoken of: the carrier, or else the largest effect), width, proposed (shares that
+    gradients propose, which no picture has tested), estimate, low, high,
     fresh (measured on seeds not used to choose the window), share (of the ceiling), rival (the
     largest effect that does not overlap), reason, verdict (the kind of a `Verdict`, else ""),
     places (that it speaks of), score (that the numbers are of), n, content (how much of what should
@@ -257,6 +259,11 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     place = f"the window of {window}" if window.width > 1 else str(window)
     digits = precision(row["estimate"])
     amount = number(row["estimate"], digits) + interval(row, digits)
+    if row["proposed"] and not row["judged"]:
+        rest = "" if short else "; no picture has tested it"
+        return (
+            f"{label}: gradients propose {place}, a share of {amount} of what all layers do{rest}."
+        )
     if row["judged"] and row["start"] is None:
         verdict = describe_verdict(row.get("verdict", ""), row.get("places", ()))
         reason = f" ({row['reason']})" if row["reason"] else ""
@@ -385,6 +392,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "concept": line["concept"],
         "kind": line.get("kind", ""),
         "judged": carrier is not None,
+        "proposed": line.get("method") == PROPOSING,
         "start": start,
         "at": at,
         "width": width,

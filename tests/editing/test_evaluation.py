@@ -176,7 +176,7 @@ def test_a_share_of_none_or_all_is_as_sure_as_its_units_not_its_pictures() -> No
         assert row["after"] == value
         exact = stats.clopper_pearson(10 * value, 10)
         assert (row["after_low"], row["after_high"]) == pytest.approx(exact)
-        assert (row["units"], row["n"]) == (10, 40)
+        assert (row["units"], row["n"], row["seeds"]) == (10, 40, 4)
         # Forty pictures would claim more.
         assert stats.clopper_pearson(0, 40)[1] < 0.1 < stats.clopper_pearson(0, 10)[1]
 

@@ -122,6 +122,34 @@ def test_shares_that_gradients_propose_do_not_pale_what_was_measured(tmp_path: P
     assert "each on a scale of its own" in page and "scale of its own" not in before
 
 
+def test_an_attribution_is_a_proposal_and_says_of_what(tmp_path: Path) -> None:
+    """In the index, its filter and counts, on the pages of model and concept, and on its own."""
+    folder = study(tmp_path / "reports", ("mini",), ("neon", "owl"))
+    place = folder / "mini-0"
+    table = pd.read_csv(place / "effects.csv")
+    facts = json.loads((place / "result.json").read_text())
+    facts |= {"carriers": [], "finding": ""}
+    (place / "result.json").write_text(json.dumps(facts))
+    build(folder)
+    unjudged = Reader(text(folder / "index.html")).text
+    assert "not judged" in unjudged and "gradients" not in unjudged, "the twin: effects, no verdict"
+
+    table.assign(method="attribution").to_csv(place / "effects.csv", index=False)
+    build(folder)
+    index = text(folder / "index.html")
+    assert "not judged" not in Reader(index).text
+    shown = Reader(cell(index, "neon", "mini")).text
+    words = "gradients propose layers 0–1, a share of 0.34 [0.28, 0.40] of what all layers do"
+    assert "proposal, not tested by pictures" in shown and words in shown
+    assert "2 outcomes: 1 localized, 1 proposal, not tested by pictures." in Reader(index).text
+    assert '<option value="proposed">proposal, not tested by pictures</option>' in index
+    for page in ("model-mini.html", "concept-neon.html"):
+        assert words in Reader(text(folder / page)).text
+    own = Reader(text(place / "index.html")).text
+    assert "neon: gradients propose the window of layers 0-1, a share of 0.34" in own
+    assert "That is a proposal" in " ".join(own.split()) and "CLIP-score by" not in own
+
+
 def _red(strip: Image.Image) -> int:
     """How far the first cell is from white."""
     red, green, blue = strip.getpixel((CELL // 2, 6))

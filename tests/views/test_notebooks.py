@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,23 +194,45 @@ def test_every_parameter_is_read(path: Path) -> None:
     assert not unused, f"parameters that nobody reads: {unused}"
 
 
-# What resamples seeds: an interval over fewer than four is hardly worth printing. The intervals of
-# an edit's evaluation count prompts, which it says, and attribution has none.
-OVER_SEEDS = re.compile(r"loco\.(localize|causal_trace|locate|crossed_bootstrap)\(")
+# An interval over fewer seeds is hardly worth printing.
+ENOUGH_SEEDS = 4
+
+
+def defaults_of(path: Path) -> dict[str, Any]:
+    """Name → default of a notebook's parameters."""
+    return {
+        name: ast.literal_eval(parameter["default"])
+        for name, parameter in parameters_of(path).items()
+    }
+
+
+def seeds_in(parameters: Mapping[str, Any]) -> int:
+    """The fewest seeds of a notebook's parameters."""
+    if "seeds" in parameters:
+        return int(parameters["seeds"])
+    # Those of the benchmark stand in its sizes: prompts x seeds, several with commas.
+    return min(int(size.split("x")[1]) for size in str(parameters["sizes"]).split(","))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_intervals_over_seeds_have_four_by_default(path: Path) -> None:
-    source = "\n".join(cell.source for cell in cells(path))
-    if OVER_SEEDS.search(source):
-        assert int(parameters_of(path)["seeds"]["default"]) >= 4
+def test_notebooks_take_four_seeds_by_default(path: Path) -> None:
+    assert seeds_in(defaults_of(path)) >= ENOUGH_SEEDS
 
 
-def test_some_notebooks_have_such_intervals_and_some_have_others() -> None:
-    """The twin."""
-    named = {path.stem for path in NOTEBOOKS if OVER_SEEDS.search(path.read_text(encoding="utf-8"))}
-    assert named >= {"00_start_here", "localize", "neurons", "causal_trace", "steps"}
-    assert "erase_many" not in named
+def test_every_study_takes_four_seeds() -> None:
+    """Those in the repository, in every run."""
+    few = []
+    for path in sorted((ROOT / "reports").glob("*.toml")):
+        for run in read_study(path)[2]:
+            if seeds_in(defaults_of(run.notebook) | run.parameters) < ENOUGH_SEEDS:
+                few.append(f"{path.name}: {run.slug}")
+    assert not few
+
+
+def test_few_seeds_are_seen() -> None:
+    """The twin of both."""
+    assert seeds_in({"seeds": 2, "sizes": "2x4"}) == 2
+    assert seeds_in({"sizes": "2x4, 8x1"}) == 1
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -372,13 +395,17 @@ QUICK: dict[str, dict[str, Any]] = {
     "00_start_here": dict(max_prompts=1, seeds=1),
     "localize": dict(concept="mini/neon", max_prompts=1, seeds=1),
     "edit": dict(max_prompts=2, neighbors=1, controls=1, seeds=1, attacks="closed"),
-    "edit_sweep": dict(prompts=1, neighbors=1, step=14, ridges="0.01, 1", tokens="last_subject"),
-    "erase_many": dict(prompts=1, most=2),
+    "edit_sweep": dict(
+        prompts=1, neighbors=1, step=14, seeds=1, ridges="0.01, 1", tokens="last_subject"
+    ),
+    "erase_many": dict(prompts=1, most=2, seeds=1),
     "neurons": dict(max_prompts=1, seeds=1, shares="5, 50", draws=1, batch_size=2),
     "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
     "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
-    "compare_editors": dict(editors="LocoEdit, AdaVD, neurons", max_prompts=2, neighbors=1),
-    "attribute": dict(most_points=3),
+    "compare_editors": dict(
+        editors="LocoEdit, AdaVD, neurons", max_prompts=2, neighbors=1, seeds=1
+    ),
+    "attribute": dict(most_points=3, seeds=1),
     "benchmark": dict(
         plants="style-nobody-a", localizers="constant, random window", sizes="1x1", concepts=1
     ),

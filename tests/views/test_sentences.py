@@ -136,6 +136,14 @@ def test_no_share_without_its_bound_and_count():
     assert "50 %" not in words
 
 
+@pytest.mark.parametrize(("seeds", "is_few"), [(1, True), (2, True), (4, False), (NAN, False)])
+def test_intervals_over_few_seeds_say_what_they_are_worth(seeds, is_few):
+    words = describe_edit(means(seeds=seeds), "layers 0-1")
+    assert words.endswith("intervals are hardly worth printing.") == is_few
+    assert (f"; with n = {seeds} seed" in words) == is_few
+    assert describe_edit(means(), "layers 0-1").endswith("100 % before)."), "a table without them"
+
+
 def test_counts_are_whole_where_a_table_turned_them_into_floats():
     line = means(units=1.0)
     assert "46 %, n = 1; 100 % before" in describe_edit(line, "layers 0-1")
@@ -182,6 +190,8 @@ def test_shares_of_erased_concepts_have_bounds_where_the_table_has(has_bounds):
     if has_bounds:
         words = describe_erasure(shares.assign(prompts=6), likeness, "style")
         assert "25 % (10 % to 50 %, n = 6 prompts)" in words
+        words = describe_erasure(shares.assign(prompts=6, n=24), likeness, "style")
+        assert "25 % (10 % to 50 %, n = 6 prompts × 4 seeds)" in words
 
 
 def test_one_style_is_erased_and_its_likeness_may_be_unknown():

@@ -15,6 +15,7 @@ from locogen.pages.entries import Entry
 from locogen.pages.exploring.album import Album
 from locogen.pages.thumbnails import Scale, cell_styles
 from locogen.plan import Window
+from locogen.views.sentences import few_seeds_note
 from locogen.views.tables import interval, missing, number, precision
 
 # Role in the pictures table → what its picture is, in the order in which they are shown.
@@ -25,7 +26,6 @@ ROLES = {
     "ceiling": "without it anywhere",
 }
 ROLES_OF_FACTS = ROLES | {"window": "other answer here", "ceiling": "other answer everywhere"}
-FEW_SEEDS = 2  # an interval over so few says little
 NOT_SWEPT = "first_timestep"  # pictures that get the target for a while only are not of windows
 _PER_WINDOW = ("window", "insert")
 Pictures = Mapping[tuple[str, int | None], tuple[str, float]]  # role and start → name and score
@@ -240,9 +240,7 @@ def _count(sweep: Sweep, n: int) -> str:
     text = f"n = {n}"
     if n == prompts * seeds:
         text += f": {_counted(prompts, 'prompt')} × {_counted(seeds, 'seed')}"
-    if seeds <= FEW_SEEDS:
-        text += f"; with n = {_counted(seeds, 'seed')}, intervals are hardly worth printing"
-    return text
+    return text + few_seeds_note(seeds)
 
 
 def _counted(count: int, noun: str) -> str:
