@@ -53,7 +53,7 @@ def attack(
     strength: float = 1.0,
     training: Sequence[PromptPair] | None = None,
     held_out: Sequence[Probe] | None = None,
-    seeds: Iterable[int] = range(2),
+    seeds: Iterable[int] = range(4),
     models: Sequence[Model] | None = None,
     steps: int | None = None,
     at: Iterable[int] | None = None,

@@ -98,7 +98,7 @@ def evaluate(
     arms: Mapping[str, Applicable | Sequence[Applicable]],
     probes: Sequence[Probe],
     *,
-    seeds: Iterable[int] = range(2),
+    seeds: Iterable[int] = range(4),
     strength: float = 1.0,
     scorer: Scorer | str | None = None,
     store: Place = AUTO,

@@ -4,6 +4,7 @@ The last tests need the mini model's weights; they execute the notebook as a stu
 """
 
 import ast
+import inspect
 import json
 import re
 import shlex
@@ -227,6 +228,18 @@ def test_every_study_takes_four_seeds() -> None:
             if seeds_in(defaults_of(run.notebook) | run.parameters) < ENOUGH_SEEDS:
                 few.append(f"{path.name}: {run.slug}")
     assert not few
+
+
+def test_verbs_take_four_seeds_by_default() -> None:
+    """But for a fit, whose average over seeds has no interval."""
+    few = []
+    for name in locogen.__all__:
+        verb = getattr(locogen, name)
+        parameters = inspect.signature(verb).parameters if inspect.isfunction(verb) else {}
+        default = parameters["seeds"].default if "seeds" in parameters else None
+        if isinstance(default, range | tuple) and len(default) < ENOUGH_SEEDS:
+            few.append(name)
+    assert few == ["fit_steering"]
 
 
 def test_few_seeds_are_seen() -> None:

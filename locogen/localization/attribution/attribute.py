@@ -71,7 +71,7 @@ def attribute(
     *,
     how: How = "gradient",
     axis: Axis = "layer",
-    seeds: Iterable[int] = range(2),
+    seeds: Iterable[int] = range(4),
     steps: Iterable[int] | None = None,
     points: int | None = None,
     bound: float = 0.05,
