@@ -40,8 +40,8 @@ def environment(package: str) -> Environment:
 
 
 _LONG_WORD = 16  # characters: shorter ones fit on a line of any screen
-# Where a long word of a program has a joint: behind "_" and "/", and before a capital.
-_JOINT = re.compile(r"(?<=[_/])(?=\w)|(?<=[a-z])(?=[A-Z])")
+# Where a long word of a program has a joint: behind "_", "/" and ".", and before a capital.
+_JOINT = re.compile(r"(?<=[_/])(?=\w)|(?<=\.)(?=[a-z])|(?<=[a-z])(?=[A-Z])")
 
 
 def breakable(text: str) -> Markup:

@@ -62,6 +62,9 @@ def test_long_names_break_where_their_parts_meet() -> None:
     shown = str(breakable(text))
     assert "DPMSolver<wbr>Multistep<wbr>Scheduler" in shown
     assert "use_<wbr>exponential_<wbr>sigmas" in shown and "hub/<wbr>some-long-name" in shown
+    assert breakable("backends.cuda.matmul 0.1234567890123456") == (
+        "backends.<wbr>cuda.<wbr>matmul 0.1234567890123456"
+    )
     assert "<b>" not in shown and Markup(shown.replace("<wbr>", "")) == escape(text)
     assert breakable("max_prompts of McDonald") == "max_prompts of McDonald", (
         "short words are whole"
