@@ -15,10 +15,10 @@ from locogen.markup import environment
 from locogen.pages.build import build, gather
 from locogen.pages.cleaning import arrange, headings
 from locogen.pages.entries import STATES
-from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, make_album, page_limit
+from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, Album, make_album, page_limit
 from locogen.pages.exploring.explorable import explorable
 from locogen.pages.exploring.maps import maps_of
-from locogen.pages.exploring.pairs import arms_of, pairs_of
+from locogen.pages.exploring.pairs import arms_of, bytes_of, pairs_data, pairs_of
 from locogen.pages.results import read_run, read_runs
 from locogen.pages.thumbnails import Scale, cell_styles
 
@@ -82,6 +82,19 @@ def test_what_does_not_fit_is_left_out_and_said(results: Path) -> None:
     assert not whole.left_out and half.left_out == "1 of 2 prompts and seeds fit into this page."
     assert len(half.data["sweeps"][0]["samples"]) == 1
     assert explorable(run, entries, used=PAGE).data is None, "no room at all"
+
+
+def test_words_take_room_too(results: Path) -> None:
+    run, _ = only(results)
+    groups = [["0-baseline.png"], ["0-ceiling.png"]]
+    assert make_album(run, groups, 100_000, [0, 0]).groups == 2, "the twin"
+    assert make_album(run, groups, 100_000, [0, 100_000]).groups == 1
+    pairs = pairs_of(edited(["layers 1-2"]))
+    album = Album(places={pair.before: 0 for pair in pairs} | {pair.after: 1 for pair in pairs})
+    (arm,) = pairs_data(pairs, album)["arms"]
+    assert len(arm["pairs"]) == len(pairs)
+    written = len(json.dumps(arm["pairs"]))
+    assert written <= sum(map(bytes_of, pairs)) <= written + 8 * len(pairs)
 
 
 def only(folder: Path) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from locogen.pages.results import Finished
 from locogen.pages.thumbnails import picture_size, small_picture
 
 SIZES = (384, 256, 192, 128, 96, 64)  # pixels; the largest one with which all pictures fit is taken
+PER_PICTURE = 100  # bytes of a page for the address of a full picture
 BESIDE = 60_000_000  # bytes of full pictures beside a page
 LARGE_PICTURES = 128  # pixels; with larger ones a page may be larger too
 PAGE = 1_500_000  # bytes of a page with pictures up to that size
@@ -50,26 +51,31 @@ def page_limit(run: Finished, names: Iterable[str]) -> int:
     return PAGE
 
 
-def make_album(run: Finished, groups: Sequence[Sequence[str]], budget: int) -> Album:
+def make_album(
+    run: Finished, groups: Sequence[Sequence[str]], budget: int, words: Sequence[int] = ()
+) -> Album:
     """Make the small pictures of a page, and copy the full ones beside it.
 
     Args:
         run: The run.
         groups: Names of pictures that are only of use together, the most important groups first.
-        budget: Bytes that the small pictures may have in the page. Groups that are too many are
-            left out; full pictures end where they have too many bytes together.
+        budget: Bytes that the small pictures may have in the page, with all that the page says of
+            them. Groups that are too many are left out; full pictures end where they have too many
+            bytes together.
+        words: Bytes of what the page says of each group; (): next to nothing.
 
     Returns:
         The album; without any picture if the store is gone.
     """
     files = _files(run, groups)
-    size = _fitting_size(list(files.values()), budget)
+    words = words or [0] * len(groups)
+    size = _fitting_size(list(files.values()), budget - sum(words) - PER_PICTURE * len(files))
     album = Album()
     beside = 0  # bytes
-    for group in groups:
+    for group, said in zip(groups, words, strict=True):
         new = [name for name in dict.fromkeys(group) if name in files and name not in album.places]
         additions = _smalls({name: files[name] for name in new}, size)
-        budget -= sum(len(source) for source in additions.values())
+        budget -= said + sum(len(source) + PER_PICTURE for source in additions.values())
         if budget < 0:
             break
         for name, source in additions.items():

@@ -10,7 +10,7 @@ from locogen.files import CannotWrite
 from locogen.pages.entries import Entry
 from locogen.pages.exploring.album import Album, make_album, page_limit
 from locogen.pages.exploring.maps import Map, maps_of
-from locogen.pages.exploring.pairs import Pair, arms_of, pairs_data, pairs_of
+from locogen.pages.exploring.pairs import Pair, arms_of, bytes_of, pairs_data, pairs_of
 from locogen.pages.exploring.windows import Sample, Sweep, sweep_data, sweep_of
 from locogen.pages.results import Finished, read_table
 
@@ -51,9 +51,11 @@ def explorable(run: Finished, entries: Sequence[Entry], used: int) -> Explorable
     pairs = _paired(run)
     groups = [sample.names for sweep in sweeps for sample in sweep.samples]
     groups += [[pair.before, pair.after] for pair in pairs]
+    # Of sweeps the page says little beside the notebook.
+    words = [0] * (len(groups) - len(pairs)) + [bytes_of(pair) for pair in pairs]
     limit = page_limit(run, (name for group in groups for name in group))
     try:
-        album = make_album(run, groups, limit - used - RESERVE)
+        album = make_album(run, groups, limit - used - RESERVE, words)
     except CannotWrite:
         raise
     except (OSError, ValueError):  # `pictures/` may be anything but a folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,13 +107,22 @@ def pairs_data(pairs: Sequence[Pair], album: Album) -> dict[str, Any]:
         before, after = album.place(pair.before), album.place(pair.after)
         if before is None or after is None:
             continue
-        line = {
-            "group": GROUPS.get(pair.group, pair.group),
-            "prompt": pair.prompt,
-            "seed": pair.seed,
-            "before": before,
-            "after": after,
-            "words": pair.words,
-        }
-        shown.setdefault(pair.arm, []).append(line)
+        shown.setdefault(pair.arm, []).append(_line(pair, before, after))
     return {"arms": [{"name": arm, "pairs": lines} for arm, lines in shown.items()]}
+
+
+def _line(pair: Pair, before: int, after: int) -> dict[str, Any]:
+    """A pair as the script shows it, with the places of its pictures."""
+    return {
+        "group": GROUPS.get(pair.group, pair.group),
+        "prompt": pair.prompt,
+        "seed": pair.seed,
+        "before": before,
+        "after": after,
+        "words": pair.words,
+    }
+
+
+def bytes_of(pair: Pair) -> int:
+    """How many bytes of a page its words take, at most, among fewer than 10000 pictures."""
+    return len(json.dumps(_line(pair, 9999, 9999))) + len(", ")
