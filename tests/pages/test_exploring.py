@@ -18,7 +18,7 @@ from locogen.pages.entries import STATES
 from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, Album, make_album, page_limit
 from locogen.pages.exploring.explorable import explorable
 from locogen.pages.exploring.maps import maps_of
-from locogen.pages.exploring.pairs import arms_of, bytes_of, pairs_data, pairs_of
+from locogen.pages.exploring.pairs import arms_of, by_importance, bytes_of, pairs_data, pairs_of
 from locogen.pages.results import read_run, read_runs
 from locogen.pages.thumbnails import Scale, cell_styles
 
@@ -95,6 +95,18 @@ def test_words_take_room_too(results: Path) -> None:
     assert len(arm["pairs"]) == len(pairs)
     written = len(json.dumps(arm["pairs"]))
     assert written <= sum(map(bytes_of, pairs)) <= written + 8 * len(pairs)
+
+
+def test_every_arm_is_shown_before_further_seeds() -> None:
+    table = edited(["layers 1-2", "layers 3-4", "layers 5-6"])
+    pairs = pairs_of(pd.concat([table.assign(seed=seed) for seed in (7, 8)]))
+    of_an_arm = len(pairs) // 3
+    ordered = by_importance(pairs)
+    assert sorted(map(repr, ordered)) == sorted(map(repr, pairs))
+    assert {pair.arm for pair in ordered[:of_an_arm]} == {"layers 1-2"}
+    following = ordered[of_an_arm : 2 * of_an_arm]
+    assert {(pair.arm, pair.seed) for pair in following} == {("layers 3-4", 7), ("layers 5-6", 7)}
+    assert {pair.seed for pair in ordered[2 * of_an_arm :]} == {8}
 
 
 def only(folder: Path) -> tuple[Any, Any]:

@@ -10,7 +10,14 @@ from locogen.files import CannotWrite
 from locogen.pages.entries import Entry
 from locogen.pages.exploring.album import Album, make_album, page_limit
 from locogen.pages.exploring.maps import Map, maps_of
-from locogen.pages.exploring.pairs import Pair, arms_of, bytes_of, pairs_data, pairs_of
+from locogen.pages.exploring.pairs import (
+    Pair,
+    arms_of,
+    by_importance,
+    bytes_of,
+    pairs_data,
+    pairs_of,
+)
 from locogen.pages.exploring.windows import Sample, Sweep, sweep_data, sweep_of
 from locogen.pages.results import Finished, read_table
 
@@ -50,9 +57,11 @@ def explorable(run: Finished, entries: Sequence[Entry], used: int) -> Explorable
     sweeps = _swept(run, entries)
     pairs = _paired(run)
     groups = [sample.names for sweep in sweeps for sample in sweep.samples]
-    groups += [[pair.before, pair.after] for pair in pairs]
     # Of sweeps the page says little beside the notebook.
-    words = [0] * (len(groups) - len(pairs)) + [bytes_of(pair) for pair in pairs]
+    words = [0] * len(groups)
+    for pair in by_importance(pairs):
+        groups.append([pair.before, pair.after])
+        words.append(bytes_of(pair))
     limit = page_limit(run, (name for group in groups for name in group))
     try:
         album = make_album(run, groups, limit - used - RESERVE, words)

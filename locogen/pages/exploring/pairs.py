@@ -95,6 +95,20 @@ def arms_of(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(changed))
 
 
+def by_importance(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs as they should be shown if there is no room for all: the first arm, then seeds.
+
+    So every arm is there to compare with, under fewer seeds, and not a few arms under all of them.
+    """
+    arms = list(dict.fromkeys(pair.arm for pair in pairs))
+    seeds = list(dict.fromkeys(pair.seed for pair in pairs))
+
+    def rank(pair: Pair) -> int:
+        return 0 if pair.arm == arms[0] else 1 + seeds.index(pair.seed)
+
+    return sorted(pairs, key=rank)
+
+
 def pairs_data(pairs: Sequence[Pair], album: Album) -> dict[str, Any]:
     """What the page's script shows: plain values, those pairs that are in the album.
 
