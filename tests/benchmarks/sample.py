@@ -21,7 +21,7 @@ from locogen.pages.build import build
 from locogen.views.plots import plot_strip, strip_rows
 
 SOURCE, TARGET = Path("reports/mini"), Path("reports/sample")
-LIMIT = 3_000_000  # bytes in all
+LIMIT = 4_000_000  # bytes in all
 
 
 def pages(slugs: list[str]) -> None:
