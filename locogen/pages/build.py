@@ -28,7 +28,7 @@ from locogen.pages.html import page
 from locogen.pages.index import comparison_page, index_page, show_entry
 from locogen.pages.notebook import notebook_html, read_notebook
 from locogen.pages.pictures import shown_pictures
-from locogen.pages.provenance import fact_groups, study_page, time_spent
+from locogen.pages.provenance import fact_groups, moment, study_page, time_spent
 from locogen.pages.results import (
     TABLES,
     Finished,
@@ -319,7 +319,9 @@ def _cell(value: Any) -> Any:
 
 
 def _footer_facts(run: Finished) -> dict[str, Mapping[str, Any]]:
-    general = pick(run.facts, "model", "concepts", "kind", "pictures", "finished")
+    general = pick(run.facts, "model", "concepts", "kind", "pictures")
+    if run.facts.get("finished"):
+        general["finished"] = moment(run.facts["finished"])
     if "seconds" in run.facts:
         general["time"] = time_spent(run.facts)
     groups: dict[str, Mapping[str, Any]] = {"Run": general}

@@ -201,11 +201,11 @@ def _totals_sentence(runs: Sequence[Finished]) -> str:
     # ISO times sort as text.
     ends = sorted(run.facts["finished"] for run in runs if run.facts.get("finished"))
     if ends:
-        work += f", finished between {_moment(ends[0])} and {_moment(ends[-1])}"
+        work += f", finished between {moment(ends[0])} and {moment(ends[-1])}"
     return f"{count_runs(runs)} on {models}: {work}."
 
 
-def _moment(iso_time: Any) -> str:
+def moment(iso_time: Any) -> str:
     """A time as people write it."""
     return str(iso_time or "–").replace("T", " ").replace("+00:00", " UTC")
 
@@ -218,7 +218,7 @@ def _run_line(run: Finished) -> dict[str, Any]:
         "seeds": _seeds(run),
         "pictures": run.facts.get("pictures", "–"),
         "time": time_spent(run.facts),
-        "finished": _moment(run.facts.get("finished")),
+        "finished": moment(run.facts.get("finished")),
     }
 
 

@@ -460,7 +460,7 @@ def answer_edit(
 
 def _unanswerable(line: Any, comes: bool) -> list[str]:
     """Why nothing can be said of an edit; empty where the unedited model had what should change."""
-    units = _counted(line["units"], "prompt")
+    units = _prompts_and_seeds(line)
     if not comes and line["before"] == 0:
         return [
             f"Nothing can be said: the model without the edit shows it in none of the pictures of "
@@ -489,7 +489,7 @@ def _edit_answer(line: Any, comes: bool, attacks: Sequence[Attack]) -> list[str]
 
 def _bounded_share(line: Any) -> str:
     """A share of prompts, and what it may be at most and at least among all such prompts."""
-    units = _counted(line["units"], "prompt")
+    units = _prompts_and_seeds(line)
     # How often it was shown before the edit goes without saying only where it always was.
     before = "" if line["before"] == 1 else f"; {percent(line['before'])} before"
     low, high = percent(line["after_low"]), percent(line["after_high"])
@@ -500,6 +500,13 @@ def _bounded_share(line: Any) -> str:
         )
     share = percent(line["after"])
     return f"{share} of the pictures of {units} (between {low} and {high}, 95 %{before})"
+
+
+def _prompts_and_seeds(line: Any) -> str:
+    """`6 prompts × 4 seeds`; `6 prompts` where nothing says under how many seeds."""
+    prompts = _counted(line["units"], "prompt")
+    seeds = line.get("seeds", math.nan)
+    return prompts if math.isnan(seeds) else f"{prompts} × {_counted(seeds, 'seed')}"
 
 
 def _attack_answer(attack: Attack, what: str) -> str:

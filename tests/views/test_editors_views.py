@@ -157,6 +157,7 @@ def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
         "Is neon gone? By its own words it is shown in none of the pictures of 8 prompts"
     )
     assert "at most 37 % of such prompts, with 95 % confidence" in text
+    assert "of 8 prompts × 4 seeds:" in answer_edit(OWN.assign(seeds=4), "layer 3", "neon")
     assert "Nobody tried" in text
     some = pd.DataFrame([line("layer 3", "efficacy", 0.25, 0.03, 0.65, sign=-1)])
     assert "25 % of the pictures of 8 prompts (between 3 % and 65 %, 95 %)" in answer_edit(
