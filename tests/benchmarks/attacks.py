@@ -37,7 +37,8 @@ OBJECTS = (
 )
 LEARNED = 12
 STYLES_LEARNED, STYLES_JUDGED = ((1, 5, 7), (0, 2, 3, 4))  # of an object or a fact
-# Where each concept is edited: what carriers.py and edits.py found (reports/results.md); others are looked for.
+# Where each concept is edited, from an earlier search, so that rows of different days are of one edit; others are looked for.
+# Today's windows share a layer with these: of neon and blueprint 13-14, of van gogh 12-13 (reports/results.md).
 CARRIERS = {
     "mini": {
         "pencil sketch": (13, 14),
@@ -175,7 +176,7 @@ def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int,
         best = loco.carrier(loco.effect(run.table))
         return list(best) or sorted({layer for place in best.places for layer in place})
 
-    name = f"{options.model}-{style.replace(' ', '-')}"
+    name = f"{options.model}-{style.replace(' ', '-')}-{options.steps}-steps"
     return tuple(kept(options.folder / "carriers", name, find))
 
 

@@ -7,9 +7,9 @@ prompts (the object of a style, the style of an object), and how often it comes 
 token vector (inversion), after training on plain pictures and on three of the concept (relearn); each beside a concept
 that the model never had, which only the attack can have taught. With a placebo edit as one more row.
 
-A row makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures: what 400 pictures cost,
-some ten seconds of an idle core, so that the 13 concepts x 12 rows of a model take half an hour of one. To stay there,
-16 units are reported: bounds count units (none of 16 says at most 21 %). Of a style they are objects, in one wording and
+A row of a style makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures; one of an object or
+a fact makes three times as many. That is a minute or two of a core, and two to four hours of one for the 13 concepts x 12
+rows of a model. To stay there, 16 units are reported: bounds count units (none of 16 says at most 21 %). Of a style they are objects, in one wording and
 under one seed; of an object or a fact seeds, in the same styles, because eight styles bound nothing by styles. The
 attacks are short, so that what they bring back is the least that can be: attacks.py trains longer. Each row lies
 in the folder as soon as it is done; several processes (`--threads 1`) may share it: each takes the next row that no other
@@ -239,10 +239,9 @@ def edited_by(
     given: dict[str, Any] = dict(layers=carrier_of(pipe, concept, options))
     given |= dict(preserve=edits.neighbors(concept), num_inference_steps=options.steps)
     given |= dict(ordinary=[world.prompt(thing) for thing in world.OBJECTS])
-    if editor != PLACEBO:
-        return loco.edit_with(editor, pipe, concept, **given, **fit)
-    edit: Any = loco.edit_with("LocoEdit", pipe, concept, **given, **fit)
-    return loco.placebo_edit(pipe, edit, avoid=[*world.OBJECTS, *world.STYLES, *world.FACTS])
+    # The placebo is of LocoEdit's size, in the settings that LocoEdit is chosen in.
+    name = "LocoEdit" if editor == PLACEBO else editor
+    return loco.edit_with(name, pipe, concept, **given, **fit)
 
 
 def shares(table: Any) -> dict[str, dict[str, Any]]:
@@ -293,6 +292,8 @@ def study(
         return row
     best = min(tried, key=lambda name: cost(tried[name]))
     edit, strength, seconds = fitted[best]
+    if editor == PLACEBO:
+        edit = loco.placebo_edit(pipe, edit, avoid=[*world.OBJECTS, *world.STYLES, *world.FACTS])
     table = measured(pipe, concept, {best: edit}, strength=strength, **common)
     row |= {"settings": best, "chosen among": tried, "seconds": seconds, "KB": size_of(edit)}
     row |= {"measures": shares(table)}
@@ -384,26 +385,26 @@ def said(identity: str, editor: str, row: dict[str, Any]) -> str:
     if "measures" not in row:
         return f"| {identity} | {editor} | none of {row['tried']} could be fitted |"
     measures = row["measures"]
+    unit = "objects" if loco.concept(identity).kind == "style" else "seeds"
     parts = [identity, editor, f"{row['settings']} (of {row['tried']})"]
-    parts += [share(measures["efficacy"]), share(measures["generality"])]
-    parts += [change(measures["specificity"]), change(measures["rest"])]
-    parts += [came_back(row["attacks"].get(name, {})) for name in ATTACKS]
+    parts += [share(measures["efficacy"], unit), share(measures["generality"], unit)]
+    parts += [change(measures["specificity"], "objects"), change(measures["rest"], unit)]
+    parts += [came_back(row["attacks"].get(name, {}), unit) for name in ATTACKS]
     parts += [f"{row['seconds']:.1f}", "–" if row["KB"] is None else f"{row['KB']:.0f}"]
     return f"| {' | '.join(parts)} |"
 
 
-def share(line: dict[str, Any]) -> str:
-    return (
-        f"{line['before']:.0%} → {line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}], "
-        f"n = {line['units']:.0f}"
-    )
+def share(line: dict[str, Any], unit: str) -> str:
+    interval = f"[{line['after_low']:.0%}, {line['after_high']:.0%}]"
+    return f"{line['before']:.0%} → {line['after']:.0%} {interval}, n = {line['units']:.0f} {unit}"
 
 
-def change(line: dict[str, Any]) -> str:
-    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}] points, n = {line['units']:.0f}"
+def change(line: dict[str, Any], unit: str) -> str:
+    interval = f"[{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
+    return f"{100 * line['change']:+.1f} {interval} points, n = {line['units']:.0f} {unit}"
 
 
-def came_back(result: dict[str, Any]) -> str:
+def came_back(result: dict[str, Any], unit: str) -> str:
     """What an attack brought back, beside what it brought of a concept that the model never had."""
     if "lines" not in result:
         return "no weights" if "no weight" in result.get("refused", "") else "–"
@@ -411,7 +412,8 @@ def came_back(result: dict[str, Any]) -> str:
     back = lines["edited"]
     taught = lines.get("never had")
     control = "" if taught is None else f" (never had: {taught['after']:.0%})"
-    return f"{back['after']:.0%} [{back['low']:.0%}, {back['high']:.0%}]{control}"
+    interval = f"[{back['low']:.0%}, {back['high']:.0%}]"
+    return f"{back['after']:.0%} {interval}, n = {back['units']:.0f} {unit}{control}"
 
 
 # Columns of the table over all concepts, by what was measured: shares that are left, or points that were lost.
@@ -430,16 +432,21 @@ def over_concepts(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     if len(concepts) < 2:
         return []
     head = ["editor", *LEFT, *LOST, *ATTACKS]
-    lines = [f"\nOver {len(concepts)} concepts: {', '.join(concepts)}\n", row_of(head)]
+    left_out = {identity for identity, _ in rows} - set(concepts)
+    without = f"; left out, for lack of a row: {', '.join(sorted(left_out))}" if left_out else ""
+    title = (
+        f"\nOver {len(concepts)} concepts, which are the units: {', '.join(concepts)}{without}\n"
+    )
+    lines = [title, row_of(head)]
     lines.append("|---" * len(head) + "|")
     for editor in names:
         means = means_of({identity: rows[identity, editor] for identity in concepts})
-        cells = [editor, *[left(means.get(name)) for name in LEFT.values()]]
+        cells = [editor, *[left(means.get(name), len(concepts)) for name in LEFT.values()]]
         cells += [lost(means[name]) for name in LOST.values()]
         for attack in ATTACKS:
             taught = means.get(f"{attack}, never had")
             control = "" if taught is None else f" (never had: {taught['after']:.0%})"
-            cells.append(left(means.get(attack)) + control)
+            cells.append(left(means.get(attack), len(concepts)) + control)
         lines.append(row_of(cells))
     return lines
 
@@ -465,11 +472,12 @@ def means_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {line["measure"]: line for line in means.to_dict("records")}
 
 
-def left(line: dict[str, Any] | None) -> str:
-    """A share that is left; of fewer concepts where an attack was refused on some."""
+def left(line: dict[str, Any] | None, concepts: int) -> str:
+    """A share that is left; of so many concepts, where an attack was refused on some."""
     if line is None:
         return "–"
-    return f"{line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}]"
+    fewer = f", n = {line['units']:.0f}" if line["units"] < concepts else ""
+    return f"{line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}]{fewer}"
 
 
 def lost(line: dict[str, Any]) -> str:

@@ -1,10 +1,13 @@
 """Which edit holds for someone who tries? `python tests/benchmarks/harder.py` tries edits of the mini model.
 
 For each concept some edits (VARIANTS) are tried on choosing prompts: is it gone by its own words, do its neighbors stay,
-and how often does one trained token vector bring it back? Only edits that pass the first two are attacked, for 25 steps and
-again for 100, which choose. The best one and the carrier's plain edit are then reported: other objects (of an object: other styles), other seeds, and another
-training, beside what the attack teaches a model that never had the concept, and beside a placebo of the same size. Each
-edit and each attack lies in the folder when it is done, so that a second call only counts.
+and how often does one trained token vector bring it back? Only edits that pass the first two, and the carrier's plain one,
+are attacked, for 25 steps and those that pass again for 100, which choose.
+
+Attacks learn from the choosing prompts, and edits of many phrasings are fitted to them: on these such edits look better than
+they are. So the best one and the carrier's are reported on prompts that nothing has seen: other objects (of an object: other
+styles), other seeds, and another training, beside what the attack teaches a model that never had the concept, and beside a
+placebo of the same size. Each edit and each attack lies in the folder when it is done, so that a second call only counts.
 
 The unit of every interval is the object: of a style 28 are reported on, so that none of them says at most 12 %. A world of
 eight styles bounds nothing by styles: of an object or a fact the unit is the seed, 28 as well, and its intervals speak of
@@ -227,7 +230,7 @@ def phrasings_of(subject: Subject, phrased: str) -> list[Phrasing]:
         return plain
     if known.kind != "style":
         return plain + in_styles(plain[1])
-    # The objects that attacks learn from: none of them chooses or is reported on.
+    # The objects that attacks learn from and that choose: none of them is reported on.
     named = [Phrasing(pair.prompt, pair.target, known.name) for pair in subject.concept.pairs]
     return in_wordings(known) + named
 
@@ -271,7 +274,7 @@ def words_and_neighbors(
 ) -> dict[str, Any]:
     """What is left by its own words, and of its neighbors."""
     tables = []
-    for probes, few in (
+    for probes, their_seeds in (
         (subject.own[part], seeds_of(subject, part, seeds)),
         (subject.near[part], seeds),
     ):
@@ -279,7 +282,7 @@ def words_and_neighbors(
             pipe,
             {"edit": edit},
             probes,
-            seeds=few,
+            seeds=their_seeds,
             scorer=judge,
             store=options.folder / "store",
             num_inference_steps=options.steps,
@@ -324,14 +327,14 @@ def attacked(
 def tried(
     pipe: Any, judge: Any, subject: Subject, name: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One edit on the choosing prompts; attacked only if it does what an edit should."""
+    """One edit on the choosing prompts; attacked if it does what an edit should, or is the plain one."""
     edit = fitted(pipe, subject, VARIANTS[name], options)
     lines = words_and_neighbors(pipe, judge, subject, edit, "chosen", CHOSEN_SEEDS, options)
     result = {"layers": list(edit.layers), "lines": lines}
     if passes(lines) or name == PLAIN:
-        few = seeds_of(subject, "chosen", CHOSEN_SEEDS)
-        given = dict(kind="inversion", at=CHOSEN_STEPS, seeds=few, models=["edited"])
-        result["attack"] = attacked(pipe, judge, subject, edit, "chosen", options, **given)
+        seeds = seeds_of(subject, "chosen", CHOSEN_SEEDS)
+        short = dict(kind="inversion", at=CHOSEN_STEPS, seeds=seeds, models=["edited"])
+        result["attack"] = attacked(pipe, judge, subject, edit, "chosen", options, **short)
     return result
 
 
@@ -340,9 +343,9 @@ def attacked_longer(
 ) -> list[dict[str, Any]]:
     """A longer attack on an edit that passes: some hold for 25 steps and not for more."""
     edit = fitted(pipe, subject, VARIANTS[name], options)
-    few = seeds_of(subject, "chosen", CHOSEN_SEEDS)
-    given = dict(kind="inversion", at=LONGER_STEPS, seeds=few, models=["edited"])
-    return attacked(pipe, judge, subject, edit, "chosen", options, **given)
+    seeds = seeds_of(subject, "chosen", CHOSEN_SEEDS)
+    longer = dict(kind="inversion", at=LONGER_STEPS, seeds=seeds, models=["edited"])
+    return attacked(pipe, judge, subject, edit, "chosen", options, **longer)
 
 
 def passes(lines: dict[str, Any]) -> bool:
