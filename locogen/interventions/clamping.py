@@ -303,14 +303,14 @@ class _Clamp:
 
     def _means_on(self, device: Any, tokens: int) -> Tensor:
         assert self.means is not None
+        self.means = self.means.to(device)  # stays there for the steps to come
         if self.masks_padding and len(self.means) > tokens:
             # Qwen-Image's own call pads no further than to its longest prompt: what it lacks is
             # padding, and the positions before are the same.
-            return self.means[:tokens].to(device)
+            return self.means[:tokens]
         if len(self.means) != tokens:
             raise LocogenError(
                 f"{self.place} reads {tokens} tokens, and its means are of {len(self.means)}: "
                 "encode the prompts with the same tokenizer length, or clamp to='zero'"
             )
-        self.means = self.means.to(device)  # stays there for the steps to come
         return self.means
