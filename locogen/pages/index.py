@@ -253,13 +253,15 @@ def _legend(scale: Scale, entries: Sequence[Entry]) -> dict[str, Any]:
     high = number(scale.high, digits)
     alt = f"Colors from {low} over white at 0 to {high}: blue below zero, red above."
     strip = Picture(data_uri(heat_strip(values, scale)), alt)
-    proposed = {entry.is_proposal for entry in entries if entry.rows is not None}
+    proposed = [entry.is_proposal for entry in entries if entry.rows is not None]
     return {
         "strip": strip,
         "low": low,
         "high": high,
         "scorers": _scorers(entries),
-        "has_proposals": len(proposed) == 2,
+        "has_proposals": any(proposed),
+        # Without any strip the page speaks of effects: what failed would have measured some.
+        "has_effects": not proposed or not all(proposed),
     }
 
 
@@ -427,10 +429,11 @@ def _card(entry: Entry, by: str, bounds: Scale) -> dict[str, Any]:
     """One run's curve and pictures, with its finding as caption."""
     words = sentence(entry.row)
     curve = data_uri(small_curve(entry.effects, entry.concept, bounds))
+    what = "Share" if entry.is_proposal else "Effect"
     return {
         "run": entry.run,
         "name": _full_name(entry, by),
-        "curve": Picture(curve, f"Effect of each window. {words}", width=380),
+        "curve": Picture(curve, f"{what} of each window. {words}", width=380),
         "sentence": words,
         "pictures": _pictures(entry, entry.pictures, CARD_PICTURE),
     }

@@ -150,6 +150,41 @@ def test_an_attribution_is_a_proposal_and_says_of_what(tmp_path: Path) -> None:
     assert "That is a proposal" in " ".join(own.split()) and "CLIP-score by" not in own
 
 
+OF_EFFECTS = (
+    "on one scale",
+    "how much of the score is lost with a window",
+    "Red: the window carries the concept",
+    "The carrier is outlined",
+    "A positive effect means",
+    "what carries them",
+    "what replacing a window takes away",
+)
+
+
+@pytest.mark.parametrize("proposed", [(), (0,), (0, 1)], ids=["none", "one", "all"])
+def test_proposals_alone_are_not_called_effects(tmp_path: Path, proposed: tuple[int, ...]) -> None:
+    """Pages of attributions alone have no word of what only measured windows show."""
+    folder = study(tmp_path / "reports", ("mini",), ("neon", "owl"))
+    for number in proposed:
+        place = folder / f"mini-{number}"
+        table = pd.read_csv(place / "effects.csv")
+        table.assign(method="attribution").to_csv(place / "effects.csv", index=False)
+        facts = json.loads((place / "result.json").read_text())
+        (place / "result.json").write_text(json.dumps(facts | {"carriers": [], "finding": ""}))
+    runs = read_runs(folder)
+    found, models, concepts = gather(runs)
+    index = index_page(runs, found, models, concepts)
+    comparison = comparison_page("mini", found, by="concept", others=concepts)
+    words = " ".join(" ".join(Reader(page).text.split()) for page in (index, comparison))
+    are_all = len(proposed) == 2
+    # The twin: where something was measured, all of this stands there.
+    assert [each in words for each in OF_EFFECTS] == [not are_all] * len(OF_EFFECTS)
+    assert ("no picture has tested them" in words) == bool(proposed)
+    assert ("No picture was made with a window's prompt changed" in words) == are_all
+    legend = index.partition('<div class="legend">')[2].partition("</div>")[0]
+    assert ('class="bar"' in legend) != are_all
+
+
 def _red(strip: Image.Image) -> int:
     """How far the first cell is from white."""
     red, green, blue = strip.getpixel((CELL // 2, 6))
