@@ -112,7 +112,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     Returns:
         Two sentences: what the noise takes from the score, and what the best state brings back.
         Where the interval of the first holds zero or lies below it, nothing was taken, and what the
-        state brings back is a share of nothing.
+        state brings back is a share of nothing. Of one or two seeds (`n_seeds`) they say what
+        intervals are worth.
 
     Example:
         >>> import pandas as pd
@@ -131,7 +132,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     state = f"Clean output of {best.axis}, layer {best.position}"
     back = _brought_back(best, is_taken=is_taken)
     taken = noise_text(total["estimate"], total["low"], total["high"])
-    return f"{total['concept']}: {taken}. {state}, {back}{doubt}."
+    note = "" if math.isnan(total["low"]) else few_seeds_note(total.get("n_seeds", math.nan))
+    return f"{total['concept']}: {taken}. {state}, {back}{doubt}{note}."
 
 
 def _brought_back(best: BestState, *, is_taken: bool) -> str:
@@ -228,12 +230,13 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
 
     Args:
         effects: One row an arm ("top", "random", "edit"), number of neurons and measure, with the
-            change as `estimate`.
+            change as `estimate`; with `n_seeds`, the number of seeds of each prompt.
         width: The number of neurons of each matrix.
 
     Returns:
         A sentence with the changes for the strongest neurons, for random ones, and for the edit of
-        the layers, each with its interval where the table has one.
+        the layers, each with its interval where the table has one, and what it is worth over one
+        or two seeds.
 
     Example:
         >>> import pandas as pd
@@ -255,8 +258,13 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
     return (
         f"Change of the concept score: with {counts} of {width} neurons of each matrix clamped, "
         f"{changes['top']} for the strongest, {changes['random']} for random ones; "
-        f"{changes['edit']} for the edit of the layers."
+        f"{changes['edit']} for the edit of the layers{few_seeds_note(_least_seeds(rows))}."
     )
+
+
+def _least_seeds(rows: Any, column: str = "n_seeds") -> float:
+    """The fewest seeds that a number of the table is over; NaN where it does not say."""
+    return float(rows[column].min()) if column in rows else math.nan
 
 
 def _change_text(line: Mapping[Any, Any]) -> str:
@@ -296,7 +304,11 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
             bounds = f" ({percent(row['low'])} to {percent(row['high'])}{_sample_text(row)})"
         share = f"{percent(row['mean'])}{bounds} of their pictures {what}"
         parts.append(f"{way}, {share}, ordinary SSIM {number(alike)}")
-    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}."
+    note = ""
+    if {"low", "prompts", "n"} <= set(shares):
+        seeds: Any = shares["n"] / shares["prompts"]
+        note = few_seeds_note(seeds.min())
+    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}{note}."
 
 
 def _sample_text(row: Mapping[str, Any]) -> str:
@@ -383,8 +395,7 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
     text = f"With the edit at {arm}, {shows}."
     if leads is not None and not leads.empty:
         text += f" At telling concept and neighbors apart: {compare_words(leads)}."
-    seeds = rows["seeds"].min() if "seeds" in rows else math.nan
-    return f"{text.removesuffix('.')}{few_seeds_note(seeds)}."
+    return f"{text.removesuffix('.')}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
 
 
 def few_seeds_note(seeds: float) -> str:
@@ -422,7 +433,7 @@ def answer_edit(
         brings of a concept that the model never had; and what of the neighbors is still shown.
         "Hidden, not gone" only where the interval of the first is above that of the second. Where
         the unedited model does not show the concept either, or has the new answer of a fact
-        already, nothing is said of the edit.
+        already, nothing is said of the edit. Of one or two seeds it says what intervals are worth.
 
     Raises:
         LocogenError: The summary lacks the arm, or its own prompts.
@@ -455,7 +466,8 @@ def answer_edit(
             f"Its neighbors are shown in {percent(neighbors['after'])} of their pictures ({bounds},"
             f" n = {number(neighbors['units'], 0)}; {percent(neighbors['before'])} before)."
         )
-    return " ".join(parts)
+    text = " ".join(parts)
+    return f"{text.removesuffix('.')}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
 
 
 def _unanswerable(line: Any, comes: bool) -> list[str]:

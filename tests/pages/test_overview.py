@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -183,6 +184,34 @@ def test_proposals_alone_are_not_called_effects(tmp_path: Path, proposed: tuple[
     assert ("No picture was made with a window's prompt changed" in words) == are_all
     legend = index.partition('<div class="legend">')[2].partition("</div>")[0]
     assert ('class="bar"' in legend) != are_all
+
+
+@pytest.mark.parametrize("seeds", [2, 4, [0, 1], [0, 1, 2, 3], None, "many"])
+def test_lines_over_few_seeds_say_what_their_intervals_are_worth(
+    tmp_path: Path, seeds: Any
+) -> None:
+    """The line of an entry in the index and on the pages of model and concept, without scripts.
+
+    The table says how many seeds there are (`n_seeds`), or else the run's settings.
+    """
+    folder = study(tmp_path / "reports", ("mini",), ("neon",))
+    place = folder / "mini-0"
+    table = pd.read_csv(place / "effects.csv")
+    facts = json.loads((place / "result.json").read_text())
+    facts["settings"]["seeds"] = seeds
+    if isinstance(seeds, int):
+        table.assign(n_seeds=seeds).to_csv(place / "effects.csv", index=False)
+        del facts["settings"]["seeds"]
+    (place / "result.json").write_text(json.dumps(facts))
+    runs = read_runs(folder)
+    found, models, concepts = gather(runs)
+    index = index_page(runs, found, models, concepts)
+    comparison = comparison_page("mini", found, by="concept", others=concepts)
+    note = "; with n = 2 seeds, intervals are hardly worth printing"
+    is_few = seeds in (2, [0, 1])
+    assert (note in Reader(cell(index, "neon", "mini")).text) == is_few
+    # The line of the table, and the sentence below the curve.
+    assert Reader(comparison).text.count(note) == 2 * is_few
 
 
 def _red(strip: Image.Image) -> int:

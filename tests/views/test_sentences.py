@@ -9,9 +9,11 @@ from hypothesis import given, strategies as st
 from locogen.errors import LocogenError
 from locogen.localization.trace_effects import BestState, Sides
 from locogen.plan import Window
+from locogen.views.editors import describe_editors
 from locogen.views.sentences import (
     answer_edit,
     compare_words,
+    describe_clamping,
     describe_edit,
     describe_erasure,
     describe_sides,
@@ -87,7 +89,7 @@ def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
 def test_a_trace_of_one_seed_brings_nothing_back_for_sure():
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
     total = total.assign(estimate=-0.01, low=NAN, high=NAN)
-    unclear = "it is not clear that the noise changes the score (−0.01, without an interval)"
+    unclear = "it is not clear that the noise changes the score (−0.010, without an interval)"
     best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason=unclear)
     assert describe_trace(total, best) == (
         f"neon: {unclear}. Clean output of MLP, layer 2, has an effect of 0.30, without an interval."
@@ -142,6 +144,43 @@ def test_intervals_over_few_seeds_say_what_they_are_worth(seeds, is_few):
     assert words.endswith("intervals are hardly worth printing.") == is_few
     assert (f"; with n = {seeds} seed" in words) == is_few
     assert describe_edit(means(), "layers 0-1").endswith("100 % before)."), "a table without them"
+
+
+HARDLY = "intervals are hardly worth printing"
+
+
+def _sentences_over(seeds):
+    """Every sentence that has intervals over seeds, of tables that say over how many."""
+    line = {"estimate": 0.4, "low": 0.3, "high": 0.5, "n_seeds": seeds}
+    total = pd.DataFrame([line | {"axis": "ceiling", "concept": "neon"}])
+    best = BestState("MLP", 2, 0.3, 0.2, 0.4, share=0.75, p_value=0.01, reason="")
+    window = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "position": 3}
+    effects = pd.DataFrame([line | window | {"share": None}])
+    arms = pd.DataFrame([line | {"arm": arm, "neurons": 5} for arm in ("top", "random", "edit")])
+    index = pd.MultiIndex.from_tuples([("jointly", 2, "erased")], names=["way", "count", "group"])
+    erased = {"mean": 0.0, "low": 0.0, "high": 0.5, "prompts": 3, "n": 3 * seeds}
+    shares = pd.DataFrame([erased], index=index)
+    own = means(seeds=seeds)
+    return {
+        "trace": describe_trace(total, best),
+        "sweep": describe(effects, Window(3, 2)),
+        "sweep without a carrier": describe(effects),
+        "sweep without a place": describe(effects, Window(None, 2)),
+        "attribution": describe(effects.assign(method="attribution")),
+        "clamping": describe_clamping(arms.assign(measure="concept_score"), 96),
+        "erasure": describe_erasure(shares, shares["mean"].droplevel("group"), "style"),
+        "edit": describe_edit(own, "layers 0-1"),
+        "answer": answer_edit(own, "layers 0-1", "neon"),
+        "editors": describe_editors(own),
+    }
+
+
+@pytest.mark.parametrize(("seeds", "is_few"), [(1, True), (2, True), (4, False)])
+def test_every_sentence_over_few_seeds_says_what_its_intervals_are_worth(seeds, is_few):
+    count = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    for name, words in _sentences_over(seeds).items():
+        assert words.endswith(f"; with n = {count}, {HARDLY}.") == is_few, name
+        assert words.count(HARDLY) == is_few and words.endswith("."), name
 
 
 def test_counts_are_whole_where_a_table_turned_them_into_floats():

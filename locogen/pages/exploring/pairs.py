@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from locogen.markup import number
 from locogen.pages.exploring.album import Album
-from locogen.views.tables import missing, number
+from locogen.views.tables import missing
 
 # Group of a prompt → what its pictures show; also the order in which they are shown. The group is
 # its measure, unless the table has a column `group`, as where several concepts are erased.
