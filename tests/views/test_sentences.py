@@ -13,9 +13,11 @@ from locogen.views.editors import describe_editors
 from locogen.views.sentences import (
     answer_edit,
     compare_words,
+    describe_choice,
     describe_clamping,
     describe_edit,
     describe_erasure,
+    describe_side_counts,
     describe_sides,
     describe_steps,
     describe_trace,
@@ -247,7 +249,54 @@ def test_steps_of_nothing():
     assert describe_steps({}, 50, 0.9) == (50, "no fewer steps than 50 were tried.")
     fewest, words = describe_steps({4: NAN, 20: 0.95}, 50, 0.9)
     assert fewest == 20
-    assert words.endswith("an unknown share of the best effect with 4, 95 % with 20.")
+    assert "an unknown share of the best effect with 4, 95 % with 20." in words
+
+
+def test_steps_say_that_their_shares_have_no_intervals_and_what_they_are_of():
+    doubt = "These are ratios of means over 3 seeds of 1 concept, without intervals."
+    known = describe_steps({4: 0.95}, 50, 0.9, concepts=1, seeds=3)[1]
+    assert known.endswith(f"95 % of the best effect with 4. {doubt}")
+    unknown = describe_steps({4: 0.95}, 50, 0.9)[1]
+    assert unknown.endswith("with 4. These are ratios of means, without intervals.")
+
+
+def test_the_best_of_several_tries_is_not_praised():
+    """Its score on the prompts that chose it stands beside the number of tries."""
+    words = describe_choice("neon", "λ = 0.01", 0.95, 96, "OUTCOME")
+    assert "the largest score of 96 settings on other prompts (0.95, without an interval" in words
+    assert "looks better than it is" in words and words.endswith("chose nothing: OUTCOME")
+    one = describe_choice("neon", "λ = 0.01", 0.95, 1, "OUTCOME")
+    assert "the one setting that was tried" in one and "largest" not in one, "the twin"
+
+
+def test_sides_are_counted_by_kind():
+    rows = [("told fact", "text encoder")] * 2 + [("style", "denoiser"), ("style", "cannot tell")]
+    words = describe_side_counts(pd.DataFrame(rows, columns=["kind", "side"]))
+    assert "told fact: text encoder for 2 of 2 [34 %, 100 %]; style: denoiser for 1 of 2" in words
+    assert words.endswith("cannot tell for 1 of 2 [9 %, 91 %].")
+
+
+@given(intervals())
+def test_neighbors_changed_only_where_the_interval_says_so(line):
+    known = means(
+        measure="specificity", change=line["estimate"], low=line["low"], high=line["high"]
+    )
+    both = pd.concat([means(), known])
+    for words in (describe_edit(both, "layers 0-1"), answer_edit(both, "layers 0-1", "neon")):
+        assert ("a change of" in words) == leaves_out_zero(line)
+        assert ("no clear change" in words) != leaves_out_zero(line)
+
+
+def test_a_change_without_an_interval_is_not_judged():
+    near = means(measure="specificity", before=0.96, after=0.88, change=-0.08)
+    for low, high, words in (
+        (NAN, NAN, "96 % before)."),
+        (-0.15, 0.02, "96 % before, no clear change: −8 [−15, 2] points)."),
+        (-0.15, -0.02, "96 % before, a change of −8 [−15, −2] points)."),
+    ):
+        both = pd.concat([means(), near.assign(low=low, high=high)])
+        for text in (describe_edit(both, "layers 0-1"), answer_edit(both, "layers 0-1", "neon")):
+            assert text.endswith(words)
 
 
 def test_a_share_that_is_unknown_is_not_too_small():
