@@ -412,14 +412,17 @@ def _no_place(case: _Case, best: int, *, is_ahead: bool) -> str:
     line = case.on("layer")[best]
     place = Window(best, case.width)
     if _number(line, "high") < 0:
-        return _wrong_way(case, line, f"even in the best window, {place}")
+        return _wrong_way(case, line, f"even in the window with the largest mean, {place}")
     if is_ahead:
         text = (
             f"{place} {_is([place])} ahead of every other place, but it is not clear that the "
             f"target changes the {_name(case.score)} there: {_interval(line)}"
         )
     else:
-        text = f"no window is ahead of every other place; the largest effect is that of {place}"
+        text = (
+            f"no window is ahead of every other place; the largest mean, {_interval(line)}, is "
+            f"that of {place}"
+        )
     return f"{text}. Controls would say more: controls=True"
 
 
@@ -623,14 +626,14 @@ def _said(case: _Case, parts: Sequence[str]) -> str:
 
 
 def _short(case: _Case) -> str:
-    """How far the best window is from being enough."""
+    """How far the window with the largest mean is from being enough."""
     layers = case.on("layer")
     best = max(layers, key=lambda start: _number(layers[start], "estimate"))
     line = layers[best]
     if not _has_effect(line):
         moves = "raises" if case.kind == "fact" else "lowers"
         return f"no window clearly {moves} the {_name(case.score)} more than the placebo does"
-    return f"the best window, {Window(best, case.width)}, has {_share(line)}"
+    return f"the window with the largest mean, {Window(best, case.width)}, has {_share(line)}"
 
 
 def _elsewhere(places: Sequence[Window], width: int) -> str:

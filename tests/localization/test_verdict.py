@@ -163,7 +163,9 @@ def test_windows_that_move_the_score_the_other_way_are_said_to(kind: Any, moves:
     losses = {start: -0.1 if start == 5 else -0.5 for start in range(15)}
     backward = without_controls(losses, kind=kind)
     assert backward.kind == "inconclusive"
-    words = f"the target {moves} the score even in the best window, layers 5-6, by 0."
+    words = (
+        f"the target {moves} the score even in the window with the largest mean, layers 5-6, by 0."
+    )
     assert words in backward.reason and "swap prompt and target" in backward.reason
     # The twins: ahead, but not clearly of zero; and ahead of nothing.
     ahead = without_controls(losses | {5: -0.02}, kind=kind, noise=0.1)
