@@ -24,6 +24,7 @@ from locogen.pictures.runs import Run, generate
 from locogen.pictures.score import scorer
 from locogen.plan import Concept, Intervention, PromptPair, Window
 from locogen.types import Pipeline
+from locogen.views.sentences import few_seeds_note
 from locogen.views.tables import amount, missing, share_text
 
 if TYPE_CHECKING:
@@ -180,7 +181,12 @@ class Explorer:
         is_carrier = self.carriers[look.concept].start == look.first
         starred = " ★ the carrier." if is_carrier else ""
         count = int(row["n"])
-        return f"{look.concept}, {look.window}: effect {amount(row)}{share}, n = {count}.{starred}"
+        seeds: Any = row.get("n_seeds")
+        # A window on which a search spent few pictures has no interval that could be worth little.
+        has_interval = not (missing(seeds) or missing(row["low"]))
+        note = few_seeds_note(seeds) if has_interval else ""
+        effect = f"effect {amount(row)}{share}, n = {count}{note}"
+        return f"{look.concept}, {look.window}: {effect}.{starred}"
 
     def outcome(self, look: Look, shown: Sequence[Shown]) -> str:
         """What an edit or a clamp did to this picture's score; empty where nothing was done.
