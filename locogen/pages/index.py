@@ -21,7 +21,7 @@ from locogen.pages.results import Finished, count_runs
 from locogen.pages.thumbnails import Scale, heat_strip, small_curve, small_picture
 from locogen.plan import KINDS, Window
 from locogen.views.sentences import few_seeds_note
-from locogen.views.tables import amount, missing, proposal, sentence, share_text
+from locogen.views.tables import amount, ceiling_share, missing, proposal, sentence
 
 TITLE = "Which layers carry what the model knows"
 INDEX_PICTURE = 64  # pixels
@@ -306,7 +306,7 @@ def show_entry(
         place = _place(row["start"], row["width"])
         size = amount(row)
         if not missing(row["share"]):
-            share = share_text(row)
+            share = ceiling_share(row)
     reason = str(row.get("reason") or "")
     if entry.state == "proposed":
         reason = proposal(row, _place(row["at"], row["width"]))

@@ -25,7 +25,7 @@ from locogen.pictures.score import scorer
 from locogen.plan import Concept, Intervention, PromptPair, Window
 from locogen.types import Pipeline
 from locogen.views.sentences import few_seeds_note
-from locogen.views.tables import amount, missing, share_text
+from locogen.views.tables import amount, ceiling_share, missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -177,7 +177,7 @@ class Explorer:
             return f"{look.concept}, {look.window}: this window was not looked at."
         share = ""
         if not missing(row["share"]):
-            share = f", {share_text(row)} of the ceiling"
+            share = f", {ceiling_share(row)} of the ceiling"
         is_carrier = self.carriers[look.concept].start == look.first
         starred = " ★ the carrier." if is_carrier else ""
         count = int(row["n"])

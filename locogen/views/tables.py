@@ -326,17 +326,17 @@ def _unseen(row: Mapping[str, Any]) -> str:
 def _share_of_ceiling(row: Mapping[str, Any]) -> str:
     if missing(row["share"]):
         return ""
-    return f" ({share_text(row)} of the ceiling)"
+    return f" ({ceiling_share(row)} of the ceiling)"
 
 
-def share_text(row: Mapping[str, Any]) -> str:
+def ceiling_share(row: Mapping[str, Any]) -> str:
     """A share in percent, with its interval where there is one.
 
     Args:
         row: With `share`, and `share_low` and `share_high` where it has an interval.
 
     Example:
-        >>> share_text({"share": 0.85, "share_low": 0.7, "share_high": 1.02})
+        >>> ceiling_share({"share": 0.85, "share_low": 0.7, "share_high": 1.02})
         '85 % [70 %, 102 %]'
     """
     share = percent(row["share"])

@@ -17,7 +17,7 @@ from locogen.pages.exploring.album import Album
 from locogen.pages.thumbnails import Scale, cell_styles
 from locogen.plan import Window
 from locogen.views.sentences import few_seeds_note
-from locogen.views.tables import amount, missing, share_text
+from locogen.views.tables import amount, ceiling_share, missing
 
 # Role in the pictures table → what its picture is, in the order in which they are shown.
 ROLES = {
@@ -222,7 +222,7 @@ def _lines(
 
 
 def _share(row: Mapping[str, Any]) -> str:
-    text = share_text(row)
+    text = ceiling_share(row)
     if row["share"] > 1.005:
         text += ": with all layers another picture comes, so that it can be more than 100 %"
     return text
