@@ -95,10 +95,12 @@ _PUBLIC = {
     ),
     "views.sentences": (
         "answer_edit",
+        "describe_choice",
         "describe_clamping",
         "describe_edit",
         "describe_erasure",
         "describe_localizers",
+        "describe_side_counts",
         "describe_sides",
         "describe_steps",
         "describe_trace",

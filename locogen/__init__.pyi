@@ -207,10 +207,12 @@ from .views.plots import (
 )
 from .views.sentences import (
     answer_edit as answer_edit,
+    describe_choice as describe_choice,
     describe_clamping as describe_clamping,
     describe_edit as describe_edit,
     describe_erasure as describe_erasure,
     describe_localizers as describe_localizers,
+    describe_side_counts as describe_side_counts,
     describe_sides as describe_sides,
     describe_steps as describe_steps,
     describe_trace as describe_trace,

@@ -96,6 +96,8 @@ def shown(kind: str, **values: Any) -> str:
 
 
 _MISSING = "–"
+_DIGITS = 2  # of numbers that stand alone in a sentence, at least
+_ROUNDING = 1e-6  # of the largest of several numbers
 _LEFT = "text-align: left"
 _LONG = 40  # characters of a cell, from which on it may take several lines
 # The head of a table whose index has names: its headings, and below them these names.
@@ -134,6 +136,34 @@ def percent(share: float) -> str:
     return text if text == _MISSING else f"{text} %"
 
 
+def precision(*values: float, ends: Sequence[float] = ()) -> int:
+    """How many digits after the point numbers get that stand together.
+
+    Args:
+        *values: The numbers; NaN where one is missing.
+        ends: Ends of an interval, which say whether it holds zero.
+
+    Returns:
+        Two at least; so many that the largest number has two digits that count, and that no end
+        looks like zero which is none.
+
+    Example:
+        >>> precision(0.34, 0.012), precision(0.021), precision(0.2, ends=(0.004, 0.4))
+        (2, 3, 3)
+    """
+    sizes = [abs(value) for value in (*values, *ends) if math.isfinite(value) and value]
+    largest = max(sizes, default=1.0)
+    # What is that much smaller is no end, but the rounding of sums.
+    seen = [abs(end) for end in ends if abs(end) > _ROUNDING * largest]
+    least = min(seen, default=largest)
+    return max(_DIGITS, 1 + _place_of(largest), _place_of(least))
+
+
+def _place_of(size: float) -> int:
+    """The place after the point of its first digit that counts: 1 of 0.4, 3 of 0.004."""
+    return -math.floor(math.log10(size))
+
+
 def interval_text(value: float, low: float, high: float) -> str:
     """Write an estimate with its interval.
 
@@ -143,17 +173,20 @@ def interval_text(value: float, low: float, high: float) -> str:
         high: Upper end.
 
     Returns:
-        The three numbers, with two digits after the point and a true minus sign; the estimate
-        alone where it has no interval (NaN).
+        The three numbers, with a true minus sign and as many digits as `precision` says: an end
+        that is not zero does not look like it. The estimate alone where it has no interval (NaN).
 
     Example:
         >>> interval_text(0.2, 0.104, 0.3)
         '0.20 [0.10, 0.30]'
+        >>> interval_text(0.012, -0.001, 0.0249)
+        '0.012 [−0.001, 0.025]'
     """
     # One prompt under one seed has no interval.
     if math.isnan(low) or math.isnan(high):
-        return number(value)
-    return f"{number(value)} [{number(low)}, {number(high)}]"
+        return number(value, precision(value))
+    digits = precision(value, ends=(low, high))
+    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def readable(table: Any, digits: int = 3) -> Any:

@@ -4,11 +4,12 @@ import re
 
 import pandas as pd
 import pytest
+from hypothesis import given, strategies as st
 from jinja2 import UndefinedError
 from markupsafe import Markup, escape
 
 from locogen import markup
-from locogen.markup import breakable
+from locogen.markup import breakable, interval_text, number
 
 EVIL = "<script>alert('x')</script>"
 NAN = float("nan")
@@ -187,3 +188,24 @@ def test_the_names_of_an_index_stand_among_the_headings() -> None:
     assert table._repr_html_().count("<tr") == 4, "the twin: pandas gives them a row"
     named = table.rename_axis(columns="measure")
     assert markup.readable(named)._repr_html_().count("<tr") == 4, "no gap to fill"
+
+
+def test_an_interval_shows_what_it_says_about_zero() -> None:
+    """Two fixed digits made [−0.001, 0.0249] and [0.001, 0.0249] the same "[0.00, 0.02]"."""
+    assert interval_text(0.012, -0.001, 0.0249) == "0.012 [−0.001, 0.025]"
+    assert interval_text(0.012, 0.001, 0.0249) == "0.012 [0.001, 0.025]"
+    assert f"[{number(-0.001)}, {number(0.0249)}]" == f"[{number(0.001)}, {number(0.0249)}]"
+    assert interval_text(0.34, 0.28, 0.4) == "0.34 [0.28, 0.40]", "the twin: none too many"
+    assert interval_text(0.2, 1e-12, 0.4) == "0.20 [0.00, 0.40]", "the rounding of a sum"
+    assert interval_text(0.004, NAN, NAN) == "0.0040"
+
+
+@given(st.tuples(*[st.floats(-2, 2)] * 3))
+def test_no_end_looks_like_zero_that_is_none(numbers: tuple[float, float, float]) -> None:
+    low, estimate, high = sorted(numbers)
+    shown = interval_text(estimate, low, high).partition("[")[2].rstrip("]").split(", ")
+    largest = max(map(abs, numbers))
+    for end, text in zip((low, high), shown, strict=True):
+        sign = (end > 0) - (end < 0) if abs(end) > 1e-6 * largest else 0
+        value = float(text.replace("−", "-"))
+        assert (value > 0) - (value < 0) == sign

@@ -29,7 +29,7 @@ from locogen.localization.trace_effects import (
     sides,
     trace_effect,
 )
-from locogen.markup import percent
+from locogen.markup import interval_text, percent
 from locogen.pictures.default_store import Place
 from locogen.plan import Concept, Window
 from locogen.stats import rank_correlation
@@ -340,7 +340,8 @@ def _causal_tracing(
     best = best_state(run.table)
     both = sides(run.table)
     state = f"{best.axis}, layer {best.position}"
-    remark = f"{state}, brings back {percent(best.share)} of what the noise took"
+    amount = interval_text(best.estimate, best.low, best.high)
+    remark = f"{state}, brings back {amount}, {percent(best.share)} of what the noise took"
     # With a reason, nothing was taken for sure, or no state is sure to bring enough of it back.
     if best.reason:
         remark = f"the state looked at is {state}: {best.reason}"

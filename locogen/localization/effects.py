@@ -17,7 +17,7 @@ import numpy as np
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.localization.spread import seeds_needed
-from locogen.localization.verdict import MIN_SHARE, judge
+from locogen.localization.verdict import MIN_SHARE, TELLS_APART, judge, possible_change
 from locogen.markup import percent
 from locogen.plan import Verdict, sign_of
 
@@ -69,8 +69,8 @@ def effect(
 
     Returns:
         One row an estimate: method, concept, axis, position (first layer), estimate, low, high, n
-        (pictures), `score` (which one it is of), `cosine` with `cosine_low` and `cosine_high` (the
-        same estimate on the raw cosine) and more:
+        (pictures), `n_seeds` (of each prompt), `score` (which one it is of), `cosine` with
+        `cosine_low` and `cosine_high` (the same estimate on the raw cosine) and more:
 
         - on "layer" and "insert": `share` of the ceiling with its interval; `p_any`, of "no effect,
           or no more than the placebo's", corrected for all windows; `seeds`, about how many tell
@@ -269,6 +269,9 @@ def _add_evidence(lines: list[Line], scores: Scores, *, width: int, level: float
     whole = of_axis["ceiling"][0]
     if whole["low"] <= 0:
         whole["seeds"] = _seeds_to_tell(ceiling[0])
+    elif scores.column == "probability":
+        possible = possible_change(float(scores.baseline.mean()), scores.rows["kind"].iloc[0])
+        whole["seeds"] = _seeds_to_tell(ceiling[0] - TELLS_APART * possible)
     if "insert" in of_axis:
         restored = _restored(scores)
         beyond_none = stats.any_effect(restored, np.zeros_like(ceiling), alpha=stats.ALPHA)
@@ -350,6 +353,7 @@ def estimates(axis: str, positions: Sequence[Any], values: Array, level: float) 
     lines = []
     for i, position in enumerate(positions):
         line = {"axis": axis, "n": count, "prompts": intervals.prompts, "position": position}
+        line["n_seeds"] = values.shape[2]
         line["estimate"] = intervals.estimate[i]
         line["low"] = intervals.low[i]
         line["high"] = intervals.high[i]

@@ -226,7 +226,7 @@ def best_state(table: pd.DataFrame) -> BestState:
     elif not p_value <= stats.ALPHA:
         reason = "no state brings back more than chance would"
     elif share < MIN_SHARE:
-        reason = f"the best state brings back {percent(share)} of what the noise took"
+        reason = f"the largest mean of all states is {percent(share)} of what the noise took"
     axis, position = places[best]
     return BestState(
         axis=axis,
@@ -255,14 +255,16 @@ def layer_found(effects: pd.DataFrame) -> Window:
     taken = total[["estimate", "low", "high"]].iloc[0]
     if not taken["low"] > 0:
         return Window(None, 1, noise_text(*taken))
+    back = interval_text(best["fresh"], best["fresh_low"], best["fresh_high"])
     if not best["p_any"] <= stats.ALPHA or best["fresh"] <= 0:
-        return Window(
-            None, 1, f"no layer brings back more than chance would; the most, layer {start}"
-        )
+        reason = "no layer brings back more than chance would"
+        return Window(None, 1, f"{reason}; the largest mean, {back}, is that of layer {start}")
+    is_ahead = bool(best["p_lead"] <= stats.ALPHA)
     if best["share"] < MIN_SHARE:
-        share = f"{percent(best['share'])} of what the noise took"
-        return Window(None, 1, f"the best, layer {start}, brings back {share}")
-    if best["p_lead"] <= stats.ALPHA:
+        share = f"brings back {back}, {percent(best['share'])} of what the noise took"
+        name = "the best" if is_ahead else "the one with the largest mean"
+        return Window(None, 1, f"{name}, layer {start}, {share}")
+    if is_ahead:
         return Window(start, 1, "ahead of every other layer")
     return Window(start, 1, "its lead over other layers is not established")
 

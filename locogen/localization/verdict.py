@@ -321,19 +321,36 @@ def _objection(case: _Case, ceiling: Line) -> _Decision | None:
             f"it is not clear that the target changes the {_name(case.score)}, even in all layers: "
             f"{_interval(ceiling)}; {_more([ceiling])}, or choose another target",
         )
-    baseline = _number(ceiling, "baseline")
-    if case.score == "probability" and not math.isnan(baseline):
-        possible = 1 - baseline if case.kind == "fact" else baseline
-        effect = _number(ceiling, "estimate")
-        if effect < TELLS_APART * possible:
-            sign = 1 if case.kind == "fact" else -1
-            return _Decision(
-                "inconclusive",
-                (),
-                "the scorer hardly tells the concept from its neighbors: its probability is "
-                f"{baseline:.2f}, and {baseline + sign * effect:.2f} with the target in all layers",
-            )
+    if case.score == "probability":
+        return _of_the_scorer(case, ceiling)
     return None
+
+
+def _of_the_scorer(case: _Case, ceiling: Line) -> _Decision | None:
+    """Whether a probability changes so little that its scorer may not know the concept."""
+    baseline = _number(ceiling, "baseline")
+    needed = TELLS_APART * possible_change(baseline, case.kind)
+    # A comparison with NaN is false: without a baseline nothing is known of what can change.
+    if not _number(ceiling, "estimate") < needed:
+        return None
+    verb = "adds" if case.kind == "fact" else "takes away"
+    amounts = (
+        f"its probability is {number(baseline)}, and the target in all layers {verb} "
+        f"{_interval(ceiling)}"
+    )
+    if _number(ceiling, "high") < needed:
+        reason = f"the scorer hardly tells the concept from its neighbors: {amounts}"
+    else:
+        reason = (
+            f"it is not clear whether the scorer tells the concept from its neighbors: {amounts}, "
+            f"which may be less than {number(needed)}, half of what is possible; {_more([ceiling])}"
+        )
+    return _Decision("inconclusive", (), reason)
+
+
+def possible_change(baseline: float, kind: str) -> float:
+    """How much a concept's probability can change: what it has, or for a fact what it lacks."""
+    return 1 - baseline if kind == "fact" else baseline
 
 
 def _is_small(case: _Case, ceiling: Line) -> bool:
@@ -356,25 +373,16 @@ def _hardly(case: _Case, ceiling: Line) -> str:
     text = f"the target hardly changes the {score}, even in all layers: "
     if case.score == "probability" or _number(ceiling, "low") <= 0 <= _number(ceiling, "high"):
         return f"{text}{_interval(ceiling)}"
-    amounts = _sized(_number(ceiling, name) for name in ("estimate", "low", "high"))
     return (
-        f"{text}{amounts}, clearly, but by less than {SMALL_CEILING[case.score]} and a tenth of "
-        f"the {score}; if your scorer's zero means nothing, take a constant from all its scores"
+        f"{text}{_interval(ceiling)}, clearly, but by less than {SMALL_CEILING[case.score]} and a "
+        f"tenth of the {score}; if your scorer's zero means nothing, take a constant from all its "
+        "scores"
     )
-
-
-def _sized(interval: Iterable[float]) -> str:
-    """An estimate with its interval; two digits that count, on whatever scale the scorer has."""
-    estimate, low, high = interval
-    digits = 2
-    if estimate:
-        digits = max(digits, 1 - math.floor(math.log10(abs(estimate))))
-    return f"{number(estimate, digits)} [{number(low, digits)}, {number(high, digits)}]"
 
 
 def _wrong_way(case: _Case, line: Line, where: str) -> str:
     """What to do about a target that changes the score clearly, in the other direction."""
-    amount = _sized(-_number(line, name) for name in ("estimate", "high", "low"))
+    amount = interval_text(*(-_number(line, name) for name in ("estimate", "high", "low")))
     moves, hoped = ("lowers", "rises") if case.kind == "fact" else ("raises", "falls")
     score = _name(case.score)
     return (
@@ -404,14 +412,17 @@ def _no_place(case: _Case, best: int, *, is_ahead: bool) -> str:
     line = case.on("layer")[best]
     place = Window(best, case.width)
     if _number(line, "high") < 0:
-        return _wrong_way(case, line, f"even in the best window, {place}")
+        return _wrong_way(case, line, f"even in the window with the largest mean, {place}")
     if is_ahead:
         text = (
             f"{place} {_is([place])} ahead of every other place, but it is not clear that the "
             f"target changes the {_name(case.score)} there: {_interval(line)}"
         )
     else:
-        text = f"no window is ahead of every other place; the largest effect is that of {place}"
+        text = (
+            f"no window is ahead of every other place; the largest mean, {_interval(line)}, is "
+            f"that of {place}"
+        )
     return f"{text}. Controls would say more: controls=True"
 
 
@@ -615,14 +626,14 @@ def _said(case: _Case, parts: Sequence[str]) -> str:
 
 
 def _short(case: _Case) -> str:
-    """How far the best window is from being enough."""
+    """How far the window with the largest mean is from being enough."""
     layers = case.on("layer")
     best = max(layers, key=lambda start: _number(layers[start], "estimate"))
     line = layers[best]
     if not _has_effect(line):
         moves = "raises" if case.kind == "fact" else "lowers"
         return f"no window clearly {moves} the {_name(case.score)} more than the placebo does"
-    return f"the best window, {Window(best, case.width)}, has {_share(line)}"
+    return f"the window with the largest mean, {Window(best, case.width)}, has {_share(line)}"
 
 
 def _elsewhere(places: Sequence[Window], width: int) -> str:

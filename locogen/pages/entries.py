@@ -6,12 +6,14 @@ An entry is a cell of the index, and a row on the pages of its model and its con
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from locogen.finding import is_count
 from locogen.pages.results import Finished
 from locogen.studies.planning import slugify
 from locogen.views.tables import rows_of
@@ -71,6 +73,17 @@ class Entry:
     def is_proposal(self) -> bool:
         """Whether its numbers are shares that gradients propose, and no changes of a score."""
         return bool(self.row.get("proposed"))
+
+    @property
+    def seeds(self) -> float:
+        """How many seeds each prompt has, by its table or else the run's settings; NaN: unknown."""
+        counted = self.row.get("seeds", math.nan)
+        if not math.isnan(counted):
+            return counted
+        seeds: Any = self.run.group("settings").get("seeds")
+        if isinstance(seeds, list):
+            return len(seeds)
+        return seeds if is_count(seeds) else math.nan
 
     @property
     def effects(self) -> Any:

@@ -14,12 +14,14 @@ from typing import Any
 from urllib.parse import quote
 
 from locogen.files import data_uri
+from locogen.markup import number, precision
 from locogen.pages.entries import STATES, Entry
 from locogen.pages.html import page
 from locogen.pages.results import Finished, count_runs
 from locogen.pages.thumbnails import Scale, heat_strip, small_curve, small_picture
 from locogen.plan import KINDS, Window
-from locogen.views.tables import interval, missing, number, precision, sentence
+from locogen.views.sentences import few_seeds_note
+from locogen.views.tables import amount, ceiling_share, missing, proposal, sentence
 
 TITLE = "Which layers carry what the model knows"
 INDEX_PICTURE = 64  # pixels
@@ -68,7 +70,7 @@ class ShownEntry:
     amount: str = ""
     """`0.34 [0.28, 0.40]`."""
     share: str = ""
-    """Share of the ceiling."""
+    """Share of the ceiling, `85 % [70 %, 102 %]`."""
     reason: str = ""
     """Why there is a single window, or why there is none; or what is proposed."""
     pictures: Sequence[Picture] = ()
@@ -89,6 +91,13 @@ class ShownEntry:
     def style(self) -> str:
         """The CSS class of the verdict."""
         return STATES[self.entry.state][1]
+
+    @property
+    def note(self) -> str:
+        """What intervals over few seeds are worth, to end a sentence with."""
+        # Where no number is shown, the reason has said why.
+        has_interval = bool(self.entry.row) and not missing(self.entry.row["low"])
+        return few_seeds_note(self.entry.seeds) if has_interval else ""
 
     @property
     def published(self) -> str:
@@ -253,13 +262,15 @@ def _legend(scale: Scale, entries: Sequence[Entry]) -> dict[str, Any]:
     high = number(scale.high, digits)
     alt = f"Colors from {low} over white at 0 to {high}: blue below zero, red above."
     strip = Picture(data_uri(heat_strip(values, scale)), alt)
-    proposed = {entry.is_proposal for entry in entries if entry.rows is not None}
+    proposed = [entry.is_proposal for entry in entries if entry.rows is not None]
     return {
         "strip": strip,
         "low": low,
         "high": high,
         "scorers": _scorers(entries),
-        "has_proposals": len(proposed) == 2,
+        "has_proposals": any(proposed),
+        # Without any strip the page speaks of effects: what failed would have measured some.
+        "has_effects": not proposed or not all(proposed),
     }
 
 
@@ -287,23 +298,22 @@ def show_entry(
     if not row:
         return ShownEntry(entry)
     place = ""
-    amount = ""
+    size = ""
     share = ""
     if row.get("verdict", "").startswith("each "):
         place = " and ".join(_place(each.start, each.width) for each in row["places"])
     if row["start"] is not None:
         place = _place(row["start"], row["width"])
-        amount = _amount(row)
+        size = amount(row)
         if not missing(row["share"]):
-            share = f"{number(100 * row['share'], 0)} %"
+            share = ceiling_share(row)
     reason = str(row.get("reason") or "")
     if entry.state == "proposed":
-        window = _place(row["at"], row["width"])
-        reason = f"gradients propose {window}, a share of {_amount(row)} of what all layers do"
+        reason = proposal(row, _place(row["at"], row["width"]))
     if scale is None:
-        return ShownEntry(entry, None, place, amount, share, reason, pictures)
+        return ShownEntry(entry, None, place, size, share, reason, pictures)
     cells = _cells(entry)
-    return ShownEntry(entry, _strip(entry, scale), place, amount, share, reason, pictures, cells)
+    return ShownEntry(entry, _strip(entry, scale), place, size, share, reason, pictures, cells)
 
 
 def _cells(entry: Entry) -> list[tuple[int, str]]:
@@ -311,8 +321,8 @@ def _cells(entry: Entry) -> list[tuple[int, str]]:
     cells = []
     for row in entry.rows.to_dict("records"):
         start = int(row["position"])
-        amount = "not looked at" if missing(row["estimate"]) else _amount(row)
-        cells.append((start, f"{_place(start, entry.row['width'])}: {amount}"))
+        size = "not looked at" if missing(row["estimate"]) else amount(row)
+        cells.append((start, f"{_place(start, entry.row['width'])}: {size}"))
     return cells
 
 
@@ -330,12 +340,6 @@ def _strip(entry: Entry, scale: Scale) -> Picture:
 def _place(start: int, width: int) -> str:
     """The window in words, with the dash that typesetters put between numbers."""
     return str(Window(start, width)).replace("-", "–")
-
-
-def _amount(row: Mapping[str, Any]) -> str:
-    """`0.34 [0.28, 0.40]`."""
-    digits = precision(row["estimate"])
-    return number(row["estimate"], digits) + interval(row, digits)
 
 
 def _pictures(entry: Entry, files: Mapping[str, Path], size: int) -> list[Picture]:
@@ -425,12 +429,13 @@ def _matrix(
 
 def _card(entry: Entry, by: str, bounds: Scale) -> dict[str, Any]:
     """One run's curve and pictures, with its finding as caption."""
-    words = sentence(entry.row)
+    words = sentence({**entry.row, "seeds": entry.seeds})
     curve = data_uri(small_curve(entry.effects, entry.concept, bounds))
+    what = "Share" if entry.is_proposal else "Effect"
     return {
         "run": entry.run,
         "name": _full_name(entry, by),
-        "curve": Picture(curve, f"Effect of each window. {words}", width=380),
+        "curve": Picture(curve, f"{what} of each window. {words}", width=380),
         "sentence": words,
         "pictures": _pictures(entry, entry.pictures, CARD_PICTURE),
     }
@@ -446,7 +451,7 @@ def _numbers(entries: Sequence[Entry]) -> list[list[str]]:
         starts.update(column)
     rows = []
     for start in sorted(starts):
-        amounts = [_amount(column[start]) if start in column else "–" for column in columns]
+        amounts = [amount(column[start]) if start in column else "–" for column in columns]
         rows.append([str(start), *amounts])
     return rows
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from locogen.pages.png import check_size, size_of
 from locogen.views.plots import plot_curve
-from locogen.views.tables import missing
+from locogen.views.tables import PROPOSING, missing
 
 # Pixels of a strip's cell; the page stretches them.
 CELL = 6
@@ -140,11 +140,14 @@ def small_curve(effects: Any, concept: str, scale: Scale) -> bytes:
         if legend is not None:
             legend.remove()
         is_fact = "kind" in effects and set(effects["kind"].dropna()) == {"fact"}
+        what = "score gained" if is_fact else "score lost"
+        if "method" in effects and set(effects["method"]) == {PROPOSING}:
+            what = "share of what all layers do"
         margin = 0.04 * (scale.high - scale.low)
         ax.set(
             ylim=(scale.low - margin, scale.high + margin),
             xlabel="window start (layer)",
-            ylabel="score gained" if is_fact else "score lost",
+            ylabel=what,
         )
         ax.set_title("", loc="left")
         ax.tick_params(labelsize=8)

@@ -10,6 +10,7 @@ import numpy as np
 from locogen.errors import LocogenError
 from locogen.markup import number, percent
 from locogen.views.plots import plain_label
+from locogen.views.sentences import few_seeds_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -213,7 +214,10 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
             continue
         lines = part.assign(loss=-sign * part["after"]).sort_values("loss", kind="stable")
         sentences.append(_ranked(lines.to_dict("records"), words, sign))
-    return " ".join(sentences)
+    text = " ".join(sentences)
+    if not text or "seeds" not in rows:
+        return text
+    return f"{text.removesuffix('.')}{few_seeds_note(rows['seeds'].min())}."
 
 
 def _ranked(lines: Sequence[Mapping[Any, Any]], words: str, sign: int) -> str:

@@ -15,6 +15,7 @@ from locogen.editing.neurons import Neurons, find_neurons
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import clamp
 from locogen.localization.effects import carrier, effect
+from locogen.markup import number, precision
 from locogen.models.families import family_of
 from locogen.models.layers import find_layers
 from locogen.phrasings import default_phrasings
@@ -23,7 +24,8 @@ from locogen.pictures.runs import Run, generate
 from locogen.pictures.score import scorer
 from locogen.plan import Concept, Intervention, PromptPair, Window
 from locogen.types import Pipeline
-from locogen.views.tables import interval, missing, number, precision
+from locogen.views.sentences import few_seeds_note
+from locogen.views.tables import amount, ceiling_share, missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,15 +175,18 @@ class Explorer:
         row = cells[look.first]
         if missing(row["estimate"]):
             return f"{look.concept}, {look.window}: this window was not looked at."
-        digits = precision(row["estimate"])
-        effect = number(row["estimate"], digits) + interval(row, digits)
         share = ""
         if not missing(row["share"]):
-            share = f", {number(100 * row['share'], 0)} % of the ceiling"
+            share = f", {ceiling_share(row)} of the ceiling"
         is_carrier = self.carriers[look.concept].start == look.first
         starred = " ★ the carrier." if is_carrier else ""
         count = int(row["n"])
-        return f"{look.concept}, {look.window}: effect {effect}{share}, n = {count}.{starred}"
+        seeds: Any = row.get("n_seeds")
+        # A window on which a search spent few pictures has no interval that could be worth little.
+        has_interval = not (missing(seeds) or missing(row["low"]))
+        note = few_seeds_note(seeds) if has_interval else ""
+        effect = f"effect {amount(row)}{share}, n = {count}{note}"
+        return f"{look.concept}, {look.window}: {effect}.{starred}"
 
     def outcome(self, look: Look, shown: Sequence[Shown]) -> str:
         """What an edit or a clamp did to this picture's score; empty where nothing was done.

@@ -12,9 +12,10 @@ from typing import Any
 import anywidget
 import traitlets
 
+from locogen.markup import number, precision
 from locogen.plan import Window
 from locogen.views.explorer import Explorer, Look
-from locogen.views.tables import effect_matrix, missing, number, precision
+from locogen.views.tables import effect_matrix, missing
 
 _TEMPLATES = files("locogen.views") / "templates"
 _HINT = (

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from locogen.errors import LocogenError
+from locogen.markup import number, precision
 from locogen.views.tables import (
     Carriers,
     carrier_cells,
@@ -22,8 +23,6 @@ from locogen.views.tables import (
     describe,
     effect_matrix,
     missing,
-    number,
-    precision,
     score_matrix,
     strip_rows,
     timesteps_matrix,

@@ -112,7 +112,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     Returns:
         Two sentences: what the noise takes from the score, and what the best state brings back.
         Where the interval of the first holds zero or lies below it, nothing was taken, and what the
-        state brings back is a share of nothing.
+        state brings back is a share of nothing. Of one or two seeds (`n_seeds`) they say what
+        intervals are worth.
 
     Example:
         >>> import pandas as pd
@@ -131,7 +132,8 @@ def describe_trace(effects: pd.DataFrame, best: BestState) -> str:
     state = f"Clean output of {best.axis}, layer {best.position}"
     back = _brought_back(best, is_taken=is_taken)
     taken = noise_text(total["estimate"], total["low"], total["high"])
-    return f"{total['concept']}: {taken}. {state}, {back}{doubt}."
+    note = "" if math.isnan(total["low"]) else few_seeds_note(total.get("n_seeds", math.nan))
+    return f"{total['concept']}: {taken}. {state}, {back}{doubt}{note}."
 
 
 def _brought_back(best: BestState, *, is_taken: bool) -> str:
@@ -223,17 +225,43 @@ def describe_localizers(answers: pd.DataFrame, agreement: pd.DataFrame) -> str:
     return f"{text} Where two name some, these overlap: {', '.join(overlaps)}."
 
 
+def describe_side_counts(sided: pd.DataFrame) -> str:
+    """Put in words on which side of the model causal traces find concepts, by their kinds.
+
+    Args:
+        sided: One row a concept, with its `kind` and `side` ("cannot tell" where no side is ahead).
+
+    Returns:
+        A sentence with the number of concepts of each kind and side, and 95 % intervals of the
+        shares.
+
+    Example:
+        >>> import pandas as pd
+        >>> rows = [("fact", "text encoder"), ("fact", "text encoder"), ("style", "cannot tell")]
+        >>> print(describe_side_counts(pd.DataFrame(rows, columns=["kind", "side"])))
+        Side of the model, by causal tracing: fact: text encoder for 2 of 2 [34 %, 100 %]; style:
+        cannot tell for 1 of 1 [21 %, 100 %].
+    """
+    parts = []
+    for kind, sides in sided.groupby("kind", sort=False)["side"]:
+        counts = sides.value_counts()
+        names = [f"{side} for {share_text(count, sides.size)}" for side, count in counts.items()]
+        parts.append(f"{kind}: {', '.join(names)}")
+    return f"Side of the model, by causal tracing: {'; '.join(parts)}."
+
+
 def describe_clamping(effects: pd.DataFrame, width: int) -> str:
     """Put in words what clamped neurons do to the score of a concept.
 
     Args:
         effects: One row an arm ("top", "random", "edit"), number of neurons and measure, with the
-            change as `estimate`.
+            change as `estimate`; with `n_seeds`, the number of seeds of each prompt.
         width: The number of neurons of each matrix.
 
     Returns:
         A sentence with the changes for the strongest neurons, for random ones, and for the edit of
-        the layers, each with its interval where the table has one.
+        the layers, each with its interval where the table has one, and what it is worth over one
+        or two seeds.
 
     Example:
         >>> import pandas as pd
@@ -255,8 +283,13 @@ def describe_clamping(effects: pd.DataFrame, width: int) -> str:
     return (
         f"Change of the concept score: with {counts} of {width} neurons of each matrix clamped, "
         f"{changes['top']} for the strongest, {changes['random']} for random ones; "
-        f"{changes['edit']} for the edit of the layers."
+        f"{changes['edit']} for the edit of the layers{few_seeds_note(_least_seeds(rows))}."
     )
+
+
+def _least_seeds(rows: Any, column: str = "n_seeds") -> float:
+    """The fewest seeds that a number of the table is over; NaN where it does not say."""
+    return float(rows[column].min()) if column in rows else math.nan
 
 
 def _change_text(line: Mapping[Any, Any]) -> str:
@@ -296,7 +329,11 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
             bounds = f" ({percent(row['low'])} to {percent(row['high'])}{_sample_text(row)})"
         share = f"{percent(row['mean'])}{bounds} of their pictures {what}"
         parts.append(f"{way}, {share}, ordinary SSIM {number(alike)}")
-    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}."
+    note = ""
+    if {"low", "prompts", "n"} <= set(shares):
+        seeds: Any = shares["n"] / shares["prompts"]
+        note = few_seeds_note(seeds.min())
+    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}{note}."
 
 
 def _sample_text(row: Mapping[str, Any]) -> str:
@@ -347,7 +384,8 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
 
     Returns:
         A sentence with the shares of right pictures, each with the 95 % bounds that its number of
-        units allows; one about the controls, which says "better" or "worse" only where the
+        units allows, and with its change, which is "no clear change" where its interval holds zero;
+        one about the controls, which says "better" or "worse" only where the
         interval leaves out zero; and one that says so where there are too few seeds.
 
     Raises:
@@ -383,8 +421,36 @@ def describe_edit(summary: pd.DataFrame, arm: str, leads: pd.DataFrame | None = 
     text = f"With the edit at {arm}, {shows}."
     if leads is not None and not leads.empty:
         text += f" At telling concept and neighbors apart: {compare_words(leads)}."
-    seeds = rows["seeds"].min() if "seeds" in rows else math.nan
-    return f"{text.removesuffix('.')}{few_seeds_note(seeds)}."
+    return f"{text.removesuffix('.')}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
+
+
+def describe_choice(concept: str, setting: str, score: float, tries: int, outcome: str) -> str:
+    """Put in words which of many settings was chosen, and what it then did elsewhere.
+
+    Args:
+        concept: The concept's name.
+        setting: The setting in words.
+        score: What it was chosen by, the largest of all.
+        tries: The number of settings that were tried.
+        outcome: What it did on prompts and noise that did not choose it, from `describe_edit`.
+
+    Returns:
+        The sentences: the first says that the best of several tries looks better than it is.
+
+    Example:
+        >>> print(describe_choice("neon", "λ = 0.01", 0.95, 96, "With the edit, 0 % of 6 prompts."))
+        neon: λ = 0.01, which had the largest score of 96 settings on other prompts (0.95, without
+        an interval: the best of several tries looks better than it is). On prompts and noise that
+        chose nothing: With the edit, 0 % of 6 prompts.
+    """
+    size = f"{number(score)}, without an interval"
+    if tries == 1:
+        return f"{concept}: {setting}, the one setting that was tried ({size}). {outcome}"
+    doubt = "the best of several tries looks better than it is"
+    return (
+        f"{concept}: {setting}, which had the largest score of {tries} settings on other prompts "
+        f"({size}: {doubt}). On prompts and noise that chose nothing: {outcome}"
+    )
 
 
 def few_seeds_note(seeds: float) -> str:
@@ -419,10 +485,11 @@ def answer_edit(
     Returns:
         A sentence or two: what own words still show, with the number of prompts and the bound that
         so many prompts allow; and for each attack what it brought back, beside what the same attack
-        brings of a concept that the model never had; and what of the neighbors is still shown.
+        brings of a concept that the model never had; and what of the neighbors is still shown, with
+        the change, which is "no clear change" where its interval holds zero.
         "Hidden, not gone" only where the interval of the first is above that of the second. Where
         the unedited model does not show the concept either, or has the new answer of a fact
-        already, nothing is said of the edit.
+        already, nothing is said of the edit. Of one or two seeds it says what intervals are worth.
 
     Raises:
         LocogenError: The summary lacks the arm, or its own prompts.
@@ -453,9 +520,11 @@ def answer_edit(
         bounds = f"{percent(neighbors['after_low'])} to {percent(neighbors['after_high'])}"
         parts.append(
             f"Its neighbors are shown in {percent(neighbors['after'])} of their pictures ({bounds},"
-            f" n = {number(neighbors['units'], 0)}; {percent(neighbors['before'])} before)."
+            f" n = {number(neighbors['units'], 0)}; {percent(neighbors['before'])} before"
+            f"{_change_of_share(neighbors)})."
         )
-    return " ".join(parts)
+    text = " ".join(parts)
+    return f"{text.removesuffix('.')}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
 
 
 def _unanswerable(line: Any, comes: bool) -> list[str]:
@@ -537,7 +606,18 @@ def _share_after(line: Mapping[Any, Any], words: str) -> str:
     if not math.isnan(line.get("after_low", math.nan)):
         low = percent(line["after_low"])
         bounds = f"{low} to {percent(line['after_high'])}, n = {number(line['units'], 0)}; "
-    return f"{percent(line['after'])} {words} ({bounds}{percent(line['before'])} before)"
+    before = f"{percent(line['before'])} before{_change_of_share(line)}"
+    return f"{percent(line['after'])} {words} ({bounds}{before})"
+
+
+def _change_of_share(line: Mapping[Any, Any]) -> str:
+    """Whether a share changed, by the interval of its change; "" where there is none."""
+    low, high = (line.get(end, math.nan) for end in ("low", "high"))
+    if math.isnan(low) or math.isnan(high):
+        return ""
+    change, *ends = (number(100 * value, 0) for value in (line["change"], low, high))
+    words = "a change of" if low > 0 or high < 0 else "no clear change:"
+    return f", {words} {change} [{', '.join(ends)}] points"
 
 
 def compare_words(leads: pd.DataFrame) -> str:
@@ -588,7 +668,14 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def describe_steps(reached: Mapping[int, float], reference: int, enough: float) -> tuple[int, str]:
+def describe_steps(
+    reached: Mapping[int, float],
+    reference: int,
+    enough: float,
+    *,
+    concepts: int | None = None,
+    seeds: int | None = None,
+) -> tuple[int, str]:
     """Find the fewest denoising steps that choose well, and put it in words.
 
     Args:
@@ -596,15 +683,21 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
             of any concept reaches; NaN where it could not be judged.
         reference: The number of steps that they are compared with.
         enough: The share that has to be reached, by this and every larger number of steps.
+        concepts: The number of concepts that were tried; None: not said.
+        seeds: The number of seeds that effects are means over; None: not said.
 
     Returns:
-        The number of steps (the reference where no fewer are known to do), and a sentence.
+        The number of steps (the reference where no fewer are known to do), and two sentences: the
+        second says that the shares are ratios of means without intervals, and over how many.
 
     Example:
         >>> steps, sentence = describe_steps({4: 0.95, 20: 1.0}, 50, 0.96)
         >>> print(steps, sentence)
         20 20 steps are enough for 96 % of what 50 choose, in every concept: at least 95 % of the
-        best effect with 4, 100 % with 20.
+        best effect with 4, 100 % with 20. These are ratios of means, without intervals.
+        >>> sentence = describe_steps({4: 0.95}, 50, 0.9, concepts=1, seeds=4)[1]
+        >>> print(sentence.partition(". ")[2])
+        These are ratios of means over 4 seeds of 1 concept, without intervals.
     """
     if not reached:
         return reference, f"no fewer steps than {reference} were tried."
@@ -621,7 +714,10 @@ def describe_steps(reached: Mapping[int, float], reference: int, enough: float) 
     (first, least), *others = reached.items()
     shares = [f"{_share_reached(least)} of the best effect with {first}"]
     shares += [f"{_share_reached(share)} with {steps}" for steps, share in others]
-    return fewest, f"{verdict}: at least {', '.join(shares)}."
+    of = "" if seeds is None else f" over {_counted(seeds, 'seed')}"
+    of += "" if concepts is None else f" of {_counted(concepts, 'concept')}"
+    doubt = f"These are ratios of means{of}, without intervals."
+    return fewest, f"{verdict}: at least {', '.join(shares)}. {doubt}"
 
 
 def _steps_verdict(fewest: int, unjudged: int | None, reference: int, share: str) -> str:

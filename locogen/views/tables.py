@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
-from locogen.markup import number, percent
+from locogen.markup import interval_text, percent
 from locogen.plan import Window
-from locogen.views.sentences import describe_verdict, verdict_note
+from locogen.views.sentences import describe_verdict, few_seeds_note, verdict_note
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,10 +186,11 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
     Keys: label, concept, kind, judged (a carrier was given), start (None: no single window), at
     (the window spoken of: the carrier, or else the largest effect), width, proposed (shares that
     gradients propose, which no picture has tested), estimate, low, high,
-    fresh (measured on seeds not used to choose the window), share (of the ceiling), rival (the
-    largest effect that does not overlap), reason, verdict (the kind of a `Verdict`, else ""),
-    places (that it speaks of), score (that the numbers are of), n, content (how much of what should
-    stay is lost there), content_ceiling, content_placebo.
+    fresh (measured on seeds not used to choose the window), share (of the ceiling; with share_low
+    and share_high), rival (the largest effect that does not overlap; with rival_low and
+    rival_high), reason, verdict (the kind of a `Verdict`, else ""), places (that it speaks of),
+    score (that the numbers are of), n, seeds (NaN: unknown), content (how much of what should stay
+    is lost there: `estimate`, `low`, `high`), content_ceiling, content_placebo.
     """
     layers = _along(effects, "layer")
     windows = _by_concept(carriers, list(layers["concept"].unique()))
@@ -198,7 +199,8 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
         concept = part["concept"].iloc[0]
         lines = {line["position"]: line for line in part.to_dict("records")}
         others = _other_axes(effects, part)
-        row = _finding(str(label), lines, windows.get(concept), others.get(("ceiling", None)))
+        ceiling = others.get(("ceiling", None), {}).get("estimate")
+        row = _finding(str(label), lines, windows.get(concept), ceiling)
         row["content"] = others.get(("content", row["at"]))
         row["content_ceiling"] = others.get(("content_ceiling", None))
         row["content_placebo"] = others.get(("content_placebo", None))
@@ -206,16 +208,18 @@ def findings(effects: pd.DataFrame, carriers: Carriers = None) -> list[Row]:
     return rows
 
 
-def _other_axes(effects: pd.DataFrame, part: Any) -> dict[tuple[str, int | None], float]:
-    """Estimates of the same concept and width on other axes than "layer", by axis and position."""
+def _other_axes(effects: pd.DataFrame, part: Any) -> dict[tuple[str, int | None], Row]:
+    """Numbers of the same concept and width on other axes than "layer", by axis and position."""
     same = (effects["concept"] == part["concept"].iloc[0]) & (effects["axis"] != "layer")
     others: Any = effects[same]
     # A concept swept with several widths has other axes for each of them.
     if "width" in others and "width" in part:
         others = others[others["width"] == part["width"].iloc[0]]
-    values: dict[tuple[str, int | None], float] = {}
-    for axis, place, estimate in others[["axis", "position", "estimate"]].itertuples(index=False):
-        values[axis, None if missing(place) else int(place)] = estimate
+    values: dict[tuple[str, int | None], Row] = {}
+    for line in others.to_dict("records"):
+        place = line["position"]
+        numbers = {name: line.get(name) for name in NUMBERS}
+        values[line["axis"], None if missing(place) else int(place)] = numbers
     return values
 
 
@@ -257,33 +261,59 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     window = Window(row["at"], row["width"])
     # "The window", so that the verb of the sentence is in the singular.
     place = f"the window of {window}" if window.width > 1 else str(window)
-    digits = precision(row["estimate"])
-    amount = number(row["estimate"], digits) + interval(row, digits)
+    size = amount(row)
+    note = "" if short else _worth(row)
     if row["proposed"] and not row["judged"]:
-        rest = "" if short else "; no picture has tested it"
-        return (
-            f"{label}: gradients propose {place}, a share of {amount} of what all layers do{rest}."
-        )
+        rest = "" if short else f"; no picture has tested it{note}"
+        return f"{label}: {proposal(row, place)}{rest}."
     if row["judged"] and row["start"] is None:
         verdict = describe_verdict(row.get("verdict", ""), row.get("places", ()))
         reason = f" ({row['reason']})" if row["reason"] else ""
-        rest = "" if short else f"; the largest effect, {amount}, is that of {place}"
+        rest = "" if short else f"; the largest effect, {size}, is that of {place}{note}"
         return f"{label}: {verdict}{reason}{rest}."
     share = _share_of_ceiling(row)
     if short:
-        return f"{label}: {place}, effect {amount}{share}."
+        return f"{label}: {place}, effect {size}{share}."
     # Without a carrier, the sentence does not claim that the window carries the concept.
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
     held_out = " on seeds not used to choose it" if row["fresh"] else ""
-    change = f"{_change(row, digits)}{held_out}{share}"
-    rest = f"{_elsewhere(row, digits)}{_content(row)}{_unseen(row)}"
-    return f"{label}: {subject} {change}{rest}."
+    change = f"{_change(row)}{held_out}{share}"
+    rest = f"{_elsewhere(row)}{_content(row)}{_unseen(row)}"
+    return f"{label}: {subject} {change}{rest}{note}."
 
 
-def _elsewhere(row: Mapping[str, Any], digits: int) -> str:
+def _worth(row: Mapping[str, Any]) -> str:
+    """What its interval is worth, where it is over few seeds; what has none is said to."""
+    return "" if missing(row["low"]) else few_seeds_note(row.get("seeds", math.nan))
+
+
+def proposal(row: Mapping[str, Any], place: str) -> str:
+    """Put in words what gradients propose, and whether its interval leaves out zero.
+
+    Args:
+        row: A row of `findings`.
+        place: Its window in words.
+
+    Example:
+        >>> row = {"estimate": 0.02, "low": -0.3, "high": 0.34}
+        >>> print(proposal(row, "layers 3-4"))
+        gradients propose layers 3-4, a share of 0.02 [−0.30, 0.34], which may be none, of what all
+        layers do
+    """
+    doubt = ""
+    if missing(row["low"]) or missing(row["high"]):
+        doubt = ", without an interval,"
+    elif row["low"] <= 0 <= row["high"]:
+        doubt = ", which may be none,"
+    return f"gradients propose {place}, a share of {amount(row)}{doubt} of what all layers do"
+
+
+def _elsewhere(row: Mapping[str, Any]) -> str:
     if missing(row["rival"]):
         return ""
-    return f"; next best elsewhere {number(row['rival'], digits)}"
+    has_none = missing(row["rival_low"]) or missing(row["rival_high"])
+    bounds = ", without an interval" if has_none else ""
+    return f"; next best elsewhere {amount(row, 'rival')}{bounds}"
 
 
 def _unseen(row: Mapping[str, Any]) -> str:
@@ -296,18 +326,33 @@ def _unseen(row: Mapping[str, Any]) -> str:
 def _share_of_ceiling(row: Mapping[str, Any]) -> str:
     if missing(row["share"]):
         return ""
-    return f" ({percent(row['share'])} of the ceiling)"
+    return f" ({ceiling_share(row)} of the ceiling)"
 
 
-def _change(row: Mapping[str, Any], digits: int) -> str:
+def ceiling_share(row: Mapping[str, Any]) -> str:
+    """A share in percent, with its interval where there is one.
+
+    Args:
+        row: With `share`, and `share_low` and `share_high` where it has an interval.
+
+    Example:
+        >>> ceiling_share({"share": 0.85, "share_low": 0.7, "share_high": 1.02})
+        '85 % [70 %, 102 %]'
+    """
+    share = percent(row["share"])
+    if missing(row.get("share_low")) or missing(row.get("share_high")):
+        return share
+    return f"{share} [{percent(row['share_low'])}, {percent(row['share_high'])}]"
+
+
+def _change(row: Mapping[str, Any]) -> str:
     """`lowers the CLIP-score by 0.34 [0.28, 0.40]`, or that nothing is clear."""
     score = "probability" if row.get("score") == "probability" else "CLIP-score"
     # One prompt under one seed has no interval, and then nothing says that it was not luck.
     if missing(row["low"]):
-        return f"has an effect of {number(row['estimate'], digits)}, without an interval"
+        return f"has an effect of {amount(row)}, without an interval"
     if row["low"] <= 0 <= row["high"]:
-        amount = number(row["estimate"], digits) + interval(row, digits)
-        return f"has no clear effect on the {score} ({amount})"
+        return f"has no clear effect on the {score} ({amount(row)})"
     # A positive effect lowers the score of styles and objects, and raises that of facts.
     lowers = (row["kind"] == "fact") == (row["estimate"] < 0)
     verb = "lowers" if lowers else "raises"
@@ -315,7 +360,7 @@ def _change(row: Mapping[str, Any], digits: int) -> str:
     # The verb has the sign: the amount is positive, and its interval turns over.
     if row["estimate"] < 0:
         size = {"estimate": -row["estimate"], "low": -row["high"], "high": -row["low"]}
-    return f"{verb} the {score} by {number(size['estimate'], digits)}{interval(size, digits)}"
+    return f"{verb} the {score} by {amount(size)}"
 
 
 def _content(row: Mapping[str, Any]) -> str:
@@ -324,23 +369,25 @@ def _content(row: Mapping[str, Any]) -> str:
     if missing(row.get("content")):
         return ""
     losses = {name: row[axis] for axis, name in names.items() if not missing(row.get(axis))}
-    digits = precision(*losses.values())
-    window, *controls = (name + number(loss, digits) for name, loss in losses.items())
+    window, *controls = (name + amount(loss) for name, loss in losses.items())
     compared = f" ({', '.join(controls)})" if controls else ""
     return f"; lost of what should stay: {window}{compared}"
 
 
-def precision(*values: float) -> int:
-    """Digits after the point that tell scores of this size apart."""
-    sizes = [abs(value) for value in values if not missing(value)]
-    return 2 if max(sizes, default=0) >= 0.095 else 3
+def amount(row: Mapping[str, Any], name: str = "estimate") -> str:
+    """Write a number of a table with its interval, if it has one.
 
+    Args:
+        row: A row of an effects table, or of `findings`.
+        name: Its number; one other than "estimate" has its ends in `{name}_low` and `{name}_high`.
 
-def interval(row: Mapping[str, Any], digits: int = 2) -> str:
-    """` [low, high]`, or nothing where there is no interval."""
-    if missing(row["low"]) or missing(row["high"]):
-        return ""
-    return f" [{number(row['low'], digits)}, {number(row['high'], digits)}]"
+    Example:
+        >>> amount({"estimate": 0.344, "low": 0.28, "high": 0.4})
+        '0.34 [0.28, 0.40]'
+    """
+    start = "" if name == "estimate" else f"{name}_"
+    ends = (_float(row[f"{start}{end}"]) for end in ("low", "high"))
+    return interval_text(_float(row[name]), *ends)
 
 
 def missing(value: Any) -> bool:
@@ -385,6 +432,7 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
     estimate, low, high = (_float(line.get(name)) for name in names)
     # Where shares have intervals, none is given if the ceiling is too small for one.
     share = line.get("share")
+    rival = _best_elsewhere(lines, at, width, names[0])
     if "share_low" not in line:
         share = _share(share, estimate, ceiling)
     return {
@@ -401,12 +449,17 @@ def _finding(label: str, lines: dict[int, Row], carrier: Window | None, ceiling:
         "high": high,
         "fresh": fresh,
         "share": share,
-        "rival": _best_elsewhere(lines, at, width, names[0]),
+        "share_low": line.get("share_low"),
+        "share_high": line.get("share_high"),
+        "rival": _float(rival.get(names[0])),
+        "rival_low": _float(rival.get(names[1])),
+        "rival_high": _float(rival.get(names[2])),
         "reason": reason,
         "verdict": getattr(carrier, "kind", ""),
         "places": getattr(carrier, "places", ()),
         "score": line.get("score"),
         "n": line.get("n"),
+        "seeds": _float(line.get("n_seeds")),
         "unseen": sum(1 for other in lines.values() if other.get("n") == 0),
         "windows": len(lines),
     }
@@ -418,11 +471,12 @@ def _largest(lines: Mapping[int, Row]) -> int:
     return max(looked_at, key=lambda start: lines[start]["estimate"])
 
 
-def _best_elsewhere(lines: Mapping[int, Row], at: int, width: int, name: str) -> float:
-    """The largest number among the windows that do not overlap the one at `at`; NaN without any."""
-    elsewhere = [line[name] for start, line in lines.items() if abs(start - at) >= width]
+def _best_elsewhere(lines: Mapping[int, Row], at: int, width: int, name: str) -> Row:
+    """The line with the largest number that does not overlap the one at `at`; empty without any."""
+    elsewhere = [line for start, line in lines.items() if abs(start - at) >= width]
     # Windows that a search did not look at have none.
-    return max((value for value in elsewhere if not missing(value)), default=float("nan"))
+    measured = [line for line in elsewhere if not missing(line[name])]
+    return max(measured, key=lambda line: line[name], default={})
 
 
 def _float(value: Any) -> float:

@@ -16,13 +16,13 @@ from markupsafe import Markup
 
 from locogen.errors import LocogenError
 from locogen.files import data_uri
-from locogen.markup import macros
+from locogen.markup import macros, number
 from locogen.types import Pipeline
 from locogen.views.attribution_plots import By, attribution_matrix, plot_attribution
 from locogen.views.explorer import Explorer, Look, Shown
 from locogen.views.heatmap import Heatmap
 from locogen.views.plots import figure_size, plot_effect
-from locogen.views.tables import describe, effect_matrix, number
+from locogen.views.tables import describe, effect_matrix
 
 if TYPE_CHECKING:
     from PIL.Image import Image

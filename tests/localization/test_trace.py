@@ -1,6 +1,7 @@
 """Theorems of causal tracing: what restoring everything or nothing gives, row by row, and the model left as found."""
 
 import json
+import re
 import threading
 from typing import Any
 
@@ -606,6 +607,19 @@ def test_the_planted_state_is_found():
         both is not None and both.side == "text encoder" and both.text == "text MLP, last, layer 1"
     )
     assert "brings back" in recovery.layer_found(recovery.trace_effect(other)).reason
+
+
+def test_a_layer_is_the_best_only_where_it_is_ahead():
+    """Each with its interval; of two that are alike one merely has the larger mean."""
+    interval = r"brings back 0\.[0-9]+ \[0\.[0-9]+, 0\.[0-9]+\], [0-9]+ % of what the noise took"
+    alike = recovery.layer_found(recovery.trace_effect(traced([0, 0, 0.2, 0.2], text=0.8)))
+    assert re.fullmatch(f"the one with the largest mean, layer [23], {interval}", alike.reason)
+    ahead = recovery.layer_found(recovery.trace_effect(traced([0, 0, 0.3, 0], text=0.8)))
+    assert re.fullmatch(f"the best, layer 2, {interval}", ahead.reason), "the twin"
+    none = recovery.layer_found(recovery.trace_effect(traced([0.0, 0.0, 0.0]))).reason
+    assert re.search(
+        r"than chance would; the largest mean, −?0\.0\d* \[.*\], is that of layer", none
+    )
 
 
 @pytest.mark.parametrize(

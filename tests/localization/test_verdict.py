@@ -3,6 +3,7 @@
 Rates are of simulated sweeps, each with the numbers of prompts and seeds that it names.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -162,7 +163,9 @@ def test_windows_that_move_the_score_the_other_way_are_said_to(kind: Any, moves:
     losses = {start: -0.1 if start == 5 else -0.5 for start in range(15)}
     backward = without_controls(losses, kind=kind)
     assert backward.kind == "inconclusive"
-    words = f"the target {moves} the score even in the best window, layers 5-6, by 0."
+    words = (
+        f"the target {moves} the score even in the window with the largest mean, layers 5-6, by 0."
+    )
     assert words in backward.reason and "swap prompt and target" in backward.reason
     # The twins: ahead, but not clearly of zero; and ahead of nothing.
     ahead = without_controls(losses | {5: -0.02}, kind=kind, noise=0.1)
@@ -291,7 +294,21 @@ def test_a_scorer_that_cannot_tell_is_said() -> None:
     table = planted({3: 0.12}, ceiling=0.13, noise=0.005)
     found = verdict(table.assign(probability=table["clip_score"]))
     assert found.kind == "inconclusive" and "hardly tells" in found.reason
+    assert re.search(r"takes away 0\.1\d+ \[0\.1\d+, 0\.1\d+\]", found.reason)
     assert verdict(table).start == 3, "the twin: a cosine has no such scale"
+
+
+@pytest.mark.parametrize(("noise", "hardly"), [(0.005, True), (0.1, False)])
+def test_a_scorer_is_said_to_hardly_tell_only_where_the_interval_says_so(
+    noise: float, hardly: bool
+) -> None:
+    """The same change, below half of what is possible: surely, or by few pictures' luck."""
+    table = planted({3: 0.2}, ceiling=0.22, noise=noise)
+    found = verdict(table.assign(probability=table["clip_score"].clip(0, 1)))
+    assert found.kind == "inconclusive"
+    assert ("the scorer hardly tells" in found.reason) == hardly
+    assert ("not clear whether the scorer tells" in found.reason) != hardly
+    assert bool(re.search(r"about \d+ seeds would tell$", found.reason)) != hardly
 
 
 def test_an_open_share_says_how_many_seeds_would_tell() -> None:

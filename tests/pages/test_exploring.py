@@ -18,7 +18,14 @@ from locogen.pages.entries import STATES
 from locogen.pages.exploring.album import PAGE, PAGE_OF_LARGE, Album, make_album, page_limit
 from locogen.pages.exploring.explorable import explorable
 from locogen.pages.exploring.maps import maps_of
-from locogen.pages.exploring.pairs import arms_of, by_importance, bytes_of, pairs_data, pairs_of
+from locogen.pages.exploring.pairs import (
+    Pair,
+    arms_of,
+    by_importance,
+    bytes_of,
+    pairs_data,
+    pairs_of,
+)
 from locogen.pages.results import read_run, read_runs
 from locogen.pages.thumbnails import Scale, cell_styles
 
@@ -93,8 +100,21 @@ def test_words_take_room_too(results: Path) -> None:
     album = Album(places={pair.before: 0 for pair in pairs} | {pair.after: 1 for pair in pairs})
     (arm,) = pairs_data(pairs, album)["arms"]
     assert len(arm["pairs"]) == len(pairs)
-    written = len(json.dumps(arm["pairs"]))
+    page = environment("locogen.pages").from_string("{{ pairs|tojson }}")
+    written = len(page.render(pairs=arm["pairs"]).encode())
     assert written <= sum(map(bytes_of, pairs)) <= written + 8 * len(pairs)
+
+
+@pytest.mark.parametrize("prompt", ["a cat", "<b> & 'tis", "Gogh’s, «Nacht»"])
+def test_words_take_as_many_bytes_as_the_page_writes(prompt: str) -> None:
+    """Plain JSON is smaller: the page writes each of < > & ' with six bytes."""
+    pair = Pair("layer 3", "efficacy", prompt, 0, "a.png", "b.png", "CLIP-score 0.82 → 0.29")
+    line = {"group": "The concept", "prompt": prompt, "seed": 0, "before": 9999, "after": 9999}
+    line |= {"words": pair.words}
+    page = environment("locogen.pages").from_string("{{ line|tojson }}, ").render(line=line)
+    assert bytes_of(pair) == len(page.encode())
+    plain = json.dumps(line) + ", "
+    assert (bytes_of(pair) == len(plain.encode())) == (prompt == "a cat" or "«" in prompt)
 
 
 def test_every_arm_is_shown_before_further_seeds() -> None:

@@ -5,6 +5,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -148,6 +149,69 @@ def test_an_attribution_is_a_proposal_and_says_of_what(tmp_path: Path) -> None:
     own = Reader(text(place / "index.html")).text
     assert "neon: gradients propose the window of layers 0-1, a share of 0.34" in own
     assert "That is a proposal" in " ".join(own.split()) and "CLIP-score by" not in own
+
+
+OF_EFFECTS = (
+    "on one scale",
+    "how much of the score is lost with a window",
+    "Red: the window carries the concept",
+    "The carrier is outlined",
+    "A positive effect means",
+    "what carries them",
+    "what replacing a window takes away",
+)
+
+
+@pytest.mark.parametrize("proposed", [(), (0,), (0, 1)], ids=["none", "one", "all"])
+def test_proposals_alone_are_not_called_effects(tmp_path: Path, proposed: tuple[int, ...]) -> None:
+    """Pages of attributions alone have no word of what only measured windows show."""
+    folder = study(tmp_path / "reports", ("mini",), ("neon", "owl"))
+    for number in proposed:
+        place = folder / f"mini-{number}"
+        table = pd.read_csv(place / "effects.csv")
+        table.assign(method="attribution").to_csv(place / "effects.csv", index=False)
+        facts = json.loads((place / "result.json").read_text())
+        (place / "result.json").write_text(json.dumps(facts | {"carriers": [], "finding": ""}))
+    runs = read_runs(folder)
+    found, models, concepts = gather(runs)
+    index = index_page(runs, found, models, concepts)
+    comparison = comparison_page("mini", found, by="concept", others=concepts)
+    words = " ".join(" ".join(Reader(page).text.split()) for page in (index, comparison))
+    are_all = len(proposed) == 2
+    # The twin: where something was measured, all of this stands there.
+    assert [each in words for each in OF_EFFECTS] == [not are_all] * len(OF_EFFECTS)
+    assert ("no picture has tested them" in words) == bool(proposed)
+    assert ("No picture was made with a window's prompt changed" in words) == are_all
+    legend = index.partition('<div class="legend">')[2].partition("</div>")[0]
+    assert ('class="bar"' in legend) != are_all
+
+
+@pytest.mark.parametrize("seeds", [2, 4, [0, 1], [0, 1, 2, 3], None, "many"])
+def test_lines_over_few_seeds_say_what_their_intervals_are_worth(
+    tmp_path: Path, seeds: Any
+) -> None:
+    """The line of an entry in the index and on the pages of model and concept, without scripts.
+
+    The table says how many seeds there are (`n_seeds`), or else the run's settings.
+    """
+    folder = study(tmp_path / "reports", ("mini",), ("neon",))
+    place = folder / "mini-0"
+    table = pd.read_csv(place / "effects.csv")
+    facts = json.loads((place / "result.json").read_text())
+    facts["settings"]["seeds"] = seeds
+    if isinstance(seeds, int):
+        table.assign(n_seeds=seeds).to_csv(place / "effects.csv", index=False)
+        del facts["settings"]["seeds"]
+    (place / "result.json").write_text(json.dumps(facts))
+    runs = read_runs(folder)
+    found, models, concepts = gather(runs)
+    index = index_page(runs, found, models, concepts)
+    comparison = comparison_page("mini", found, by="concept", others=concepts)
+    note = "; with n = 2 seeds, intervals are hardly worth printing"
+    is_few = seeds in (2, [0, 1])
+    assert (note in Reader(cell(index, "neon", "mini")).text) == is_few
+    # The line of the table, and the sentence below the curve.
+    assert Reader(comparison).text.count(note) == 2 * is_few
 
 
 def _red(strip: Image.Image) -> int:

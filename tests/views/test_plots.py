@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from locogen.errors import LocogenError
+from locogen.markup import number
 from locogen.views.plots import (
     describe,
     figure_size,
@@ -25,12 +27,11 @@ from locogen.views.plots import (
 )
 from locogen.views.tables import (
     GAP,
+    amount,
     carrier_cells,
     curves,
     effect_matrix,
     findings,
-    interval,
-    number,
     score_matrix,
     strip_rows,
 )
@@ -231,7 +232,7 @@ def test_numbers_in_the_cells_up_to_twenty_columns() -> None:
     drawn = [text.get_text() for text in plot_effect(effects(["monet"])).texts]
     assert drawn == ["0.00", "0.01", "0.02", "0.34", "0.04", "0.05"]
     small = effects(["monet"]).assign(estimate=lambda table: table["estimate"] / -100)
-    assert [text.get_text() for text in plot_effect(small).texts][3] == "−0.003"
+    assert [text.get_text() for text in plot_effect(small).texts][3] == "−0.0034"
     wide = pd.DataFrame([line("layer", "monet", start, 0.1) for start in range(21)])
     assert not plot_effect(wide).texts
 
@@ -389,7 +390,7 @@ def test_strip_refuses_what_does_not_match() -> None:
 def test_the_finding_in_words() -> None:
     assert describe(effects(["monet"]), window(3)) == (
         "monet: the window of layers 3-4 lowers the CLIP-score by 0.34 [0.28, 0.40] "
-        "(85 % of the ceiling); next best elsewhere 0.05."
+        "(85 % of the ceiling); next best elsewhere 0.05 [−0.01, 0.11]."
     )
 
 
@@ -405,12 +406,35 @@ def test_what_should_stay_is_told_beside_the_controls() -> None:
     )
     said = describe(table, window(3))
     assert said.endswith(
-        "elsewhere 0.05; lost of what should stay: 0.021 (ceiling −0.050, placebo 0.010)."
+        "lost of what should stay: 0.021 [−0.039, 0.081] "
+        "(ceiling −0.05 [−0.11, 0.01], placebo 0.010 [−0.050, 0.070])."
     )
     bare = table[~table["axis"].str.startswith("content_")]
-    assert describe(bare, window(3)).endswith("elsewhere 0.05; lost of what should stay: 0.021.")
+    assert describe(bare, window(3)).endswith("should stay: 0.021 [−0.039, 0.081].")
+    unknown = bare.assign(low=math.nan, high=math.nan)
+    assert describe(unknown, window(3)).endswith(
+        "without an interval; lost of what should stay: 0.021."
+    )
     assert "should stay" not in describe(effects(["monet"]), window(3))
     assert "should stay" not in describe(table, window(3), short=True)
+
+
+def test_shares_and_rivals_have_their_intervals_where_the_table_has() -> None:
+    table = effects(["monet"]).assign(share=0.85, share_low=0.7, share_high=1.02)
+    said = describe(table, window(3))
+    assert "(85 % [70 %, 102 %] of the ceiling); next best elsewhere 0.05 [−0.01, 0.11]." in said
+    unknown = describe(table.assign(share_low=None, low=math.nan, high=math.nan), window(3))
+    assert "(85 % of the ceiling); next best elsewhere 0.050, without an interval." in unknown
+
+
+@pytest.mark.parametrize(
+    ("low", "doubt"),
+    [(-0.3, ", which may be none,"), (0.001, ""), (None, ", without an interval,")],
+)
+def test_a_proposal_says_whether_it_may_be_none(low: float | None, doubt: str) -> None:
+    table = effects(["monet"]).assign(method="attribution", estimate=0.02, low=low, high=0.34)
+    said = describe(table)
+    assert re.search(rf"a share of 0\.02\d*(?: \[[^]]*\])?{doubt} of what all layers do", said)
 
 
 def test_a_fact_is_raised_and_one_layer_is_a_layer() -> None:
@@ -432,7 +456,7 @@ def test_no_single_window_says_why_and_where_to_look() -> None:
     said = describe(effects(["neon"]), window(None, reason="no effect beyond the placebo's"))
     assert said == (
         "neon: no single window carries it (no effect beyond the placebo's); the largest effect, "
-        "0.050 [−0.010, 0.110], is that of the window of layers 5-6."
+        "0.05 [−0.01, 0.11], is that of the window of layers 5-6."
     )
 
 
@@ -463,8 +487,10 @@ def test_a_carrier_that_is_not_in_the_table_is_refused() -> None:
 
 def test_numbers_for_people() -> None:
     assert [number(value) for value in (0.344, -0.344, -0.001)] == ["0.34", "−0.34", "0.00"]
-    assert interval({"low": -0.1, "high": 0.2}) == " [−0.10, 0.20]"
-    assert interval({"low": math.nan, "high": 0.2}) == ""
+    known = {"estimate": 0.1, "low": -0.1, "high": 0.2}
+    assert amount(known) == "0.10 [−0.10, 0.20]"
+    for none in (math.nan, None, pd.NA):
+        assert amount(known | {"low": none}) == "0.10"
 
 
 def test_figures_grow_with_the_table() -> None:

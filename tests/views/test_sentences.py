@@ -9,11 +9,15 @@ from hypothesis import given, strategies as st
 from locogen.errors import LocogenError
 from locogen.localization.trace_effects import BestState, Sides
 from locogen.plan import Window
+from locogen.views.editors import describe_editors
 from locogen.views.sentences import (
     answer_edit,
     compare_words,
+    describe_choice,
+    describe_clamping,
     describe_edit,
     describe_erasure,
+    describe_side_counts,
     describe_sides,
     describe_steps,
     describe_trace,
@@ -87,7 +91,7 @@ def test_a_state_brings_something_back_only_where_the_interval_says_so(line):
 def test_a_trace_of_one_seed_brings_nothing_back_for_sure():
     total = pd.DataFrame([{"axis": "ceiling", "concept": "neon"}])
     total = total.assign(estimate=-0.01, low=NAN, high=NAN)
-    unclear = "it is not clear that the noise changes the score (−0.01, without an interval)"
+    unclear = "it is not clear that the noise changes the score (−0.010, without an interval)"
     best = BestState("MLP", 2, 0.3, NAN, NAN, share=NAN, p_value=1.0, reason=unclear)
     assert describe_trace(total, best) == (
         f"neon: {unclear}. Clean output of MLP, layer 2, has an effect of 0.30, without an interval."
@@ -142,6 +146,43 @@ def test_intervals_over_few_seeds_say_what_they_are_worth(seeds, is_few):
     assert words.endswith("intervals are hardly worth printing.") == is_few
     assert (f"; with n = {seeds} seed" in words) == is_few
     assert describe_edit(means(), "layers 0-1").endswith("100 % before)."), "a table without them"
+
+
+HARDLY = "intervals are hardly worth printing"
+
+
+def _sentences_over(seeds):
+    """Every sentence that has intervals over seeds, of tables that say over how many."""
+    line = {"estimate": 0.4, "low": 0.3, "high": 0.5, "n_seeds": seeds}
+    total = pd.DataFrame([line | {"axis": "ceiling", "concept": "neon"}])
+    best = BestState("MLP", 2, 0.3, 0.2, 0.4, share=0.75, p_value=0.01, reason="")
+    window = {"concept": "neon", "axis": "layer", "kind": "style", "width": 2, "position": 3}
+    effects = pd.DataFrame([line | window | {"share": None}])
+    arms = pd.DataFrame([line | {"arm": arm, "neurons": 5} for arm in ("top", "random", "edit")])
+    index = pd.MultiIndex.from_tuples([("jointly", 2, "erased")], names=["way", "count", "group"])
+    erased = {"mean": 0.0, "low": 0.0, "high": 0.5, "prompts": 3, "n": 3 * seeds}
+    shares = pd.DataFrame([erased], index=index)
+    own = means(seeds=seeds)
+    return {
+        "trace": describe_trace(total, best),
+        "sweep": describe(effects, Window(3, 2)),
+        "sweep without a carrier": describe(effects),
+        "sweep without a place": describe(effects, Window(None, 2)),
+        "attribution": describe(effects.assign(method="attribution")),
+        "clamping": describe_clamping(arms.assign(measure="concept_score"), 96),
+        "erasure": describe_erasure(shares, shares["mean"].droplevel("group"), "style"),
+        "edit": describe_edit(own, "layers 0-1"),
+        "answer": answer_edit(own, "layers 0-1", "neon"),
+        "editors": describe_editors(own),
+    }
+
+
+@pytest.mark.parametrize(("seeds", "is_few"), [(1, True), (2, True), (4, False)])
+def test_every_sentence_over_few_seeds_says_what_its_intervals_are_worth(seeds, is_few):
+    count = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    for name, words in _sentences_over(seeds).items():
+        assert words.endswith(f"; with n = {count}, {HARDLY}.") == is_few, name
+        assert words.count(HARDLY) == is_few and words.endswith("."), name
 
 
 def test_counts_are_whole_where_a_table_turned_them_into_floats():
@@ -208,7 +249,54 @@ def test_steps_of_nothing():
     assert describe_steps({}, 50, 0.9) == (50, "no fewer steps than 50 were tried.")
     fewest, words = describe_steps({4: NAN, 20: 0.95}, 50, 0.9)
     assert fewest == 20
-    assert words.endswith("an unknown share of the best effect with 4, 95 % with 20.")
+    assert "an unknown share of the best effect with 4, 95 % with 20." in words
+
+
+def test_steps_say_that_their_shares_have_no_intervals_and_what_they_are_of():
+    doubt = "These are ratios of means over 3 seeds of 1 concept, without intervals."
+    known = describe_steps({4: 0.95}, 50, 0.9, concepts=1, seeds=3)[1]
+    assert known.endswith(f"95 % of the best effect with 4. {doubt}")
+    unknown = describe_steps({4: 0.95}, 50, 0.9)[1]
+    assert unknown.endswith("with 4. These are ratios of means, without intervals.")
+
+
+def test_the_best_of_several_tries_is_not_praised():
+    """Its score on the prompts that chose it stands beside the number of tries."""
+    words = describe_choice("neon", "λ = 0.01", 0.95, 96, "OUTCOME")
+    assert "the largest score of 96 settings on other prompts (0.95, without an interval" in words
+    assert "looks better than it is" in words and words.endswith("chose nothing: OUTCOME")
+    one = describe_choice("neon", "λ = 0.01", 0.95, 1, "OUTCOME")
+    assert "the one setting that was tried" in one and "largest" not in one, "the twin"
+
+
+def test_sides_are_counted_by_kind():
+    rows = [("told fact", "text encoder")] * 2 + [("style", "denoiser"), ("style", "cannot tell")]
+    words = describe_side_counts(pd.DataFrame(rows, columns=["kind", "side"]))
+    assert "told fact: text encoder for 2 of 2 [34 %, 100 %]; style: denoiser for 1 of 2" in words
+    assert words.endswith("cannot tell for 1 of 2 [9 %, 91 %].")
+
+
+@given(intervals())
+def test_neighbors_changed_only_where_the_interval_says_so(line):
+    known = means(
+        measure="specificity", change=line["estimate"], low=line["low"], high=line["high"]
+    )
+    both = pd.concat([means(), known])
+    for words in (describe_edit(both, "layers 0-1"), answer_edit(both, "layers 0-1", "neon")):
+        assert ("a change of" in words) == leaves_out_zero(line)
+        assert ("no clear change" in words) != leaves_out_zero(line)
+
+
+def test_a_change_without_an_interval_is_not_judged():
+    near = means(measure="specificity", before=0.96, after=0.88, change=-0.08)
+    for low, high, words in (
+        (NAN, NAN, "96 % before)."),
+        (-0.15, 0.02, "96 % before, no clear change: −8 [−15, 2] points)."),
+        (-0.15, -0.02, "96 % before, a change of −8 [−15, −2] points)."),
+    ):
+        both = pd.concat([means(), near.assign(low=low, high=high)])
+        for text in (describe_edit(both, "layers 0-1"), answer_edit(both, "layers 0-1", "neon")):
+            assert text.endswith(words)
 
 
 def test_a_share_that_is_unknown_is_not_too_small():

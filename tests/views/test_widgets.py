@@ -403,6 +403,14 @@ def test_a_search_by_attribution_brings_its_map_and_leaves_cells_empty(pipe: Any
     assert "<img" in box.pictures.value  # its pictures can still be made
 
 
+def test_effects_over_few_seeds_say_what_their_intervals_are_worth(run: Run) -> None:
+    explorer = Explorer(run)
+    note = "; with n = 2 seeds, intervals are hardly worth printing."
+    assert note in explorer.finding(look())
+    explorer.effects["n_seeds"] = 4
+    assert "hardly" not in explorer.finding(look()), "the twin"
+
+
 def test_names_are_escaped(run: Run) -> None:
     rows = run.table[run.table.concept == "blue"]
     table = run.table.assign(concept=run.table.concept.replace({"blue": NASTY}))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from locogen.markup import number
 from locogen.pages.thumbnails import Scale, cell_styles
-from locogen.views.tables import number
 
 TITLES = {"step": "layers × denoising steps", "token": "layers × words"}
 MOST_CELLS = 8000  # of one map

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from locogen.markup import number, precision
 from locogen.pages.entries import Entry
 from locogen.pages.exploring.album import Album
 from locogen.pages.thumbnails import Scale, cell_styles
 from locogen.plan import Window
 from locogen.views.sentences import few_seeds_note
-from locogen.views.tables import interval, missing, number, precision
+from locogen.views.tables import amount, ceiling_share, missing
 
 # Role in the pictures table → what its picture is, in the order in which they are shown.
 ROLES = {
@@ -126,12 +127,6 @@ def _label(start: int, width: Any) -> str:
     return str(Window(start, int(width))).replace("-", "–")
 
 
-def amount(row: Mapping[str, Any]) -> str:
-    """`0.34 [0.28, 0.40]`."""
-    digits = precision(row["estimate"])
-    return number(row["estimate"], digits) + interval(row, digits)
-
-
 def _samples(entry: Entry, table: Any, column: str) -> Iterator[Sample]:
     """Prompts and seeds, in the order of the table."""
     rows = table[table["concept"] == entry.concept]
@@ -213,7 +208,7 @@ def _lines(
     verb = "gained by the other answer" if sweep.is_fact else "lost"
     yield f"{score} {verb} when this window gets the target", amount(row)
     if not missing(row.get("share")):
-        yield "Of what all layers together do", _share(row["share"])
+        yield "Of what all layers together do", _share(row)
     axes = {"insert": f"{score} brought back by this window alone"}
     # A fact replaces its content: nothing should stay.
     if not sweep.is_fact:
@@ -226,9 +221,9 @@ def _lines(
         yield "Pictures", _count(sweep, int(row["n"]))
 
 
-def _share(share: float) -> str:
-    text = f"{number(100 * share, 0)} %"
-    if share > 1.005:
+def _share(row: Mapping[str, Any]) -> str:
+    text = ceiling_share(row)
+    if row["share"] > 1.005:
         text += ": with all layers another picture comes, so that it can be more than 100 %"
     return text
 
