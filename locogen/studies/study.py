@@ -191,7 +191,8 @@ def _show_plan(plan: _Plan) -> None:
     """Print the runs, their states, and what they will cost as far as that can be estimated."""
     todo = plan.todo
     count = len(plan.entries)
-    print(f"{plan.title}: {count} runs, {len(todo)} to do, into {plan.results}", flush=True)
+    runs = "1 run" if count == 1 else f"{count} runs"
+    print(f"{plan.title}: {runs}, {len(todo)} to do, into {plan.results}", flush=True)
     width = max(len(entry.run.slug) for entry in plan.entries)
     for entry in plan.entries:
         line = f"  {entry.run.slug:{width}}  {entry.state}"
