@@ -73,6 +73,17 @@ def test_mistakes_are_named_before_anything_starts(tmp_path):
     assert not list(tmp_path.iterdir()), "no file is left of what cannot be run"
 
 
+def test_a_model_of_ones_own_is_asked_about_a_concept_by_its_name(tmp_path):
+    file = tmp_path / "models.toml"
+    family = 'family = "StableDiffusionPipeline"'
+    file.write_text(f'[models.mine]\nid = "mine"\n{family}\nconcepts = "mini"\n')
+    (tmp_path / "mine").mkdir()
+    own = Question("localize", "neon", model="mine", parameters={"models_file": str(file)})
+    assert study_of(own, tmp_path / "asked")[0].parameters["concept"] == "mini/neon"
+    with pytest.raises(LocogenError, match="no model 'mine'"):
+        write_study(Question("localize", "neon", model="mine"), tmp_path / "twin")
+
+
 @pytest.mark.parametrize("name", ["study.toml", "concepts.toml"])
 def test_a_file_of_somebody_else_is_never_written_over(name, tmp_path):
     (tmp_path / name).write_text("mine = 1\n")

@@ -431,14 +431,17 @@ def _check_ids(row: _Row, base: Path) -> None:
     """
     values = row.all_values()
     parameters = parameters_of(row.notebook)
-    file = _concepts_file(values, base)
+    file = _file_of("concepts_file", values, base)
     if file is not None:
         concepts(file=file)
     for name in {"ids", "other"} & parameters.keys():
         text = values[name]
         if text == "" and may_be_empty(parameters[name]):
             continue
-        ids = parse_ids(text, name, concepts(file=file).id)
+        # That notebook takes those of the model alone, the others any of the catalog.
+        model = values["model"] if row.notebook.stem == "compare_localizers" else None
+        suitable = concepts(model, file, _file_of("models_file", values, base))
+        ids = parse_ids(text, name, suitable.id)
         if name == "other" and len(ids) > 1:
             raise LocogenError(f"other is {text!r}: give one concept")
 
@@ -449,8 +452,8 @@ def _check_concept(values: Mapping[str, Any]) -> None:
         raise LocogenError("concept is '': give an id (`locogen concepts` lists them)")
 
 
-def _concepts_file(values: Mapping[str, Any], base: Path) -> Path | None:
-    file = values.get("concepts_file")
+def _file_of(name: str, values: Mapping[str, Any], base: Path) -> Path | None:
+    file = values.get(name)
     return base / file if file else None
 
 
@@ -508,12 +511,11 @@ def _check_halves(values: Mapping[str, Any], base: Path) -> None:
         return
     subject.halves(values["prompts"])
     # Those that should stay, as the notebook finds them.
-    file = _concepts_file(values, base)
-    if "/" in values["model"] or not values["models_file"]:
-        listed = concepts(values["model"], file)
-        is_near = (listed.kind == subject.kind) & (listed.id != values["concept"])
-        for id in listed[is_near].id[: values["neighbors"] or None]:
-            concept(id, file).halves(values["prompts"])
+    file = _file_of("concepts_file", values, base)
+    listed = concepts(values["model"], file, _file_of("models_file", values, base))
+    is_near = (listed.kind == subject.kind) & (listed.id != values["concept"])
+    for id in listed[is_near].id[: values["neighbors"] or None]:
+        concept(id, file).halves(values["prompts"])
 
 
 def _check_steps(values: Mapping[str, Any], base: Path) -> None:
