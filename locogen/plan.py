@@ -295,9 +295,10 @@ class Concept:
         count = len(self.pairs)
         if 2 * prompts > count:
             remedy = f"use at most {count // 2}, or give it more" if count > 1 else "give it more"
+            prompts_in_all = "1 prompt" if count == 1 else f"{count} prompts"
             raise LocogenError(
                 f"prompts is {prompts}: as many others should be left to report on, and concept "
-                f"{self.name!r} has {count} prompts in all: {remedy}"
+                f"{self.name!r} has {prompts_in_all} in all: {remedy}"
             )
         return self.first(prompts), self.first(prompts, after=prompts)
 

@@ -308,7 +308,7 @@ def test_prompts_to_choose_on_leave_as_many_to_report_on() -> None:
     assert choosing.pairs == tuple(pairs[:2]) and reporting.pairs == tuple(pairs[2:4])
     with pytest.raises(LocogenError, match=r"prompts is 3: .*'neon' has 5 .*use at most 2, or"):
         concept.halves(3)
-    with pytest.raises(LocogenError, match="has 1 prompts in all: give it more"):
+    with pytest.raises(LocogenError, match="has 1 prompt in all: give it more"):
         concept.first(1).halves(1)
     with pytest.raises(LocogenError, match="prompts is 0: give a number from 1 up"):
         concept.halves(0)

@@ -180,6 +180,7 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
         _check_top_parameters(study, rows, base)
         _check_subjects(rows, base)
         rows = _without_excluded(rows, study.get("exclude", []))
+        _check_together(rows, base)
         slugs = _slugs(rows)
 
     results = base / study.get("results", path.stem)
@@ -398,15 +399,23 @@ def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
         model = row.values.get("model")
         if isinstance(model, str):
             _check_model(row.values, base)
-        _check_layers(row, base)
         _subject(row.values, base)
         if is_shipped(row.notebook):
             values = row.all_values()
             _check_ids(row, base)
             _check_scorer(values, base)
             _check_concept(values)
-            if row.notebook.stem in _TOGETHER:
-                _TOGETHER[row.notebook.stem](values, base)
+
+
+def _check_together(rows: Sequence[_Row], base: Path) -> None:
+    """Raise `LocogenError` for values that do not go together, in runs that no exclusion left out.
+
+    For leaving such runs out is what exclusions are for.
+    """
+    for row in rows:
+        _check_layers(row, base)
+        if is_shipped(row.notebook) and row.notebook.stem in _TOGETHER:
+            _TOGETHER[row.notebook.stem](row.all_values(), base)
 
 
 def _check_model(values: Mapping[str, Any], base: Path) -> None:

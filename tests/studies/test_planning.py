@@ -517,6 +517,15 @@ def test_what_only_a_kernel_found_is_found_before(
         plan(f"{named}{bad}\n")
 
 
+def test_values_that_do_not_go_together_can_be_left_out(plan) -> None:
+    asked = 'notebook = "steps"\n[grid]\nsteps = ["4", "20"]\nreference = [10, 50]\n'
+    with pytest.raises(LocogenError, match="steps is '20': give numbers below 10"):
+        plan(asked)
+    runs = plan(f'{asked}[[exclude]]\nsteps = "20"\nreference = 10\n')
+    pairs = [(run.parameters["steps"], run.parameters["reference"]) for run in runs]
+    assert pairs == [("4", 10), ("4", 50), ("20", 50)]
+
+
 # What a notebook run by hand does not look at before its weights are there.
 LATE_BY_HAND = ("threshold", "becomes", "kind =")
 
@@ -569,7 +578,7 @@ def test_neighbors_leave_as_many_prompts_to_report_on_too(plan, tmp_path: Path) 
     (tmp_path / "own.toml").write_text(text)
     asked = '[[run]]\nnotebook = "edit_sweep"\nconcept = "own/red"\nconcepts_file = "own.toml"\n'
     asked += "prompts = 1\n"
-    with pytest.raises(LocogenError, match="concept 'blue' has 1 prompts in all: give it more"):
+    with pytest.raises(LocogenError, match="concept 'blue' has 1 prompt in all: give it more"):
         plan(f"{asked}neighbors = 0\n")
     # The twin: among the first neighbors, which are the catalog's, all have enough.
     assert plan(f"{asked}neighbors = 2\n")
