@@ -211,7 +211,9 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
         kind = valid[name]["inferred_type_name"]
         if kind in _TYPES and not _has_type(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
-        if has_rules:
+        # An empty text is checked like any other where the notebook gives it no meaning.
+        is_left_out = value == "" and may_be_empty(valid[name])
+        if has_rules and not is_left_out:
             _check_value(name, value, valid[name])
 
 
@@ -261,10 +263,6 @@ NAMES = {
 
 def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
     """Raise `LocogenError` for a value that the notebook would refuse."""
-    # An empty text is checked like any other where the notebook gives it no meaning.
-    is_empty = isinstance(value, str) and not value
-    if is_empty and may_be_empty(parameter):
-        return
     # 0 means "as is usual" where that is the notebook's own value.
     least = 0 if parameter["default"] == "0" else 1
     if name in _COUNTS and value < least:
