@@ -20,6 +20,7 @@ _PUBLIC = {
     "plan": (
         "Concept",
         "Intervention",
+        "parse_ids",
         "parse_layers",
         "parse_names",
         "parse_numbers",

@@ -163,6 +163,7 @@ from .plan import (
     Settings as Settings,
     Verdict as Verdict,
     Window as Window,
+    parse_ids as parse_ids,
     parse_layers as parse_layers,
     parse_names as parse_names,
     parse_numbers as parse_numbers,

@@ -237,6 +237,10 @@ def _add_questions(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     _add_layers(neurons)
 
 
+# What the notebooks take where --steps is left out.
+_STEPS = {"localize": "0, the model's own number", "edit": "20", "neurons": "12"}
+
+
 def _question(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], notebook: str, words: str
 ) -> argparse.ArgumentParser:
@@ -267,7 +271,9 @@ def _question(
     parser.add_argument("--dtype", metavar="float32|float16|bfloat16")
     parser.add_argument("--offload", choices=["model", "sequential"])
     parser.add_argument("--seeds", type=int, metavar="N", help="pictures for each prompt")
-    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help=f"denoising steps (default: {_STEPS[notebook]})"
+    )
     parser.add_argument("--prompts", type=int, metavar="N", help="at most this many prompts")
     parser.add_argument(
         "--into",
@@ -411,10 +417,8 @@ def _ask(options: argparse.Namespace) -> int:
     )
     lora: Path | None = getattr(options, "lora", None)
     layers: str | None = getattr(options, "layers", None)
-    if lora is not None and not lora.parent.is_dir():
-        raise LocogenError(f"--lora {lora}: the folder {lora.parent} is not there; make it first")
-    if lora is not None and lora.is_dir():
-        raise LocogenError(f"--lora {lora} is a folder: give a file, such as off.safetensors")
+    if lora is not None:
+        _check_lora(lora)
     if layers == "found":
         # The localization takes minutes: a value that the second step refuses is named before it.
         # Which layers will be found is not known yet, and every model has a first one.
@@ -432,6 +436,19 @@ def _ask(options: argparse.Namespace) -> int:
         print(lora)
     _show_page(results, options.open)
     return 0
+
+
+def _check_lora(file: Path) -> None:
+    """Raise `LocogenError` where no LoRA could be written, before minutes are spent on it."""
+    if not file.parent.is_dir():
+        raise LocogenError(f"--lora {file}: the folder {file.parent} is not there; make it first")
+    if file.is_dir():
+        raise LocogenError(f"--lora {file} is a folder: give a file, such as off.safetensors")
+    if file.suffix != ".safetensors":
+        raise LocogenError(
+            f"--lora {file}: a LoRA is a file of safetensors, so let its name end in .safetensors, "
+            f"such as {file.with_suffix('.safetensors')}"
+        )
 
 
 # Options of questions → parameters of their notebooks.

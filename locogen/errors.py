@@ -70,9 +70,21 @@ def unknown(thing: str, name: str, names: Iterable[str]) -> LocogenError:
         The error, to be raised.
     """
     choices = sorted(names)
-    similar = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
+    similar = _similar(name, choices)
     # Where nothing is similar it is not a typing mistake, and the whole list helps more.
     hint = f"use one of {', '.join(choices)}"
     if similar:
         hint = f"did you mean {' or '.join(map(repr, similar))}?"
     return LocogenError(f"no {thing} {name!r}: {hint}")
+
+
+def _similar(name: str, choices: Iterable[str]) -> list[str]:
+    """The choices that a name is most like, whatever the case of their letters."""
+    spellings: dict[str, list[str]] = {}
+    for choice in choices:
+        spellings.setdefault(choice.casefold(), []).append(choice)
+    alike = difflib.get_close_matches(name.casefold(), spellings, n=3, cutoff=0.5)
+    # Another one that is only similar is not meant where a name differs by its case alone.
+    if name.casefold() in spellings:
+        alike = [name.casefold()]
+    return [choice for spelling in alike for choice in spellings[spelling]]

@@ -195,25 +195,34 @@ def shared_length(one: Sequence[object], two: Sequence[object]) -> int:
     return length
 
 
-def subject_in(concept: Concept, pair: PromptPair) -> str:
+def subject_in(concept: Concept, pair: PromptPair, words: str = "") -> str:
     """Find the words of a pair's prompt that are the concept.
 
     Args:
         concept: The concept; its name is looked for first.
         pair: One of its prompt pairs.
+        words: Words that are meant in place of those found here, which the prompt must hold; "":
+            none.
 
     Returns:
-        The concept's name where the prompt has it; otherwise the words that the target exchanges,
-        or the part of them that they share with the name.
+        These words; without them, the concept's name where the prompt has it; otherwise the words
+        that the target exchanges, or the part of them that they share with the name.
 
     Raises:
-        LocogenError: If the prompt lacks the name, and no word is exchanged.
+        LocogenError: If the prompt lacks the words, or the name while no word is exchanged.
 
     Example:
         >>> pair = PromptPair("a house in the style of gogh", "a house")
         >>> subject_in(Concept("vincent van gogh", "style", (pair,)), pair)
         'gogh'
     """
+    if words:
+        if not occurrences(pair.prompt, words):
+            raise LocogenError(
+                f"subject is {words!r}: the prompt {pair.prompt!r} does not hold it as whole "
+                "words, so give words that every prompt has, or leave it empty"
+            )
+        return words
     if occurrences(pair.prompt, concept.name):
         return concept.name
     gone = exchanged(pair)[0]

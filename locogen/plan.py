@@ -269,6 +269,39 @@ class Concept:
         end = after + n if n else None
         return replace(self, pairs=self.pairs[after:end])
 
+    def halves(self, prompts: int) -> tuple[Concept, Concept]:
+        """Split the prompts into some to choose on, and as many others to report on.
+
+        Args:
+            prompts: The number of prompts of each half.
+
+        Returns:
+            The concept with its first prompts, and with those that follow.
+
+        Raises:
+            LocogenError: For fewer than one, or where not as many others are left.
+
+        Example:
+            >>> pairs = [PromptPair(f"{thing} in neon", thing) for thing in ("a cat", "a dog")]
+            >>> choosing, reporting = Concept("neon", "style", pairs).halves(1)
+            >>> reporting.pairs[0].prompt
+            'a dog in neon'
+        """
+        if prompts < 1:
+            raise LocogenError(
+                f"prompts is {prompts}: give a number from 1 up, to choose on and, of others, to "
+                "report on"
+            )
+        count = len(self.pairs)
+        if 2 * prompts > count:
+            remedy = f"use at most {count // 2}, or give it more" if count > 1 else "give it more"
+            prompts_in_all = "1 prompt" if count == 1 else f"{count} prompts"
+            raise LocogenError(
+                f"prompts is {prompts}: as many others should be left to report on, and concept "
+                f"{self.name!r} has {prompts_in_all} in all: {remedy}"
+            )
+        return self.first(prompts), self.first(prompts, after=prompts)
+
     def scored_text(self, pair: PromptPair) -> str:
         """What the pair's pictures are scored against."""
         explicit = pair.text or self.text
@@ -588,7 +621,12 @@ def _not_layers(text: str | int) -> LocogenError:
 
 
 def parse_numbers(
-    text: str, name: str, *, whole: bool = False, most: float = math.inf
+    text: str,
+    name: str,
+    *,
+    whole: bool = False,
+    most: float = math.inf,
+    below: tuple[str, float] | None = None,
 ) -> tuple[float, ...]:
     """Read numbers as people write them in a notebook's parameter.
 
@@ -597,6 +635,7 @@ def parse_numbers(
         name: The parameter's, for the error.
         whole: Whether only whole numbers will do.
         most: The largest that will do.
+        below: Name and value of another parameter, which all numbers have to stay below.
 
     Returns:
         The numbers, in the order of the text, none twice.
@@ -621,6 +660,8 @@ def parse_numbers(
             f"{name} is {text!r}: write {noun} above 0{upper}, separated by commas, "
             f"such as {example}"
         )
+    if below is not None and max(numbers) >= below[1]:
+        raise LocogenError(f"{name} is {text!r}: give numbers below {below[1]}, the {below[0]}")
     return tuple(dict.fromkeys(numbers))
 
 
@@ -636,7 +677,8 @@ def parse_names(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]
         The names, in the order of the text, none twice; none for an empty text.
 
     Raises:
-        LocogenError: For an unknown name; it names the parameter and its value.
+        LocogenError: For an unknown name, or a text of spaces and commas alone; it names the
+            parameter and its value.
 
     Example:
         >>> parse_names("UCE, LocoEdit, preserved", "editors", ["LocoEdit, preserved", "UCE"])
@@ -644,6 +686,10 @@ def parse_names(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]
     """
     names_there_are = tuple(choices)
     parts = [part.strip() for part in str(text).split(",") if part.strip()]
+    if text and not parts:
+        raise LocogenError(
+            f"{name} is {text!r}: write names, separated by commas, or leave it empty"
+        )
     names: list[str] = []
     while parts:
         # The longest name first: "LocoEdit" is the beginning of another one.
@@ -653,6 +699,40 @@ def parse_names(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]
         names.append(", ".join(parts[: lengths[0]]))
         del parts[: lengths[0]]
     return tuple(dict.fromkeys(names))
+
+
+def parse_ids(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]:
+    """Read the ids of concepts as people write them in a notebook's parameter.
+
+    Args:
+        text: Ids, separated by commas.
+        name: The parameter's, for the error.
+        choices: All ids that there are, such as `concepts().id`.
+
+    Returns:
+        The ids, in the order of the text; at least one.
+
+    Raises:
+        LocogenError: For no id, one that is unknown, or one that comes twice; it names the
+            parameter and its value.
+
+    Example:
+        >>> parse_ids("mini/neon, mini/cat", "ids", ["mini/cat", "mini/neon", "mini/owl"])
+        ('mini/neon', 'mini/cat')
+    """
+    if not str(text).strip():
+        raise LocogenError(
+            f"{name} is {text!r}: write ids of concepts, separated by commas, such as mini/neon "
+            "(`locogen concepts` lists them)"
+        )
+    known = tuple(choices)
+    ids = tuple(part.strip() for part in str(text).split(","))
+    for id in ids:
+        if id not in known:
+            raise LocogenError(f"{name} is {text!r}: {unknown('concept', id, known)}")
+        if ids.count(id) > 1:
+            raise LocogenError(f"{name} is {text!r}: {id} is there twice, name each concept once")
+    return ids
 
 
 def windows(n_layers: int, window: int) -> tuple[Window, ...]:

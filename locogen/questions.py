@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
 from locogen.files import ENCODING, replacing, toml_lines, writing
@@ -20,6 +20,9 @@ from locogen.phrasings import exchanged
 from locogen.plan import KINDS, PromptPair
 from locogen.studies.planning import read_study, slugify
 from locogen.studies.records import read_record
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 STUDY = "study.toml"
 CONCEPTS = "concepts.toml"
@@ -209,11 +212,18 @@ def _known_id(question: Question) -> str | None:
     table = concepts(file=question.concepts_file or None)
     if question.concept in set(table["id"]):
         return question.concept
-    suitable = concepts(question.model, file=question.concepts_file or None)
-    for row in suitable.to_dict("records"):
+    for row in _suitable(question).to_dict("records"):
         if row["name"] == question.concept:
             return str(row["id"])
     return None
+
+
+def _suitable(question: Question) -> DataFrame:
+    """The concepts that the model can be asked about."""
+    from locogen.catalog import concepts
+
+    models_file = question.parameters.get("models_file")
+    return concepts(question.model, question.concepts_file or None, models_file)
 
 
 def _new_concept(question: Question) -> dict[str, Any] | None:
@@ -239,9 +249,7 @@ def _near(question: Question) -> str:
     """Which concept of the catalog may have been meant."""
     from difflib import get_close_matches
 
-    from locogen.catalog import concepts
-
-    table = concepts(question.model, file=question.concepts_file or None)
+    table = _suitable(question)
     names = [*table["name"], *table["id"]]
     close = get_close_matches(question.concept.replace("-", " "), names, n=1)
     return f", did you mean {close[0]!r}" if close else ""

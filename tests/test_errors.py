@@ -7,6 +7,7 @@ import nbformat
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from locogen.errors import unknown
 from locogen.studies.worker import execute
 
 WRONG = "import locogen as loco\n\nloco.concept('mini/neo')"
@@ -82,3 +83,17 @@ def test_what_a_study_leaves_of_an_error_is_short_too(tmp_path: Path) -> None:
         if o.output_type == "error"
     ]
     assert error.traceback[0].startswith(REMEDY) and len(error.traceback) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("uce", "did you mean 'UCE'?"),
+        ("advd", "did you mean 'AdaVD'?"),
+        ("SPEDE", "did you mean 'SPEED'?"),
+        ("xyz", "use one of AdaVD, SPEED, UCE"),
+    ],
+)
+def test_a_name_is_known_again_in_another_case(name: str, hint: str) -> None:
+    """The last one is the twin: where nothing is alike, all names are listed."""
+    assert str(unknown("editor", name, ["UCE", "SPEED", "AdaVD"])) == f"no editor {name!r}: {hint}"

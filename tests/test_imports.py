@@ -50,13 +50,22 @@ STUDIES_KNOW = {
     "errors",
     "console",
     "files",
+    "phrasings",
     "plan",
     "finding",
     "catalog",
     "models.checkpoint",  # how many layers a folder has, by the names of its weights
     "pictures.progress",
 }  # a study starts kernels: it makes no picture
-WITHOUT_TORCH = ("plan", "stats", "pages", "views.tables", "views.plots", "localization.effects")
+WITHOUT_TORCH = (
+    "phrasings",
+    "plan",
+    "stats",
+    "pages",
+    "views.tables",
+    "views.plots",
+    "localization.effects",
+)
 WITHOUT_TORCH += ("localization.racing", "errors", "console", "files", "markup", "finding")
 PICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 PICKLING = {"torch.load", "torch.save", "read_pickle", "to_pickle"}

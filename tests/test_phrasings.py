@@ -83,6 +83,13 @@ def test_the_subject_is_the_name_first_and_else_what_is_exchanged(name, prompt, 
     assert subject_in(concept(name, pair), pair) == subject
 
 
+def test_a_subject_of_ones_own_is_in_the_prompt():
+    pair = PromptPair("a picture of a cat, on a hill", "a picture on a hill")
+    assert subject_in(concept("cat", pair), pair, "hill") == "hill"
+    with pytest.raises(LocogenError, match="subject is 'zebra': the prompt 'a picture of a cat"):
+        subject_in(concept("cat", pair), pair, "zebra")
+
+
 def test_a_phrase_is_the_name_with_its_article():
     assert phrase_in(concept("cat", HILL), HILL) == "cat"
     owl = PromptPair("a picture of an owl, on a hill", "a picture")

@@ -19,6 +19,7 @@ from locogen.plan import (
     distinct_seeds,
     missing_target_runs,
     paraphrase,
+    parse_ids,
     parse_layers,
     parse_names,
     parse_numbers,
@@ -275,6 +276,48 @@ def test_numbers_are_read_in_their_order_and_once() -> None:
     for text, more in (("8.0", {"whole": True}), ("100.1", {"most": 100})):
         with pytest.raises(LocogenError, match=re.escape(text)):
             parse_numbers(text, "steps", **more)
+
+
+def test_numbers_stay_below_another_parameter() -> None:
+    assert parse_numbers("4, 49", "steps", below=("reference", 50)) == (4, 49)
+    with pytest.raises(LocogenError, match="steps is '4, 50': give numbers below 50, the refer"):
+        parse_numbers("4, 50", "steps", below=("reference", 50))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "write ids of concepts, separated by commas"),
+        (" ", "write ids of concepts"),
+        ("mini/neon,", "no concept ''"),
+        ("mini/nen", "no concept 'mini/nen': did you mean 'mini/neon'"),
+        ("mini/neon, mini/owl,mini/neon", "mini/neon is there twice, name each concept once"),
+    ],
+)
+def test_ids_are_refused_by_their_parameters_name(text: str, words: str) -> None:
+    known = ["mini/neon", "mini/owl"]
+    with pytest.raises(LocogenError, match=re.escape(f"ids is {text!r}: {words}")):
+        parse_ids(text, "ids", known)
+    assert parse_ids(" mini/owl,mini/neon ", "ids", known) == ("mini/owl", "mini/neon")
+
+
+def test_prompts_to_choose_on_leave_as_many_to_report_on() -> None:
+    pairs = [PromptPair(f"{number} in neon", str(number)) for number in range(5)]
+    concept = Concept("neon", "style", pairs)
+    choosing, reporting = concept.halves(2)
+    assert choosing.pairs == tuple(pairs[:2]) and reporting.pairs == tuple(pairs[2:4])
+    with pytest.raises(LocogenError, match=r"prompts is 3: .*'neon' has 5 .*use at most 2, or"):
+        concept.halves(3)
+    with pytest.raises(LocogenError, match="has 1 prompt in all: give it more"):
+        concept.first(1).halves(1)
+    with pytest.raises(LocogenError, match="prompts is 0: give a number from 1 up"):
+        concept.halves(0)
+
+
+@pytest.mark.parametrize("text", [" ", ",", " , "])
+def test_a_text_without_names_is_not_all_of_them(text: str) -> None:
+    with pytest.raises(LocogenError, match=re.escape(f"editors is {text!r}: write names")):
+        parse_names(text, "editors", ["UCE"])
 
 
 def test_a_name_with_a_comma_is_one_name() -> None:

@@ -11,6 +11,7 @@ from locogen.errors import LocogenError
 from locogen.finding import Finding
 from locogen.plan import Verdict, Window
 from locogen.questions import Question, copy_lora, found_layers, write_study
+from locogen.studies.notebooks import defaults_of, notebook_file
 from locogen.studies.planning import read_study
 
 
@@ -72,6 +73,17 @@ def test_mistakes_are_named_before_anything_starts(tmp_path):
     assert not list(tmp_path.iterdir()), "no file is left of what cannot be run"
 
 
+def test_a_model_of_ones_own_is_asked_about_a_concept_by_its_name(tmp_path):
+    file = tmp_path / "models.toml"
+    family = 'family = "StableDiffusionPipeline"'
+    file.write_text(f'[models.mine]\nid = "mine"\n{family}\nconcepts = "mini"\n')
+    (tmp_path / "mine").mkdir()
+    own = Question("localize", "neon", model="mine", parameters={"models_file": str(file)})
+    assert study_of(own, tmp_path / "asked")[0].parameters["concept"] == "mini/neon"
+    with pytest.raises(LocogenError, match="no model 'mine'"):
+        write_study(Question("localize", "neon", model="mine"), tmp_path / "twin")
+
+
 @pytest.mark.parametrize("name", ["study.toml", "concepts.toml"])
 def test_a_file_of_somebody_else_is_never_written_over(name, tmp_path):
     (tmp_path / name).write_text("mine = 1\n")
@@ -129,6 +141,26 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path, capsys):
     assert __main__.main([*arguments, "--into", str(tmp_path / "into")]) == 2
     assert "is a folder" in capsys.readouterr().err
     assert not (tmp_path / "into").exists()
+
+
+def test_a_lora_is_a_file_of_safetensors(tmp_path, capsys):
+    arguments = ["edit", "mini/neon", "--layers", "99", "--into", str(tmp_path / "into"), "--lora"]
+    for name in ("x.png", "x"):
+        assert __main__.main([*arguments, str(tmp_path / name)]) == 2
+        assert f"such as {tmp_path / 'x.safetensors'}" in capsys.readouterr().err
+    # The twin: a good name is passed, and the next mistake is named.
+    assert __main__.main([*arguments, str(tmp_path / "x.safetensors")]) == 2
+    assert "has layers 0 to 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("notebook", ["localize", "edit", "neurons"])
+def test_help_says_how_many_steps_are_the_default(notebook, capsys):
+    with pytest.raises(SystemExit):
+        __main__.main([notebook, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    default = defaults_of(notebook_file(notebook, Path()))["num_inference_steps"]
+    assert f"denoising steps (default: {default}" in said
+    assert ("(default: 0, the model's own number)" in said) == (default == 0)
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ from locogen.models.families import denoiser_of
 from locogen.models.hooks import before, hooked, is_dry_run
 from locogen.models.layers import find_layers
 from locogen.pictures.store import content_key
+from locogen.plan import parse_names
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
@@ -140,12 +141,14 @@ def benchmark(
     """Ask localizers about models whose answer is known, and score what they say.
 
     Args:
-        localizers: Names of localizers; or a mapping from a name to your own function (None: the
-            one of that name); None: all. A function takes a pipeline, a concept and the keywords
-            window, seeds, guidance_scale, store and progress, as `localize` does, and returns a
-            `locogen.benchmarks.answers.Answer`. What it may not do is look up the plant.
-        plants: Names of planted models (see `plants`), "tune", "report", or None for all. Of a set,
-            those whose weights are not there are left out; the result's `settings` name them.
+        localizers: Names of localizers, or one text with commas; or a mapping from a name to your
+            own function (None: the one of that name); None: all. A function takes a pipeline, a
+            concept and the keywords window, seeds, guidance_scale, store and progress, as
+            `localize` does, and returns a `locogen.benchmarks.answers.Answer`. What it may not do
+            is look up the plant.
+        plants: Names of planted models (see `plants`), or one text with commas; "tune", "report",
+            or None for all. Of a set, those whose weights are not there are left out; the result's
+            `settings` name them.
         windows: Widths of the windows.
         guidance_scales: Classifier-free guidance; None: the catalog's value.
         sizes: Pairs (prompts, seeds).
@@ -163,8 +166,8 @@ def benchmark(
         The `Benchmark`: its table, and scores with intervals.
 
     Raises:
-        LocogenError: For an unknown localizer or plant, weights that are not there, or an answer
-            of another type.
+        LocogenError: For an unknown localizer or plant, a window wider than a model, weights that
+            are not there, or an answer of another type.
 
     Example:
         >>> few = {"plants": ["deaf-in-mini"], "sizes": [(1, 1)], "concepts": 1}
@@ -180,6 +183,7 @@ def benchmark(
         for guidance in guidance_scales
         for prompts, seeds in sizes
     ]
+    _check_windows(settings, asked_plants)
     groups = [
         _Group(plant, id, setting)
         for plant in asked_plants
@@ -204,7 +208,7 @@ def _functions(choice: Any) -> dict[str, Localizer]:
     if choice is None:
         return dict(LOCALIZERS)
     if isinstance(choice, str):
-        choice = [choice]
+        choice = parse_names(choice, "localizers", LOCALIZERS)
     if not isinstance(choice, Mapping):
         choice = dict.fromkeys(choice)
     functions = {}
@@ -215,6 +219,16 @@ def _functions(choice: Any) -> dict[str, Localizer]:
     if not functions:
         raise LocogenError("there are no localizers: name some, or leave localizers=None for all")
     return functions
+
+
+def _check_windows(settings: Sequence[_Setting], plants: Sequence[Plant]) -> None:
+    """Refuse a window that is wider than a model, before its weights are loaded."""
+    for setting in settings:
+        for plant in plants:
+            if setting.window > plant.layers:
+                raise LocogenError(
+                    f"windows has {setting.window}: {plant.name} has {plant.layers} layers"
+                )
 
 
 # --- cells ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from locogen.catalog.plants import SETS, Plant, Planting, plant_entries
 from locogen.editing.deafening import deafen
 from locogen.errors import LocogenError, unknown
 from locogen.models.load import load
-from locogen.plan import Concept, Window
+from locogen.plan import Concept, Window, parse_names
 from locogen.types import Pipeline
 
 # As `locogen.planting.admission.UNREAD`: of the rise of the loss in the base, so much at most is
@@ -115,10 +115,15 @@ def plants_to_ask(choice: str | Sequence[str | Plant] | None) -> tuple[Plant, ..
     Of a set and of all, those without weights are left out: `weightless` names them.
     """
     every = {plant.name: plant for plant in (*plant_entries(), *DEAF)}
+    if isinstance(choice, str):
+        choice = choice.strip()
     if choice is None or choice in SETS:
         return _of_set(choice, every.values())
-    entries = [choice] if isinstance(choice, str) else choice
-    plants = tuple(_plant_of(entry, every) for entry in entries)
+    if isinstance(choice, str):
+        # A set stands alone: among several names it is none of them.
+        names = every if "," in choice else {*every, *SETS}
+        choice = parse_names(choice.replace(PLANTED, ""), "plants", names)
+    plants = tuple(_plant_of(entry, every) for entry in choice)
     if not plants:
         raise LocogenError("there are no plants: name some, or leave plants=None for all")
     return plants

@@ -81,7 +81,11 @@ def concept(id: str, file: str | Path | None = None) -> Concept:
     return entries[id].concept
 
 
-def concepts(model: str | None = None, file: str | Path | None = None) -> DataFrame:
+def concepts(
+    model: str | None = None,
+    file: str | Path | None = None,
+    models_file: str | Path | None = None,
+) -> DataFrame:
     """List the concepts that a model can be asked about.
 
     Args:
@@ -89,6 +93,7 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
             model, all of them where the catalog does not know it. None: all.
         file: A TOML file with concepts of your own (see `locogen.catalog.concepts`), listed as
             well.
+        models_file: A TOML file with models of your own, one of which `model` may name.
 
     Returns:
         One row a concept: id, model, name, kind, pairs (the number of them) and note.
@@ -104,7 +109,7 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
     """
     import pandas as pd
 
-    groups = None if model is None else _groups_of(model)
+    groups = None if model is None else _groups_of(model, models_file)
     rows = []
     for id, entry in _all(file).items():
         if groups is not None and entry.model not in groups:
@@ -115,11 +120,12 @@ def concepts(model: str | None = None, file: str | Path | None = None) -> DataFr
     return pd.DataFrame(rows, columns=["id", "model", "name", "kind", "pairs", "note"])
 
 
-def _groups_of(model: str) -> set[str] | None:
+def _groups_of(model: str, models_file: str | Path | None) -> set[str] | None:
     """The groups of concepts that suit a model; None: all, if the catalog lacks the model."""
-    # A hub id or a path may be that of a model in the catalog. Any other name has to be one.
+    # A hub id or a path may be that of a model in the catalog. Any other name has to be one, or one
+    # of the file's.
     is_place = "/" in model or Path(model).exists()
-    entry = entry_of(model) if is_place else model_entry(model)
+    entry = entry_of(model) if is_place else model_entry(model, models_file)
     if entry is None:
         return None
     # A concept names one model or a group of them: "mini" and "mini-b" share theirs.

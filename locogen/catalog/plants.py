@@ -119,6 +119,13 @@ class Plant:
         return FOLDER / "weights" / f"{self.name}.safetensors"
 
     @property
+    def layers(self) -> int:
+        """How many layers it has: as many as its base."""
+        layers = model_entry(self.base).layers
+        assert layers is not None, "the mini models say how many"
+        return layers
+
+    @property
     def admitted(self) -> bool:
         """Whether training has planted what the recipe says."""
         return bool(self.admission.get("admitted"))

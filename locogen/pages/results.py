@@ -113,7 +113,7 @@ def read_runs(folder: Path | str) -> list[Finished]:
     folder = Path(folder)
     if not folder.is_dir():
         raise LocogenError(
-            f"there is no folder {folder}: make results first with `python -m locogen run`"
+            f"there is no folder {folder}: make results first with `locogen run STUDY.toml`"
         )
     runs = []
     for place in sorted(folder.iterdir()):
@@ -123,7 +123,7 @@ def read_runs(folder: Path | str) -> list[Finished]:
             runs.append(read_run(place))
     if not runs:
         inner = folder / "results"  # where a single question keeps them
-        remedy = "make results first with `python -m locogen run`"
+        remedy = "make results first with `locogen run STUDY.toml`"
         if inner.is_dir():
             remedy = f"they are in {inner}"
         raise LocogenError(f"{folder} holds no run: {remedy}")

@@ -211,7 +211,9 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
         kind = valid[name]["inferred_type_name"]
         if kind in _TYPES and not _has_type(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
-        if has_rules:
+        # An empty text is checked like any other where the notebook gives it no meaning.
+        is_left_out = value == "" and may_be_empty(valid[name])
+        if has_rules and not is_left_out:
             _check_value(name, value, valid[name])
 
 
@@ -219,13 +221,14 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
 # find out. Those of other notebooks may mean anything.
 _COUNTS = ("seeds", "batch_size", "window", "num_inference_steps", "noises", "draws", "step")
 _COUNTS += ("reference", "most_points")
-_ABOVE_ZERO = ("ridge", "enough")
+_ABOVE_ZERO = ("ridge",)
+_SHARES = ("enough",)
 _AMOUNTS = ("guidance_scale", "strength", "noise_scale", "max_prompts", "most")
 _AMOUNTS += ("neighbors", "controls", "prompts", "attack_steps", "concepts")
 _CHOICES = {
     "dtype": ("float32", "float16", "bfloat16"),
     "offload": ("", "model", "sequential"),
-    "kind": ("", *KINDS),
+    "kind": KINDS,
     "search": ("all", "race", "attribute"),
     "to": ("mean", "zero"),
     "explain": ("latents", "score"),
@@ -269,6 +272,18 @@ def _check_value(name: str, value: Any, parameter: Mapping[str, str]) -> None:
         raise LocogenError(f"{name} is {value!r}: use one of {_listed(_CHOICES[name])}")
     _check_words(name, value)
     _check_list(name, value, parameter)
+    # Of texts that may be anything, and so have passed.
+    if isinstance(value, str) and value != "" and not value.strip():
+        raise LocogenError(f"{name} is {value!r}, spaces alone: write a text, or leave it out")
+
+
+def may_be_empty(parameter: Mapping[str, str]) -> bool:
+    """Whether an empty text has a meaning: the parameter's default, or its help says which.
+
+    Args:
+        parameter: One of `parameters_of`.
+    """
+    return parameter["default"] == '""' or "empty:" in parameter["help"]
 
 
 def _check_amount(name: str, value: Any) -> None:
@@ -276,6 +291,10 @@ def _check_amount(name: str, value: Any) -> None:
         raise LocogenError(f"{name} is {value}: give a finite number from 0 up")
     if name in _ABOVE_ZERO and not 0 < value < math.inf:
         raise LocogenError(f"{name} is {value}: give a finite number above 0")
+    if name in _SHARES and not 0 < value <= 1:
+        raise LocogenError(f"{name} is {value}: give a share above 0 and up to 1, such as 0.9")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise LocogenError(f"{name} is {value}: give a finite number")
 
 
 def _check_words(name: str, value: Any) -> None:
@@ -288,10 +307,6 @@ def _check_words(name: str, value: Any) -> None:
 
 def _check_list(name: str, value: Any, parameter: Mapping[str, str]) -> None:
     """The same of lists that are written as text, such as "0.1, 1"."""
-    # Where an empty text has a meaning, the parameter's own help says which.
-    is_optional = parameter["default"] == '""' or "empty:" in parameter["help"]
-    if value == "" and is_optional:
-        return
     if name in _NUMBERS:
         parse_numbers(value, name, **_NUMBERS[name])
     elif name in NAMES:

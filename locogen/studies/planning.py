@@ -38,15 +38,17 @@ import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from locogen.catalog import concept, model_entries, read_toml, scorer_entry
+from locogen.catalog import concept, concepts, model_entries, read_toml, scorer_entry
+from locogen.catalog.plants import SETS, plant_entries
 from locogen.errors import LocogenError, unknown
 from locogen.files import check_place, load_json
-from locogen.plan import parse_layers
+from locogen.phrasings import subject_in
+from locogen.plan import Concept, PromptPair, parse_ids, parse_layers, parse_names, parse_numbers
 from locogen.studies.keys import (
     circumstances,
     commits,
@@ -61,6 +63,7 @@ from locogen.studies.notebooks import (
     check_parameters,
     defaults_of,
     is_shipped,
+    may_be_empty,
     notebook_file,
     parameters_of,
     plain,
@@ -177,6 +180,7 @@ def read_study(path: str | Path) -> tuple[str, Path, tuple[Planned, ...]]:
         _check_top_parameters(study, rows, base)
         _check_subjects(rows, base)
         rows = _without_excluded(rows, study.get("exclude", []))
+        _check_together(rows, base)
         slugs = _slugs(rows)
 
     results = base / study.get("results", path.stem)
@@ -395,11 +399,23 @@ def _check_subjects(rows: Sequence[_Row], base: Path) -> None:
         model = row.values.get("model")
         if isinstance(model, str):
             _check_model(row.values, base)
-        _check_layers(row, base)
         _subject(row.values, base)
         if is_shipped(row.notebook):
-            _check_ids(row.values, base)
-            _check_scorer(row.values, base)
+            values = row.all_values()
+            _check_ids(row, base)
+            _check_scorer(values, base)
+            _check_concept(values)
+
+
+def _check_together(rows: Sequence[_Row], base: Path) -> None:
+    """Raise `LocogenError` for values that do not go together, in runs that no exclusion left out.
+
+    For leaving such runs out is what exclusions are for.
+    """
+    for row in rows:
+        _check_layers(row, base)
+        if is_shipped(row.notebook) and row.notebook.stem in _TOGETHER:
+            _TOGETHER[row.notebook.stem](row.all_values(), base)
 
 
 def _check_model(values: Mapping[str, Any], base: Path) -> None:
@@ -417,16 +433,37 @@ def _check_model(values: Mapping[str, Any], base: Path) -> None:
         )
 
 
-def _check_ids(values: Mapping[str, Any], base: Path) -> None:
-    """Raise `LocogenError` for an unknown one of several concepts."""
-    file = values.get("concepts_file")
-    for name in ("ids", "other"):
-        text = str(values.get(name) or "")
-        for id in text.split(",") if text else ():
-            try:
-                concept(id.strip(), file=base / file if file else None)
-            except LocogenError as error:
-                raise LocogenError(f"{name} is {values[name]!r}: {error}") from None
+def _check_ids(row: _Row, base: Path) -> None:
+    """Raise `LocogenError` for a file of concepts that is not in order, and for ids in a list.
+
+    That is for no id, an unknown one, and one that comes twice.
+    """
+    values = row.all_values()
+    parameters = parameters_of(row.notebook)
+    file = _file_of("concepts_file", values, base)
+    if file is not None:
+        concepts(file=file)
+    for name in {"ids", "other"} & parameters.keys():
+        text = values[name]
+        if text == "" and may_be_empty(parameters[name]):
+            continue
+        # That notebook takes those of the model alone, the others any of the catalog.
+        model = values["model"] if row.notebook.stem == "compare_localizers" else None
+        suitable = concepts(model, file, _file_of("models_file", values, base))
+        ids = parse_ids(text, name, suitable.id)
+        if name == "other" and len(ids) > 1:
+            raise LocogenError(f"other is {text!r}: give one concept")
+
+
+def _check_concept(values: Mapping[str, Any]) -> None:
+    """Raise `LocogenError` where a notebook has neither a concept nor a prompt."""
+    if values.get("concept") == "" and not values.get("prompt"):
+        raise LocogenError("concept is '': give an id (`locogen concepts` lists them)")
+
+
+def _file_of(name: str, values: Mapping[str, Any], base: Path) -> Path | None:
+    file = values.get(name)
+    return base / file if file else None
 
 
 def _check_scorer(values: Mapping[str, Any], base: Path) -> None:
@@ -455,6 +492,77 @@ def _check_layers(row: _Row, base: Path) -> None:
             )
     if values.get("window", 0) > count:
         raise LocogenError(f"window is {values['window']}: {values['model']} has {count} layers")
+
+
+# --- values that depend on each other ------------------------------------------------------------
+
+
+def _check_own_prompt(values: Mapping[str, Any], base: Path) -> None:
+    """Of localize: a prompt and a target that make no pair."""
+    prompt = values["prompt"]
+    if prompt:
+        pair = PromptPair(prompt, values["target"], values["text"] or None)
+        Concept(prompt, values["kind"], (pair,))
+
+
+def _check_subject(values: Mapping[str, Any], base: Path) -> None:
+    """Of causal_trace: words for the noise that a prompt does not have."""
+    subject = concept_of(values, base)
+    if subject is not None:
+        for pair in subject.first(values["max_prompts"]).pairs:
+            subject_in(subject, pair, values["subject"])
+
+
+def _check_halves(values: Mapping[str, Any], base: Path) -> None:
+    """Of edit_sweep: so many prompts to choose on that not as many are left to report on."""
+    subject = concept_of(values, base)
+    if subject is None:
+        return
+    subject.halves(values["prompts"])
+    # Those that should stay, as the notebook finds them.
+    file = _file_of("concepts_file", values, base)
+    listed = concepts(values["model"], file, _file_of("models_file", values, base))
+    is_near = (listed.kind == subject.kind) & (listed.id != values["concept"])
+    for id in listed[is_near].id[: values["neighbors"] or None]:
+        concept(id, file).halves(values["prompts"])
+
+
+def _check_steps(values: Mapping[str, Any], base: Path) -> None:
+    """Of steps: too few seeds for two halves, and more steps than what they are compared with."""
+    seeds = values["seeds"]
+    if seeds < 2:
+        raise LocogenError(
+            f"seeds is {seeds}: the reference is compared with itself on other seeds, so give 2 or "
+            "more"
+        )
+    below = ("reference", values["reference"])
+    parse_numbers(values["steps"], "steps", whole=True, below=below)
+
+
+def _check_widths(values: Mapping[str, Any], base: Path) -> None:
+    """Of benchmark: windows that are wider than a planted model."""
+    text = values["plants"]
+    every = {plant.name: plant for plant in plant_entries()}
+    if text in ("", *SETS):
+        asked = [plant for plant in every.values() if text in ("", plant.set)]
+    else:
+        asked = [every[name] for name in parse_names(text, "plants", every)]
+    widest = max(parse_numbers(values["windows"], "windows", whole=True))
+    for plant in asked:
+        if widest > plant.layers:
+            raise LocogenError(
+                f"windows is {values['windows']!r}: {plant.name} has {plant.layers} layers"
+            )
+
+
+# By notebook: what no parameter shows by itself.
+_TOGETHER: Mapping[str, Callable[[Mapping[str, Any], Path], None]] = {
+    "localize": _check_own_prompt,
+    "causal_trace": _check_subject,
+    "edit_sweep": _check_halves,
+    "steps": _check_steps,
+    "benchmark": _check_widths,
+}
 
 
 def _without_excluded(rows: list[_Row], rules: Sequence[Mapping[str, Any]]) -> list[_Row]:

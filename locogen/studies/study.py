@@ -190,8 +190,8 @@ def _summary(
 def _show_plan(plan: _Plan) -> None:
     """Print the runs, their states, and what they will cost as far as that can be estimated."""
     todo = plan.todo
-    count = len(plan.entries)
-    print(f"{plan.title}: {count} runs, {len(todo)} to do, into {plan.results}", flush=True)
+    runs = _counted(len(plan.entries), "run")
+    print(f"{plan.title}: {runs}, {len(todo)} to do, into {plan.results}", flush=True)
     width = max(len(entry.run.slug) for entry in plan.entries)
     for entry in plan.entries:
         line = f"  {entry.run.slug:{width}}  {entry.state}"
@@ -218,11 +218,16 @@ def _cost(run: Planned, costs: Costs) -> str:
     parts: list[str] = []
     pictures = costs.pictures(run)
     if pictures:
-        parts.append(f"{pictures} pictures")
+        parts.append(_counted(pictures, "picture"))
     seconds = costs.seconds(run)
     if seconds:
         parts.append(f"about {duration(seconds)}")
     return f"  {', '.join(parts)}" if parts else ""
+
+
+def _counted(count: int, noun: str) -> str:
+    """The count with its noun: 1 run, 2 runs."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _totals(plan: _Plan) -> str:
@@ -231,15 +236,16 @@ def _totals(plan: _Plan) -> str:
     each = [plan.costs.pictures(run) for run in todo]
     counts = [count for count in each if count is not None]
     unknown_runs = len(each) - len(counts)
-    noun = "run" if unknown_runs == 1 else "runs"
-    more = f" and those of {unknown_runs} more {noun}, not yet known" if unknown_runs else ""
+    more = ""
+    if unknown_runs:
+        more = f" and those of {_counted(unknown_runs, 'more run')}, not yet known"
 
     stored = len(list((plan.results / "store").glob("*.png")))
     seconds = plan.costs.left(todo, 1)
     time = "no run like these has been timed yet"
     if seconds is not None:
         time = f"about {duration(seconds)} in one worker"
-    return f"to make: {sum(counts)} pictures{more}; the store holds {stored}; {time}"
+    return f"to make: {_counted(sum(counts), 'picture')}{more}; the store holds {stored}; {time}"
 
 
 # --- the runs at work ----------------------------------------------------------------------------

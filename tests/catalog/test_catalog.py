@@ -378,3 +378,12 @@ def test_a_file_shares_lists_of_neighbors(tmp_path: Path) -> None:
     file.write_text(lists + entry.replace("my/arts", "my/art"), encoding="utf-8")
     with pytest.raises(LocogenError, match="my/arts"):
         concept("my/a", file=file)
+
+
+def test_a_model_of_ones_own_is_asked_about_the_concepts_of_its_entry(tmp_path: Path) -> None:
+    own = tmp_path / "models.toml"
+    family = 'family = "StableDiffusionPipeline"'
+    own.write_text(f'[models.mine]\nid = "mine"\n{family}\nconcepts = "mini"\n')
+    assert concepts("mine", models_file=own).equals(concepts("mini"))
+    with pytest.raises(LocogenError, match="no model 'mine'"):
+        concepts("mine")

@@ -332,7 +332,7 @@ def test_only_failures_still_give_a_page(tmp_path: Path) -> None:
 
 def test_nothing_to_show_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(LocogenError, match="python -m locogen run"):
+        with pytest.raises(LocogenError, match=r"with `locogen run STUDY\.toml`"):
             build(folder)
 
 

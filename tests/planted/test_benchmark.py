@@ -125,10 +125,25 @@ def test_what_cannot_be_asked_is_inconclusive_and_a_bug_is_raised():
 def test_unknown_names_are_refused():
     with pytest.raises(LocogenError, match="locogenn"):
         benchmark(["locogenn"], [LATE], **SIZE)
+    with pytest.raises(LocogenError, match="localizers is 'constan': no name 'constan': did you"):
+        benchmark("constan", [LATE], **SIZE)
+    with pytest.raises(LocogenError, match="plants is 'repot': no name 'repot': did you mean 'rep"):
+        benchmark("constant", "repot", **SIZE)
     with pytest.raises(LocogenError, match="no localizers"):
         benchmark([], [LATE], **SIZE)
     with pytest.raises(LocogenError, match="nothing to ask"):
         benchmark(["constant"], [dataclasses.replace(LATE, concepts=())], **SIZE)
+
+
+def test_a_window_wider_than_a_model_is_refused_before_weights_are_loaded(monkeypatch):
+    def no_weights(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("locogen.benchmarks.run.load_plant", no_weights)
+    with pytest.raises(LocogenError, match=r"windows has 17: .* has 16 layers"):
+        benchmark("constant", [LATE], windows=[2, 17], **SIZE)
+    with pytest.raises(ZeroDivisionError):  # the twin: the widest that there is goes on
+        benchmark("constant", [LATE], windows=[16], **SIZE)
 
 
 def test_rows_of_the_denoiser_are_counted_and_pictures_stay_the_same(tmp_path):

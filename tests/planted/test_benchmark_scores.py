@@ -398,6 +398,14 @@ def test_plants_are_chosen_by_set_and_by_name():
         plants_to_ask(["style-at-0-2"])
 
 
+def test_plants_are_also_named_in_one_text():
+    text = " planted/style-at-0-1, deaf-in-mini"
+    assert [plant.name for plant in plants_to_ask(text)] == ["style-at-0-1", "deaf-in-mini"]
+    assert plants_to_ask(" tune") == plants_to_ask("tune")
+    with pytest.raises(LocogenError, match="no name 'tune'"):
+        plants_to_ask("tune, deaf-in-mini")
+
+
 def test_the_constant_answer_is_chosen_on_the_plants_for_tuning():
     # Three of their five single places are layers 12-13.
     assert constant_place(LAYERS, 2) == LATE

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,7 +411,7 @@ def test_values_are_checked_before_a_kernel_starts(plan, line: str, words: str) 
     ("line", "words"),
     [
         ('notebook = "steps"\nsteps = "4, 8.5"', "steps is '4, 8.5': write whole numbers above 0"),
-        ('notebook = "steps"\nenough = 0.0', "enough is 0.0: give a finite number above 0"),
+        ('notebook = "steps"\nenough = 0.0', "enough is 0.0: give a share above 0 and up to 1"),
         ('notebook = "steps"\nids = "mini/neon, x"', "ids is 'mini/neon, x': no concept 'x'"),
         ('notebook = "steps"\nids = "mini/neon,"', "ids is 'mini/neon,': no concept ''"),
         ('notebook = "benchmark"\nwindows = "two"', "windows is 'two': write whole numbers"),
@@ -440,9 +441,153 @@ def test_lists_that_notebooks_take_are_not_refused(plan) -> None:
         assert plan(f'[[run]]\nname = "x"\n{values}\n')
 
 
-# What a text is checked against by planning, and texts that may be anything.
-SUBJECTS = {"model", "models_file", "concept", "concepts_file", "ids", "other", "scorer"}
-ANYTHING = {"prompt", "target", "text", "becomes", "subject", "store", "results"}
+OWN = 'prompt = "a cat in neon"\ntarget = "a cat"'
+
+
+# Notebook, values that pass, values that do not, and what is said of them.
+ONLY_A_KERNEL_FOUND = [
+    ("attribute", 'ids = "mini/owl"', 'ids = ""', "ids is '': write ids of concepts"),
+    ("steps", 'ids = "mini/owl"', 'ids = " "', "ids is ' ', spaces alone: write"),
+    (
+        *("compare_editors", 'ids = "mini/neon, mini/owl"', 'ids = "mini/neon, mini/neon"'),
+        "ids is 'mini/neon, mini/neon': mini/neon is there twice",
+    ),
+    (
+        *("compare_localizers", 'ids = ""', 'ids = "mini/owl,mini/owl"'),
+        "ids is 'mini/owl,mini/owl': mini/owl is there twice",
+    ),
+    (
+        *("compare_localizers", 'ids = "mini/owl"', 'ids = "sd/monet"'),
+        "ids is 'sd/monet': no concept 'sd/monet'",
+    ),
+    (
+        *("neurons", 'other = ""', 'other = "mini/neon, mini/owl"'),
+        "other is 'mini/neon, mini/owl': give one concept",
+    ),
+    ("edit", 'concept = "mini/owl"', 'concept = ""', "concept is '': give an id"),
+    ("erase_many", 'kind = "object"', 'kind = ""', "kind is '': use one of 'style'"),
+    *[
+        (
+            *("edit_sweep", "prompts = 4", f"prompts = {prompts}"),
+            f"prompts is {prompts}: as many others should be left to report on, and concept "
+            "'neon' has 8 prompts in all: use at most 4",
+        )
+        for prompts in (6, 8)
+    ],
+    ("edit_sweep", "prompts = 1", "prompts = 0", "prompts is 0: give a number from 1 up"),
+    (
+        *("localize", OWN, OWN.replace(" in neon", "")),
+        "prompt and target are both 'a cat': a target leaves the concept out",
+    ),
+    ("localize", OWN, 'prompt = "a cat in neon"\nkind = "fact"', "has an empty target"),
+    (
+        *("causal_trace", 'subject = "style of neon"', 'subject = "zebra"'),
+        "subject is 'zebra': the prompt",
+    ),
+    ("steps", "seeds = 2", "seeds = 1", "seeds is 1: the reference is compared with itself"),
+    ("steps", "enough = 1.0", "enough = 90.0", "enough is 90.0: give a share above 0 and up"),
+    (
+        *("steps", 'steps = "49"\nreference = 50', 'steps = "100"\nreference = 50'),
+        "steps is '100': give numbers below 50, the reference",
+    ),
+    ("benchmark", 'windows = "16"', 'windows = "2, 99"', "windows is '2, 99': "),
+    (
+        *("compare_editors", "threshold = 0.5", "threshold = nan"),
+        "threshold is nan: give a finite number",
+    ),
+    ("compare_editors", "threshold = 0.5", "threshold = -inf", "threshold is -inf: give a"),
+    ("compare_editors", 'editors = ""', 'editors = " "', "editors is ' ': write names"),
+    ("benchmark", 'plants = ""', 'plants = " "', "plants is ' ': write names"),
+    ("benchmark", 'localizers = ""', 'localizers = " "', "localizers is ' ': write names"),
+    ("edit", 'becomes = "a cat"', 'becomes = " "', "becomes is ' ', spaces alone: write"),
+    ("compare_editors", 'editors = "UCE"', 'editors = "uce"', "did you mean 'UCE'?"),
+    ("benchmark", 'plants = "tune"', 'plants = "Tune, x"', "no name 'Tune'"),
+]
+
+
+@pytest.mark.parametrize(("notebook", "good", "bad", "words"), ONLY_A_KERNEL_FOUND)
+def test_what_only_a_kernel_found_is_found_before(
+    plan, notebook: str, good: str, bad: str, words: str
+) -> None:
+    """Each with its twin: a good value of the same parameter passes."""
+    named = f'[[run]]\nname = "x"\nnotebook = "{notebook}"\n'
+    named += 'concept = "mini/neon"\n' if notebook in ("edit_sweep", "causal_trace") else ""
+    assert plan(f"{named}{good}\n")
+    with pytest.raises(LocogenError, match=re.escape(words)):
+        plan(f"{named}{bad}\n")
+
+
+def test_values_that_do_not_go_together_can_be_left_out(plan) -> None:
+    asked = 'notebook = "steps"\n[grid]\nsteps = ["4", "20"]\nreference = [10, 50]\n'
+    with pytest.raises(LocogenError, match="steps is '20': give numbers below 10"):
+        plan(asked)
+    runs = plan(f'{asked}[[exclude]]\nsteps = "20"\nreference = 10\n')
+    pairs = [(run.parameters["steps"], run.parameters["reference"]) for run in runs]
+    assert pairs == [("4", 10), ("4", 50), ("20", 50)]
+
+
+# What a notebook run by hand does not look at before its weights are there.
+LATE_BY_HAND = ("threshold", "becomes", "kind =")
+
+
+@pytest.mark.parametrize(
+    ("notebook", "good", "bad"),
+    [
+        (notebook, good, bad)
+        for notebook, good, bad, _ in ONLY_A_KERNEL_FOUND
+        if notebook == "localize" or not bad.startswith(LATE_BY_HAND)
+    ],
+)
+def test_a_notebook_run_by_hand_refuses_it_before_weights_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, notebook: str, good: str, bad: str
+) -> None:
+    import locogen.benchmarks.run
+    import locogen.models.load
+
+    def no_weights(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(locogen, "load", no_weights, raising=False)
+    monkeypatch.setattr(locogen.benchmarks.run, "load_plant", no_weights)
+    # How a notebook shows its tables is not for the tests that follow.
+    monkeypatch.setattr("pandas.set_option", lambda *_: None)
+    with pytest.raises(ZeroDivisionError):  # the twin: good values go on to the weights
+        run_by_hand(notebook, good)
+    with pytest.raises(LocogenError):
+        run_by_hand(notebook, bad)
+
+
+def run_by_hand(notebook: str, values: str) -> None:
+    """Execute the cells of a notebook one after the other, with these values among its own."""
+    names: dict[str, Any] = {}
+    for cell in json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text("utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("%matplotlib inline", ""), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            names |= tomllib.loads(values)
+
+
+def test_neighbors_leave_as_many_prompts_to_report_on_too(plan, tmp_path: Path) -> None:
+    pairs = [f'{{ prompt = "{thing} in %s", target = "{thing}" }}' for thing in ("a cat", "a dog")]
+    many, few = ", ".join(pairs), pairs[0]
+    text = "".join(
+        f'["own/{name}"]\nname = "{name}"\nkind = "fact"\ntext = "a cow"\nmodel = "mini"\n'
+        f"pairs = [{some % ((name,) * some.count('%s'))}]\n"
+        for name, some in (("red", many), ("blue", few))
+    )
+    (tmp_path / "own.toml").write_text(text)
+    asked = '[[run]]\nnotebook = "edit_sweep"\nconcept = "own/red"\nconcepts_file = "own.toml"\n'
+    asked += "prompts = 1\n"
+    with pytest.raises(LocogenError, match="concept 'blue' has 1 prompt in all: give it more"):
+        plan(f"{asked}neighbors = 0\n")
+    # The twin: among the first neighbors, which are the catalog's, all have enough.
+    assert plan(f"{asked}neighbors = 2\n")
+
+
+# Texts that planning compares with the catalog and with files; texts that may be anything.
+SUBJECTS = {"model", "models_file", "concept", "concepts_file", "ids", "other", "scorer", "subject"}
+ANYTHING = {"prompt", "target", "text", "becomes", "store"}
+ARRANGED = {"results"}
 
 
 @pytest.mark.parametrize(
@@ -450,8 +595,8 @@ ANYTHING = {"prompt", "target", "text", "becomes", "subject", "store", "results"
 )
 def test_no_text_of_a_notebook_goes_unchecked(notebook: Path) -> None:
     unchecked = []
-    for name, parameter in parameters_of(notebook).items():
-        if parameter["inferred_type_name"] != "str" or name in SUBJECTS | ANYTHING:
+    for name, parameter in texts_of(notebook).items():
+        if name in SUBJECTS | ANYTHING:
             continue
         try:
             check_parameters({name: "?!"}, notebook)
@@ -461,6 +606,29 @@ def test_no_text_of_a_notebook_goes_unchecked(notebook: Path) -> None:
             unchecked.append(name)
         check_parameters({name: ast.literal_eval(parameter["default"])}, notebook)
     assert not unchecked
+
+
+def texts_of(notebook: Path) -> dict[str, dict[str, str]]:
+    """The parameters of a notebook that are texts, without those that a study sets itself."""
+    return {
+        name: parameter
+        for name, parameter in parameters_of(notebook).items()
+        if parameter["inferred_type_name"] == "str" and name not in ARRANGED
+    }
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_what_a_text_is_about_is_looked_up_before_a_kernel_starts(plan, notebook: Path) -> None:
+    """What names a model, a concept, a file or words of a prompt; and no text at all is spaces."""
+    named = f'[[run]]\nname = "x"\nnotebook = "{notebook.stem}"\n'
+    assert plan(named), "the twin: the notebook's own values pass"
+    for name in texts_of(notebook):
+        wrong = [" ", "?!"] if name in SUBJECTS else [" "]
+        for value in wrong:
+            with pytest.raises(LocogenError):
+                plan(f'{named}{name} = "{value}"\n')
 
 
 def test_names_written_here_are_those_that_there_are() -> None:

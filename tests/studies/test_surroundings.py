@@ -80,7 +80,7 @@ def test_a_console_that_lacks_characters_is_no_crash(
 ) -> None:
     path = write_study(tmp_path)
     shown = locogen("run", str(path), "--dry-run", **environment)
-    assert shown.returncode == 0 and r"\u2603 \u732b: 1 runs, 1 to do" in shown.stdout, shown.stderr
+    assert shown.returncode == 0 and r"\u2603 \u732b: 1 run, 1 to do" in shown.stdout, shown.stderr
     mistaken = locogen("run", str(path), "--only", NAME, **environment)
     assert mistaken.returncode == 2 and "locogen: no run" in mistaken.stderr
     assert "Traceback" not in shown.stderr + mistaken.stderr
