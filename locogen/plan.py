@@ -647,13 +647,8 @@ def parse_numbers(
         >>> parse_numbers("0.01, 0.1", "ridges"), parse_numbers("4, 8", "steps", whole=True)
         ((0.01, 0.1), (4, 8))
     """
-    number_of: type[float] = int if whole else float
-    try:
-        numbers = [number_of(part) for part in str(text).split(",")]
-    except ValueError:
-        numbers = []
-    # A comparison with NaN is false.
-    if not numbers or not all(0 < number <= most and number < math.inf for number in numbers):
+    numbers = _positive_numbers(text, int if whole else float, most)
+    if not numbers:
         noun, example = ("whole numbers", "4, 8, 20") if whole else ("numbers", "0.5, 1, 10")
         upper = "" if most == math.inf else f" and up to {most:g}"
         raise LocogenError(
@@ -663,6 +658,17 @@ def parse_numbers(
     if below is not None and max(numbers) >= below[1]:
         raise LocogenError(f"{name} is {text!r}: give numbers below {below[1]}, the {below[0]}")
     return tuple(dict.fromkeys(numbers))
+
+
+def _positive_numbers(text: str, number_of: type[float], most: float) -> list[float]:
+    """Finite numbers above 0 and up to another; none where one of them is anything else."""
+    try:
+        numbers = [number_of(part) for part in str(text).split(",")]
+    except ValueError:
+        return []
+    # A comparison with NaN is false.
+    are_all = all(0 < number <= most and number < math.inf for number in numbers)
+    return numbers if are_all else []
 
 
 def parse_names(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]:
@@ -725,11 +731,11 @@ def parse_ids(text: str, name: str, choices: Iterable[str]) -> tuple[str, ...]:
             f"{name} is {text!r}: write ids of concepts, separated by commas, such as mini/neon "
             "(`locogen concepts` lists them)"
         )
-    known = tuple(choices)
+    ids_there_are = tuple(choices)
     ids = tuple(part.strip() for part in str(text).split(","))
     for id in ids:
-        if id not in known:
-            raise LocogenError(f"{name} is {text!r}: {unknown('concept', id, known)}")
+        if id not in ids_there_are:
+            raise LocogenError(f"{name} is {text!r}: {unknown('concept', id, ids_there_are)}")
         if ids.count(id) > 1:
             raise LocogenError(f"{name} is {text!r}: {id} is there twice, name each concept once")
     return ids

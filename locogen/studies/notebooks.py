@@ -201,13 +201,7 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
     valid = parameters_of(notebook)
     has_rules = is_shipped(notebook)
     for name, value in values.items():
-        if name in ARRANGED:
-            raise LocogenError(f"{name} is set by the study itself: leave it out")
-        if name not in valid:
-            names = ", ".join(each for each in valid if each not in ARRANGED)
-            raise LocogenError(
-                f"{unknown('parameter', name, valid)} ({notebook.name} takes: {names})"
-            )
+        _check_name(name, valid, notebook)
         kind = valid[name]["inferred_type_name"]
         if kind in _TYPES and not _has_type(value, kind):
             raise LocogenError(f"{name} is {value!r}: {notebook.name} takes a value of type {kind}")
@@ -215,6 +209,15 @@ def check_parameters(values: Mapping[str, Any], notebook: Path) -> None:
         is_left_out = value == "" and may_be_empty(valid[name])
         if has_rules and not is_left_out:
             _check_value(name, value, valid[name])
+
+
+def _check_name(name: str, valid: Iterable[str], notebook: Path) -> None:
+    """Refuse a parameter that the notebook lacks, or that the study sets."""
+    if name in ARRANGED:
+        raise LocogenError(f"{name} is set by the study itself: leave it out")
+    if name not in valid:
+        names = ", ".join(each for each in valid if each not in ARRANGED)
+        raise LocogenError(f"{unknown('parameter', name, valid)} ({notebook.name} takes: {names})")
 
 
 # What the parameters of locogen's own notebooks may be, by name: a kernel would take seconds to

@@ -544,11 +544,11 @@ def _check_widths(values: Mapping[str, Any], base: Path) -> None:
     text = values["plants"]
     every = {plant.name: plant for plant in plant_entries()}
     if text in ("", *SETS):
-        asked = [plant for plant in every.values() if text in ("", plant.set)]
+        plants = [plant for plant in every.values() if text in ("", plant.set)]
     else:
-        asked = [every[name] for name in parse_names(text, "plants", every)]
+        plants = [every[name] for name in parse_names(text, "plants", every)]
     widest = max(parse_numbers(values["windows"], "windows", whole=True))
-    for plant in asked:
+    for plant in plants:
         if widest > plant.layers:
             raise LocogenError(
                 f"windows is {values['windows']!r}: {plant.name} has {plant.layers} layers"

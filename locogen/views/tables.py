@@ -258,9 +258,7 @@ def describe(effects: pd.DataFrame, carriers: Carriers = None, *, short: bool = 
 def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
     """One row of `findings` in plain words."""
     label = row["label"]
-    window = Window(row["at"], row["width"])
-    # "The window", so that the verb of the sentence is in the singular.
-    place = f"the window of {window}" if window.width > 1 else str(window)
+    place = _place_text(Window(row["at"], row["width"]))
     size = amount(row)
     note = "" if short else _worth(row)
     if row["proposed"] and not row["judged"]:
@@ -271,15 +269,23 @@ def sentence(row: Mapping[str, Any], *, short: bool = False) -> str:
         reason = f" ({row['reason']})" if row["reason"] else ""
         rest = "" if short else f"; the largest effect, {size}, is that of {place}{note}"
         return f"{label}: {verdict}{reason}{rest}."
-    share = _share_of_ceiling(row)
     if short:
-        return f"{label}: {place}, effect {size}{share}."
+        return f"{label}: {place}, effect {size}{_share_of_ceiling(row)}."
+    return f"{label}: {_effect_text(row, place)}{note}."
+
+
+def _place_text(window: Window) -> str:
+    # "The window", so that the verb of the sentence is in the singular.
+    return f"the window of {window}" if window.width > 1 else str(window)
+
+
+def _effect_text(row: Mapping[str, Any], place: str) -> str:
+    """What a window does, and what else is known of it."""
     # Without a carrier, the sentence does not claim that the window carries the concept.
     subject = place if row["judged"] else f"the largest effect is that of {place}, which"
     held_out = " on seeds not used to choose it" if row["fresh"] else ""
-    change = f"{_change(row)}{held_out}{share}"
-    rest = f"{_elsewhere(row)}{_content(row)}{_unseen(row)}"
-    return f"{label}: {subject} {change}{rest}{note}."
+    change = f"{_change(row)}{held_out}{_share_of_ceiling(row)}"
+    return f"{subject} {change}{_elsewhere(row)}{_content(row)}{_unseen(row)}"
 
 
 def _worth(row: Mapping[str, Any]) -> str:

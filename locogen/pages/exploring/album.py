@@ -71,22 +71,33 @@ def make_album(
     words = words or [0] * len(groups)
     size = _fitting_size(list(files.values()), budget - sum(words) - PER_PICTURE * len(files))
     album = Album()
-    beside = 0  # bytes
-    for group, said in zip(groups, words, strict=True):
+    beside = _Beside(run)
+    for group, of_words in zip(groups, words, strict=True):
         new = [name for name in dict.fromkeys(group) if name in files and name not in album.places]
         additions = _smalls({name: files[name] for name in new}, size)
-        budget -= said + sum(len(source) + PER_PICTURE for source in additions.values())
+        budget -= of_words + sum(len(source) + PER_PICTURE for source in additions.values())
         if budget < 0:
             break
         for name, source in additions.items():
-            beside += files[name].stat().st_size
-            address = ""
-            if beside <= BESIDE:
-                address = f"pictures/{quote(own_copy(run, files[name]).name)}"
             album.places[name] = len(album.shown)
-            album.shown.append({"source": source, "file": address})
+            album.shown.append({"source": source, "file": beside.address_of(files[name])})
         album.groups += 1
     return album
+
+
+@dataclass
+class _Beside:
+    """The full pictures beside a page."""
+
+    run: Finished
+    size: int = 0  # bytes
+
+    def address_of(self, file: Path) -> str:
+        """Of a copy beside the page; "" where there are too many bytes already."""
+        self.size += file.stat().st_size
+        if self.size > BESIDE:
+            return ""
+        return f"pictures/{quote(own_copy(self.run, file).name)}"
 
 
 def _files(run: Finished, groups: Iterable[Iterable[str]]) -> dict[str, Path]:
