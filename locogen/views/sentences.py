@@ -250,40 +250,42 @@ def describe_side_counts(sided: pd.DataFrame) -> str:
     return f"Side of the model, by causal tracing: {'; '.join(parts)}."
 
 
-def describe_clamping(effects: pd.DataFrame, width: int) -> str:
+def describe_clamping(effects: pd.DataFrame, width: int, *, kind: str = "style") -> str:
     """Put in words what clamped neurons do to the score of a concept.
 
     Args:
-        effects: One row an arm ("top", "random", "edit"), number of neurons and measure, with the
-            change as `estimate`; with `n_seeds`, the number of seeds of each prompt.
+        effects: One row an arm ("top", "random", "edit"), number of neurons and measure, with what
+            is lost of the score, for a fact gained, as `estimate`; with `n_seeds`, the number of
+            seeds of each prompt.
         width: The number of neurons of each matrix.
+        kind: The concept's: "style", "object" or "fact".
 
     Returns:
-        A sentence with the changes for the strongest neurons, for random ones, and for the edit of
-        the layers, each with its interval where the table has one, and what it is worth over one
-        or two seeds.
+        A sentence with what is lost or gained for the strongest neurons, for random ones, and for
+        the edit of the layers, each with its interval where the table has one, and what it is worth
+        over one or two seeds.
 
     Example:
         >>> import pandas as pd
-        >>> rows = [("top", 5, -0.2, -0.3, -0.1), ("random", 5, 0, -0.1, 0.1)]
-        >>> rows += [("edit", 0, -0.3, -0.4, -0.2)]
+        >>> rows = [("top", 5, 0.2, 0.1, 0.3), ("random", 5, 0, -0.1, 0.1)]
+        >>> rows += [("edit", 0, 0.3, 0.2, 0.4)]
         >>> columns = ["arm", "neurons", "estimate", "low", "high"]
         >>> effects = pd.DataFrame(rows, columns=columns).assign(measure="concept_score")
         >>> print(describe_clamping(effects, 96))
-        Change of the concept score: with 5 of 96 neurons of each matrix clamped,
-        −0.20 [−0.30, −0.10] for the strongest, 0.00 [−0.10, 0.10] for random ones;
-        −0.30 [−0.40, −0.20] for the edit of the layers.
+        Concept score lost: with 5 of 96 neurons of each matrix clamped, 0.20 [0.10, 0.30] for the
+        strongest, 0.00 [−0.10, 0.10] for random ones; 0.30 [0.20, 0.40] for the edit of the layers.
     """
     rows = effects[effects["measure"] == "concept_score"]
-    changes: dict[str, str] = {}
+    amounts: dict[str, str] = {}
     for arm, part in rows.groupby("arm"):
         lines: Any = part
-        changes[str(arm)] = ", ".join(map(_change_text, lines.to_dict("records")))
+        amounts[str(arm)] = ", ".join(map(_amount_text, lines.to_dict("records")))
     counts = ", ".join(str(count) for count in rows.loc[rows["arm"] == "top", "neurons"])
+    effect = "Score of the new answer gained" if kind == "fact" else "Concept score lost"
     return (
-        f"Change of the concept score: with {counts} of {width} neurons of each matrix clamped, "
-        f"{changes['top']} for the strongest, {changes['random']} for random ones; "
-        f"{changes['edit']} for the edit of the layers{few_seeds_note(_least_seeds(rows))}."
+        f"{effect}: with {counts} of {width} neurons of each matrix clamped, "
+        f"{amounts['top']} for the strongest, {amounts['random']} for random ones; "
+        f"{amounts['edit']} for the edit of the layers{few_seeds_note(_least_seeds(rows))}."
     )
 
 
@@ -292,7 +294,7 @@ def _least_seeds(rows: Any, column: str = "n_seeds") -> float:
     return float(rows[column].min()) if column in rows else math.nan
 
 
-def _change_text(line: Mapping[Any, Any]) -> str:
+def _amount_text(line: Mapping[Any, Any]) -> str:
     none = math.nan
     return interval_text(line["estimate"], line.get("low", none), line.get("high", none))
 

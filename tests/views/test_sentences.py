@@ -148,6 +148,14 @@ def test_intervals_over_few_seeds_say_what_they_are_worth(seeds, is_few):
     assert describe_edit(means(), "layers 0-1").endswith("100 % before)."), "a table without them"
 
 
+def test_clamping_says_lost_and_of_a_fact_gained():
+    line = {"measure": "concept_score", "neurons": 5, "estimate": 0.4, "low": 0.3, "high": 0.5}
+    arms = pd.DataFrame([line | {"arm": arm} for arm in ("top", "random", "edit")])
+    assert describe_clamping(arms, 96).startswith("Concept score lost: ")
+    of_a_fact = describe_clamping(arms, 96, kind="fact")
+    assert of_a_fact.startswith("Score of the new answer gained: ")
+
+
 HARDLY = "intervals are hardly worth printing"
 
 
