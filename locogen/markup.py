@@ -164,6 +164,16 @@ def _place_of(size: float) -> int:
     return -math.floor(math.log10(size))
 
 
+def counted(count: float, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> counted(1, "prompt"), counted(6, "prompt")
+        ('1 prompt', '6 prompts')
+    """
+    return f"{number(count, 0)} {noun}" + ("" if count == 1 else "s")
+
+
 def interval_text(value: float, low: float, high: float) -> str:
     """Write an estimate with its interval.
 

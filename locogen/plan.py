@@ -486,8 +486,8 @@ class Window:
         return f"{self.start}-{self.start + self.width - 1}"
 
 
-def listed(places: Iterable[Window]) -> str:
-    """Places in words.
+def listed(places: Iterable[object]) -> str:
+    """Places, or names, in words.
 
     >>> listed([Window(0, 2), Window(5, 1), Window(12, 2)])
     'layers 0-1, layer 5 and layers 12-13'

@@ -9,6 +9,7 @@ import numpy as np
 
 from locogen.errors import LocogenError
 from locogen.markup import number, percent
+from locogen.plan import listed
 from locogen.views.plots import plain_label
 from locogen.views.sentences import few_seeds_note
 
@@ -264,6 +265,5 @@ def _is_worse(line: Mapping[Any, Any], best: Mapping[Any, Any], sign: int) -> bo
 
 
 def _listed(names: Sequence[str]) -> str:
-    """All names, the last one after "and"; those with a comma of their own in quotes."""
-    names = [f"'{name}'" if "," in name else name for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    """All names; those with a comma of their own in quotes."""
+    return listed(f"'{name}'" if "," in name else name for name in names)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from locogen import stats
 from locogen.errors import LocogenError
 from locogen.localization.trace_effects import noise_text
-from locogen.markup import interval_text, number, percent
+from locogen.markup import counted, interval_text, number, percent
 from locogen.plan import Verdict, Window, listed
 
 if TYPE_CHECKING:
@@ -335,23 +335,18 @@ def describe_erasure(shares: pd.DataFrame, likeness: pd.Series, kind: str) -> st
     if {"low", "prompts", "n"} <= set(shares):
         seeds: Any = shares["n"] / shares["prompts"]
         note = few_seeds_note(seeds.min())
-    return f"After erasing {_counted(last, kind)}: {'; '.join(parts)}{note}."
+    return f"After erasing {counted(last, kind)}: {'; '.join(parts)}{note}."
 
 
 def _sample_text(row: Mapping[str, Any]) -> str:
     """`, n = 6 prompts × 4 seeds`, as far as the row says it."""
     if "prompts" not in row:
         return ""
-    prompts = f", n = {_counted(row['prompts'], 'prompt')}"
+    prompts = f", n = {counted(row['prompts'], 'prompt')}"
     if "n" not in row:
         return prompts
     # Every prompt is made under every seed.
-    return f"{prompts} × {_counted(row['n'] / row['prompts'], 'seed')}"
-
-
-def _counted(count: float, name: str) -> str:
-    """`1 prompt`, `6 prompts`."""
-    return f"{number(count, 0)} {name}" + ("" if count == 1 else "s")
+    return f"{prompts} × {counted(row['n'] / row['prompts'], 'seed')}"
 
 
 # Measures of an edit → whose prompts they look at.
@@ -470,7 +465,7 @@ def few_seeds_note(seeds: float) -> str:
     """
     if not seeds <= FEW_SEEDS:
         return ""
-    return f"; with n = {_counted(seeds, 'seed')}, intervals are hardly worth printing"
+    return f"; with n = {counted(seeds, 'seed')}, intervals are hardly worth printing"
 
 
 def answer_edit(
@@ -575,9 +570,9 @@ def _bounded_share(line: Any) -> str:
 
 def _prompts_and_seeds(line: Any) -> str:
     """`6 prompts × 4 seeds`; `6 prompts` where nothing says under how many seeds."""
-    prompts = _counted(line["units"], "prompt")
+    prompts = counted(line["units"], "prompt")
     seeds = line.get("seeds", math.nan)
-    return prompts if math.isnan(seeds) else f"{prompts} × {_counted(seeds, 'seed')}"
+    return prompts if math.isnan(seeds) else f"{prompts} × {counted(seeds, 'seed')}"
 
 
 def _attack_answer(attack: Attack, what: str) -> str:
@@ -716,8 +711,8 @@ def describe_steps(
     (first, least), *others = reached.items()
     shares = [f"{_share_reached(least)} of the best effect with {first}"]
     shares += [f"{_share_reached(share)} with {steps}" for steps, share in others]
-    of = "" if seeds is None else f" over {_counted(seeds, 'seed')}"
-    of += "" if concepts is None else f" of {_counted(concepts, 'concept')}"
+    of = "" if seeds is None else f" over {counted(seeds, 'seed')}"
+    of += "" if concepts is None else f" of {counted(concepts, 'concept')}"
     doubt = f"These are ratios of means{of}, without intervals."
     return fewest, f"{verdict}: at least {', '.join(shares)}. {doubt}"
 

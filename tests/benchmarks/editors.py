@@ -400,8 +400,7 @@ def share(line: dict[str, Any], unit: str) -> str:
 
 
 def change(line: dict[str, Any], unit: str) -> str:
-    interval = f"[{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
-    return f"{100 * line['change']:+.1f} {interval} points, n = {line['units']:.0f} {unit}"
+    return f"{edits.points(line)} points, n = {line['units']:.0f} {unit}"
 
 
 def came_back(result: dict[str, Any], unit: str) -> str:
@@ -442,7 +441,7 @@ def over_concepts(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     for editor in names:
         means = means_of({identity: rows[identity, editor] for identity in concepts})
         cells = [editor, *[left(means.get(name), len(concepts)) for name in LEFT.values()]]
-        cells += [lost(means[name]) for name in LOST.values()]
+        cells += [edits.points(means[name]) for name in LOST.values()]
         for attack in ATTACKS:
             taught = means.get(f"{attack}, never had")
             control = "" if taught is None else f" (never had: {taught['after']:.0%})"
@@ -478,10 +477,6 @@ def left(line: dict[str, Any] | None, concepts: int) -> str:
         return "–"
     fewer = f", n = {line['units']:.0f}" if line["units"] < concepts else ""
     return f"{line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}]{fewer}"
-
-
-def lost(line: dict[str, Any]) -> str:
-    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
 
 
 # --- all of them ---------------------------------------------------------------------------------

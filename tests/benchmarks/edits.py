@@ -231,6 +231,11 @@ def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return told
 
 
+def points(line: dict[str, Any]) -> str:
+    """How many points of a share were lost or won, with the interval."""
+    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
+
+
 def divided(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
     """Probes of the concept itself, which take more seeds, and of its neighbors."""
     own = [p for p in probes if p.measure in ("efficacy", "generality")]
@@ -337,8 +342,8 @@ def said(identity: str, line: dict[str, Any]) -> str:
     own = line["arms"][line["place"]]
     kept = own["specificity"]
     neighbors = (
-        f"{kept['before']:.1%} → {kept['after']:.1%} ({100 * kept['change']:+.1f} "
-        f"[{100 * kept['low']:+.1f}, {100 * kept['high']:+.1f}] points), n = {kept['n']} of {kept['units']}"
+        f"{kept['before']:.1%} → {kept['after']:.1%} ({points(kept)} points), "
+        f"n = {kept['n']} of {kept['units']}"
     )
     answer = percent(own["generality"]) if "generality" in own else "–"
     parts = [

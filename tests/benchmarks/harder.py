@@ -32,6 +32,7 @@ from edits import (
     in_styles,
     in_wordings,
     neighbors,
+    points,
     rates,
     styles_of,
     wordings,
@@ -406,10 +407,6 @@ def tried_line(subject: str, name: str, result: dict[str, Any]) -> str:
 
 def came_back(line: dict[str, Any]) -> str:
     return f"{line['after']:.0%} [{line['low']:.0%}, {line['high']:.0%}]"
-
-
-def points(near: dict[str, Any]) -> str:
-    return f"{100 * near['change']:+.1f} [{100 * near['low']:+.1f}, {100 * near['high']:+.1f}]"
 
 
 def reported_lines(subject: str, name: str, result: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from locogen.markup import number, precision
+from locogen.markup import counted, number, precision
 from locogen.pages.entries import Entry
 from locogen.pages.exploring.album import Album
 from locogen.pages.thumbnails import Scale, cell_styles
@@ -234,12 +234,8 @@ def _count(sweep: Sweep, n: int) -> str:
     seeds = len({sample.seed for sample in sweep.samples})
     text = f"n = {n}"
     if n == prompts * seeds:
-        text += f": {_counted(prompts, 'prompt')} × {_counted(seeds, 'seed')}"
+        text += f": {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}"
     return text + few_seeds_note(seeds)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _sample_data(sweep: Sweep, sample: Sample, album: Album) -> dict[str, Any]:
