@@ -16,7 +16,7 @@ from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
 from locogen.attacks.kinds import KINDS, OF_WEIGHTS, Attacked, Attempt, Kind, Options
 from locogen.attacks.loss import check_attackable
 from locogen.attacks.result import COLUMNS, Attack
-from locogen.catalog import mini_folder
+from locogen.catalog import entry_of
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
 from locogen.editing.evaluation import Applicable
@@ -113,8 +113,8 @@ def attack(
         seed: Of the attack's own draws.
         placebo: An edit of the same size about something else; None: `placebo_edit`, or the
             edit's own `placebo`.
-        never_had: A concept that the model never had; None: for the mini model the concept with
-            red and blue exchanged, else none.
+        never_had: A concept that the model never had; None: for an embedded model (mini, mini-b)
+            the concept with red and blue exchanged, else none.
         scorer: What says whether the concept is shown: a scorer or its name; None: the catalog's.
         folder: Where pictures and the state of trainings are kept, so that a stopped attack goes
             on; None: nowhere. Several attacks may share it.
@@ -162,7 +162,7 @@ def attack(
         seed=seed,
         strength=strength,
     )
-    if never_had is None and source_of(pipe) in ("mini", str(mini_folder())):
+    if never_had is None and _is_embedded(pipe):
         never_had = NeverHad()
     with _kept(folder) as place:
         goal = Goal(
@@ -268,6 +268,12 @@ def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe
     if len(set(prompts)) < len(prompts):
         raise LocogenError("held_out has a prompt twice: each prompt is judged once")
     return probes
+
+
+def _is_embedded(pipe: Any) -> bool:
+    """Whether it is a model of the package, all of whose training pictures are known."""
+    entry = entry_of(source_of(pipe))
+    return entry is not None and entry.embedded
 
 
 def _models(

@@ -18,7 +18,7 @@ from locogen.attacks.inpainting import filling
 from locogen.attacks.loss import DenoisingLoss, Draws
 from locogen.attacks.result import Attack
 from locogen.attacks.training import optimize
-from locogen.catalog import concept
+from locogen.catalog import concept, mini_folder
 from locogen.editing.closed_form import returning_map
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import fit_edit
@@ -655,6 +655,16 @@ def test_the_table_and_the_summary_name_what_they_hold(pipe, edit) -> None:
     assert ((lines["low"] <= lines["after"]) & (lines["after"] <= lines["high"])).all()
     assert "never had" in found.sentence()
     assert "<table" in found._repr_html_()
+
+
+@pytest.mark.parametrize("name", ["mini", "mini-b"])
+def test_an_embedded_model_has_a_concept_that_it_never_had(pipe, edit, monkeypatch, name) -> None:
+    with pytest.raises(LocogenError, match="never had"):
+        attacked(pipe, edit, "noise", models=["never had"])
+    # Where a model comes from is all that says what it was trained on.
+    monkeypatch.setattr("locogen.attacks.attack.source_of", lambda pipe: str(mini_folder(name)))
+    lines = attacked(pipe, edit, "noise", models=["never had"]).summary()
+    assert set(lines["model"]) == {"never had"}
 
 
 def test_an_attack_joins_an_evaluation(pipe, edit) -> None:

@@ -4,16 +4,20 @@ For each concept, one edit of fixed settings is attacked in every way, beside th
 the same size, and on the edited model a concept that the model never had. An independent judge looks at objects (of an
 object or a fact: styles) that no attack learned from. A row is one attack on one model: each takes less than ten minutes
 of a core. Every finished row lies in the folder, so that a second call only counts; several processes may share a
-folder: each takes the next row that no other has begun. `--kinds core` are the four that say most for the time.
+folder: each takes the next row that no other has begun. `--kinds core` are the four that say most for the time; `--kinds
+hour` the two that take seconds: of all concepts of both models (`--model mini-b`) they and `editors.py --editors hour` are
+what two cores make within an hour.
 
-Of a style there are 12 objects to learn from and 14 to be judged by; of an object or a fact 3 styles to learn from in 4
-wordings each and 4 to be judged by, so that their intervals are wide. Relearning is judged after 100 steps alone, and of
-three tokens only 60 steps of gradients are followed: every combination would be too many.
+Of a style there are 12 objects to learn from and 14 to be judged by, which are its units. Of an object or a fact there are 3
+styles to learn from in 4 wordings each and 4 to be judged by: eight styles bound nothing by styles, so that its units are 14
+seeds (of noise, where seeds are what is tried, the styles). Relearning is judged after 100 steps alone, and of three tokens
+only 60 steps of gradients are followed: every combination would be too many.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import time
@@ -22,7 +26,7 @@ from typing import Any
 
 import judge as judging
 import pandas as pd
-from edits import neighbors, styles_of, wordings, words_of
+from edits import by_seeds, neighbors, styles_of, wordings, words_of
 from filelock import FileLock, Timeout
 from machine import add_machine, kept, set_threads
 
@@ -79,6 +83,12 @@ ATTEMPTS: dict[str, dict[str, Any]] = {
     "inpaint": dict(kind="inpaint"),
 }
 CORE = ("inversion, 1 vector", "closed", "noise", "relearn, keys and values")
+SHORT = "inversion, 1 vector, 25 steps"
+HOUR = (SHORT, "closed")
+# In no list of all: "inversion, 1 vector" goes through the same steps.
+SHORTER: dict[str, dict[str, Any]] = {SHORT: dict(kind="inversion", vectors=1, at=[0, 25])}
+STYLE_SEEDS = range(2)
+THING_SEEDS = range(14)  # the units of an object or a fact, as many as a style has objects
 
 
 def style_concept(style: str) -> tuple[loco.Concept, list[Probe]]:
@@ -127,9 +137,11 @@ def thing_concept(name: str) -> tuple[loco.Concept, list[Probe]]:
         name, known.kind, tuple(pairs), answer=known.answer, neighbors=known.neighbors
     )
     probes = []
-    for style in judged:
-        for text in wordings(words, style)[::4]:
-            probes.append(Probe("efficacy", text, answer, world.OBJECTS, unit=style))
+    for place, style in enumerate(judged):
+        texts = wordings(words, style)
+        # Each style in another wording than the one before.
+        text = texts[4 * place % len(texts)]
+        probes.append(Probe("efficacy", text, answer, world.OBJECTS, unit=style))
     return concept, probes
 
 
@@ -176,7 +188,7 @@ def carrier_of(pipe: Any, style: str, options: argparse.Namespace) -> tuple[int,
         best = loco.carrier(loco.effect(run.table))
         return list(best) or sorted({layer for place in best.places for layer in place})
 
-    name = f"{options.model}-{style.replace(' ', '-')}-{options.steps}-steps"
+    name = f"{style.replace(' ', '-')}-{options.steps}-steps"
     return tuple(kept(options.folder / "carriers", name, find))
 
 
@@ -212,13 +224,15 @@ def row(
     """One attack on one model, as a summary with intervals."""
     concept, probes = concept_of(style)
     layers = places(pipe, style, options)[place]
-    given = {"seeds": range(2)} | ATTEMPTS[name]
+    seeds = STYLE_SEEDS if concept.kind == "style" else THING_SEEDS
+    given: dict[str, Any] = {"seeds": seeds} | (ATTEMPTS | SHORTER)[name]
     found = loco.attack(
         pipe,
         concept,
         edit_of(pipe, style, layers, options.edit),
         held_out=probes,
         scorer=judge,
+        never_had=loco.NeverHad(),
         seed=options.seed,
         folder=options.folder / "states",
         num_inference_steps=options.steps,
@@ -231,6 +245,8 @@ def row(
     path = options.folder / "files" / f"{slug(style, place, name, options.seed, model)}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     found.save(path, model=model)
+    if concept.kind != "style" and given["kind"] != "noise":
+        found = dataclasses.replace(found, table=by_seeds(found.table))
     return found.summary().assign(style=style, place=place, attack=name, seed=options.seed)
 
 
@@ -327,7 +343,10 @@ def main() -> None:
     everything = [*world.STYLES[1:], *OTHERS]
     parser.add_argument("--only", nargs="*", default=everything, help="names of concepts")
     parser.add_argument(
-        "--kinds", nargs="*", default=list(ATTEMPTS), help="rows of ATTEMPTS, or 'core'"
+        "--kinds",
+        nargs="*",
+        default=list(ATTEMPTS),
+        help="rows of ATTEMPTS, or 'core', or 'hour'",
     )
     parser.add_argument(
         "--models",
@@ -348,8 +367,8 @@ def main() -> None:
     add_machine(parser)
     options = parser.parse_args()
     set_threads(options)
-    if options.kinds == ["core"]:
-        options.kinds = list(CORE)
+    options.folder = options.folder / options.model
+    options.kinds = {"core": CORE, "hour": HOUR}.get(" ".join(options.kinds), options.kinds)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
     for style in [name for name in options.only if name in world.STYLES]:

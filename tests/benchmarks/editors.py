@@ -9,24 +9,29 @@ that the model never had, which only the attack can have taught. With a placebo 
 
 A row of a style makes about 250 pictures of 8 steps and trains five times, 25 or 30 steps of 8 pictures; one of an object or
 a fact makes three times as many. That is a minute or two of a core, and two to four hours of one for the 13 concepts x 12
-rows of a model. To stay there, 16 units are reported: bounds count units (none of 16 says at most 21 %). Of a style they are objects, in one wording and
-under one seed; of an object or a fact seeds, in the same styles, because eight styles bound nothing by styles. The
-attacks are short, so that what they bring back is the least that can be: attacks.py trains longer. Each row lies
-in the folder as soon as it is done; several processes (`--threads 1`) may share it: each takes the next row that no other
-has begun. `--report` only prints what is there.
+rows of a model (`--report` adds up what they took). `--editors hour` makes the rows of four editors: of both models, and
+with `attacks.py --kinds hour`, they are what two cores make within an hour.
+
+16 units are reported, so that none of them says at most 21 %. Of a style they are objects, in one wording and under one
+seed; of an object or a fact seeds, in the same styles, because eight styles bound nothing by styles. The attacks are short,
+so that what they bring back is the least that can be: attacks.py trains longer. What was measured by words and each attack
+lie in the folder as soon as they are done; several processes (`--threads 1`) may share it: each takes the next row that no
+other has begun. `--report` only prints what is there, `--picture` draws it, `--csv` writes it as a table.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import tempfile
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import editors_table
 import edits
 import judge as judging
 import pandas as pd
@@ -39,6 +44,7 @@ from locogen.mini import world
 from locogen.phrasings import Phrasing, default_phrasings
 
 PLACEBO = "placebo"
+HOUR = ("LocoEdit", "UCE", "steering", PLACEBO)
 # What is tried of each closed-form editor: which states, and how much the weights are held.
 FITS: dict[str, dict[str, Any]] = {
     "last_subject, 0.01": {"tokens": "last_subject", "ridge": 0.01},
@@ -68,19 +74,6 @@ REPORT = 16  # other ones
 SEEDS = {True: [0], False: [30]}  # of choosing, and of reporting and attacks
 # Of what an object's or a fact's own words show: there the seed is the unit, as many as a style has objects.
 THING_SEEDS = range(30, 30 + REPORT)
-ATTACKS: dict[str, dict[str, Any]] = {
-    "closed": {"kind": "closed"},
-    "inversion": {"kind": "inversion", "steps": 30, "batch": 8, "at": [30]},
-    # Plain pictures cannot teach the concept: there the control is the same training.
-    "relearn, plain": {
-        "kind": "relearn",
-        "steps": 25,
-        "batch": 8,
-        "pictures": [0],
-        "models": ["edited"],
-    },
-    "relearn, 3 pictures": {"kind": "relearn", "steps": 25, "batch": 8, "pictures": [3]},
-}
 
 
 def tries(editor: str, concept: loco.Concept) -> dict[str, tuple[dict[str, Any], float]]:
@@ -260,44 +253,132 @@ def cost(lines: dict[str, dict[str, Any]]) -> float:
     return round(lines["efficacy"]["after_high"] + lost, 4)
 
 
-def study(
-    pipe: Any, judge: Any, identity: str, editor: str, options: argparse.Namespace
-) -> dict[str, Any]:
-    """One editor on one concept: chosen on some prompts, reported on others, then attacked."""
-    concept = loco.concept(identity)
-    common: dict[str, Any] = dict(scorer=judge, store=options.folder / "pictures", progress=False)
-    common |= dict(num_inference_steps=options.steps, batch_size=options.batch_size)
-    asked = [
-        probe
-        for probe in probes_of(concept, choosing=True)
-        if probe.measure in ("efficacy", "specificity")
-    ]
-    tried: dict[str, Any] = {}
-    fitted: dict[str, Any] = {}
-    refused: dict[str, str] = {}
-    for name, (fit, strength) in tries(editor, concept).items():
-        start = time.perf_counter()
-        try:
-            edit = edited_by(editor, pipe, concept, fit, options)
-        except loco.LocogenError as error:  # such as a null space that leaves nothing
-            refused[name] = str(error)
-            continue
-        fitted[name] = (edit, strength, time.perf_counter() - start)
-        table = loco.evaluate(
-            pipe, {name: edit}, asked, seeds=SEEDS[True], strength=strength, **common
-        )
-        tried[name] = shares(table)
-    row: dict[str, Any] = {"tried": len(tries(editor, concept)), "refused": refused}
-    if not tried:
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One editor on one concept: chosen on some prompts, reported on others, then attacked; each part is kept."""
+
+    pipe: Any
+    judge: Any
+    identity: str
+    editor: str
+    options: argparse.Namespace
+
+    @cached_property
+    def concept(self) -> loco.Concept:
+        return loco.concept(self.identity)
+
+    @cached_property
+    def settings(self) -> dict[str, tuple[dict[str, Any], float]]:
+        return tries(self.editor, self.concept)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What all pictures are made with, and who looks at them."""
+        options = self.options
+        pictures: dict[str, Any] = dict(num_inference_steps=options.steps, progress=False)
+        return pictures | dict(scorer=self.judge, batch_size=options.batch_size)
+
+    def measure(self) -> dict[str, Any]:
+        """All that is asked for, from files where it was measured before."""
+        folder, name = self.options.folder / "rows", file_name(self.identity, self.editor)
+        row = kept(folder, name, timed(self.by_words))
+        if "measures" not in row:
+            return row
+        row["attacks"] = {}
+        reported = cache(
+            partial(self.reported, row["settings"])
+        )  # only where an attack is left to do
+        for attack in self.options.attacks:
+            back = timed(partial(self.attacked, attack, reported))
+            row["attacks"][attack] = kept(folder / "attacks", file_name(name, attack), back)
         return row
-    best = min(tried, key=lambda name: cost(tried[name]))
-    edit, strength, seconds = fitted[best]
-    if editor == PLACEBO:
-        edit = loco.placebo_edit(pipe, edit, avoid=[*world.OBJECTS, *world.STYLES, *world.FACTS])
-    table = measured(pipe, concept, {best: edit}, strength=strength, **common)
-    row |= {"settings": best, "chosen among": tried, "seconds": seconds, "KB": size_of(edit)}
-    row |= {"measures": shares(table)}
-    return row | {"attacks": attacks_on(pipe, judge, concept, edit, strength, options)}
+
+    def by_words(self) -> dict[str, Any]:
+        """The settings that do best on the choosing prompts, and what is left by the reported ones."""
+        asked = [
+            probe
+            for probe in probes_of(self.concept, choosing=True)
+            if probe.measure in ("efficacy", "specificity")
+        ]
+        common = self.common | {"store": self.options.folder / "pictures"}
+        shown: dict[str, Any] = {}
+        seconds: dict[str, float] = {}
+        refused: dict[str, str] = {}
+        for name, (_, strength) in self.settings.items():
+            start = time.perf_counter()
+            try:
+                edit = self.fitted(name)
+            except loco.LocogenError as error:  # such as a null space that leaves nothing
+                refused[name] = str(error)
+                continue
+            seconds[name] = time.perf_counter() - start
+            arms = {name: edit}
+            table = loco.evaluate(
+                self.pipe, arms, asked, seeds=SEEDS[True], strength=strength, **common
+            )
+            shown[name] = shares(table)
+        row: dict[str, Any] = {"tried": len(self.settings), "refused": refused}
+        if not shown:
+            return row
+        best = min(shown, key=lambda name: cost(shown[name]))
+        edit, strength = self.reported(best)
+        table = measured(self.pipe, self.concept, {best: edit}, strength=strength, **common)
+        row |= {"settings": best, "chosen among": shown, "seconds": seconds[best]}
+        return row | {"KB": size_of(edit), "measures": shares(table)}
+
+    def fitted(self, settings: str) -> Any:
+        """The concept removed by the editor, in the settings of this name."""
+        fit, _ = self.settings[settings]
+        return edited_by(self.editor, self.pipe, self.concept, fit, self.options)
+
+    def reported(self, settings: str) -> tuple[Any, float]:
+        """What is reported, and its strength: the same edit, or the placebo of its size."""
+        edit, strength = self.fitted(settings), self.settings[settings][1]
+        if self.editor == PLACEBO:
+            known = [*world.OBJECTS, *world.STYLES, *world.FACTS]
+            edit = loco.placebo_edit(self.pipe, edit, avoid=known)
+            edit = dataclasses.replace(edit, name=self.concept.name)  # a control of this concept
+        return edit, strength
+
+    def attacked(self, attack: str, reported: Callable[[], tuple[Any, float]]) -> dict[str, Any]:
+        """How often the concept comes back, by model; why not, where there is nothing to attack."""
+        edit, strength = reported()
+        concept, probes = attacked(self.concept)
+        is_style = concept.kind == "style"
+        asked: dict[str, Any] = (
+            {"models": ["edited", "never had"]} | editors_table.ATTACKS[attack] | self.common
+        )
+        try:
+            result = loco.attack(
+                self.pipe,
+                concept,
+                edit,
+                training=concept.pairs,
+                held_out=probes,
+                seeds=SEEDS[False] if is_style else THING_SEEDS,
+                never_had=loco.NeverHad(),
+                strength=strength,
+                folder=self.options.folder,  # with the pictures of what was reported
+                **asked,
+            )
+        except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
+            return {"refused": str(error)}
+        if not is_style:
+            result = dataclasses.replace(result, table=edits.by_seeds(result.table))
+        names = ["model", "strength", "before", "after", "low", "high", "n", "units"]
+        lines: Any = result.summary()[names]
+        return {"lines": lines.to_dict("records")}
+
+
+def timed(measure: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """The same, with the seconds of the processor that it took."""
+
+    def measure_timed() -> dict[str, Any]:
+        start = time.process_time()
+        row = measure()
+        return row | {"took": round(time.process_time() - start, 1)}
+
+    return measure_timed
 
 
 def measured(pipe: Any, concept: loco.Concept, arms: dict[str, Any], **common: Any) -> pd.DataFrame:
@@ -327,158 +408,6 @@ def size_of(edit: Any) -> float | None:
         return path.stat().st_size / 1024
 
 
-def attacks_on(
-    pipe: Any,
-    judge: Any,
-    concept: loco.Concept,
-    edit: Any,
-    strength: float,
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    """How often the concept comes back, by attack and model; why not, where there is nothing to attack."""
-    concept, probes = attacked(concept)
-    if getattr(edit, "name", "").startswith("placebo"):
-        edit = dataclasses.replace(edit, name=concept.name)  # the row is a control of the concept
-    results: dict[str, Any] = {}
-    names = ["model", "strength", "before", "after", "low", "high", "n", "units"]
-    for name in options.attacks:
-        asked: dict[str, Any] = {"models": ["edited", "never had"]} | ATTACKS[name]
-        start = time.perf_counter()
-        try:
-            found = loco.attack(
-                pipe,
-                concept,
-                edit,
-                training=concept.pairs,
-                held_out=probes,
-                seeds=SEEDS[False] if concept.kind == "style" else THING_SEEDS,
-                scorer=judge,
-                never_had=loco.NeverHad(),
-                strength=strength,
-                folder=options.folder,  # with the pictures of what was reported
-                num_inference_steps=options.steps,
-                batch_size=options.batch_size,
-                progress=False,
-                **asked,
-            )
-        except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
-            results[name] = {"refused": str(error)}
-            continue
-        if concept.kind != "style":
-            found = dataclasses.replace(found, table=edits.by_seeds(found.table))
-        lines: Any = found.summary()[names]
-        seconds = time.perf_counter() - start
-        results[name] = {"lines": lines.to_dict("records"), "seconds": seconds}
-    return results
-
-
-# --- what is printed -----------------------------------------------------------------------------
-
-COLUMNS = (
-    *("concept", "editor", "settings (of so many)", "own words", "other words", "neighbors"),
-    *("rest of the prompt", *ATTACKS, "seconds", "KB"),
-)
-
-
-def said(identity: str, editor: str, row: dict[str, Any]) -> str:
-    """One row of the printed table: shares with 95 % intervals; in brackets what the model never had."""
-    if "measures" not in row:
-        return f"| {identity} | {editor} | none of {row['tried']} could be fitted |"
-    measures = row["measures"]
-    unit = "objects" if loco.concept(identity).kind == "style" else "seeds"
-    parts = [identity, editor, f"{row['settings']} (of {row['tried']})"]
-    parts += [share(measures["efficacy"], unit), share(measures["generality"], unit)]
-    parts += [change(measures["specificity"], "objects"), change(measures["rest"], unit)]
-    parts += [came_back(row["attacks"].get(name, {}), unit) for name in ATTACKS]
-    parts += [f"{row['seconds']:.1f}", "–" if row["KB"] is None else f"{row['KB']:.0f}"]
-    return f"| {' | '.join(parts)} |"
-
-
-def share(line: dict[str, Any], unit: str) -> str:
-    interval = f"[{line['after_low']:.0%}, {line['after_high']:.0%}]"
-    return f"{line['before']:.0%} → {line['after']:.0%} {interval}, n = {line['units']:.0f} {unit}"
-
-
-def change(line: dict[str, Any], unit: str) -> str:
-    return f"{edits.points(line)} points, n = {line['units']:.0f} {unit}"
-
-
-def came_back(result: dict[str, Any], unit: str) -> str:
-    """What an attack brought back, beside what it brought of a concept that the model never had."""
-    if "lines" not in result:
-        return "no weights" if "no weight" in result.get("refused", "") else "–"
-    lines = {line["model"]: line for line in result["lines"]}
-    back = lines["edited"]
-    taught = lines.get("never had")
-    control = "" if taught is None else f" (never had: {taught['after']:.0%})"
-    interval = f"[{back['low']:.0%}, {back['high']:.0%}]"
-    return f"{back['after']:.0%} {interval}, n = {back['units']:.0f} {unit}{control}"
-
-
-# Columns of the table over all concepts, by what was measured: shares that are left, or points that were lost.
-LEFT = {"own words": "efficacy", "other words": "generality"}
-LOST = {"neighbors": "specificity", "rest of the prompt": "rest"}
-
-
-def over_concepts(rows: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    """The same table over all concepts that every editor's row is there of: their means, the unit is the concept."""
-    names = list(dict.fromkeys(editor for _, editor in rows))
-    concepts = [
-        identity
-        for identity in dict.fromkeys(identity for identity, _ in rows)
-        if all("measures" in rows.get((identity, editor), {}) for editor in names)
-    ]
-    if len(concepts) < 2:
-        return []
-    head = ["editor", *LEFT, *LOST, *ATTACKS]
-    left_out = {identity for identity, _ in rows} - set(concepts)
-    without = f"; left out, for lack of a row: {', '.join(sorted(left_out))}" if left_out else ""
-    title = (
-        f"\nOver {len(concepts)} concepts, which are the units: {', '.join(concepts)}{without}\n"
-    )
-    lines = [title, row_of(head)]
-    lines.append("|---" * len(head) + "|")
-    for editor in names:
-        means = means_of({identity: rows[identity, editor] for identity in concepts})
-        cells = [editor, *[left(means.get(name), len(concepts)) for name in LEFT.values()]]
-        cells += [edits.points(means[name]) for name in LOST.values()]
-        for attack in ATTACKS:
-            taught = means.get(f"{attack}, never had")
-            control = "" if taught is None else f" (never had: {taught['after']:.0%})"
-            cells.append(left(means.get(attack), len(concepts)) + control)
-        lines.append(row_of(cells))
-    return lines
-
-
-def row_of(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def means_of(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One editor's shares before and after over concepts, with intervals, by what was measured."""
-    lines = []
-    for identity, row in rows.items():
-        unit = {"arm": "editor", "unit": identity, "prompt": identity, "seed": 0, "sign": -1}
-        shares = {name: (line["before"], line["after"]) for name, line in row["measures"].items()}
-        for attack, result in row["attacks"].items():
-            for line in result.get("lines", ()):
-                control = "" if line["model"] == "edited" else f", {line['model']}"
-                shares[attack + control] = (line["before"], line["after"])
-        for measure, (before, after) in shares.items():
-            values = dict(before=before, after=after, right_before=before, right_after=after)
-            lines.append(unit | values | {"measure": measure})
-    means = loco.summary(pd.DataFrame(lines)).query("quantity == 'right'")
-    return {line["measure"]: line for line in means.to_dict("records")}
-
-
-def left(line: dict[str, Any] | None, concepts: int) -> str:
-    """A share that is left; of so many concepts, where an attack was refused on some."""
-    if line is None:
-        return "–"
-    fewer = f", n = {line['units']:.0f}" if line["units"] < concepts else ""
-    return f"{line['after']:.0%} [{line['after_low']:.0%}, {line['after_high']:.0%}]{fewer}"
-
-
 # --- all of them ---------------------------------------------------------------------------------
 
 
@@ -491,9 +420,18 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--find-steps", type=int, default=8, help="of the carrier's pictures")
     parser.add_argument("--prompts", type=int, default=2, help="to find the carrier with")
     parser.add_argument("--only", nargs="*", default=list(CONCEPTS), help="concepts by their ids")
-    parser.add_argument("--editors", nargs="*", default=[*loco.editors(), PLACEBO])
-    parser.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
+    parser.add_argument(
+        "--editors", nargs="*", default=[*loco.editors(), PLACEBO], help="or 'hour'"
+    )
+    parser.add_argument(
+        "--attacks",
+        nargs="*",
+        default=list(editors_table.ATTACKS),
+        choices=list(editors_table.ATTACKS),
+    )
     parser.add_argument("--report", action="store_true", help="only print what is in the folder")
+    parser.add_argument("--csv", type=Path, help="with --report: all its numbers as a table")
+    parser.add_argument("--picture", type=Path, help="with --report: editors by concepts, a PNG")
     add_machine(parser)
     return parser.parse_args()
 
@@ -503,32 +441,60 @@ def main() -> None:
     options.folder = options.folder / options.model
     rows = options.folder / "rows"
     rows.mkdir(parents=True, exist_ok=True)
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    if options.editors == ["hour"]:
+        options.editors = list(HOUR)
     cells = [(identity, editor) for identity in options.only for editor in options.editors]
-    table = {}
+    print(editors_table.heading(editors_table.HEAD), flush=True)
     if options.report:
-        for identity, editor in cells:
-            if (rows / f"{file_name(identity, editor)}.json").exists():
-                table[identity, editor] = kept(rows, file_name(identity, editor), dict)
-                print(said(identity, editor, table[identity, editor]))
-        print(*over_concepts(table), sep="\n")
+        report(cells, options)
         return
     set_threads(options)
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
     for identity, editor in cells:
-        measure = partial(study, pipe, judge, identity, editor, options)
+        row = Row(pipe, judge, identity, editor, options)
         try:
             with FileLock(rows / f"{file_name(identity, editor)}.lock", timeout=0):
-                table[identity, editor] = kept(rows, file_name(identity, editor), measure)
+                print(editors_table.row_line(identity, editor, row.measure()), flush=True)
         except Timeout:
             continue
-        print(said(identity, editor, table[identity, editor]), flush=True)
-    print(*over_concepts(table), sep="\n")
 
 
-def file_name(identity: str, editor: str) -> str:
-    return f"{identity}-{editor}".replace("/", "-").replace(" ", "_")
+def report(cells: Sequence[tuple[str, str]], options: argparse.Namespace) -> None:
+    """Print, draw and write the rows that are there."""
+    rows = {}
+    for identity, editor in cells:
+        row = row_in(options.folder / "rows", file_name(identity, editor))
+        if row is not None:
+            rows[identity, editor] = row
+            print(editors_table.row_line(identity, editor, row))
+    print("", *editors_table.over_concepts(rows), "", editors_table.time_taken(rows), sep="\n")
+    if options.csv:
+        editors_table.write_csv(rows, options.csv)
+    if options.picture:
+        title = f"Editors on {options.model}, in percent; settings chosen on other prompts"
+        editors_table.draw(rows, options.picture, title)
+
+
+def row_in(folder: Path, name: str) -> dict[str, Any] | None:
+    """What was measured of a row by words, with the attacks that are there."""
+    by_words = folder / f"{name}.json"
+    if not by_words.exists():
+        return None
+    row = json.loads(by_words.read_text(encoding="utf-8"))
+    files = {
+        attack: folder / "attacks" / f"{file_name(name, attack)}.json"
+        for attack in editors_table.ATTACKS
+    }
+    known = {attack: path for attack, path in files.items() if path.exists()}
+    attacks = {
+        attack: json.loads(path.read_text(encoding="utf-8")) for attack, path in known.items()
+    }
+    return row | {"attacks": attacks}
+
+
+def file_name(*parts: str) -> str:
+    return "-".join(parts).replace("/", "-").replace(" ", "_")
 
 
 if __name__ == "__main__":

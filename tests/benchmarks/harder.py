@@ -478,6 +478,7 @@ def main() -> None:
     add_machine(parser)
     options = parser.parse_args()
     set_threads(options)
+    options.folder = options.folder / options.model
     pipe = loco.load(options.model, device=options.device)
     judge = judging.JudgeScorer(judging.train(options.judge))
     results = {}
