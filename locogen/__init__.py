@@ -77,6 +77,7 @@ _PUBLIC = {
     "editing.edit": ("Edit", "fit_edit", "undo_all"),
     "editing.evaluation": ("compare", "evaluate", "lead", "summary"),
     "editing.neurons": ("find_neurons", "Neurons"),
+    "editing.rivals.choosing": ("best_arm", "editor_settings"),
     "editing.rivals.editors": ("edit_with", "editors"),
     "editing.rivals.orthogonal_values": ("fit_orthogonal_values", "OrthogonalValues"),
     "editing.rivals.steering": ("fit_steering", "Steering"),

@@ -54,6 +54,10 @@ from .editing.probes import (
     probes_for as probes_for,
     prompt_kind_probes as prompt_kind_probes,
 )
+from .editing.rivals.choosing import (
+    best_arm as best_arm,
+    editor_settings as editor_settings,
+)
 from .editing.rivals.editors import (
     edit_with as edit_with,
     editors as editors,

@@ -302,6 +302,38 @@ class Concept:
             )
         return self.first(prompts), self.first(prompts, after=prompts)
 
+    def split(self, choosing: int, reporting: int) -> tuple[Concept, Concept]:
+        """Split the prompts into some to choose on, and others to report on.
+
+        Args:
+            choosing: The number of prompts to choose on; 0: none is set apart, both are the same.
+            reporting: The number of prompts to report on, or as many as are left; 0: all others.
+
+        Returns:
+            The concept with its first prompts, and with those that follow.
+
+        Raises:
+            LocogenError: For fewer than none, or where no prompt is left to report on.
+
+        Example:
+            >>> pairs = [PromptPair(f"{thing} in neon", thing) for thing in ("a cat", "a dog")]
+            >>> choosing, reporting = Concept("neon", "style", pairs).split(1, 8)
+            >>> reporting.pairs[0].prompt
+            'a dog in neon'
+        """
+        if choosing < 0 or reporting < 0:
+            raise LocogenError(
+                f"{choosing} prompts to choose on and {reporting} to report on: give numbers from "
+                "0 up"
+            )
+        if choosing >= len(self.pairs):
+            raise LocogenError(
+                f"{choosing} prompts to choose on leave none to report on, of the "
+                f"{len(self.pairs)} of concept {self.name!r}: choose on fewer, or give it more"
+            )
+        reported = self.first(reporting, after=choosing)
+        return (self.first(choosing) if choosing else reported), reported
+
     def scored_text(self, pair: PromptPair) -> str:
         """What the pair's pictures are scored against."""
         explicit = pair.text or self.text

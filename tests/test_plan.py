@@ -314,6 +314,22 @@ def test_prompts_to_choose_on_leave_as_many_to_report_on() -> None:
         concept.halves(0)
 
 
+def test_some_prompts_choose_and_all_others_report() -> None:
+    concept = Concept(
+        "neon", "style", [PromptPair(f"a {thing} in neon", f"a {thing}") for thing in "abcde"]
+    )
+    choosing, reporting = concept.split(2, 8)
+    assert choosing.pairs == concept.pairs[:2]
+    assert reporting.pairs == concept.pairs[2:]
+    assert concept.split(2, 1)[1].pairs == concept.pairs[2:3]
+    # None set apart: then both are what is reported on.
+    same = concept.split(0, 3)
+    assert same[0].pairs == same[1].pairs == concept.pairs[:3]
+    for numbers in ((5, 1), (-1, 1), (1, -1)):
+        with pytest.raises(LocogenError, match="choose on"):
+            concept.split(*numbers)
+
+
 @pytest.mark.parametrize("text", [" ", ",", " , "])
 def test_a_text_without_names_is_not_all_of_them(text: str) -> None:
     with pytest.raises(LocogenError, match=re.escape(f"editors is {text!r}: write names")):

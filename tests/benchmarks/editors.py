@@ -45,19 +45,6 @@ from locogen.phrasings import Phrasing, default_phrasings
 
 PLACEBO = "placebo"
 HOUR = ("LocoEdit", "UCE", "steering", PLACEBO)
-# What is tried of each closed-form editor: which states, and how much the weights are held.
-FITS: dict[str, dict[str, Any]] = {
-    "last_subject, 0.01": {"tokens": "last_subject", "ridge": 0.01},
-    "end, 1": {"tokens": "end", "ridge": 1.0},
-    "all, 10": {"tokens": "all", "ridge": 10.0},
-}
-PRESERVING = {"UCE", "LocoEdit, preserved"}
-THRESHOLDS: dict[str, dict[str, Any]] = {
-    "0.93, as published": {},
-    "0.8": {"threshold": 0.8},
-    "0.6": {"threshold": 0.6},
-    "orthogonal complement": {"slope": 0.0},
-}
 # In an order in which a part of it says something: styles, objects and facts of both sorts first.
 CONCEPTS = (
     *("mini/neon", "mini/cat", "mini/national-animal-of-france", "mini/stained-glass"),
@@ -80,26 +67,17 @@ def tries(editor: str, concept: loco.Concept) -> dict[str, tuple[dict[str, Any],
     """The settings that are tried of an editor: options and strength by a name."""
     if editor == "steering":
         return {f"x {strength:g}": ({}, strength) for strength in (1.0, 2.0)}
-    if editor == "AdaVD":
-        return {name: (options, 1.0) for name, options in THRESHOLDS.items()}
-    if editor == "neurons":
-        return {"50 of each matrix": ({}, 1.0)}
-    fits = dict(FITS)
-    if editor in PRESERVING:
-        fits["all, 10, kept 0.03"] = fits["all, 10"] | {"preserve_weight": 0.03}
-    if concept.kind != "style":
-        # The end of a prompt that names a style too is another state.
-        plain = default_phrasings(concept)
-        styled = [
-            Phrasing(
-                f"{plain[1].source} in the style of {style}",
-                f"{plain[1].target} in the style of {style}",
-                plain[1].subject,
-            )
-            for style in FITTED
-        ]
-        fits["end, 1, in a style too"] = fits["end, 1"] | {"phrasings": [*plain, *styled]}
-    return {name: (options, 1.0) for name, options in fits.items()}
+    # The placebo is of LocoEdit's size, in the settings that LocoEdit is chosen in.
+    settings = loco.editor_settings("LocoEdit" if editor == PLACEBO else editor)
+    if concept.kind != "style" and "end, 1" in settings:
+        settings["end, 1, in a style too"] = settings["end, 1"] | {"phrasings": styled(concept)}
+    return {name: (options, 1.0) for name, options in settings.items()}
+
+
+def styled(concept: loco.Concept) -> list[Phrasing]:
+    """The default phrasings, and one in styles: the end of a prompt that names a style is another state."""
+    plain = default_phrasings(concept)
+    return [*plain, *edits.in_styles(plain[1], FITTED)]
 
 
 # --- the rows ------------------------------------------------------------------------------------
@@ -247,12 +225,6 @@ def shares(table: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def cost(lines: dict[str, dict[str, Any]]) -> float:
-    """What is left of the concept, at its upper bound, and what its neighbors lost, a point for a point."""
-    lost = max(0.0, -lines["specificity"]["change"])
-    return round(lines["efficacy"]["after_high"] + lost, 4)
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One editor on one concept: chosen on some prompts, reported on others, then attacked; each part is kept."""
@@ -301,7 +273,7 @@ class Row:
             if probe.measure in ("efficacy", "specificity")
         ]
         common = self.common | {"store": self.options.folder / "pictures"}
-        shown: dict[str, Any] = {}
+        summaries: list[pd.DataFrame] = []
         seconds: dict[str, float] = {}
         refused: dict[str, str] = {}
         for name, (_, strength) in self.settings.items():
@@ -316,14 +288,14 @@ class Row:
             table = loco.evaluate(
                 self.pipe, arms, asked, seeds=SEEDS[True], strength=strength, **common
             )
-            shown[name] = shares(table)
+            summaries.append(loco.summary(table))
         row: dict[str, Any] = {"tried": len(self.settings), "refused": refused}
-        if not shown:
+        if not summaries:
             return row
-        best = min(shown, key=lambda name: cost(shown[name]))
+        best = loco.best_arm(pd.concat(summaries))
         edit, strength = self.reported(best)
         table = measured(self.pipe, self.concept, {best: edit}, strength=strength, **common)
-        row |= {"settings": best, "chosen among": shown, "seconds": seconds[best]}
+        row |= {"settings": best, "chosen among": list(seconds), "seconds": seconds[best]}
         return row | {"KB": size_of(edit), "measures": shares(table)}
 
     def fitted(self, settings: str) -> Any:

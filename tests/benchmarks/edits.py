@@ -166,9 +166,9 @@ def in_wordings(concept: loco.Concept) -> list[Phrasing]:
     ]
 
 
-def in_styles(plain: Phrasing) -> list[Phrasing]:
-    """A phrasing in each of the styles that are neither chosen nor reported on."""
-    tails = [f" in the style of {style}" for style in FITTED]
+def in_styles(plain: Phrasing, styles: Sequence[str] = FITTED) -> list[Phrasing]:
+    """A phrasing in each of some styles: those that are neither chosen nor reported on."""
+    tails = [f" in the style of {style}" for style in styles]
     return [Phrasing(plain.source + tail, plain.target + tail, plain.subject) for tail in tails]
 
 

@@ -1,9 +1,11 @@
 """Editors by name: each is what its name says, and can be applied."""
 
+import pandas as pd
 import pytest
 from support import tiny
 
 from locogen.editing.edit import Edit, fit_edit
+from locogen.editing.rivals.choosing import best_arm, editor_settings
 from locogen.editing.rivals.editors import edit_with, editors
 from locogen.errors import LocogenError
 from locogen.pictures.fingerprint import fingerprint
@@ -67,3 +69,58 @@ def test_mistakes_are_named(pipe) -> None:
         edit_with("covariance", pipe, CAT, layers=[1])
     with pytest.raises(LocogenError, match="strength is 2"):
         edit_with("neurons", pipe, CAT, layers=[1]).applied(pipe, 2)
+
+
+@pytest.mark.parametrize(
+    "editor", tiny.fast("LocoEdit", "AdaVD", "steering", "neurons", of=editors())
+)
+def test_every_setting_to_choose_among_can_be_asked_for(pipe, editor) -> None:
+    settings = editor_settings(editor)
+    assert settings
+    edits = []
+    for options in settings.values():
+        try:
+            edits.append(edit_with(editor, pipe, CAT, **(GIVEN | options)))
+        except LocogenError as error:  # a null space may leave nothing: never an unknown option
+            assert "null space" in str(error) or "nothing" in str(error)
+    assert edits
+
+
+def test_settings_are_of_known_editors_and_nobody_elses() -> None:
+    with pytest.raises(LocogenError, match="did you mean"):
+        editor_settings("LocoEdits")
+    editor_settings("LocoEdit")["end, 1"]["ridge"] = 5.0
+    assert editor_settings("LocoEdit")["end, 1"]["ridge"] == 1.0
+
+
+def line(arm: str, measure: str, change: float, low: float, high: float, sign: int = -1):
+    shares = {"change": change, "after_low": low, "after_high": high, "sign": sign}
+    return {"quantity": "right", "arm": arm, "measure": measure} | shares
+
+
+def test_the_best_arm_trades_what_is_left_for_what_neighbors_lose_a_point_for_a_point() -> None:
+    strong = line("strong", "efficacy", -1.0, 0.0, 0.2)
+    weak = line("weak", "efficacy", -0.8, 0.1, 0.5)
+    for loss, best in ((0.29, "strong"), (0.31, "weak")):
+        losses = [
+            line("strong", "specificity", -loss, 0.0, 1.0, 1),
+            line("weak", "specificity", 0.0, 0.0, 1.0, 1),
+        ]
+        assert best_arm(pd.DataFrame([strong, weak, *losses])) == best
+    # What neighbors win counts for nothing, or an edit could buy itself free.
+    won = line("weak", "specificity", 0.9, 0.0, 1.0, 1)
+    assert best_arm(pd.DataFrame([strong, weak, won])) == "strong"
+
+
+def test_of_a_fact_what_is_left_is_what_does_not_show_the_new_answer() -> None:
+    good = line("good", "efficacy", 0.9, 0.7, 1.0, sign=1)
+    poor = line("poor", "efficacy", 0.2, 0.1, 0.6, sign=1)
+    assert best_arm(pd.DataFrame([poor, good])) == "good"
+    # The before twin: were the sign not looked at, the poor one would be left less often.
+    assert best_arm(pd.DataFrame([poor | {"sign": -1}, good | {"sign": -1}])) == "poor"
+
+
+def test_an_arm_without_shares_is_named() -> None:
+    cosines = line("cosines", "efficacy", 0, 0, 0) | {"quantity": "score"}
+    with pytest.raises(LocogenError, match="cosines"):
+        best_arm(pd.DataFrame([line("shares", "efficacy", -1.0, 0.0, 0.2), cosines]))

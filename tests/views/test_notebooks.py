@@ -417,7 +417,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "causal_trace": dict(max_prompts=1, seeds=1, batch_size=8),
     "compare_localizers": dict(max_prompts=1, seeds=2, most=1, batch_size=8),
     "compare_editors": dict(
-        editors="LocoEdit, AdaVD, neurons", max_prompts=2, neighbors=1, seeds=1
+        editors="LocoEdit, AdaVD, neurons", choosing=1, max_prompts=2, neighbors=1, seeds=1
     ),
     "attribute": dict(most_points=3, seeds=1),
     "benchmark": dict(
@@ -425,6 +425,7 @@ QUICK: dict[str, dict[str, Any]] = {
     ),
     "steps": dict(steps="1, 2", reference=3, seeds=2, ids="mini/neon, mini/cat"),
 }
+LOOKED_AT = {"choosing", "evaluation"}  # tables with a row for every picture and question
 OWN_STEPS = {"steps", "benchmark"}  # they have no such parameter
 FIGURES = {"00_start_here": 3, "localize": 7, "neurons": 3}
 
@@ -507,10 +508,10 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     own = f'notebook = "{name}"\nmodel = "mini"\n[[run]]\nname = "one"\nnum_inference_steps = 2\n{values}\n'
     (tmp_path / "tiny.toml").write_text(own)
     folder = run_study(tmp_path / "tiny.toml") / "one"
-    told = json.loads((folder / "result.json").read_text())
-    assert (
-        told["finding"] and told["pictures"] == len(pd.read_csv(folder / "evaluation.csv"))
-    ) or name == "edit_sweep"
+    result = json.loads((folder / "result.json").read_text())
+    tables = [pd.read_csv(path) for path in folder.glob("*.csv") if path.stem in LOOKED_AT]
+    assert result["finding"]
+    assert result["pictures"] == sum(map(len, tables)) or name == "edit_sweep"
     shown = images(folder / "notebook.ipynb")
     assert shown and all(len(image.metadata["image/png"]["alt"]) > 30 for image in shown)
     assert not outputs(folder / "notebook.ipynb", "error")
