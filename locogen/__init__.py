@@ -76,6 +76,7 @@ _PUBLIC = {
     "editing.deafening": ("deafen",),
     "editing.edit": ("Edit", "fit_edit", "undo_all"),
     "editing.evaluation": ("compare", "evaluate", "lead", "summary"),
+    "editing.files": ("kilobytes",),
     "editing.neurons": ("find_neurons", "Neurons"),
     "editing.rivals.choosing": ("best_arm", "editor_settings"),
     "editing.rivals.editors": ("edit_with", "editors"),

@@ -45,6 +45,9 @@ from .editing.evaluation import (
     lead as lead,
     summary as summary,
 )
+from .editing.files import (
+    kilobytes as kilobytes,
+)
 from .editing.neurons import (
     Neurons as Neurons,
     find_neurons as find_neurons,

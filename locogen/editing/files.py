@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,30 @@ def read_recorded(path: Path, kind: str, format: int) -> tuple[dict[str, Any], d
             f"{format}: load it with the locogen that saved it"
         )
     return record, tensors
+
+
+def kilobytes(edit: Any) -> float | None:
+    """Measure the file that an edit is kept in.
+
+    Args:
+        edit: An `Edit`, or anything else with its `save`.
+
+    Returns:
+        KB of 1024 bytes; None for what has no file, such as clamped neurons.
+
+    Example:
+        >>> edit = fit_edit(load("mini"), concept("mini/neon"), layers=[12, 13])
+        >>> 1 < kilobytes(edit) < 10_000
+        True
+        >>> kilobytes(()) is None
+        True
+    """
+    if not hasattr(edit, "save"):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "edit.safetensors"
+        edit.save(path)
+        return path.stat().st_size / 1024
 
 
 def write_lora(

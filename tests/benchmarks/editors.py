@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property, partial
@@ -296,7 +295,7 @@ class Row:
         edit, strength = self.reported(best)
         table = measured(self.pipe, self.concept, {best: edit}, strength=strength, **common)
         row |= {"settings": best, "chosen among": list(seconds), "seconds": seconds[best]}
-        return row | {"KB": size_of(edit), "measures": shares(table)}
+        return row | {"KB": loco.kilobytes(edit), "measures": shares(table)}
 
     def fitted(self, settings: str) -> Any:
         """The concept removed by the editor, in the settings of this name."""
@@ -368,16 +367,6 @@ def measured(pipe: Any, concept: loco.Concept, arms: dict[str, Any], **common: A
         loco.evaluate(pipe, arms, near, seeds=SEEDS[False], **common),
     ]
     return pd.concat(tables, ignore_index=True)
-
-
-def size_of(edit: Any) -> float | None:
-    """KB of the file that holds it; None where there is none."""
-    if not hasattr(edit, "save"):
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "edit.safetensors"
-        edit.save(path)
-        return path.stat().st_size / 1024
 
 
 # --- all of them ---------------------------------------------------------------------------------
