@@ -64,6 +64,7 @@ class Edit:
         digest: A hash of the weights that the edit was fitted on.
         recipe: How it was fitted: phrasings, options, model, versions; how large it is; and the
             words that only its phrasings use, as vectors (see `harden`).
+        concepts: What it was fitted for; () of an edit from a file.
 
     Example:
         >>> pipe = load("mini")
@@ -79,6 +80,7 @@ class Edit:
     changes: Mapping[str, LowRank]
     digest: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    concepts: tuple[Concept, ...] = field(default=(), repr=False)
 
     # --- on a model ------------------------------------------------------------------------------
 
@@ -168,12 +170,14 @@ class Edit:
         place = self.layers if layers is None else layers
         words = self.recipe.get("words")
         if not words:
-            return _fit(pipe, self.name, phrasings, place, options)
+            edit = _fit(pipe, self.name, phrasings, place, options)
+            return replace(edit, concepts=self.concepts)
         vectors = _vectors(words)
         check_speakable(pipe, vectors)
         with speaking_all(pipe, vectors):
             edit = _fit(pipe, self.name, phrasings, place, options)
-        return replace(edit, recipe={**edit.recipe, "words": words})
+        recipe = {**edit.recipe, "words": words}
+        return replace(edit, recipe=recipe, concepts=self.concepts)
 
     # --- in files --------------------------------------------------------------------------------
 
@@ -515,7 +519,8 @@ def fit_edit(
         side=side,
     )
     name = " + ".join(one.name for one in concepts)
-    return _fit(pipe, name, phrasings_to_fit, layers, options)
+    edit = _fit(pipe, name, phrasings_to_fit, layers, options)
+    return replace(edit, concepts=tuple(concepts))
 
 
 def _fit(
