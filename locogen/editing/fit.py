@@ -24,7 +24,7 @@ from locogen.editing.weights import plain_name
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.models.defaults import name_of
-from locogen.models.families import denoiser_of, family_of
+from locogen.models.families import denoiser_of, family_of, token_spans
 from locogen.models.hooks import DenoisersInTurn
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
@@ -371,10 +371,14 @@ class Fit:
         import torch
 
         positions = self.inputs.places("", "all")
-        anchors = [self._states("", positions, layer).mean(0)]  # (width,)
+        # Kolors pads in front and does not read it: its empty prompt is nothing but the start.
+        start = positions[0] if positions else token_spans(self.inputs.pipe, "")[0].start
+        anchors: list[Tensor] = []  # (width,) each
         # Families with T5 have no mark before the first word.
-        if positions[0] > 0:
-            anchors.insert(0, self._states("", [positions[0] - 1], layer)[0])
+        if start > 0:
+            anchors.append(self._states("", [start - 1], layer)[0])
+        if positions:
+            anchors.append(self._states("", positions, layer).mean(0))
         return torch.stack(anchors)
 
     def _covariance(self, layer: Layer | None) -> Tensor:

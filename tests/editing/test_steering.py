@@ -11,6 +11,7 @@ from locogen.editing.evaluation import evaluate
 from locogen.editing.probes import Probe
 from locogen.editing.rivals.steering import Steering, fit_steering
 from locogen.errors import LocogenError
+from locogen.interventions.denoiser_calls import Call
 from locogen.models.hooks import after, hooked
 from locogen.models.layers import find_layers
 from locogen.pictures.fingerprint import fingerprint
@@ -121,3 +122,38 @@ def test_it_is_an_arm_and_comes_back_from_its_file(pipe, steering, tmp_path) -> 
 def test_models_whose_layers_put_out_text_too_are_refused() -> None:
     with pytest.raises(LocogenError, match="text and picture together"):
         fit_steering(tiny.FAMILIES["sd-3"](), CAT)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(50, 50), (49, 49), (20, 50), (50, 20), (7, 3)])
+def test_a_step_takes_the_direction_of_the_same_share_of_the_way(steps, count) -> None:
+    call = object.__new__(Call)
+    call.__dict__ |= {"_is_bare": False, "timesteps": lambda: [0.0] * steps}
+    taken = []
+    for step in range(steps):
+        call.__dict__["step"] = lambda step=step: step
+        taken += call.progress_in(count)
+    assert taken == [step * count // steps for step in range(steps)]
+    # The before twin: as a share times a count, some steps take the direction of the one before.
+    by_share = [int(step / steps * count) for step in range(steps)]
+    assert (by_share != taken) == ((steps, count) in ((50, 50), (49, 49)))
+
+
+def test_denoisers_that_take_turns_are_steered_where_they_run() -> None:
+    """Wan 2.2: layers 0-2 are of the first denoiser, and run at the first steps alone."""
+    pipe = tiny.FAMILIES["wan-2.2"]()
+    few = {"seeds": [0], "num_inference_steps": 2}
+    steering = fit_steering(pipe, CAT.first(1), layers=[0, 3], **few)
+    for directions in steering.directions.values():
+        torch.testing.assert_close(directions.norm(dim=1), torch.ones(2))
+        assert torch.equal(directions[0], directions[1])  # the one step at which the layer runs
+
+    def picture():
+        run = generate(pipe, ["a dog in cat"], num_inference_steps=3, progress=False, store=None)
+        return run.pictures[0].tobytes()
+
+    plain = picture()
+    with steering.applied(pipe):
+        assert picture() != plain
+    pipe.register_to_config(boundary_ratio=2.0)  # the second denoiser makes every step
+    with pytest.raises(LocogenError, match="is not run in 2 steps: take more"):
+        fit_steering(pipe, CAT.first(1), layers=[0], **few)

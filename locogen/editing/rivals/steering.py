@@ -15,6 +15,7 @@ from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.prompts import active_contexts
+from locogen.markup import counted
 from locogen.models.families import family_of
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers, select
@@ -97,7 +98,7 @@ class Steering(AtInference):
                     f"{layer.label} puts out {output.shape[-1]} channels, and the steering has "
                     f"{directions.shape[-1]}: fit it on this model"
                 )
-            steps = [int(share * len(directions)) for share in call.progress()]
+            steps = call.progress_in(len(directions))
             direction = directions[steps].to(output)[:, None]  # (1 or pictures, 1, channels)
             rows = output[call.rows.start :]  # (pictures, picture tokens, channels)
             along = (rows * direction).sum(-1, keepdim=True).clamp(min=0)  # (pictures, tokens, 1)
@@ -192,7 +193,8 @@ def fit_steering(
 
     Raises:
         LocogenError: SD 3 and FLUX, whose layers put out text and picture together; no difference
-            between prompts and targets; an open context.
+            between prompts and targets; a layer that is not run in so few steps (Wan 2.2); an open
+            context.
 
     Example:
         >>> pipe = load("mini")
@@ -260,11 +262,23 @@ def _mean_outputs(
         for part in _parts(rows, settings.batch_size):
             arguments = texts.arguments([row.prompt for row in part])
             call_pipeline(pipe, part, arguments, settings, output_type=kind)
-    steps = range(settings.num_inference_steps)
-    return {
-        layer.index: torch.stack([sums[layer.index, step] for step in steps]) / len(rows)
-        for layer in layers
-    }
+    means: dict[int, Tensor] = {}
+    for layer in layers:
+        seen = sorted(step for index, step in sums if index == layer.index)
+        if not seen:
+            raise LocogenError(
+                f"{layer.label} is not run in {counted(settings.num_inference_steps, 'step')}: "
+                "take more steps, or leave it out of layers="
+            )
+        # Denoisers that take turns (Wan 2.2) run at some of the steps; at the others a layer has
+        # the mean of the nearest one, for runs of another number of steps.
+        nearest = [
+            min(seen, key=lambda one, step=step: abs(one - step))
+            for step in range(settings.num_inference_steps)
+        ]
+        sums_of_layer = [sums[layer.index, step] for step in nearest]  # (channels,) each
+        means[layer.index] = torch.stack(sums_of_layer) / len(rows)  # (steps, channels)
+    return means
 
 
 def _parts(rows: Sequence[Intervention], size: int) -> Iterator[Sequence[Intervention]]:
