@@ -45,7 +45,7 @@ from locogen.models.families import (
     warn_unread,
 )
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, one_concept
 from locogen.types import Pipeline
 
 EDIT_FORMAT = 1  # of the file; raised when its meaning changes
@@ -474,9 +474,10 @@ def fit_edit(
         The `Edit`.
 
     Raises:
-        LocogenError: Empty or equal phrasings, a prompt without its subject, an option out of its
-            range, a layer that the model does not have, a pipeline without its text encoders, or
-            weights that are not finite, quantized, stored in float8, or carry LoRA.
+        LocogenError: A name for a concept, empty or equal phrasings, a prompt without its subject,
+            an option out of its range, a layer that the model does not have, a pipeline without its
+            text encoders, or weights that are not finite, quantized, stored in float8, or carry
+            LoRA.
 
     Example:
         >>> pipe = load("mini")
@@ -488,7 +489,8 @@ def fit_edit(
     # and FLUX also the other words of a prompt carry something of the subject, which stays. IF is
     # edited after each layer's norm; SD 3 and FLUX on the text side of joint blocks, whose input
     # is the mean over a short run of the prompt (`layer_inputs.LayerInputs`).
-    concepts = [concept] if isinstance(concept, Concept) else list(concept)
+    several = [concept] if isinstance(concept, (Concept, str)) else concept
+    concepts = [one_concept(each) for each in several]
     if not concepts:
         raise LocogenError("there is no concept to edit: give at least one")
     if phrasings is not None and len(concepts) > 1:

@@ -124,6 +124,11 @@ def _prompts(prompts: Sequence[str], name: str) -> tuple[str, ...]:
     # A text is a sequence too: each of its letters would be taken for a prompt.
     if isinstance(prompts, str):
         raise LocogenError(f"{name} is one text, {prompts!r}: give a list of prompts")
+    others = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if others:
+        raise LocogenError(
+            f"{name} holds something of type {type(others[0]).__name__}: give prompts, as texts"
+        )
     return tuple(prompts)
 
 

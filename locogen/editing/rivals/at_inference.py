@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,3 +52,10 @@ def digest_of_vectors(vectors: Mapping[int, Tensor]) -> str:
         digest.update(f"{index} {tuple(values.shape)}".encode())
         digest.update(values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def finite(name: str, value: Any) -> float:
+    """The number, of an argument of this name. Raises `LocogenError` for any other value."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise LocogenError(f"{name} is {value!r}: give a finite number")
+    return float(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from locogen import markup
 from locogen.editing.control_edits import random_words
 from locogen.editing.files import read_recorded, write_recorded
 from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit
-from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
+from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.editing.weights import weights_of
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
@@ -22,7 +21,7 @@ from locogen.models.families import denoiser_of, family_of, token_spans
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import phrase_in
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, one_concept
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ class Shift:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "slope", "height"):
-            if not math.isfinite(getattr(self, name)):
-                raise LocogenError(f"{name} is {getattr(self, name)}: give a finite number")
+            finite(name, getattr(self, name))
 
     def of(self, cosine: Tensor) -> Tensor:
         """The factor, of the cosine's shape."""
@@ -109,9 +107,11 @@ class OrthogonalValues(AtInference):
             A context manager.
 
         Raises:
-            LocogenError: The model lacks a layer, or a layer's values have another width.
+            LocogenError: The model lacks a layer, a layer's values have another width, or the
+                strength is no finite number.
         """
         layers = select(find_layers(pipe), self.layers)
+        strength = finite("strength", strength)
         family = family_of(pipe)
 
         def hooks_for(call: Call) -> list[Hook]:
@@ -247,6 +247,7 @@ def fit_orthogonal_values(
     """
     import torch
 
+    one_concept(concept)
     family = family_of(pipe)
     if family.joint_attention:
         raise LocogenError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import markup
 from locogen.editing.files import read_recorded, write_recorded
-from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
+from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.prompts import active_contexts
@@ -20,7 +20,7 @@ from locogen.models.families import family_of
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers, select
 from locogen.pictures.batches import Texts, call_pipeline
-from locogen.plan import Concept, Intervention, Settings, distinct_seeds
+from locogen.plan import Concept, Intervention, Settings, distinct_seeds, one_concept
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -74,9 +74,11 @@ class Steering(AtInference):
             A context manager.
 
         Raises:
-            LocogenError: The model lacks a layer, or a layer puts out another number of channels.
+            LocogenError: The model lacks a layer, a layer puts out another number of channels, or
+                the strength is no finite number.
         """
         layers = select(find_layers(pipe), self.layers)
+        strength = finite("strength", strength)
 
         def hooks_for(call: Call) -> list[Hook]:
             return [
@@ -203,6 +205,7 @@ def fit_steering(
         >>> [tuple(values.shape) for values in steering.directions.values()]
         [(2, 96), (2, 64)]
     """
+    one_concept(concept)
     family = family_of(pipe)
     if family.joint_attention:
         raise LocogenError(
