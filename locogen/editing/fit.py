@@ -192,6 +192,16 @@ def _remedy_for_joined(pipe: Pipeline, first_joined: int) -> str:
     return remedy
 
 
+def what_instead(pipe: Pipeline) -> str:
+    """What can be done to a model that some other way of removing a concept is not made for."""
+    if not reason_for_no_edit(pipe):
+        return "edit the model with fit_edit"
+    clamping = "clamp its neurons, with find_neurons and clamp"
+    if family_of(pipe).text_projection is None:
+        return clamping
+    return f"{clamping}, or edit the map that the text passes before: layers=(), entry=True"
+
+
 def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) -> list[Matrix]:
     """The key and value matrices of the layers, and with `entry` the map outside of them."""
     family = family_of(pipe)

@@ -7,8 +7,11 @@ import pytest
 import torch
 from support import tiny
 
+from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate
+from locogen.editing.neurons import find_neurons
 from locogen.editing.probes import Probe
+from locogen.editing.rivals.orthogonal_values import fit_orthogonal_values
 from locogen.editing.rivals.steering import Steering, fit_steering
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call
@@ -119,9 +122,28 @@ def test_it_is_an_arm_and_comes_back_from_its_file(pipe, steering, tmp_path) -> 
         Steering.load(tmp_path / "other")
 
 
-def test_models_whose_layers_put_out_text_too_are_refused() -> None:
-    with pytest.raises(LocogenError, match="text and picture together"):
-        fit_steering(tiny.FAMILIES["sd-3"](), CAT)
+@pytest.mark.parametrize(
+    ("family", "remedy"),
+    [
+        ("sd-3", "edit the model with fit_edit"),
+        ("z-image", "clamp its neurons, with find_neurons and clamp$"),
+        ("krea-2", r"clamp its neurons.* or edit the map .*layers=\(\), entry=True"),
+    ],
+)
+def test_models_whose_layers_put_out_text_too_are_refused_with_what_can_be_done(
+    family, remedy
+) -> None:
+    pipe = tiny.FAMILIES[family]()
+    with pytest.raises(LocogenError, match=f"text and picture together.*{remedy}"):
+        fit_steering(pipe, CAT)
+    with pytest.raises(LocogenError, match=f"changes with step and picture.*{remedy}"):
+        fit_orthogonal_values(pipe, CAT)
+    # What is advised is not refused.
+    layers, entry = ((), True) if family == "krea-2" else ([0], False)
+    if family != "z-image":
+        assert fit_edit(pipe, CAT, layers=layers, entry=entry, tokens="end").changes
+    if family != "sd-3":
+        assert len(find_neurons(pipe, CAT, layers=[0]).top(1))
 
 
 @pytest.mark.parametrize(("steps", "count"), [(50, 50), (49, 49), (20, 50), (50, 20), (7, 3)])

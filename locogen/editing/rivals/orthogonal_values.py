@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from locogen import markup
 from locogen.editing.control_edits import random_words
 from locogen.editing.files import read_recorded, write_recorded
-from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit
+from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit, what_instead
 from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.editing.weights import weights_of
 from locogen.errors import LocogenError
@@ -252,7 +252,7 @@ def fit_orthogonal_values(
     if family.joint_attention:
         raise LocogenError(
             f"the text of {family.name} changes with step and picture, so a name has no value of "
-            "its own in a layer: edit the model with fit_edit"
+            f"its own in a layer: {what_instead(pipe)}"
         )
     words = phrase_in(concept, concept.pairs[0]) if concept.kind != "style" else concept.name
     words = words if text is None else text

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import markup
 from locogen.editing.files import read_recorded, write_recorded
+from locogen.editing.fit import what_instead
 from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
@@ -210,7 +211,7 @@ def fit_steering(
     if family.joint_attention:
         raise LocogenError(
             f"the layers of {family.name} put out text and picture together, so there is no output "
-            "of text alone to steer: edit the model with fit_edit"
+            f"of text alone to steer: {what_instead(pipe)}"
         )
     if active_contexts(pipe):
         raise LocogenError("the model is within another context: call fit_steering outside of it")
