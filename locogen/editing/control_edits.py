@@ -111,14 +111,14 @@ def placebo_edit(
         (True, False)
     """
     if isinstance(edit, AtInference):
-        return edit.placebo(pipe, seed, () if avoid is None else avoid)
+        return edit.placebo(pipe, seed, avoid)
     if not isinstance(edit, Edit) or "phrasings" not in edit.recipe:
         raise LocogenError(
             f"no placebo is known of {_kind_of(edit)}: give an edit with its recipe, as from "
             "fit_edit() or edit_with()"
         )
     phrasings = [Phrasing(**phrasing) for phrasing in edit.recipe["phrasings"]]
-    texts = [*_avoided(edit.concepts, avoid), *edit.recipe["options"]["preserve"]]
+    texts = [*avoided(edit.concepts, avoid), *edit.recipe["options"]["preserve"]]
     for phrasing in phrasings:
         texts += [phrasing.source, phrasing.target]
     count = max(len(phrasing.subject.split()) for phrasing in phrasings)
@@ -144,16 +144,6 @@ def _kind_of(edit: Any) -> str:
         return repr(edit)
     name = type(edit).__name__
     return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
-
-
-def _avoided(concepts: Sequence[Concept], avoid: Iterable[str] | None) -> list[str]:
-    """Texts whose words a placebo of these concepts is not about, besides those of its fit."""
-    texts = [] if avoid is None else list(avoid)
-    for concept in concepts:
-        # A random word that is a fact's old answer would edit what its pictures show.
-        if avoid is None or concept.kind == "fact":
-            texts += [concept.name, concept.answer or "", *concept.neighbors]
-    return texts
 
 
 def _other_answers(
@@ -206,6 +196,22 @@ def _exchanged(text: str, old: str, new: str) -> str:
     for start, end in reversed(places):
         text = text[:start] + new + text[end:]
     return text
+
+
+def avoided(concepts: Sequence[Concept], avoid: Iterable[str] | None) -> list[str]:
+    """Texts whose words a placebo is not about, besides those of the fit.
+
+    Args:
+        concepts: What the real one is about; () if that is not known.
+        avoid: Texts that are given; None: the names, answers and neighbors of the concepts. Those
+            of a fact are always among them.
+    """
+    texts = [] if avoid is None else list(avoid)
+    for concept in concepts:
+        # A random word that is a fact's old answer would edit what its pictures show.
+        if avoid is None or concept.kind == "fact":
+            texts += [concept.name, concept.answer or "", *concept.neighbors]
+    return texts
 
 
 def random_words(pipe: Pipeline, avoid: Iterable[str], count: int, seed: int) -> str:

@@ -118,6 +118,15 @@ def test_what_acts_at_inference_has_its_own_placebo_and_no_other_layers_to_fit()
         placebo_edit(pipe, Edit("cat", (0,), {}, ""))
 
 
+def test_values_of_a_random_word_are_of_no_answer_of_a_fact(mini) -> None:
+    values = fit_orthogonal_values(mini, FACT, layers=[12])
+    known = {word for name in (FACT.answer, *FACT.neighbors) for word in name.split()[1:]}
+    words = {values.placebo(mini, seed, ["a lamp"]).text for seed in range(8)}
+    assert not words & known
+    blind = dataclasses.replace(values, concepts=())  # the twin
+    assert {blind.placebo(mini, seed, ["a lamp"]).text for seed in range(8)} & known
+
+
 def test_an_edit_knows_its_concepts_also_when_it_is_fitted_elsewhere(mini, of_fact) -> None:
     assert of_fact.concepts == (FACT,)
     assert of_fact.refit(mini, [13]).concepts == (FACT,)

@@ -26,7 +26,9 @@ class AtInference(ABC):
         """Within the context, it holds."""
 
     @abstractmethod
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> AtInference:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> AtInference:
         """The same about something random: what it does in itself."""
 
     def to_lora(self, path: str | Path, **options: Any) -> NoReturn:

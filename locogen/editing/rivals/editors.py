@@ -71,7 +71,9 @@ class ClampedNeurons(AtInference):
             )
         return clamp(pipe, self.selection)
 
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> ClampedNeurons:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> ClampedNeurons:
         """As many random neurons of each matrix, clamped alike: what clamping does in itself.
 
         Args:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locogen import markup
-from locogen.editing.control_edits import random_words
+from locogen.editing.control_edits import avoided, random_words
 from locogen.editing.files import read_recorded, write_recorded
 from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit, what_instead
 from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
@@ -72,6 +72,7 @@ class OrthogonalValues(AtInference):
         marks: Positions at a prompt's beginning that hold nothing of it, and are left alone.
         shift: How much is removed.
         text: What the values are of.
+        concepts: What they were fitted for; () of values from a file.
 
     Example:
         >>> pipe = load("mini")
@@ -87,6 +88,7 @@ class OrthogonalValues(AtInference):
     marks: int
     shift: Shift
     text: str
+    concepts: tuple[Concept, ...] = field(default=(), repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,18 +154,22 @@ class OrthogonalValues(AtInference):
         shift = self.shift.of(cosine_similarity(rows, target, dim=-1))  # (pictures, tokens)
         return (shift * along)[..., None] * target
 
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> OrthogonalValues:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> OrthogonalValues:
         """The same with the values of a random word: what it does in itself.
 
         Args:
             pipe: The pipeline that the values are of.
             seed: Of the word, drawn from the tokenizer's.
-            avoid: Texts whose words are not drawn.
+            avoid: Texts whose words are not drawn, besides the concept's own and a fact's answers.
+                None: the concept's answer and neighbors, which values from a file do not know.
 
         Returns:
             The placebo.
         """
-        word = random_words(pipe, [*avoid, self.text, self.name], 1, seed)
+        texts = [*avoided(self.concepts, avoid), self.text, self.name]
+        word = random_words(pipe, texts, 1, seed)
         options = {"layers": self.layers, "text": word, **vars(self.shift)}
         pair = PromptPair(word, "")
         return fit_orthogonal_values(
@@ -277,7 +283,8 @@ def fit_orthogonal_values(
             )
         values[layer.index] = value.float()
     marks = token_spans(pipe, words)[0].start
-    return OrthogonalValues(concept.name, values, marks, Shift(threshold, slope, height), words)
+    shift = Shift(threshold, slope, height)
+    return OrthogonalValues(concept.name, values, marks, shift, words, (concept,))
 
 
 def _answer(weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:

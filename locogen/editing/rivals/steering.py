@@ -111,7 +111,9 @@ class Steering(AtInference):
 
         return hook
 
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> Steering:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> Steering:
         """The same along random directions: what it does in itself.
 
         Args:
