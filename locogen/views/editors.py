@@ -90,7 +90,9 @@ def _own_signs(rows: Any) -> set[int]:
 def _heading(rows: Any, measure: str, *, arrows: bool = False) -> str:
     """A measure in words, and for facts what is shown; with arrows to where it is good."""
     words, usual = _question(measure)
-    arrow = {-1: " ←", 0: "", 1: " →"} if arrows else dict.fromkeys((-1, 0, 1), "")
+    arrow: dict[int, str] = dict.fromkeys((-1, 0, 1), "")
+    if arrows:
+        arrow |= {-1: " ←", 1: " →"}
     own = _own_signs(rows)
     if usual >= 0 or 1 not in own:
         return words + arrow[usual]
@@ -259,19 +261,19 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
     rows = _shares(summary)
     rows = rows[rows["arm"] != control]
     is_fact = 1 in _own_signs(rows)
-    nothing = _nothing_to_say(rows, is_fact)
+    nothing = _nothing_to_say(rows, "efficacy", 1 if is_fact else -1)
     sentences = [nothing] if nothing else []
     for measure in _measures(rows):
         part: Any = rows[rows["measure"] == measure]
         signs = _one_sign(rows, measure)
         if measure in ("generality", "rest") or not signs or part["after_low"].isna().any():
             continue
-        (sign,) = signs
-        if nothing and measure != "specificity":
-            continue
-        lines = part.assign(loss=-sign * part["after"]).sort_values("loss", kind="stable")
-        subject = _subject(measure, sign, is_fact)
-        sentences.append(_ranked(lines.to_dict("records"), subject, sign))
+        if measure == "specificity":
+            lost = _nothing_to_say(rows, measure, -1)
+            sentences.append(lost or _ranked(part, _subject(measure, 1, is_fact), 1))
+        elif not nothing:
+            (sign,) = signs
+            sentences.append(_ranked(part, _subject(measure, sign, is_fact), sign))
     text = " ".join(sentences)
     if not text or "seeds" not in rows:
         return text
@@ -289,22 +291,22 @@ def _one_sign(rows: Any, measure: str) -> set[int]:
     return signs
 
 
-def _nothing_to_say(rows: Any, is_fact: bool) -> str:
-    """Why own words say nothing of any editor; empty where the unedited model had what changes."""
-    own: Any = rows[rows["measure"] == "efficacy"]
-    sign = 1 if is_fact else -1
-    if own.empty or "before" not in own or not (own["before"] == NEVER_SHOWN[sign]).all():
+def _nothing_to_say(rows: Any, measure: str, sign: int) -> str:
+    """Why a measure says nothing of any editor; empty where something could change.
+
+    `sign`: 1 where many pictures should come, as of a fact's new answer; -1 where they can be lost.
+    """
+    part: Any = rows[rows["measure"] == measure]
+    if part.empty or "before" not in part or not (part["before"] == NEVER_SHOWN[sign]).all():
         return ""
-    prompts = counted(own["units"].max(), "prompt")
-    if is_fact:
-        return (
-            "Nothing can be said by its own words: the model without an edit gives the new answer "
-            f"in all pictures of {prompts}."
-        )
-    return (
-        "Nothing can be said by its own words: the model without an edit shows it in none of the "
-        f"pictures of {prompts} either."
-    )
+    prompts = counted(part["units"].max(), "prompt")
+    what = "Nothing can be said by its own words: the model without an edit"
+    if sign > 0:
+        return f"{what} gives the new answer in all pictures of {prompts}."
+    if measure == "specificity":
+        what = what.replace("by its own words", "of its neighbors")
+        return f"{what} shows them in none of the pictures of {prompts} either."
+    return f"{what} shows it in none of the pictures of {prompts} either."
 
 
 def _subject(measure: str, sign: int, is_fact: bool) -> str:
@@ -317,8 +319,10 @@ def _subject(measure: str, sign: int, is_fact: bool) -> str:
     return f"The {'new' if sign > 0 else 'old'} answer is shown {words}"
 
 
-def _ranked(lines: Sequence[Mapping[Any, Any]], subject: str, sign: int) -> str:
+def _ranked(part: Any, subject: str, sign: int) -> str:
     """One measure: the editor with the best share, and how all others stand to it."""
+    by_loss = part.assign(loss=-sign * part["after"]).sort_values("loss", kind="stable")
+    lines: list[dict[Any, Any]] = by_loss.to_dict("records")
     alike = []
     worse = []
     unclear = []

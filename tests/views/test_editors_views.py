@@ -158,6 +158,10 @@ def test_what_was_never_shown_is_not_gone() -> None:
     assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8 prompts; 0 % before"
     assert table.loc["UCE", "after a solve"] == "50 % [10, 90] of 8 prompts"
     assert "Nothing" not in describe_editors(never.assign(before=0.1))  # the twin
+    strangers = SUMMARY.assign(before=SUMMARY["before"].mask(SUMMARY["measure"] != "efficacy", 0.0))
+    text = describe_editors(strangers)
+    assert "Nothing can be said of its neighbors: the model without an edit shows them in" in text
+    assert "Shown by its own words" in text and "Right for" not in text and "after a solve" in text
     given = describe_editors(FACT.assign(before=1.0))
     assert "gives the new answer in all pictures of 8 prompts. Right" in given
     assert "Nothing" not in describe_editors(FACT)
