@@ -112,6 +112,10 @@ def test_layers_count_once_and_may_be_missing_where_they_are_ignored(pipe) -> No
     twice = edit_with("random layers", pipe, CAT, layers=[1, 1, 2])
     assert twice.layers == edit_with("random layers", pipe, CAT, layers=[1, 2]).layers
     assert len(twice.layers) == 2
+    with pytest.raises(LocogenError, match="7 other layers to draw 9 from: edit fewer layers"):
+        edit_with("random layers", pipe, CAT, layers=range(9))
+    with pytest.raises(LocogenError, match=r"0 other layers .* no layer can be edited"):
+        edit_with("random layers", tiny.FAMILIES["z-image"](), CAT, layers=[0])
     every = edit_with("all layers", pipe, CAT, layers=[])
     assert len(every.layers) == 16
 

@@ -14,6 +14,7 @@ from locogen import markup
 from locogen.editing.edit import Edit, fit_edit
 from locogen.editing.evaluation import Applicable
 from locogen.editing.files import read_recorded, write_recorded
+from locogen.editing.fit import reason_for_no_edit
 from locogen.editing.neurons import find_neurons
 from locogen.editing.rivals.at_inference import AtInference
 from locogen.editing.rivals.orthogonal_values import OrthogonalValues, fit_orthogonal_values
@@ -177,7 +178,9 @@ Editor = Callable[[Task], Applicable]
 def _random_layers(task: Task, **options: Any) -> Edit:
     rest = [index for index in task.editable if index not in task.layers]
     if len(rest) < len(task.layers):
-        raise LocogenError("there are too few other layers to draw from: edit fewer layers")
+        few = f"there are {len(rest)} other layers to draw {len(task.layers)} from"
+        # Where none can be edited, fewer layers would not help.
+        raise LocogenError(f"{few}: {reason_for_no_edit(task.pipe) or 'edit fewer layers'}")
     layers = random.Random(task.seed).sample(rest, len(task.layers))
     return task.edit(sorted(layers), **options)
 
