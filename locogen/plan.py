@@ -518,6 +518,18 @@ class Window:
         return f"{self.start}-{self.start + self.width - 1}"
 
 
+def one_concept(concept: object) -> Concept:
+    """The concept itself, of what a verb was given for one.
+
+    Raises:
+        LocogenError: It is a concept's name, several concepts, or something else.
+    """
+    if isinstance(concept, Concept):
+        return concept
+    what = repr(concept) if isinstance(concept, str) else f"a {type(concept).__name__}"
+    raise LocogenError(f'concept is {what}: give one Concept, as from concept("mini/neon")')
+
+
 def listed(places: Iterable[object]) -> str:
     """Places, or names, in words.
 

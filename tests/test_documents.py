@@ -86,3 +86,10 @@ def test_a_wrong_room_is_found(tmp_path: Path) -> None:
     text = "| `models/` | `text` and `family` |\n`models/text.py`, `models/family.py`\n"
     assert unnamed_modules(text, tmp_path) == ["models/load.py"]
     assert missing_files(text, tmp_path) == ["models/family.py"]
+
+
+def test_what_the_studies_make_is_no_part_of_the_repository() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    made = {f"/reports/{study.stem}/" for study in (ROOT / "reports").glob("*.toml")}
+    assert len(made) > 3 and made <= set(ignored)
+    assert "/reports/sample/" not in ignored  # the twin: shown from the repository

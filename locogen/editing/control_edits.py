@@ -1,4 +1,4 @@
-"""Control edits: the same edit at other layers, which a claim about its layers must beat."""
+"""Control edits, which a claim about an edit must beat: at other layers, and about other words."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any, overload
 
 from locogen.editing.closed_form import LowRank
 from locogen.editing.edit import Edit
+from locogen.editing.rivals.at_inference import AtInference
 from locogen.errors import LocogenError
 from locogen.models.layers import find_layers
-from locogen.plan import Window, windows
+from locogen.phrasings import Phrasing, occurrences
+from locogen.plan import Concept, Window, windows
 from locogen.types import Pipeline
 
+SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"  # as tokenizers of bytes write it
 Places = dict[str, tuple[int, ...]]  # names of controls → their layers
 
 
@@ -34,7 +38,7 @@ def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) 
         shares layers with the edit, "random layers 4, 9", "all layers".
 
     Raises:
-        LocogenError: As `Edit.refit`.
+        LocogenError: What is given is no `Edit`, and as `Edit.refit`.
 
     Example:
         >>> pipe = load("mini")
@@ -43,6 +47,11 @@ def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) 
         >>> list(controls)[:2] + list(controls)[-1:]
         ['layers 0-1', 'layers 1-2 (shares 2)', 'all layers']
     """
+    if not isinstance(edit, Edit):
+        raise LocogenError(
+            f"control_edits fits an edit of matrices at other layers, and {_kind_of(edit)} is "
+            "none: fit it there with edit_with(…, layers=), or compare it with its placebo()"
+        )
     edited = set(edit.layers)
     layers = find_layers(pipe)
     editable = [layer.index for layer in layers if not layer.joined]
@@ -54,21 +63,45 @@ def control_edits(pipe: Pipeline, edit: Edit, *, draws: int = 3, seed: int = 0) 
     return {name: edit.refit(pipe, place) for name, place in places.items() if set(place) != edited}
 
 
-def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[str] = ()) -> Edit:
+@overload
+def placebo_edit(
+    pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[str] | None = None
+) -> Edit: ...
+
+
+@overload
+def placebo_edit(
+    pipe: Pipeline, edit: AtInference, *, seed: int = 0, avoid: Iterable[str] | None = None
+) -> AtInference: ...
+
+
+def placebo_edit(
+    pipe: Pipeline,
+    edit: Edit | AtInference,
+    *,
+    seed: int = 0,
+    avoid: Iterable[str] | None = None,
+) -> Edit | AtInference:
     """Fit the same edit about random words, and make it as large: what an edit does in itself.
+
+    What a concept becomes, such as a fact's new answer, is exchanged too: random words become as
+    many other random words. Else every placebo of a fact would teach its answer.
 
     Args:
         pipe: The pipeline that the edit was fitted on.
         edit: The edit. Its layers and options stay, and so does the size of each matrix's change
-            (Frobenius norm).
+            (Frobenius norm). Of what acts at inference: its own `placebo`.
         seed: Of the words, drawn from the tokenizer's.
-        avoid: Texts whose words are not drawn, besides the edit's own.
+        avoid: Texts whose words are not drawn, besides the edit's own and a fact's answers. None:
+            the name, the answer and the neighbors of the edit's concepts, which an edit from a file
+            does not know.
 
     Returns:
         The placebo.
 
     Raises:
-        LocogenError: The tokenizer has too few other words, or nothing changes for those drawn.
+        LocogenError: The tokenizer has too few other words, nothing changes for those drawn, or no
+            placebo is known of what is given.
 
     Example:
         >>> pipe = load("mini")
@@ -77,16 +110,21 @@ def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[s
         >>> placebo.layers == edit.layers, "neon" in placebo.name
         (True, False)
     """
-    phrasings = edit.recipe["phrasings"]
-    texts = [*avoid, *edit.recipe["options"]["preserve"]]
+    if isinstance(edit, AtInference):
+        return edit.placebo(pipe, seed, avoid)
+    if not isinstance(edit, Edit) or "phrasings" not in edit.recipe:
+        raise LocogenError(
+            f"no placebo is known of {_kind_of(edit)}: give an edit with its recipe, as from "
+            "fit_edit() or edit_with()"
+        )
+    phrasings = [Phrasing(**phrasing) for phrasing in edit.recipe["phrasings"]]
+    texts = [*avoided(edit.concepts, avoid), *edit.recipe["options"]["preserve"]]
     for phrasing in phrasings:
-        texts += [phrasing["source"], phrasing["target"]]
-    count = max(len(phrasing["subject"].split()) for phrasing in phrasings)
+        texts += [phrasing.source, phrasing.target]
+    count = max(len(phrasing.subject.split()) for phrasing in phrasings)
     words = random_words(pipe, texts, count, seed)
-    about: list[dict[str, str]] = []
-    for phrasing in phrasings:
-        source = phrasing["source"].replace(phrasing["subject"], words)
-        about.append({"source": source, "target": phrasing["target"], "subject": words})
+    answers = _other_answers(pipe, phrasings, [*texts, words], seed)
+    about = [vars(_about(phrasing, words, answers)) for phrasing in phrasings]
     fitted = replace(edit, recipe={**edit.recipe, "phrasings": about}).refit(pipe)
 
     changes: dict[str, LowRank] = {}
@@ -99,6 +137,81 @@ def placebo_edit(pipe: Pipeline, edit: Edit, *, seed: int = 0, avoid: Iterable[s
         scale = float(edit.changes[name].change.norm()) / size
         changes[name] = LowRank(scale * change.up, change.down)
     return replace(fitted, name=f"placebo ({words})", changes=changes)
+
+
+def _kind_of(edit: Any) -> str:
+    if isinstance(edit, str):
+        return repr(edit)
+    name = type(edit).__name__
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+
+
+def _other_answers(
+    pipe: Pipeline, phrasings: Sequence[Phrasing], avoid: Sequence[str], seed: int
+) -> dict[str, str]:
+    """Random words for what a concept becomes, such as a fact's new answer, by these words."""
+    by_subject: dict[str, set[str]] = {}
+    for phrasing in phrasings:
+        instead = (phrasing.instead or "").lower()
+        by_subject.setdefault(phrasing.subject, set()).add(instead)
+    answers: dict[str, str] = {}
+    for instead in by_subject.values():
+        # What takes the same words in every phrasing becomes them; a style only leaves a picture.
+        answer = instead.pop() if len(instead) == 1 else ""
+        if answer:
+            article, names = _article_and_names(answer)
+            # Not the words that take the subject's place, which the same seed would draw.
+            drawn = random_words(pipe, [*avoid, *answers.values()], len(names), seed)
+            if article in ("a", "an"):
+                article = "an" if drawn[0] in "aeiou" else "a"
+            answers[answer] = f"{article} {drawn}".strip()
+    return answers
+
+
+def _article_and_names(answer: str) -> tuple[str, list[str]]:
+    first, *rest = answer.split()
+    return (first, rest) if first in ("a", "an", "the") and rest else ("", [first, *rest])
+
+
+def _about(phrasing: Phrasing, words: str, answers: dict[str, str]) -> Phrasing:
+    """The phrasing with these words for its subject, and another answer in its target."""
+    source = _exchanged(phrasing.source, phrasing.subject, words)
+    if source == phrasing.source:
+        raise LocogenError(
+            f"{source!r} does not hold its subject {phrasing.subject!r}, so that no other words "
+            "can take its place: fit the edit with subject=, words that each source has"
+        )
+    target = phrasing.target
+    answer = (phrasing.instead or "").lower()
+    if answer in answers:
+        target = _exchanged(target, answer, answers[answer])
+    return Phrasing(source, target, words)
+
+
+def _exchanged(text: str, old: str, new: str) -> str:
+    """The text with other words for some, whole words in any case; else for letters of a word."""
+    places = occurrences(text, old)
+    if not places:
+        return text.replace(old, new)
+    for start, end in reversed(places):
+        text = text[:start] + new + text[end:]
+    return text
+
+
+def avoided(concepts: Sequence[Concept], avoid: Iterable[str] | None) -> list[str]:
+    """Texts whose words a placebo is not about, besides those of the fit.
+
+    Args:
+        concepts: What the real one is about; () if that is not known.
+        avoid: Texts that are given; None: the names, answers and neighbors of the concepts. Those
+            of a fact are always among them.
+    """
+    texts = [] if avoid is None else list(avoid)
+    for concept in concepts:
+        # A random word that is a fact's old answer would edit what its pictures show.
+        if avoid is None or concept.kind == "fact":
+            texts += [concept.name, concept.answer or "", *concept.neighbors]
+    return texts
 
 
 def random_words(pipe: Pipeline, avoid: Iterable[str], count: int, seed: int) -> str:
@@ -114,6 +227,11 @@ def random_words(pipe: Pipeline, avoid: Iterable[str], count: int, seed: int) ->
         LocogenError: The tokenizer has too few other words.
     """
     pool = _words_of(pipe, avoid)
+    if not pool and not _words_of(pipe, ()):
+        raise LocogenError(
+            f"no words are known of the tokenizer, a {type(pipe.tokenizer).__name__}: fit an edit "
+            "with phrasings= about words of your own, and give that as the placebo"
+        )
     if len(pool) < count:
         raise LocogenError(
             f"the tokenizer has {len(pool)} words that no text holds, and a placebo needs {count}: "
@@ -127,8 +245,9 @@ def _words_of(pipe: Pipeline, texts: Iterable[str]) -> list[str]:
     held = {word for text in texts for word in re.findall(r"\w+", text.lower())}
     words = set()
     for piece in pipe.tokenizer.get_vocab():
-        # CLIP marks the end of a word, T5 and Gemma its beginning.
+        # CLIP marks the end of a word, T5 and Gemma its beginning, Qwen the space before it.
         word = piece.removesuffix("</w>").removeprefix("\N{LOWER ONE EIGHTH BLOCK}")
+        word = word.removeprefix(SPACE)
         is_whole = word != piece and word.isalpha() and word.isascii() and word.islower()
         if is_whole and len(word) > 2 and word not in held:
             words.add(word)

@@ -45,7 +45,7 @@ from locogen.models.families import (
     warn_unread,
 )
 from locogen.phrasings import Phrasing, default_phrasings, own_phrasings
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, one_concept
 from locogen.types import Pipeline
 
 EDIT_FORMAT = 1  # of the file; raised when its meaning changes
@@ -64,6 +64,7 @@ class Edit:
         digest: A hash of the weights that the edit was fitted on.
         recipe: How it was fitted: phrasings, options, model, versions; how large it is; and the
             words that only its phrasings use, as vectors (see `harden`).
+        concepts: What it was fitted for; () of an edit from a file.
 
     Example:
         >>> pipe = load("mini")
@@ -79,6 +80,7 @@ class Edit:
     changes: Mapping[str, LowRank]
     digest: str
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    concepts: tuple[Concept, ...] = field(default=(), repr=False)
 
     # --- on a model ------------------------------------------------------------------------------
 
@@ -168,12 +170,14 @@ class Edit:
         place = self.layers if layers is None else layers
         words = self.recipe.get("words")
         if not words:
-            return _fit(pipe, self.name, phrasings, place, options)
+            edit = _fit(pipe, self.name, phrasings, place, options)
+            return replace(edit, concepts=self.concepts)
         vectors = _vectors(words)
         check_speakable(pipe, vectors)
         with speaking_all(pipe, vectors):
             edit = _fit(pipe, self.name, phrasings, place, options)
-        return replace(edit, recipe={**edit.recipe, "words": words})
+        recipe = {**edit.recipe, "words": words}
+        return replace(edit, recipe=recipe, concepts=self.concepts)
 
     # --- in files --------------------------------------------------------------------------------
 
@@ -470,9 +474,10 @@ def fit_edit(
         The `Edit`.
 
     Raises:
-        LocogenError: Empty or equal phrasings, a prompt without its subject, an option out of its
-            range, a layer that the model does not have, a pipeline without its text encoders, or
-            weights that are not finite, quantized, stored in float8, or carry LoRA.
+        LocogenError: A name for a concept, empty or equal phrasings, a prompt without its subject,
+            an option out of its range, a layer that the model does not have, a pipeline without its
+            text encoders, or weights that are not finite, quantized, stored in float8, or carry
+            LoRA.
 
     Example:
         >>> pipe = load("mini")
@@ -484,7 +489,8 @@ def fit_edit(
     # and FLUX also the other words of a prompt carry something of the subject, which stays. IF is
     # edited after each layer's norm; SD 3 and FLUX on the text side of joint blocks, whose input
     # is the mean over a short run of the prompt (`layer_inputs.LayerInputs`).
-    concepts = [concept] if isinstance(concept, Concept) else list(concept)
+    several = [concept] if isinstance(concept, (Concept, str)) else concept
+    concepts = [one_concept(each) for each in several]
     if not concepts:
         raise LocogenError("there is no concept to edit: give at least one")
     if phrasings is not None and len(concepts) > 1:
@@ -515,7 +521,8 @@ def fit_edit(
         side=side,
     )
     name = " + ".join(one.name for one in concepts)
-    return _fit(pipe, name, phrasings_to_fit, layers, options)
+    edit = _fit(pipe, name, phrasings_to_fit, layers, options)
+    return replace(edit, concepts=tuple(concepts))
 
 
 def _fit(

@@ -105,7 +105,7 @@ def kilobytes(edit: Any) -> float | None:
         edit: An `Edit`, or anything else with its `save`.
 
     Returns:
-        KB of 1024 bytes; None for what has no file, such as clamped neurons.
+        KB of 1024 bytes; None for what has no file.
 
     Example:
         >>> edit = fit_edit(load("mini"), concept("mini/neon"), layers=[12, 13])

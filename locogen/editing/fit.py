@@ -24,7 +24,7 @@ from locogen.editing.weights import plain_name
 from locogen.errors import LocogenError
 from locogen.interventions.layer_inputs import TOKENS, LayerInputs, Tokens
 from locogen.models.defaults import name_of
-from locogen.models.families import denoiser_of, family_of
+from locogen.models.families import denoiser_of, family_of, token_spans
 from locogen.models.hooks import DenoisersInTurn
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import Phrasing
@@ -124,6 +124,11 @@ def _prompts(prompts: Sequence[str], name: str) -> tuple[str, ...]:
     # A text is a sequence too: each of its letters would be taken for a prompt.
     if isinstance(prompts, str):
         raise LocogenError(f"{name} is one text, {prompts!r}: give a list of prompts")
+    others = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if others:
+        raise LocogenError(
+            f"{name} holds something of type {type(others[0]).__name__}: give prompts, as texts"
+        )
     return tuple(prompts)
 
 
@@ -185,6 +190,16 @@ def _remedy_for_joined(pipe: Pipeline, first_joined: int) -> str:
     if family_of(pipe).text_projection is not None:
         remedy += ", but the map that the text passes before: layers=(), entry=True"
     return remedy
+
+
+def what_instead(pipe: Pipeline) -> str:
+    """What can be done to a model that some other way of removing a concept is not made for."""
+    if not reason_for_no_edit(pipe):
+        return "edit the model with fit_edit"
+    clamping = "clamp its neurons, with find_neurons and clamp"
+    if family_of(pipe).text_projection is None:
+        return clamping
+    return f"{clamping}, or edit the map that the text passes before: layers=(), entry=True"
 
 
 def matrices_to_edit(pipe: Pipeline, layers: Iterable[Layer], options: Options) -> list[Matrix]:
@@ -371,10 +386,14 @@ class Fit:
         import torch
 
         positions = self.inputs.places("", "all")
-        anchors = [self._states("", positions, layer).mean(0)]  # (width,)
+        # Kolors pads in front and does not read it: its empty prompt is nothing but the start.
+        start = positions[0] if positions else token_spans(self.inputs.pipe, "")[0].start
+        anchors: list[Tensor] = []  # (width,) each
         # Families with T5 have no mark before the first word.
-        if positions[0] > 0:
-            anchors.insert(0, self._states("", [positions[0] - 1], layer)[0])
+        if start > 0:
+            anchors.append(self._states("", [start - 1], layer)[0])
+        if positions:
+            anchors.append(self._states("", positions, layer).mean(0))
         return torch.stack(anchors)
 
     def _covariance(self, layer: Layer | None) -> Tensor:

@@ -17,7 +17,7 @@ from locogen.models.families import check_phrasings, denoiser_of, family_of, war
 from locogen.models.layers import Layer, find_layers, select
 from locogen.models.offload import stands_on
 from locogen.phrasings import Phrasing, own_phrasings, subject_in
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, one_concept
 from locogen.stats import Array
 from locogen.types import Module, Pipeline
 
@@ -184,6 +184,7 @@ def find_neurons(
     # What the matrices put out depends on the text alone, so no picture is needed. Where text
     # evolves from block to block (SD 3, FLUX), a short run of each prompt is read, on average over
     # its steps (`layer_inputs.LayerInputs`).
+    one_concept(concept)
     tokens = tokens or family_of(pipe).tokens
     if tokens not in TOKENS:
         raise LocogenError(f"tokens is {tokens!r}: use one of {', '.join(TOKENS)}")

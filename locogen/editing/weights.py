@@ -239,8 +239,8 @@ def apply_change(denoiser: Module, change: WeightChange, strength: float = 1.0) 
         LocogenError: The change is applied already; the weights are not those it was made for,
             cannot hold the sum, or were changed by something else while another edit was applied.
     """
-    if not math.isfinite(strength):
-        raise LocogenError(f"strength is {strength}: give a finite number")
+    if isinstance(strength, str) or not math.isfinite(strength):
+        raise LocogenError(f"strength is {strength!r}: give a finite number")
     denoiser = uncompiled_module(denoiser)
     state = _STATES.get(denoiser, _State())
     if is_applied(denoiser, change):

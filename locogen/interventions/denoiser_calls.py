@@ -194,17 +194,20 @@ class Call:
         """The timesteps at which the denoising steps begin, one a step, in order."""
         return self._steps.begin()
 
-    def progress(self) -> list[float]:
-        """How much of the denoising is done, 0 to below 1: one number, or one a row of a bare call.
+    def progress_in(self, count: int) -> list[int]:
+        """The part of the denoising that this call is in, of so many equal ones, counted from 0.
+
+        One number, or one a row of a bare call.
 
         Raises:
             LocogenError: The timestep is none of the scheduler's.
         """
+        # In whole numbers: 29 of 50 parts is 28.999… of them as a share times a count.
         if not self._is_bare:
-            return [self.step() / len(self.timesteps())]
+            return [self.step() * count // len(self.timesteps())]
         last = self.pipe.scheduler.config.num_train_timesteps - 1
         times = self._timestep.flatten().expand(len(self.states)).tolist()
-        return [(last - time) / (last + 1) for time in times]
+        return [int((last - time) * count // (last + 1)) for time in times]
 
     def encoded(self, encoding: Encoding) -> None:
         """Take note of what the pipeline's encoder returned."""

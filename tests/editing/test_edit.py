@@ -120,6 +120,20 @@ def test_what_every_prompt_holds_can_be_kept_exactly(pipe) -> None:
     assert torch.allclose(start, state(pipe, "a dog", 0))
 
 
+def test_an_empty_prompt_that_is_nothing_but_its_start_is_kept_by_that() -> None:
+    """Kolors pads in front, and does not read it."""
+    kolors = tiny.kolors()
+    inputs = LayerInputs(kolors, find_layers(kolors)[1:2])
+    start = inputs.states("", inputs.layers[0])[-1]  # (width,)
+    moved = []
+    for anchored in (True, False):
+        edit = fit(
+            kolors, (1,), [("a cat", "a dog")], preserve=["x"], null_space=True, anchored=anchored
+        )
+        moved.append(max(float((one.change @ start).norm()) for one in edit.changes.values()))
+    assert moved[0] < 1e-9 < moved[1]  # without anchors, the twin
+
+
 def test_the_filter_keeps_what_the_edit_would_disturb(pipe) -> None:
     prompts = ["a dog", "a do", "b c d", "x, y"]
     states = [state(pipe, text, end_position(pipe, text) - 1) for text in prompts]

@@ -7,10 +7,14 @@ import pytest
 import torch
 from support import tiny
 
+from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import evaluate
+from locogen.editing.neurons import find_neurons
 from locogen.editing.probes import Probe
+from locogen.editing.rivals.orthogonal_values import fit_orthogonal_values
 from locogen.editing.rivals.steering import Steering, fit_steering
 from locogen.errors import LocogenError
+from locogen.interventions.denoiser_calls import Call
 from locogen.models.hooks import after, hooked
 from locogen.models.layers import find_layers
 from locogen.pictures.fingerprint import fingerprint
@@ -118,6 +122,60 @@ def test_it_is_an_arm_and_comes_back_from_its_file(pipe, steering, tmp_path) -> 
         Steering.load(tmp_path / "other")
 
 
-def test_models_whose_layers_put_out_text_too_are_refused() -> None:
-    with pytest.raises(LocogenError, match="text and picture together"):
-        fit_steering(tiny.FAMILIES["sd-3"](), CAT)
+@pytest.mark.parametrize(
+    ("family", "remedy"),
+    [
+        ("sd-3", "edit the model with fit_edit"),
+        ("z-image", "clamp its neurons, with find_neurons and clamp$"),
+        ("krea-2", r"clamp its neurons.* or edit the map .*layers=\(\), entry=True"),
+    ],
+)
+def test_models_whose_layers_put_out_text_too_are_refused_with_what_can_be_done(
+    family, remedy
+) -> None:
+    pipe = tiny.FAMILIES[family]()
+    with pytest.raises(LocogenError, match=f"text and picture together.*{remedy}"):
+        fit_steering(pipe, CAT)
+    with pytest.raises(LocogenError, match=f"changes with step and picture.*{remedy}"):
+        fit_orthogonal_values(pipe, CAT)
+    # What is advised is not refused.
+    layers, entry = ((), True) if family == "krea-2" else ([0], False)
+    if family != "z-image":
+        assert fit_edit(pipe, CAT, layers=layers, entry=entry, tokens="end").changes
+    if family != "sd-3":
+        assert len(find_neurons(pipe, CAT, layers=[0]).top(1))
+
+
+@pytest.mark.parametrize(("steps", "count"), [(50, 50), (49, 49), (20, 50), (50, 20), (7, 3)])
+def test_a_step_takes_the_direction_of_the_same_share_of_the_way(steps, count) -> None:
+    call = object.__new__(Call)
+    call.__dict__ |= {"_is_bare": False, "timesteps": lambda: [0.0] * steps}
+    taken = []
+    for step in range(steps):
+        call.__dict__["step"] = lambda step=step: step
+        taken += call.progress_in(count)
+    assert taken == [step * count // steps for step in range(steps)]
+    # The before twin: as a share times a count, some steps take the direction of the one before.
+    by_share = [int(step / steps * count) for step in range(steps)]
+    assert (by_share != taken) == ((steps, count) in ((50, 50), (49, 49)))
+
+
+def test_denoisers_that_take_turns_are_steered_where_they_run() -> None:
+    """Wan 2.2: layers 0-2 are of the first denoiser, and run at the first steps alone."""
+    pipe = tiny.FAMILIES["wan-2.2"]()
+    few = {"seeds": [0], "num_inference_steps": 2}
+    steering = fit_steering(pipe, CAT.first(1), layers=[0, 3], **few)
+    for directions in steering.directions.values():
+        torch.testing.assert_close(directions.norm(dim=1), torch.ones(2))
+        assert torch.equal(directions[0], directions[1])  # the one step at which the layer runs
+
+    def picture():
+        run = generate(pipe, ["a dog in cat"], num_inference_steps=3, progress=False, store=None)
+        return run.pictures[0].tobytes()
+
+    plain = picture()
+    with steering.applied(pipe):
+        assert picture() != plain
+    pipe.register_to_config(boundary_ratio=2.0)  # the second denoiser makes every step
+    with pytest.raises(LocogenError, match="is not run in 2 steps: take more"):
+        fit_steering(pipe, CAT.first(1), layers=[0], **few)

@@ -66,7 +66,7 @@ def test_several_concepts_are_told_apart() -> None:
 
 def test_the_table_has_intervals_and_dashes_where_nothing_was_measured() -> None:
     table = editor_table(SUMMARY, {"UCE": {"KB": 12}}).set_index("editor")
-    assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8"
+    assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8 prompts"
     assert table.loc["AdaVD", "after a solve"] == "–" == table.loc["SPEED", "KB"]
     assert table.loc["UCE", "KB"] == 12
 
@@ -76,16 +76,22 @@ def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
     first, second, third = text.split(". ")
     # AdaVD may be as good, so that UCE is not said to do best.
     assert first.endswith(
-        "with UCE: 0 % [0, 37] of 8; no clear difference from AdaVD; more with SPEED"
+        "with UCE: 0 % [0, 37] of 8 prompts; no clear difference from AdaVD; more with SPEED"
     )
     assert second.endswith(
-        "with SPEED: 100 % [70, 100] of 8; no clear difference from AdaVD; less with UCE"
+        "with SPEED: 100 % [70, 100] of 8 prompts; no clear difference from AdaVD; less with UCE"
     )
     assert "no clear difference from SPEED" in third and not COMPARES.search(third)
     assert "SPEED" not in describe_editors(SUMMARY, control="SPEED")
     apart = describe_editors(SUMMARY, control="AdaVD")  # the twin
-    assert "Shown by its own words least with UCE (0 % [0, 37] of 8); more with SPEED." in apart
-    assert "Right for its neighbors most with SPEED (100 % [70, 100] of 8); less with UCE" in apart
+    assert (
+        "Shown by its own words least with UCE (0 % [0, 37] of 8 prompts); more with SPEED."
+        in apart
+    )
+    assert (
+        "Right for its neighbors most with SPEED (100 % [70, 100] of 8 prompts); less with UCE"
+        in apart
+    )
     renamed = SUMMARY.replace({"arm": {"UCE": "LocoEdit, preserved"}})
     assert "with 'LocoEdit, preserved': 0 %" in describe_editors(renamed)
     with pytest.raises(LocogenError, match="no shares"):
@@ -94,15 +100,92 @@ def test_only_what_the_intervals_tell_apart_is_called_worse() -> None:
 
 def test_an_editor_alone_and_editors_alike_are_not_compared() -> None:
     alone = describe_editors(SUMMARY[SUMMARY["arm"] == "UCE"])
-    assert "Shown by its own words with UCE: 0 % [0, 37] of 8." in alone
+    assert "Shown by its own words with UCE: 0 % [0, 37] of 8 prompts." in alone
     twin = SUMMARY[SUMMARY["arm"] == "UCE"].assign(arm="ESD")
     alike = describe_editors(pd.concat([SUMMARY[SUMMARY["arm"] == "UCE"], twin]))
-    assert "with UCE and ESD: 0 % [0, 37] of 8; no clear difference." in alike
+    assert "with UCE and ESD: 0 % [0, 37] of 8 prompts; no clear difference." in alike
     assert not COMPARES.search(alone + alike)
     # Two prompts and eight: the same share, and not the same bounds.
     fewer = SUMMARY.assign(arm="ESD", after=0.0, after_low=0.0, after_high=0.84, units=2)
     uneven = describe_editors(pd.concat([SUMMARY[SUMMARY["arm"] == "UCE"], fewer[:1]]))
-    assert "with UCE: 0 % [0, 37] of 8; no clear difference from ESD." in uneven
+    assert "with UCE: 0 % [0, 37] of 8 prompts; no clear difference from ESD." in uneven
+
+
+FACT = pd.DataFrame(
+    [
+        line("LocoEdit", "efficacy", 0.9, 0.6, 1.0, sign=1, before=0.0),
+        line("AdaVD", "efficacy", 0.0, 0.0, 0.37, sign=1, before=0.0),
+        line("LocoEdit", "specificity", 1.0, 0.7, 1.0, sign=1),
+        line("AdaVD", "specificity", 1.0, 0.7, 1.0, sign=1),
+        line("LocoEdit", "closed", 0.2, 0.0, 0.5, sign=-1, before=0.0),
+        line("AdaVD", "closed", 0.9, 0.6, 1.0, sign=-1, before=0.9),
+    ]
+)
+
+
+def test_of_a_fact_the_best_shows_the_new_answer_most() -> None:
+    text = describe_editors(FACT)
+    assert text.startswith(
+        "The new answer is shown by its own words most with LocoEdit (90 % [60, 100] of 8 prompts);"
+        " less with AdaVD. Right for"
+    )
+    assert "The old answer is shown after a solve least with LocoEdit" in text
+    # The twin: of what is removed, the other one is best.
+    removed = describe_editors(
+        FACT.assign(sign=FACT["sign"].mask(FACT["before"] < 1, -1), before=1)
+    )
+    assert removed.startswith("Shown by its own words least with AdaVD")
+    titles = [ax.get_title() for ax in plot_editors(FACT).axes]
+    own, after = "by its own words, new answer →", "after a solve, old answer ←"
+    assert titles == [own, "its neighbors →", after]
+    assert list(editor_table(FACT))[1:] == [own[:-2], "its neighbors", after[:-2]]
+
+    both = pd.concat([FACT.assign(concept="france"), SUMMARY.assign(concept="neon", sign=-1)])
+    first = plot_editors(both).axes[0].get_title()
+    assert first == "by its own words ←\n(facts: new answer →)"
+    assert "by its own words (facts: new answer)" in editor_table(both)
+    with pytest.raises(LocogenError, match="one concept at a time"):
+        describe_editors(both)
+
+
+def test_what_was_never_shown_is_not_gone() -> None:
+    never = SUMMARY.assign(before=SUMMARY["before"].mask(SUMMARY["measure"] == "efficacy", 0.0))
+    text = describe_editors(never)
+    assert text.startswith("Nothing can be said by its own words: the model without an edit shows ")
+    assert "in none of the pictures of 8 prompts either. Right for its neighbors" in text
+    assert "after a solve" not in text
+    table = editor_table(never).set_index("editor")
+    assert table.loc["UCE", "by its own words"] == "0 % [0, 37] of 8 prompts; 0 % before"
+    assert table.loc["UCE", "after a solve"] == "50 % [10, 90] of 8 prompts"
+    assert "Nothing" not in describe_editors(never.assign(before=0.1))  # the twin
+    strangers = SUMMARY.assign(before=SUMMARY["before"].mask(SUMMARY["measure"] != "efficacy", 0.0))
+    text = describe_editors(strangers)
+    assert "Nothing can be said of its neighbors: the model without an edit shows them in" in text
+    assert "Shown by its own words" in text and "Right for" not in text and "after a solve" in text
+    given = describe_editors(FACT.assign(before=1.0))
+    assert "gives the new answer in all pictures of 8 prompts. Right" in given
+    assert "Nothing" not in describe_editors(FACT)
+
+
+def test_costs_are_of_an_editor_or_of_an_editor_on_one_concept() -> None:
+    both = pd.concat([SUMMARY.assign(concept=name) for name in ("neon", "cat")])
+    costs: Any = {"UCE": {"KB": 12, "seconds": 1}, ("cat", "UCE"): {"seconds": 2}}
+    table = editor_table(both, costs).set_index(["concept", "editor"])
+    assert table.loc[("neon", "UCE"), ["KB", "seconds"]].tolist() == [12, 1]
+    assert table.loc[("cat", "UCE"), ["KB", "seconds"]].tolist() == [12, 2]
+
+
+def test_many_others_are_counted_and_those_that_differ_are_named() -> None:
+    def many(bounds: Any) -> str:
+        named = [line(f"E{place}", "efficacy", *each) for place, each in enumerate(bounds)]
+        return describe_editors(pd.DataFrame(named))
+
+    best, unclear, worse = (0.0, 0.0, 0.3), (0.2, 0.1, 0.6), (0.9, 0.6, 1.0)
+    assert "no clear difference from the other nine." in many([best, *[unclear] * 9])
+    assert "from E1, E2 and E3." in many([best, *[unclear] * 3])  # the twin
+    assert "from nine others; more with E10." in many([best, *[unclear] * 9, worse])
+    assert many([best, *[worse] * 4]).endswith("; more with the other four.")
+    assert many([best] * 13).startswith("Shown by its own words with all 13: 0 %")
 
 
 def newcombe(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:
@@ -122,6 +205,9 @@ def test_a_word_that_compares_needs_an_interval_that_leaves_out_zero(
         low, after, high = (part / 20 for part in sorted(size))
         lines.append(line(f"E{place}", "efficacy" if is_bad else "specificity", after, low, high))
     text = describe_editors(pd.DataFrame(lines))
+    if "with all four" in text:
+        assert len({tuple(each.values())[4:] for each in lines}) == 1 and not COMPARES.search(text)
+        return
     by_name = {each["arm"]: each for each in lines}
     best = by_name[re.findall(r"E\d", text)[0]]
     clauses = {part.split(" ")[0]: part for part in text.split("; ")[1:]}

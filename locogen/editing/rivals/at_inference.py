@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -24,7 +26,9 @@ class AtInference(ABC):
         """Within the context, it holds."""
 
     @abstractmethod
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> AtInference:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> AtInference:
         """The same about something random: what it does in itself."""
 
     def to_lora(self, path: str | Path, **options: Any) -> NoReturn:
@@ -50,3 +54,10 @@ def digest_of_vectors(vectors: Mapping[int, Tensor]) -> str:
         digest.update(f"{index} {tuple(values.shape)}".encode())
         digest.update(values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def finite(name: str, value: Any) -> float:
+    """The number, of an argument of this name. Raises `LocogenError` for any other value."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise LocogenError(f"{name} is {value!r}: give a finite number")
+    return float(value)

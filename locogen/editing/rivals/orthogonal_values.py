@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locogen import markup
-from locogen.editing.control_edits import random_words
+from locogen.editing.control_edits import avoided, random_words
 from locogen.editing.files import read_recorded, write_recorded
-from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit
-from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
+from locogen.editing.fit import Options, layers_to_edit, matrices_to_edit, what_instead
+from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.editing.weights import weights_of
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
@@ -22,7 +21,7 @@ from locogen.models.families import denoiser_of, family_of, token_spans
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers, select
 from locogen.phrasings import phrase_in
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, one_concept
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -51,8 +50,7 @@ class Shift:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "slope", "height"):
-            if not math.isfinite(getattr(self, name)):
-                raise LocogenError(f"{name} is {getattr(self, name)}: give a finite number")
+            finite(name, getattr(self, name))
 
     def of(self, cosine: Tensor) -> Tensor:
         """The factor, of the cosine's shape."""
@@ -74,6 +72,7 @@ class OrthogonalValues(AtInference):
         marks: Positions at a prompt's beginning that hold nothing of it, and are left alone.
         shift: How much is removed.
         text: What the values are of.
+        concepts: What they were fitted for; () of values from a file.
 
     Example:
         >>> pipe = load("mini")
@@ -89,6 +88,7 @@ class OrthogonalValues(AtInference):
     marks: int
     shift: Shift
     text: str
+    concepts: tuple[Concept, ...] = field(default=(), repr=False)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -109,9 +109,11 @@ class OrthogonalValues(AtInference):
             A context manager.
 
         Raises:
-            LocogenError: The model lacks a layer, or a layer's values have another width.
+            LocogenError: The model lacks a layer, a layer's values have another width, or the
+                strength is no finite number.
         """
         layers = select(find_layers(pipe), self.layers)
+        strength = finite("strength", strength)
         family = family_of(pipe)
 
         def hooks_for(call: Call) -> list[Hook]:
@@ -152,18 +154,22 @@ class OrthogonalValues(AtInference):
         shift = self.shift.of(cosine_similarity(rows, target, dim=-1))  # (pictures, tokens)
         return (shift * along)[..., None] * target
 
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> OrthogonalValues:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> OrthogonalValues:
         """The same with the values of a random word: what it does in itself.
 
         Args:
             pipe: The pipeline that the values are of.
             seed: Of the word, drawn from the tokenizer's.
-            avoid: Texts whose words are not drawn.
+            avoid: Texts whose words are not drawn, besides the concept's own and a fact's answers.
+                None: the concept's answer and neighbors, which values from a file do not know.
 
         Returns:
             The placebo.
         """
-        word = random_words(pipe, [*avoid, self.text, self.name], 1, seed)
+        texts = [*avoided(self.concepts, avoid), self.text, self.name]
+        word = random_words(pipe, texts, 1, seed)
         options = {"layers": self.layers, "text": word, **vars(self.shift)}
         pair = PromptPair(word, "")
         return fit_orthogonal_values(
@@ -247,11 +253,12 @@ def fit_orthogonal_values(
     """
     import torch
 
+    one_concept(concept)
     family = family_of(pipe)
     if family.joint_attention:
         raise LocogenError(
             f"the text of {family.name} changes with step and picture, so a name has no value of "
-            "its own in a layer: edit the model with fit_edit"
+            f"its own in a layer: {what_instead(pipe)}"
         )
     words = phrase_in(concept, concept.pairs[0]) if concept.kind != "style" else concept.name
     words = words if text is None else text
@@ -276,7 +283,8 @@ def fit_orthogonal_values(
             )
         values[layer.index] = value.float()
     marks = token_spans(pipe, words)[0].start
-    return OrthogonalValues(concept.name, values, marks, Shift(threshold, slope, height), words)
+    shift = Shift(threshold, slope, height)
+    return OrthogonalValues(concept.name, values, marks, shift, words, (concept,))
 
 
 def _answer(weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from locogen import markup
 from locogen.editing.files import read_recorded, write_recorded
-from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors
+from locogen.editing.fit import what_instead
+from locogen.editing.rivals.at_inference import AtInference, digest_of_vectors, finite
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import Call, on_denoiser
 from locogen.interventions.prompts import active_contexts
+from locogen.markup import counted
 from locogen.models.families import family_of
 from locogen.models.hooks import Hook, after
 from locogen.models.layers import Layer, find_layers, select
 from locogen.pictures.batches import Texts, call_pipeline
-from locogen.plan import Concept, Intervention, Settings, distinct_seeds
+from locogen.plan import Concept, Intervention, Settings, distinct_seeds, one_concept
 from locogen.types import Module, Pipeline
 
 if TYPE_CHECKING:
@@ -73,9 +75,11 @@ class Steering(AtInference):
             A context manager.
 
         Raises:
-            LocogenError: The model lacks a layer, or a layer puts out another number of channels.
+            LocogenError: The model lacks a layer, a layer puts out another number of channels, or
+                the strength is no finite number.
         """
         layers = select(find_layers(pipe), self.layers)
+        strength = finite("strength", strength)
 
         def hooks_for(call: Call) -> list[Hook]:
             return [
@@ -97,7 +101,7 @@ class Steering(AtInference):
                     f"{layer.label} puts out {output.shape[-1]} channels, and the steering has "
                     f"{directions.shape[-1]}: fit it on this model"
                 )
-            steps = [int(share * len(directions)) for share in call.progress()]
+            steps = call.progress_in(len(directions))
             direction = directions[steps].to(output)[:, None]  # (1 or pictures, 1, channels)
             rows = output[call.rows.start :]  # (pictures, picture tokens, channels)
             along = (rows * direction).sum(-1, keepdim=True).clamp(min=0)  # (pictures, tokens, 1)
@@ -107,7 +111,9 @@ class Steering(AtInference):
 
         return hook
 
-    def placebo(self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] = ()) -> Steering:
+    def placebo(
+        self, pipe: Pipeline, seed: int = 0, avoid: Iterable[str] | None = None
+    ) -> Steering:
         """The same along random directions: what it does in itself.
 
         Args:
@@ -192,7 +198,8 @@ def fit_steering(
 
     Raises:
         LocogenError: SD 3 and FLUX, whose layers put out text and picture together; no difference
-            between prompts and targets; an open context.
+            between prompts and targets; a layer that is not run in so few steps (Wan 2.2); an open
+            context.
 
     Example:
         >>> pipe = load("mini")
@@ -201,11 +208,12 @@ def fit_steering(
         >>> [tuple(values.shape) for values in steering.directions.values()]
         [(2, 96), (2, 64)]
     """
+    one_concept(concept)
     family = family_of(pipe)
     if family.joint_attention:
         raise LocogenError(
             f"the layers of {family.name} put out text and picture together, so there is no output "
-            "of text alone to steer: edit the model with fit_edit"
+            f"of text alone to steer: {what_instead(pipe)}"
         )
     if active_contexts(pipe):
         raise LocogenError("the model is within another context: call fit_steering outside of it")
@@ -260,11 +268,23 @@ def _mean_outputs(
         for part in _parts(rows, settings.batch_size):
             arguments = texts.arguments([row.prompt for row in part])
             call_pipeline(pipe, part, arguments, settings, output_type=kind)
-    steps = range(settings.num_inference_steps)
-    return {
-        layer.index: torch.stack([sums[layer.index, step] for step in steps]) / len(rows)
-        for layer in layers
-    }
+    means: dict[int, Tensor] = {}
+    for layer in layers:
+        seen = sorted(step for index, step in sums if index == layer.index)
+        if not seen:
+            raise LocogenError(
+                f"{layer.label} is not run in {counted(settings.num_inference_steps, 'step')}: "
+                "take more steps, or leave it out of layers="
+            )
+        # Denoisers that take turns (Wan 2.2) run at some of the steps; at the others a layer has
+        # the mean of the nearest one, for runs of another number of steps.
+        nearest = [
+            min(seen, key=lambda one, step=step: abs(one - step))
+            for step in range(settings.num_inference_steps)
+        ]
+        sums_of_layer = [sums[layer.index, step] for step in nearest]  # (channels,) each
+        means[layer.index] = torch.stack(sums_of_layer) / len(rows)  # (steps, channels)
+    return means
 
 
 def _parts(rows: Sequence[Intervention], size: int) -> Iterator[Sequence[Intervention]]:
