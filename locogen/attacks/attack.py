@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,10 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
+from locogen.attacks.goal import Goal, NeverHad, digest_of_picture, probes_of, words_in
 from locogen.attacks.kinds import KINDS, OF_WEIGHTS, Attacked, Attempt, Kind, Options
 from locogen.attacks.loss import check_attackable
 from locogen.attacks.result import COLUMNS, Attack
+from locogen.attacks.training import state_name
 from locogen.catalog import entry_of
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
@@ -350,8 +349,7 @@ class _Attacked:
         for model in models:
             goal, edit = self._target(model)
             label = f"{self.kind}, {model}"
-            key = self._key(model, edit, weights)
-            state = None if self.keep is None else self.keep / f"{self.kind}-{key}.safetensors"
+            state = self._state(goal, edit, weights)
             attacked = Attacked(goal, edit, self.options, state, label, self.progress)
             old = self._own_words(attacked)  # pictures
             for attempt in KINDS[self.kind](attacked):
@@ -421,12 +419,16 @@ class _Attacked:
         )
         return _best_so_far(table, goal.seeds) if self.kind == "noise" else table
 
-    def _key(self, model: str, edit: Applicable | None, weights: str) -> str:
-        """A name for the state of a training: all that makes a difference to it."""
-        facts = self._settings() | {"model": model, "weights": weights}
-        facts["edit"] = _edit_key(self.goal.pipe, edit)
-        text = json.dumps(facts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _state(self, goal: Goal, edit: Applicable | None, weights: str) -> Path | None:
+        """Where the state of a training is kept, by all that makes a difference to it."""
+        if self.keep is None:
+            return None
+        facts = goal.facts | {
+            "options": _as_plain(self.options),
+            "weights": weights,
+            "edit": _edit_key(goal.pipe, edit),
+        }
+        return self.keep / state_name(self.kind, facts)
 
     def _settings(self) -> dict[str, Any]:
         goal = self.goal
@@ -440,7 +442,7 @@ class _Attacked:
             "seeds": list(goal.seeds),
             "scorer": goal.scorer.settings.get("scorer"),
             "edited_layers": list(getattr(self.edit, "layers", ())),
-            "never_had": [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pictures],
+            "never_had": [digest_of_picture(picture) for picture in pictures],
             **{name: value for name, value in goal.settings.items() if name != "progress"},
         }
 

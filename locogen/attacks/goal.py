@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,16 @@ import numpy as np
 
 from locogen.editing.probes import Probe
 from locogen.errors import LocogenError
-from locogen.phrasings import neighbor_texts, occurrences, phrase_in, shown_text, subject_in
+from locogen.phrasings import (
+    Span,
+    neighbor_texts,
+    occurrences,
+    phrase_in,
+    shown_text,
+    subject_in,
+)
+from locogen.pictures.description import describe_pipeline, describe_scheduler
+from locogen.pictures.fingerprint import digest_of
 from locogen.pictures.runs import generate
 from locogen.pictures.score import probabilities
 from locogen.plan import Concept, PromptPair
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
 View = Callable[[Any], Any]  # what is looked at of a picture
 
 # Of the pictures that an attack learns from: far from the seeds that people judge pictures by.
+# Where these are too few, the next ones follow.
 LEARNING_SEEDS = (1_000, 1_001)
 
 
@@ -66,6 +78,12 @@ class NeverHad:
         """Whether it is the concept with red and blue exchanged."""
         return not self.pictures
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is, as plain values."""
+        digests = [digest_of_picture(picture) for picture in self.pictures]
+        return {"name": self.name, "pictures": digests}
+
     def probe(self, probe: Probe, concept: Concept) -> Probe:
         """What a picture is asked instead of the probe."""
         if self.name is None:
@@ -77,6 +95,12 @@ class NeverHad:
                 "place: give probes whose texts name the concept"
             )
         return replace(probe, text=text, among=(*probe.among, probe.text))
+
+
+def digest_of_picture(picture: Image) -> str:
+    """A hash of a picture's pixels and size."""
+    text = f"{picture.mode} {picture.size} ".encode()
+    return hashlib.sha256(text + picture.tobytes()).hexdigest()[:16]
 
 
 def exchanged(picture: Image) -> Image:
@@ -138,6 +162,25 @@ def words_in(concept: Concept, prompt: str) -> str:
         f"the prompt {prompt!r} does not name {concept.name!r}, so there is no place for an "
         "attack's words: give prompts that do"
     )
+
+
+def _facts_of(concept: Concept) -> dict[str, Any]:
+    """What of a concept says where its words are and what they begin with."""
+    return {
+        "name": concept.name,
+        "kind": concept.kind,
+        "answer": concept.answer,
+        "neighbors": list(concept.neighbors),
+        "first pair": asdict(concept.pairs[0]),
+    }
+
+
+def put_for(text: str, spans: Sequence[Span], token: str) -> str:
+    """The text with a token in the place of each of these spans, which are whole words."""
+    # From the right, so that the spans before keep their places.
+    for start, end in reversed(spans):
+        text = text[:start] + token + text[end:]
+    return text
 
 
 def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...]:
@@ -206,10 +249,31 @@ class Goal:
         """The probes' prompts, in order."""
         return tuple(probe.prompt for probe in self.probes)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What pictures and captions to learn from depend on, but for the weights.
+
+        With them, the options and the edit, it names the state of a training.
+        """
+        scheduler = digest_of(describe_scheduler(self.pipe.scheduler))
+        never_had = self.never_had
+        return {
+            "concept": _facts_of(self.concept),
+            "training": [(pair.prompt, pair.target) for pair in self.training],
+            "settings": {name: self.settings[name] for name in self.settings if name != "progress"},
+            # Its noise levels and what it predicts are those of the loss.
+            "scheduler": scheduler[:16],
+            "pipeline": digest_of(describe_pipeline(self.pipe))[:16],
+            "never_had": None if never_had is None else never_had.facts,
+        }
+
     def with_token(self, prompt: str, token: str) -> str:
-        """The prompt with a token in the place of the words that name the concept."""
+        """The prompt with a token in the place of the words that name the concept, at each mention.
+
+        A mention that stayed would be what brings the concept back.
+        """
         words = words_in(self.concept, prompt)
-        return prompt.replace(words, token, 1)
+        return put_for(prompt, occurrences(prompt, words), token)
 
     @cached_property
     def learned(self) -> tuple[list[Image], list[PromptPair]]:
@@ -218,7 +282,36 @@ class Goal:
             pictures = list(self.never_had.pictures)
             pairs = [self.training[i % len(self.training)] for i in range(len(pictures))]
             return pictures, pairs
-        pictures, pairs = self._made([pair.prompt for pair in self.training])
+        return self._learned_under(LEARNING_SEEDS)
+
+    def learned_at_least(self, count: int) -> tuple[list[Image], list[PromptPair]]:
+        """`learned`, and further seeds' pictures where those are fewer than so many.
+
+        The first ones stay the same whatever the count is: they are made by themselves.
+
+        Raises `LocogenError` where the pictures are given and are too few.
+        """
+        pictures, pairs = self.learned
+        missing = count - len(pictures)
+        if missing <= 0:
+            return pictures, pairs
+        self.check_count(count)
+        first = LEARNING_SEEDS[-1] + 1
+        rounds = math.ceil(missing / len(self.training))
+        more, their_pairs = self._learned_under(range(first, first + rounds))
+        return pictures + more, pairs + their_pairs
+
+    def check_count(self, count: int) -> None:
+        """Raise `LocogenError` for more pictures than are given of what the model never had."""
+        given = len(self.never_had.pictures) if self.never_had is not None else 0
+        if given and count > given:
+            raise LocogenError(
+                f"never_had has {given} pictures to learn from, not {count}: give it more, or "
+                "fewer in pictures="
+            )
+
+    def _learned_under(self, seeds: Sequence[int]) -> tuple[list[Image], list[PromptPair]]:
+        pictures, pairs = self._made([pair.prompt for pair in self.training], seeds)
         if self.never_had is not None:
             pictures = self.as_never_had(pictures)
         return pictures, pairs
@@ -235,12 +328,14 @@ class Goal:
     @cached_property
     def plain(self) -> tuple[list[Image], list[PromptPair]]:
         """Pictures without the concept, of the training pairs' targets, and their pairs."""
-        return self._made([pair.target for pair in self.training])
+        return self._made([pair.target for pair in self.training], LEARNING_SEEDS)
 
-    def _made(self, prompts: Sequence[str]) -> tuple[list[Image], list[PromptPair]]:
+    def _made(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[list[Image], list[PromptPair]]:
         """Pictures by the model as it is: seed by seed, so that the first show different things."""
-        run = generate(self.pipe, prompts, seeds=LEARNING_SEEDS, store=self.store, **self.settings)
-        count = len(LEARNING_SEEDS)
+        run = generate(self.pipe, prompts, seeds=seeds, store=self.store, **self.settings)
+        count = len(seeds)
         pictures: list[Image] = []
         for place in range(count):
             pictures += run.pictures[place::count]  # those of one seed

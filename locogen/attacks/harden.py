@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,9 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from locogen.attacks.goal import Goal
+from locogen.attacks.goal import Goal, put_for
 from locogen.attacks.kinds import Attacked, Options, inversion
 from locogen.attacks.loss import check_attackable
+from locogen.attacks.training import state_name
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.interventions.words import digest
@@ -132,26 +131,20 @@ def _trained(attacked: Attacked) -> Tensor:
     """Vectors that bring the concept back, (vectors, width)."""
     state = attacked.state
     if state is not None:
-        state = state / f"harden-{_key(attacked)}.safetensors"
+        state = state / state_name("harden", _facts(attacked))
     [attempt] = inversion(replace(attacked, state=state))
     [values] = attempt.tensors.values()
     return values.detach().cpu()
 
 
-def _key(attacked: Attacked) -> str:
-    """A name for the state of a training: all that makes a difference to it."""
-    goal = attacked.goal
+def _facts(attacked: Attacked) -> dict[str, Any]:
+    """All that makes a difference to a training."""
     changes = attacked.edit.changes if isinstance(attacked.edit, Edit) else {}
-    facts = {
-        "concept": goal.concept.name,
-        "training": [(pair.prompt, pair.target) for pair in goal.training],
+    return attacked.goal.facts | {
         "options": asdict(attacked.options),
-        "settings": dict(goal.settings),
-        "weights": weights_of(goal.pipe),
+        "weights": weights_of(attacked.pipe),
         "edit": {name: digest(change.change) for name, change in changes.items()},
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _against(edit: Edit, concept: Concept, vectors: Tensor) -> Edit:
@@ -188,7 +181,4 @@ def _spoken(phrasing: Phrasing, token: str) -> Phrasing:
             f"the phrasing {phrasing.source!r} does not have its subject {phrasing.subject!r}, so "
             "there is no place for trained vectors: fit the edit with phrasings that do"
         )
-    source = phrasing.source
-    for start, end in reversed(spans):
-        source = source[:start] + token + source[end:]
-    return Phrasing(source, phrasing.target, token)
+    return Phrasing(put_for(phrasing.source, spans, token), phrasing.target, token)

@@ -23,7 +23,6 @@ from locogen.editing.evaluation import Applicable
 from locogen.errors import LocogenError
 from locogen.interventions.words import NewWord, digest, speaking, states_of, token_for
 from locogen.models.families import denoiser_of
-from locogen.plan import PromptPair
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
@@ -362,18 +361,16 @@ def _relearned(model: Attacked, count: int) -> Attempt:
 
 def _lesson(goal: Goal, count: int) -> tuple[list[Image], list[str]]:
     """Plain pictures and so many of the concept, which make up half of what is drawn; captions."""
-    pictures, pairs = goal.plain
-    captions = [pair.target for pair in pairs]
-    learned, of_concept = goal.learned
-    if count > len(learned):
-        raise LocogenError(
-            f"there are {len(learned)} pictures of the concept to learn from, not {count}: give "
-            "more training pairs, or fewer in pictures="
-        )
-    repeated = [i % count for i in range(len(pictures))] if count else []
-    more: list[Image] = [learned[i] for i in repeated]
-    words: list[PromptPair] = [of_concept[i] for i in repeated]
-    return pictures + more, captions + [pair.prompt for pair in words]
+    plain, plain_pairs = goal.plain
+    if not count:
+        return plain, [pair.target for pair in plain_pairs]
+    learned, pairs = goal.learned_at_least(count)
+    half = max(len(plain), count)  # the fewer ones are repeated
+    pictures = [plain[i % len(plain)] for i in range(half)]
+    captions = [plain_pairs[i % len(plain)].target for i in range(half)]
+    pictures += [learned[i % count] for i in range(half)]
+    captions += [pairs[i % count].prompt for i in range(half)]
+    return pictures, captions
 
 
 # --- without text --------------------------------------------------------------------------------
