@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from locogen.editing.probes import Probe
-from locogen.errors import LocogenError
+from locogen.errors import LocogenError, unknown
 from locogen.phrasings import (
     Span,
     neighbor_texts,
@@ -26,7 +27,7 @@ from locogen.pictures.description import describe_pipeline, describe_scheduler
 from locogen.pictures.fingerprint import digest_of
 from locogen.pictures.runs import generate
 from locogen.pictures.score import probabilities
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, Settings
 from locogen.stats import Array
 from locogen.types import Pipeline
 
@@ -55,7 +56,7 @@ class NeverHad:
             pictures.
 
     Raises:
-        LocogenError: Pictures without a name, or a name without pictures.
+        LocogenError: Pictures without a name, a name without pictures, or what is no picture.
 
     Example:
         >>> NeverHad().exchanges_colors
@@ -66,7 +67,7 @@ class NeverHad:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pictures", tuple(self.pictures))
+        object.__setattr__(self, "pictures", _pictures_in(self.pictures))
         if bool(self.pictures) != bool(self.name):
             raise LocogenError(
                 "a concept that the model never had needs pictures= and name=, or neither: then "
@@ -95,6 +96,20 @@ class NeverHad:
                 "place: give probes whose texts name the concept"
             )
         return replace(probe, text=text, among=(*probe.among, probe.text))
+
+
+def _pictures_in(pictures: Any) -> tuple[Any, ...]:
+    """Pictures as a tuple; raises `LocogenError` for one alone, or for names of files."""
+    from PIL.Image import Image
+
+    every = tuple(pictures) if isinstance(pictures, Iterable) else (None,)
+    strange = [one for one in every if not isinstance(one, Image)]
+    if strange:
+        raise LocogenError(
+            f"NeverHad has pictures={pictures!r:.80}: give a list of PIL pictures, such as "
+            "[PIL.Image.open(path)]"
+        )
+    return every
 
 
 def digest_of_picture(picture: Image) -> str:
@@ -202,6 +217,118 @@ def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...
             )
         probes.append(Probe("efficacy", pair.prompt, text, among))
     return tuple(probes)
+
+
+def picture_settings(verb: str, settings: Mapping[str, Any]) -> Settings:
+    """How pictures are made; raises `LocogenError` for settings that `generate` does not have."""
+    names = [field.name for field in fields(Settings)]
+    for name in settings:
+        if name == "store":
+            raise LocogenError(f"{verb} keeps pictures in folder=: give that in place of store=")
+        if name not in names:
+            raise unknown(f"setting of {verb}", name, names)
+    guidance = settings.get("guidance_scale", 0)
+    if isinstance(guidance, bool) or not isinstance(guidance, Real):
+        raise LocogenError(f"guidance_scale is {guidance!r}: give it a number from 0 up (1 is off)")
+    plain = {name: _plain_number(value) for name, value in settings.items()}
+    return Settings(**plain)
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, for files; anything else as it is."""
+    return value.item() if isinstance(value, np.number) else value
+
+
+def training_pairs(training: Any) -> tuple[PromptPair, ...]:
+    """The pairs that are given to learn from; raises `LocogenError` for none, or for texts."""
+    pairs = tuple(training) if isinstance(training, Iterable) else ()
+    if not pairs or not all(isinstance(pair, PromptPair) for pair in pairs):
+        raise LocogenError(
+            f"training is {training!r:.80}: give a list of prompt pairs, such as concept.pairs[:4]"
+        )
+    return pairs
+
+
+def held_out_probes(concept: Concept, held_out: Any) -> tuple[Probe, ...]:
+    """The probes that are given to judge by; raises `LocogenError` for what cannot be judged."""
+    probes = tuple(held_out) if isinstance(held_out, Iterable) else ()
+    if not probes or not all(isinstance(probe, Probe) for probe in probes):
+        raise LocogenError(
+            f"held_out is {held_out!r:.80}: give a list of Probe, as from probes_for, or leave it "
+            "out for the concept's own"
+        )
+    for probe in probes:
+        words_in(concept, probe.prompt)
+    silent = [probe.prompt for probe in probes if not set(probe.among) - {probe.text}]
+    if silent:
+        raise LocogenError(
+            f"held_out needs probes with among=, what else their pictures could show: {silent[:1]}"
+        )
+    prompts = [probe.prompt for probe in probes]
+    if len(set(prompts)) < len(prompts):
+        raise LocogenError("held_out has a prompt twice: each prompt is judged once")
+    return probes
+
+
+def learned_and_judged(
+    concept: Concept,
+    training: Sequence[PromptPair] | None,
+    held_out: Sequence[Probe] | None,
+    *,
+    learns: bool,
+) -> tuple[tuple[PromptPair, ...], tuple[Probe, ...]]:
+    """What an attack learns from, and what it is judged on: other prompts.
+
+    Args:
+        concept: The concept.
+        training: As `attack` was asked for.
+        held_out: As `attack` was asked for.
+        learns: Whether it learns at all; else both may have the same prompts.
+
+    Raises:
+        LocogenError: A prompt is given for both, or nothing is left for one of them.
+    """
+    if held_out is None:
+        pairs = concept.pairs[::2] if training is None else training_pairs(training)
+        learned = [pair.prompt for pair in pairs]
+        judged = _pairs_without(concept.pairs[1::2], learned if learns else ())
+        judged = judged or _pairs_without(concept.pairs, learned)
+        if not judged:
+            raise LocogenError(
+                f"an attack learns from every prompt of {concept.name!r}, and is judged on others: "
+                "give the concept more pairs, or held_out=, or fewer pairs in training="
+            )
+        return pairs, probes_of(concept, judged)
+    probes = held_out_probes(concept, held_out)
+    prompts = [probe.prompt for probe in probes]
+    if training is None:
+        pairs = _pairs_without(concept.pairs[::2], prompts if learns else ())
+        pairs = pairs or _pairs_without(concept.pairs, prompts)
+    else:
+        pairs = training_pairs(training)
+        left = _pairs_without(pairs, prompts if learns else ())
+        both = [pair.prompt for pair in pairs if pair not in left]
+        if both:
+            raise LocogenError(
+                f"{both[0]!r} is in training= and in held_out=: an attack is judged on prompts "
+                "that it did not learn from, so leave it out of one of them"
+            )
+    if not pairs:
+        raise LocogenError(
+            f"every prompt of {concept.name!r} is in held_out=, and an attack learns from others: "
+            "give training=, or leave some out of held_out="
+        )
+    return pairs, probes
+
+
+def _pairs_without(pairs: Sequence[PromptPair], prompts: Sequence[str]) -> tuple[PromptPair, ...]:
+    """Those pairs whose prompts are none of these, whatever their case and white space."""
+    known = {_plain(prompt) for prompt in prompts}
+    return tuple(pair for pair in pairs if _plain(pair.prompt) not in known)
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from locogen.attacks.goal import Goal, put_for
-from locogen.attacks.kinds import Attacked, Options, inversion
-from locogen.attacks.loss import check_attackable
-from locogen.attacks.training import state_name
+from locogen.attacks.goal import Goal, picture_settings, put_for, training_pairs
+from locogen.attacks.kinds import Attacked, Options, check_words, inversion, whole_number
+from locogen.attacks.loss import check_attackable, check_gradients
+from locogen.attacks.training import folder_of, state_name
+from locogen.console import open_bar
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.interventions.words import digest
@@ -63,7 +64,8 @@ def harden(
         rate: AdamW's learning rate.
         batch: Pictures in a step.
         vectors: Token vectors in the place of the concept's words.
-        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words.
+        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words,
+            which need as many vectors as they have tokens; further vectors repeat the last.
         seed: Of the first round's draws; each round takes the next.
         folder: Where pictures and the state of trainings are kept, so that a stopped call goes on;
             None: nowhere.
@@ -75,8 +77,9 @@ def harden(
         other layers, against the same ones.
 
     Raises:
-        LocogenError: Another family of models, float16, an option out of its range, an edit whose
-            phrasings do not name their subject, or as `fit_edit`.
+        LocogenError: Another family of models, float16, an option out of its range, a concept
+            that the edit is not about, an edit whose phrasings do not name their subject, or as
+            `fit_edit`.
 
     Example:
         >>> pipe = load("mini")
@@ -87,9 +90,17 @@ def harden(
         >>> list(harder.recipe["words"]), len(harder.recipe["phrasings"])
         (['<neon-1>'], 10)
     """
+    import torch
+
     check_attackable(pipe)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise LocogenError(f"rounds is {rounds!r}: give a whole number from 0 up")
+    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
+        raise LocogenError(
+            f"harden takes a Concept and an Edit, not {type(concept).__name__} and "
+            f"{type(edit).__name__}: see concept() and fit_edit()"
+        )
+    check_gradients()
+    rounds = whole_number("rounds", rounds, 0)
+    made = picture_settings("harden", settings)
     options = Options(
         steps=steps,
         at=(steps,),
@@ -105,24 +116,30 @@ def harden(
         seed=seed,
     )
     with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
+        stack.enter_context(open_bar(progress))
+        if folder is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            place = folder_of(folder)
         goal = Goal(
             pipe,
             concept,
-            training=tuple(concept.pairs[::2] if training is None else training),
+            training=concept.pairs[::2] if training is None else training_pairs(training),
             probes=(),
             seeds=(),
             scorer=cast(Any, None),  # nothing is judged
-            store=Path(place) / "pictures",
-            settings={"progress": False, **settings},
+            store=place / "pictures",
+            settings={"progress": progress, **made.as_dict()},
         )
+        # Before a training: what cannot be edited, or said, should not cost one.
+        if rounds:
+            check_words(goal, options)
+            _against(edit, concept, torch.zeros(0, 0))
         hardened = edit
         for number in range(rounds):
             of_round = replace(options, seed=seed + number)
             label = f"round {number + 1} of {rounds}"
-            vectors_found = _trained(
-                Attacked(goal, hardened, of_round, Path(place), label, progress)
-            )
+            vectors_found = _trained(Attacked(goal, hardened, of_round, place, label, progress))
             hardened = _against(hardened, concept, vectors_found).refit(pipe)
     return hardened
 
@@ -152,7 +169,12 @@ def _against(edit: Edit, concept: Concept, vectors: Tensor) -> Edit:
     words = dict(edit.recipe.get("words", {}))
     plain = "".join(letter if letter.isalnum() else "-" for letter in concept.name.lower())
     token = f"<{plain}-{len(words) + 1}>"
-    phrasings = list(edit.recipe["phrasings"])
+    phrasings = list(edit.recipe.get("phrasings", ()))
+    if not phrasings:
+        raise LocogenError(
+            f"the edit of {edit.name!r} has no phrasings to put trained words into: give one from "
+            "fit_edit"
+        )
     named = _about(edit, concept, [one for one in phrasings if one["subject"] not in words])
     more = [vars(_spoken(Phrasing(**phrasing), token)) for phrasing in named]
     words[token] = vectors.tolist()

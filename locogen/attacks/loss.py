@@ -26,10 +26,14 @@ Denoiser = Callable[..., Any]
 def check_attackable(pipe: Pipeline) -> None:
     """Raise `LocogenError` for a model whose training loss or text side is not known here."""
     family = family_of(pipe)
-    if family.name != SUPPORTED or not hasattr(pipe, "text_encoder"):
+    if family.name != SUPPORTED:
         raise LocogenError(
             f"attacks are written for {SUPPORTED} (the mini model is one), and this "
             f"{type(pipe).__name__} is of {family.name}: attack a pipeline of that family"
+        )
+    if not hasattr(pipe, "text_encoder"):
+        raise LocogenError(
+            f"{type(pipe).__name__} has no text encoder: give the whole pipeline, as from load()"
         )
     if active_contexts(pipe):
         raise LocogenError(
@@ -42,7 +46,7 @@ def check_attackable(pipe: Pipeline) -> None:
             f"the scheduler {type(pipe.scheduler).__name__} predicts {prediction!r}, whose loss in "
             f"training is not known here: give the pipeline one of {', '.join(PREDICTIONS)}"
         )
-    if pipe.text_encoder.dtype.itemsize == 2 and "bfloat16" not in str(pipe.text_encoder.dtype):
+    if any(str(part.dtype).removeprefix("torch.") == "float16" for part in _differentiated(pipe)):
         raise LocogenError(
             "gradients vanish in float16: load the model with dtype='float32' or 'bfloat16'"
         )
@@ -50,6 +54,22 @@ def check_attackable(pipe: Pipeline) -> None:
         raise LocogenError(
             "the pipeline is offloaded, and gradients need its parts where they compute: load it "
             "without offload="
+        )
+
+
+def _differentiated(pipe: Pipeline) -> tuple[Any, ...]:
+    """What gradients pass."""
+    return pipe.text_encoder, denoiser_of(pipe)
+
+
+def check_gradients() -> None:
+    """Raise `LocogenError` where PyTorch has turned gradients off for good."""
+    import torch
+
+    if torch.is_inference_mode_enabled():
+        raise LocogenError(
+            "nothing can be trained within torch.inference_mode(): call this outside of it "
+            "(torch.no_grad() is no hindrance)"
         )
 
 

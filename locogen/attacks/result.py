@@ -61,9 +61,11 @@ class Attack:
             tokens, pictures, or seeds, whatever the kind counts. `shown_…`: 1 if the concept's
             text fits best among its neighbors', before by the prompt's own words. `before`,
             `after`: its probability among them.
-        tensors: What was found, by model: tensors by name. Of vectors the name is the token.
+        tensors: What was found by the last step, by model: tensors by name. Of vectors the name is
+            the token.
         words: Tokens that were found, by model.
-        settings: Everything that the attack was made with.
+        settings: Everything that the attack was made with: the request, what it learned from and
+            was judged on, hashes of the edit and the model, versions.
 
     Example:
         >>> pipe = load("mini")
@@ -127,6 +129,19 @@ class Attack:
             )
         return pd.DataFrame(lines)
 
+    def strongest(self, level: float = 0.95) -> pd.DataFrame:
+        """Keep of the summary each model's line of the largest strength.
+
+        Args:
+            level: Coverage of the intervals.
+
+        Returns:
+            A table like that of `summary`, one row a model.
+        """
+        lines = self.summary(level)
+        places: Any = lines.groupby("model", sort=False)["strength"].idxmax()
+        return lines.loc[places]
+
     def sentence(self, level: float = 0.95) -> str:
         """Say in plain words what the attack brought back, with bounds and controls.
 
@@ -136,7 +151,7 @@ class Attack:
         Returns:
             One line.
         """
-        lines = self.summary(level).groupby("model", sort=False).tail(1).set_index("model")
+        lines = self.strongest(level).set_index("model")
         parts = []
         if "edited" in lines.index:
             edited = lines.loc["edited"]

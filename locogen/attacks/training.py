@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from locogen.console import open_bar
 from locogen.errors import LocogenError
 from locogen.files import replacing
 
@@ -19,6 +20,26 @@ if TYPE_CHECKING:
 KEEP_EVERY = 25  # steps after which the state is written
 
 Values = Mapping[str, "Tensor"]
+
+
+def folder_of(folder: Any) -> Path:
+    """The folder that was given for pictures and states, made where it is missing.
+
+    Raises:
+        LocogenError: It is none, or nothing can be written there.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise LocogenError(f"folder is {folder!r}: give the path of a folder, or None")
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocogenError(
+            f"folder is {str(path)!r}, which cannot be made ({error}): give a folder that can"
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise LocogenError(f"nothing can be written into folder={str(path)!r}: give another one")
+    return path
 
 
 def state_name(kind: str, facts: Mapping[str, Any]) -> str:
@@ -63,8 +84,8 @@ def read_state(path: Path | None, take: Callable[[dict[str, Tensor]], None]) -> 
         take(load_file(path))
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise LocogenError(
-            f"{path} is no state of this training, or a damaged one "
-            f"({type(error).__name__}: {error}): delete it, and the training begins anew"
+            f"{path} is no state of this training or search, or a damaged one "
+            f"({type(error).__name__}: {error}): delete it, and it begins anew"
         ) from None
 
 
@@ -99,18 +120,20 @@ def optimize(
         LocogenError: The loss is no number.
     """
     import torch
-    from tqdm import tqdm
 
     ends = sorted(set(stops))
     values = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.AdamW(list(values.values()), lr=rate)
     training = _Training(values, optimizer, path)
     training.resume()
-    with tqdm(total=ends[-1], initial=training.step, desc=label, disable=not progress) as bar:
+    with (
+        open_bar(progress) as bar,
+        bar.counting(f"{label}: step", ends[-1], training.step),
+    ):
         for end in ends:
             while training.step < end:
                 training.follow(loss_at, label)
-                bar.update()
+                bar.add(1)
                 if training.step % KEEP_EVERY == 0:
                     training.write()
             training.snapshot()

@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -336,6 +337,41 @@ def test_no_gradient_beats_the_exhaustive_search(pipe, tokens) -> None:
     # The same candidate in a batch of another size differs by rounding.
     assert best.item() <= by_gradient.item() * (1 + 1e-6)
     assert best.item() < at_random.item()
+
+
+@pytest.mark.parametrize("how", ["exhaustive", "gradient"])
+def test_a_stopped_search_goes_on_to_the_same_tokens(pipe, tmp_path, monkeypatch, how) -> None:
+    _, given, shared = objective_of(pipe, 2)
+    given = (*given[:-1], given[-1][:6])  # of 36 candidates
+    find = search.exhaustive_search
+    if how == "gradient":
+        find = partial(search.gradient_search, steps=4)
+    monkeypatch.setattr(search, "ROWS_AT_ONCE", 8)
+    tried: list[int] = []
+    of = search.Objective.of
+
+    def counting(objective, candidates):
+        tried.append(len(candidates))
+        if len(tried) == 4:
+            raise KeyboardInterrupt
+        return of(objective, candidates)
+
+    whole = find(*given, **shared)
+    monkeypatch.setattr(search.Objective, "of", counting)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        find(*given, **shared, path=path)
+    done = search.Search.resumed(path).done
+    assert done == {"exhaustive": 24, "gradient": 2}[how]
+    assert find(*given, **shared, path=path) == whole
+    count = len(tried)
+    assert find(*given, **shared, path=path) == whole
+    assert len(tried) == count  # a finished one tries no more
+    assert find(*given, **shared) == whole
+    assert len(tried) > count  # the twin
+    path.write_bytes(b"damaged")
+    with pytest.raises(LocogenError, match=r"state\.safetensors .*delete it"):
+        find(*given, **shared, path=path)
 
 
 def test_the_objective_of_tokens_is_that_of_their_words(pipe) -> None:
@@ -727,8 +763,8 @@ def test_mistakes_are_named(pipe, edit) -> None:
         ({"start": "foo"}, "start is 'foo'"),
         ({"kind": "relearn", "trained": "foo"}, "trained is 'foo'"),
         ({"kind": "relearn", "pictures": [-1]}, "pictures is"),
-        ({"kind": "completion", "at": [99], "num_inference_steps": 2}, "numbers up to 1"),
-        ({"kind": "inpaint", "at": [500]}, "numbers up to 100"),
+        ({"kind": "completion", "at": [99], "num_inference_steps": 2}, "from 0 up to 1"),
+        ({"kind": "inpaint", "at": [500]}, "from 13 up to 100"),
         ({"kind": "closed", "ridge": -1.0}, "ridge is -1.0"),
         ({"kind": "discrete", "vocabulary": "dog"}, "a list of words"),
         ({"steps": -1}, "steps is -1"),
