@@ -163,13 +163,15 @@ def attack(
         >>> attack(pipe, neon, edit, kind="noise", **few).table["model"].tolist()
         ['edited']
     """
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
     check_attackable(pipe)
-    _check_types(kind, concept, edit, vocabulary, placebo=placebo, never_had=never_had)
+    _check_types(concept, edit, vocabulary, placebo=placebo, never_had=never_had)
     if kind in LEARNING:
         check_gradients()
     _check_edit(kind, concept, edit)
-    made = picture_settings("attack", settings)
-    count, stops = steps_and_stops(pipe, kind, steps, at, made.num_inference_steps)
+    picture_options = picture_settings("attack", settings)
+    count, stops = steps_and_stops(pipe, kind, steps, at, picture_options.num_inference_steps)
     options = Options(
         steps=count,
         at=stops,
@@ -197,21 +199,17 @@ def attack(
             seeds=distinct_seeds(seeds),
             scorer=score.scorer_for(pipe, scorer),
             store=place / "pictures",
-            settings={"progress": progress, **made.as_dict()},
+            settings={"progress": progress, **picture_options.as_dict()},
         )
         attacked = _Attacked(goal, edit, placebo, never_had, options, kind, progress)
         attacked.keep = None if folder is None else place
-        known = _models(models, never_had, has_placebo=attacked.has_placebo)
-        attacked.check(known)
-        return attacked.run(known)
+        of_models = _models(models, never_had, has_placebo=attacked.has_placebo)
+        attacked.check(of_models)
+        return attacked.run(of_models)
 
 
-def _check_types(
-    kind: Any, concept: Any, edit: Any, vocabulary: Any, *, placebo: Any, never_had: Any
-) -> None:
+def _check_types(concept: Any, edit: Any, vocabulary: Any, *, placebo: Any, never_had: Any) -> None:
     """Refuse a name in the place of the thing, and a text in that of a list."""
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
     if not isinstance(concept, Concept) or not hasattr(edit, "applied"):
         raise LocogenError(
             f"attack takes a Concept and an Edit, not {type(concept).__name__} and "
@@ -254,17 +252,23 @@ def _models(
 ) -> tuple[Model, ...]:
     if models is None:
         return _known_models(never_had, has_placebo=has_placebo)
-    is_list = isinstance(models, Iterable) and not isinstance(models, str)
-    every: list[Model] = list(models) if is_list else []
-    if not every or [one for one in every if one not in MODELS]:
-        raise LocogenError(f"models is {models!r}: use a list of some of {', '.join(MODELS)}")
-    if len(set(every)) < len(every):
-        raise LocogenError(f"models is {every}: give each model once")
+    every = _names_of(models)
     if "never had" in every and never_had is None:
         raise _unknown_control("concept", "that this model never had", "never_had")
     if "placebo" in every and not has_placebo:
         raise _unknown_control("placebo", "of this edit", "placebo")
     return tuple(every)
+
+
+def _names_of(models: Any) -> list[Model]:
+    """The models that are asked for, each once."""
+    is_list = isinstance(models, Iterable) and not isinstance(models, str)
+    every: list[Model] = list(models) if is_list else []
+    if not every or not all(one in MODELS for one in every):
+        raise LocogenError(f"models is {models!r}: use a list of some of {', '.join(MODELS)}")
+    if len(set(every)) < len(every):
+        raise LocogenError(f"models is {every}: give each model once")
+    return every
 
 
 def _known_models(never_had: NeverHad | None, *, has_placebo: bool) -> tuple[Model, ...]:

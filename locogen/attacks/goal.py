@@ -259,6 +259,11 @@ def held_out_probes(concept: Concept, held_out: Any) -> tuple[Probe, ...]:
         )
     for probe in probes:
         words_in(concept, probe.prompt)
+    _check_judgeable(probes)
+    return probes
+
+
+def _check_judgeable(probes: Sequence[Probe]) -> None:
     silent = [probe.prompt for probe in probes if not set(probe.among) - {probe.text}]
     if silent:
         raise LocogenError(
@@ -267,7 +272,6 @@ def held_out_probes(concept: Concept, held_out: Any) -> tuple[Probe, ...]:
     prompts = [probe.prompt for probe in probes]
     if len(set(prompts)) < len(prompts):
         raise LocogenError("held_out has a prompt twice: each prompt is judged once")
-    return probes
 
 
 def learned_and_judged(
@@ -290,41 +294,58 @@ def learned_and_judged(
     """
     if held_out is None:
         pairs = concept.pairs[::2] if training is None else training_pairs(training)
-        learned = [pair.prompt for pair in pairs]
-        judged = _pairs_without(concept.pairs[1::2], learned if learns else ())
-        judged = judged or _pairs_without(concept.pairs, learned)
-        if not judged:
-            raise LocogenError(
-                f"an attack learns from every prompt of {concept.name!r}, and is judged on others: "
-                "give the concept more pairs, or held_out=, or fewer pairs in training="
-            )
-        return pairs, probes_of(concept, judged)
+        return pairs, probes_of(concept, _judged_pairs(concept, pairs, learns))
     probes = held_out_probes(concept, held_out)
     prompts = [probe.prompt for probe in probes]
     if training is None:
-        pairs = _pairs_without(concept.pairs[::2], prompts if learns else ())
-        pairs = pairs or _pairs_without(concept.pairs, prompts)
-    else:
-        pairs = training_pairs(training)
-        left = _pairs_without(pairs, prompts if learns else ())
-        both = [pair.prompt for pair in pairs if pair not in left]
-        if both:
-            raise LocogenError(
-                f"{both[0]!r} is in training= and in held_out=: an attack is judged on prompts "
-                "that it did not learn from, so leave it out of one of them"
-            )
+        return _learned_pairs(concept, prompts, learns), probes
+    pairs = training_pairs(training)
+    if learns:
+        _check_apart(pairs, prompts)
+    return pairs, probes
+
+
+def _judged_pairs(
+    concept: Concept, training: Sequence[PromptPair], learns: bool
+) -> tuple[PromptPair, ...]:
+    """Every other pair, from the second, without those that are learned from; else all others."""
+    prompts = [pair.prompt for pair in training]
+    pairs = _pairs_without(concept.pairs[1::2], prompts if learns else ())
+    pairs = pairs or _pairs_without(concept.pairs, prompts)
+    if not pairs:
+        raise LocogenError(
+            f"an attack learns from every prompt of {concept.name!r}, and is judged on others: "
+            "give the concept more pairs, or held_out=, or fewer pairs in training="
+        )
+    return pairs
+
+
+def _learned_pairs(concept: Concept, judged: Sequence[str], learns: bool) -> tuple[PromptPair, ...]:
+    """Every other pair, from the first, without those that are judged; else all others."""
+    pairs = _pairs_without(concept.pairs[::2], judged if learns else ())
+    pairs = pairs or _pairs_without(concept.pairs, judged)
     if not pairs:
         raise LocogenError(
             f"every prompt of {concept.name!r} is in held_out=, and an attack learns from others: "
             "give training=, or leave some out of held_out="
         )
-    return pairs, probes
+    return pairs
+
+
+def _check_apart(training: Sequence[PromptPair], judged: Sequence[str]) -> None:
+    apart = _pairs_without(training, judged)
+    for pair in training:
+        if pair not in apart:
+            raise LocogenError(
+                f"{pair.prompt!r} is in training= and in held_out=: an attack is judged on prompts "
+                "that it did not learn from, so leave it out of one of them"
+            )
 
 
 def _pairs_without(pairs: Sequence[PromptPair], prompts: Sequence[str]) -> tuple[PromptPair, ...]:
     """Those pairs whose prompts are none of these, whatever their case and white space."""
-    known = {_plain(prompt) for prompt in prompts}
-    return tuple(pair for pair in pairs if _plain(pair.prompt) not in known)
+    left_out = {_plain(prompt) for prompt in prompts}
+    return tuple(pair for pair in pairs if _plain(pair.prompt) not in left_out)
 
 
 def _plain(prompt: str) -> str:
@@ -430,10 +451,10 @@ class Goal:
 
     def check_count(self, count: int) -> None:
         """Raise `LocogenError` for more pictures than are given of what the model never had."""
-        given = len(self.never_had.pictures) if self.never_had is not None else 0
-        if given and count > given:
+        available = len(self.never_had.pictures) if self.never_had is not None else 0
+        if available and count > available:
             raise LocogenError(
-                f"never_had has {given} pictures to learn from, not {count}: give it more, or "
+                f"never_had has {available} pictures to learn from, not {count}: give it more, or "
                 "fewer in pictures="
             )
 

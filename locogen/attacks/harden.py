@@ -100,7 +100,7 @@ def harden(
         )
     check_gradients()
     rounds = whole_number("rounds", rounds, 0)
-    made = picture_settings("harden", settings)
+    picture_options = picture_settings("harden", settings)
     options = Options(
         steps=steps,
         at=(steps,),
@@ -129,7 +129,7 @@ def harden(
             seeds=(),
             scorer=cast(Any, None),  # nothing is judged
             store=place / "pictures",
-            settings={"progress": progress, **made.as_dict()},
+            settings={"progress": progress, **picture_options.as_dict()},
         )
         # Before a training: what cannot be edited, or said, should not cost one.
         if rounds:

@@ -490,19 +490,23 @@ def steps_and_stops(
     """
     count = STEPS.get(kind, 0) if steps is None else whole_number("steps", steps, 0)
     stops = None if at is None else tuple(sorted(set(whole_numbers("at", at))))
-    if kind == "completion":
-        quarters = {of_picture * quarter // 4 for quarter in range(4)}
-        return 0, _within(kind, stops or tuple(sorted(quarters)), 0, of_picture - 1)
-    if kind == "inpaint":
-        # A smaller hole holds no latent: the picture itself would be judged.
-        return 0, _within(kind, stops or HOLES, smallest_hole(pipe), 100)
-    if kind in JUDGED_ON_THE_WAY and stops is not None:
-        return _last_of(stops, steps), stops
+    if kind in ("completion", "inpaint"):
+        return 0, _of_pictures(pipe, kind, stops, of_picture)
     if stops is not None:
-        judged = "by numbers of pictures=" if kind == "relearn" else "once"
-        raise LocogenError(f"at is {stops}, and {kind!r} is judged {judged}: leave out at=")
+        return _last_of(kind, stops, steps), stops
     # A model that is trained for no pictures is another one than the model itself.
     return count, (count,) if kind == "relearn" else tuple(sorted({0, count}))
+
+
+def _of_pictures(
+    pipe: Pipeline, kind: str, stops: tuple[int, ...] | None, of_picture: int
+) -> tuple[int, ...]:
+    """The first steps that a completion makes, or percents of the sides that a hole has."""
+    if kind == "inpaint":
+        # A smaller hole holds no latent: the picture itself would be judged.
+        return _within(kind, stops or HOLES, smallest_hole(pipe), 100)
+    quarters = tuple(sorted({of_picture * quarter // 4 for quarter in range(4)}))
+    return _within(kind, stops or quarters, 0, of_picture - 1)
 
 
 def _within(kind: str, stops: tuple[int, ...], least: int, most: int) -> tuple[int, ...]:
@@ -512,8 +516,11 @@ def _within(kind: str, stops: tuple[int, ...], least: int, most: int) -> tuple[i
     return stops
 
 
-def _last_of(stops: tuple[int, ...], steps: int | None) -> int:
+def _last_of(kind: str, stops: tuple[int, ...], steps: int | None) -> int:
     """Training ends where it is judged last."""
+    if kind not in JUDGED_ON_THE_WAY:
+        judged = "by numbers of pictures=" if kind == "relearn" else "once"
+        raise LocogenError(f"at is {stops}, and {kind!r} is judged {judged}: leave out at=")
     if steps is not None and steps != stops[-1]:
         raise LocogenError(
             f"steps is {steps}, and at is {stops}: training ends where it is judged last, so leave "

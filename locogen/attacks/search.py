@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from locogen.attacks.loss import DenoisingLoss, Draws, Noised
 from locogen.attacks.training import read_state, write_state
@@ -31,18 +31,22 @@ def vocabulary_of(pipe: Pipeline, words: Sequence[str] | None) -> list[int]:
     """
     tokenizer = pipe.tokenizer
     if words is not None:
-        strange = [word for word in words if not isinstance(word, str)]
-        if strange or not words:
-            raise LocogenError(f"vocabulary is {list(words)}: give words of one token each")
-        ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-        split = [word for word, pieces in zip(words, ids, strict=True) if len(pieces) != 1]
-        if split:
-            raise LocogenError(
-                f"vocabulary needs words of one token each, not {split[:3]}: leave them out"
-            )
-        return list(dict.fromkeys(pieces[0] for pieces in ids))
+        return _tokens_of(tokenizer, words)
     added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     return [token for token in sorted(tokenizer.get_vocab().values()) if token not in added]
+
+
+def _tokens_of(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The tokens of words that are one each."""
+    if not words or not all(isinstance(word, str) for word in words):
+        raise LocogenError(f"vocabulary is {list(words)}: give words of one token each")
+    pieces = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
+    split = [word for word in words if len(pieces[word]) != 1]
+    if split:
+        raise LocogenError(
+            f"vocabulary needs words of one token each, not {split[:3]}: leave them out"
+        )
+    return list(dict.fromkeys(ids[0] for ids in pieces.values()))
 
 
 def count_of(vocabulary: Sequence[int], tokens: int) -> int:
