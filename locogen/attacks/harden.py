@@ -92,7 +92,7 @@ def harden(
     """
     import torch
 
-    check_attackable(pipe)
+    check_attackable(pipe, "harden")
     if not isinstance(concept, Concept) or not isinstance(edit, Edit):
         raise LocogenError(
             f"harden takes a Concept and an Edit, not {type(concept).__name__} and "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from locogen.editing.weights import refuse_edited
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts, bare_calls
 from locogen.models.families import denoiser_of, family_of
@@ -23,8 +24,11 @@ ENCODED_AT_ONCE = 16  # pictures
 Denoiser = Callable[..., Any]
 
 
-def check_attackable(pipe: Pipeline) -> None:
-    """Raise `LocogenError` for a model whose training loss or text side is not known here."""
+def check_attackable(pipe: Pipeline, verb: str = "attack") -> None:
+    """Raise `LocogenError` for a model whose training loss or text side is not known here.
+
+    Or for one that is edited already: what it makes would be taken for the unedited model's.
+    """
     family = family_of(pipe)
     if family.name != SUPPORTED:
         raise LocogenError(
@@ -37,9 +41,10 @@ def check_attackable(pipe: Pipeline) -> None:
         )
     if active_contexts(pipe):
         raise LocogenError(
-            "the model is within another context, which the attack would take for a part of it: "
-            "call attack outside of it, and give it as the edit"
+            f"the model is within another context, which {verb} would take for a part of it: "
+            f"call {verb} outside of it, and give it as the edit"
         )
+    refuse_edited(pipe, verb)
     prediction = pipe.scheduler.config.prediction_type
     if prediction not in PREDICTIONS or not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise LocogenError(

@@ -212,6 +212,19 @@ def test_a_model_that_gradients_do_not_pass_is_refused(edit) -> None:
         check_attackable(half.unet)
 
 
+def test_a_model_that_is_edited_already_is_refused(pipe, edit, made) -> None:
+    other = fit_edit(pipe, CAT, layers=[3])
+    for applied in (edit, other):
+        with applied.applied(pipe):
+            for models in (["edited"], ["unedited"]):
+                with pytest.raises(LocogenError, match=r"edit of 'cat' is applied .* undo it"):
+                    attacked(pipe, edit, "noise", models=models)
+            with pytest.raises(LocogenError, match="harden applies edits itself"):
+                harden(pipe, CAT, edit, **FEW)
+    assert not made
+    check_attackable(pipe)  # the twin: it is undone
+
+
 def test_inference_mode_is_refused_where_something_is_trained(pipe, edit, made) -> None:
     with torch.inference_mode():
         with pytest.raises(LocogenError, match=r"torch\.inference_mode"):
