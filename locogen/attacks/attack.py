@@ -148,11 +148,11 @@ def attack(
 
     Raises:
         LocogenError: Another family of models, float16, an unknown kind or model, an option out of
-            its range, prompts that do not name the concept or are both learned from and judged, no
-            neighbors to judge by, a kind that needs weights, or as `generate`.
+            its range, prompts that do not name the concept, no neighbors to judge by, a kind that
+            needs weights, or as `generate`.
 
     Warns:
-        UserWarning: The edit is of another concept.
+        UserWarning: The edit is of another concept, or a prompt is in `training` and `held_out`.
 
     Example:
         >>> pipe = load("mini")
