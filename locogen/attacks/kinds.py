@@ -42,17 +42,18 @@ Kind = Literal[
 Context = Callable[[], Any]
 
 
-LARGEST_SEED = 2**40  # a step's draws are under a multiple of it, which torch takes up to 2**63
+LARGEST_SEED = 10**12  # a step's draws are under a multiple of it, which torch takes up to 2**63
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as a whole number; raises `LocogenError` for another one, or for True."""
-    wrong = LocogenError(f"{name} is {value!r}: give a whole number from {least} up")
+    limits = f"from {least} up" if most is None else f"from {least} to {most}"
+    wrong = LocogenError(f"{name} is {value!r}: give a whole number {limits}")
     try:
         whole = operator.index(value)
     except TypeError:
         raise wrong from None
-    if isinstance(value, bool) or whole < least:
+    if isinstance(value, bool) or whole < least or (most is not None and whole > most):
         raise wrong
     return whole
 
@@ -106,15 +107,14 @@ class Options:
 
     def _numbers(self) -> dict[str, Any]:
         """The numbers, checked, as plain ones: a file of the attack holds them."""
-        least = {"steps": 0, "batch": 1, "vectors": 1, "seed": -LARGEST_SEED}
+        least = {"steps": 0, "batch": 1, "vectors": 1}
         whole = {name: whole_number(name, getattr(self, name), low) for name, low in least.items()}
-        if whole["seed"] > LARGEST_SEED:
-            raise LocogenError(f"seed is {self.seed}: give a whole number up to {LARGEST_SEED}")
         pictures = whole_numbers("pictures", self.pictures)
         if len(set(pictures)) < len(pictures):
             raise LocogenError(f"pictures is {pictures}: give each number once")
         return whole | {
             "pictures": pictures,
+            "seed": whole_number("seed", self.seed, -LARGEST_SEED, LARGEST_SEED),
             "strength": number("strength", self.strength, -math.inf),
             "rate": number("rate", self.rate),
             "ridge": number("ridge", self.ridge),

@@ -35,7 +35,8 @@ def folder_of(folder: Any) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LocogenError(
-            f"folder is {str(path)!r}, which cannot be made ({error}): give a folder that can"
+            f"folder is {str(path)!r}, which is no folder and cannot be made one "
+            f"({error.strerror}): give another place"
         ) from None
     if not os.access(path, os.W_OK):
         raise LocogenError(f"nothing can be written into folder={str(path)!r}: give another one")
