@@ -113,7 +113,8 @@ class Options:
         if len(set(pictures)) < len(pictures):
             raise LocogenError(f"pictures is {pictures}: give each number once")
         return whole | {
-            "pictures": pictures,
+            # As all strengths: the last row of a model speaks for the attack.
+            "pictures": tuple(sorted(pictures)),
             "seed": whole_number("seed", self.seed, -LARGEST_SEED, LARGEST_SEED),
             "strength": number("strength", self.strength, -math.inf),
             "rate": number("rate", self.rate),

@@ -129,19 +129,6 @@ class Attack:
             )
         return pd.DataFrame(lines)
 
-    def strongest(self, level: float = 0.95) -> pd.DataFrame:
-        """Keep of the summary each model's line of the largest strength.
-
-        Args:
-            level: Coverage of the intervals.
-
-        Returns:
-            A table like that of `summary`, one row a model.
-        """
-        lines = self.summary(level)
-        places: Any = lines.groupby("model", sort=False)["strength"].idxmax()
-        return lines.loc[places]
-
     def sentence(self, level: float = 0.95) -> str:
         """Say in plain words what the attack brought back, with bounds and controls.
 
@@ -151,7 +138,7 @@ class Attack:
         Returns:
             One line.
         """
-        lines = self.strongest(level).set_index("model")
+        lines = self.summary(level).groupby("model", sort=False).tail(1).set_index("model")
         parts = []
         if "edited" in lines.index:
             edited = lines.loc["edited"]

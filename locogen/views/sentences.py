@@ -577,7 +577,7 @@ def _prompts_and_seeds(line: Any) -> str:
 
 def _attack_answer(attack: Attack, what: str) -> str:
     """What an attack brought back, and whether that says that the concept was only hidden."""
-    lines = attack.strongest().set_index("model")
+    lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
     words = _OF_PROMPTS[attack.kind]
     if "edited" not in lines.index:
         return f"The attack ({attack.kind}) was not made on the edited model."
