@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from locogen.attacks.goal import Goal, NeverHad, probes_of, words_in
-from locogen.attacks.kinds import KINDS, OF_WEIGHTS, Attacked, Attempt, Kind, Options
-from locogen.attacks.loss import check_attackable
+from locogen import __version__
+from locogen.attacks.goal import (
+    Goal,
+    NeverHad,
+    learned_and_judged,
+    picture_settings,
+)
+from locogen.attacks.kinds import (
+    KINDS,
+    LEARNING,
+    OF_WEIGHTS,
+    Attacked,
+    Attempt,
+    Kind,
+    Options,
+    check_goal,
+    steps_and_stops,
+)
+from locogen.attacks.loss import check_attackable, check_gradients
 from locogen.attacks.result import COLUMNS, Attack
+from locogen.attacks.training import folder_of, state_name
 from locogen.catalog import entry_of
+from locogen.console import current, open_bar
 from locogen.editing.control_edits import placebo_edit
 from locogen.editing.edit import Edit
 from locogen.editing.evaluation import Applicable
@@ -25,7 +43,7 @@ from locogen.editing.rivals.at_inference import AtInference
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts
 from locogen.interventions.words import digest
-from locogen.models.defaults import source_of
+from locogen.models.defaults import name_of, source_of
 from locogen.pictures import score
 from locogen.pictures.fingerprint import weights_of
 from locogen.plan import Concept, PromptPair, distinct_seeds
@@ -38,9 +56,8 @@ if TYPE_CHECKING:
 
 Model = Literal["edited", "unedited", "placebo", "never had"]
 MODELS: tuple[Model, ...] = get_args(Model)
-# What a kind counts where nothing else is said: steps, and AdamW's rate.
-STEPS = {"inversion": 200, "states": 100, "discrete": 20, "relearn": 100}
-HOLES = (50, 75)  # percent of a picture's sides
+LIBRARIES = ("torch", "diffusers", "transformers")  # whose versions are noted
+# AdamW's, where nothing else is said.
 RATES = {"inversion": 0.02, "states": 0.01, "relearn": 3e-4}
 
 
@@ -91,23 +108,28 @@ def attack(
             "completion": the unedited model makes the first steps. "noise": the best of the seeds.
             "inpaint": the middle of a picture of the concept is made anew, and only it is judged.
         strength: How many times the edit, or the placebo, is applied.
-        training: Prompt pairs to learn from; None: every other pair of the concept, from the first.
-        held_out: What is judged, on prompts that name the concept; None: its other pairs.
+        training: Prompt pairs to learn from; None: every other pair of the concept, from the
+            first, without those that are judged.
+        held_out: What is judged, on prompts that name the concept; None: every other pair, from
+            the second, without those that it learns from.
         seeds: Of the judged pictures.
         models: Which models are attacked; None: all four (see `Attack`), "never had" and "placebo"
             only where there is such a concept and such an edit.
-        steps: Steps of training or search; None: 200 (inversion), 100 (states, relearn), 20.
-        at: After how many steps it is judged; None: at 0 and at the end. For "completion": the
-            first steps of the edited model, None: 0 and the quarters. For "inpaint": how large the
-            hole is, in percent of the picture's sides, None: 50 and 75.
+        steps: Steps of training or search; None: the last of at=, else 200 (inversion), 100
+            (states, relearn), 20 (discrete).
+        at: For "inversion" and "states": after how many steps it is judged, the last of which ends
+            the training; None: at 0 and at the end. For "completion": the first steps of the
+            edited model, None: 0 and the quarters. For "inpaint": how large the hole is, in
+            percent of the picture's sides, None: 50 and 75. Other kinds are judged once.
         rate: AdamW's learning rate; None: 0.02 (inversion), 0.01 (states), 0.0003 (relearn).
         batch: Pictures in a step of training; of "discrete" in the loss that is searched.
         vectors: Token vectors, or tokens, in the place of the concept's words.
-        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words.
+        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words,
+            which need as many vectors as they have tokens; further vectors repeat the last.
         exhaustive: Whether "discrete" tries every combination instead of following gradients.
         vocabulary: Words of one token each that "discrete" may use; None: all.
-        pictures: How many pictures of the concept "relearn" sees, besides as many plain ones as
-            there are.
+        pictures: How many pictures of the concept "relearn" sees, besides plain ones, which are
+            half of what is drawn.
         trained: What "relearn" trains: keys and values, or the whole cross-attention layers.
         ridge: How much "closed" holds the states, as a share of the matrices' own size.
         seed: Of the attack's own draws.
@@ -116,8 +138,8 @@ def attack(
         never_had: A concept that the model never had; None: for an embedded model (mini, mini-b)
             the concept with red and blue exchanged, else none.
         scorer: What says whether the concept is shown: a scorer or its name; None: the catalog's.
-        folder: Where pictures and the state of trainings are kept, so that a stopped attack goes
-            on; None: nowhere. Several attacks may share it.
+        folder: Where pictures and the state of trainings and searches are kept, so that a stopped
+            attack goes on; None: nowhere. Several attacks may share it.
         progress: Whether to show progress bars.
         settings: `num_inference_steps`, `guidance_scale` and `batch_size` of `generate`.
 
@@ -125,12 +147,12 @@ def attack(
         An `Attack`.
 
     Raises:
-        LocogenError: Another family of models, float16, an unknown kind or model, prompts that do
-            not name the concept, no neighbors to judge by, a kind that needs weights, or as
-            `generate`.
+        LocogenError: Another family of models, float16, an unknown kind or model, an option out of
+            its range, prompts that do not name the concept, no neighbors to judge by, a kind that
+            needs weights, or as `generate`.
 
     Warns:
-        UserWarning: The edit is of another concept.
+        UserWarning: The edit is of another concept, or a prompt is in `training` and `held_out`.
 
     Example:
         >>> pipe = load("mini")
@@ -141,22 +163,25 @@ def attack(
         >>> attack(pipe, neon, edit, kind="noise", **few).table["model"].tolist()
         ['edited']
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise LocogenError(f"kind is {kind!r}: use one of {', '.join(KINDS)}")
     check_attackable(pipe)
     _check_types(concept, edit, vocabulary, placebo=placebo, never_had=never_had)
+    if kind in LEARNING:
+        check_gradients()
     _check_edit(kind, concept, edit)
-    steps = STEPS.get(kind, 0) if steps is None else steps
+    picture_options = picture_settings("attack", settings)
+    count, stops = steps_and_stops(pipe, kind, steps, at, picture_options.num_inference_steps)
     options = Options(
-        steps=steps,
-        at=_stops(kind, at, steps, settings),
+        steps=count,
+        at=stops,
         rate=RATES.get(kind, 0.0) if rate is None else rate,
         batch=batch,
         vectors=vectors,
         start=start,
         exhaustive=exhaustive,
         vocabulary=None if vocabulary is None else tuple(vocabulary),
-        pictures=tuple(pictures),
+        pictures=cast(Any, pictures),
         trained=trained,
         ridge=ridge,
         seed=seed,
@@ -164,20 +189,23 @@ def attack(
     )
     if never_had is None and _is_embedded(pipe):
         never_had = NeverHad()
-    with _kept(folder) as place:
+    pairs, probes = learned_and_judged(concept, training, held_out, learns=kind in LEARNING)
+    with _kept(folder) as place, open_bar(progress, "loading the scorer"):
         goal = Goal(
             pipe,
             concept,
-            training=tuple(concept.pairs[::2] if training is None else training),
-            probes=_held_out(concept, held_out),
+            training=pairs,
+            probes=probes,
             seeds=distinct_seeds(seeds),
             scorer=score.scorer_for(pipe, scorer),
             store=place / "pictures",
-            settings={"progress": False, **settings},
+            settings={"progress": progress, **picture_options.as_dict()},
         )
         attacked = _Attacked(goal, edit, placebo, never_had, options, kind, progress)
         attacked.keep = None if folder is None else place
-        return attacked.run(_models(models, never_had, has_placebo=attacked.has_placebo))
+        of_models = _models(models, never_had, has_placebo=attacked.has_placebo)
+        attacked.check(of_models)
+        return attacked.run(of_models)
 
 
 def _check_types(concept: Any, edit: Any, vocabulary: Any, *, placebo: Any, never_had: Any) -> None:
@@ -193,7 +221,7 @@ def _check_types(concept: Any, edit: Any, vocabulary: Any, *, placebo: Any, neve
         raise LocogenError(
             f"never_had is {never_had!r}: give a NeverHad, of pictures and a name or of neither"
         )
-    if isinstance(vocabulary, str):
+    if isinstance(vocabulary, str) or not isinstance(vocabulary, Iterable | None):
         raise LocogenError(f"vocabulary is {vocabulary!r}: give a list of words")
 
 
@@ -213,63 +241,6 @@ def _check_edit(kind: str, concept: Concept, edit: Applicable) -> None:
         )
 
 
-def _stops(
-    kind: str, at: Iterable[int] | None, steps: int, settings: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """After how many steps it is judged."""
-    if at is not None:
-        stops = tuple(sorted({int(stop) for stop in at}))
-        if not stops or stops[0] < 0:
-            raise LocogenError(f"at is {at!r}: give numbers of steps from 0 up")
-        _check_stops(kind, stops, settings)
-        return stops
-    if kind == "completion":
-        count = _picture_steps(settings)
-        return tuple(sorted({count * quarter // 4 for quarter in range(4)}))
-    if kind == "inpaint":
-        return HOLES
-    # A model that is trained for no pictures is another one than the model itself.
-    return (steps,) if kind == "relearn" else tuple(sorted({0, steps}))
-
-
-def _check_stops(kind: str, stops: tuple[int, ...], settings: Mapping[str, Any]) -> None:
-    """Completions end before the picture does, and a hole is no larger than it."""
-    most = None
-    if kind == "completion":
-        most = _picture_steps(settings) - 1
-    elif kind == "inpaint":
-        most = 100
-    if most is not None and stops[-1] > most:
-        raise LocogenError(f"at is {stops}: of {kind!r} give numbers up to {most}")
-
-
-def _picture_steps(settings: Mapping[str, Any]) -> int:
-    return int(settings.get("num_inference_steps") or 20)
-
-
-def _held_out(concept: Concept, held_out: Sequence[Probe] | None) -> tuple[Probe, ...]:
-    if held_out is None:
-        pairs = concept.pairs[1::2]
-        if not pairs:
-            raise LocogenError(
-                f"concept {concept.name!r} has one prompt pair, and an attack learns from some and "
-                "is judged on others: give it more, or training= and held_out="
-            )
-        return probes_of(concept, pairs)
-    probes = tuple(held_out)
-    for probe in probes:
-        words_in(concept, probe.prompt)  # before the attack: a mistake should not cost a training
-    silent = [probe.prompt for probe in probes if not set(probe.among) - {probe.text}]
-    if silent or not probes:
-        raise LocogenError(
-            f"held_out needs probes with among=, what else their pictures could show: {silent[:1]}"
-        )
-    prompts = [probe.prompt for probe in probes]
-    if len(set(prompts)) < len(prompts):
-        raise LocogenError("held_out has a prompt twice: each prompt is judged once")
-    return probes
-
-
 def _is_embedded(pipe: Any) -> bool:
     """Whether it is a model of the package, all of whose training pictures are known."""
     entry = entry_of(source_of(pipe))
@@ -281,14 +252,23 @@ def _models(
 ) -> tuple[Model, ...]:
     if models is None:
         return _known_models(never_had, has_placebo=has_placebo)
-    unknown = [one for one in models if one not in MODELS]
-    if unknown or not models:
-        raise LocogenError(f"models is {list(models)}: use some of {', '.join(MODELS)}")
-    if "never had" in models and never_had is None:
+    every = _names_of(models)
+    if "never had" in every and never_had is None:
         raise _unknown_control("concept", "that this model never had", "never_had")
-    if "placebo" in models and not has_placebo:
+    if "placebo" in every and not has_placebo:
         raise _unknown_control("placebo", "of this edit", "placebo")
-    return tuple(models)
+    return tuple(every)
+
+
+def _names_of(models: Any) -> list[Model]:
+    """The models that are asked for, each once."""
+    is_list = isinstance(models, Iterable) and not isinstance(models, str)
+    every: list[Model] = list(models) if is_list else []
+    if not every or not all(one in MODELS for one in every):
+        raise LocogenError(f"models is {models!r}: use a list of some of {', '.join(MODELS)}")
+    if len(set(every)) < len(every):
+        raise LocogenError(f"models is {every}: give each model once")
+    return every
 
 
 def _known_models(never_had: NeverHad | None, *, has_placebo: bool) -> tuple[Model, ...]:
@@ -306,7 +286,7 @@ def _unknown_control(thing: str, of_what: str, argument: str) -> LocogenError:
 def _kept(folder: str | Path | None) -> Iterator[Path]:
     """The folder, or one that is deleted in the end."""
     if folder is not None:
-        yield Path(folder)
+        yield folder_of(folder)
         return
     with tempfile.TemporaryDirectory() as temporary:
         yield Path(temporary)
@@ -339,6 +319,13 @@ class _Attacked:
         """Whether there is an edit about something else, or one can be made."""
         return self.placebo is not None or isinstance(self.edit, (Edit, AtInference))
 
+    def check(self, models: Sequence[Model]) -> None:
+        """Refuse what would fail in the middle of the attack on one of the models."""
+        if set(models) - {"never had"}:
+            check_goal(self.kind, self.goal, self.options)
+        if "never had" in models:
+            check_goal(self.kind, replace(self.goal, never_had=self.never_had), self.options)
+
     def run(self, models: Sequence[Model]) -> Attack:
         """Attack one model after the other."""
         import pandas as pd
@@ -350,8 +337,7 @@ class _Attacked:
         for model in models:
             goal, edit = self._target(model)
             label = f"{self.kind}, {model}"
-            key = self._key(model, edit, weights)
-            state = None if self.keep is None else self.keep / f"{self.kind}-{key}.safetensors"
+            state = self._state(goal, edit, weights)
             attacked = Attacked(goal, edit, self.options, state, label, self.progress)
             old = self._own_words(attacked)  # pictures
             for attempt in KINDS[self.kind](attacked):
@@ -366,7 +352,7 @@ class _Attacked:
             table=pd.concat(tables, ignore_index=True),
             tensors={name: values for name, values in tensors.items() if values},
             words=words,
-            settings=self._settings(),
+            settings=self._settings(models, weights),
         )
 
     def _target(self, model: Model) -> tuple[Goal, Applicable | None]:
@@ -408,6 +394,7 @@ class _Attacked:
         goal = attacked.goal
         with attempt.context():
             pictures = goal.pictures(attempt.prompts, is_stored=attempt.is_stored)
+        current().say("scoring pictures")
         new = goal.judge(pictures, attempt.view)
         old = goal.judge(old_pictures, attempt.view)
         lines = []
@@ -421,28 +408,46 @@ class _Attacked:
         )
         return _best_so_far(table, goal.seeds) if self.kind == "noise" else table
 
-    def _key(self, model: str, edit: Applicable | None, weights: str) -> str:
-        """A name for the state of a training: all that makes a difference to it."""
-        facts = self._settings() | {"model": model, "weights": weights}
-        facts["edit"] = _edit_key(self.goal.pipe, edit)
-        text = json.dumps(facts, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _state(self, goal: Goal, edit: Applicable | None, weights: str) -> Path | None:
+        """Where the state of a training is kept, by all that makes a difference to it."""
+        if self.keep is None:
+            return None
+        facts = goal.facts | {
+            "options": _as_plain(self.options),
+            "weights": weights,
+            "edit": _edit_key(goal.pipe, edit),
+        }
+        return self.keep / state_name(self.kind, facts)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, models: Sequence[Model], weights: str) -> dict[str, Any]:
         goal = self.goal
         never_had = self.never_had
-        pictures = () if never_had is None else never_had.pictures
+        placebo = self.placebo if "placebo" in models else None
         return {
             "concept": goal.concept.name,
+            "neighbors": list(goal.concept.neighbors),
             "kind": self.kind,
             **_as_plain(self.options),
+            "models": list(models),
             "training": [(pair.prompt, pair.target) for pair in goal.training],
+            "held_out": [asdict(probe) for probe in goal.probes],
             "seeds": list(goal.seeds),
             "scorer": goal.scorer.settings.get("scorer"),
+            "edit": _described(goal.pipe, self.edit),
             "edited_layers": list(getattr(self.edit, "layers", ())),
-            "never_had": [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in pictures],
+            "placebo": None if placebo is None else _described(goal.pipe, placebo),
+            "never_had": [] if never_had is None else never_had.facts["pictures"],
             **{name: value for name, value in goal.settings.items() if name != "progress"},
+            "model": name_of(goal.pipe),
+            "weights": weights,
+            "versions": {"locogen": __version__} | {name: version(name) for name in LIBRARIES},
         }
+
+
+def _described(pipe: Pipeline, edit: Applicable) -> dict[str, str]:
+    """An edit's name, and a hash of what it changes."""
+    changes = hashlib.sha256(" ".join(_edit_key(pipe, edit)).encode()).hexdigest()[:16]
+    return {"name": str(getattr(edit, "name", type(edit).__name__)), "digest": changes}
 
 
 def _as_plain(options: Options) -> dict[str, Any]:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from locogen.editing.probes import Probe
-from locogen.errors import LocogenError
-from locogen.phrasings import neighbor_texts, occurrences, phrase_in, shown_text, subject_in
+from locogen.errors import LocogenError, unknown
+from locogen.phrasings import (
+    Span,
+    neighbor_texts,
+    occurrences,
+    phrase_in,
+    shown_text,
+    subject_in,
+)
+from locogen.pictures.description import describe_pipeline, describe_scheduler
+from locogen.pictures.fingerprint import digest_of
 from locogen.pictures.runs import generate
 from locogen.pictures.score import probabilities
-from locogen.plan import Concept, PromptPair
+from locogen.plan import Concept, PromptPair, Settings
 from locogen.stats import Array
 from locogen.types import Pipeline
 
@@ -27,6 +40,7 @@ if TYPE_CHECKING:
 View = Callable[[Any], Any]  # what is looked at of a picture
 
 # Of the pictures that an attack learns from: far from the seeds that people judge pictures by.
+# Where these are too few, the next ones follow.
 LEARNING_SEEDS = (1_000, 1_001)
 
 
@@ -43,7 +57,7 @@ class NeverHad:
             pictures.
 
     Raises:
-        LocogenError: Pictures without a name, or a name without pictures.
+        LocogenError: Pictures without a name, a name without pictures, or what is no picture.
 
     Example:
         >>> NeverHad().exchanges_colors
@@ -54,7 +68,7 @@ class NeverHad:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pictures", tuple(self.pictures))
+        object.__setattr__(self, "pictures", _pictures_in(self.pictures))
         if bool(self.pictures) != bool(self.name):
             raise LocogenError(
                 "a concept that the model never had needs pictures= and name=, or neither: then "
@@ -65,6 +79,12 @@ class NeverHad:
     def exchanges_colors(self) -> bool:
         """Whether it is the concept with red and blue exchanged."""
         return not self.pictures
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is, as plain values."""
+        digests = [digest_of_picture(picture) for picture in self.pictures]
+        return {"name": self.name, "pictures": digests}
 
     def probe(self, probe: Probe, concept: Concept) -> Probe:
         """What a picture is asked instead of the probe."""
@@ -77,6 +97,26 @@ class NeverHad:
                 "place: give probes whose texts name the concept"
             )
         return replace(probe, text=text, among=(*probe.among, probe.text))
+
+
+def _pictures_in(pictures: Any) -> tuple[Any, ...]:
+    """Pictures as a tuple; raises `LocogenError` for one alone, or for names of files."""
+    from PIL.Image import Image
+
+    every = tuple(pictures) if isinstance(pictures, Iterable) else (None,)
+    strange = [one for one in every if not isinstance(one, Image)]
+    if strange:
+        raise LocogenError(
+            f"NeverHad has pictures={pictures!r:.80}: give a list of PIL pictures, such as "
+            "[PIL.Image.open(path)]"
+        )
+    return every
+
+
+def digest_of_picture(picture: Image) -> str:
+    """A hash of a picture's pixels and size."""
+    text = f"{picture.mode} {picture.size} ".encode()
+    return hashlib.sha256(text + picture.tobytes()).hexdigest()[:16]
 
 
 def exchanged(picture: Image) -> Image:
@@ -140,6 +180,25 @@ def words_in(concept: Concept, prompt: str) -> str:
     )
 
 
+def _facts_of(concept: Concept) -> dict[str, Any]:
+    """What of a concept says where its words are and what they begin with."""
+    return {
+        "name": concept.name,
+        "kind": concept.kind,
+        "answer": concept.answer,
+        "neighbors": list(concept.neighbors),
+        "first pair": asdict(concept.pairs[0]),
+    }
+
+
+def put_for(text: str, spans: Sequence[Span], token: str) -> str:
+    """The text with a token in the place of each of these spans, which are whole words."""
+    # From the right, so that the spans before keep their places.
+    for start, end in reversed(spans):
+        text = text[:start] + token + text[end:]
+    return text
+
+
 def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...]:
     """Probes that ask whether the concept is still shown, of a fact its old answer.
 
@@ -159,6 +218,145 @@ def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...
             )
         probes.append(Probe("efficacy", pair.prompt, text, among))
     return tuple(probes)
+
+
+def picture_settings(verb: str, settings: Mapping[str, Any]) -> Settings:
+    """How pictures are made; raises `LocogenError` for settings that `generate` does not have."""
+    names = [field.name for field in fields(Settings)]
+    for name in settings:
+        if name == "store":
+            raise LocogenError(f"{verb} keeps pictures in folder=: give that in place of store=")
+        if name not in names:
+            raise unknown(f"setting of {verb}", name, names)
+    guidance = settings.get("guidance_scale", 0)
+    if isinstance(guidance, bool) or not isinstance(guidance, Real):
+        raise LocogenError(f"guidance_scale is {guidance!r}: give it a number from 0 up (1 is off)")
+    plain = {name: _plain_number(value) for name, value in settings.items()}
+    return Settings(**plain)
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, for files; anything else as it is."""
+    return value.item() if isinstance(value, np.number) else value
+
+
+def training_pairs(training: Any) -> tuple[PromptPair, ...]:
+    """The pairs that are given to learn from; raises `LocogenError` for none, or for texts."""
+    pairs = tuple(training) if isinstance(training, Iterable) else ()
+    if not pairs or not all(isinstance(pair, PromptPair) for pair in pairs):
+        raise LocogenError(
+            f"training is {training!r:.80}: give a list of prompt pairs, such as concept.pairs[:4]"
+        )
+    return pairs
+
+
+def held_out_probes(concept: Concept, held_out: Any) -> tuple[Probe, ...]:
+    """The probes that are given to judge by; raises `LocogenError` for what cannot be judged."""
+    probes = tuple(held_out) if isinstance(held_out, Iterable) else ()
+    if not probes or not all(isinstance(probe, Probe) for probe in probes):
+        raise LocogenError(
+            f"held_out is {held_out!r:.80}: give a list of Probe, as from probes_for, or leave it "
+            "out for the concept's own"
+        )
+    for probe in probes:
+        words_in(concept, probe.prompt)
+    _check_judgeable(probes)
+    return probes
+
+
+def _check_judgeable(probes: Sequence[Probe]) -> None:
+    silent = [probe.prompt for probe in probes if not set(probe.among) - {probe.text}]
+    if silent:
+        raise LocogenError(
+            f"held_out needs probes with among=, what else their pictures could show: {silent[:1]}"
+        )
+    prompts = [probe.prompt for probe in probes]
+    if len(set(prompts)) < len(prompts):
+        raise LocogenError("held_out has a prompt twice: each prompt is judged once")
+
+
+def learned_and_judged(
+    concept: Concept,
+    training: Sequence[PromptPair] | None,
+    held_out: Sequence[Probe] | None,
+    *,
+    learns: bool,
+) -> tuple[tuple[PromptPair, ...], tuple[Probe, ...]]:
+    """What an attack learns from, and what it is judged on: other prompts.
+
+    Args:
+        concept: The concept.
+        training: As `attack` was asked for.
+        held_out: As `attack` was asked for.
+        learns: Whether it learns at all; else both may have the same prompts.
+
+    Raises:
+        LocogenError: Nothing is left for one of them.
+
+    Warns:
+        UserWarning: A prompt is given for both.
+    """
+    if held_out is None:
+        pairs = concept.pairs[::2] if training is None else training_pairs(training)
+        return pairs, probes_of(concept, _judged_pairs(concept, pairs, learns))
+    probes = held_out_probes(concept, held_out)
+    prompts = [probe.prompt for probe in probes]
+    if training is None:
+        return _learned_pairs(concept, prompts, learns), probes
+    pairs = training_pairs(training)
+    if learns:
+        _remark_overlap(pairs, prompts)
+    return pairs, probes
+
+
+def _judged_pairs(
+    concept: Concept, training: Sequence[PromptPair], learns: bool
+) -> tuple[PromptPair, ...]:
+    """Every other pair, from the second, without those that are learned from; else all others."""
+    prompts = [pair.prompt for pair in training]
+    pairs = _pairs_without(concept.pairs[1::2], prompts if learns else ())
+    pairs = pairs or _pairs_without(concept.pairs, prompts)
+    if not pairs:
+        raise LocogenError(
+            f"an attack learns from every prompt of {concept.name!r}, and is judged on others: "
+            "give the concept more pairs, or held_out=, or fewer pairs in training="
+        )
+    return pairs
+
+
+def _learned_pairs(concept: Concept, judged: Sequence[str], learns: bool) -> tuple[PromptPair, ...]:
+    """Every other pair, from the first, without those that are judged; else all others."""
+    pairs = _pairs_without(concept.pairs[::2], judged if learns else ())
+    pairs = pairs or _pairs_without(concept.pairs, judged)
+    if not pairs:
+        raise LocogenError(
+            f"every prompt of {concept.name!r} is in held_out=, and an attack learns from others: "
+            "give training=, or leave some out of held_out="
+        )
+    return pairs
+
+
+def _remark_overlap(training: Sequence[PromptPair], judged: Sequence[str]) -> None:
+    """Warn of prompts that are given for both: to choose an edit by them may be meant."""
+    apart = _pairs_without(training, judged)
+    overlap = [pair.prompt for pair in training if pair not in apart]
+    if overlap:
+        warnings.warn(
+            f"{overlap[0]!r} is in training= and in held_out=, as are {len(overlap)} prompts in "
+            "all: the attack is judged on what it learned from, which says nothing of other "
+            "prompts. Leave them out of one of the two",
+            stacklevel=4,
+        )
+
+
+def _pairs_without(pairs: Sequence[PromptPair], prompts: Sequence[str]) -> tuple[PromptPair, ...]:
+    """Those pairs whose prompts are none of these, whatever their case and white space."""
+    left_out = {_plain(prompt) for prompt in prompts}
+    return tuple(pair for pair in pairs if _plain(pair.prompt) not in left_out)
+
+
+def _plain(prompt: str) -> str:
+    return " ".join(prompt.casefold().split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +404,31 @@ class Goal:
         """The probes' prompts, in order."""
         return tuple(probe.prompt for probe in self.probes)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What pictures and captions to learn from depend on, but for the weights.
+
+        With them, the options and the edit, it names the state of a training.
+        """
+        scheduler = digest_of(describe_scheduler(self.pipe.scheduler))
+        never_had = self.never_had
+        return {
+            "concept": _facts_of(self.concept),
+            "training": [(pair.prompt, pair.target) for pair in self.training],
+            "settings": {name: self.settings[name] for name in self.settings if name != "progress"},
+            # Its noise levels and what it predicts are those of the loss.
+            "scheduler": scheduler[:16],
+            "pipeline": digest_of(describe_pipeline(self.pipe))[:16],
+            "never_had": None if never_had is None else never_had.facts,
+        }
+
     def with_token(self, prompt: str, token: str) -> str:
-        """The prompt with a token in the place of the words that name the concept."""
+        """The prompt with a token in the place of the words that name the concept, at each mention.
+
+        A mention that stayed would be what brings the concept back.
+        """
         words = words_in(self.concept, prompt)
-        return prompt.replace(words, token, 1)
+        return put_for(prompt, occurrences(prompt, words), token)
 
     @cached_property
     def learned(self) -> tuple[list[Image], list[PromptPair]]:
@@ -218,7 +437,36 @@ class Goal:
             pictures = list(self.never_had.pictures)
             pairs = [self.training[i % len(self.training)] for i in range(len(pictures))]
             return pictures, pairs
-        pictures, pairs = self._made([pair.prompt for pair in self.training])
+        return self._learned_under(LEARNING_SEEDS)
+
+    def learned_at_least(self, count: int) -> tuple[list[Image], list[PromptPair]]:
+        """`learned`, and further seeds' pictures where those are fewer than so many.
+
+        The first ones stay the same whatever the count is: they are made by themselves.
+
+        Raises `LocogenError` where the pictures are given and are too few.
+        """
+        pictures, pairs = self.learned
+        missing = count - len(pictures)
+        if missing <= 0:
+            return pictures, pairs
+        self.check_count(count)
+        first = LEARNING_SEEDS[-1] + 1
+        rounds = math.ceil(missing / len(self.training))
+        more, their_pairs = self._learned_under(range(first, first + rounds))
+        return pictures + more, pairs + their_pairs
+
+    def check_count(self, count: int) -> None:
+        """Raise `LocogenError` for more pictures than are given of what the model never had."""
+        available = len(self.never_had.pictures) if self.never_had is not None else 0
+        if available and count > available:
+            raise LocogenError(
+                f"never_had has {available} pictures to learn from, not {count}: give it more, or "
+                "fewer in pictures="
+            )
+
+    def _learned_under(self, seeds: Sequence[int]) -> tuple[list[Image], list[PromptPair]]:
+        pictures, pairs = self._made([pair.prompt for pair in self.training], seeds)
         if self.never_had is not None:
             pictures = self.as_never_had(pictures)
         return pictures, pairs
@@ -235,12 +483,14 @@ class Goal:
     @cached_property
     def plain(self) -> tuple[list[Image], list[PromptPair]]:
         """Pictures without the concept, of the training pairs' targets, and their pairs."""
-        return self._made([pair.target for pair in self.training])
+        return self._made([pair.target for pair in self.training], LEARNING_SEEDS)
 
-    def _made(self, prompts: Sequence[str]) -> tuple[list[Image], list[PromptPair]]:
+    def _made(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[list[Image], list[PromptPair]]:
         """Pictures by the model as it is: seed by seed, so that the first show different things."""
-        run = generate(self.pipe, prompts, seeds=LEARNING_SEEDS, store=self.store, **self.settings)
-        count = len(LEARNING_SEEDS)
+        run = generate(self.pipe, prompts, seeds=seeds, store=self.store, **self.settings)
+        count = len(seeds)
         pictures: list[Image] = []
         for place in range(count):
             pictures += run.pictures[place::count]  # those of one seed

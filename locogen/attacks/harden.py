@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,9 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from locogen.attacks.goal import Goal
-from locogen.attacks.kinds import Attacked, Options, inversion
-from locogen.attacks.loss import check_attackable
+from locogen.attacks.goal import Goal, picture_settings, put_for, training_pairs
+from locogen.attacks.kinds import Attacked, Options, check_words, inversion, whole_number
+from locogen.attacks.loss import check_attackable, check_gradients
+from locogen.attacks.training import folder_of, state_name
+from locogen.console import open_bar
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.interventions.words import digest
@@ -64,7 +64,8 @@ def harden(
         rate: AdamW's learning rate.
         batch: Pictures in a step.
         vectors: Token vectors in the place of the concept's words.
-        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words.
+        start: What the vectors begin with: the mean of the neighbors' words, or the "own" words,
+            which need as many vectors as they have tokens; further vectors repeat the last.
         seed: Of the first round's draws; each round takes the next.
         folder: Where pictures and the state of trainings are kept, so that a stopped call goes on;
             None: nowhere.
@@ -76,8 +77,9 @@ def harden(
         other layers, against the same ones.
 
     Raises:
-        LocogenError: Another family of models, float16, an option out of its range, an edit whose
-            phrasings do not name their subject, or as `fit_edit`.
+        LocogenError: Another family of models, float16, an option out of its range, a concept
+            that the edit is not about, an edit whose phrasings do not name their subject, or as
+            `fit_edit`.
 
     Example:
         >>> pipe = load("mini")
@@ -88,9 +90,17 @@ def harden(
         >>> list(harder.recipe["words"]), len(harder.recipe["phrasings"])
         (['<neon-1>'], 10)
     """
-    check_attackable(pipe)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
-        raise LocogenError(f"rounds is {rounds!r}: give a whole number from 0 up")
+    import torch
+
+    check_attackable(pipe, "harden")
+    if not isinstance(concept, Concept) or not isinstance(edit, Edit):
+        raise LocogenError(
+            f"harden takes a Concept and an Edit, not {type(concept).__name__} and "
+            f"{type(edit).__name__}: see concept() and fit_edit()"
+        )
+    check_gradients()
+    rounds = whole_number("rounds", rounds, 0)
+    picture_options = picture_settings("harden", settings)
     options = Options(
         steps=steps,
         at=(steps,),
@@ -106,24 +116,30 @@ def harden(
         seed=seed,
     )
     with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder
+        stack.enter_context(open_bar(progress))
+        if folder is None:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:
+            place = folder_of(folder)
         goal = Goal(
             pipe,
             concept,
-            training=tuple(concept.pairs[::2] if training is None else training),
+            training=concept.pairs[::2] if training is None else training_pairs(training),
             probes=(),
             seeds=(),
             scorer=cast(Any, None),  # nothing is judged
-            store=Path(place) / "pictures",
-            settings={"progress": False, **settings},
+            store=place / "pictures",
+            settings={"progress": progress, **picture_options.as_dict()},
         )
+        # Before a training: what cannot be edited, or said, should not cost one.
+        if rounds:
+            check_words(goal, options)
+            _against(edit, concept, torch.zeros(0, 0))
         hardened = edit
         for number in range(rounds):
             of_round = replace(options, seed=seed + number)
             label = f"round {number + 1} of {rounds}"
-            vectors_found = _trained(
-                Attacked(goal, hardened, of_round, Path(place), label, progress)
-            )
+            vectors_found = _trained(Attacked(goal, hardened, of_round, place, label, progress))
             hardened = _against(hardened, concept, vectors_found).refit(pipe)
     return hardened
 
@@ -132,26 +148,20 @@ def _trained(attacked: Attacked) -> Tensor:
     """Vectors that bring the concept back, (vectors, width)."""
     state = attacked.state
     if state is not None:
-        state = state / f"harden-{_key(attacked)}.safetensors"
+        state = state / state_name("harden", _facts(attacked))
     [attempt] = inversion(replace(attacked, state=state))
     [values] = attempt.tensors.values()
     return values.detach().cpu()
 
 
-def _key(attacked: Attacked) -> str:
-    """A name for the state of a training: all that makes a difference to it."""
-    goal = attacked.goal
+def _facts(attacked: Attacked) -> dict[str, Any]:
+    """All that makes a difference to a training."""
     changes = attacked.edit.changes if isinstance(attacked.edit, Edit) else {}
-    facts = {
-        "concept": goal.concept.name,
-        "training": [(pair.prompt, pair.target) for pair in goal.training],
+    return attacked.goal.facts | {
         "options": asdict(attacked.options),
-        "settings": dict(goal.settings),
-        "weights": weights_of(goal.pipe),
+        "weights": weights_of(attacked.pipe),
         "edit": {name: digest(change.change) for name, change in changes.items()},
     }
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _against(edit: Edit, concept: Concept, vectors: Tensor) -> Edit:
@@ -159,7 +169,12 @@ def _against(edit: Edit, concept: Concept, vectors: Tensor) -> Edit:
     words = dict(edit.recipe.get("words", {}))
     plain = "".join(letter if letter.isalnum() else "-" for letter in concept.name.lower())
     token = f"<{plain}-{len(words) + 1}>"
-    phrasings = list(edit.recipe["phrasings"])
+    phrasings = list(edit.recipe.get("phrasings", ()))
+    if not phrasings:
+        raise LocogenError(
+            f"the edit of {edit.name!r} has no phrasings to put trained words into: give one from "
+            "fit_edit"
+        )
     named = _about(edit, concept, [one for one in phrasings if one["subject"] not in words])
     more = [vars(_spoken(Phrasing(**phrasing), token)) for phrasing in named]
     words[token] = vectors.tolist()
@@ -188,7 +203,4 @@ def _spoken(phrasing: Phrasing, token: str) -> Phrasing:
             f"the phrasing {phrasing.source!r} does not have its subject {phrasing.subject!r}, so "
             "there is no place for trained vectors: fit the edit with phrasings that do"
         )
-    source = phrasing.source
-    for start, end in reversed(spans):
-        source = source[:start] + token + source[end:]
-    return Phrasing(source, phrasing.target, token)
+    return Phrasing(put_for(phrasing.source, spans, token), phrasing.target, token)

@@ -31,6 +31,18 @@ def cropped(share: float) -> Callable[[Image], Image]:
     return crop
 
 
+def smallest_hole(pipe: Pipeline) -> int:
+    """The least percent of a picture's sides whose hole holds a latent, and its crop a pixel."""
+    latents = denoiser_of(pipe).config.sample_size
+    sides = (latents, latents * pipe.vae_scale_factor)
+    percents = range(1, 101)
+    return next(
+        percent
+        for percent in percents
+        if all(side > 2 * round(side * (1 - percent / 100) / 2) for side in sides)
+    )
+
+
 @dataclass(eq=False)
 class _Filling:
     """Which pictures the running call of the denoiser makes: they come in the order of the plan."""

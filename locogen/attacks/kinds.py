@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from locogen.attacks.goal import Goal, words_in
-from locogen.attacks.inpainting import cropped, filling
+from locogen.attacks.inpainting import cropped, filling, smallest_hole
 from locogen.attacks.loss import DenoisingLoss, latents_of
-from locogen.attacks.search import exhaustive_search, gradient_search, vocabulary_of
+from locogen.attacks.search import (
+    count_of,
+    exhaustive_search,
+    gradient_search,
+    vocabulary_of,
+)
 from locogen.attacks.states import changed_states, text_weights
 from locogen.attacks.training import optimize
 from locogen.attacks.weights import text_names, weights_now, with_weights, with_weights_from
@@ -23,7 +30,6 @@ from locogen.editing.evaluation import Applicable
 from locogen.errors import LocogenError
 from locogen.interventions.words import NewWord, digest, speaking, states_of, token_for
 from locogen.models.families import denoiser_of
-from locogen.plan import PromptPair
 from locogen.types import Pipeline
 
 if TYPE_CHECKING:
@@ -34,6 +40,39 @@ Kind = Literal[
     "inversion", "states", "closed", "discrete", "relearn", "completion", "noise", "inpaint"
 ]
 Context = Callable[[], Any]
+
+
+LARGEST_SEED = 10**12  # a step's draws are under a multiple of it, which torch takes up to 2**63
+
+
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """The value as a whole number; raises `LocogenError` for another one, or for True."""
+    limits = f"from {least} up" if most is None else f"from {least} to {most}"
+    wrong = LocogenError(f"{name} is {value!r}: give a whole number {limits}")
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise wrong from None
+    if isinstance(value, bool) or whole < least or (most is not None and whole > most):
+        raise wrong
+    return whole
+
+
+def whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    """Whole numbers from 0 up; raises `LocogenError` for none, for others, or for a text."""
+    every = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+    if not every:
+        raise LocogenError(f"{name} is {values!r}: give a list of whole numbers from 0 up")
+    return tuple(whole_number(name, value, 0) for value in every)
+
+
+def number(name: str, value: Any, least: float = 0.0) -> float:
+    """The value as a finite number; raises `LocogenError` for another one, or for True."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < least:
+        above = "finite number" if least == -math.inf else f"number from {least:g} up"
+        raise LocogenError(f"{name} is {value!r}: give a {above}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -55,26 +94,32 @@ class Options:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what no attack could do, before anything is trained."""
+        """Refuse what no attack could do, before anything is trained; numbers become Python's."""
         choices = {"start": ("neighbors", "own"), "trained": ("text matrices", "cross attention")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 words = ", ".join(map(repr, allowed))
                 raise LocogenError(f"{name} is {getattr(self, name)!r}: use one of {words}")
-        self._check_numbers()
+        if self.exhaustive not in (True, False):
+            raise LocogenError(f"exhaustive is {self.exhaustive!r}: give True or False")
+        for name, number in self._numbers().items():
+            object.__setattr__(self, name, number)
 
-    def _check_numbers(self) -> None:
-        for name, least in {"steps": 0, "batch": 1, "vectors": 1}.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise LocogenError(f"{name} is {value!r}: give a whole number from {least} up")
-        if not math.isfinite(self.strength):
-            raise LocogenError(f"strength is {self.strength}: give a finite number")
-        for name in ("rate", "ridge"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise LocogenError(f"{name} is {getattr(self, name)}: give a number from 0 up")
-        if not self.pictures or min(self.pictures) < 0:
-            raise LocogenError(f"pictures is {self.pictures}: give numbers from 0 up")
+    def _numbers(self) -> dict[str, Any]:
+        """The numbers, checked, as plain ones: a file of the attack holds them."""
+        least = {"steps": 0, "batch": 1, "vectors": 1}
+        whole = {name: whole_number(name, getattr(self, name), low) for name, low in least.items()}
+        pictures = whole_numbers("pictures", self.pictures)
+        if len(set(pictures)) < len(pictures):
+            raise LocogenError(f"pictures is {pictures}: give each number once")
+        return whole | {
+            # As all strengths: the last row of a model speaks for the attack.
+            "pictures": tuple(sorted(pictures)),
+            "seed": whole_number("seed", self.seed, -LARGEST_SEED, LARGEST_SEED),
+            "strength": number("strength", self.strength, -math.inf),
+            "rate": number("rate", self.rate),
+            "ridge": number("ridge", self.ridge),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,6 +297,8 @@ def discrete(model: Attacked) -> Iterator[Attempt]:
             tokens=options.vectors,
             batch=options.batch,
             seed=options.seed,
+            path=model.state,
+            label=model.label,
             progress=model.progress,
         )
     table = model.pipe.text_encoder.get_input_embeddings().weight.detach().float()
@@ -362,18 +409,16 @@ def _relearned(model: Attacked, count: int) -> Attempt:
 
 def _lesson(goal: Goal, count: int) -> tuple[list[Image], list[str]]:
     """Plain pictures and so many of the concept, which make up half of what is drawn; captions."""
-    pictures, pairs = goal.plain
-    captions = [pair.target for pair in pairs]
-    learned, of_concept = goal.learned
-    if count > len(learned):
-        raise LocogenError(
-            f"there are {len(learned)} pictures of the concept to learn from, not {count}: give "
-            "more training pairs, or fewer in pictures="
-        )
-    repeated = [i % count for i in range(len(pictures))] if count else []
-    more: list[Image] = [learned[i] for i in repeated]
-    words: list[PromptPair] = [of_concept[i] for i in repeated]
-    return pictures + more, captions + [pair.prompt for pair in words]
+    plain, plain_pairs = goal.plain
+    if not count:
+        return plain, [pair.target for pair in plain_pairs]
+    learned, pairs = goal.learned_at_least(count)
+    half = max(len(plain), count)  # the fewer ones are repeated
+    pictures = [plain[i % len(plain)] for i in range(half)]
+    captions = [plain_pairs[i % len(plain)].target for i in range(half)]
+    pictures += [learned[i % count] for i in range(half)]
+    captions += [pairs[i % count].prompt for i in range(half)]
+    return pictures, captions
 
 
 # --- without text --------------------------------------------------------------------------------
@@ -419,6 +464,121 @@ def inpaint(model: Attacked) -> Iterator[Attempt]:
             is_stored=False,
         )
 
+
+# --- what is asked for ---------------------------------------------------------------------------
+
+HOLES = (50, 75)  # percent of a picture's sides
+# Steps of training or search where nothing else is said.
+STEPS = {"inversion": 200, "states": 100, "discrete": 20, "relearn": 100}
+LEARNING = tuple(STEPS)  # kinds that learn from pictures
+JUDGED_ON_THE_WAY = ("inversion", "states")  # after several numbers of steps
+
+
+def steps_and_stops(
+    pipe: Pipeline, kind: str, steps: int | None, at: Iterable[int] | None, of_picture: int
+) -> tuple[int, tuple[int, ...]]:
+    """How many steps a kind trains or searches, and after how many it is judged.
+
+    Args:
+        pipe: The pipeline.
+        kind: The kind of attack.
+        steps: As `attack` was asked for.
+        at: As `attack` was asked for.
+        of_picture: Denoising steps of a picture.
+
+    Raises:
+        LocogenError: Numbers that the kind has no use for, or that contradict each other.
+    """
+    count = STEPS.get(kind, 0) if steps is None else whole_number("steps", steps, 0)
+    stops = None if at is None else tuple(sorted(set(whole_numbers("at", at))))
+    if kind in ("completion", "inpaint"):
+        return 0, _of_pictures(pipe, kind, stops, of_picture)
+    if stops is not None:
+        return _last_of(kind, stops, steps), stops
+    # A model that is trained for no pictures is another one than the model itself.
+    return count, (count,) if kind == "relearn" else tuple(sorted({0, count}))
+
+
+def _of_pictures(
+    pipe: Pipeline, kind: str, stops: tuple[int, ...] | None, of_picture: int
+) -> tuple[int, ...]:
+    """The first steps that a completion makes, or percents of the sides that a hole has."""
+    if kind == "inpaint":
+        # A smaller hole holds no latent: the picture itself would be judged.
+        return _within(kind, stops or HOLES, smallest_hole(pipe), 100)
+    quarters = tuple(sorted({of_picture * quarter // 4 for quarter in range(4)}))
+    return _within(kind, stops or quarters, 0, of_picture - 1)
+
+
+def _within(kind: str, stops: tuple[int, ...], least: int, most: int) -> tuple[int, ...]:
+    if stops[0] < least or stops[-1] > most:
+        what = "percent of the sides" if kind == "inpaint" else "steps of the picture"
+        raise LocogenError(f"at is {stops}: of {kind!r} give {what}, from {least} up to {most}")
+    return stops
+
+
+def _last_of(kind: str, stops: tuple[int, ...], steps: int | None) -> int:
+    """Training ends where it is judged last."""
+    if kind not in JUDGED_ON_THE_WAY:
+        judged = "by numbers of pictures=" if kind == "relearn" else "once"
+        raise LocogenError(f"at is {stops}, and {kind!r} is judged {judged}: leave out at=")
+    if steps is not None and steps != stops[-1]:
+        raise LocogenError(
+            f"steps is {steps}, and at is {stops}: training ends where it is judged last, so leave "
+            f"out steps=, or let at= end with {steps}"
+        )
+    return stops[-1]
+
+
+def check_goal(kind: str, goal: Goal, options: Options) -> None:
+    """Raise `LocogenError` for what would fail in the middle, before anything is made."""
+    never_had = goal.never_had
+    if never_had is not None:
+        for probe in goal.probes:
+            never_had.probe(probe, goal.concept)
+    if kind in _CHECKS:
+        _CHECKS[kind](goal, options)
+
+
+def check_words(goal: Goal, options: Options) -> None:
+    """Prompts have a place for a token, and the words to begin with are not cut."""
+    _check_places(goal)
+    words = words_in(goal.concept, goal.concept.pairs[0].prompt)
+    count = len(_ids(goal.pipe, words))
+    if options.start == "own" and options.vectors < count:
+        raise LocogenError(
+            f"{words!r} is {count} tokens, and vectors is {options.vectors}: start='own' would "
+            f"drop the rest, so give vectors={count}, or start='neighbors'"
+        )
+
+
+def _check_places(goal: Goal) -> None:
+    for prompt in [*(pair.prompt for pair in goal.training), *goal.prompts]:
+        words_in(goal.concept, prompt)
+
+
+def _check_vocabulary(goal: Goal, options: Options) -> None:
+    _check_places(goal)
+    vocabulary = vocabulary_of(goal.pipe, options.vocabulary)
+    if options.exhaustive:
+        count_of(vocabulary, options.vectors)
+
+
+def _check_counts(goal: Goal, options: Options) -> None:
+    goal.check_count(max(options.pictures))
+
+
+def _check_exchange(goal: Goal, options: Options) -> None:
+    if goal.never_had is not None:
+        goal.as_never_had(())
+
+
+_CHECKS: dict[str, Callable[[Goal, Options], None]] = {
+    "inversion": check_words,
+    "discrete": _check_vocabulary,
+    "relearn": _check_counts,
+    "inpaint": _check_exchange,
+}
 
 # Kinds that look at what an edit changed in the weights: why nothing else can be attacked so.
 OF_WEIGHTS = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from locogen.editing.weights import refuse_edited
 from locogen.errors import LocogenError
 from locogen.interventions.denoiser_calls import active_contexts, bare_calls
 from locogen.models.families import denoiser_of, family_of
@@ -23,26 +24,34 @@ ENCODED_AT_ONCE = 16  # pictures
 Denoiser = Callable[..., Any]
 
 
-def check_attackable(pipe: Pipeline) -> None:
-    """Raise `LocogenError` for a model whose training loss or text side is not known here."""
+def check_attackable(pipe: Pipeline, verb: str = "attack") -> None:
+    """Raise `LocogenError` for a model whose training loss or text side is not known here.
+
+    Or for one that is edited already: what it makes would be taken for the unedited model's.
+    """
     family = family_of(pipe)
-    if family.name != SUPPORTED or not hasattr(pipe, "text_encoder"):
+    if family.name != SUPPORTED:
         raise LocogenError(
             f"attacks are written for {SUPPORTED} (the mini model is one), and this "
             f"{type(pipe).__name__} is of {family.name}: attack a pipeline of that family"
         )
+    if not hasattr(pipe, "text_encoder"):
+        raise LocogenError(
+            f"{type(pipe).__name__} has no text encoder: give the whole pipeline, as from load()"
+        )
     if active_contexts(pipe):
         raise LocogenError(
-            "the model is within another context, which the attack would take for a part of it: "
-            "call attack outside of it, and give it as the edit"
+            f"the model is within another context, which {verb} would take for a part of it: "
+            f"call {verb} outside of it, and give it as the edit"
         )
+    refuse_edited(pipe, verb)
     prediction = pipe.scheduler.config.prediction_type
     if prediction not in PREDICTIONS or not hasattr(pipe.scheduler, "alphas_cumprod"):
         raise LocogenError(
             f"the scheduler {type(pipe.scheduler).__name__} predicts {prediction!r}, whose loss in "
             f"training is not known here: give the pipeline one of {', '.join(PREDICTIONS)}"
         )
-    if pipe.text_encoder.dtype.itemsize == 2 and "bfloat16" not in str(pipe.text_encoder.dtype):
+    if any(str(part.dtype).removeprefix("torch.") == "float16" for part in _differentiated(pipe)):
         raise LocogenError(
             "gradients vanish in float16: load the model with dtype='float32' or 'bfloat16'"
         )
@@ -50,6 +59,22 @@ def check_attackable(pipe: Pipeline) -> None:
         raise LocogenError(
             "the pipeline is offloaded, and gradients need its parts where they compute: load it "
             "without offload="
+        )
+
+
+def _differentiated(pipe: Pipeline) -> tuple[Any, ...]:
+    """What gradients pass."""
+    return pipe.text_encoder, denoiser_of(pipe)
+
+
+def check_gradients() -> None:
+    """Raise `LocogenError` where PyTorch has turned gradients off for good."""
+    import torch
+
+    if torch.is_inference_mode_enabled():
+        raise LocogenError(
+            "nothing can be trained within torch.inference_mode(): call this outside of it "
+            "(torch.no_grad() is no hindrance)"
         )
 
 

@@ -61,9 +61,11 @@ class Attack:
             tokens, pictures, or seeds, whatever the kind counts. `shown_…`: 1 if the concept's
             text fits best among its neighbors', before by the prompt's own words. `before`,
             `after`: its probability among them.
-        tensors: What was found, by model: tensors by name. Of vectors the name is the token.
+        tensors: What was found by the last step, by model: tensors by name. Of vectors the name is
+            the token.
         words: Tokens that were found, by model.
-        settings: Everything that the attack was made with.
+        settings: Everything that the attack was made with: the request, what it learned from and
+            was judged on, hashes of the edit and the model, versions.
 
     Example:
         >>> pipe = load("mini")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from locogen.attacks.loss import DenoisingLoss, Draws, Noised
+from locogen.attacks.training import read_state, write_state
+from locogen.console import open_bar
 from locogen.errors import LocogenError
 from locogen.interventions.words import NewWord, states_of
 from locogen.types import Pipeline
@@ -26,15 +31,33 @@ def vocabulary_of(pipe: Pipeline, words: Sequence[str] | None) -> list[int]:
     """
     tokenizer = pipe.tokenizer
     if words is not None:
-        ids = [tokenizer(word, add_special_tokens=False).input_ids for word in words]
-        split = [word for word, pieces in zip(words, ids, strict=True) if len(pieces) != 1]
-        if split or not ids:
-            raise LocogenError(
-                f"vocabulary needs words of one token each, not {split[:3]}: leave them out"
-            )
-        return list(dict.fromkeys(pieces[0] for pieces in ids))
+        return _tokens_of(tokenizer, words)
     added = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
     return [token for token in sorted(tokenizer.get_vocab().values()) if token not in added]
+
+
+def _tokens_of(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The tokens of words that are one each."""
+    if not words or not all(isinstance(word, str) for word in words):
+        raise LocogenError(f"vocabulary is {list(words)}: give words of one token each")
+    pieces = {word: tokenizer(word, add_special_tokens=False).input_ids for word in words}
+    split = [word for word in words if len(pieces[word]) != 1]
+    if split:
+        raise LocogenError(
+            f"vocabulary needs words of one token each, not {split[:3]}: leave them out"
+        )
+    return list(dict.fromkeys(ids[0] for ids in pieces.values()))
+
+
+def count_of(vocabulary: Sequence[int], tokens: int) -> int:
+    """How many candidates an exhaustive search tries; raises `LocogenError` for too many."""
+    count = len(vocabulary) ** tokens
+    if count > MOST_TRIED:
+        raise LocogenError(
+            f"{tokens} of {len(vocabulary)} tokens are {count} to try, more than {MOST_TRIED}: "
+            "give a smaller vocabulary=, or leave out exhaustive"
+        )
+    return count
 
 
 class Objective:
@@ -111,6 +134,45 @@ def _repeated(noised: Noised, count: int) -> Noised:
     )
 
 
+@dataclass
+class Search:
+    """How far a search is, and the best tokens so far: kept in a file, so that it can go on there.
+
+    Attributes:
+        path: The file; None: it is kept nowhere.
+        done: Candidates that were tried, or steps that were followed.
+        least: The least loss so far.
+        ids: The tokens of that loss; none yet: empty.
+    """
+
+    path: Path | None
+    done: int = 0
+    least: float = math.inf
+    ids: tuple[int, ...] = ()
+
+    @classmethod
+    def resumed(cls, path: Path | None) -> Search:
+        """The search as its file has it, or one that begins."""
+        search = cls(path)
+        read_state(path, search._take)
+        return search
+
+    def _take(self, tensors: dict[str, Tensor]) -> None:
+        self.ids = tuple(int(token) for token in tensors["ids"])
+        self.least = float(tensors["least"])
+        self.done = int(tensors["done"])
+
+    def note(self, done: int) -> None:
+        """So much is done: write it."""
+        import torch
+
+        self.done = done
+        if self.path is not None:
+            least = torch.tensor(self.least, dtype=torch.float64)
+            tensors = {"ids": torch.tensor(self.ids), "least": least, "done": torch.tensor(done)}
+            write_state(self.path, tensors)
+
+
 def exhaustive_search(
     pipe: Pipeline,
     token: str,
@@ -121,6 +183,8 @@ def exhaustive_search(
     tokens: int,
     batch: int,
     seed: int,
+    path: Path | None = None,
+    label: str = "search",
     progress: bool,
 ) -> list[int]:
     """The tokens of least loss, of all that there are.
@@ -129,24 +193,23 @@ def exhaustive_search(
         LocogenError: There are too many to try.
     """
     import torch
-    from tqdm import tqdm
 
-    count = len(vocabulary) ** tokens
-    if count > MOST_TRIED:
-        raise LocogenError(
-            f"{tokens} of {len(vocabulary)} tokens are {count} to try, more than {MOST_TRIED}: "
-            "give a smaller vocabulary=, or leave out exhaustive"
-        )
+    count = count_of(vocabulary, tokens)
     objective = Objective(pipe, token, loss, captions, tokens=tokens, batch=batch, seed=seed)
-    best: tuple[float, list[int]] = (float("inf"), [])
-    every = itertools.product(vocabulary, repeat=tokens)
-    with tqdm(total=count, desc="trying tokens", disable=not progress) as bar:
-        while part := list(itertools.islice(every, ROWS_AT_ONCE)):
+    search = Search.resumed(path)
+    left = itertools.islice(itertools.product(vocabulary, repeat=tokens), search.done, None)
+    thing = f"{label}: candidate"
+    with open_bar(progress) as bar, bar.counting(thing, count, search.done):
+        while part := list(itertools.islice(left, ROWS_AT_ONCE)):
             losses = objective.of(torch.tensor(part))  # (candidates,)
-            least = int(losses.argmin())
-            best = min(best, (float(losses[least]), list(part[least])))
-            bar.update(len(part))
-    return best[1]
+            place = int(losses.argmin())
+            best = min((search.least, search.ids), (float(losses[place]), part[place]))
+            search.least, search.ids = best
+            search.note(search.done + len(part))
+            bar.add(len(part))
+    if not search.ids:
+        raise LocogenError("the loss is no number for any token: load the model in float32")
+    return list(search.ids)
 
 
 def gradient_search(
@@ -160,6 +223,8 @@ def gradient_search(
     steps: int,
     batch: int,
     seed: int,
+    path: Path | None = None,
+    label: str = "search",
     progress: bool,
 ) -> list[int]:
     """Tokens of low loss: each step tries those that the gradient of one place points to.
@@ -168,24 +233,31 @@ def gradient_search(
     kept only where the true loss falls.
     """
     import torch
-    from tqdm import tqdm
 
     objective = Objective(pipe, token, loss, captions, tokens=tokens, batch=batch, seed=seed)
-    places = Draws(seed, 0).integers(len(vocabulary), tokens)
     words = torch.tensor(list(vocabulary))  # (vocabulary,)
-    ids = words[places]  # (tokens,)
-    least = float(objective.of(ids[None])[0])
-    for step in tqdm(range(steps), desc="following gradients", disable=not progress):
-        slope = objective.gradient(ids)  # (tokens, width)
-        place = step % tokens
-        vectors = objective.table[words.to(objective.table.device)]  # (vocabulary, width)
-        promise = -(vectors @ slope[place]).cpu()  # (vocabulary,)
-        top = words[promise.topk(min(CANDIDATES, len(words))).indices]
-        candidates = ids.repeat(len(top), 1)  # (candidates, tokens)
-        candidates[:, place] = top
-        losses = objective.of(candidates)
-        best = int(losses.argmin())
-        if float(losses[best]) < least:
-            least = float(losses[best])
-            ids = candidates[best]
-    return ids.tolist()
+    search = Search.resumed(path)
+    if not search.ids:
+        places = Draws(seed, 0).integers(len(vocabulary), tokens)
+        search.ids = tuple(words[places].tolist())
+        search.least = float(objective.of(torch.tensor([search.ids]))[0])
+        search.note(0)
+    thing = f"{label}: step"
+    with open_bar(progress) as bar, bar.counting(thing, steps, search.done):
+        for step in range(search.done, steps):
+            ids = torch.tensor(search.ids)  # (tokens,)
+            slope = objective.gradient(ids)  # (tokens, width)
+            place = step % tokens
+            vectors = objective.table[words.to(objective.table.device)]  # (vocabulary, width)
+            promise = -(vectors @ slope[place]).cpu()  # (vocabulary,)
+            top = words[promise.topk(min(CANDIDATES, len(words))).indices]
+            candidates = ids.repeat(len(top), 1)  # (candidates, tokens)
+            candidates[:, place] = top
+            losses = objective.of(candidates)
+            best = int(losses.argmin())
+            if float(losses[best]) < search.least:
+                search.least = float(losses[best])
+                search.ids = tuple(candidates[best].tolist())
+            search.note(step + 1)
+            bar.add(1)
+    return list(search.ids)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from locogen.console import open_bar
 from locogen.errors import LocogenError
 from locogen.files import replacing
 
@@ -15,6 +20,74 @@ if TYPE_CHECKING:
 KEEP_EVERY = 25  # steps after which the state is written
 
 Values = Mapping[str, "Tensor"]
+
+
+def folder_of(folder: Any) -> Path:
+    """The folder that was given for pictures and states, made where it is missing.
+
+    Raises:
+        LocogenError: It is none, or nothing can be written there.
+    """
+    if not isinstance(folder, str | os.PathLike):
+        raise LocogenError(f"folder is {folder!r}: give the path of a folder, or None")
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocogenError(
+            f"folder is {str(path)!r}, which is no folder and cannot be made one "
+            f"({error.strerror}): give another place"
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise LocogenError(f"nothing can be written into folder={str(path)!r}: give another one")
+    return path
+
+
+def state_name(kind: str, facts: Mapping[str, Any]) -> str:
+    """The name of the file of a state: another one for each fact that makes a difference."""
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.safetensors"
+
+
+def write_state(path: Path, tensors: Values) -> None:
+    """Write the state of a training or a search; a kill at any moment leaves the one before.
+
+    Raises:
+        LocogenError: The file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Each writer has a suffix of its own: two processes may make the same attack in one folder.
+    suffix = f"{os.getpid()}-{threading.get_ident()}.part"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, suffix) as part:
+            save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
+    except (OSError, SafetensorError) as error:
+        raise LocogenError(
+            f"{path} cannot be written ({error}): free some space there, or give another folder="
+        ) from None
+
+
+def read_state(path: Path | None, take: Callable[[dict[str, Tensor]], None]) -> None:
+    """Give what `write_state` wrote to `take`, if it wrote any.
+
+    Raises:
+        LocogenError: The file is damaged, or `take` does not find in it what it needs.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path is None or not path.exists():
+        return
+    try:
+        take(load_file(path))
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise LocogenError(
+            f"{path} is no state of this training or search, or a damaged one "
+            f"({type(error).__name__}: {error}): delete it, and it begins anew"
+        ) from None
 
 
 def optimize(
@@ -48,18 +121,20 @@ def optimize(
         LocogenError: The loss is no number.
     """
     import torch
-    from tqdm import tqdm
 
     ends = sorted(set(stops))
     values = {name: value.detach().clone().requires_grad_() for name, value in start.items()}
     optimizer = torch.optim.AdamW(list(values.values()), lr=rate)
     training = _Training(values, optimizer, path)
     training.resume()
-    with tqdm(total=ends[-1], initial=training.step, desc=label, disable=not progress) as bar:
+    with (
+        open_bar(progress) as bar,
+        bar.counting(f"{label}: step", ends[-1], training.step),
+    ):
         for end in ends:
             while training.step < end:
                 training.follow(loss_at, label)
-                bar.update()
+                bar.add(1)
                 if training.step % KEEP_EVERY == 0:
                     training.write()
             training.snapshot()
@@ -108,9 +183,8 @@ class _Training:
             self.snapshots[self.step] = copies
 
     def write(self) -> None:
-        """Write the state; a kill at any moment leaves the one before."""
+        """Write the state, if it is kept."""
         import torch
-        from safetensors.torch import save_file
 
         if self.path is None:
             return
@@ -121,27 +195,11 @@ class _Training:
                 tensors[f"{part}/{name}"] = moment
         for step, values in self.snapshots.items():
             tensors |= {f"after {step}/{name}": value for name, value in values.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as part:
-            save_file({name: value.contiguous().clone() for name, value in tensors.items()}, part)
+        write_state(self.path, tensors)
 
     def resume(self) -> None:
-        """Take values, moments and snapshots from the file, if there is one.
-
-        Raises `LocogenError` for a file that is none.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        if self.path is None or not self.path.exists():
-            return
-        try:
-            self._take(load_file(self.path))
-        except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-            raise LocogenError(
-                f"{self.path} is no state of this training, or a damaged one "
-                f"({type(error).__name__}: {error}): delete it, and the training begins anew"
-            ) from None
+        """Take values, moments and snapshots from the file, if there is one."""
+        read_state(self.path, self._take)
 
     def _take(self, tensors: dict[str, Tensor]) -> None:
         import torch
