@@ -14,6 +14,7 @@ from locogen import stats
 from locogen.console import current, open_bar
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
+from locogen.editing.weights import refuse_edited
 from locogen.errors import LocogenError
 from locogen.files import AUTO
 from locogen.pictures import score
@@ -130,7 +131,8 @@ def evaluate(
         of their features, if the scorer has features. `lpips`: if that package is installed.
 
     Raises:
-        LocogenError: No arm or no probe, an edit of another model, and as `generate`.
+        LocogenError: No arm or no probe, a model that is edited already, an edit of another model,
+            and as `generate`.
 
     Example:
         >>> pipe = load("mini")
@@ -145,6 +147,7 @@ def evaluate(
 
     if not arms or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
+    refuse_edited(pipe, "evaluate")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
     with open_bar(progress, "loading the scorer") as bar:

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 from locogen.editing.closed_form import to_float64
 from locogen.errors import LocogenError
+from locogen.interventions.denoiser_calls import active_contexts
 from locogen.models.compilation import uncompiled_module
 from locogen.models.families import denoiser_of
 from locogen.models.offload import kept, weight_of
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 COMPILED = "_orig_mod"  # the attribute under which torch.compile keeps the module that it wraps
 # Cosine from which a LoRA and an edit count as the same change. Rounding lowers it by about 1e-6.
 SAME_DIRECTION = 0.999
+# How the labels of contexts begin that remove a concept without a change of weights.
+AT_INFERENCE = ("steering ", "orthogonal values ", "clamp ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,6 +270,32 @@ def is_applied(denoiser: Module, change: WeightChange) -> bool:
     """Whether the change, or one that is equal to it, is applied."""
     state = _STATES.get(uncompiled_module(denoiser), _State())
     return any(applied.change.key == change.key for applied in state.applied)
+
+
+def refuse_edited(pipe: Pipeline, verb: str) -> None:
+    """Refuse a model that is edited already, for a verb whose "before" is the model without edits.
+
+    Args:
+        pipe: The pipeline.
+        verb: Who asks, such as "evaluate", for the message.
+
+    Raises:
+        LocogenError: An edit is applied, or the call is within one that holds at inference.
+    """
+    applied = _STATES.get(denoiser_of(pipe), _State()).applied
+    if applied:
+        edits = " + ".join(repr(one.change.name) for one in applied)
+        raise LocogenError(
+            f"the edit of {edits} is applied to this model, and {verb} applies edits itself: what "
+            f"it calls unedited would be edited. Give {verb} the edit, and undo it first: "
+            "edit.undo_(pipe), undo_all(pipe), or the end of its applied(pipe)"
+        )
+    within = [label for label in active_contexts(pipe) if label.startswith(AT_INFERENCE)]
+    if within:
+        raise LocogenError(
+            f"{verb} is called within an edit that holds at inference ({within[0].split()[0]}), "
+            f"and applies edits itself: call {verb} outside of that context and give it the edit"
+        )
 
 
 def remove_change(denoiser: Module, change: WeightChange) -> None:

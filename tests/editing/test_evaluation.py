@@ -18,6 +18,8 @@ from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import _grid, _paired_means, compare, evaluate, lead, summary
 from locogen.editing.probes import Probe, probes_for, prompt_kind_probes
 from locogen.errors import LocogenError
+from locogen.interventions.clamping import Selection, clamp
+from locogen.interventions.denoiser_calls import announced
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
 from locogen.views import plots
@@ -431,6 +433,19 @@ def test_bad_input(pipe, edit) -> None:
         evaluate(pipe, {"x": edit}, (), scorer=Colors())
     with pytest.raises(LocogenError, match="measure is 'speed'"):
         Probe("speed", "a", "b")  # pyright: ignore
+
+
+def test_a_model_that_is_edited_already_is_refused(pipe, edit) -> None:
+    settings: dict[str, Any] = dict(seeds=[0], scorer=Colors(), progress=False)
+    settings |= dict(num_inference_steps=1, store=None)
+    with edit.applied(pipe), pytest.raises(LocogenError, match=r"edit of 'cat' .* undo it first"):
+        evaluate(pipe, {"x": edit}, PROBES[:1], **settings)
+    places = Selection({(2, "v"): (0,)})
+    with clamp(pipe, places, to="zero"), pytest.raises(LocogenError, match=r"\(clamp\).* outside"):
+        evaluate(pipe, {"x": ()}, PROBES[:1], **settings)
+    evaluate(pipe, {"x": ()}, PROBES[:1], **settings)  # the twin: outside of both
+    with announced(pipe, "speed bfloat16"):  # a context that is no edit
+        evaluate(pipe, {"x": ()}, PROBES[:1], **settings)
 
 
 def test_plot_shows_every_arm_and_measure(table) -> None:
