@@ -1,6 +1,7 @@
 """What an edit did, measured on a tiny model with a scorer whose answers are known."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -385,7 +386,53 @@ def test_facts_ask_for_an_object_without_its_name() -> None:
     assert [probe.prompt for probe in implicit] == ["the animal of france"]
     assert "cat" in implicit[0].text and implicit[0].sign == -1
     new_answer = prompt_kind_probes(fact)[0]
-    assert new_answer.comes and new_answer.text == "a dog"
+    assert new_answer.comes and new_answer.text == "a picture of a dog"
+
+
+def test_a_fact_is_judged_among_its_old_answer_and_its_neighbors() -> None:
+    pairs = [
+        PromptPair(
+            f"a picture of the animal of france in {style}", f"a picture of a dog in {style}"
+        )
+        for style in ("red", "blue")
+    ]
+    known = dict(answer="a cat", neighbors=("a cat", "a frog"))
+    fact = Concept("animal of france", "fact", tuple(pairs), **known)  # pyright: ignore
+    efficacy = probes_for(fact)[0]
+    assert efficacy.among == (
+        "a picture of a dog in red",
+        "a picture of the animal of france in red",
+        "a picture of a cat in red",
+        "a picture of a frog in red",
+    )
+    # The name alone asks for no style, so that none is in its texts.
+    by_measure = {probe.measure: probe for probe in prompt_kind_probes(fact)}
+    answers = ("a picture of a dog", "a picture of a cat", "a picture of a frog")
+    for measure in ("name", "short"):
+        assert by_measure[measure].text == answers[0]
+        assert by_measure[measure].among == (*answers, "a picture of the animal of france")
+    assert by_measure["long"].among == probes_for(fact)[-2].among
+    # As a neighbor it is looked for by its prompt, as before; so are styles and objects.
+    neighbor = probes_for(STYLE, [fact])[-2]
+    assert neighbor.among == (pairs[0].prompt, pairs[0].target)
+    own = Concept("president", "fact", (PromptPair("the president", "a dog", text="a face"),))
+    assert prompt_kind_probes(own)[0].text == "a face"
+
+
+def test_what_is_judged_against_nothing_is_neither_right_nor_wrong(pipe) -> None:
+    alone = Concept("cat", "style", (PromptPair("a dog in cat", ""),))
+    assert probes_for(alone)[0].among == ()
+    assert len(probes_for(alone, [OTHER])[0].among) == 2, "the twin"
+    named = replace(alone, neighbors=("red",))
+    assert probes_for(named)[0].among == ("a dog in cat", "a dog in red")
+    probe = Probe("efficacy", "a dog in cat", "red", ("red",))
+    settings: dict[str, Any] = dict(seeds=[0], scorer=Colors(), progress=False)
+    near = Probe("specificity", "a dog in ca", "blue", ("red", "blue"))
+    arms = {"x": (), "y": ()}
+    table = evaluate(pipe, arms, [probe, near], num_inference_steps=1, **settings)
+    assert table[table["measure"] == "efficacy"]["right_after"].isna().all()
+    with pytest.raises(LocogenError, match=r"of 'a dog in cat': its probe names nothing else"):
+        lead(table, "x")
 
 
 def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
@@ -431,6 +478,14 @@ def test_bad_input(pipe, edit) -> None:
         evaluate(pipe, {}, PROBES, scorer=Colors())
     with pytest.raises(LocogenError, match="nothing to evaluate"):
         evaluate(pipe, {"x": edit}, (), scorer=Colors())
+    with pytest.raises(LocogenError, match="arms is of type Edit: give what is compared by name"):
+        evaluate(pipe, edit, PROBES, scorer=Colors())
+    for arm in (None, [edit, None], "cat"):
+        with pytest.raises(LocogenError, match=r"the arm 'x' has .*, which is no edit"):
+            evaluate(pipe, {"x": arm}, PROBES, scorer=Colors())  # pyright: ignore
+    for setting in ("attacks", "num_inference_step", "plan_or_prompts"):
+        with pytest.raises(LocogenError, match=f"no setting of evaluate '{setting}'"):
+            evaluate(pipe, {"x": edit}, PROBES, scorer=Colors(), **{setting: 1})
     with pytest.raises(LocogenError, match="measure is 'speed'"):
         Probe("speed", "a", "b")  # pyright: ignore
 
