@@ -537,8 +537,9 @@ def _edit_answer(line: Any, comes: bool, attacks: Sequence[Attack]) -> str:
     own_words = f"By its own words {what} is shown in {_bounded_share(line)}"
     if not _has_moved(line, comes):
         # What an attack brings of a concept that is still shown was never hidden.
-        doubt = "it does not clearly come" if comes else "it is not clearly removed"
-        return own_words + f"; {doubt}" + (", so attacks say nothing" if attacks else "")
+        doubt = "that it came" if comes else "that it was removed"
+        note = ", so attacks say nothing" if attacks else ""
+        return f"{own_words}; {doubt} is not certain{note}"
     if not attacks:
         return f"{own_words}; nobody tried to bring {'the old answer' if comes else 'it'} back"
     return f"{own_words}; {_attacks_answer(attacks, line, comes)}"

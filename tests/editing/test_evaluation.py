@@ -17,13 +17,14 @@ from locogen.editing import likeness
 from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import _grid, _paired_means, compare, evaluate, lead, summary
-from locogen.editing.probes import Probe, probes_for, prompt_kind_probes
+from locogen.editing.probes import MEASURES, Probe, probes_for, prompt_kind_probes
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.denoiser_calls import announced
+from locogen.pages.exploring import pairs
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
-from locogen.views import plots
+from locogen.views import plots, tables
 from locogen.views.sentences import describe_edit
 
 STYLE = Concept(
@@ -508,14 +509,32 @@ def test_plot_shows_every_arm_and_measure(table) -> None:
     ax = plots.plot_evaluation(lines, marked="carrier")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["carrier ★", "none", "twice"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [
-        "efficacy",
-        "generality",
-        "specificity",
+        "its own prompts ↓",
+        "in other words ↓",
+        "its neighbors ↑",
     ]
+    alike = plots.plot_evaluation(lines, quantity="ssim").get_legend().get_texts()
+    assert alike[0].get_text() == "its own prompts", "the twin: no way is good"
     drawn = sorted(round(float(x), 9) for c in ax.containers for x in c.lines[0].get_xdata())  # pyright: ignore
     assert drawn == sorted(round(float(x), 9) for x in lines.query("quantity == 'right'").after)
     with pytest.raises(LocogenError, match="no quantity 'fid'"):
         plots.plot_evaluation(lines, quantity="fid")
+
+
+def test_a_page_says_each_measure_in_words_and_which_way_is_good(table) -> None:
+    lines = summary(table)
+    rows = tables.evaluation_table(lines, "carrier")
+    assert list(rows.index) == ["its own prompts ↓", "in other words ↓", "its neighbors ↑"]
+    right = lines[(lines.arm == "carrier") & (lines.quantity == "right")].iloc[0]
+    low, high = round(100 * right.after_low), round(100 * right.after_high)
+    assert rows["after [95 %]"].iloc[0] == f"{100 * right.after:.0f} % [{low}, {high}]"
+    assert rows["pictures"].tolist() == ["2", "2", "2"] and rows["prompts"].tolist() == ["1"] * 3
+    # The twin: what is neither right nor wrong has no arrow and no share.
+    unjudged = tables.evaluation_table(lines[lines.quantity != "right"], "carrier")
+    assert unjudged.index[0] == "its own prompts" and unjudged["after [95 %]"].iloc[0] == "–"
+    assert set(MEASURES) == set(tables.MEASURE_WORDS) == {*pairs.GROUPS, "chance"} & set(MEASURES)
+    with pytest.raises(LocogenError, match="no arm 'x'"):
+        tables.evaluation_table(lines, "x")
 
 
 def test_wilson_covers() -> None:

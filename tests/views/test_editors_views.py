@@ -192,7 +192,7 @@ def test_what_own_words_still_show_is_not_hidden() -> None:
     attacked = [tried(("edited", 1.0, 0.8, 1.0), ("never had", 0.0, 0.0, 0.23))]
     left = pd.DataFrame([line("layer 3", "efficacy", 0.94, 0.7, 1.0, sign=-1)])
     text = answer_edit(left, "layer 3", "neon", attacked)
-    assert text.endswith("; it is not clearly removed, so attacks say nothing.")
+    assert text.endswith("; that it was removed is not certain, so attacks say nothing.")
     assert "hidden" not in text
     # Removed in part: the attack has to bring clearly more than is left.
     for high, is_hidden in ((0.85, False), (0.7, True)):
@@ -201,6 +201,6 @@ def test_what_own_words_still_show_is_not_hidden() -> None:
         assert text.endswith("hidden, not gone.") == is_hidden
     # The interval of the change decides, where there is one.
     paired = left.assign(change=-0.06, low=-0.09, high=-0.02)
-    assert "not clearly removed" not in answer_edit(paired, "layer 3", "neon", attacked)
+    assert "is not certain" not in answer_edit(paired, "layer 3", "neon", attacked)
     stays = OWN.assign(sign=1, before=0.0, after_low=0.0, after_high=0.37)
-    assert "it does not clearly come" in answer_edit(stays, "layer 3", "france")
+    assert "that it came is not certain." in answer_edit(stays, "layer 3", "france")
