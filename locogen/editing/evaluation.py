@@ -494,7 +494,7 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
 
 def _check_judged(part: pd.DataFrame, measure: str) -> None:
     """Raise where pictures are neither right nor wrong, since nothing else could be shown."""
-    unjudged = part[part["right_after"].isna()]
+    unjudged: Any = part[part["right_after"].isna()]
     if len(unjudged):
         raise LocogenError(
             f"{measure} has pictures that are neither right nor wrong, such as of "
