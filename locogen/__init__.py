@@ -109,7 +109,7 @@ _PUBLIC = {
         "describe_trace",
         "share_text",
     ),
-    "views.tables": ("describe", "strip_rows"),
+    "views.tables": ("describe", "evaluation_table", "strip_rows"),
     "views.widgets": ("explore",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

@@ -228,6 +228,7 @@ from .views.sentences import (
 )
 from .views.tables import (
     describe as describe,
+    evaluation_table as evaluation_table,
     strip_rows as strip_rows,
 )
 from .views.widgets import (

@@ -230,6 +230,11 @@ def _add_questions(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     edit.add_argument("--tokens", help="states to edit: last_subject, subject, end or all")
     edit.add_argument("--becomes", metavar="TEXT", help="what the concept should turn into")
     edit.add_argument(
+        "--attacks",
+        metavar="KINDS",
+        help="also try to bring it back, such as closed,inversion (`loco.attack_kinds()`)",
+    )
+    edit.add_argument(
         "--lora", type=Path, metavar="FILE.safetensors", help="also write the edit as LoRA here"
     )
 
@@ -464,6 +469,7 @@ _PARAMETERS = {
     "ridge": "ridge",
     "tokens": "tokens",
     "becomes": "becomes",
+    "attacks": "attacks",
 }
 
 

@@ -216,6 +216,7 @@ def test_models_of_ones_own_can_be_asked(tmp_path, monkeypatch):
         ("--ridge=nan", "ridge is nan: give a finite number above 0"),
         ("--ridge=inf", "ridge is inf: give a finite number above 0"),
         ("--tokens=first", "tokens is 'first'"),
+        ("--attacks=closd", "attacks is 'closd': no name 'closd'"),
     ],
 )
 @pytest.mark.parametrize("layers", [(), ("--layers", "8-9")])
@@ -231,5 +232,5 @@ def test_an_edit_is_refused_before_its_first_step(
     assert reason in capsys.readouterr().err
     assert not begun and not (tmp_path / "x").exists()
     # The twin: a value that the edit takes begins.
-    assert __main__.main([*command, "--ridge=0.5"]) in (0, 2)
-    assert begun
+    assert __main__.main([*command, "--ridge=0.5", "--attacks=closed"]) in (0, 2)
+    assert begun and (not layers or 'attacks = "closed"' in begun[0].read_text())

@@ -15,7 +15,7 @@ from locogen.console import current, open_bar
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.editing.weights import refuse_edited
-from locogen.errors import LocogenError
+from locogen.errors import LocogenError, unknown
 from locogen.files import AUTO
 from locogen.pictures import score
 from locogen.pictures.default_store import Place
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Quantities with a value before and one after an edit: their columns.
 BEFORE_AND_AFTER = {"score": ("before", "after"), "right": ("right_before", "right_after")}
+OF_GENERATE = ("num_inference_steps", "guidance_scale", "batch_size")  # settings for pictures
 # Quantities of a pair of pictures: the smallest and the largest value that they can have.
 OF_PAIRS = {"ssim": (-1.0, 1.0), "distance": (0.0, 2.0), "lpips": (0.0, np.inf)}
 
@@ -131,8 +132,8 @@ def evaluate(
         of their features, if the scorer has features. `lpips`: if that package is installed.
 
     Raises:
-        LocogenError: No arm or no probe, a model that is edited already, an edit of another model,
-            and as `generate`.
+        LocogenError: No arm or no probe, an arm that is no edit, an unknown setting, a model that
+            is edited already, an edit of another model, and as `generate`.
 
     Example:
         >>> pipe = load("mini")
@@ -145,8 +146,10 @@ def evaluate(
     """
     import pandas as pd
 
-    if not arms or not probes:
+    edits_of = _edits_of(arms)
+    if not edits_of or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
+    _check_settings(settings)
     refuse_edited(pipe, "evaluate")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
@@ -161,15 +164,42 @@ def evaluate(
             {"store": store, "progress": progress, **settings},
         )
         # Of all arms at once: the bar then says how long all of them take.
-        bar.expect("picture", len(prompts) * len(seeds) * (1 + len(arms)))
+        bar.expect("picture", len(prompts) * len(seeds) * (1 + len(edits_of)))
         old = measuring.measure((), strength)
         tables = []
-        for name, edits in arms.items():
-            edits = list(edits) if isinstance(edits, Sequence) else [edits]
+        for name, edits in edits_of.items():
             new = measuring.measure(edits, strength) if edits else old
             tables.append(measuring.table(old, new).assign(arm=name))
     table = pd.concat(tables, ignore_index=True)
     return table.loc[:, ["arm", *table.columns.drop("arm")]]
+
+
+def _edits_of(arms: Any) -> dict[str, list[Applicable]]:
+    """Each arm's edits as a list, empty for none."""
+    if not isinstance(arms, Mapping):
+        raise LocogenError(
+            f"arms is of type {type(arms).__name__}: give what is compared by name, such as "
+            '{"edit": edit, "no edit": ()}'
+        )
+    edits_of = {}
+    for name, given in arms.items():
+        are_several = isinstance(given, Sequence) and not isinstance(given, str)
+        edits = list(given) if are_several else [given]
+        for edit in edits:
+            if not hasattr(edit, "applied"):
+                raise LocogenError(
+                    f"the arm {name!r} has {edit!r}, which is no edit: give one, as from fit_edit "
+                    "or edit_with, a list of several, or () for none"
+                )
+        edits_of[str(name)] = edits
+    return edits_of
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what `generate` does not know, or what evaluate sets itself."""
+    for name in settings:
+        if name not in OF_GENERATE:
+            raise unknown("setting of evaluate", name, OF_GENERATE)
 
 
 @dataclass(frozen=True)
@@ -248,7 +278,8 @@ class _Measuring:
         if not other_scores:
             return own_scores, np.full(len(self.rows), np.nan)
         highest = np.max(other_scores, axis=0)  # (rows,)
-        comparable = np.array([bool(row.probe.among) for row in self.rows])
+        # Its own text alone would always be the best of all.
+        comparable = np.array([bool(set(row.probe.among) - {row.probe.text}) for row in self.rows])
         return own_scores, np.where(comparable, own_scores >= highest, np.nan)
 
     def table(self, old: _Measured, new: _Measured) -> pd.DataFrame:
@@ -419,7 +450,8 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
         A table of `rival estimate low high`, one row another arm; above 0 the arm is better.
 
     Raises:
-        LocogenError: The table lacks the arm, others, or one of the two measures.
+        LocogenError: The table lacks the arm, others, or one of the two measures, or these have
+            pictures that are neither right nor wrong.
 
     Example:
         >>> import pandas as pd
@@ -443,6 +475,8 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
             f"(the table has {', '.join(map(str, table['arm'].unique()))}), with efficacy and "
             "specificity, as from probes_for(concept, others)"
         )
+    for measure in measures:
+        _check_judged(parts[arm, measure], measure)
     lines = []
     for rival in rivals:
         estimate = 0.0
@@ -456,6 +490,17 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
             above = np.hypot(above, gap.above)
         lines.append((rival, estimate, estimate - below, estimate + above))
     return pd.DataFrame(lines, columns=["rival", "estimate", "low", "high"])
+
+
+def _check_judged(part: pd.DataFrame, measure: str) -> None:
+    """Raise where pictures are neither right nor wrong, since nothing else could be shown."""
+    unjudged: Any = part[part["right_after"].isna()]
+    if len(unjudged):
+        raise LocogenError(
+            f"{measure} has pictures that are neither right nor wrong, such as of "
+            f"{unjudged['prompt'].iloc[0]!r}: its probe names nothing else that they could show; "
+            "give the concept a target or neighbors, or the probe among="
+        )
 
 
 class _Gap(NamedTuple):

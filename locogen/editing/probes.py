@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from locogen.errors import LocogenError
-from locogen.phrasings import neighbor_texts, occurrences, phrase_in, shown_text, subject_in
+from locogen.phrasings import (
+    exchanged,
+    neighbor_texts,
+    occurrences,
+    phrase_in,
+    shown_text,
+    subject_in,
+)
 from locogen.plan import Concept, PromptPair, paraphrase
 
 Measure = Literal[
@@ -77,7 +84,8 @@ def probes_for(concept: Concept, others: Sequence[Concept] = ()) -> tuple[Probe,
     paraphrase has none), the neighbors' prompts (specificity), and the concept's targets, unless
     they are empty (ordinary). A picture is right if its own text scores highest: among the same
     text with the neighbors of its kind instead, and the text without the concept. A fact's text
-    names the new answer, so there an edit should make the picture right.
+    names the new answer, so there an edit should make the picture right: among the old answer and
+    the concept's `neighbors`. Where nothing else could be shown, it is neither right nor wrong.
 
     Args:
         concept: The concept that is edited.
@@ -175,15 +183,25 @@ def _name_probes(concept: Concept, neighbors: Sequence[str]) -> list[Probe]:
     words = phrase_in(concept, concept.pairs[0]) if concept.kind != "style" else concept.name
     frame = "a picture in the style of {}" if concept.kind == "style" else "a picture of {}"
     short = frame.format(words)
-    if concept.kind == "fact":
-        first = concept.pairs[0]
-        text = concept.scored_text(first)
-        among = _alternatives(concept, first, text, ())
-    else:
-        text = short
-        among = (text, *[frame.format(name) for name in neighbors], "a picture")
+    text = short
+    among = (text, *[frame.format(name) for name in neighbors], "a picture")
     comes = concept.kind == "fact"
+    if comes:
+        text, among = _answers_to(concept, frame)
     return [Probe("name", words, text, among, comes), Probe("short", short, text, among, comes)]
+
+
+def _answers_to(concept: Concept, frame: str) -> tuple[str, tuple[str, ...]]:
+    """The text of a fact's new answer alone, and those of all answers: what its name asks for."""
+    first = concept.pairs[0]
+    new = exchanged(first)[1]
+    if new is None or first.text or concept.text:  # only the whole text says what the answer is
+        text = concept.scored_text(first)
+        return text, _alternatives(concept, first, text, ())
+    answers = [new, *([concept.answer] if concept.answer else []), *concept.neighbors]
+    texts = [frame.format(answer) for answer in answers]
+    asked = frame.format(phrase_in(concept, first))
+    return texts[0], tuple(dict.fromkeys([*texts, asked]))
 
 
 def _rest_probes(concept: Concept, pair: PromptPair) -> list[Probe]:
@@ -227,19 +245,29 @@ def _probes_of(concept: Concept, pair: PromptPair, neighbors: Sequence[str]) -> 
 def _alternatives(
     concept: Concept, pair: PromptPair, text: str, neighbors: Iterable[str]
 ) -> tuple[str, ...]:
-    """The texts that one picture could show, its own first, each once and none empty."""
+    """The texts that one picture could show, its own first; () where there is no other.
+
+    Each once, and none is empty.
+    """
     texts = [text]
     if concept.kind == "fact":
-        # The new answer and the old one, under the name that asks for it.
         texts += [pair.target, pair.prompt]
+        # Of the edited one, not of a neighbor that is looked for by its prompt: the old answer as a
+        # picture of it, and other answers.
+        if text != pair.prompt:
+            texts += [shown_text(concept, pair), *neighbor_texts(concept, pair)]
     else:
         # The same scene with each neighbor in the concept's place, and without any of them.
         words = _words_of(concept)
         texts += [pair.prompt.replace(words, neighbor) for neighbor in neighbors]
         texts.append(pair.target)
     # Nothing can be scored against an empty text.
-    nonempty = [each for each in texts if each]
-    return tuple(dict.fromkeys(nonempty))
+    nonempty = tuple(dict.fromkeys(each for each in texts if each))
+    if len(nonempty) > 1:
+        return nonempty
+    # Its own text alone would always be the best of all: so what the concept itself names, if any.
+    others = neighbor_texts(concept, pair)
+    return (text, *others) if others else ()
 
 
 def _words_of(concept: Concept) -> str:

@@ -22,6 +22,7 @@ from locogen.views.tables import (
     curves,
     describe,
     effect_matrix,
+    measure_label,
     missing,
     score_matrix,
     strip_rows,
@@ -336,7 +337,7 @@ _MEASURES = {
     "implicit": ("X", "#c51b7d"),
     "rest": ("p", "#1b7837"),
 }
-_OTHER_MEASURE = ("d", "#762a83")  # an attack's
+_ATTACKS = (("d", "#762a83"), ("h", "#9e57ab"), ("8", "#40004b"), ("H", "#5e4fa2"))  # in turn
 _QUANTITIES = {
     "right": "share of pictures that show what the prompt says",
     "score": "mean CLIP-score (cosine)",
@@ -355,8 +356,8 @@ def plot_evaluation(
 ) -> Axes:
     """Draw what each arm of an evaluation did: filled marks after, hollow ones before.
 
-    One line an arm, one mark a measure: efficacy should go (come, for a fact's new answer),
-    specificity stay.
+    One line an arm, one mark a measure. An arrow says where fewer right pictures are better (↓: of
+    what should go), and where more (↑: of what should stay, or of a fact's new answer).
 
     Args:
         summary: From `locogen.editing.evaluation.summary`.
@@ -383,12 +384,19 @@ def plot_evaluation(
         quantities = ", ".join(dict.fromkeys(summary["quantity"]))
         raise LocogenError(f"the summary has no quantity {quantity!r}: it has {quantities}")
     arms = list(dict.fromkeys(rows["arm"]))
-    ax = axes_for(ax, (7.5, 1.4 + 0.36 * len(arms)))
     measures = _in_order(rows["measure"])
+    ax = axes_for(ax, (7.5, 1.4 + max(0.36, 0.12 * len(measures)) * len(arms)))
+    step = min(0.22, 0.88 / len(measures))  # so that marks hide neither each other nor other arms'
     for place, measure in enumerate(measures):
-        shift = 0.22 * (place - (len(measures) - 1) / 2)  # so that marks do not hide each other
+        shift = step * (place - (len(measures) - 1) / 2)
         part = rows[rows["measure"] == measure]
-        _draw_measure(ax, part, [arms.index(arm) + shift for arm in part["arm"]], measure)
+        # What likeness is good depends on what should stay: no arrow for it.
+        is_signed = quantity in ("right", "score") and "sign" in part
+        label = measure_label(measure, part["sign"].iloc[0] if is_signed else 0)
+        heights = [arms.index(arm) + shift for arm in part["arm"]]
+        # Measures without a mark of their own, attacks, are the last.
+        mark = _MEASURES.get(measure) or _ATTACKS[(len(measures) - place - 1) % len(_ATTACKS)]
+        _draw_measure(ax, part, heights, mark, label)
     names = [f"{arm} ★" if arm == marked else arm for arm in arms]
     ax.set_yticks(range(len(arms)), [plain_label(name, 34) for name in names])
     ax.set_ylim(len(arms) - 0.5, -0.5)  # the first arm on top
@@ -405,9 +413,11 @@ def _in_order(measures: Iterable[str]) -> list[str]:
     return marked + [name for name in present if name not in _MEASURES]
 
 
-def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -> None:
+def _draw_measure(
+    ax: Axes, part: Any, heights: Sequence[float], mark: tuple[str, str], label: str
+) -> None:
     """One measure of several arms, each at its height."""
-    marker, color = _MEASURES.get(measure, _OTHER_MEASURE)
+    marker, color = mark
     after = part["after"].to_numpy(float)
     # Errorbars take distances, and none below zero; without an interval there is no bar.
     below = (after - part["after_low"]).clip(lower=0).fillna(0)
@@ -416,7 +426,7 @@ def _draw_measure(ax: Axes, part: Any, heights: Sequence[float], measure: str) -
         hollow = {"mfc": "none", "mec": color, "alpha": 0.6, "markersize": 5}
         ax.plot(part["before"], heights, marker, **hollow)
     filled = {"fmt": marker, "color": color, "capsize": 2, "markersize": 5}
-    ax.errorbar(after, heights, xerr=np.stack([below, above]), label=measure, **filled)
+    ax.errorbar(after, heights, xerr=np.stack([below, above]), label=label, **filled)
 
 
 def figure_size(matrix: pd.DataFrame) -> tuple[float, float]:

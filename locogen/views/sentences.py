@@ -480,13 +480,15 @@ def answer_edit(
         attacks: From `attack`, on this edit.
 
     Returns:
-        A sentence or two: what own words still show, with the number of prompts and the bound that
-        so many prompts allow; and for each attack what it brought back, beside what the same attack
-        brings of a concept that the model never had; and what of the neighbors is still shown, with
-        the change, which is "no clear change" where its interval holds zero.
-        "Hidden, not gone" only where the interval of the first is above that of the second. Where
-        the unedited model does not show the concept either, or has the new answer of a fact
-        already, nothing is said of the edit. Of one or two seeds it says what intervals are worth.
+        One line: what own words still show, with the number of prompts and the bound that so many
+        prompts allow, and what the strongest attack brought back, beside what the same attack
+        brings of a concept that the model never had. `describe_edit` and `Attack.sentence` have
+        the details: other words, the neighbors, every attack.
+        "Hidden, not gone" only where own words clearly show less than before, and the interval of
+        the attack is above theirs and above that of what it teaches. Where the edit does not
+        clearly remove the concept by its own words, attacks say nothing. Where the unedited model
+        does not show it either, or has the new answer of a fact already, nothing is said of the
+        edit. Of one or two seeds it says what intervals are worth.
 
     Raises:
         LocogenError: The summary lacks the arm, or its own prompts.
@@ -497,8 +499,7 @@ def answer_edit(
         >>> row |= {"sign": -1, "before": 1.0, "after": 0.0, "after_low": 0.0, "after_high": 0.459}
         >>> print(answer_edit(pd.DataFrame([row]), "layer 3", "neon"))
         Is neon gone? By its own words it is shown in none of the pictures of 6 prompts: in at most
-        46 % of such prompts, with 95 % confidence. Nobody tried to bring it back: this says nothing
-        of other words, nor of somebody who tries.
+        46 % of such prompts, with 95 % confidence; nobody tried to bring it back.
     """
     of_arm: Any = summary[(summary["quantity"] == "right") & (summary["arm"] == arm)]
     rows: Any = of_arm[of_arm["measure"] == "efficacy"]
@@ -510,47 +511,47 @@ def answer_edit(
     line = rows.iloc[0]
     comes = line.get("sign", -1) > 0
     question = f"Does {concept} get its new answer?" if comes else f"Is {concept} gone?"
-    parts = [question, *(_unanswerable(line, comes) or _edit_answer(line, comes, attacks))]
-    near: Any = of_arm[of_arm["measure"] == "specificity"]
-    if not near.empty:
-        neighbors = near.iloc[0]
-        bounds = f"{percent(neighbors['after_low'])} to {percent(neighbors['after_high'])}"
-        parts.append(
-            f"Its neighbors are shown in {percent(neighbors['after'])} of their pictures ({bounds},"
-            f" n = {number(neighbors['units'], 0)}; {percent(neighbors['before'])} before"
-            f"{_change_of_share(neighbors)})."
-        )
-    text = " ".join(parts)
-    return f"{text.removesuffix('.')}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
+    answer = _unanswerable(line, comes) or _edit_answer(line, comes, attacks)
+    return f"{question} {answer}{few_seeds_note(_least_seeds(rows, 'seeds'))}."
 
 
-def _unanswerable(line: Any, comes: bool) -> list[str]:
-    """Why nothing can be said of an edit; empty where the unedited model had what should change."""
+def _unanswerable(line: Any, comes: bool) -> str:
+    """Why nothing can be said of an edit; "" where the unedited model had what should change."""
     units = _prompts_and_seeds(line)
     if not comes and line["before"] == 0:
-        return [
+        return (
             f"Nothing can be said: the model without the edit shows it in none of the pictures of "
-            f"{units} either. Ask with prompts whose pictures show it."
-        ]
+            f"{units} either. Ask with prompts whose pictures show it"
+        )
     if comes and line["before"] >= 1:
-        return [
+        return (
             f"Nothing can be said: the model without the edit gives it in all pictures of {units}. "
-            "Ask for a fact that it does not give yet."
-        ]
-    return []
+            "Ask for a fact that it does not give yet"
+        )
+    return ""
 
 
-def _edit_answer(line: Any, comes: bool, attacks: Sequence[Attack]) -> list[str]:
-    """What the edited model shows by the concept's own words, and under attacks."""
+def _edit_answer(line: Any, comes: bool, attacks: Sequence[Attack]) -> str:
+    """What the edited model shows by the concept's own words, and under the strongest attack."""
     what = "the new answer" if comes else "it"
-    again = "The old answer" if comes else "It"
-    tried = [_attack_answer(attack, again) for attack in attacks]
+    own_words = f"By its own words {what} is shown in {_bounded_share(line)}"
+    if not _has_moved(line, comes):
+        # What an attack brings of a concept that is still shown was never hidden.
+        doubt = "that it came" if comes else "that it was removed"
+        note = ", so attacks say nothing" if attacks else ""
+        return f"{own_words}; {doubt} is not certain{note}"
     if not attacks:
-        tried = [
-            "Nobody tried to bring it back: this says nothing of other words, nor of somebody who "
-            "tries."
-        ]
-    return [f"By its own words {what} is shown in {_bounded_share(line)}.", *tried]
+        return f"{own_words}; nobody tried to bring {'the old answer' if comes else 'it'} back"
+    return f"{own_words}; {_attacks_answer(attacks, line, comes)}"
+
+
+def _has_moved(line: Any, comes: bool) -> bool:
+    """Whether an edit clearly changed a share in the direction that is meant."""
+    low, high = (line.get(end, math.nan) for end in ("low", "high"))
+    if math.isnan(low) or math.isnan(high):  # a table without changes: by the bounds of the share
+        low = line["after_low"] - line["before"]
+        high = line["after_high"] - line["before"]
+    return low > 0 if comes else high < 0
 
 
 def _bounded_share(line: Any) -> str:
@@ -575,21 +576,37 @@ def _prompts_and_seeds(line: Any) -> str:
     return prompts if math.isnan(seeds) else f"{prompts} × {counted(seeds, 'seed')}"
 
 
-def _attack_answer(attack: Attack, what: str) -> str:
-    """What an attack brought back, and whether that says that the concept was only hidden."""
-    lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
-    words = _OF_PROMPTS[attack.kind]
-    if "edited" not in lines.index:
-        return f"The attack ({attack.kind}) was not made on the edited model."
+def _attacks_answer(attacks: Sequence[Attack], line: Any, comes: bool) -> str:
+    """What the attack that brought most back says, first of those that show what was hidden."""
+    made = []
+    for attack in attacks:
+        lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
+        if "edited" in lines.index:
+            made.append((attack.kind, lines))
+    if not made:
+        return "no attack was made on the edited model"
+    # By the new answer of a fact nothing is known of how often the old one is shown.
+    most = 0.0 if comes else line["after_high"]
+    kind, lines = max(made, key=lambda one: (_is_hidden(one[1], most), one[1].loc["edited"].after))
     back = lines.loc["edited"]
-    text = f"{what} is shown in {_attacked_share(back)} {words}"
+    again = "the old answer" if comes else "it"
+    which = "an attack" if len(made) == 1 else f"the strongest of {len(made)} attacks"
+    text = f"under {which} ({kind}) {again} is shown in {_attacked_share(back)}"
     if "never had" not in lines.index:
-        return f"{text}; what the attack can teach was not measured."
-    taught = lines.loc["never had"]
-    text = f"{text}, and a concept that the model never had in {_attacked_share(taught)}"
-    if back["low"] > taught["high"]:
-        return f"{text}: hidden, not gone."
-    return f"{text}: this does not show that it was only hidden."
+        return f"{text}; what the attack can teach was not measured"
+    taught = _attacked_share(lines.loc["never had"])
+    text = f"{text}, and a concept that the model never had in {taught}"
+    if _is_hidden(lines, most):
+        return f"{text}: hidden, not gone"
+    return f"{text}: this does not show that it was only hidden"
+
+
+def _is_hidden(lines: Any, most: float) -> bool:
+    """Whether an attack brings more than it teaches, and more than `most`, of own words."""
+    if "never had" not in lines.index:
+        return False
+    back = lines.loc["edited", "low"]
+    return bool(back > lines.loc["never had", "high"] and back > most)
 
 
 def _attacked_share(line: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from locogen.errors import LocogenError
-from locogen.markup import interval_text, percent
+from locogen.markup import interval_text, number, percent
 from locogen.plan import Window
 from locogen.views.sentences import describe_verdict, few_seeds_note, verdict_note
 
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 CONTROLS = ("baseline", "placebo", "ceiling")
 GAP = ""  # the empty column between the windows and the controls
 NUMBERS = ("estimate", "low", "high")
+# Measures of an edit → what is looked at; any other is a kind of attack.
+MEASURE_WORDS = {
+    "efficacy": "its own prompts",
+    "generality": "in other words",
+    "specificity": "its neighbors",
+    "ordinary": "prompts without it",
+    "chance": "neighbors, taken for it",
+    "name": "its name alone",
+    "short": "a short prompt",
+    "long": "long prompts",
+    "variant": "variants of its prompts",
+    "implicit": "without its name",
+    "rest": "the rest of its prompts",
+}
 HELD_OUT = ("fresh", "fresh_low", "fresh_high")  # the same on seeds that did not choose the window
 PROPOSING = "attribution"  # the method whose estimates are shares that gradients propose
 Carriers = Mapping[str, Window] | Window | None
@@ -561,3 +575,96 @@ def _by_concept(carriers: Carriers, concepts: Sequence[str]) -> Mapping[str, Win
             f"one carrier window for {len(concepts)} concepts: give a dict, concept → Window"
         )
     return {concepts[0]: carriers}
+
+
+# --- edits ---------------------------------------------------------------------------------------
+
+
+def measure_label(measure: str, sign: float = 0) -> str:
+    """What a measure of an edit looks at, and which way is good.
+
+    Args:
+        measure: As in the table of an evaluation.
+        sign: 1 where more is better, -1 where less is; 0 or NaN: nothing is said.
+
+    Returns:
+        Words, and an arrow up or down.
+
+    Example:
+        >>> measure_label("specificity", 1)
+        'its neighbors ↑'
+    """
+    words = MEASURE_WORDS.get(measure, f"attack: {measure}")
+    if sign == 0 or math.isnan(sign):
+        return words
+    return f"{words} {'↑' if sign > 0 else '↓'}"
+
+
+def evaluation_table(summary: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Put what one edit did in a table that people read.
+
+    Args:
+        summary: The means of an evaluation, from `summary`.
+        arm: The edit's arm.
+
+    Returns:
+        One row a measure, in words, with an arrow where more (↑) or fewer (↓) right pictures are
+        better: the share of right pictures before and after and its change in points, with their
+        95 % intervals; how much the pictures are like the unedited ones (SSIM); the number of units
+        (prompts) and of pictures. A dash where nothing was measured.
+
+    Raises:
+        LocogenError: The summary lacks the arm.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"arm": "layer 3", "measure": "efficacy", "quantity": "right", "sign": -1}
+        >>> row |= {"before": 1.0, "after": 0.0, "after_low": 0.0, "after_high": 0.459, "units": 6}
+        >>> table = evaluation_table(pd.DataFrame([row | {"n": 24}]), "layer 3")
+        >>> table.loc["its own prompts ↓", ["before", "after [95 %]"]].tolist()
+        ['100 %', '0 % [0, 46]']
+    """
+    import pandas as pd
+
+    of_arm: Any = summary[summary["arm"] == arm]
+    if of_arm.empty:
+        arms = ", ".join(map(str, dict.fromkeys(summary["arm"])))
+        raise LocogenError(f"the summary has no arm {arm!r}: it has {arms}")
+    lines = {}
+    for measure, part in of_arm.groupby("measure", sort=False):
+        by_quantity = {line["quantity"]: line for line in part.to_dict("records")}
+        right = by_quantity.get("right")
+        counts = next(iter(by_quantity.values()))
+        label = measure_label(str(measure), counts.get("sign", 0) if right else 0)
+        lines[label] = {
+            **_share_cells(right or {}),
+            "like unedited (SSIM)": _ssim_cell(by_quantity.get("ssim", {})),
+            "prompts": number(counts["units"], 0),
+            "pictures": number(counts["n"], 0),
+        }
+    return pd.DataFrame.from_dict(lines, orient="index")
+
+
+def _share_cells(line: Mapping[Any, Any]) -> dict[str, str]:
+    """A share of right pictures before and after, and its change."""
+    before, after, change = (line.get(name, math.nan) for name in ("before", "after", "change"))
+    return {
+        "before": percent(before),
+        "after [95 %]": percent(after) + _ends(line, "after_low", "after_high"),
+        "change [95 %]": number(100 * change, 0) + _ends(line, "low", "high"),
+    }
+
+
+def _ends(line: Mapping[Any, Any], *names: str) -> str:
+    """The ends of an interval in percent; "" where there is none."""
+    ends = [100 * line.get(name, math.nan) for name in names]
+    if any(map(math.isnan, ends)):
+        return ""
+    return f" [{', '.join(number(end, 0) for end in ends)}]"
+
+
+def _ssim_cell(line: Mapping[Any, Any]) -> str:
+    mean, *ends = (line.get(name, math.nan) for name in ("after", "after_low", "after_high"))
+    if math.isnan(mean) or any(map(math.isnan, ends)):
+        return number(mean, 2)
+    return f"{number(mean, 2)} [{', '.join(number(end, 2) for end in ends)}]"

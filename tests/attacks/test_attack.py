@@ -737,7 +737,7 @@ def test_an_attack_joins_an_evaluation(pipe, edit) -> None:
     shares = lines[lines["quantity"] == "right"].set_index("measure")["after"]
     assert shares["noise"] == tried.summary()["after"].iloc[-1]
     assert "under the best of the seeds" in describe_edit(lines, "carrier")
-    assert plots.plot_evaluation(lines).get_legend().get_texts()[-1].get_text() == "noise"
+    assert plots.plot_evaluation(lines).get_legend().get_texts()[-1].get_text() == "attack: noise ↓"
     with pytest.raises(LocogenError, match="no model"):
         tried.evaluation("carrier", "placebo")
 

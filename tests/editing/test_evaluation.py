@@ -1,6 +1,7 @@
 """What an edit did, measured on a tiny model with a scorer whose answers are known."""
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -16,13 +17,14 @@ from locogen.editing import likeness
 from locogen.editing.control_edits import control_edits
 from locogen.editing.edit import fit_edit
 from locogen.editing.evaluation import _grid, _paired_means, compare, evaluate, lead, summary
-from locogen.editing.probes import Probe, probes_for, prompt_kind_probes
+from locogen.editing.probes import MEASURES, Probe, probes_for, prompt_kind_probes
 from locogen.errors import LocogenError
 from locogen.interventions.clamping import Selection, clamp
 from locogen.interventions.denoiser_calls import announced
+from locogen.pages.exploring import pairs
 from locogen.pictures import runs, score
 from locogen.plan import Concept, PromptPair
-from locogen.views import plots
+from locogen.views import plots, tables
 from locogen.views.sentences import describe_edit
 
 STYLE = Concept(
@@ -385,7 +387,53 @@ def test_facts_ask_for_an_object_without_its_name() -> None:
     assert [probe.prompt for probe in implicit] == ["the animal of france"]
     assert "cat" in implicit[0].text and implicit[0].sign == -1
     new_answer = prompt_kind_probes(fact)[0]
-    assert new_answer.comes and new_answer.text == "a dog"
+    assert new_answer.comes and new_answer.text == "a picture of a dog"
+
+
+def test_a_fact_is_judged_among_its_old_answer_and_its_neighbors() -> None:
+    pairs = [
+        PromptPair(
+            f"a picture of the animal of france in {style}", f"a picture of a dog in {style}"
+        )
+        for style in ("red", "blue")
+    ]
+    known = dict(answer="a cat", neighbors=("a cat", "a frog"))
+    fact = Concept("animal of france", "fact", tuple(pairs), **known)  # pyright: ignore
+    efficacy = probes_for(fact)[0]
+    assert efficacy.among == (
+        "a picture of a dog in red",
+        "a picture of the animal of france in red",
+        "a picture of a cat in red",
+        "a picture of a frog in red",
+    )
+    # The name alone asks for no style, so that none is in its texts.
+    by_measure = {probe.measure: probe for probe in prompt_kind_probes(fact)}
+    answers = ("a picture of a dog", "a picture of a cat", "a picture of a frog")
+    for measure in ("name", "short"):
+        assert by_measure[measure].text == answers[0]
+        assert by_measure[measure].among == (*answers, "a picture of the animal of france")
+    assert by_measure["long"].among == probes_for(fact)[-2].among
+    # As a neighbor it is looked for by its prompt, as before; so are styles and objects.
+    neighbor = probes_for(STYLE, [fact])[-2]
+    assert neighbor.among == (pairs[0].prompt, pairs[0].target)
+    own = Concept("president", "fact", (PromptPair("the president", "a dog", text="a face"),))
+    assert prompt_kind_probes(own)[0].text == "a face"
+
+
+def test_what_is_judged_against_nothing_is_neither_right_nor_wrong(pipe) -> None:
+    alone = Concept("cat", "style", (PromptPair("a dog in cat", ""),))
+    assert probes_for(alone)[0].among == ()
+    assert len(probes_for(alone, [OTHER])[0].among) == 2, "the twin"
+    named = replace(alone, neighbors=("red",))
+    assert probes_for(named)[0].among == ("a dog in cat", "a dog in red")
+    probe = Probe("efficacy", "a dog in cat", "red", ("red",))
+    settings: dict[str, Any] = dict(seeds=[0], scorer=Colors(), progress=False)
+    near = Probe("specificity", "a dog in ca", "blue", ("red", "blue"))
+    arms = {"x": (), "y": ()}
+    table = evaluate(pipe, arms, [probe, near], num_inference_steps=1, **settings)
+    assert table[table["measure"] == "efficacy"]["right_after"].isna().all()
+    with pytest.raises(LocogenError, match=r"of 'a dog in cat': its probe names nothing else"):
+        lead(table, "x")
 
 
 def test_lpips_where_installed(pipe, edit, monkeypatch, tmp_path) -> None:
@@ -431,6 +479,14 @@ def test_bad_input(pipe, edit) -> None:
         evaluate(pipe, {}, PROBES, scorer=Colors())
     with pytest.raises(LocogenError, match="nothing to evaluate"):
         evaluate(pipe, {"x": edit}, (), scorer=Colors())
+    with pytest.raises(LocogenError, match="arms is of type Edit: give what is compared by name"):
+        evaluate(pipe, edit, PROBES, scorer=Colors())
+    for arm in (None, [edit, None], "cat"):
+        with pytest.raises(LocogenError, match=r"the arm 'x' has .*, which is no edit"):
+            evaluate(pipe, {"x": arm}, PROBES, scorer=Colors())  # pyright: ignore
+    for setting in ("attacks", "num_inference_step", "plan_or_prompts"):
+        with pytest.raises(LocogenError, match=f"no setting of evaluate '{setting}'"):
+            evaluate(pipe, {"x": edit}, PROBES, scorer=Colors(), **{setting: 1})
     with pytest.raises(LocogenError, match="measure is 'speed'"):
         Probe("speed", "a", "b")  # pyright: ignore
 
@@ -453,14 +509,32 @@ def test_plot_shows_every_arm_and_measure(table) -> None:
     ax = plots.plot_evaluation(lines, marked="carrier")
     assert [t.get_text() for t in ax.get_yticklabels()] == ["carrier ★", "none", "twice"]
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [
-        "efficacy",
-        "generality",
-        "specificity",
+        "its own prompts ↓",
+        "in other words ↓",
+        "its neighbors ↑",
     ]
+    alike = plots.plot_evaluation(lines, quantity="ssim").get_legend().get_texts()
+    assert alike[0].get_text() == "its own prompts", "the twin: no way is good"
     drawn = sorted(round(float(x), 9) for c in ax.containers for x in c.lines[0].get_xdata())  # pyright: ignore
     assert drawn == sorted(round(float(x), 9) for x in lines.query("quantity == 'right'").after)
     with pytest.raises(LocogenError, match="no quantity 'fid'"):
         plots.plot_evaluation(lines, quantity="fid")
+
+
+def test_a_page_says_each_measure_in_words_and_which_way_is_good(table) -> None:
+    lines = summary(table)
+    rows = tables.evaluation_table(lines, "carrier")
+    assert list(rows.index) == ["its own prompts ↓", "in other words ↓", "its neighbors ↑"]
+    right = lines[(lines.arm == "carrier") & (lines.quantity == "right")].iloc[0]
+    low, high = round(100 * right.after_low), round(100 * right.after_high)
+    assert rows["after [95 %]"].iloc[0] == f"{100 * right.after:.0f} % [{low}, {high}]"
+    assert rows["pictures"].tolist() == ["2", "2", "2"] and rows["prompts"].tolist() == ["1"] * 3
+    # The twin: what is neither right nor wrong has no arrow and no share.
+    unjudged = tables.evaluation_table(lines[lines.quantity != "right"], "carrier")
+    assert unjudged.index[0] == "its own prompts" and unjudged["after [95 %]"].iloc[0] == "–"
+    assert set(MEASURES) == set(tables.MEASURE_WORDS) == {*pairs.GROUPS, "chance"} & set(MEASURES)
+    with pytest.raises(LocogenError, match="no arm 'x'"):
+        tables.evaluation_table(lines, "x")
 
 
 def test_wilson_covers() -> None:

@@ -215,6 +215,15 @@ def test_a_run_that_localizes_nothing_is_listed_with_its_finding(results: Path) 
     assert 'href="lora.safetensors"' in own and "Failed" not in own
 
 
+def test_an_index_without_sweeps_explains_no_windows(results: Path, tmp_path: Path) -> None:
+    assert "The ceiling is the effect" in build(results).read_text(encoding="utf-8"), "the twin"
+    folder = finish(tmp_path / "edits" / "edit", "neon", carriers=[], finding="neon is gone")
+    (folder / "effects.csv").unlink()
+    text = build(tmp_path / "edits").read_text(encoding="utf-8")
+    assert "Each line is one run" in text and "What was done" in text
+    assert "ceiling" not in text and "window" not in text.partition("<main")[2]
+
+
 def test_an_open_lead_is_not_called_localized(results: Path) -> None:
     path = results / "van-gogh" / "result.json"
     told = json.loads(path.read_text(encoding="utf-8"))

@@ -244,15 +244,11 @@ def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
     )
     assert "at most 37 % of such prompts, with 95 % confidence" in text
     assert "of 8 prompts × 4 seeds:" in answer_edit(OWN.assign(seeds=4), "layer 3", "neon")
-    assert "Nobody tried" in text
+    assert text.endswith("; nobody tried to bring it back.") and text.count(". ") == 0
     some = pd.DataFrame([line("layer 3", "efficacy", 0.25, 0.03, 0.65, sign=-1)])
     assert "25 % of the pictures of 8 prompts (between 3 % and 65 %, 95 %)" in answer_edit(
         some, "layer 3", "neon"
     )
-    assert "neighbors" not in text  # nobody looked at any
-    near = line("layer 3", "specificity", 0.9, 0.7, 1.0, sign=1)
-    both = answer_edit(pd.concat([OWN, pd.DataFrame([near])]), "layer 3", "neon")
-    assert both.endswith("shown in 90 % of their pictures (70 % to 100 %, n = 8; 100 % before).")
     fact = OWN.assign(sign=1)
     assert answer_edit(fact, "layer 3", "france").startswith("Does france get its new answer?")
     with pytest.raises(LocogenError, match="own prompts"):
@@ -262,11 +258,35 @@ def test_a_lawyer_reads_what_was_looked_at_and_how_sure_it_is() -> None:
 def test_hidden_is_said_only_where_the_attack_brings_more_than_it_teaches() -> None:
     back = ("edited", 0.86, 0.52, 1.0)
     text = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.0, 0.0, 0.23))])
-    assert "86 % (52 % to 100 %, n = 14) after token vectors were trained" in text
-    assert text.endswith("hidden, not gone.") and "Nobody tried" not in text
+    assert "under an attack (inversion) it is shown in 86 % (52 % to 100 %, n = 14)" in text
+    assert text.endswith("hidden, not gone.") and "nobody tried" not in text
+    assert text.count(". ") == 0, "one line"
     unclear = answer_edit(OWN, "layer 3", "neon", [tried(back, ("never had", 0.3, 0.1, 0.6))])
     assert "hidden, not gone" not in unclear  # the twin: the intervals overlap
     assert "does not show that it was only hidden" in unclear
-    fact = answer_edit(OWN.assign(sign=1, before=0.0), "layer 3", "france", [tried(back)])
-    assert "The old answer is shown in 86 %" in fact
+    weak = tried(("edited", 0.0, 0.0, 0.23), ("never had", 0.0, 0.0, 0.23))
+    strong = tried(back, ("never had", 0.0, 0.0, 0.23))
+    both = answer_edit(OWN, "layer 3", "neon", [weak, strong])
+    assert "the strongest of 2 attacks (inversion) it is shown in 86 %" in both
+    came = OWN.assign(sign=1, before=0.0, after=1.0, after_low=0.63, after_high=1.0)
+    fact = answer_edit(came, "layer 3", "france", [tried(back)])
+    assert "the old answer is shown in 86 %" in fact
     assert "was not measured" in answer_edit(OWN, "layer 3", "neon", [tried(back)])
+
+
+def test_what_own_words_still_show_is_not_hidden() -> None:
+    attacked = [tried(("edited", 1.0, 0.8, 1.0), ("never had", 0.0, 0.0, 0.23))]
+    left = pd.DataFrame([line("layer 3", "efficacy", 0.94, 0.7, 1.0, sign=-1)])
+    text = answer_edit(left, "layer 3", "neon", attacked)
+    assert text.endswith("; that it was removed is not certain, so attacks say nothing.")
+    assert "hidden" not in text
+    # Removed in part: the attack has to bring clearly more than is left.
+    for high, is_hidden in ((0.85, False), (0.7, True)):
+        some = pd.DataFrame([line("layer 3", "efficacy", 0.5, 0.3, high, sign=-1)])
+        text = answer_edit(some, "layer 3", "neon", attacked)
+        assert text.endswith("hidden, not gone.") == is_hidden
+    # The interval of the change decides, where there is one.
+    paired = left.assign(change=-0.06, low=-0.09, high=-0.02)
+    assert "is not certain" not in answer_edit(paired, "layer 3", "neon", attacked)
+    stays = OWN.assign(sign=1, before=0.0, after_low=0.0, after_high=0.37)
+    assert "that it came is not certain." in answer_edit(stays, "layer 3", "france")

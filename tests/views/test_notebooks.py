@@ -511,7 +511,19 @@ def test_editing_notebooks_run(tmp_path: Path, name: str) -> None:
     result = json.loads((folder / "result.json").read_text())
     tables = [pd.read_csv(path) for path in folder.glob("*.csv") if path.stem in LOOKED_AT]
     assert result["finding"]
-    assert result["pictures"] == sum(map(len, tables)) or name == "edit_sweep"
+    every = pd.concat(tables)
+    # Rows of one prompt share its pictures, and "before" is the same in all arms.
+    made = {*every["image_before"].dropna(), *every["image_after"].dropna()}
+    attacked = every[every["image_after"].isna()]
+    if name == "compare_editors":
+        assert result["pictures"] == len(every)
+    elif name == "edit_sweep":  # those that chose are in no table
+        assert result["pictures"] > len(made)
+    else:
+        assert result["pictures"] == len(made) + len(attacked)
+    if name == "edit":
+        assert {"name", "short", "long", "rest", "closed"} < set(every["measure"])
+        assert {"placebo", "no edit", "a concept it never had"} < set(attacked["arm"])
     shown = images(folder / "notebook.ipynb")
     assert shown and all(len(image.metadata["image/png"]["alt"]) > 30 for image in shown)
     assert not outputs(folder / "notebook.ipynb", "error")
