@@ -161,10 +161,10 @@ def _other_answers(
         if answer:
             article, names = _article_and_names(answer)
             # Not the words that take the subject's place, which the same seed would draw.
-            drawn = random_words(pipe, [*avoid, *answers.values()], len(names), seed)
+            words = random_words(pipe, [*avoid, *answers.values()], len(names), seed)
             if article in ("a", "an"):
-                article = "an" if drawn[0] in "aeiou" else "a"
-            answers[answer] = f"{article} {drawn}".strip()
+                article = "an" if words[0] in "aeiou" else "a"
+            answers[answer] = f"{article} {words}".strip()
     return answers
 
 

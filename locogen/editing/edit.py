@@ -489,10 +489,7 @@ def fit_edit(
     # and FLUX also the other words of a prompt carry something of the subject, which stays. IF is
     # edited after each layer's norm; SD 3 and FLUX on the text side of joint blocks, whose input
     # is the mean over a short run of the prompt (`layer_inputs.LayerInputs`).
-    several = [concept] if isinstance(concept, (Concept, str)) else concept
-    concepts = [one_concept(each) for each in several]
-    if not concepts:
-        raise LocogenError("there is no concept to edit: give at least one")
+    concepts = _concepts_of(concept)
     if phrasings is not None and len(concepts) > 1:
         raise LocogenError(
             "phrasings= is for one concept: leave it out, or edit the concepts one by one"
@@ -523,6 +520,15 @@ def fit_edit(
     name = " + ".join(one.name for one in concepts)
     edit = _fit(pipe, name, phrasings_to_fit, layers, options)
     return replace(edit, concepts=tuple(concepts))
+
+
+def _concepts_of(concept: Any) -> list[Concept]:
+    """One concept or several, as a list; raises `LocogenError` for none, or for names."""
+    several = [concept] if isinstance(concept, (Concept, str)) else concept
+    concepts = [one_concept(each) for each in several]
+    if not concepts:
+        raise LocogenError("there is no concept to edit: give at least one")
+    return concepts
 
 
 def _fit(

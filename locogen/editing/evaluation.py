@@ -182,9 +182,9 @@ def _edits_of(arms: Any) -> dict[str, list[Applicable]]:
             '{"edit": edit, "no edit": ()}'
         )
     edits_of = {}
-    for name, given in arms.items():
-        are_several = isinstance(given, Sequence) and not isinstance(given, str)
-        edits = list(given) if are_several else [given]
+    for name, arm in arms.items():
+        are_several = isinstance(arm, Sequence) and not isinstance(arm, str)
+        edits = list(arm) if are_several else [arm]
         for edit in edits:
             if not hasattr(edit, "applied"):
                 raise LocogenError(
@@ -475,32 +475,41 @@ def lead(table: pd.DataFrame, arm: str, *, level: float = 0.95) -> pd.DataFrame:
             f"(the table has {', '.join(map(str, table['arm'].unique()))}), with efficacy and "
             "specificity, as from probes_for(concept, others)"
         )
-    for measure in measures:
-        _check_judged(parts[arm, measure], measure)
+    _check_judged(arm, measures, parts)
     lines = []
     for rival in rivals:
-        estimate = 0.0
-        below = 0.0
-        above = 0.0
-        for measure in measures:
-            gap = _gap(parts[arm, measure], parts[rival, measure], level, len(rivals))
-            estimate += gap.estimate
-            # The two measures come from different pictures: half-widths add in quadrature.
-            below = np.hypot(below, gap.below)
-            above = np.hypot(above, gap.above)
-        lines.append((rival, estimate, estimate - below, estimate + above))
+        gaps = [
+            _gap(parts[arm, measure], parts[rival, measure], level, len(rivals))
+            for measure in measures
+        ]
+        lines.append((rival, *_sum_of(gaps)))
     return pd.DataFrame(lines, columns=["rival", "estimate", "low", "high"])
 
 
-def _check_judged(part: pd.DataFrame, measure: str) -> None:
+def _sum_of(gaps: Sequence[_Gap]) -> tuple[float, float, float]:
+    """The sum of gaps of different pictures, with the ends of its interval."""
+    estimate = 0.0
+    below = 0.0
+    above = 0.0
+    for gap in gaps:
+        estimate += gap.estimate
+        # The measures come from different pictures: half-widths add in quadrature.
+        below = np.hypot(below, gap.below)
+        above = np.hypot(above, gap.above)
+    return estimate, estimate - below, estimate + above
+
+
+def _check_judged(arm: str, measures: Iterable[str], parts: Mapping[Any, pd.DataFrame]) -> None:
     """Raise where pictures are neither right nor wrong, since nothing else could be shown."""
-    unjudged: Any = part[part["right_after"].isna()]
-    if len(unjudged):
-        raise LocogenError(
-            f"{measure} has pictures that are neither right nor wrong, such as of "
-            f"{unjudged['prompt'].iloc[0]!r}: its probe names nothing else that they could show; "
-            "give the concept a target or neighbors, or the probe among="
-        )
+    for measure in measures:
+        part = parts[arm, measure]
+        unjudged: Any = part[part["right_after"].isna()]
+        if len(unjudged):
+            raise LocogenError(
+                f"{measure} has pictures that are neither right nor wrong, such as of "
+                f"{unjudged['prompt'].iloc[0]!r}: its probe names nothing else that they could "
+                "show; give the concept a target or neighbors, or the probe among="
+            )
 
 
 class _Gap(NamedTuple):

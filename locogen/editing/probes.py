@@ -200,8 +200,8 @@ def _answers_to(concept: Concept, frame: str) -> tuple[str, tuple[str, ...]]:
         return text, _alternatives(concept, first, text, ())
     answers = [new, *([concept.answer] if concept.answer else []), *concept.neighbors]
     texts = [frame.format(answer) for answer in answers]
-    asked = frame.format(phrase_in(concept, first))
-    return texts[0], tuple(dict.fromkeys([*texts, asked]))
+    unchanged = frame.format(phrase_in(concept, first))
+    return texts[0], tuple(dict.fromkeys([*texts, unchanged]))
 
 
 def _rest_probes(concept: Concept, pair: PromptPair) -> list[Probe]:

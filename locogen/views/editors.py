@@ -93,11 +93,11 @@ def _heading(rows: Any, measure: str, *, arrows: bool = False) -> str:
     arrow: dict[int, str] = dict.fromkeys((-1, 0, 1), "")
     if arrows:
         arrow |= {-1: " ←", 1: " →"}
-    own = _own_signs(rows)
-    if usual >= 0 or 1 not in own:
+    signs = _own_signs(rows)
+    if usual >= 0 or 1 not in signs:
         return words + arrow[usual]
     answer = f"new answer{arrow[1]}" if measure in OF_THE_UNEDITED else f"old answer{arrow[-1]}"
-    if -1 not in own:
+    if -1 not in signs:
         return f"{words}, {answer}"
     line = "\n" if arrows else " "
     return f"{words}{arrow[-1]}{line}(facts: {answer})"
@@ -264,20 +264,27 @@ def describe_editors(summary: pd.DataFrame, *, control: str | None = None) -> st
     nothing = _nothing_to_say(rows, "efficacy", 1 if is_fact else -1)
     sentences = [nothing] if nothing else []
     for measure in _measures(rows):
-        part: Any = rows[rows["measure"] == measure]
-        signs = _one_sign(rows, measure)
-        if measure in ("generality", "rest") or not signs or part["after_low"].isna().any():
-            continue
-        if measure == "specificity":
-            lost = _nothing_to_say(rows, measure, -1)
-            sentences.append(lost or _ranked(part, _subject(measure, 1, is_fact), 1))
-        elif not nothing:
-            (sign,) = signs
-            sentences.append(_ranked(part, _subject(measure, sign, is_fact), sign))
+        sentence = _sentence_of(rows, measure, is_fact=is_fact)
+        # Of what could not change by own words, attacks say nothing either.
+        if sentence and (measure == "specificity" or not nothing):
+            sentences.append(sentence)
     text = " ".join(sentences)
     if not text or "seeds" not in rows:
         return text
     return f"{text.removesuffix('.')}{few_seeds_note(rows['seeds'].min())}."
+
+
+def _sentence_of(rows: Any, measure: str, *, is_fact: bool) -> str:
+    """How the editors rank by one measure; empty for those that are not ranked."""
+    part: Any = rows[rows["measure"] == measure]
+    signs = _one_sign(rows, measure)
+    if measure in ("generality", "rest") or not signs or part["after_low"].isna().any():
+        return ""
+    if measure == "specificity":
+        lost = _nothing_to_say(rows, measure, -1)
+        return lost or _ranked(part, _subject(measure, 1, is_fact), 1)
+    (sign,) = signs
+    return _ranked(part, _subject(measure, sign, is_fact), sign)
 
 
 def _one_sign(rows: Any, measure: str) -> set[int]:
@@ -323,17 +330,7 @@ def _ranked(part: Any, subject: str, sign: int) -> str:
     """One measure: the editor with the best share, and how all others stand to it."""
     by_loss = part.assign(loss=-sign * part["after"]).sort_values("loss", kind="stable")
     lines: list[dict[Any, Any]] = by_loss.to_dict("records")
-    alike = []
-    worse = []
-    unclear = []
-    for line in lines:
-        if _share_text(line) == _share_text(lines[0]):
-            alike.append(line["arm"])
-        elif _is_worse(line, lines[0], sign):
-            worse.append(line["arm"])
-        else:
-            unclear.append(line["arm"])
-
+    alike, worse, unclear = _apart(lines, sign)
     most = "most" if sign > 0 else "least"
     more = "less" if sign > 0 else "more"
     share = _share_text(lines[0])
@@ -344,18 +341,39 @@ def _ranked(part: Any, subject: str, sign: int) -> str:
     if len(alike) == len(lines) > FEW:
         best = f"all {_number_word(len(alike))}"
     parts = [f"{subject} with {best}: {share}"]
-    if unclear and worse:
-        # Those that are worse are named, so that the others need not be.
-        few = len(unclear) <= FEW
-        names = _listed(unclear) if few else f"{_number_word(len(unclear))} others"
-        parts.append(f"no clear difference from {names}")
-    elif unclear:
-        parts.append(f"no clear difference from {_rest(unclear)}")
-    elif len(alike) > 1:
-        parts.append("no clear difference")
+    parts += _no_clear_difference(alike, unclear, names_worse=bool(worse))
     if worse:
         parts.append(f"{more} with {_listed(worse)}")
     return f"{'; '.join(parts)}."
+
+
+def _apart(lines: Sequence[Mapping[Any, Any]], sign: int) -> tuple[list[str], list[str], list[str]]:
+    """Editors with the first one's share, those that are clearly worse, and all others."""
+    alike = []
+    worse = []
+    unclear = []
+    for line in lines:
+        if _share_text(line) == _share_text(lines[0]):
+            alike.append(line["arm"])
+        elif _is_worse(line, lines[0], sign):
+            worse.append(line["arm"])
+        else:
+            unclear.append(line["arm"])
+    return alike, worse, unclear
+
+
+def _no_clear_difference(
+    alike: Sequence[str], unclear: Sequence[str], *, names_worse: bool
+) -> list[str]:
+    """Which editors the intervals cannot tell from the first one's share."""
+    if not unclear:
+        return ["no clear difference"] if len(alike) > 1 else []
+    if not names_worse:
+        return [f"no clear difference from {_rest(unclear)}"]
+    # Those that are worse are named, so that the others need not be.
+    few = len(unclear) <= FEW
+    names = _listed(unclear) if few else f"{_number_word(len(unclear))} others"
+    return [f"no clear difference from {names}"]
 
 
 def _rest(names: Sequence[str]) -> str:

@@ -578,19 +578,21 @@ def _prompts_and_seeds(line: Any) -> str:
 
 def _attacks_answer(attacks: Sequence[Attack], line: Any, comes: bool) -> str:
     """What the attack that brought most back says, first of those that show what was hidden."""
-    made = []
+    attacked = []
     for attack in attacks:
         lines = attack.summary().groupby("model", sort=False).tail(1).set_index("model")
         if "edited" in lines.index:
-            made.append((attack.kind, lines))
-    if not made:
+            attacked.append((attack.kind, lines))
+    if not attacked:
         return "no attack was made on the edited model"
     # By the new answer of a fact nothing is known of how often the old one is shown.
     most = 0.0 if comes else line["after_high"]
-    kind, lines = max(made, key=lambda one: (_is_hidden(one[1], most), one[1].loc["edited"].after))
+    kind, lines = max(
+        attacked, key=lambda one: (_is_hidden(one[1], most), one[1].loc["edited"].after)
+    )
     back = lines.loc["edited"]
     again = "the old answer" if comes else "it"
-    which = "an attack" if len(made) == 1 else f"the strongest of {len(made)} attacks"
+    which = "an attack" if len(attacked) == 1 else f"the strongest of {len(attacked)} attacks"
     text = f"under {which} ({kind}) {again} is shown in {_attacked_share(back)}"
     if "never had" not in lines.index:
         return f"{text}; what the attack can teach was not measured"

@@ -328,12 +328,16 @@ def _check_options(editor: str, options: Mapping[str, Any]) -> None:
                 f"{editor} is no edit of matrices and takes no {', '.join(others)}: leave these out"
             )
         return
-    known = [name for name in inspect.signature(fit_edit).parameters if name not in GIVEN]
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of {editor}", name, known)
+    _check_options_of_fit(editor, options)
     if editor == "null space" and "null_space" in options:
         raise LocogenError("null space is what this editor is: leave null_space= out")
+
+
+def _check_options_of_fit(editor: str, options: Mapping[str, Any]) -> None:
+    of_fit = [name for name in inspect.signature(fit_edit).parameters if name not in GIVEN]
+    for name in options:
+        if name not in of_fit:
+            raise unknown(f"option of {editor}", name, of_fit)
 
 
 def _check_prompts(editor: str, **prompts: Sequence[str]) -> None:

@@ -270,21 +270,25 @@ def _mean_outputs(
             call_pipeline(pipe, part, arguments, settings, output_type=kind)
     means: dict[int, Tensor] = {}
     for layer in layers:
-        seen = sorted(step for index, step in sums if index == layer.index)
-        if not seen:
-            raise LocogenError(
-                f"{layer.label} is not run in {counted(settings.num_inference_steps, 'step')}: "
-                "take more steps, or leave it out of layers="
-            )
-        # Denoisers that take turns (Wan 2.2) run at some of the steps; at the others a layer has
-        # the mean of the nearest one, for runs of another number of steps.
-        nearest = [
-            min(seen, key=lambda one, step=step: abs(one - step))
-            for step in range(settings.num_inference_steps)
-        ]
-        sums_of_layer = [sums[layer.index, step] for step in nearest]  # (channels,) each
+        steps = _nearest_steps(layer, sums, settings.num_inference_steps)
+        sums_of_layer = [sums[layer.index, step] for step in steps]  # (channels,) each
         means[layer.index] = torch.stack(sums_of_layer) / len(rows)  # (steps, channels)
     return means
+
+
+def _nearest_steps(layer: Layer, sums: Iterable[tuple[int, int]], count: int) -> list[int]:
+    """For each step the nearest one at which the layer was run.
+
+    Denoisers that take turns (Wan 2.2) run at some of the steps; at the others a layer has the
+    mean of the nearest one, for runs of another number of steps.
+    """
+    seen = sorted(step for index, step in sums if index == layer.index)
+    if not seen:
+        raise LocogenError(
+            f"{layer.label} is not run in {counted(count, 'step')}: take more steps, or leave it "
+            "out of layers="
+        )
+    return [min(seen, key=lambda one, step=step: abs(one - step)) for step in range(count)]
 
 
 def _parts(rows: Sequence[Intervention], size: int) -> Iterator[Sequence[Intervention]]:
