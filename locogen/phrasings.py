@@ -146,6 +146,18 @@ def _singular(word: str) -> str:
 # --- what a pair exchanges -----------------------------------------------------------------------
 
 
+def put_for(text: str, spans: Sequence[Span], words: str) -> str:
+    """The text with other words in the place of each of these spans, from `occurrences`.
+
+    >>> put_for("A cat's catalog", occurrences("A cat's catalog", "cat"), "dog")
+    "A dog's catalog"
+    """
+    # From the right, so that the spans before keep their places.
+    for start, end in reversed(spans):
+        text = text[:start] + words + text[end:]
+    return text
+
+
 def exchanged(pair: PromptPair) -> tuple[str, str | None]:
     """The words of the prompt that its target exchanges, and those in their place (None: none).
 

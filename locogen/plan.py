@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal
 
 from locogen.errors import LocogenError, unknown
@@ -300,7 +301,7 @@ class Concept:
                 f"prompts is {prompts}: as many others should be left to report on, and concept "
                 f"{self.name!r} has {prompts_in_all} in all: {remedy}"
             )
-        return self.first(prompts), self.first(prompts, after=prompts)
+        return self.split(prompts, prompts)
 
     def split(self, choosing: int, reporting: int) -> tuple[Concept, Concept]:
         """Split the prompts into some to choose on, and others to report on.
@@ -628,6 +629,35 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for the store's `run-….json` and the tables."""
         return asdict(self)
+
+
+def settings_from(verb: str, settings: Mapping[str, Any]) -> Settings:
+    """How pictures are made, of what a verb was given besides its own arguments.
+
+    Args:
+        verb: Who was asked, for the error.
+        settings: By name; NumPy's numbers become Python's.
+
+    Raises:
+        LocogenError: For a setting that pictures do not have, or a number out of range.
+
+    Example:
+        >>> settings_from("evaluate", {"batch_size": 4}).batch_size
+        4
+    """
+    names = [field.name for field in fields(Settings)]
+    for name in settings:
+        if name not in names:
+            raise unknown(f"setting of {verb}", name, names)
+    guidance = settings.get("guidance_scale", 0)
+    if isinstance(guidance, bool) or not isinstance(guidance, Real):
+        raise LocogenError(f"guidance_scale is {guidance!r}: give it a number from 0 up (1 is off)")
+    return Settings(**{name: _plain_number(value) for name, value in settings.items()})
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's numbers as Python's, for files; anything else as it is."""
+    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
 
 
 def parse_layers(text: str | int) -> tuple[int, ...]:

@@ -6,21 +6,20 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from locogen.editing.probes import Probe
-from locogen.errors import LocogenError, unknown
+from locogen.errors import LocogenError
 from locogen.phrasings import (
-    Span,
     neighbor_texts,
     occurrences,
     phrase_in,
+    put_for,
     shown_text,
     subject_in,
 )
@@ -28,7 +27,7 @@ from locogen.pictures.description import describe_pipeline, describe_scheduler
 from locogen.pictures.fingerprint import digest_of
 from locogen.pictures.runs import generate
 from locogen.pictures.score import probabilities
-from locogen.plan import Concept, PromptPair, Settings
+from locogen.plan import Concept, PromptPair, Settings, settings_from
 from locogen.stats import Array
 from locogen.types import Pipeline
 
@@ -191,14 +190,6 @@ def _facts_of(concept: Concept) -> dict[str, Any]:
     }
 
 
-def put_for(text: str, spans: Sequence[Span], token: str) -> str:
-    """The text with a token in the place of each of these spans, which are whole words."""
-    # From the right, so that the spans before keep their places.
-    for start, end in reversed(spans):
-        text = text[:start] + token + text[end:]
-    return text
-
-
 def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...]:
     """Probes that ask whether the concept is still shown, of a fact its old answer.
 
@@ -222,22 +213,9 @@ def probes_of(concept: Concept, pairs: Sequence[PromptPair]) -> tuple[Probe, ...
 
 def picture_settings(verb: str, settings: Mapping[str, Any]) -> Settings:
     """How pictures are made; raises `LocogenError` for settings that `generate` does not have."""
-    names = [field.name for field in fields(Settings)]
-    for name in settings:
-        if name == "store":
-            raise LocogenError(f"{verb} keeps pictures in folder=: give that in place of store=")
-        if name not in names:
-            raise unknown(f"setting of {verb}", name, names)
-    guidance = settings.get("guidance_scale", 0)
-    if isinstance(guidance, bool) or not isinstance(guidance, Real):
-        raise LocogenError(f"guidance_scale is {guidance!r}: give it a number from 0 up (1 is off)")
-    plain = {name: _plain_number(value) for name, value in settings.items()}
-    return Settings(**plain)
-
-
-def _plain_number(value: Any) -> Any:
-    """NumPy's numbers as Python's, for files; anything else as it is."""
-    return value.item() if isinstance(value, np.number) else value
+    if "store" in settings:
+        raise LocogenError(f"{verb} keeps pictures in folder=: give that in place of store=")
+    return settings_from(verb, settings)
 
 
 def training_pairs(training: Any) -> tuple[PromptPair, ...]:
@@ -313,9 +291,7 @@ def _judged_pairs(
     concept: Concept, training: Sequence[PromptPair], learns: bool
 ) -> tuple[PromptPair, ...]:
     """Every other pair, from the second, without those that are learned from; else all others."""
-    prompts = [pair.prompt for pair in training]
-    pairs = _pairs_without(concept.pairs[1::2], prompts if learns else ())
-    pairs = pairs or _pairs_without(concept.pairs, prompts)
+    pairs = _others(concept, 1, [pair.prompt for pair in training], learns)
     if not pairs:
         raise LocogenError(
             f"an attack learns from every prompt of {concept.name!r}, and is judged on others: "
@@ -326,14 +302,21 @@ def _judged_pairs(
 
 def _learned_pairs(concept: Concept, judged: Sequence[str], learns: bool) -> tuple[PromptPair, ...]:
     """Every other pair, from the first, without those that are judged; else all others."""
-    pairs = _pairs_without(concept.pairs[::2], judged if learns else ())
-    pairs = pairs or _pairs_without(concept.pairs, judged)
+    pairs = _others(concept, 0, judged, learns)
     if not pairs:
         raise LocogenError(
             f"every prompt of {concept.name!r} is in held_out=, and an attack learns from others: "
             "give training=, or leave some out of held_out="
         )
     return pairs
+
+
+def _others(
+    concept: Concept, first: int, prompts: Sequence[str], learns: bool
+) -> tuple[PromptPair, ...]:
+    """Every other pair from `first`, if it learns without these prompts; else all but these."""
+    every_other = _pairs_without(concept.pairs[first::2], prompts if learns else ())
+    return every_other or _pairs_without(concept.pairs, prompts)
 
 
 def _remark_overlap(training: Sequence[PromptPair], judged: Sequence[str]) -> None:

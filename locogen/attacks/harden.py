@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from locogen.attacks.goal import Goal, picture_settings, put_for, training_pairs
+from locogen.attacks.goal import Goal, picture_settings, training_pairs
 from locogen.attacks.kinds import Attacked, Options, check_words, inversion, whole_number
 from locogen.attacks.loss import check_attackable, check_gradients
 from locogen.attacks.training import folder_of, state_name
@@ -17,7 +17,7 @@ from locogen.console import open_bar
 from locogen.editing.edit import Edit
 from locogen.errors import LocogenError
 from locogen.interventions.words import digest
-from locogen.phrasings import Phrasing, default_phrasings, occurrences
+from locogen.phrasings import Phrasing, default_phrasings, occurrences, put_for
 from locogen.pictures.fingerprint import weights_of
 from locogen.plan import Concept, PromptPair
 from locogen.types import Pipeline

@@ -13,7 +13,7 @@ from locogen.editing.edit import Edit
 from locogen.editing.rivals.at_inference import AtInference
 from locogen.errors import LocogenError
 from locogen.models.layers import find_layers
-from locogen.phrasings import Phrasing, occurrences
+from locogen.phrasings import Phrasing, occurrences, put_for
 from locogen.plan import Concept, Window, windows
 from locogen.types import Pipeline
 
@@ -191,11 +191,7 @@ def _about(phrasing: Phrasing, words: str, answers: dict[str, str]) -> Phrasing:
 def _exchanged(text: str, old: str, new: str) -> str:
     """The text with other words for some, whole words in any case; else for letters of a word."""
     places = occurrences(text, old)
-    if not places:
-        return text.replace(old, new)
-    for start, end in reversed(places):
-        text = text[:start] + new + text[end:]
-    return text
+    return put_for(text, places, new) if places else text.replace(old, new)
 
 
 def avoided(concepts: Sequence[Concept], avoid: Iterable[str] | None) -> list[str]:

@@ -15,12 +15,12 @@ from locogen.console import current, open_bar
 from locogen.editing.likeness import likeness
 from locogen.editing.probes import Probe
 from locogen.editing.weights import refuse_edited
-from locogen.errors import LocogenError, unknown
+from locogen.errors import LocogenError
 from locogen.files import AUTO
 from locogen.pictures import score
 from locogen.pictures.default_store import Place
 from locogen.pictures.runs import Run, generate
-from locogen.plan import distinct_seeds
+from locogen.plan import distinct_seeds, settings_from
 from locogen.stats import Array
 from locogen.types import Pipeline
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 # Quantities with a value before and one after an edit: their columns.
 BEFORE_AND_AFTER = {"score": ("before", "after"), "right": ("right_before", "right_after")}
-OF_GENERATE = ("num_inference_steps", "guidance_scale", "batch_size")  # settings for pictures
 # Quantities of a pair of pictures: the smallest and the largest value that they can have.
 OF_PAIRS = {"ssim": (-1.0, 1.0), "distance": (0.0, 2.0), "lpips": (0.0, np.inf)}
 
@@ -149,7 +148,7 @@ def evaluate(
     edits_of = _edits_of(arms)
     if not edits_of or not probes:
         raise LocogenError("there is nothing to evaluate: give at least one arm and one probe")
-    _check_settings(settings)
+    settings_from("evaluate", settings)  # before any picture
     refuse_edited(pipe, "evaluate")
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
     seeds = distinct_seeds(seeds)
@@ -193,13 +192,6 @@ def _edits_of(arms: Any) -> dict[str, list[Applicable]]:
                 )
         edits_of[str(name)] = edits
     return edits_of
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse what `generate` does not know, or what evaluate sets itself."""
-    for name in settings:
-        if name not in OF_GENERATE:
-            raise unknown("setting of evaluate", name, OF_GENERATE)
 
 
 @dataclass(frozen=True)
