@@ -26,7 +26,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,7 @@ class Row:
     identity: str
     editor: str
     options: argparse.Namespace
+    fits: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def concept(self) -> loco.Concept:
@@ -256,17 +257,14 @@ class Row:
         if "measures" not in row:
             return row
         row["attacks"] = {}
-        reported = cache(
-            partial(self.reported, row["settings"])
-        )  # only where an attack is left to do
         for attack in self.options.attacks:
-            back = timed(partial(self.attacked, attack, reported))
+            back = timed(partial(self.attacked, attack, row["settings"]))
             row["attacks"][attack] = kept(folder / "attacks", file_name(name, attack), back)
         return row
 
     def by_words(self) -> dict[str, Any]:
         """The settings that do best on the choosing prompts, and what is left by the reported ones."""
-        asked = [
+        probes = [
             probe
             for probe in probes_of(self.concept, choosing=True)
             if probe.measure in ("efficacy", "specificity")
@@ -285,7 +283,7 @@ class Row:
             seconds[name] = time.perf_counter() - start
             arms = {name: edit}
             table = loco.evaluate(
-                self.pipe, arms, asked, seeds=SEEDS[True], strength=strength, **common
+                self.pipe, arms, probes, seeds=SEEDS[True], strength=strength, **common
             )
             summaries.append(loco.summary(table))
         row: dict[str, Any] = {"tried": len(self.settings), "refused": refused}
@@ -298,9 +296,11 @@ class Row:
         return row | {"KB": loco.kilobytes(edit), "measures": shares(table)}
 
     def fitted(self, settings: str) -> Any:
-        """The concept removed by the editor, in the settings of this name."""
-        fit, _ = self.settings[settings]
-        return edited_by(self.editor, self.pipe, self.concept, fit, self.options)
+        """The concept removed by the editor, in the settings of this name; fitted once."""
+        if settings not in self.fits:
+            fit, _ = self.settings[settings]
+            self.fits[settings] = edited_by(self.editor, self.pipe, self.concept, fit, self.options)
+        return self.fits[settings]
 
     def reported(self, settings: str) -> tuple[Any, float]:
         """What is reported, and its strength: the same edit, or the placebo of its size."""
@@ -311,9 +311,9 @@ class Row:
             edit = dataclasses.replace(edit, name=self.concept.name)  # a control of this concept
         return edit, strength
 
-    def attacked(self, attack: str, reported: Callable[[], tuple[Any, float]]) -> dict[str, Any]:
+    def attacked(self, attack: str, settings: str) -> dict[str, Any]:
         """How often the concept comes back, by model; why not, where there is nothing to attack."""
-        edit, strength = reported()
+        edit, strength = self.reported(settings)
         concept, probes = attacked(self.concept)
         is_style = concept.kind == "style"
         asked: dict[str, Any] = (
@@ -332,8 +332,10 @@ class Row:
                 folder=self.options.folder,  # with the pictures of what was reported
                 **asked,
             )
-        except loco.LocogenError as error:  # such as neurons, which have no weights to learn again
-            return {"refused": str(error)}
+        except loco.LocogenError as error:
+            if isinstance(edit, loco.Edit):
+                raise
+            return {"refused": str(error)}  # such as neurons, which have no weights to learn again
         if not is_style:
             result = dataclasses.replace(result, table=edits.by_seeds(result.table))
         names = ["model", "strength", "before", "after", "low", "high", "n", "units"]

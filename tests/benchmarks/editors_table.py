@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import edits
 import pandas as pd
 
 import locogen as loco
@@ -47,7 +48,7 @@ def row_line(identity: str, editor: str, row: dict[str, Any]) -> str:
     measures = row["measures"]
     cells = [identity, editor, f"{row['settings']} (of {row['tried']})"]
     cells += [share_left(measures[name]) for name in LEFT.values()]
-    cells += [points(measures[name]) for name in LOST.values()]
+    cells += [edits.points(measures[name], 0) for name in LOST.values()]
     cells += [came_back(row["attacks"].get(name, {})) for name in ATTACKS]
     cells += [f"{row['seconds']:.1f}", "–" if row["KB"] is None else f"{row['KB']:.0f}"]
     return line_of(cells)
@@ -59,17 +60,6 @@ def share_left(line: dict[str, Any]) -> str:
 
 def share(value: float, low: float, high: float) -> str:
     return f"{100 * value:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def points(line: dict[str, Any]) -> str:
-    """How many points of a share were lost or won, with the interval."""
-    return f"{signed(line['change'])} [{signed(line['low'])}, {signed(line['high'])}]"
-
-
-def signed(value: float) -> str:
-    """Points of a share with a minus sign; nothing before a zero."""
-    rounded = round(100 * value)
-    return f"{rounded:+d}".replace("-", "−") if rounded else "0"
 
 
 def came_back(result: dict[str, Any]) -> str:
@@ -103,7 +93,7 @@ def over_concepts(rows: Rows) -> list[str]:
     for editor in editors:
         means = means_of({identity: rows[identity, editor] for identity in concepts})
         cells = [editor, *[of_so_many(means.get(name), concepts) for name in LEFT.values()]]
-        cells += [points(means[name]) for name in LOST.values()]
+        cells += [edits.points(means[name], 0) for name in LOST.values()]
         for attack in ATTACKS:
             taught = means.get(f"{attack}, never had")
             control = "" if taught is None else f" ({100 * taught['after']:.0f})"

@@ -231,9 +231,16 @@ def rates(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return told
 
 
-def points(line: dict[str, Any]) -> str:
+def points(line: dict[str, Any], digits: int = 1) -> str:
     """How many points of a share were lost or won, with the interval."""
-    return f"{100 * line['change']:+.1f} [{100 * line['low']:+.1f}, {100 * line['high']:+.1f}]"
+    change, low, high = (signed(100 * line[name], digits) for name in ("change", "low", "high"))
+    return f"{change} [{low}, {high}]"
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, a true minus; none before a zero."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if float(text) else text[1:]
 
 
 def divided(probes: Sequence[Probe]) -> tuple[list[Probe], list[Probe]]:
