@@ -657,7 +657,8 @@ def settings_from(verb: str, settings: Mapping[str, Any]) -> Settings:
 
 def _plain_number(value: Any) -> Any:
     """NumPy's numbers as Python's, for files; anything else as it is."""
-    return value.item() if isinstance(value, Real) and hasattr(value, "item") else value
+    item = getattr(value, "item", None)
+    return item() if item is not None and isinstance(value, Real) else value
 
 
 def parse_layers(text: str | int) -> tuple[int, ...]:
